@@ -1,0 +1,25 @@
+"""mingle: merge fine-tuned models one after another, fast and without forgetting.
+
+layer = mingle.MingleLinear.from_linear(linear)          # a frozen linear layer that takes on gated low-rank experts
+merger = mingle.Merger(base_model, method="mingle")      # a whole continual merge
+"""
+
+from mingle import functional, linalg
+from mingle.inject import inject, restore
+from mingle.layers import LowRankExpert, MingleLinear, count_parameters
+from mingle.merger import Merger
+from mingle.relaxation import RelaxedProjector
+from mingle.version import __version__
+
+__all__ = [
+    "LowRankExpert",
+    "Merger",
+    "MingleLinear",
+    "RelaxedProjector",
+    "__version__",
+    "count_parameters",
+    "functional",
+    "inject",
+    "linalg",
+    "restore",
+]

@@ -1,0 +1,238 @@
+"""The command line: ``python -m mingle demo | merge | add | eval | inspect | report | env``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mingle import config as configs
+from mingle import experiment as experiments
+from mingle import report, session, storage
+from mingle.adapt import AdaptationDiverged
+from mingle.evaluate import Result
+from mingle.methods import METHODS
+from mingle.options import OptionError
+from mingle.suites.protocol import PROTOCOLS
+
+console = Console()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.  Returns 0, or 2 after a message where the input was wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, AdaptationDiverged, FileNotFoundError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = experiments.Experiment()
+    parser = argparse.ArgumentParser(prog="mingle", description="Merge fine-tuned models one after another.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="compare methods on an embedded suite, from nothing, in a few minutes")
+    demo.add_argument("--suite", default=defaults.suite, help="glyphs4, glyphs8, glyphs20, glyphs8-shared, glyphs4-corrupted, …")
+    demo.add_argument("--protocol", default=defaults.protocol, choices=PROTOCOLS)
+    demo.add_argument("--methods", default=",".join(defaults.methods), help=f"comma-separated, of: {', '.join(METHODS)}")
+    demo.add_argument("--orders", type=_positive, default=1, help="how many task orders (seeds 42, 43, …)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    demo.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a method option, such as steps=100 or constraint=hard"
+    )
+    demo.set_defaults(run=_demo)
+
+    merge = commands.add_parser("merge", help="merge the models of a YAML file; resumes what was interrupted")
+    merge.add_argument("config", type=Path)
+    merge.add_argument("--out", type=Path, required=True, help="folder for the merged model")
+    merge.add_argument("--check", action="store_true", help="only check the configuration and every file it names")
+    merge.set_defaults(run=_merge)
+
+    add = commands.add_parser("add", help="merge one more model into a merged one")
+    add.add_argument("folder", type=Path, help="what merge wrote")
+    add.add_argument("--name", required=True, help="of the task")
+    add.add_argument("--model", required=True, help="the fine-tuned model: a local folder or a hub id")
+    add.add_argument("--revision", help="of a hub model")
+    _suite_arguments(add)
+    add.set_defaults(run=_add)
+
+    evaluate = commands.add_parser("eval", help="accuracy of a merged model on all of its tasks")
+    evaluate.add_argument("folder", type=Path, help="what merge wrote")
+    evaluate.add_argument("--batch-size", type=_positive, default=128)
+    _suite_arguments(evaluate)
+    evaluate.set_defaults(run=_eval)
+
+    inspect = commands.add_parser("inspect", help="what a merged model's folder holds")
+    inspect.add_argument("folder", type=Path)
+    inspect.set_defaults(run=_inspect)
+
+    again = commands.add_parser("report", help="table and plots of a run folder, made again")
+    again.add_argument("folder", type=Path, help="what demo wrote")
+    again.set_defaults(run=_report)
+
+    env = commands.add_parser("env", help="versions, for bug reports")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _suite_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", help="where samples come from; by default the one used before")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="by default the one used before")
+    parser.add_argument("--samples-per-class", type=_positive, help="seed samples; by default as many as before")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("expected a positive number")
+    return value
+
+
+def _demo(args: argparse.Namespace) -> None:
+    names = tuple(name.strip() for name in args.methods.split(","))
+    options = tuple(_option(text) for text in args.set)
+    experiment = experiments.Experiment(args.suite, args.protocol, names, args.orders, seed=args.seed, options=options)
+    with _progress() as progress:
+        results = experiments.run(experiment, args.out, _Bars(progress, len(names), args.orders))
+    console.print(report.table(results))
+    console.print(f"results, plots and merged models: [bold]{args.out}[/]")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, separator, value = text.partition("=")
+    known = sorted({field for method in METHODS.values() for field in method.Options.__dataclass_fields__})
+    if not separator:
+        raise OptionError(f"--set {text}: expected NAME=VALUE")
+    if name not in known:
+        raise OptionError(f"--set {name}: no method has this option; known are {', '.join(known)}")
+    return name, yaml.safe_load(value)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    config = configs.load(args.config)
+    plan = session.check(config, args.out)
+    if args.check:
+        console.print(f"{args.config}: all {len(config.experts)} experts fit the base; nothing was written")
+        return
+    with _progress() as progress:
+        for result in plan.run(_Bars(progress, 1, len(plan.orders))):
+            console.print(_result_table(result))
+    console.print(f"merged model: [bold]{args.out}[/]")
+
+
+def _add(args: argparse.Namespace) -> None:
+    with _progress() as progress:
+        result = session.add(args.folder, configs.Expert(args.name, args.model, args.revision), _overrides(args), _Bars(progress, 1, 1))
+    console.print(_result_table(result))
+
+
+def _eval(args: argparse.Namespace) -> None:
+    console.print(_result_table(session.evaluate(args.folder, _overrides(args), args.batch_size)))
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    given = {"suite": args.suite, "protocol": args.protocol, "samples_per_class": args.samples_per_class}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    manifest = storage.load(args.folder).manifest
+    table = Table(title=f"{args.folder}: {manifest['method']}, {len(manifest['tasks'])} tasks", title_justify="left")
+    for column in ("task", "seed samples", "accuracy when merged", "accuracy now", "bytes", "notes"):
+        table.add_column(column, justify="left" if column in ("task", "notes") else "right")
+    for i, task in enumerate(manifest["tasks"]):
+        measured = [manifest["matrix"][row][i] if manifest["matrix"] else None for row in (i, -1)]
+        size = task["tensors"]["bytes"] if task["tensors"] else 0
+        notes = "; ".join([task["skipped"] or "", *task["notes"]]).strip("; ")
+        table.add_row(task["name"], str(task["seed_samples"]), *(_percent(m) for m in measured), f"{size:,}", notes)
+    console.print(table)
+    console.print(f"base SHA-256 {manifest['base']['sha256'][:16]}…, options {json.dumps(manifest['options'])}", soft_wrap=True)
+
+
+def _report(args: argparse.Namespace) -> None:
+    results = json.loads((args.folder / "results.json").read_text())
+    traces = json.loads((args.folder / "traces.json").read_text())
+    report.write_csv(results, args.folder / "accuracy_matrix.csv")
+    report.write_plots(results, traces, args.folder)
+    console.print(report.table(results))
+
+
+def _env(args: argparse.Namespace) -> None:
+    import torch
+
+    facts = storage.versions() | {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": str(torch.get_num_threads()),
+    }
+    for name, value in facts.items():
+        console.print(f"{name:13}{value}", highlight=False)
+
+
+def _result_table(result: Result) -> Table:
+    title = f"ACC {_percent(result.acc)}" + (f", BWT {result.bwt:+.1f}" if result.bwt == result.bwt else "")
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    table.add_column("when merged", justify="right")
+    table.add_column("now", justify="right")
+    for j, name in enumerate(result.tasks):
+        table.add_row(name, _percent(result.matrix[j][j]), _percent(result.matrix[-1][j]))
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.1f} %"
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        yield progress
+
+
+class _Bars(experiments.Observer):
+    """A bar for the tasks of all methods, and one for what runs inside a task."""
+
+    def __init__(self, progress: Progress, methods: int, orders: int) -> None:
+        self.progress, self.runs = progress, methods * orders
+        self.tasks = progress.add_task("starting", total=None, note="")
+        self.inner = progress.add_task("", total=None, note="", visible=False)
+        self.trained: str | None = None
+
+    def merging(self, method: str, order: int, index: int, tasks: Sequence[str]) -> None:
+        if self.progress.tasks[self.tasks].total is None:
+            self.progress.update(self.tasks, total=self.runs * len(tasks))
+        else:
+            self.progress.advance(self.tasks)
+        self.progress.update(self.tasks, description=f"{method}, order {order + 1}", note=tasks[index])
+        self.progress.update(self.inner, visible=False)
+
+    def adapting(self, step: int, loss: float) -> None:
+        self.progress.update(self.inner, description="  adapting", visible=True, completed=step + 1, note=f"loss {loss:.3f}")
+
+    def training(self, task: str, step: int, steps: int) -> None:
+        self.progress.update(
+            self.inner, description=f"  training the expert {task} (once, then cached)", visible=True, total=steps, completed=step
+        )
+
+    def merged(self, method: str, order: int, result: Result) -> None:
+        self.progress.console.print(f"{method}, order {order + 1}: ACC {result.acc:.1f}, BWT {result.bwt:+.1f}")
+        if order + 1 == self.runs or self.progress.tasks[self.tasks].completed + 1 == self.progress.tasks[self.tasks].total:
+            self.progress.advance(self.tasks)

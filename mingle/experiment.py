@@ -1,0 +1,172 @@
+"""Whole runs: every method on the same sequence of tasks, evaluated after each merge, with all results in one folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mingle import methods, report, suites
+from mingle.config import shuffled
+from mingle.evaluate import Result, gate_activation
+from mingle.merger import Merger
+from mingle.methods.mingle_experts import Mingle
+from mingle.storage import versions
+from mingle.suites import Suite
+from mingle.suites.protocol import PROTOCOLS
+
+#: The first of the ten published order seeds.
+FIRST_ORDER_SEED = 42
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A comparison of methods.
+
+    Attributes:
+        suite: see `mingle.suites.load`.
+        protocol: ``strict`` or ``official``.
+        methods: names in `mingle.methods.METHODS`.
+        orders: how many task orders, by the seeds 42, 43, …
+        samples_per_class: seed samples, times the number of classes.
+        seed: of seed samples, gates and batches.
+        options: method options that replace the suite's own settings; each method takes those it knows.
+    """
+
+    suite: str = "glyphs8"
+    protocol: str = "strict"
+    methods: tuple[str, ...] = ("pre-trained", "individual", "average", "task-arithmetic", "opcm", "mingle", "mingle-light")
+    orders: int = 1
+    samples_per_class: int = 5
+    seed: int = 0
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def options_for(self, method: str, suite: Suite) -> dict[str, Any]:
+        """The settings of this experiment that the method knows."""
+        known = {f.name for f in fields(methods.get(method).Options)}
+        settings = suite.settings | {"reduce": PROTOCOLS[self.protocol]} | dict(self.options)
+        return {name: value for name, value in settings.items() if name in known}
+
+
+class Observer:
+    """Told how a run gets on; does nothing by itself."""
+
+    def merging(self, method: str, order: int, index: int, tasks: Sequence[str]) -> None:
+        """Task `index` of the order is about to be merged."""
+
+    def adapting(self, step: int, loss: float) -> None:
+        """An adaptation step is done."""
+
+    def training(self, task: str, step: int, steps: int) -> None:
+        """An expert of the suite is being trained, because it does not ship."""
+
+    def merged(self, method: str, order: int, result: Result) -> None:
+        """All tasks are merged and evaluated."""
+
+
+def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> dict[str, Any]:
+    """Run every method and write the folder `out`.
+
+    The folder holds ``config.yaml``, ``results.json``, ``accuracy_matrix.csv``, ``timings.json``, ``traces.json``, the plots, and under
+    ``merged/`` every method's merged model of the first order.
+
+    Returns:
+        What ``results.json`` holds.
+    """
+    observer = observer or Observer()
+    for method in experiment.methods:
+        methods.get(method)
+    suite = suites.load(
+        experiment.suite,
+        protocol=experiment.protocol,
+        samples_per_class=experiment.samples_per_class,
+        seed=experiment.seed,
+        on_training=observer.training,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    settings = asdict(experiment) | {"methods": list(experiment.methods), "options": dict(experiment.options)}
+    (out / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    for name in suite:
+        suite.expert(name)  # train what is missing before anything is timed
+    results: dict[str, Any] = {
+        "suite": experiment.suite,
+        "protocol": experiment.protocol,
+        "seed": experiment.seed,
+        "versions": versions(),
+        "methods": {},
+    }
+    timings: dict[str, Any] = {}
+    traces: dict[str, Any] = {}
+    for method in experiment.methods:
+        rows = results["methods"][method] = {"acc": [], "bwt": [], "matrix": [], "order": [], "seconds": []}
+        timings[method] = []
+        for number in range(experiment.orders):
+            order = shuffled(list(suite), FIRST_ORDER_SEED + number)
+            merger = Merger(suite.base, method, suite.task_type, seed=experiment.seed, **experiment.options_for(method, suite))
+            steps, trace = merge_all(merger, suite, order, observer, number)
+            result = merger.result()
+            rows["acc"].append(result.acc)
+            rows["bwt"].append(result.bwt)
+            rows["matrix"].append([row + [None] * (len(order) - len(row)) for row in result.matrix])
+            rows["order"].append(order)
+            rows["seconds"].append(round(sum(step["merge"] for step in steps), 3))
+            timings[method].append(steps)
+            if number == 0:
+                if trace:
+                    traces[method] = trace
+                if method not in ("pre-trained", "individual"):
+                    merger.save_pretrained(out / "merged" / method)
+            observer.merged(method, number, result)
+        _write_json(out / "results.json", results)
+        _write_json(out / "timings.json", timings)
+    _write_json(out / "traces.json", traces)
+    report.write_csv(results, out / "accuracy_matrix.csv")
+    report.write_plots(results, traces, out)
+    return results
+
+
+def merge_all(
+    merger: Merger, suite: Suite, order: Sequence[str], observer: Observer, number: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Merge the tasks in order, evaluating after each.
+
+    Returns:
+        Per task the seconds spent merging and evaluating; and what the adaptation did (losses, S, λ, gate values), empty without one.
+    """
+    steps, reports = [], []
+    for index, name in enumerate(order):
+        observer.merging(merger.method.name, number, index, order)
+        seeds, expert = suite.seeds(name), suite.expert(name)
+        began = time.perf_counter()
+        reports.append(merger.add(name, expert, seeds, on_step=observer.adapting))
+        merged = time.perf_counter()
+        merger.evaluate(suite)
+        steps.append({"task": name, "merge": round(merged - began, 3), "evaluate": round(time.perf_counter() - merged, 3)})
+    recorded = [done.trace for done in reports]
+    if not isinstance(merger.method, Mingle) or None in recorded:
+        return steps, {}
+    layers = merger.method.layers
+    with torch.no_grad():
+        gates = [gate_activation(merger.task, merger.model, layers, suite[name]).tolist() for name in order]
+    series = {key: [getattr(trace, key) for trace in recorded] for key in ("loss", "interference", "strength")}
+    return steps, {"order": list(order), "layers": list(layers), **series, "gates": gates}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(_plain(value), indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

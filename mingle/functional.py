@@ -1,0 +1,168 @@
+"""The operations of mingle as differentiable functions, with one place that chooses how they are computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from mingle.kernels import reference
+
+BACKENDS = ("auto", "eager", "grouped")
+
+
+def gated_experts(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    *,
+    reduce: str = "sample",
+    mask: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """A frozen linear layer plus a gated sum of low-rank experts (MINGLE Eqs. 2 and 5).
+
+        y = x W₀ᵀ + b + Σ_i g_i(x) · (x A_iᵀ) B_iᵀ,    g_i(x) = w_i · x̄ + β_i
+
+    Args:
+        x: input [..., N, d_in]; the last dimension but one counts tokens.  A two-dimensional x [N, d_in] holds N samples of one token.
+        weight: W₀ [d_out, d_in].
+        bias: b [d_out] or None.
+        A: down-projections [T, r, d_in], any strides.
+        B: up-projections [T, d_out, r], any strides.
+        gate_weight: w [T, d_in]; may be None where `gates` is given.
+        gate_bias: β [T]; may be None where `gates` is given.
+        reduce: what x̄ is: ``"token"`` each token, ``"sample"`` the mean over the tokens of one sample, ``"batch"`` the mean over all.
+        mask: bool [..., N], true for valid tokens; the others stay out of the means.  Their outputs are computed all the same.
+        gates: gate values from any other router instead of the linear gates: [T], one row per sample [..., T], or one per token
+            [..., N, T].
+        backend: ``"eager"`` expert by expert (the oracle), ``"grouped"`` three dense products over concatenated experts, ``"auto"``.
+
+    Returns:
+        y [..., N, d_out] in x's dtype.  With T = 0 exactly ``F.linear(x, weight, bias)``.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown `reduce` or `backend`; the message names the argument.
+        TypeError: mixed dtypes outside autocast, or tensors on different devices.
+    """
+    _check(x, weight, bias, A, B, gate_weight, gate_bias, reduce, mask, gates, backend)
+    if len(A) == 0:
+        return F.linear(x, weight, bias)
+    if gates is None:
+        assert gate_weight is not None and gate_bias is not None  # checked above
+        values = reference.gate_values(x, gate_weight, gate_bias, reduce, mask)
+    else:
+        values = _align_gates(gates, x)
+    if backend == "eager":
+        return reference.gated_experts(x, weight, bias, A, B, values)
+    return _grouped(x, weight, bias, A, B, values)
+
+
+def _grouped(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor
+) -> torch.Tensor:
+    """The same sum as three dense products: all experts' A, and all their B, side by side."""
+    rank = A.shape[1]
+    hidden = F.linear(x, A.flatten(0, 1))  # [..., T·r]
+    gated = (hidden.unflatten(-1, (-1, rank)) * gates.unsqueeze(-1)).flatten(-2)
+    return F.linear(x, weight, bias) + gated.to(hidden.dtype) @ B.mT.flatten(0, 1)
+
+
+def _align_gates(gates: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Gates [T], [samples..., T] or [samples..., N, T] → the same values with x's number of dimensions."""
+    if gates.dim() == 1 or gates.dim() == x.dim():
+        return gates
+    return gates.unsqueeze(-2)
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    reduce: str,
+    mask: torch.Tensor | None,
+    gates: torch.Tensor | None,
+    backend: str,
+) -> None:
+    if reduce not in reference.REDUCTIONS:
+        raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(reference.REDUCTIONS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+    if weight.dim() != 2 or A.dim() != 3 or B.dim() != 3 or x.dim() < 1:
+        raise ValueError(
+            f"expected x [..., d_in], weight [d_out, d_in], A [T, r, d_in] and B [T, d_out, r], "
+            f"got x {list(x.shape)}, weight {list(weight.shape)}, A {list(A.shape)}, B {list(B.shape)}"
+        )
+    d_out, d_in = weight.shape
+    experts, rank = A.shape[:2]
+    expected: list[tuple[str, torch.Tensor | None, tuple[int, ...]]] = [
+        ("x", x, (*x.shape[:-1], d_in)),
+        ("bias", bias, (d_out,)),
+        ("A", A, (experts, rank, d_in)),
+        ("B", B, (experts, d_out, rank)),
+        ("mask", mask, tuple(x.shape[:-1])),
+    ]
+    if gates is None:
+        if experts and (gate_weight is None or gate_bias is None):
+            raise ValueError("gate_weight and gate_bias are needed unless gates is given")
+        expected += [("gate_weight", gate_weight, (experts, d_in)), ("gate_bias", gate_bias, (experts,))]
+    elif gates.shape[-1] != experts or gates.shape[:-1] not in ((), x.shape[:-2], x.shape[:-1]):
+        raise ValueError(
+            f"gates has shape {list(gates.shape)}; for x {list(x.shape)} and {experts} experts expected [{experts}], "
+            f"{[*x.shape[:-2], experts]} or {[*x.shape[:-1], experts]}"
+        )
+    for name, tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.device != x.device:
+            raise TypeError(f"{name} is on {tensor.device}, x on {x.device}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}, expected torch.bool")
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, tensor in (("x", x), ("A", A), ("B", B), ("bias", bias)):
+            if tensor is not None and tensor.dtype != weight.dtype:
+                raise TypeError(f"{name} has dtype {tensor.dtype}, weight {weight.dtype}: cast one of them, or use autocast")
+
+
+class _RelaxedProjection(torch.autograd.Function):
+    """Identity forward; backward removes the basis directions from the gradient, each as far as its λ says."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, basis: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(basis, lam)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = grads
+        basis, lam = ctx.saved_tensors
+        return gradient - ((gradient @ basis) * lam) @ basis.mT, None, None
+
+
+def relaxed_projection(weight: torch.Tensor, basis: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+    """`weight` itself, whose gradient G is replaced by G − (G U) diag(λ) Uᵀ (MINGLE Eq. 11).
+
+    Args:
+        weight: [n, d].
+        basis: orthonormal columns U [d, K] in weight's dtype; K = 0 leaves the gradient as it is.
+        lam: λ [K] in [0, 1]; 1 removes a direction, 0 keeps it.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if basis.dim() != 2 or weight.shape[-1] != basis.shape[0] or lam.shape != basis.shape[1:]:
+        raise ValueError(f"weight {list(weight.shape)}, basis {list(basis.shape)} and lam {list(lam.shape)}: expected [n, d], [d, K], [K]")
+    result: torch.Tensor = _RelaxedProjection.apply(weight, basis, lam)
+    return result

@@ -1,0 +1,33 @@
+"""The merging methods, by the names under which they are published and reported.
+
+A method takes in one fine-tuned model after another through `MergeMethod.add` and leaves the merged weights in the model.  Those that
+only compute new weights from old ones are pure functions behind `WeightMethod`; those that add gated experts are in `mingle_experts`.
+"""
+
+from __future__ import annotations
+
+from mingle.methods.average import Average
+from mingle.methods.base import Arrival, MergeMethod, StepReport
+from mingle.methods.mingle_experts import Mingle, MingleLight
+from mingle.methods.opcm import Opcm
+from mingle.methods.references import Individual, PreTrained
+from mingle.methods.task_arithmetic import TaskArithmetic
+from mingle.options import nearest
+
+METHODS: dict[str, type[MergeMethod]] = {
+    method.name: method for method in (PreTrained, Individual, Average, TaskArithmetic, Opcm, Mingle, MingleLight)
+}
+
+
+def get(name: str) -> type[MergeMethod]:
+    """The method of that name.
+
+    Raises:
+        ValueError: an unknown name; names the nearest known one.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; known are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "Arrival", "MergeMethod", "StepReport", "get"]

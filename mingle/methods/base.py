@@ -1,0 +1,138 @@
+"""What every merging method shares: how a model arrives, what is kept between arrivals, and how weights get into the model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from mingle.adapt import AdaptTrace
+from mingle.tasks import TaskData, TaskType
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For methods without options."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One fine-tuned model and what comes with it.
+
+    Attributes:
+        index: how many models arrived before.
+        name: the task's name.
+        tuned: the fine-tuned tower, under the base tower's parameter names.
+        seeds: unlabelled samples, or None for methods that need no data.
+        teacher: makes the fine-tuned model; called only by methods that adapt.
+        seed: of everything random in this step.
+        on_step: progress of an adaptation: called with (step, loss).
+    """
+
+    index: int
+    name: str
+    tuned: Mapping[str, torch.Tensor]
+    seeds: TaskData | None
+    teacher: Callable[[], nn.Module]
+    seed: int
+    on_step: Callable[[int, float], None] | None = None
+
+
+@dataclass
+class StepReport:
+    """What merging one model did.
+
+    Attributes:
+        skipped: why nothing was merged, or None.
+        trace: the adaptation's course, where there was one.
+        notes: things worth telling, such as a saturated basis.
+    """
+
+    skipped: str | None = None
+    trace: AdaptTrace | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class MergeMethod(ABC):
+    """A method that merges models one after another into a tower.
+
+    Args:
+        model: the merged model, changed in place by `add`.
+        task: its task type.
+        base: the pre-trained tower's tensors; never changed.
+        options: an instance of the method's `Options`.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type] = NoOptions
+    needs_seeds: ClassVar[bool] = False
+    #: whether every task is served by a model of its own (only the reference row `individual`)
+    per_task: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
+        self.model = model
+        self.task = task
+        self.tower = model.get_submodule(task.tower)
+        self.base = base
+        self.options = options
+
+    @abstractmethod
+    def add(self, arrival: Arrival) -> StepReport:
+        """Merge one more model.  Where it raises, the method's state and the model are as before."""
+
+    @abstractmethod
+    def task_tensors(self, index: int) -> Tensors:
+        """What is kept of one task alone; together with `state_tensors` enough to go on."""
+
+    @abstractmethod
+    def state_tensors(self) -> Tensors:
+        """What is kept of all tasks together."""
+
+    @abstractmethod
+    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+        """Take on what `task_tensors` and `state_tensors` returned, bit for bit."""
+
+    def select(self, index: int) -> None:  # noqa: B027 – most methods have nothing to do
+        """Make the model the one that serves task `index`; the merged model serves all, so nothing to do."""
+
+
+class WeightMethod(MergeMethod):
+    """A method that is a pure function of weights.
+
+    Subclasses give `update`.  Everything is computed on the tower's floating tensors in float32.
+    """
+
+    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
+        super().__init__(model, task, base, options)
+        self.merged: Tensors = {name: tensor.clone() for name, tensor in base.items()}
+        self.state: Tensors = {}
+
+    @abstractmethod
+    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
+        """(new merged tower, new running state) from self.base, self.merged, self.state and the arrival; changes none of them."""
+
+    def add(self, arrival: Arrival) -> StepReport:
+        self.merged, self.state = self.update(arrival)
+        self.tower.load_state_dict(self.merged)
+        return StepReport()
+
+    def task_tensors(self, index: int) -> Tensors:
+        return {}
+
+    def state_tensors(self) -> Tensors:
+        return {f"merged/{name}": t for name, t in self.merged.items()} | {f"state/{name}": t for name, t in self.state.items()}
+
+    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+        self.merged = _under("merged/", state)
+        self.state = _under("state/", state)
+        self.tower.load_state_dict(self.merged)
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,79 @@
+"""Orthogonal projection-based continual merging (Tang et al., arXiv 2501.09522)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mingle import linalg
+from mingle.layers import MingleLinear
+from mingle.methods.base import Arrival, Tensors, WeightMethod
+
+
+@dataclass(frozen=True)
+class OpcmOptions:
+    """alpha: the share of M's singular values whose directions are protected.
+
+    drop_diagonal: remove the remaining diagonal of UᵀΔV too, as the paper has it; the reference code's attempt has no effect.
+    """
+
+    alpha: float = 0.5
+    drop_diagonal: bool = False
+
+
+def split_rank(singular_values: torch.Tensor, alpha: float) -> int:
+    """The first index at which the cumulative sum exceeds α of the whole."""
+    cumulative = singular_values.cumsum(0)
+    return int((cumulative <= alpha * cumulative[-1]).sum())
+
+
+def project(delta: torch.Tensor, merged: torch.Tensor, alpha: float, drop_diagonal: bool) -> torch.Tensor:
+    """Δ [m, n] without the block that the leading singular directions of M [m, n] span.
+
+    Equal to U C Vᵀ with C = UᵀΔV for the full bases U, V of M and C[:s, :s] zeroed, without forming them.
+    """
+    U, S, Vh = torch.linalg.svd(merged.double(), full_matrices=False)
+    return linalg.project_out(delta, U, S, Vh, split_rank(S, alpha), drop_diagonal=drop_diagonal)
+
+
+def total_norm(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm of all tensors together, float64."""
+    return torch.stack([t.double().square().sum() for t in tensors.values()]).sum().sqrt()
+
+
+def opcm_step(
+    vector: Tensors, delta: Tensors, state: Tensors, step: int, linear: Collection[str], options: OpcmOptions
+) -> tuple[Tensors, Tensors]:
+    """M_t and the running state from M_{t−1} (`vector`), Δ_t (`delta`) and the state of `step` models seen before.
+
+    M ← λ_{t−1} M + P(Δ), scaled so that ‖M‖ is the mean norm of the task vectors so far; λ_t is that scale.
+    """
+    norm = total_norm(delta)
+    if step == 0:
+        return delta, {"scale": torch.ones((), dtype=torch.float64), "mean_norm": norm}
+    previous = state["scale"]
+    raw = {
+        name: previous * vector[name].double()
+        + (project(d, vector[name], options.alpha, options.drop_diagonal) if name in linear else d).double()
+        for name, d in delta.items()
+    }
+    mean_norm = state["mean_norm"] + (norm - state["mean_norm"]) / (step + 1)
+    scale = total_norm(raw) / mean_norm
+    return {name: (value / scale).to(delta[name].dtype) for name, value in raw.items()}, {"scale": scale, "mean_norm": mean_norm}
+
+
+class Opcm(WeightMethod):
+    """Linear weights keep clear of the leading singular directions of what was merged before; the whole is rescaled at each step."""
+
+    name = "opcm"
+    Options = OpcmOptions
+
+    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
+        linear = {f"{name}.weight" for name, module in self.tower.named_modules() if isinstance(module, nn.Linear | MingleLinear)}
+        vector = {name: self.merged[name] - tensor for name, tensor in self.base.items()}
+        delta = {name: arrival.tuned[name] - tensor for name, tensor in self.base.items()}
+        vector, state = opcm_step(vector, delta, self.state, arrival.index, linear, self.options)
+        return {name: tensor + vector[name] for name, tensor in self.base.items()}, state

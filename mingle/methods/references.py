@@ -1,0 +1,63 @@
+"""The two rows every table is read against: the base model as it is, and every task's own model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
+from mingle.tasks import TaskType
+
+
+class PreTrained(MergeMethod):
+    """The base model; merging changes nothing."""
+
+    name = "pre-trained"
+
+    def add(self, arrival: Arrival) -> StepReport:
+        return StepReport()
+
+    def task_tensors(self, index: int) -> Tensors:
+        return {}
+
+    def state_tensors(self) -> Tensors:
+        return {}
+
+    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+        pass
+
+
+class Individual(MergeMethod):
+    """Every task served by its own fine-tuned model: the ceiling, at the price of keeping all of them.
+
+    The model holds the newest task's tower until `select` asks for another.
+    """
+
+    name = "individual"
+    per_task = True
+
+    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
+        super().__init__(model, task, base, options)
+        self.towers: list[Tensors] = []
+
+    def add(self, arrival: Arrival) -> StepReport:
+        self.towers.append(dict(arrival.tuned))
+        self.select(arrival.index)
+        return StepReport()
+
+    def task_tensors(self, index: int) -> Tensors:
+        return self.towers[index]
+
+    def state_tensors(self) -> Tensors:
+        return {}
+
+    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+        self.towers = tasks
+        if tasks:
+            self.select(len(tasks) - 1)
+
+    def select(self, index: int) -> None:
+        self.tower.load_state_dict(self.towers[index])

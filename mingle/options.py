@@ -1,0 +1,69 @@
+"""Options as dataclasses: unknown names are refused with the nearest known one, values are checked against the declared types."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class OptionError(ValueError):
+    """An option that does not exist or has a value it cannot have."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the known name closest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise `OptionError` for the first of `given` that is not `known`."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise OptionError(f"{where}: unknown option {name!r}{nearest(str(name), known)}")
+
+
+def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
+    """An instance of the dataclass `cls` from a mapping.
+
+    Raises:
+        OptionError: an unknown name, or a value of the wrong type; the message begins with `where`.
+    """
+    hints = get_type_hints(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    refuse_unknown(given, names, where)
+    return cls(**{name: checked(value, hints[name], f"{where}: {name}") for name, value in given.items()})
+
+
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint` (int, float, str, bool, a Literal, a tuple of them, or a union), or an `OptionError`."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise OptionError(f"{where}: {value!r}{nearest(str(value), map(str, args))}; expected one of {', '.join(map(str, args))}")
+        return value
+    if origin in (Union, UnionType):
+        for arg in args:
+            try:
+                return checked(value, arg, where)
+            except OptionError:
+                continue
+        raise OptionError(f"{where}: {value!r} is none of {hint}")
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise OptionError(f"{where}: {value!r} is not a list")
+        return tuple(checked(item, args[0], where) for item in value)
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            raise OptionError(f"{where}: {value!r} is not a number") from None
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise OptionError(f"{where}: {value!r} is not of type {getattr(hint, '__name__', hint)}")
+    return value

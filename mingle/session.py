@@ -1,0 +1,193 @@
+"""Merges that live in folders: check everything a config names, merge with a save after every task, resume, extend, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mingle import hub, methods, storage, suites, tasks
+from mingle.checkpoint import CheckpointError, CheckpointReader
+from mingle.config import Config, Expert, shuffled
+from mingle.evaluate import Result
+from mingle.experiment import Observer
+from mingle.inject import find_targets
+from mingle.merger import Merger
+from mingle.options import OptionError, build
+from mingle.suites import Suite
+from mingle.task_vector import IncompatibleModel, align
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config whose every file was found to fit, ready to run.
+
+    Attributes:
+        config: what was asked for.
+        suite: its samples, or None for methods without data and without evaluation.
+        base: the base model's folder.
+        experts: name → folder of the fine-tuned model.
+        orders: the task orders to merge in.
+        folders: where each order's merged model goes.
+    """
+
+    config: Config
+    suite: Suite | None
+    base: Path
+    experts: Mapping[str, Path]
+    orders: list[list[str]]
+    folders: list[Path]
+
+    def run(self, observer: Observer | None = None) -> Iterator[Result]:
+        """Merge in every order, saving after each task; what a former run has merged is kept.  Yields each order's result."""
+        observer = observer or Observer()
+        for number, (order, folder) in enumerate(zip(self.orders, self.folders, strict=True)):
+            merger = self._start(folder)
+            for index in range(len(merger.merged), len(order)):
+                observer.merging(self.config.method, number, index, order)
+                last = index + 1 == len(order)
+                _merge_one(merger, order[index], self.experts[order[index]], self.suite, self.config.eval.every_step or last, observer)
+                merger.save_pretrained(folder)
+            result = merger.result()
+            observer.merged(self.config.method, number, result)
+            yield result
+
+    def _start(self, folder: Path) -> Merger:
+        if (folder / storage.MANIFEST).exists():
+            merger = Merger.from_pretrained(folder)
+            found = storage.state_hash(merger.task.load(self.base))
+            if found != storage.state_hash(merger.base):
+                raise CheckpointError(f"{folder}: was begun with another base model than {self.base}")
+            return merger
+        merger = Merger(self.base, self.config.method, "clip", **self.config.method_options())
+        merger.metadata = _origin(self.config)
+        return merger
+
+
+def check(config: Config, out: Path) -> Plan:
+    """Find everything that can be wrong with a merge before the first heavy step.
+
+    Raises:
+        OptionError: something in the config.
+        CheckpointError: a model that is missing, broken, or no fine-tuned version of the base; a folder in use for something else.
+    """
+    task = tasks.get("clip")
+    base = hub.resolve(config.base)
+    tower = _shapes(base, task.prefixes)
+    task_model = task.skeleton(base)
+    layers = config.layers or task.layer_sets["full"]
+    try:
+        find_targets(task_model.get_submodule(task.tower), layers)
+    except ValueError as error:
+        raise OptionError(f"layers: {error}") from None
+    experts = {expert.name: hub.resolve(expert.model, expert.revision) for expert in config.experts}
+    for name, folder in experts.items():
+        try:
+            align(tower, _shapes(folder, task.prefixes))
+        except IncompatibleModel as error:
+            raise IncompatibleModel(f"expert {name!r} ({folder}): {error}") from None
+    suite = _suite(config, base, experts)
+    names = list(experts)
+    orders = [shuffled(names, seed) for seed in config.order.seeds] if config.order.shuffle else [names]
+    folders = [out] if len(orders) == 1 else [out / f"order-{seed}" for seed in config.order.seeds]
+    for folder, order in zip(folders, orders, strict=True):
+        _check_folder(folder, config, order)
+    return Plan(config, suite, base, experts, orders, folders)
+
+
+def _shapes(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """A checkpoint's tower as tensors without data."""
+    reader = CheckpointReader(folder)
+    names = [name for name in reader if name.startswith(prefixes)] or list(reader)
+    stripped = {next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name): name for name in names}
+    return {short: torch.empty(reader.shape(name), device="meta") for short, name in stripped.items() if not short.endswith("position_ids")}
+
+
+def _suite(config: Config, base: Path, experts: Mapping[str, Path]) -> Suite | None:
+    if config.eval.suite is None:
+        if methods.get(config.method).needs_seeds:
+            raise OptionError(f"eval: suite is missing: method {config.method!r} adapts on seed samples, which come from a suite")
+        return None
+    suite = suites.load(config.eval.suite, base=base, protocol=config.adapt.protocol, samples_per_class=config.adapt.samples_per_class)
+    unknown = [name for name in experts if name not in suite]
+    if unknown:
+        raise OptionError(f"experts: suite {suite.name!r} has no task {unknown[0]!r}; it has {', '.join(suite)}")
+    return suite
+
+
+def _check_folder(folder: Path, config: Config, order: list[str]) -> None:
+    """Refuse a folder that holds something else than the beginning of this very merge."""
+    if not folder.exists():
+        return
+    if not (folder / storage.MANIFEST).exists():
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise CheckpointError(f"{folder}: not empty, and not a merge that could be resumed")
+        return
+    manifest = storage.load(folder).manifest
+    options = asdict(build(methods.get(config.method).Options, config.method_options(), "options"))
+    wanted: dict[str, Any] = {"method": config.method, "metadata": _origin(config)} | {f"option {k}": v for k, v in options.items()}
+    found: dict[str, Any] = {"method": manifest["method"], "metadata": manifest["metadata"]} | {
+        f"option {k}": tuple(v) if isinstance(v, list) else v for k, v in manifest["options"].items()
+    }
+    differing = [f"{key}: {found.get(key)!r} there, {value!r} now" for key, value in wanted.items() if found.get(key) != value]
+    merged = [task["name"] for task in manifest["tasks"]]
+    if merged != order[: len(merged)]:
+        differing.append(f"tasks: {', '.join(merged)} there, the order is now {', '.join(order)}")
+    if differing:
+        raise CheckpointError(f"{folder}: holds another merge, which this one cannot resume; {'; '.join(differing)}")
+
+
+def _origin(config: Config) -> dict[str, Any]:
+    """What `add` and `evaluate` need to go on as the merge began."""
+    return {
+        "suite": config.eval.suite,
+        "protocol": config.adapt.protocol,
+        "samples_per_class": config.adapt.samples_per_class,
+        "batch_size": config.eval.batch_size,
+    }
+
+
+def _merge_one(merger: Merger, name: str, model: Path, suite: Suite | None, evaluate: bool, observer: Observer) -> None:
+    merger.add(name, model, suite.seeds(name) if suite is not None else None, on_step=observer.adapting)
+    if suite is not None and evaluate:
+        merger.evaluate(suite, merger.metadata["batch_size"])
+
+
+def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite | None]:
+    """A merged model and its suite, with what the caller wants otherwise."""
+    merger = Merger.from_pretrained(folder)
+    origin = merger.metadata | dict(overrides)
+    merger.metadata = origin
+    if not origin.get("suite"):
+        return merger, None
+    reduce = getattr(merger.options, "reduce", None)
+    if reduce == "batch" and origin["protocol"] == "strict":
+        raise OptionError(f"{folder}: was merged with batch gates, which the strict protocol does not allow")
+    suite = suites.load(
+        origin["suite"], base=merger.base_folder, protocol=origin["protocol"], samples_per_class=origin["samples_per_class"]
+    )
+    return merger, suite
+
+
+def add(folder: Path, expert: Expert, overrides: Mapping[str, Any], observer: Observer | None = None) -> Result:
+    """Merge one more model into a merged one, evaluate where there is a suite, and save."""
+    observer = observer or Observer()
+    merger, suite = _reopen(folder, overrides)
+    if suite is not None and expert.name not in suite:
+        raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
+    model = hub.resolve(expert.model, expert.revision)
+    observer.merging(merger.method.name, 0, 0, [expert.name])
+    _merge_one(merger, expert.name, model, suite, True, observer)
+    merger.save_pretrained(folder)
+    return merger.result()
+
+
+def evaluate(folder: Path, overrides: Mapping[str, Any], batch_size: int) -> Result:
+    """Accuracy of a merged model on all of its tasks; nothing is written."""
+    merger, suite = _reopen(folder, overrides)
+    if suite is None:
+        raise OptionError("suite: name one; the merge was made without")
+    return merger.evaluate(suite, batch_size)

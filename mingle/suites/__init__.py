@@ -1,0 +1,104 @@
+"""Evaluation suites: tasks with test samples, seed samples and fine-tuned models, under one of two protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mingle.options import OptionError, nearest
+from mingle.suites.protocol import PROTOCOLS, SeedRequest, split
+from mingle.tasks import TaskData
+
+#: Progress of training an expert that is not there yet: called with (task, step, steps).
+OnTraining = Callable[[str, int, int], None]
+
+
+class Suite(Mapping[str, TaskData]):
+    """Tasks in their published order; ``suite[name]`` are a task's labelled test samples.
+
+    Args:
+        name: under which it is reported.
+        task_type: of all its tasks.
+        base: the base model's folder.
+        samples: name → all labelled test samples of the task, made on first use.
+        experts: name → folder of the task's fine-tuned model, made on first use.
+        request: how many seed samples to take, and under which protocol.
+        settings: method options that suit this suite's models.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        task_type: str,
+        base: Path,
+        samples: Mapping[str, Callable[[], TaskData]],
+        experts: Mapping[str, Callable[[], Path]],
+        request: SeedRequest,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name, self.task_type, self.base, self.request = name, task_type, base, request
+        self.settings = dict(settings or {})
+        self._samples, self._experts = dict(samples), dict(experts)
+        self._split: dict[str, tuple[TaskData, TaskData]] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, name: str) -> TaskData:
+        return self._parts(name)[1]
+
+    def seeds(self, name: str) -> TaskData:
+        """The task's seed samples, without labels."""
+        return self._parts(name)[0]
+
+    def expert(self, name: str) -> Path:
+        """The folder of the task's fine-tuned model."""
+        return self._experts[name]()
+
+    def _parts(self, name: str) -> tuple[TaskData, TaskData]:
+        if name not in self._split:
+            if name not in self._samples:
+                raise KeyError(f"suite {self.name!r} has no task {name!r}{nearest(name, self._samples)}")
+            self._split[name] = split(name, self._samples[name](), self.request)
+        return self._split[name]
+
+
+def load(
+    name: str,
+    *,
+    base: Path | None = None,
+    protocol: str = "strict",
+    samples_per_class: int = 5,
+    seed: int = 0,
+    on_training: OnTraining | None = None,
+) -> Suite:
+    """A suite by name, or from a folder of images.
+
+    Args:
+        name: ``glyphs4``, ``glyphs8``, ``glyphs20``, ``glyphs8-shared``, ``glyphs4-corrupted``, ``glyphs4-<corruption>``, or the path of
+            a folder as `mingle.suites.image_folder` describes it.
+        base: the folder of the base model whose image processor and tokenizer prepare the samples; None takes the suite's own.
+        protocol: ``strict`` or ``official``, see `mingle.suites.protocol`.
+        samples_per_class: how many seed samples a task may use, times its number of classes.
+        seed: of the choice of seed samples.
+        on_training: told when an expert that does not ship has to be trained.
+
+    Raises:
+        OptionError: an unknown suite or protocol.
+    """
+    from mingle.suites import glyphs, image_folder
+
+    if protocol not in PROTOCOLS:
+        raise OptionError(f"protocol: {protocol!r}{nearest(protocol, PROTOCOLS)}; expected one of {', '.join(PROTOCOLS)}")
+    request = SeedRequest(protocol, samples_per_class, seed)
+    if name in glyphs.NAMES:
+        return glyphs.load(name, base, request, on_training)
+    if Path(name).is_dir():
+        if base is None:
+            raise OptionError(f"suite {name!r}: a folder of images has no model of its own; name the base")
+        return image_folder.load(Path(name), base, request)
+    raise OptionError(f"unknown suite {name!r}{nearest(name, glyphs.NAMES)}; known are {', '.join(glyphs.NAMES)}, or the path of a folder")

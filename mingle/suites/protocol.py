@@ -1,0 +1,61 @@
+"""Where seed samples come from: the two protocols, whose numbers must never be mixed.
+
+``official``, as the published code has it: so many samples of every class, picked with the labels of the test set and left in it; gates
+see the mean of a batch.
+
+``strict``: the same number of samples drawn without looking at labels and taken out of the test set; gates see the mean of a sample, so
+predictions do not depend on what shares a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+from mingle.tasks import TaskData
+
+logger = logging.getLogger(__name__)
+
+#: protocol → what its gates see
+PROTOCOLS = {"strict": "sample", "official": "batch"}
+
+
+@dataclass(frozen=True)
+class SeedRequest:
+    """protocol: see above; samples_per_class: times the number of classes gives the number of seeds; seed: of the choice."""
+
+    protocol: str = "strict"
+    samples_per_class: int = 5
+    seed: int = 0
+
+
+def split(name: str, samples: TaskData, request: SeedRequest) -> tuple[TaskData, TaskData]:
+    """(seed samples without labels, test samples with labels) of one task.
+
+    Raises:
+        ValueError: no labels, or too few samples to leave any for the test.
+    """
+    if samples.labels is None:
+        raise ValueError(f"task {name!r}: a suite's samples need labels")
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/seeds/{request.seed}".encode()))
+    order = torch.randperm(len(samples), generator=generator)
+    classes = int(samples.labels.max()) + 1
+    if request.protocol == "strict":
+        chosen = order[: request.samples_per_class * classes]
+        rest = order[len(chosen) :].sort().values
+        if not len(rest):
+            raise ValueError(f"task {name!r}: {len(samples)} samples, all of them needed as seeds; none would be left for the test")
+        test = samples.select(rest)
+    else:
+        shuffled = samples.labels[order]
+        chosen = torch.cat([order[(shuffled == label).nonzero().flatten()[: request.samples_per_class]] for label in range(classes)])
+        counts = torch.bincount(samples.labels[chosen], minlength=classes)
+        short = (counts < request.samples_per_class).nonzero().flatten().tolist()
+        if short:
+            logger.warning("task %s: fewer than %d samples of classes %s", name, request.samples_per_class, short)
+        test = samples
+    seeds = samples.select(chosen)
+    return TaskData(seeds.inputs, seeds.shared, None), test

@@ -1,0 +1,80 @@
+"""Task types: how a batch becomes logits, and what counts as right.  The only code that knows about modalities lives below here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Samples of one task.
+
+    Attributes:
+        inputs: tensors with one row per sample, by the model's own argument names.
+        shared: tensors that all samples share, such as the text embeddings of the classes.
+        labels: targets [n], or None where there are none; adaptation never reads them.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    labels: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def select(self, index: torch.Tensor | slice) -> TaskData:
+        """The samples at `index`, a slice or an int64 tensor."""
+        labels = None if self.labels is None else self.labels[index]
+        return TaskData({name: tensor[index] for name, tensor in self.inputs.items()}, self.shared, labels)
+
+    def batches(self, size: int) -> Iterator[TaskData]:
+        """Consecutive batches of at most `size` samples, in order."""
+        for start in range(0, len(self), size):
+            yield self.select(slice(start, start + size))
+
+
+class TaskType(Protocol):
+    """What merging needs to know about a kind of model."""
+
+    name: str
+    #: the sub-module that fine-tuning changed, as a dotted name
+    tower: str
+    #: what a fine-tuned checkpoint may put before the tower's own parameter names
+    prefixes: tuple[str, ...]
+    #: named sets of target layers, as exact suffixes
+    layer_sets: Mapping[str, tuple[str, ...]]
+
+    def skeleton(self, folder: str | Path) -> nn.Module:
+        """The model a folder describes, on the meta device, its checkpoint checked against it."""
+
+    def load(self, folder: str | Path) -> nn.Module:
+        """A base model from a local folder in hub format."""
+
+    def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
+        """Checked samples of this task type."""
+
+    def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:
+        """Class scores [n, C] of a batch."""
+
+    def correct(self, logits: torch.Tensor, data: TaskData) -> torch.Tensor:
+        """Whether each sample is answered rightly, bool [n]."""
+
+
+def get(name: str) -> TaskType:
+    """The task type of that name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    from mingle.tasks.clip import ClipTask
+
+    known: dict[str, TaskType] = {"clip": ClipTask()}
+    if name not in known:
+        raise ValueError(f"unknown task type {name!r}: expected one of {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,127 @@
+"""Zero-shot image classification with CLIP: a fine-tuned vision tower, the base's text tower as the classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mingle.checkpoint import CheckpointError, CheckpointReader, read_json
+from mingle.tasks import TaskData
+
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+class ClipTask:
+    """The task type ``clip``: any `transformers.CLIPModel`.
+
+    Samples are mappings with ``pixel_values`` [n, 3, H, W], as the model's image processor makes them, ``text_embeds`` [C, P], the
+    unit-length embeddings of the classes (see `zero_shot_head`), and for evaluation ``labels`` [n].
+    """
+
+    name = "clip"
+    tower = "vision_model"
+    prefixes = ("vision_model.",)
+    layer_sets: Mapping[str, tuple[str, ...]] = {
+        "full": (*_ATTENTION, "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
+        "light": (*_ATTENTION, "mlp.fc1"),
+    }
+
+    def skeleton(self, folder: str | Path) -> nn.Module:
+        """The model that a local folder describes, without data, its checkpoint checked against it.
+
+        Raises:
+            CheckpointError: what is in the folder is no intact safetensors checkpoint of a CLIP model.
+        """
+        from transformers import CLIPConfig, CLIPModel
+
+        folder = Path(folder)
+        reader = CheckpointReader(folder)  # intact and inside the folder, before anything else opens it
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or config.get("model_type") != "clip":
+            raise CheckpointError(f"{folder / 'config.json'}: not the configuration of a CLIP model")
+        with torch.device("meta"):
+            model: nn.Module = CLIPModel(CLIPConfig.from_dict(config))
+        for name, tensor in model.state_dict().items():
+            if name not in reader:
+                raise CheckpointError(f"{folder}: the tensor {name!r} of a CLIP model is missing")
+            if reader.shape(name) != tuple(tensor.shape):
+                raise CheckpointError(f"{folder}: {name} has shape {list(reader.shape(name))}, config.json says {list(tensor.shape)}")
+        return model
+
+    def load(self, folder: str | Path) -> nn.Module:
+        """A `CLIPModel` in float32 from a local folder.
+
+        Raises:
+            CheckpointError: as `skeleton`.
+        """
+        from transformers import CLIPModel
+
+        self.skeleton(folder)
+        model: nn.Module = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        return model.eval()
+
+    def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
+        """Samples as `TaskData`.
+
+        Raises:
+            ValueError: a missing key, or shapes that do not fit; the message names the key.
+        """
+        if not isinstance(given, TaskData):
+            for key in ("pixel_values", "text_embeds"):
+                if key not in given:
+                    raise ValueError(f"the samples of a clip task need {key!r}; got {', '.join(given)}")
+            given = TaskData({"pixel_values": given["pixel_values"]}, {"text_embeds": given["text_embeds"]}, given.get("labels"))
+        pixels, head = given.inputs["pixel_values"], given.shared["text_embeds"]
+        if pixels.dim() != 4 or head.dim() != 2:
+            raise ValueError(f"pixel_values {list(pixels.shape)} and text_embeds {list(head.shape)}: expected [n, 3, H, W] and [C, P]")
+        if given.labels is not None and len(given.labels) != len(pixels):
+            raise ValueError(f"{len(given.labels)} labels for {len(pixels)} images")
+        return given
+
+    def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:
+        """exp(s) · cos(image, text) [n, C], with the model's own logit scale s."""
+        device = next(model.parameters()).device
+        pooled = model.vision_model(pixel_values=data.inputs["pixel_values"].to(device)).pooler_output
+        image = F.normalize(model.visual_projection(pooled), dim=-1)
+        return model.logit_scale.exp() * image @ data.shared["text_embeds"].to(image).mT
+
+    def correct(self, logits: torch.Tensor, data: TaskData) -> torch.Tensor:
+        """Top-1, bool [n]."""
+        if data.labels is None:
+            raise ValueError("these samples have no labels to compare with")
+        return logits.argmax(-1).cpu() == data.labels.cpu()
+
+
+@torch.inference_mode()
+def zero_shot_head(model: nn.Module, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+    """The zero-shot classifier [C, P]: every template's text embedding normalised, averaged over templates, normalised again.
+
+    Args:
+        model: a `transformers.CLIPModel`.
+        tokenizer: its tokenizer.
+        class_names: C names.
+        templates: prompts with ``{}`` in the name's place.
+    """
+    device = next(model.parameters()).device
+    embeddings = []
+    for template in templates:
+        tokens = tokenizer([template.format(name) for name in class_names], padding=True, truncation=True, return_tensors="pt")
+        pooled = model.text_model(
+            input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
+        ).pooler_output
+        embeddings.append(F.normalize(model.text_projection(pooled), dim=-1))
+    return F.normalize(torch.stack(embeddings).mean(0), dim=-1).clone()
+
+
+def processor_pixels(folder: str | Path, images: Sequence[Any]) -> torch.Tensor:
+    """Images (PIL, or uint8 arrays [3, H, W]) through the image processor of a local hub folder: float32 [n, 3, H, W]."""
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    pixels: torch.Tensor = processor(images=list(images), return_tensors="pt")["pixel_values"]
+    return pixels

@@ -1,0 +1,210 @@
+"""gated_experts and relaxed_projection against the formulas, written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mingle import functional
+from mingle.functional import gated_experts, relaxed_projection
+
+
+def problem(shape=(3, 5), d_in=7, d_out=6, experts=4, rank=3, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
+
+    return dict(
+        x=normal(*shape, d_in),
+        weight=normal(d_out, d_in),
+        bias=normal(d_out),
+        A=normal(experts, rank, d_in),
+        B=normal(experts, d_out, rank),
+        gate_weight=normal(experts, d_in),
+        gate_bias=normal(experts),
+    )
+
+
+def by_hand(p, reduce, mask=None):
+    """Loops over samples, tokens and experts; nothing shared with the library."""
+    x, y = p["x"], torch.empty(*p["x"].shape[:-1], len(p["weight"]), dtype=p["x"].dtype)
+    keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask
+    for s in range(x.shape[0]):
+        for n in range(x.shape[1]):
+            if reduce == "token":
+                seen = x[s, n]
+            else:
+                chosen = x[s][keep[s]] if reduce == "sample" else x[keep]
+                seen = chosen.mean(0) if len(chosen) else torch.zeros_like(x[s, n])
+            out = p["weight"] @ x[s, n] + p["bias"]
+            for i in range(len(p["A"])):
+                out = out + (p["gate_weight"][i] @ seen + p["gate_bias"][i]) * (p["B"][i] @ (p["A"][i] @ x[s, n]))
+            y[s, n] = out
+    return y
+
+
+BACKENDS = [b for b in functional.BACKENDS]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_matches_the_formula(backend, reduce, masked):
+    p = problem()
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool) if masked else None
+    torch.testing.assert_close(
+        gated_experts(**p, reduce=reduce, mask=mask, backend=backend), by_hand(p, reduce, mask), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_padding_may_hold_nan():
+    p = problem(shape=(2, 4))
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    expected = gated_experts(**p, mask=mask)
+    p["x"][0, 2:] = float("nan")
+    got = gated_experts(**p, mask=mask)
+    torch.testing.assert_close(got[mask], expected[mask], rtol=0, atol=0)
+
+
+def test_a_fully_padded_sample_sees_only_the_gate_bias():
+    p = problem(shape=(1, 3))
+    y = gated_experts(**p, mask=torch.zeros(1, 3, dtype=torch.bool))
+    p["gate_weight"].zero_()
+    torch.testing.assert_close(y, by_hand(p, "token"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
+def test_gradients(backend, reduce):
+    p = {name: tensor.requires_grad_() for name, tensor in problem(shape=(2, 3), d_in=4, d_out=3, experts=2, rank=2).items()}
+    names = list(p)
+    torch.autograd.gradcheck(
+        lambda *values: gated_experts(**dict(zip(names, values, strict=True)), reduce=reduce, backend=backend), list(p.values())
+    )
+
+
+def test_gradient_reaches_x_through_every_gate():
+    # Leaving out Σ dz_i w_i gives wrong gradients in the layers below; with zero experts' weight it would be easy to miss.
+    p = problem(experts=3)
+    x = p["x"].requires_grad_()
+    dy = torch.randn(3, 5, 6, dtype=torch.float64)
+    (full,) = torch.autograd.grad(gated_experts(**p, reduce="token"), x, dy)
+    frozen = (x @ p["gate_weight"].T + p["gate_bias"]).detach()
+    (detached,) = torch.autograd.grad(gated_experts(**p, gates=frozen), x, dy)
+    hidden = torch.einsum("snd,trd->sntr", x.detach(), p["A"])
+    dz = torch.einsum("sno,tor,sntr->snt", dy, p["B"], hidden)
+    torch.testing.assert_close(full - detached, dz @ p["gate_weight"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_given_gates_replace_the_linear_ones(backend):
+    p = problem()
+    linear = p.pop("gate_weight"), p.pop("gate_bias")
+    p |= {"gate_weight": None, "gate_bias": None, "backend": backend}
+    token = torch.randn(3, 5, 4, dtype=torch.float64)
+    sample, batch = token[:, 0], token[0, 0]
+    y = gated_experts(**p, gates=sample)
+    torch.testing.assert_close(y, gated_experts(**p, gates=sample[:, None].expand(3, 5, 4)))
+    torch.testing.assert_close(gated_experts(**p, gates=batch), gated_experts(**p, gates=batch.expand(3, 5, 4)))
+    assert not torch.allclose(y, gated_experts(**(p | {"gate_weight": linear[0], "gate_bias": linear[1]})))
+    with pytest.raises(ValueError, match="gates has shape"):
+        gated_experts(**p, gates=token[:2])
+
+
+def test_no_experts_is_bitwise_the_base():
+    p = problem(experts=0, dtype=torch.float32)
+    assert torch.equal(gated_experts(**p), torch.nn.functional.linear(p["x"], p["weight"], p["bias"]))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0,)])
+@pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
+def test_zero_tokens(shape, reduce):
+    p = {name: tensor.requires_grad_() for name, tensor in problem(shape=shape).items()}
+    y = gated_experts(**p, reduce=reduce)
+    assert y.shape == (*shape, 6)
+    y.sum().backward()
+    assert all((p[name].grad == 0).all() for name in ("gate_weight", "A", "B", "weight"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    experts=st.integers(1, 6),
+    rank=st.integers(1, 5),
+    d_in=st.integers(1, 9),
+    d_out=st.integers(1, 9),
+    layout=st.sampled_from(["plain", "transposed", "expanded", "sliced"]),
+    reduce=st.sampled_from(["token", "sample", "batch"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_grouped_agrees_with_eager(experts, rank, d_in, d_out, layout, reduce, dtype):
+    p = problem((2, 3), d_in, d_out, experts, rank, dtype, seed=experts * 100 + rank)
+    x = p["x"]
+    p["x"] = {
+        "plain": x,
+        "transposed": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "expanded": x[:1].expand(2, 3, d_in),
+        "sliced": torch.cat([x, x], -1)[..., ::2][..., :d_in] if d_in > 1 else x,
+    }[layout]
+    exact = gated_experts(**{k: v.double() for k, v in p.items()}, reduce=reduce, backend="eager")
+    error = (gated_experts(**p, reduce=reduce, backend="grouped").double() - exact).norm() / exact.norm().clamp_min(1e-30)
+    assert error < (2e-6 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.zeros(3, 5, 8, dtype=torch.float64)), r"x has shape \[3, 5, 8\]"),
+        (dict(B=torch.zeros(4, 6, 2, dtype=torch.float64)), r"B has shape \[4, 6, 2\], expected \[4, 6, 3\]"),
+        (dict(gate_weight=torch.zeros(4, 6, dtype=torch.float64)), "gate_weight has shape"),
+        (dict(gate_weight=None), "gate_weight and gate_bias are needed"),
+        (dict(mask=torch.ones(3, 4, dtype=torch.bool)), "mask has shape"),
+        (dict(reduce="mean"), "reduce='mean'"),
+        (dict(backend="cuda"), "backend='cuda'"),
+    ],
+)
+def test_bad_shapes_name_the_argument(change, message):
+    with pytest.raises(ValueError, match=message):
+        gated_experts(**(problem() | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(A=torch.zeros(4, 3, 7)), "A has dtype torch.float32, weight torch.float64"),
+        (dict(mask=torch.ones(3, 5)), "mask has dtype"),
+        (dict(A=torch.zeros(4, 3, 7, dtype=torch.float64, device="meta")), "A is on meta, x on cpu"),
+    ],
+)
+def test_mixed_dtypes_and_devices_are_refused(change, message):
+    with pytest.raises(TypeError, match=message):
+        gated_experts(**(problem() | change))
+
+
+def test_autocast():
+    p = problem(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = gated_experts(**p)
+    assert y.dtype == torch.bfloat16
+    exact = by_hand({k: v.double() for k, v in p.items()}, "sample")
+    assert (y.double() - exact).norm() / exact.norm() < 1e-2
+
+
+def test_relaxed_projection_is_the_identity_forward_and_projects_backward():
+    weight = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    basis = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64)).Q
+    upstream = torch.randn(2, 6, dtype=torch.float64)
+
+    def gradient(lam):
+        out = relaxed_projection(weight, basis, lam)
+        assert torch.equal(out, weight)
+        return torch.autograd.grad(out, weight, upstream)[0]
+
+    torch.testing.assert_close(gradient(torch.zeros(3, dtype=torch.float64)), upstream, rtol=0, atol=0)
+    assert (gradient(torch.ones(3, dtype=torch.float64)) @ basis).abs().max() < 1e-14
+    lam = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(gradient(lam) @ basis, (upstream @ basis) * (1 - lam))
+    with pytest.raises(ValueError, match="expected"):
+        relaxed_projection(weight, basis, lam[:2])

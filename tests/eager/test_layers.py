@@ -1,0 +1,164 @@
+"""MingleLinear as a drop-in for torch.nn.Linear, and its life over several tasks."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import mingle
+from mingle.layers import MingleLinear, count_parameters
+
+
+def grown(experts=3, d_in=8, d_out=6, rank=2, reduce="sample") -> MingleLinear:
+    layer = MingleLinear.from_linear(nn.Linear(d_in, d_out), reduce)
+    for i in range(experts):
+        layer.add_expert(torch.randn(rank + i % 2, d_in), torch.randn(d_out, rank + i % 2), gate_bias=0.1 * i)
+    return layer
+
+
+def test_no_experts_is_bitwise_the_base_and_shares_its_weight():
+    linear = nn.Linear(8, 6)
+    layer = MingleLinear.from_linear(linear)
+    x = torch.randn(4, 5, 8)
+    assert torch.equal(layer(x), linear(x))
+    assert layer.weight.data_ptr() == linear.weight.data_ptr()
+    assert linear.weight.requires_grad
+    assert (layer.in_features, layer.out_features) == (8, 6)
+
+
+@pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
+def test_is_the_sum_of_its_experts(reduce):
+    layer, x = grown(reduce=reduce), torch.randn(4, 5, 8)
+    seen = {"token": x, "sample": x.mean(1, keepdim=True), "batch": x.mean((0, 1), keepdim=True)}[reduce]
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    weight, bias = layer.all_gates()
+    for i, expert in enumerate(layer.experts()):
+        expected = expected + (seen @ weight[i] + bias[i])[..., None] * (x @ expert.delta().T)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_lower_ranks_are_padded_with_zeros():
+    layer = grown()
+    assert layer.A.shape == (3, 3, 8)
+    assert layer.B.shape == (3, 6, 3)
+    assert not layer.A[0, 2].any()
+
+
+def test_only_the_newest_gate_trains():
+    layer = grown()
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"gate_weight", "gate_bias"}
+    assert layer.gate_weight.shape == (1, 8)
+    frozen = {n: p.detach().clone() for n, p in layer.named_parameters() if not p.requires_grad}
+    newest = layer.gate_weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.randn(4, 5, 8)).square().sum().backward()
+        optimizer.step()
+    assert all(torch.equal(p, frozen[n]) for n, p in layer.named_parameters() if n in frozen)
+    assert not torch.equal(layer.gate_weight, newest)
+
+
+def test_adding_an_expert_keeps_the_trained_gate():
+    layer = grown(1)
+    with torch.no_grad():
+        layer.gate_weight.fill_(0.5)
+    layer.add_expert(torch.randn(2, 8), torch.randn(6, 2), gate_weight=torch.ones(8))
+    assert torch.equal(layer.frozen_gate_weight, torch.full((1, 8), 0.5))
+    assert torch.equal(layer.gate_weight, torch.ones(1, 8))
+
+
+def test_any_number_of_gates_can_train():
+    layer = grown()
+    before = layer.all_gates()[0].detach().clone()
+    for count in (3, 0, 2):
+        layer.set_trainable_gates(count)
+        assert len(layer.gate_weight) == count
+        assert layer.gate_weight.requires_grad == (count > 0)
+        assert torch.equal(layer.all_gates()[0], before)
+    with pytest.raises(ValueError, match="3 experts"):
+        layer.set_trainable_gates(4)
+
+
+def test_new_gates_are_drawn_with_the_published_deviation():
+    layer = MingleLinear.from_linear(nn.Linear(4096, 2))
+    layer.add_expert(torch.zeros(1, 4096), torch.zeros(2, 1))
+    assert layer.gate_weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert layer.gate_bias.item() == 0
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_behave_alike(clone):
+    layer, x = grown(), torch.randn(2, 3, 8)
+    other = clone(layer)
+    assert torch.equal(other(x), layer(x))
+    other.add_expert(torch.randn(2, 8), torch.randn(6, 2))
+    assert layer.num_experts == 3
+
+
+@pytest.mark.parametrize("receiver", [0, 1, 5])
+def test_state_dict_round_trip_is_strict_for_any_number_of_experts(receiver):
+    layer, x = grown(), torch.randn(2, 3, 8)
+    other = grown(receiver)
+    other.load_state_dict(layer.state_dict(), strict=True)
+    assert torch.equal(other(x), layer(x))
+    assert {n for n, p in other.named_parameters() if p.requires_grad} == {"gate_weight", "gate_bias"}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        MingleLinear.from_linear(nn.Linear(9, 6)).load_state_dict(layer.state_dict())
+
+
+def test_bad_experts_are_refused():
+    layer = grown()
+    with pytest.raises(ValueError, match=r"expected \[r, 8\] and \[6, r\]"):
+        layer.add_expert(torch.randn(2, 7), torch.randn(6, 2))
+    with pytest.raises(ValueError, match="gate_weight has shape"):
+        layer.add_expert(torch.randn(2, 8), torch.randn(6, 2), gate_weight=torch.zeros(7))
+    with pytest.raises(ValueError, match="reduce='mean'"):
+        MingleLinear.from_linear(nn.Linear(2, 2), "mean")
+    assert layer.num_experts == 3
+
+
+def test_strided_factors_are_accepted():
+    layer, x = MingleLinear.from_linear(nn.Linear(8, 6)), torch.randn(2, 3, 8)
+    A, B = torch.randn(8, 2), torch.randn(2, 6)
+    layer.add_expert(A.T, B.T, gate_weight=torch.zeros(8), gate_bias=1.0)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight + (A @ B).T, layer.bias))
+
+
+def model() -> nn.Module:
+    return nn.ModuleDict({"a": nn.ModuleDict({"fc1": nn.Linear(4, 4), "xfc1": nn.Linear(4, 4)}), "fc1": nn.Linear(4, 3, bias=False)})
+
+
+def test_inject_takes_exact_suffixes_and_restore_puts_the_base_back():
+    net = model()
+    before = {n: p.data_ptr() for n, p in net.named_parameters()}
+    layers = mingle.inject(net, ("fc1",), reduce="token")
+    assert list(layers) == ["a.fc1", "fc1"]
+    assert isinstance(net["a"]["xfc1"], nn.Linear)
+    assert mingle.inject(net, ("a.fc1",)) == {"a.fc1": layers["a.fc1"]}
+    layers["fc1"].add_expert(torch.randn(1, 4), torch.randn(3, 1))
+    assert mingle.restore(net) == ["a.fc1", "fc1"]
+    assert {n: p.data_ptr() for n, p in net.named_parameters()} == before
+    assert all(p.requires_grad for p in net.parameters())
+    assert type(net["fc1"]) is nn.Linear
+
+
+def test_inject_errors_name_the_nearest_layer_and_change_nothing():
+    net = model()
+    with pytest.raises(ValueError, match="no Linear layer's name ends in 'fc2'; the nearest is 'fc1'"):
+        mingle.inject(net, ("fc1", "fc2"))
+    assert type(net["fc1"]) is nn.Linear
+    attention = nn.MultiheadAttention(4, 1)
+    with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
+        mingle.inject(attention, ("out_proj",))
+
+
+def test_parameter_counts():
+    layer = grown(2, rank=2)
+    trainable, total = count_parameters(layer)
+    assert trainable == 9
+    assert total == 8 * 6 + 6 + 2 * 3 * (8 + 6) + 2 * 9
