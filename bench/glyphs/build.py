@@ -30,12 +30,8 @@ def main() -> None:
         began = time.perf_counter()
         finetune(glyphs.BASE, task, glyphs.DATA / "experts" / task.name, config)
         print(f"{task.name}: {time.perf_counter() - began:.0f} s", flush=True)
-    files = {
-        str(path.relative_to(glyphs.DATA)): sha256(path)
-        for path in sorted(glyphs.DATA.rglob("*"))
-        if path.suffix in (".json", ".safetensors")
-    }
-    files.pop("manifest.json", None)
+    shipped = [path for path in sorted(glyphs.DATA.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    files = {str(path.relative_to(glyphs.DATA)): sha256(path) for path in shipped}
     write_json(
         glyphs.DATA / "manifest.json",
         {
@@ -49,7 +45,7 @@ def main() -> None:
             "files": files,
         },
     )
-    total = sum(path.stat().st_size for path in glyphs.DATA.rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in shipped)
     print(json.dumps({"files": len(files), "megabytes": round(total / 1e6, 2)}))
 
 

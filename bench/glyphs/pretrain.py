@@ -92,7 +92,7 @@ class Corpus:
         half = round(size * foreign / 2)
         domains = [FOREIGN[int(torch.randint(len(FOREIGN), (), generator=generator))] for _ in range(2)] + ["plain"]
         parts = ink.tensor_split([half, 2 * half])
-        return torch.cat([apply_domain(domain, part, generator) for domain, part in zip(domains, parts)]), target
+        return torch.cat([apply_domain(domain, part, generator) for domain, part in zip(domains, parts, strict=True)]), target
 
 
 class Trainer:
@@ -134,7 +134,7 @@ class Trainer:
         """Top-1 over all characters, plain, in faces not trained on."""
         outlines, labels = self.corpus.test
         right = 0
-        for part, label in zip(outlines.split(256), labels.split(256)):
+        for part, label in zip(outlines.split(256), labels.split(256), strict=True):
             pictures = apply_domain("plain", view(part, TEST_PLACEMENT, self.generator), self.generator)
             right += int((self.logits(pictures, 0).argmax(1) == label).sum())
         return right / len(labels)

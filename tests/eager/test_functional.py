@@ -46,7 +46,7 @@ def by_hand(p, reduce, mask=None):
     return y
 
 
-BACKENDS = [b for b in functional.BACKENDS]
+BACKENDS = functional.BACKENDS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

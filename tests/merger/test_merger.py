@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -395,8 +397,6 @@ def test_damaged_folders_are_refused_with_the_file_named(saved, damage):
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_an_interrupted_save_leaves_the_old_merge_or_the_new_one(base_model, tuned_states, samples, saved, monkeypatch, stop):
     """Whatever rename the save stops at, the folder loads, and going on gives the bits of the uninterrupted merge."""
-    import os
-
     merger = mingle.Merger.from_pretrained(saved)
     add(merger, 2, tuned_states, samples)
     calls, replace = 0, os.replace
@@ -409,10 +409,8 @@ def test_an_interrupted_save_leaves_the_old_merge_or_the_new_one(base_model, tun
         return replace(*args, **kwargs)
 
     monkeypatch.setattr(os, "replace", failing)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         merger.save_pretrained(saved)
-    except KeyboardInterrupt:
-        pass
     monkeypatch.undo()
     resumed = mingle.Merger.from_pretrained(saved)
     assert resumed.task_names in (NAMES[:2], NAMES)
