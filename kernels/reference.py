@@ -23,8 +23,8 @@ def pooled_input(x: torch.Tensor, reduce: str, mask: torch.Tensor | None = None)
         return x
     dims = -2 if reduce == "sample" else tuple(range(x.dim() - 1))
     if mask is None:
-        count = x.shape[-2] if reduce == "sample" else x[..., 0].numel()
-        return x.sum(dims, keepdim=True) / max(count, 1)
+        tokens = x.shape[-2] if reduce == "sample" else x[..., 0].numel()
+        return x.sum(dims, keepdim=True) / max(tokens, 1)
     valid = mask.unsqueeze(-1)
     count = valid.sum(dims, keepdim=True).clamp_min(1)
     # where, not a product: padding may hold anything, NaN included

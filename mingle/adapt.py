@@ -125,8 +125,8 @@ def adapt_gates(
 
 def _step(optimizer: torch.optim.Optimizer, layers: Mapping[str, MingleLinear], projector: RelaxedProjector | None) -> bool:
     """One projected optimizer step; False, and nothing changed, where a gradient is not finite."""
-    weights = {name: layer.gate_weight.grad for name, layer in layers.items()}
-    biases = [layer.gate_bias.grad for layer in layers.values()]
+    weights = {name: layer.gate_weight.grad for name, layer in layers.items() if layer.gate_weight.grad is not None}
+    biases = [layer.gate_bias.grad for layer in layers.values() if layer.gate_bias.grad is not None]
     if not all(gradient.isfinite().all() for gradient in [*weights.values(), *biases]):
         return False
     if projector is not None:

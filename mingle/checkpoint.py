@@ -8,30 +8,21 @@ looks, whenever the writer is killed, finds the old file or the new one.
 from __future__ import annotations
 
 import difflib
-import fcntl
 import hashlib
 import json
-import logging
 import math
 import os
-import re
-import secrets
 import shlex
-import shutil
-import socket
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import chain
-from pathlib import Path, PureWindowsPath
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-_log = logging.getLogger(__name__)
+from mingle.files import MAX_JSON_BYTES, CheckpointError, contained, naming, parse_json, read_json, replacing
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -54,14 +45,7 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_MAX_JSON_BYTES = 100_000_000
 _MAX_RANK = 64
-_SPARE_BYTES = 16 << 20
-_TEMPORARY = re.compile(r"\.mingle-tmp-\d+-[0-9a-f]{16}-.+")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint, or a file beside it, cannot be read or written; the message names the file, and the tensor where there is one."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +107,7 @@ class CheckpointReader:
         is off, for a NaN or infinity in a floating-point or complex tensor.
         """
         entry = self._entry(name)
-        with _naming(entry.path):
+        with naming(entry.path):
             tensor: torch.Tensor = self._files[entry.path].get_tensor(name)
         if check_finite and (entry.dtype.is_floating_point or entry.dtype.is_complex):
             _check_finite(tensor, f"{entry.path}: tensor {name!r}")
@@ -152,142 +136,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header, size = _header(path, {name: tensors[name] for name in order}, {"format": "pt", **(metadata or {})})
     digest = hashlib.sha256()
-    with _replacing(path, size) as file:
+    with replacing(path, size) as file:
         chunks: Iterable[bytes | memoryview] = chain([header], (_bytes(tensors[name]) for name in order))
         for data in chunks:
             file.write(data)
             digest.update(data)
     return digest.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys, atomically; NaN and infinities raise `CheckpointError`."""
-    try:
-        data = (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not written: {error}") from error
-    with _replacing(path, len(data)) as file:
-        file.write(data)
-
-
-def write_copy(source: Path, target: Path) -> None:
-    """Copy a file's bytes atomically; the copy's mode follows the umask."""
-    with _naming(source), open(source, "rb") as original, _replacing(target, os.fstat(original.fileno()).st_size) as file:
-        shutil.copyfileobj(original, file)
-
-
-def read_json(path: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> Any:
-    """Parse a UTF-8 JSON file; a duplicate key, a syntax error (with its line) or a larger file raises `CheckpointError`."""
-    with _naming(path), open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
-            raise CheckpointError(f"{path}: expected at most {max_bytes} bytes of JSON, found {size}")
-        return _parse_json(file.read(size), str(path))
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex, streamed."""
-    with _naming(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def contained(folder: Path, name: str) -> Path:
-    """`folder / name`, once it is sure that opening it stays inside `folder`; nothing is opened, and it need not exist.
-
-    Raises `CheckpointError` for an absolute path, a `..` and a symlink that leads outside. One way out is allowed: a hub cache
-    keeps the files of `models--x/snapshots/<rev>` as symlinks to `models--x/blobs/<hash>`.
-    """
-    # The Windows flavour splits at both slashes and knows drives, so one check covers an index written on any system.
-    parts = PureWindowsPath(name)
-    if parts.anchor or ".." in parts.parts:
-        raise CheckpointError(f"{folder}: refusing {name!r}, which points outside the folder")
-    path = folder / name
-    try:
-        root, target = (Path(os.path.realpath(place)) for place in (folder, path))
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {name!r} is not a file name: {error}") from error
-    snapshots, repository = root.parent, root.parent.parent
-    cached = snapshots.name == "snapshots" and repository.name.startswith("models--") and target.parent == repository / "blobs"
-    if not (target.is_relative_to(root) or cached):
-        raise CheckpointError(f"{path}: refusing a symlink to {target}, outside the folder")
-    return path
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Be the only writer of `folder`, an existing one; while another holds it, raise `CheckpointError` naming the holder.
-
-    The lock is the kernel's, on `.lock` in the folder: a killed holder releases it, and the file itself stays behind.
-    """
-    path = folder / ".lock"
-    with _naming(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with _naming(path):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(f"{folder}: being written by {_holder(os.pread(descriptor, 4096, 0))}") from None
-            since = datetime.now(UTC).isoformat(timespec="seconds")
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(), 0)
-        try:
-            yield
-        finally:
-            # Closing would not be enough: a child forked meanwhile shares the lock and would keep it.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-    finally:
-        os.close(descriptor)
-
-
-def clean_stale(folder: Path) -> list[Path]:
-    """Remove the temporary files that killed writers left in `folder` and below; return their paths, sorted.
-
-    Call it while holding `lock`, as a living writer's file looks the same.
-    """
-    stale = sorted(path for path in folder.rglob(".mingle-tmp-*") if _TEMPORARY.fullmatch(path.name) and path.is_file())
-    for path in stale:
-        path.unlink(missing_ok=True)
-        _log.info("removed %s, left by a killed writer", path)
-    return stale
-
-
-def free_space(folder: Path, needed: int) -> None:
-    """Raise `CheckpointError` unless the disk of `folder` has room for `needed` bytes and a margin of 16 MiB."""
-    with _naming(folder):
-        free = shutil.disk_usage(folder).free
-    if free < needed + _SPARE_BYTES:
-        raise CheckpointError(f"{folder}: disk full: {needed} bytes and {_SPARE_BYTES} spare are needed, {free} are free")
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-@contextmanager
-def _replacing(path: Path, size: int) -> Iterator[BinaryIO]:
-    """A binary file of `size` bytes to come that replaces `path` when the block ends, and is removed when the block raises."""
-    free_space(path.parent, size)
-    temporary = path.with_name(f".mingle-tmp-{os.getpid()}-{secrets.token_hex(8)}-{path.name}")
-    try:
-        with _naming(path):
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            # The rename itself survives a power cut only once the folder is on disk.
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _header(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
@@ -311,7 +165,7 @@ def _header(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[s
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The elements in row-major order; a copy only where the tensor is not already so on the CPU."""
-    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
@@ -324,7 +178,7 @@ def _find(path: Path) -> Path:
     for name in _NAMES:
         if os.path.isfile(file := contained(path, name)):
             return file
-    with _naming(path):
+    with naming(path):
         pickles = sorted(file for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES and file.is_file())
     if not pickles:
         raise CheckpointError(f"{path}: no checkpoint; looked for {', '.join(_NAMES)}")
@@ -365,14 +219,14 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     """The tensors of one safetensors file, once its header is sure to describe exactly the bytes that are there."""
     if path.suffix in _PICKLE_SUFFIXES:
         raise _pickle_error(path, [path], path.with_suffix(".safetensors"))
-    with _naming(path), open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
         if start > size:
             raise CheckpointError(f"{path}: truncated, or not safetensors: expected at least {start} bytes, found {size}")
-        if start > 8 + _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: expected a header of at most {_MAX_JSON_BYTES} bytes, found {start - 8}")
-        header = _parse_json(file.read(start - 8), f"{path}: header")
+        if start > 8 + MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: expected a header of at most {MAX_JSON_BYTES} bytes, found {start - 8}")
+        header = parse_json(file.read(start - 8), f"{path}: header")
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: header: expected a JSON object")
     header.pop("__metadata__", None)
@@ -415,24 +269,8 @@ def _parse_entry(path: Path, name: str, value: Any) -> tuple[_Entry, int, int]:
 
 def _open(path: Path) -> Any:
     # Read rather than mapped: a file truncated under a map kills the process, and two reads of a tensor would share memory.
-    with _naming(path):
+    with naming(path):
         return safe_open(path, "pt", backend="pread")
-
-
-def _parse_json(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data.decode(), object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where}: bad JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: bad JSON: {error}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError(f"duplicate key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r}")
-    return value
 
 
 def _check_finite(tensor: torch.Tensor, where: str) -> None:
@@ -442,12 +280,3 @@ def _check_finite(tensor: torch.Tensor, where: str) -> None:
         first = torch.unravel_index(bad.flatten().byte().argmax(), tensor.shape)
         index = tuple(int(coordinate) for coordinate in first)
         raise CheckpointError(f"{where}: {int(bad.sum())} of {tensor.numel()} values are not finite, the first at {index}")
-
-
-def _holder(text: bytes) -> str:
-    """Who a lock file says holds it; the holder may not have written it yet."""
-    try:
-        holder = json.loads(text)
-        return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"

@@ -117,7 +117,7 @@ def _option(text: str) -> tuple[str, Any]:
     import yaml
 
     name, separator, value = text.partition("=")
-    known = sorted({field for method in METHODS.values() for field in method.Options.__dataclass_fields__})
+    known = sorted({field for method in METHODS.values() for field in vars(method.Options)["__dataclass_fields__"]})
     if not separator:
         raise OptionError(f"--set {text}: expected NAME=VALUE")
     if name not in known:

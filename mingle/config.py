@@ -75,6 +75,10 @@ class Eval:
     every_step: bool = True
     batch_size: int = 128
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: expected a positive integer")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -103,8 +107,23 @@ class Config:
         known = {f.name for f in fields(methods.get(self.method).Options)}
         if "reduce" in known:
             given.setdefault("reduce", PROTOCOLS[self.adapt.protocol])
+            if (given["reduce"] == "batch") and self.adapt.protocol == "strict":
+                raise OptionError(
+                    "gate: reduce: with batch gates predictions depend on the batch, which the strict protocol does not allow"
+                )
         build(methods.get(self.method).Options, given, f"method {self.method!r}")
         return given
+
+
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML's plain types only, and no key twice: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _SECTIONS: dict[str, type] = {"order": Order, "gate": Gate, "adapt": Adapt, "eval": Eval}
@@ -118,7 +137,7 @@ def load(path: str | Path) -> Config:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _UniqueKeys)
     except (OSError, yaml.YAMLError) as error:
         raise OptionError(f"{path}: {error}") from None
     return parse(content, str(path))

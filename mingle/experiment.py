@@ -105,7 +105,8 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
     timings: dict[str, Any] = {}
     traces: dict[str, Any] = {}
     for method in experiment.methods:
-        rows = results["methods"][method] = {"acc": [], "bwt": [], "matrix": [], "order": [], "seconds": []}
+        rows: dict[str, list[Any]] = {key: [] for key in ("acc", "bwt", "matrix", "order", "seconds")}
+        results["methods"][method] = rows
         timings[method] = []
         for number in range(experiment.orders):
             order = shuffled(list(suite), FIRST_ORDER_SEED + number)

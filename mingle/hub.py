@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mingle.checkpoint import CheckpointError
+from mingle.files import CheckpointError
 
 
 def resolve(model: str, revision: str | None = None) -> Path:

@@ -67,7 +67,7 @@ class Merger:
     ) -> None:
         self.task = tasks.get(task_type)
         method_class = methods.get(method)
-        self.options = build(method_class.Options, options, f"method {method!r}")
+        self.options: Any = build(method_class.Options, options, f"method {method!r}")
         self.seed = seed
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
         self.base = base_model if isinstance(base_model, nn.Module) else self.task.load(base_model)

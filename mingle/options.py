@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -38,7 +38,16 @@ def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     hints = get_type_hints(cls)
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     refuse_unknown(given, names, where)
-    return cls(**{name: checked(value, hints[name], f"{where}: {name}") for name, value in given.items()})
+    for f in fields(cls):  # type: ignore[arg-type]
+        if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
+            raise OptionError(f"{where}: {f.name!r} is missing")
+    values = {name: checked(value, hints[name], f"{where}: {name}") for name, value in given.items()}
+    try:
+        return cls(**values)
+    except OptionError:
+        raise
+    except ValueError as error:  # from the class's own checks
+        raise OptionError(f"{where}: {error}") from None
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
@@ -55,6 +64,12 @@ def checked(value: Any, hint: Any, where: str) -> Any:
             except OptionError:
                 continue
         raise OptionError(f"{where}: {value!r} is none of {hint}")
+    if is_dataclass(hint):
+        if not isinstance(value, hint):  # type: ignore[arg-type]
+            raise OptionError(f"{where}: {value!r} is not a mapping")
+        return value
+    if origin is dict:
+        hint = dict
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise OptionError(f"{where}: {value!r} is not a list")

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from mingle import hub, methods, storage, suites, tasks
-from mingle.checkpoint import CheckpointError, CheckpointReader
+from mingle.checkpoint import CheckpointReader
 from mingle.config import Config, Expert, shuffled
 from mingle.evaluate import Result
 from mingle.experiment import Observer
+from mingle.files import CheckpointError
 from mingle.inject import find_targets
 from mingle.merger import Merger
 from mingle.options import OptionError, build

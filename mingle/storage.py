@@ -22,18 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle.checkpoint import (
-    CheckpointError,
-    CheckpointReader,
-    clean_stale,
-    contained,
-    lock,
-    read_json,
-    sha256,
-    write_copy,
-    write_json,
-    write_tensors,
-)
+from mingle.checkpoint import CheckpointReader, write_tensors
+from mingle.files import CheckpointError, clean_stale, contained, lock, read_json, sha256, write_copy, write_json
 from mingle.version import __version__
 
 FORMAT = "mingle-merge"
@@ -61,7 +51,7 @@ def state_hash(source: nn.Module | Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 import torch
 
-from mingle.checkpoint import sha256, write_json
+from mingle.files import sha256, write_json
 from mingle.storage import versions
 from mingle.suites import glyphs
 from mingle.suites.glyphs.finetune import FinetuneConfig, finetune

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mingle.checkpoint import CheckpointError, CheckpointReader, read_json
+from mingle.checkpoint import CheckpointReader
+from mingle.files import CheckpointError, read_json
 from mingle.tasks import TaskData
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -25,7 +26,7 @@ class ClipTask:
 
     name = "clip"
     tower = "vision_model"
-    prefixes = ("vision_model.",)
+    prefixes: tuple[str, ...] = ("vision_model.",)
     layer_sets: Mapping[str, tuple[str, ...]] = {
         "full": (*_ATTENTION, "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
         "light": (*_ATTENTION, "mlp.fc1"),
@@ -85,10 +86,10 @@ class ClipTask:
 
     def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:
         """exp(s) · cos(image, text) [n, C], with the model's own logit scale s."""
-        device = next(model.parameters()).device
-        pooled = model.vision_model(pixel_values=data.inputs["pixel_values"].to(device)).pooler_output
-        image = F.normalize(model.visual_projection(pooled), dim=-1)
-        return model.logit_scale.exp() * image @ data.shared["text_embeds"].to(image).mT
+        clip: Any = model
+        pooled = clip.vision_model(pixel_values=data.inputs["pixel_values"].to(clip.logit_scale.device)).pooler_output
+        image = F.normalize(clip.visual_projection(pooled), dim=-1)
+        return clip.logit_scale.exp() * image @ data.shared["text_embeds"].to(image).mT
 
     def correct(self, logits: torch.Tensor, data: TaskData) -> torch.Tensor:
         """Top-1, bool [n]."""
@@ -98,7 +99,7 @@ class ClipTask:
 
 
 @torch.inference_mode()
-def zero_shot_head(model: nn.Module, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+def zero_shot_head(model: Any, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
     """The zero-shot classifier [C, P]: every template's text embedding normalised, averaged over templates, normalised again.
 
     Args:
@@ -107,7 +108,7 @@ def zero_shot_head(model: nn.Module, tokenizer: Any, class_names: Sequence[str],
         class_names: C names.
         templates: prompts with ``{}`` in the name's place.
     """
-    device = next(model.parameters()).device
+    device = model.logit_scale.device
     embeddings = []
     for template in templates:
         tokens = tokenizer([template.format(name) for name in class_names], padding=True, truncation=True, return_tensors="pt")

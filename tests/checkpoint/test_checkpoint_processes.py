@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from mingle.checkpoint import CheckpointError, CheckpointReader, clean_stale, lock, write_tensors
+from mingle.checkpoint import CheckpointReader, write_tensors
+from mingle.files import CheckpointError, clean_stale, lock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 

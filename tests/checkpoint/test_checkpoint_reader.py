@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mingle.checkpoint import CheckpointError, CheckpointReader
+from mingle.checkpoint import CheckpointReader
+from mingle.files import CheckpointError
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]
 
@@ -154,6 +155,7 @@ def test_infinities_are_not_finite(tmp_path: Path, value: float) -> None:
 
 def test_nothing_there_lists_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "runs.bin").mkdir()
     refusal(tmp_path, str(tmp_path), "model.safetensors,", "model.safetensors.index.json", "adapter_model.safetensors")
     refusal(tmp_path / "absent", f"{tmp_path}/absent: no such file or folder")
 
@@ -288,16 +290,23 @@ def test_a_hub_cache_snapshot_is_read_through_its_links(tmp_path: Path) -> None:
     assert CheckpointReader(tmp_path / "named").keys() == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    "target", ["models--someone--other/blobs/1", "models--someone--model/secret", "models--someone--model/blobs/sub/1"]
-)
-def test_a_hub_cache_snapshot_reaches_its_own_blobs_only(tmp_path: Path, target: str) -> None:
-    snapshot = tmp_path / "models--someone--model" / "snapshots" / "0123abc"
-    snapshot.mkdir(parents=True)
-    (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+NOT_BLOBS = [
+    ("models--a--b/snapshots/0123abc", "models--a--c/blobs/1"),
+    ("models--a--b/snapshots/0123abc", "models--a--b/secret"),
+    ("models--a--b/snapshots/0123abc", "models--a--b/blobs/sub/1"),
+    ("models--a--b/refs/0123abc", "models--a--b/blobs/1"),
+    ("home/snapshots/0123abc", "home/blobs/1"),
+]
+
+
+@pytest.mark.parametrize(("snapshot", "target"), NOT_BLOBS)
+def test_only_a_hub_cache_snapshot_reaches_blobs_and_only_its_own(tmp_path: Path, snapshot: str, target: str) -> None:
+    folder = tmp_path / snapshot
+    for parent in (folder, (tmp_path / target).parent):
+        parent.mkdir(parents=True, exist_ok=True)
     save_file({"a": torch.ones(1)}, tmp_path / target)
-    (snapshot / "model.safetensors").symlink_to(tmp_path / target)
-    refusal(snapshot, f"{snapshot}/model.safetensors", f"{tmp_path}/{target}", "outside the folder")
+    (folder / "model.safetensors").symlink_to(tmp_path / target)
+    refusal(folder, f"{folder}/model.safetensors", f"{tmp_path}/{target}", "outside the folder")
 
 
 # Headers

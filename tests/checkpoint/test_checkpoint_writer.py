@@ -16,16 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mingle.checkpoint import (
-    CheckpointError,
-    CheckpointReader,
-    free_space,
-    read_json,
-    sha256,
-    write_copy,
-    write_json,
-    write_tensors,
-)
+from mingle.checkpoint import CheckpointReader, write_tensors
+from mingle.files import CheckpointError, free_space, read_json, sha256, write_copy, write_json
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64),

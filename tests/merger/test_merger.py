@@ -12,7 +12,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 import mingle
-from mingle.checkpoint import CheckpointError
+from mingle.files import CheckpointError
 from mingle.layers import MingleLinear
 from mingle.storage import state_hash
 from mingle.tasks import TaskData

@@ -6,11 +6,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from mingle.checkpoint import write_json, write_tensors
+from mingle.checkpoint import write_tensors
+from mingle.files import write_json
 from mingle.suites.glyphs.alphabets import TEMPLATES
 from mingle.suites.glyphs.tasks import TRAIN_FACES, GlyphTask
 from mingle.tasks.clip import ClipTask, processor_pixels, zero_shot_head
@@ -48,7 +50,7 @@ def finetune(
     """
     config = config or FinetuneConfig()
     clip = ClipTask()
-    model = clip.load(base)
+    model: Any = clip.load(base)
     model.requires_grad_(False)
     classifier = head(base, model, task)
     tower = model.vision_model

@@ -1,0 +1,229 @@
+"""The commands as a user runs them, on the embedded suite."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import mingle
+from mingle import session
+from mingle.cli import main
+from mingle.config import Expert
+from mingle.experiment import Experiment, Observer, run
+from mingle.suites import glyphs
+from mingle.suites.glyphs.tasks import SUITES
+
+TASKS = [task.name for task in SUITES["glyphs4"]]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    methods = "pre-trained,individual,average,mingle"
+    assert main(["demo", "--suite", "glyphs4", "--methods", methods, "--set", "steps=10", "--orders", "2", "--out", str(out)]) == 0
+    return out
+
+
+def test_demo_writes_everything_it_promises(demo):
+    expected = {
+        "config.yaml", "results.json", "accuracy_matrix.csv", "timings.json", "traces.json", "merged", "accuracy_matrix.png",
+        "accuracy_over_tasks.png", "gate_activation.png", "interference.png", "loss.png",
+    }  # fmt: skip
+    assert {path.name for path in demo.iterdir()} == expected
+    assert {path.name for path in (demo / "merged").iterdir()} == {"average", "mingle"}
+
+
+def test_demo_results_follow_the_schema(demo):
+    results = json.loads((demo / "results.json").read_text())
+    assert set(results) == {"suite", "protocol", "seed", "versions", "methods"}
+    assert (results["suite"], results["protocol"]) == ("glyphs4", "strict")
+    for row in results["methods"].values():
+        assert set(row) == {"acc", "bwt", "matrix", "order", "seconds"}
+        for acc, bwt, matrix, order in zip(row["acc"], row["bwt"], row["matrix"], row["order"], strict=True):
+            assert sorted(order) == sorted(TASKS)
+            assert all((cell is None) == (j > i) for i, line in enumerate(matrix) for j, cell in enumerate(line))
+            assert acc == pytest.approx(sum(matrix[-1]) / 4)
+            assert bwt == pytest.approx(sum(matrix[-1][j] - matrix[j][j] for j in range(3)) / 3)
+    for reference in ("pre-trained", "individual"):
+        assert results["methods"][reference]["bwt"] == [0, 0]
+    assert results["methods"]["individual"]["acc"][0] > results["methods"]["average"]["acc"][0]
+
+
+def test_the_same_seed_gives_the_same_numbers(demo, tmp_path):
+    again = run(Experiment("glyphs4", methods=("mingle",), options=(("steps", 10),)), tmp_path)
+    before = json.loads((demo / "results.json").read_text())
+    assert again["methods"]["mingle"]["matrix"][0] == before["methods"]["mingle"]["matrix"][0]
+
+
+def test_the_demo_s_merged_model_loads_and_goes_on(demo):
+    merger = mingle.Merger.from_pretrained(demo / "merged" / "mingle")
+    assert sorted(merger.task_names) == sorted(TASKS)
+    results = json.loads((demo / "results.json").read_text())
+    assert merger.matrix[-1] == results["methods"]["mingle"]["matrix"][0][-1]
+
+
+def test_report_makes_table_and_plots_again(demo, capsys):
+    (demo / "loss.png").unlink()
+    assert main(["report", str(demo)]) == 0
+    assert (demo / "loss.png").exists()
+    assert "mingle" in capsys.readouterr().out
+
+
+def write_config(tmp_path, names=TASKS[:3], **changes) -> Path:
+    content = {
+        "base": str(glyphs.BASE),
+        "method": "mingle",
+        "experts": [{"name": name, "model": str(glyphs.DATA / "experts" / name)} for name in names],
+        "rank": 8,
+        "adapt": {"steps": 4, "lr": 1e-3, "samples_per_class": 1},
+        "eval": {"suite": "glyphs4"},
+    } | changes
+    path = tmp_path / "merge.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_merge_add_eval_and_inspect(tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert main(["merge", str(write_config(tmp_path)), "--out", str(out)]) == 0
+    assert main(["add", str(out), "--name", TASKS[3], "--model", str(glyphs.DATA / "experts" / TASKS[3])]) == 0
+    added = json.loads((out / "manifest.json").read_text())
+    assert [task["name"] for task in added["tasks"]] == TASKS
+    assert [task["seed_samples"] for task in added["tasks"]] == [20] * 4
+    assert main(["eval", str(out)]) == 0
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in TASKS)
+
+    whole = tmp_path / "whole"
+    assert main(["merge", str(write_config(tmp_path, TASKS)), "--out", str(whole)]) == 0
+    merged = json.loads((whole / "manifest.json").read_text())
+    assert merged["matrix"] == added["matrix"]
+    assert [task["tensors"] for task in merged["tasks"]] == [task["tensors"] for task in added["tasks"]]
+
+
+def test_several_orders_make_several_merges(tmp_path):
+    out = tmp_path / "merged"
+    config = write_config(
+        tmp_path, method="average", rank=None, order={"shuffle": True, "seeds": [42, 43]}, adapt={}, eval={"suite": "glyphs4"}
+    )
+    config.write_text("\n".join(line for line in config.read_text().splitlines() if not line.startswith("rank")))
+    assert main(["merge", str(config), "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"order-42", "order-43"}
+
+
+def test_a_killed_merge_resumes_bit_for_bit(tmp_path):
+    config = write_config(tmp_path, TASKS)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(["merge", str(config), "--out", str(whole)]) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mingle", "merge", str(config), "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "manifest.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (killed / "manifest.json").exists()
+    assert main(["merge", str(config), "--out", str(killed)]) == 0
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (whole, killed)]
+    assert manifests[0] == manifests[1]
+
+
+def fails(capsys, *arguments) -> str:
+    assert main(list(map(str, arguments))) == 2
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_merge_refuses_before_anything_is_written(tmp_path, capsys):
+    out = tmp_path / "merged"
+
+    def message(**changes):
+        return fails(capsys, "merge", write_config(tmp_path, **changes), "--out", out)
+
+    assert "unknown option 'rnak'; did you mean 'rank'" in message(rnak=3)
+    assert "did you mean 'fc1'" in message(layers=["fc3"]) or "nearest is 'fc" in message(layers=["fc3"])
+    assert "no such folder" in message(base="./nowhere")
+    assert "has no task 'greek'" in message(experts=[{"name": "greek", "model": str(glyphs.DATA / "experts" / TASKS[0])}])
+    assert "unknown suite 'glyphs5'" in message(eval={"suite": "glyphs5"})
+    assert "adapts on seed samples" in message(eval={})
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    torch.save({}, pickled / "pytorch_model.bin")
+    assert "pickle" in message(experts=[{"name": TASKS[0], "model": str(pickled)}])
+    assert not out.exists()
+    assert main(["merge", str(write_config(tmp_path)), "--out", str(out), "--check"]) == 0
+    assert not out.exists()
+
+
+def test_merge_refuses_another_architecture(tmp_path, capsys, tuned_folders):
+    text = fails(
+        capsys, "merge", write_config(tmp_path, experts=[{"name": TASKS[0], "model": str(tuned_folders[0])}]), "--out", tmp_path / "x"
+    )
+    assert f"expert {TASKS[0]!r}" in text
+    assert "missing" in text
+
+
+def test_resuming_with_other_settings_is_refused_with_the_differences(tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert main(["merge", str(write_config(tmp_path, TASKS[:1])), "--out", str(out)]) == 0
+    text = fails(capsys, "merge", write_config(tmp_path, TASKS[1:3], rank=4), "--out", out)
+    assert "option rank: 8 there, 4 now" in text
+    assert f"tasks: {TASKS[0]} there" in text
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert "not empty" in fails(capsys, "merge", write_config(tmp_path), "--out", tmp_path / "other")
+
+
+def test_add_refuses_an_unknown_task(tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert main(["merge", str(write_config(tmp_path, TASKS[:1])), "--out", str(out)]) == 0
+    before = (out / "manifest.json").read_bytes()
+    model = glyphs.DATA / "experts" / TASKS[1]
+    assert "has no task 'klingon'" in fails(capsys, "add", out, "--name", "klingon", "--model", model)
+    assert "is merged already" in fails(capsys, "add", out, "--name", TASKS[0], "--model", model)
+    assert "no such folder" in fails(capsys, "add", out, "--name", TASKS[1], "--model", "./nowhere")
+    assert (out / "manifest.json").read_bytes() == before
+
+
+def test_a_suite_of_own_images(tmp_path, capsys):
+    """A folder of PNG files per class, for any CLIP folder."""
+    from PIL import Image
+
+    task = SUITES["glyphs4"][0]
+    pictures, labels = task.test_set(3)
+    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        folder = tmp_path / "images" / task.name / task.class_names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    (tmp_path / "images" / task.name / "templates.txt").write_text("a glyph of {}.\n")
+    config = write_config(tmp_path, [task.name], eval={"suite": str(tmp_path / "images")})
+    assert main(["merge", str(config), "--out", str(tmp_path / "merged")]) == 0
+    accuracy = json.loads((tmp_path / "merged" / "manifest.json").read_text())["matrix"][-1][0]
+    assert accuracy > 80
+    (tmp_path / "images" / task.name / "empty").mkdir()
+    assert "empty: no images in it" in fails(capsys, "eval", tmp_path / "merged")
+
+
+def test_unknown_methods_and_options(capsys, tmp_path):
+    assert "unknown method 'mingel'; did you mean 'mingle'" in fails(capsys, "demo", "--methods", "mingel", "--out", tmp_path)
+    assert "no method has this option" in fails(capsys, "demo", "--set", "gama=1", "--out", tmp_path)
+    assert "holds no saved merge" in fails(capsys, "inspect", tmp_path)
+    assert main(["env"]) == 0
+
+
+def test_session_api_adds_and_evaluates(tmp_path):
+    out = tmp_path / "merged"
+    assert main(["merge", str(write_config(tmp_path, TASKS[:1])), "--out", str(out)]) == 0
+    result = session.add(out, Expert(TASKS[1], str(glyphs.DATA / "experts" / TASKS[1])), {}, Observer())
+    assert result.tasks == TASKS[:2]
+    assert session.evaluate(out, {}, 128).matrix == result.matrix

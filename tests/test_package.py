@@ -1,0 +1,44 @@
+"""What is installed, and that the code base keeps its own rules."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_wheel_holds_only_mingle_and_its_data(tmp_path):
+    """An installed top-level package called `kernels` would shadow the one that transformers imports."""
+    built = run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT))
+    assert built.returncode == 0, built.stdout + built.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mingle"}
+    for expected in (
+        "mingle/kernels/reference.py",
+        "mingle/py.typed",
+        "mingle/suites/glyphs/data/manifest.json",
+        "mingle/suites/glyphs/data/base/tokenizer.json",
+        "mingle/suites/glyphs/data/experts/greek-inverted/model.safetensors",
+    ):
+        assert expected in names
+
+
+def test_importing_mingle_is_light():
+    heavy = "transformers, matplotlib, PIL"
+    code = f"import sys, mingle; print([m for m in {heavy.split(', ')!r} if m in sys.modules])"
+    assert run(sys.executable, "-c", code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)])
+def test_linters(command):
+    result = run(sys.executable, "-m", *command)
+    assert result.returncode == 0, result.stdout + result.stderr
