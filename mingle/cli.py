@@ -1,10 +1,11 @@
-"""The command line: ``python -m mingle demo | merge | add | eval | inspect | report | env``."""
+"""The command line: ``python -m mingle demo | check | merge | add | eval | inspect | report | env``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,8 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="merge the models of a YAML file; resumes what was interrupted")
     merge.add_argument("config", type=Path)
     merge.add_argument("--out", type=Path, required=True, help="folder for the merged model")
-    merge.add_argument("--check", action="store_true", help="only check the configuration and every file it names")
     merge.set_defaults(run=_merge)
+
+    check = commands.add_parser("check", help="find out whether merge would run: the YAML file and every file it names")
+    check.add_argument("config", type=Path)
+    check.set_defaults(run=_check)
 
     add = commands.add_parser("add", help="merge one more model into a merged one")
     add.add_argument("folder", type=Path, help="what merge wrote")
@@ -104,11 +108,11 @@ def _positive(text: str) -> int:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    names = tuple(name.strip() for name in args.methods.split(","))
+    names = tuple(dict.fromkeys(name.strip() for name in args.methods.split(",")))
     options = tuple(_option(text) for text in args.set)
     experiment = experiments.Experiment(args.suite, args.protocol, names, args.orders, seed=args.seed, options=options)
     with _progress() as progress:
-        results = experiments.run(experiment, args.out, _Bars(progress, len(names), args.orders))
+        results = experiments.run(experiment, args.out, _Bars(progress, len(names) * args.orders))
     console.print(report.table(results))
     console.print(f"results, plots and merged models: [bold]{args.out}[/]")
 
@@ -126,20 +130,21 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    config = configs.load(args.config)
-    plan = session.check(config, args.out)
-    if args.check:
-        console.print(f"{args.config}: all {len(config.experts)} experts fit the base; nothing was written")
-        return
+    plan = session.check(configs.load(args.config), args.out)
     with _progress() as progress:
-        for result in plan.run(_Bars(progress, 1, len(plan.orders))):
+        for result in plan.run(_Bars(progress, len(plan.orders))):
             console.print(_result_table(result))
     console.print(f"merged model: [bold]{args.out}[/]")
 
 
+def _check(args: argparse.Namespace) -> None:
+    plan = session.check(configs.load(args.config))
+    console.print(f"{args.config}: all {len(plan.experts)} experts fit the base")
+
+
 def _add(args: argparse.Namespace) -> None:
     with _progress() as progress:
-        result = session.add(args.folder, configs.Expert(args.name, args.model, args.revision), _overrides(args), _Bars(progress, 1, 1))
+        result = session.add(args.folder, configs.Expert(args.name, args.model, args.revision), _overrides(args), _Bars(progress, 1))
     console.print(_result_table(result))
 
 
@@ -186,8 +191,7 @@ def _env(args: argparse.Namespace) -> None:
 
 
 def _result_table(result: Result) -> Table:
-    title = f"ACC {_percent(result.acc)}" + (f", BWT {result.bwt:+.1f}" if result.bwt == result.bwt else "")
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"ACC {_percent(result.acc)}, BWT {_points(result.bwt)}", title_justify="left")
     table.add_column("task")
     table.add_column("when merged", justify="right")
     table.add_column("now", justify="right")
@@ -197,7 +201,11 @@ def _result_table(result: Result) -> Table:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.1f} %"
+    return "–" if value is None or math.isnan(value) else f"{value:.1f} %"
+
+
+def _points(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:+.1f}"
 
 
 @contextmanager
@@ -208,31 +216,31 @@ def _progress() -> Iterator[Progress]:
 
 
 class _Bars(experiments.Observer):
-    """A bar for the tasks of all methods, and one for what runs inside a task."""
+    """A bar for the tasks of all methods and orders, and one for what runs inside a task."""
 
-    def __init__(self, progress: Progress, methods: int, orders: int) -> None:
-        self.progress, self.runs = progress, methods * orders
+    def __init__(self, progress: Progress, runs: int) -> None:
+        self.progress, self.runs, self.begun = progress, runs, 0
         self.tasks = progress.add_task("starting", total=None, note="")
         self.inner = progress.add_task("", total=None, note="", visible=False)
-        self.trained: str | None = None
 
     def merging(self, method: str, order: int, index: int, tasks: Sequence[str]) -> None:
-        if self.progress.tasks[self.tasks].total is None:
-            self.progress.update(self.tasks, total=self.runs * len(tasks))
-        else:
-            self.progress.advance(self.tasks)
-        self.progress.update(self.tasks, description=f"{method}, order {order + 1}", note=tasks[index])
+        self.progress.update(
+            self.tasks,
+            description=f"{method}, order {order + 1}",
+            total=self.runs * len(tasks),
+            completed=self.begun,
+            note=tasks[index],
+        )
         self.progress.update(self.inner, visible=False)
+        self.begun += 1
 
     def adapting(self, step: int, loss: float) -> None:
-        self.progress.update(self.inner, description="  adapting", visible=True, completed=step + 1, note=f"loss {loss:.3f}")
+        self.progress.update(self.inner, description="  adapting", visible=True, total=None, completed=step + 1, note=f"loss {loss:.3f}")
 
     def training(self, task: str, step: int, steps: int) -> None:
-        self.progress.update(
-            self.inner, description=f"  training the expert {task} (once, then cached)", visible=True, total=steps, completed=step
-        )
+        description = f"  training the expert {task} (once, then cached)"
+        self.progress.update(self.inner, description=description, visible=True, total=steps, completed=step)
 
     def merged(self, method: str, order: int, result: Result) -> None:
-        self.progress.console.print(f"{method}, order {order + 1}: ACC {result.acc:.1f}, BWT {result.bwt:+.1f}")
-        if order + 1 == self.runs or self.progress.tasks[self.tasks].completed + 1 == self.progress.tasks[self.tasks].total:
-            self.progress.advance(self.tasks)
+        self.progress.update(self.tasks, completed=self.begun)
+        self.progress.console.print(f"{method}, order {order + 1}: ACC {_percent(result.acc)}, BWT {_points(result.bwt)}")

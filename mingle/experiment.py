@@ -18,6 +18,7 @@ from mingle.config import shuffled
 from mingle.evaluate import Result, gate_activation
 from mingle.merger import Merger
 from mingle.methods.mingle_experts import Mingle
+from mingle.options import build
 from mingle.storage import versions
 from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
@@ -81,8 +82,6 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
         What ``results.json`` holds.
     """
     observer = observer or Observer()
-    for method in experiment.methods:
-        methods.get(method)
     suite = suites.load(
         experiment.suite,
         protocol=experiment.protocol,
@@ -90,6 +89,8 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
         seed=experiment.seed,
         on_training=observer.training,
     )
+    for method in experiment.methods:  # every mistake before the first merge
+        build(methods.get(method).Options, experiment.options_for(method, suite), f"method {method!r}")
     out.mkdir(parents=True, exist_ok=True)
     settings = asdict(experiment) | {"methods": list(experiment.methods), "options": dict(experiment.options)}
     (out / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -122,7 +123,7 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
             if number == 0:
                 if trace:
                     traces[method] = trace
-                if method not in ("pre-trained", "individual"):
+                if method not in report.REFERENCES:
                     merger.save_pretrained(out / "merged" / method)
             observer.merged(method, number, result)
         _write_json(out / "results.json", results)
@@ -157,7 +158,7 @@ def merge_all(
     with torch.no_grad():
         gates = [gate_activation(merger.task, merger.model, layers, suite[name]).tolist() for name in order]
     series = {key: [getattr(trace, key) for trace in recorded] for key in ("loss", "interference", "strength")}
-    return steps, {"order": list(order), "layers": list(layers), **series, "gates": gates}
+    return steps, {"order": list(order), "layers": list(layers), "gates": gates, **series}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -72,7 +72,7 @@ class Merger:
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
         self.base = base_model if isinstance(base_model, nn.Module) else self.task.load(base_model)
         if device is not None:
-            self.base = self.base.to(device)
+            self.base = copy.deepcopy(self.base).to(device)
         self.model = copy.deepcopy(self.base).eval()
         self._base_tower = {name: t.detach() for name, t in self.base.get_submodule(self.task.tower).state_dict().items()}
         self.method = method_class(self.model, self.task, self._base_tower, self.options)

@@ -32,7 +32,7 @@ class Plan:
         base: the base model's folder.
         experts: name → folder of the fine-tuned model.
         orders: the task orders to merge in.
-        folders: where each order's merged model goes.
+        folders: where each order's merged model goes; empty for a plan that was only to be checked.
     """
 
     config: Config
@@ -68,8 +68,8 @@ class Plan:
         return merger
 
 
-def check(config: Config, out: Path) -> Plan:
-    """Find everything that can be wrong with a merge before the first heavy step.
+def check(config: Config, out: Path | None = None) -> Plan:
+    """Find everything that can be wrong with a merge into the folder `out` before the first heavy step.
 
     Raises:
         OptionError: something in the config.
@@ -93,9 +93,11 @@ def check(config: Config, out: Path) -> Plan:
     suite = _suite(config, base, experts)
     names = list(experts)
     orders = [shuffled(names, seed) for seed in config.order.seeds] if config.order.shuffle else [names]
-    folders = [out] if len(orders) == 1 else [out / f"order-{seed}" for seed in config.order.seeds]
-    for folder, order in zip(folders, orders, strict=True):
-        _check_folder(folder, config, order)
+    folders: list[Path] = []
+    if out is not None:
+        folders = [out] if len(orders) == 1 else [out / f"order-{seed}" for seed in config.order.seeds]
+        for folder, order in zip(folders, orders, strict=True):
+            _check_folder(folder, config, order)
     return Plan(config, suite, base, experts, orders, folders)
 
 

@@ -67,7 +67,7 @@ class BaseModel:
         if self.folder is not None:
             for source in sorted(self.folder.iterdir()):
                 if source.suffix in (".json", ".safetensors", ".txt") and source.is_file():
-                    write_copy(source, target / source.name)
+                    write_copy(contained(self.folder, source.name), target / source.name)
             return
         config = getattr(self.model, "config", None)
         if config is None:
@@ -90,9 +90,11 @@ def save(folder: Path, manifest: dict[str, Any], base_hash: str, base: BaseModel
         clean_stale(folder)
         old = _read_manifest(folder) if (folder / MANIFEST).exists() else None
         known = {entry["file"]: entry for entry in _files(old)} if old else {}
-        base_name = f"base-{base_hash[:12]}" if base is not None else None
-        if base is not None and base_name and not (old and old["base"]["folder"] == base_name):
+        base_name = f"base-{base_hash[:12]}"
+        has_base = old is not None and old["base"]["folder"] == base_name
+        if base is not None and not has_base:
             base.write(folder / base_name)
+            has_base = True
         (folder / "tasks").mkdir(exist_ok=True)
         entries = [
             task | {"tensors": _write(folder, f"tasks/{i:03d}-{_slug(task['name'])}", tensors, known)}
@@ -102,7 +104,7 @@ def save(folder: Path, manifest: dict[str, Any], base_hash: str, base: BaseModel
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             **manifest,
-            "base": {"sha256": base_hash, "folder": base_name},
+            "base": {"sha256": base_hash, "folder": base_name if has_base else None},
             "tasks": entries,
             "state": _write(folder, "state", state, known),
             "versions": versions(),
@@ -194,6 +196,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     for key, kind in _REQUIRED.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path}: {key!r} is missing or no {kind.__name__}")
+    try:
+        for entry in _files(manifest):
+            _ = Path(entry["file"]), int(entry["bytes"]), str(entry["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: a task or file entry is malformed ({error!r})") from None
     return manifest
 
 

@@ -113,10 +113,7 @@ def test_merge_add_eval_and_inspect(tmp_path, capsys):
 
 def test_several_orders_make_several_merges(tmp_path):
     out = tmp_path / "merged"
-    config = write_config(
-        tmp_path, method="average", rank=None, order={"shuffle": True, "seeds": [42, 43]}, adapt={}, eval={"suite": "glyphs4"}
-    )
-    config.write_text("\n".join(line for line in config.read_text().splitlines() if not line.startswith("rank")))
+    config = write_config(tmp_path, method="average", rank=None, adapt=None, order={"shuffle": True, "seeds": [42, 43]})
     assert main(["merge", str(config), "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"order-42", "order-43"}
 
@@ -161,8 +158,7 @@ def test_merge_refuses_before_anything_is_written(tmp_path, capsys):
     torch.save({}, pickled / "pytorch_model.bin")
     assert "pickle" in message(experts=[{"name": TASKS[0], "model": str(pickled)}])
     assert not out.exists()
-    assert main(["merge", str(write_config(tmp_path)), "--out", str(out), "--check"]) == 0
-    assert not out.exists()
+    assert main(["check", str(write_config(tmp_path))]) == 0
 
 
 def test_merge_refuses_another_architecture(tmp_path, capsys, tuned_folders):
