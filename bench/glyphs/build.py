@@ -1,6 +1,6 @@
 """Fine-tune the experts of the embedded suite that ship with the package, and write the manifest of its data.
 
-Run after ``pretrain.py``.  Deterministic for one machine and version of torch; about a minute a task on 2 CPU cores.
+Run after ``pretrain.py``.  Deterministic for one machine and version of torch; about 40 seconds a task on 2 CPU cores.
 
     python bench/glyphs/build.py [--suite glyphs8]
 """

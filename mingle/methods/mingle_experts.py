@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from mingle import subspace
-from mingle.adapt import AdaptConfig, adapt_gates, teacher_logits
+from mingle.adapt import AdaptConfig, AdaptTrace, adapt_gates, teacher_logits
 from mingle.inject import inject
 from mingle.layers import GATE_INIT_STD, MingleLinear
 from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
 from mingle.projection import make_expert
 from mingle.relaxation import RelaxedProjector
 from mingle.task_vector import task_vector
-from mingle.tasks import TaskType
+from mingle.tasks import TaskData, TaskType
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,7 @@ class Mingle(MergeMethod):
     def add(self, arrival: Arrival) -> StepReport:
         deltas = task_vector(self.base, arrival.tuned, [f"{name}.weight" for name in self.layers])
         if not any(delta.any() for delta in deltas.values()):
-            self.offsets.append({name: basis.shape[1] for name, basis in self.bases.items()})
-            self.places.append(None)
+            self._count(merged=False)
             return StepReport(skipped=f"{arrival.name}: no target layer differs from the base, no expert was added")
         before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
         try:
@@ -109,10 +108,14 @@ class Mingle(MergeMethod):
                 for key, parameter in parameters.items():
                     setattr(self.layers[name], key, parameter)
             raise
-        self.offsets.append({name: basis.shape[1] for name, basis in self.bases.items()})
-        self.places.append(sum(place is not None for place in self.places))
+        self._count(merged=True)
         self.bases = bases
         return report
+
+    def _count(self, *, merged: bool) -> None:
+        """Note one more task, before its directions join the bases."""
+        self.offsets.append({name: basis.shape[1] for name, basis in self.bases.items()})
+        self.places.append(sum(place is not None for place in self.places) if merged else None)
 
     def _merge(self, arrival: Arrival, deltas: Tensors) -> tuple[StepReport, Tensors]:
         options, report = self.options, StepReport()
@@ -124,13 +127,16 @@ class Mingle(MergeMethod):
             if options.gates != "static" and options.gate_init == "normal":
                 gate.normal_(std=GATE_INIT_STD, generator=generator)
             bias = options.static_coefficient if options.gates == "static" else 0.0
-            layer.add_expert(expert.A.to(layer.weight), expert.B.to(layer.weight), gate_weight=gate, gate_bias=bias)
-            layer.set_trainable_gates({"newest": 1, "all": layer.num_experts, "static": 0}[options.gates])
+            self._append(layer, expert.A.to(layer.weight), expert.B.to(layer.weight), gate, bias)
         if options.gates != "static":
             report.trace = self._adapt(arrival, generator)
         return report, self._protect(arrival, report)
 
-    def _adapt(self, arrival: Arrival, generator: torch.Generator) -> Any:
+    def _append(self, layer: MingleLinear, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor) -> None:
+        layer.add_expert(A, B, gate_weight=gate, gate_bias=bias)
+        layer.set_trainable_gates({"newest": 1, "all": layer.num_experts, "static": 0}[self.options.gates])
+
+    def _adapt(self, arrival: Arrival, generator: torch.Generator) -> AdaptTrace:
         options, seeds = self.options, self._seeds(arrival)
         targets = teacher_logits(self.task, arrival.teacher(), seeds, _EVALUATION_BATCH)
         projector = None
@@ -156,8 +162,8 @@ class Mingle(MergeMethod):
         return bases
 
     @staticmethod
-    def _seeds(arrival: Arrival) -> Any:
-        if arrival.seeds is None or len(arrival.seeds) == 0:
+    def _seeds(arrival: Arrival) -> TaskData:
+        if not arrival.seeds:
             raise ValueError(f"task {arrival.name!r}: this method adapts on seed samples, and none were given")
         return arrival.seeds
 
@@ -179,14 +185,12 @@ class Mingle(MergeMethod):
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         for tensors in tasks:
-            self.offsets.append({name: basis.shape[1] for name, basis in self.bases.items()})
-            self.places.append(sum(place is not None for place in self.places) if tensors else None)
+            self._count(merged=bool(tensors))
             if not tensors:
                 continue
             for name, layer in self.layers.items():
                 A, B, weight, bias, basis = (tensors[f"{name}.{key}"] for key in _LAYER_TENSORS)
-                layer.add_expert(A, B, gate_weight=weight, gate_bias=bias)
-                layer.set_trainable_gates({"newest": 1, "all": layer.num_experts, "static": 0}[self.options.gates])
+                self._append(layer, A, B, weight, bias)
                 self.bases[name] = torch.cat([self.bases[name], basis], 1)
 
 

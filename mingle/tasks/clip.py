@@ -98,7 +98,7 @@ class ClipTask:
         return logits.argmax(-1).cpu() == data.labels.cpu()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def zero_shot_head(model: Any, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
     """The zero-shot classifier [C, P]: every template's text embedding normalised, averaged over templates, normalised again.
 
@@ -116,7 +116,7 @@ def zero_shot_head(model: Any, tokenizer: Any, class_names: Sequence[str], templ
             input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
         ).pooler_output
         embeddings.append(F.normalize(model.text_projection(pooled), dim=-1))
-    return F.normalize(torch.stack(embeddings).mean(0), dim=-1).clone()
+    return F.normalize(torch.stack(embeddings).mean(0), dim=-1)
 
 
 def processor_pixels(folder: str | Path, images: Sequence[Any]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A small CLIP, pre-trained on some six hundred characters and their Unicode names, is the base; each task is an alphabet seen in a domain
 (inverted, on a chessboard, in noise, …).  The base and the experts of `glyphs8` ship with the package; further experts are trained on
-first use into the user's cache, about a minute each.
+first use into the user's cache, about 40 seconds each.
 """
 
 from __future__ import annotations

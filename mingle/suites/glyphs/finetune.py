@@ -22,9 +22,9 @@ from mingle.tasks.clip import ClipTask, processor_pixels, zero_shot_head
 class FinetuneConfig:
     """AdamW with a cosine schedule over `steps` batches of rendered training views."""
 
-    steps: int = 300
+    steps: int = 200
     batch_size: int = 128
-    lr: float = 1e-3
+    lr: float = 5e-4
     weight_decay: float = 0.01
 
 
@@ -46,6 +46,9 @@ def finetune(
 ) -> None:
     """Train and write the task's vision tower to `out` in hub format: ``config.json`` and float16 ``model.safetensors``.
 
+    Only the weights of linear layers train.  A model this small would otherwise put half of a task into its embeddings and norms, which
+    large models hardly touch when they are fine-tuned: with all parameters free, an expert of full rank had 14 % accuracy on box
+    drawings in noise where its fine-tuned model had 98 %.
     Deterministic for one machine and version of torch.
     """
     config = config or FinetuneConfig()
@@ -54,8 +57,9 @@ def finetune(
     model.requires_grad_(False)
     classifier = head(base, model, task)
     tower = model.vision_model
-    tower.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    tower.train()
+    weights = [module.weight.requires_grad_(True) for module in tower.modules() if isinstance(module, torch.nn.Linear)]
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
     warm_up = max(1, config.steps // 20)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps + 1, pct_start=warm_up / config.steps)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{task.name}/train".encode()))
@@ -66,7 +70,7 @@ def finetune(
         loss = F.cross_entropy(clip.logits(model, data), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         if on_step is not None:
