@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ console = Console()
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.  Returns 0, or 2 after a message where the input was wrong."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars would break ours
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     logging.getLogger("transformers").setLevel(logging.ERROR)
     args = _parser().parse_args(arguments)

@@ -58,12 +58,15 @@ class ClipTask:
         """A `CLIPModel` in float32 from a local folder.
 
         Raises:
-            CheckpointError: as `skeleton`.
+            CheckpointError: as `skeleton`, and for weights that are NaN or infinite.
         """
         from transformers import CLIPModel
 
         self.skeleton(folder)
         model: nn.Module = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        for name, tensor in model.state_dict().items():
+            if not tensor.isfinite().all():
+                CheckpointReader(folder).tensor(name)  # raises, with the count and the first index
         return model.eval()
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
