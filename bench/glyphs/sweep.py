@@ -23,7 +23,7 @@ from mingle.files import write_json
 from mingle.storage import versions
 from mingle.suites.protocol import PROTOCOLS
 
-TUNING = {f"lr {lr:g}, rank {rank}": {"lr": lr, "rank": rank} for lr, rank in itertools.product((5e-4, 1e-3, 2e-3, 4e-3), (16, 32))}
+TUNING = {f"lr {lr:g}, rank {rank}": {"lr": lr, "rank": rank} for lr, rank in itertools.product((5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (16, 32))}
 ABLATION: dict[str, dict[str, Any]] = {
     "static coefficients": {"gates": "static"},
     "all gates trainable": {"gates": "all", "constraint": "none"},

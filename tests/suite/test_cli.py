@@ -88,7 +88,7 @@ def write_config(tmp_path, names=TASKS[:3], **changes) -> Path:
         "eval": {"suite": "glyphs4"},
     } | changes
     path = tmp_path / "merge.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
     return path
 
 
