@@ -112,6 +112,7 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
         for number in range(experiment.orders):
             order = shuffled(list(suite), FIRST_ORDER_SEED + number)
             merger = Merger(suite.base, method, suite.task_type, seed=experiment.seed, **experiment.options_for(method, suite))
+            merger.metadata = origin(experiment.suite, experiment.protocol, experiment.samples_per_class)
             steps, trace = merge_all(merger, suite, order, observer, number)
             result = merger.result()
             rows["acc"].append(result.acc)
@@ -132,6 +133,11 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
     report.write_csv(results, out / "accuracy_matrix.csv")
     report.write_plots(results, traces, out)
     return results
+
+
+def origin(suite: str | None = None, protocol: str = "strict", samples_per_class: int = 5, batch_size: int = 128) -> dict[str, Any]:
+    """Where a merger's samples came from, saved as its metadata, so that adding and evaluating later goes on alike."""
+    return {"suite": suite, "protocol": protocol, "samples_per_class": samples_per_class, "batch_size": batch_size}
 
 
 def merge_all(

@@ -13,12 +13,13 @@ from mingle import hub, methods, storage, suites, tasks
 from mingle.checkpoint import CheckpointReader
 from mingle.config import Config, Expert, shuffled
 from mingle.evaluate import Result
-from mingle.experiment import Observer
+from mingle.experiment import Observer, origin
 from mingle.files import CheckpointError
 from mingle.inject import find_targets
 from mingle.merger import Merger
 from mingle.options import OptionError, build
 from mingle.suites import Suite
+from mingle.suites.protocol import PROTOCOLS
 from mingle.task_vector import IncompatibleModel, align
 
 
@@ -145,12 +146,7 @@ def _check_folder(folder: Path, config: Config, order: list[str]) -> None:
 
 def _origin(config: Config) -> dict[str, Any]:
     """What `add` and `evaluate` need to go on as the merge began."""
-    return {
-        "suite": config.eval.suite,
-        "protocol": config.adapt.protocol,
-        "samples_per_class": config.adapt.samples_per_class,
-        "batch_size": config.eval.batch_size,
-    }
+    return origin(config.eval.suite, config.adapt.protocol, config.adapt.samples_per_class, config.eval.batch_size)
 
 
 def _merge_one(merger: Merger, name: str, model: Path, suite: Suite | None, evaluate: bool, observer: Observer) -> None:
@@ -162,15 +158,18 @@ def _merge_one(merger: Merger, name: str, model: Path, suite: Suite | None, eval
 def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite | None]:
     """A merged model and its suite, with what the caller wants otherwise."""
     merger = Merger.from_pretrained(folder)
-    origin = merger.metadata | dict(overrides)
-    merger.metadata = origin
-    if not origin.get("suite"):
+    pooled_over_batch = getattr(merger.options, "reduce", None) == PROTOCOLS["official"]
+    merger.metadata = origin(protocol="official" if pooled_over_batch else "strict") | merger.metadata | dict(overrides)
+    if merger.metadata["suite"] is None:
         return merger, None
-    reduce = getattr(merger.options, "reduce", None)
-    if reduce == "batch" and origin["protocol"] == "strict":
+    if pooled_over_batch and merger.metadata["protocol"] == "strict":
         raise OptionError(f"{folder}: was merged with batch gates, which the strict protocol does not allow")
     suite = suites.load(
-        origin["suite"], base=merger.base_folder, protocol=origin["protocol"], samples_per_class=origin["samples_per_class"]
+        merger.metadata["suite"],
+        base=merger.base_folder,
+        protocol=merger.metadata["protocol"],
+        samples_per_class=merger.metadata["samples_per_class"],
+        seed=merger.seed,
     )
     return merger, suite
 

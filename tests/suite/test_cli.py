@@ -71,6 +71,12 @@ def test_the_demo_s_merged_model_loads_and_goes_on(demo):
     assert merger.matrix[-1] == results["methods"]["mingle"]["matrix"][0][-1]
 
 
+def test_the_demo_s_merged_models_evaluate_as_they_did(demo, capsys):
+    assert main(["eval", str(demo / "merged" / "average")]) == 0
+    results = json.loads((demo / "results.json").read_text())
+    assert f"ACC {results['methods']['average']['acc'][0]:.1f}" in capsys.readouterr().out
+
+
 def test_report_makes_table_and_plots_again(demo, capsys):
     (demo / "loss.png").unlink()
     assert main(["report", str(demo)]) == 0
@@ -215,6 +221,14 @@ def test_unknown_methods_and_options(capsys, tmp_path):
     assert "no method has this option" in fails(capsys, "demo", "--set", "gama=1", "--out", tmp_path)
     assert "holds no saved merge" in fails(capsys, "inspect", tmp_path)
     assert main(["env"]) == 0
+
+
+def test_a_merger_saved_by_hand_evaluates_with_a_suite_named(tmp_path, capsys):
+    merger = mingle.Merger(glyphs.BASE, "task-arithmetic", scaling=1.0)
+    merger.add(TASKS[0], glyphs.DATA / "experts" / TASKS[0])
+    merger.save_pretrained(tmp_path)
+    assert "suite: name one" in fails(capsys, "eval", tmp_path)
+    assert main(["eval", str(tmp_path), "--suite", "glyphs4"]) == 0
 
 
 def test_session_api_adds_and_evaluates(tmp_path):
