@@ -21,7 +21,7 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linea
     Raises:
         ValueError: a target that no layer matches (names the nearest one), or that matches something other than a plain Linear.
     """
-    targets = tuple(targets)
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     modules = dict(model.named_modules())
     found: dict[str, nn.Linear | MingleLinear] = {}
     for name, module in modules.items():
@@ -45,7 +45,7 @@ def inject(model: nn.Module, targets: Iterable[str], reduce: str = "sample", *, 
 
     Args:
         model: any module.
-        targets: exact dotted suffixes, such as ``("q_proj", "mlp.fc1")``.
+        targets: exact dotted suffixes, such as ``("q_proj", "mlp.fc1")``, or one of them.
         reduce: what the gates see; see `mingle.functional.gated_experts`.
         backend: see `mingle.functional.gated_experts`.
 

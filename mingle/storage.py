@@ -41,6 +41,8 @@ _REQUIRED: dict[str, type] = {
     "base": dict,
 }
 
+_OWN_NAME = re.compile(r"base-[0-9a-f]{12}|(state|tasks/\d{3}-.*)-[0-9a-f]{12}\.safetensors")
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -110,11 +112,7 @@ def save(folder: Path, manifest: dict[str, Any], base_hash: str, base: BaseModel
             "versions": versions(),
         }
         write_json(folder / MANIFEST, new)
-        kept = {entry["file"] for entry in _files(new)}
-        for name in set(known) - kept:
-            contained(folder, name).unlink(missing_ok=True)
-        if old and old["base"]["folder"] not in (None, base_name):
-            shutil.rmtree(contained(folder, old["base"]["folder"]), ignore_errors=True)
+        _sweep(folder, {entry["file"] for entry in _files(new)} | {base_name})
 
 
 @dataclass(frozen=True)
@@ -218,6 +216,18 @@ def _write(folder: Path, stem: str, tensors: Tensors, known: dict[str, dict[str,
         return known[name]
     digest = write_tensors(folder / name, tensors)
     return {"file": name, "bytes": (folder / name).stat().st_size, "sha256": digest}
+
+
+def _sweep(folder: Path, kept: set[str]) -> None:
+    """Remove our files that no manifest names any more: those of the last save, and what an interrupted one left behind."""
+    for path in [*folder.glob("base-*"), *folder.glob("state-*"), *folder.glob("tasks/*")]:
+        name = path.relative_to(folder).as_posix()
+        if name in kept or not _OWN_NAME.fullmatch(name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _read(folder: Path, entry: dict[str, Any] | None) -> Tensors:

@@ -140,6 +140,7 @@ def test_inject_takes_exact_suffixes_and_restore_puts_the_base_back():
     assert list(layers) == ["a.fc1", "fc1"]
     assert isinstance(net["a"]["xfc1"], nn.Linear)
     assert mingle.inject(net, ("a.fc1",)) == {"a.fc1": layers["a.fc1"]}
+    assert mingle.inject(net, "a.fc1") == {"a.fc1": layers["a.fc1"]}
     layers["fc1"].add_expert(torch.randn(1, 4), torch.randn(3, 1))
     assert mingle.restore(net) == ["a.fc1", "fc1"]
     assert {n: p.data_ptr() for n, p in net.named_parameters()} == before

@@ -143,3 +143,8 @@ def test_an_interrupted_save_leaves_the_old_merge_or_the_new_one(base_model, tun
     if resumed.task_names == NAMES[:2]:
         add(resumed, 2, tuned_states, samples)
     same_bits(everything(merger), everything(resumed))
+    resumed.save_pretrained(saved)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    named = {task["tensors"]["file"] for task in manifest["tasks"]}
+    found = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
+    assert {name for name in found if not name.startswith(manifest["base"]["folder"])} == named | {"manifest.json", ".lock"}
