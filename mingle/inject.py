@@ -30,6 +30,8 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linea
         # Subclasses are refused: torch.nn.MultiheadAttention, for one, reads its out_proj's weight and never calls the layer.
         if type(module) is not nn.Linear and not isinstance(module, MingleLinear):
             raise ValueError(f"layer {name!r} is a {type(module).__name__}, not a torch.nn.Linear: it cannot take experts")
+        if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
+            raise ValueError(f"layer {name!r}: torch.nn.TransformerEncoderLayer reads its weight in inference and would skip the experts")
         found[name] = module
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear | MingleLinear)}
     for target in targets:
