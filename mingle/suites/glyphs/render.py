@@ -60,7 +60,8 @@ def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
 def _coverage(face: str) -> frozenset[int]:
     from fontTools.ttLib import TTFont
 
-    return frozenset(TTFont(_face_path(face), lazy=True).getBestCmap())
+    with TTFont(_face_path(face), lazy=True) as font:
+        return frozenset(font.getBestCmap())
 
 
 def faces_with(character: str, faces: tuple[str, ...]) -> list[str]:

@@ -98,7 +98,7 @@ SUITES: dict[str, tuple[GlyphTask, ...]] = {
     "glyphs4": _TWENTY[:4],
     "glyphs8": _TWENTY[:8],
     "glyphs20": _TWENTY,
-    "glyphs8-shared": tuple(GlyphTask(task.alphabet, "inverted") for task in _TWENTY[:8]),
+    "glyphs8-shared": tuple(GlyphTask(task.alphabet, "checker") for task in _TWENTY[:8]),
 }
 
 #: Tasks for choosing settings, in no suite.
