@@ -35,7 +35,7 @@ def gate_values(
     x: torch.Tensor, gate_weight: torch.Tensor, gate_bias: torch.Tensor, reduce: str, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Linear gates g_i = w_i · x + β_i (Eq. 5): x [..., N, d_in], w [T, d_in], β [T] → [..., N or 1, T]."""
-    return F.linear(pooled_input(x, reduce, mask), gate_weight, gate_bias)
+    return F.linear(pooled_input(x, reduce, mask).to(gate_weight.dtype), gate_weight, gate_bias)
 
 
 def gated_experts(
@@ -53,7 +53,7 @@ def gated_experts(
     """
     y = F.linear(x, weight, bias)
     for i in range(len(A)):
-        y = y + gates[..., i : i + 1] * F.linear(F.linear(x, A[i]), B[i])
+        y = y + gates[..., i : i + 1].to(y.dtype) * F.linear(F.linear(x, A[i]), B[i])
     return y
 
 

@@ -5,6 +5,7 @@ merger = mingle.Merger(base_model, method="mingle")      # a whole continual mer
 """
 
 from mingle import functional, linalg
+from mingle.adapters import add_adapter, read_adapter
 from mingle.inject import inject, restore
 from mingle.layers import LowRankExpert, MingleLinear, count_parameters
 from mingle.merger import Merger
@@ -17,9 +18,11 @@ __all__ = [
     "MingleLinear",
     "RelaxedProjector",
     "__version__",
+    "add_adapter",
     "count_parameters",
     "functional",
     "inject",
     "linalg",
+    "read_adapter",
     "restore",
 ]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mingle import dispatch, ops
+from mingle.dispatch import BACKENDS
 from mingle.kernels import reference
-
-BACKENDS = ("auto", "eager", "grouped")
 
 
 def gated_experts(
@@ -24,6 +24,7 @@ def gated_experts(
     reduce: str = "sample",
     mask: torch.Tensor | None = None,
     gates: torch.Tensor | None = None,
+    frozen_gates: int = 0,
     backend: str = "auto",
 ) -> torch.Tensor:
     """A frozen linear layer plus a gated sum of low-rank experts (MINGLE Eqs. 2 and 5).
@@ -41,8 +42,15 @@ def gated_experts(
         reduce: what x̄ is: ``"token"`` each token, ``"sample"`` the mean over the tokens of one sample, ``"batch"`` the mean over all.
         mask: bool [..., N], true for valid tokens; the others stay out of the means.  Their outputs are computed all the same.
         gates: gate values from any other router instead of the linear gates: [T], one row per sample [..., T], or one per token
-            [..., N, T].
-        backend: ``"eager"`` expert by expert (the oracle), ``"grouped"`` three dense products over concatenated experts, ``"auto"``.
+            [..., N, T].  Gates that are exactly 0 cost next to nothing where whole samples or tiles of tokens share them and no gate or
+            expert needs a gradient.
+        frozen_gates: the first so many gates get a gradient of 0, which is cheaper than computing it.
+        backend: ``"eager"`` expert by expert (the oracle), ``"grouped"`` a few dense products over concatenated experts, ``"triton"``
+            fused kernels, ``"auto"`` the fastest that can run (see `mingle.dispatch`).  Only ``"eager"`` is differentiable twice.
+
+    x, weight, bias, A and B share a dtype: fp32, fp16, bf16 or, except for ``"triton"``, fp64; under autocast they are cast to its dtype.
+    Gates may be of that dtype or fp32, and are computed in fp32 or better.  Sums accumulate in fp32 or better; fp32 products are IEEE
+    unless TF32 is allowed in ``torch.backends.cuda.matmul``.  Equal inputs give equal bits.
 
     Returns:
         y [..., N, d_out] in x's dtype.  With T = 0 exactly ``F.linear(x, weight, bias)``.
@@ -50,28 +58,56 @@ def gated_experts(
     Raises:
         ValueError: shapes that do not fit, an unknown `reduce` or `backend`; the message names the argument.
         TypeError: mixed dtypes outside autocast, or tensors on different devices.
+        RuntimeError: an explicit backend that cannot run here; the message says why.
     """
-    _check(x, weight, bias, A, B, gate_weight, gate_bias, reduce, mask, gates, backend)
+    _check(x, weight, bias, A, B, gate_weight, gate_bias, reduce, mask, gates, frozen_gates, backend)
     if len(A) == 0:
         return F.linear(x, weight, bias)
-    if gates is None:
-        assert gate_weight is not None and gate_bias is not None  # checked above
-        values = reference.gate_values(x, gate_weight, gate_bias, reduce, mask)
-    else:
-        values = _align_gates(gates, x)
     if backend == "eager":
+        values = reference.gate_values(x, gate_weight, gate_bias, reduce, mask) if gates is None else _align_gates(gates, x)
         return reference.gated_experts(x, weight, bias, A, B, values)
-    return _grouped(x, weight, bias, A, B, values)
+    options = (reduce, mask, gates, frozen_gates, backend)
+    if not torch.is_autocast_enabled(x.device.type):
+        return _matrix_form(x, weight, bias, A, B, gate_weight, gate_bias, *options)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        x, weight, A, B = (tensor.to(dtype) for tensor in (x, weight, A, B))
+        bias = None if bias is None else bias.to(dtype)
+        return _matrix_form(x, weight, bias, A, B, gate_weight, gate_bias, *options)
 
 
-def _grouped(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor
+def _matrix_form(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    reduce: str,
+    mask: torch.Tensor | None,
+    gates: torch.Tensor | None,
+    frozen_gates: int,
+    backend: str,
 ) -> torch.Tensor:
-    """The same sum as three dense products: all experts' A, and all their B, side by side."""
-    rank = A.shape[1]
-    hidden = F.linear(x, A.flatten(0, 1))  # [..., T·r]
-    gated = (hidden.unflatten(-1, (-1, rank)) * gates.unsqueeze(-1)).flatten(-2)
-    return F.linear(x, weight, bias) + gated.to(hidden.dtype) @ B.mT.flatten(0, 1)
+    """All tokens in one dimension, and every `group` of them with one row of gates."""
+    tokens = x.reshape(-1, x.shape[-1])
+    if gates is None:
+        skip = False
+        group = 1 if reduce == "token" or (reduce == "sample" and x.dim() <= 2) else x.shape[-2] if reduce == "sample" else tokens.shape[0]
+        mask = None if mask is None or reduce == "token" else mask.reshape(-1)
+    else:
+        skip = not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (gates, A, B))
+        group = tokens.shape[0] if gates.dim() == 1 else 1 if gates.shape[:-1] == x.shape[:-1] else x.shape[-2]
+        mask, gate_weight, gate_bias = None, None, None
+        gates = gates.reshape(-1, len(A)).to(torch.promote_types(x.dtype, torch.float32))
+    group = max(group, 1)
+    backend, fold = dispatch.plan(backend, tokens, group, len(weight), A.shape[0] * A.shape[1])
+    layer = (tokens, weight, bias, A, B, gate_weight, gate_bias, gates, mask)
+    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in layer)
+    options = (frozen_gates, backend) if fold else (group, frozen_gates, skip, save, backend)
+    y = ops.run(fold, save, *layer, *options)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def _align_gates(gates: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -92,6 +128,7 @@ def _check(
     reduce: str,
     mask: torch.Tensor | None,
     gates: torch.Tensor | None,
+    frozen_gates: int,
     backend: str,
 ) -> None:
     if reduce not in reference.REDUCTIONS:
@@ -112,6 +149,8 @@ def _check(
         ("B", B, (experts, d_out, rank)),
         ("mask", mask, tuple(x.shape[:-1])),
     ]
+    if not 0 <= frozen_gates <= experts:
+        raise ValueError(f"frozen_gates={frozen_gates}: there are {experts} experts")
     if gates is None:
         if experts and (gate_weight is None or gate_bias is None):
             raise ValueError("gate_weight and gate_bias are needed unless gates is given")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mingle import functional
+from mingle import functional, linalg
 from mingle.kernels.reference import REDUCTIONS
 
 GATE_INIT_STD = 0.01
@@ -22,6 +22,22 @@ class LowRankExpert(NamedTuple):
     def delta(self) -> torch.Tensor:
         """The dense update [d_out, d_in]."""
         return self.B @ self.A
+
+    @classmethod
+    def from_dense(cls, delta: torch.Tensor, rank: int) -> LowRankExpert:
+        """The best rank-`rank` approximation of a dense update: Δ ≈ U Σ Vᵀ with B = U and A = Σ Vᵀ.
+
+        Args:
+            delta: Δ [d_out, d_in], of any floating dtype, which is that of the factors; decomposed in float64.
+            rank: r; at most min(d_out, d_in) is used.
+
+        Raises:
+            ValueError: a Δ that is no floating-point matrix or has non-finite entries, or a non-positive rank.
+        """
+        if delta.dim() != 2 or not delta.is_floating_point():
+            raise ValueError(f"delta has shape {list(delta.shape)} and dtype {delta.dtype}; expected a floating-point [d_out, d_in]")
+        U, S, Vh = linalg.svd_lowrank(delta, rank)
+        return cls(A=S.unsqueeze(-1) * Vh, B=U)
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -153,8 +169,9 @@ class MingleLinear(nn.Module):
         """x [..., N, d_in] → [..., N, d_out]; `mask` [..., N] is true for tokens that count in the gates' means."""
         weight, bias = self.all_gates()
         return functional.gated_experts(
-            x, self.weight, self.bias, self.A, self.B, weight, bias, reduce=self.reduce, mask=mask, backend=self.backend
-        )
+            x, self.weight, self.bias, self.A, self.B, weight, bias,
+            reduce=self.reduce, mask=mask, frozen_gates=len(self.frozen_gate_weight), backend=self.backend,
+        )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A saved layer may hold another number of experts than this one: take on its shapes before the strict load compares them.

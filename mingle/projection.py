@@ -28,5 +28,4 @@ def project_out_experts(delta: torch.Tensor, experts: Sequence[LowRankExpert], *
 
 def make_expert(delta: torch.Tensor, earlier: Sequence[LowRankExpert], rank: int, *, drop_diagonal: bool = False) -> LowRankExpert:
     """The rank-`rank` expert of a task: Δ, projected, ≈ Ũ Σ̃ Ṽᵀ with B = Ũ [d_out, r] and A = Σ̃ Ṽᵀ [r, d_in]."""
-    U, S, Vh = linalg.svd_lowrank(project_out_experts(delta, earlier, drop_diagonal=drop_diagonal), rank)
-    return LowRankExpert(A=S.unsqueeze(-1) * Vh, B=U)
+    return LowRankExpert.from_dense(project_out_experts(delta, earlier, drop_diagonal=drop_diagonal), rank)

@@ -1,0 +1,117 @@
+"""Dense products in the faster of the CPU's two libraries.
+
+PyTorch sends fp32 linear layers on the CPU to MKL, which on some processors reaches half of what oneDNN does.  oneDNN's linear operator
+is in PyTorch but not among its public functions, so it is used only where it exists, agrees with `torch.nn.functional.linear` and was
+at least a fifth faster when it was timed once, for this machine and class of shapes.  The choice is kept in the user's cache folder:
+the two libraries round differently, and equal inputs should give equal bits next time as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from mingle.kernels.store import Store
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("mkl", "onednn")
+MARGIN = 1.2  # how much faster oneDNN must be; well above the noise, so that the choice is the same tomorrow
+_LARGEST = 1024  # dimensions beyond it behave alike
+_SMALLEST = 1 << 20  # multiplications below which a product is over before the choice could matter
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, add: torch.Tensor | None = None) -> torch.Tensor:
+    """x Wᵀ + b + add: x [N, K], weight [O, K] of any strides, bias [O], add [N, O] → [N, O].  Not differentiable on its own."""
+    if _onednn_serves(x, weight) and library(len(x), *weight.shape) == "onednn":
+        return _onednn(x, weight, bias, add)
+    if add is None:
+        return F.linear(x, weight, bias)
+    y = torch.addmm(add, x, weight.mT)
+    return y if bias is None else y.add_(bias)
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, add: torch.Tensor | None = None) -> torch.Tensor:
+    if add is None:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
+
+
+def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """oneDNN is asked for fp32 CPU matrices with one contiguous dimension; PyTorch takes it for bf16 and fp16 by itself."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and 1 in x.stride()
+        and 1 in weight.stride()
+        and _onednn_agrees()
+    )
+
+
+@cache
+def _onednn_agrees() -> bool:
+    """Whether the operator exists here and computes what it should; asked once."""
+    x, weight, bias, add = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 2, 20).view(5, 4), torch.ones(5), torch.ones(3, 5)
+    expected = F.linear(x, weight, bias)
+    try:
+        results = (_onednn(x, weight, bias), _onednn(x, weight.mT.contiguous().mT, bias), _onednn(x, weight, bias, add) - add)
+        return all(torch.allclose(result, expected, atol=1e-5) for result in results)
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+        logger.debug("oneDNN's linear operator is not used: %s", error)
+        return False
+
+
+def library(rows: int, outputs: int, width: int) -> str:
+    """``"mkl"`` or ``"onednn"`` for a product [rows, width] × [width, outputs]; ``$MINGLE_CPU_GEMM`` overrules what was measured."""
+    forced = os.environ.get("MINGLE_CPU_GEMM")
+    if forced:
+        if forced not in LIBRARIES:
+            raise ValueError(f"MINGLE_CPU_GEMM={forced!r}: expected one of {', '.join(LIBRARIES)}")
+        return forced
+    if rows * outputs * width < _SMALLEST:
+        return "mkl"
+    return _measured(_rounded(rows), _rounded(outputs), _rounded(width), torch.get_num_threads())
+
+
+def _rounded(size: int) -> int:
+    """The next power of two, at most `_LARGEST`: shapes of one class share a choice."""
+    return min(_LARGEST, 1 << (size - 1).bit_length())
+
+
+@cache
+def _store() -> Store:
+    return Store("cpu-gemm.json")
+
+
+@cache
+def _measured(rows: int, outputs: int, width: int, threads: int) -> str:
+    key = f"{platform.node()}, {threads} threads, torch {torch.__version__}: {rows}x{outputs}x{width}"
+    known = _store().get(key)
+    if known not in LIBRARIES:
+        known = "onednn" if _ratio(rows, outputs, width) > MARGIN else "mkl"
+        _store().put(key, known)
+    return known
+
+
+def _ratio(rows: int, outputs: int, width: int) -> float:
+    """Time of MKL over time of oneDNN on random matrices, a few milliseconds in all: the median of interleaved rounds."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, width, generator=generator) for n in (rows, outputs))
+
+    def seconds(call: Callable[[], torch.Tensor]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    calls = (lambda: F.linear(x, weight), lambda: _onednn(x, weight, None))
+    with torch.no_grad():
+        rounds = [[seconds(call) for call in calls] for _ in range(8)][1:]
+    return statistics.median(mkl / onednn for mkl, onednn in rounds)

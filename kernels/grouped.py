@@ -1,0 +1,119 @@
+"""The gated sum of experts as a few dense products over concatenated experts: any device, any floating dtype, the CPU's default.
+
+The same four operations as the Triton kernels, with the same arguments: `shrink`, `expand`, `upstream`, `fold`.
+"""
+
+from __future__ import annotations
+
+import torch
+from mingle.kernels.gemm import linear
+
+
+def group_mean(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> torch.Tensor:
+    """The mean over the valid tokens of each group: x [N, K], mask bool [N] → [G, K], in fp32 or, for fp64, fp64.  No valid token: 0."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    members = x.unflatten(0, (-1, group))  # [G, group, K]
+    if mask is None:
+        return members.mean(1, dtype=dtype)
+    valid = mask.view(-1, group, 1)
+    # where, not a product: padding may hold anything, NaN included
+    return torch.where(valid, members, 0).sum(1, dtype=dtype) / valid.sum(1).clamp_min(1)
+
+
+def shrink(
+    x: torch.Tensor,
+    A: torch.Tensor,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    gates: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    group: int,
+    skip: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `mingle.kernels.gated_experts.shrink`; gate values and means are fp64 where x is."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    hidden = linear(x, A.flatten(0, 1))
+    pooled = x.new_empty(0, x.shape[1], dtype=wide)
+    if gates is None:
+        assert gate_weight is not None and gate_bias is not None
+        if group == 1 and mask is None:
+            narrow = torch.nn.functional.linear(x, gate_weight) if gate_weight.dtype == x.dtype else x.to(wide) @ gate_weight.to(wide).mT
+            gates = narrow.to(wide) + gate_bias.to(wide)
+        else:
+            pooled = group_mean(x, mask, group)
+            gates = torch.addmm(gate_bias.to(wide), pooled, gate_weight.to(wide).mT)
+    return hidden, gates, pooled
+
+
+def gate(hidden: torch.Tensor, z: torch.Tensor, group: int, keep: bool = True) -> torch.Tensor:
+    """z ⊙ H [N, T·r] in H's dtype, in place unless `keep`; z [G, T] with N = G · group."""
+    groups, experts = z.shape
+    columns = hidden.view(groups, group, experts, hidden.shape[1] // experts)
+    factors = z.view(groups, 1, experts, 1).to(hidden.dtype)
+    return (columns * factors if keep else columns.mul_(factors)).view(hidden.shape)
+
+
+def expand(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    hidden: torch.Tensor,
+    up: torch.Tensor,
+    z: torch.Tensor,
+    group: int,
+    skip: bool,
+    *,
+    keep: bool = True,
+    share: torch.Tensor | None = None,
+    gate_weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `mingle.kernels.gated_experts.expand`."""
+    y = linear(gate(hidden, z, group, keep), up.flatten(0, 1).mT, add=linear(x, weight, bias))
+    if share is not None:
+        assert gate_weight is not None
+        spread = (share.to(gate_weight.dtype) @ gate_weight).unsqueeze(1).to(y.dtype)  # [G, 1, O]
+        if mask is not None:
+            spread = torch.where(mask.view(-1, group, 1), spread, 0)
+        y.view(-1, group, y.shape[1]).add_(spread)
+    return y
+
+
+def upstream(
+    dy: torch.Tensor, B: torch.Tensor, hidden: torch.Tensor, z: torch.Tensor, group: int, skip: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `mingle.kernels.gated_experts.upstream`."""
+    u = linear(dy, B.mT.flatten(0, 1))
+    columns = (len(dy), len(B), -1)
+    products = (u * hidden) if u.dtype == torch.float64 else (u.float() * hidden)
+    return u, products.view(columns).sum(-1)
+
+
+def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """See `mingle.kernels.fold.fold`."""
+    gated = (B * gates.to(B.dtype).view(-1, 1, 1)).mT.flatten(0, 1)  # [T·r, O]
+    return linear(gated.mT, A.flatten(0, 1).mT, add=weight)
+
+
+def routed(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor, z: torch.Tensor, group: int
+) -> torch.Tensor:
+    """x Wᵀ + b + Σ_i z_i ⊙ (x down_iᵀ) up_i at the cost of the gates that are not 0: for sparse gates of another router.
+
+    x [N, K], weight [O, K], down [T, r, K], up [T, r, O], z [G, T] → [N, O].  Reads the gates on the host: for the CPU.
+    """
+    y = linear(x, weight, bias)
+    members, outputs = x.unflatten(0, (-1, group)), y.view(-1, group, y.shape[1])
+    for expert in z.any(0).nonzero().flatten().tolist():
+        chosen = z[:, expert].nonzero().flatten()
+        first, count = int(chosen[0]), len(chosen)
+        together = int(chosen[-1]) - first + 1 == count  # samples sorted by expert need no gathering
+        rows = members[first : first + count] if together else members[chosen]
+        hidden = linear(rows.flatten(0, 1), down[expert]).view(count, group, -1)
+        hidden *= z[chosen, expert].to(hidden.dtype).view(-1, 1, 1)
+        update = linear(hidden.flatten(0, 1), up[expert].mT).view(count, group, -1)
+        if together:
+            outputs[first : first + count] += update
+        else:
+            outputs.index_add_(0, chosen, update)
+    return y
