@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
 from mingle.kernels.store import Store
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+
 from mingle.kernels.store import Store
 
 logger = logging.getLogger(__name__)

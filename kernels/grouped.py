@@ -6,6 +6,7 @@ The same four operations as the Triton kernels, with the same arguments: `shrink
 from __future__ import annotations
 
 import torch
+
 from mingle.kernels.gemm import linear
 
 

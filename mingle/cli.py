@@ -1,4 +1,4 @@
-"""The command line: ``python -m mingle demo | check | merge | add | eval | inspect | report | env``."""
+"""The command line: ``python -m mingle demo | check | merge | add | eval | inspect | report | bench | env``."""
 
 from __future__ import annotations
 
@@ -30,17 +30,16 @@ console = Console()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.  Returns 0, or 2 after a message where the input was wrong."""
+    """Run one command.  Returns 0, 1 where a benchmark found a fault, or 2 after a message where the input was wrong."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars would break ours
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     logging.getLogger("transformers").setLevel(logging.ERROR)
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, AdaptationDiverged, FileNotFoundError) as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     again = commands.add_parser("report", help="table and plots of a run folder, made again")
     again.add_argument("folder", type=Path, help="what demo wrote")
     again.set_defaults(run=_report)
+
+    # no character starts an option here, so that every argument reaches the benchmark's own parser
+    bench = commands.add_parser("bench", help="time the kernels against other ways to compute them", add_help=False, prefix_chars="\0")
+    bench.add_argument("arguments", nargs="*")
+    bench.set_defaults(run=_bench)
 
     env = commands.add_parser("env", help="versions, for bug reports")
     env.set_defaults(run=_env)
@@ -179,6 +183,13 @@ def _report(args: argparse.Namespace) -> None:
     report.write_csv(results, args.folder / "accuracy_matrix.csv")
     report.write_plots(results, traces, args.folder)
     console.print(report.table(results))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from mingle.bench.run import main
+
+    status: int = main(args.arguments)
+    return status
 
 
 def _env(args: argparse.Namespace) -> None:

@@ -105,8 +105,10 @@ def _matrix_form(
     backend, fold = dispatch.plan(backend, tokens, group, len(weight), A.shape[0] * A.shape[1])
     layer = (tokens, weight, bias, A, B, gate_weight, gate_bias, gates, mask)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in layer)
-    options = (frozen_gates, backend) if fold else (group, frozen_gates, skip, save, backend)
-    y = ops.run(fold, save, *layer, *options)
+    if fold:
+        y = ops.FOLDED(save, *layer, frozen_gates, backend)[0]
+    else:
+        y = ops.LOW_RANK(save, *layer, group, frozen_gates, skip, save, backend)[0]
     return y.view(*x.shape[:-1], len(weight))
 
 

@@ -89,9 +89,9 @@ def test_opcheck_the_backwards(need_x, tokens):
 def test_eager_calls_and_the_dispatcher_agree_bitwise(folded):
     """Eager calls go past the dispatcher; both ways run the same code."""
     args = arguments()
+    operator = ops.FOLDED if folded else ops.LOW_RANK
     options = (0, "grouped") if folded else (3, 0, False, True, "grouped")
-    direct = ops.run(folded, True, *args, *options)
-    registered = (ops.gated_experts_folded if folded else ops.gated_experts)(*args, *options)[0]
+    direct, registered = operator(True, *args, *options)[0], operator.registered(*args, *options)[0]
     assert torch.equal(direct, registered)
     upstream = torch.randn(direct.shape, generator=torch.Generator().manual_seed(1))
     needed = [tensor for tensor in args if tensor is not None and tensor.requires_grad]
@@ -167,7 +167,7 @@ def test_gate_weights_may_be_wider_than_the_layer():
 
 def test_backward_through_the_backward_says_that_it_cannot():
     args = arguments()
-    y = ops.run(False, True, *args, 3, 0, False, True, "grouped")
+    y = ops.LOW_RANK(True, *args, 3, 0, False, True, "grouped")[0]
     (grad,) = torch.autograd.grad(y.square().sum(), args[0], create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         grad.sum().backward()

@@ -1,0 +1,144 @@
+"""One weight for all tokens: ``mingle::gated_experts_folded`` and its backward."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mingle.kernels import gemm, grouped
+from mingle.ops.common import Operator, gate_gradients, save_for_backward, share_of_a_token, wide
+
+
+def _gated_experts_folded(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    frozen_gates: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same sum where all tokens share their gates: one weight W_eff = W₀ + Σ_i z_i B_i A_i, then one product.
+
+    Arguments as for `gated_experts`, with N > 0 and one gate row.  Returns y [N, d_out], W_eff [d_out, d_in], z [1, T] and x̄ [1, d_in]
+    (no rows for given gates).
+    """
+    if gates is None:
+        assert gate_weight is not None and gate_bias is not None
+        pooled = grouped.group_mean(x, mask, len(x))
+        z = torch.addmm(gate_bias.to(pooled.dtype), pooled, gate_weight.to(pooled.dtype).mT)
+    else:
+        pooled, z = x.new_empty(0, x.shape[1], dtype=wide(x)), gates.clone()
+    kernels = grouped if backend == "grouped" else importlib.import_module("mingle.kernels.fold")
+    folded = kernels.fold(weight, A, B, z[0])
+    return gemm.linear(x, folded, bias), folded, z, pooled
+
+
+gated_experts_folded = torch.library.custom_op("mingle::gated_experts_folded", _gated_experts_folded, mutates_args=())
+
+
+@gated_experts_folded.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None,
+    gates: Tensor | None, mask: Tensor | None, frozen_gates: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        x.new_empty(x.shape[0], weight.shape[0]),
+        weight.new_empty(weight.shape),
+        x.new_empty(1, A.shape[0], dtype=wide(x)),
+        x.new_empty(1 if gates is None else 0, x.shape[1], dtype=wide(x)),
+    )
+
+
+def _gated_experts_folded_backward(
+    dy: Tensor,
+    x: Tensor,
+    folded: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gate_weight: Tensor | None,
+    mask: Tensor | None,
+    first: int,
+    need_x: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx = dy W_eff + dz w / n [N, d_in] (no rows without `need_x`) and dz_i = ⟨dyᵀ x, B_i A_i⟩ [1, T − first].
+
+    dz takes the cheaper of two ways: u = dy B_catᵀ against H = x A_catᵀ token by token, or dyᵀ x once.
+    """
+    A, B = A[first:], B[first:]
+    experts, rank, width = A.shape
+    tokens, outputs, columns = len(dy), B.shape[1], experts * rank
+    if tokens * columns * (width + outputs) <= width * outputs * (tokens + columns):
+        product = gemm.linear(dy, B.mT.flatten(0, 1)).to(wide(dy)) * gemm.linear(x, A.flatten(0, 1))
+        dz = product.sum(0).view(experts, rank).sum(1)[None]
+    else:
+        moved = gemm.linear(gemm.linear(dy.mT, x.mT), A.flatten(0, 1))  # dyᵀ x A_catᵀ [d_out, T·r]
+        dz = (moved.to(wide(dy)).view(outputs, experts, rank) * B.transpose(0, 1)).sum((0, 2))[None]
+    if not need_x:
+        return dy.new_empty(0, width), dz
+    dx = gemm.linear(dy, folded.mT)
+    if gate_weight is not None:
+        spread = (share_of_a_token(dz, mask, tokens).to(gate_weight.dtype) @ gate_weight).to(dx.dtype)  # [1, d_in]
+        dx += spread if mask is None else torch.where(mask[:, None], spread, 0)
+    return dx, dz
+
+
+gated_experts_folded_backward = torch.library.custom_op(
+    "mingle::gated_experts_folded_backward", _gated_experts_folded_backward, mutates_args=()
+)
+
+
+@gated_experts_folded_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, folded: Tensor, A: Tensor, B: Tensor, gate_weight: Tensor | None, mask: Tensor | None, first: int, need_x: bool
+) -> tuple[Tensor, Tensor]:
+    return dy.new_empty(dy.shape[0] if need_x else 0, A.shape[2]), dy.new_empty(1, A.shape[0] - first, dtype=wide(dy))
+
+
+def _gradients_folded(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
+    """The gradients of `gated_experts_folded` by its arguments; `core` is its backward, registered or plain."""
+    grads: list[Tensor | None] = [None] * 11
+    if dy is None:
+        return tuple(grads)
+    x, _, A, B, gate_weight, mask, folded, z, pooled = ctx.saved_tensors
+    frozen_gates, _ = ctx.options
+    need_x, need_weight, need_bias, need_A, need_B, *need_gates = ctx.needs_input_grad[:8]
+    if need_x or any(need_gates):
+        first = 0 if need_x else frozen_gates
+        dx, dz = core(dy, x, folded, A, B, gate_weight, mask, first, need_x)
+        grads[0] = dx if need_x else None
+        grads[5:8] = gate_gradients(ctx, dz[:, frozen_gates - first :], frozen_gates, pooled)
+    if need_weight or need_A or need_B:
+        whole = dy.mT @ x
+        strength = z[0].to(whole.dtype)
+        grads[1] = whole if need_weight else None
+        grads[3] = torch.einsum("t,tor,oi->tri", strength, B, whole) if need_A else None
+        grads[4] = torch.einsum("t,tri,oi->tor", strength, A, whole) if need_B else None
+    grads[2] = dy.sum(0) if need_bias else None
+    return tuple(grads)
+
+
+class _GatedExpertsFolded(torch.autograd.Function):
+    forward = staticmethod(_gated_experts_folded)
+    setup_context = staticmethod(save_for_backward)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients_folded(ctx, grads[0], _gated_experts_folded_backward)
+
+
+gated_experts_folded.register_autograd(
+    lambda ctx, dy, *_: _gradients_folded(ctx, dy, gated_experts_folded_backward), setup_context=save_for_backward
+)
+
+FOLDED = Operator(gated_experts_folded, _GatedExpertsFolded.apply, _gated_experts_folded)

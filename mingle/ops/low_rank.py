@@ -1,0 +1,191 @@
+"""One low-rank term per expert: ``mingle::gated_experts`` and its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mingle.kernels import grouped
+from mingle.ops.common import Operator, gate_gradients, kernels_of, save_for_backward, share_of_a_token, wide
+
+
+def _gated_experts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    gates: Tensor | None,
+    mask: Tensor | None,
+    group: int,
+    frozen_gates: int,
+    skip: bool,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = x W₀ᵀ + b + Σ_i z_i ⊙ (x A_iᵀ) B_iᵀ, one low-rank term per expert.
+
+    Args:
+        x: [N, d_in].
+        weight: [d_out, d_in].
+        bias: [d_out] or None.
+        A: [T, r, d_in], T > 0.
+        B: [T, d_out, r].
+        gate_weight, gate_bias: linear gates [T, d_in] and [T], or None where `gates` is given.
+        gates: given gate values [N / group, T], fp32 (fp64 for fp64).
+        mask: bool [N]: tokens that count in their group's mean.
+        group: consecutive tokens that share a gate row.
+        frozen_gates: the first so many gates need no gradient.
+        skip: pass over gates that are 0; only where neither gates nor experts need gradients.
+        save: a backward may follow.
+        backend: ``"grouped"`` or ``"triton"``.
+
+    Returns:
+        y [N, d_out]; and for the backward H = x A_catᵀ [N, T·r] (no rows with `skip` or without `save`), z [G, T], and what the gates
+        saw, x̄ [G, d_in] (no rows for given gates and for gates of single tokens).
+    """
+    if len(x) == 0:
+        return (
+            x.new_empty(0, len(weight)),
+            x.new_empty(0, A.shape[0] * A.shape[1]),
+            x.new_empty(0, len(A), dtype=wide(x)),
+            x.new_empty(0, x.shape[1], dtype=wide(x)),
+        )
+    if gates is not None:
+        gates = gates.clone(memory_format=torch.contiguous_format)  # an operator's output may not be its input
+    none = x.new_empty(0, A.shape[0] * A.shape[1])
+    if skip and _routed_here(x, backend):
+        assert gates is not None
+        y = grouped.routed(x, weight, bias, A, B.mT, gates, group)
+        return y, none, gates, x.new_empty(0, x.shape[1], dtype=wide(x))
+    kernels = kernels_of(backend)
+    hidden, z, pooled = kernels.shrink(x, A, gate_weight, gate_bias, gates, mask, group, skip)
+    y = kernels.expand(x, weight, bias, hidden, B.mT, z, group, skip, keep=save)
+    return y, hidden if save and not skip else none, z, pooled
+
+
+def _routed_here(x: Tensor, backend: str) -> bool:
+    return backend == "grouped" and x.device.type == "cpu"
+
+
+gated_experts = torch.library.custom_op("mingle::gated_experts", _gated_experts, mutates_args=())
+
+
+@gated_experts.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None,
+    gates: Tensor | None, mask: Tensor | None, group: int, frozen_gates: int, skip: bool, save: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens, (experts, rank, width) = x.shape[0], A.shape
+    groups = tokens // group
+    pooled = 0 if gates is not None or (group == 1 and mask is None) else groups
+    return (
+        x.new_empty(tokens, weight.shape[0]),
+        x.new_empty(tokens if save and not skip else 0, experts * rank),
+        x.new_empty(groups, experts, dtype=wide(x)),
+        x.new_empty(pooled, width, dtype=wide(x)),
+    )
+
+
+def _gated_experts_backward(
+    dy: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gate_weight: Tensor | None,
+    mask: Tensor | None,
+    hidden: Tensor,
+    z: Tensor,
+    group: int,
+    first: int,
+    need_x: bool,
+    skip: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `gated_experts` that take a pass over the tokens.
+
+        u = dy B_catᵀ,  dz_i = Σ_{tokens of the group} Σ_{columns of i} u ⊙ H,  dx = dy W₀ + (z ⊙ u) A_cat + dz w (/ tokens in the mean)
+
+    Args:
+        first: the first expert whose gate or factors need a gradient; only with `need_x` are the others computed too.
+
+    Returns:
+        dx [N, d_in] (no rows without `need_x`), dz [G, T − first] and u [N, (T − first)·r]; with `need_x` `first` must be 0.
+    """
+    experts, rank, width = A.shape
+    if len(dy) == 0:
+        return (
+            dy.new_empty(0, width),
+            dy.new_empty(0, experts - first, dtype=wide(dy)),
+            dy.new_empty(0, (experts - first) * rank),
+        )
+    kernels = kernels_of(backend)
+    if skip and _routed_here(dy, backend):
+        return grouped.routed(dy, weight.mT, None, B.mT, A, z, group), z.new_empty(0, experts), dy.new_empty(0, experts * rank)
+    u, rows = kernels.upstream(dy, B[first:], hidden[:, first * rank :], z, group, skip)
+    dz = z.new_empty(0, experts) if skip else rows.view(-1, group, experts - first).sum(1)
+    if not need_x:
+        return dy.new_empty(0, width), dz, u
+    share = None if gate_weight is None else share_of_a_token(dz, mask, group)
+    dx = kernels.expand(dy, weight.mT, None, u, A, z, group, skip, share=share, gate_weight=gate_weight, mask=mask)
+    return dx, dz, u
+
+
+gated_experts_backward = torch.library.custom_op("mingle::gated_experts_backward", _gated_experts_backward, mutates_args=())
+
+
+@gated_experts_backward.register_fake
+def _(
+    dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, gate_weight: Tensor | None, mask: Tensor | None, hidden: Tensor, z: Tensor,
+    group: int, first: int, need_x: bool, skip: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens, (experts, rank, width) = dy.shape[0], A.shape
+    return (
+        dy.new_empty(tokens if need_x else 0, width),
+        dy.new_empty(0 if skip else tokens // group, experts - first, dtype=wide(dy)),
+        dy.new_empty(0 if skip and _routed_here(dy, backend) else tokens, (experts - first) * rank),
+    )
+
+
+def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
+    """The gradients of `gated_experts` by its arguments; `core` is `gated_experts_backward`, registered or plain."""
+    grads: list[Tensor | None] = [None] * 14
+    if dy is None:
+        return tuple(grads)
+    x, weight, A, B, gate_weight, mask, hidden, z, pooled = ctx.saved_tensors
+    group, frozen_gates, skip, _, backend = ctx.options
+    need_x, need_weight, need_bias, need_A, need_B, *need_gates = ctx.needs_input_grad[:8]
+    first = frozen_gates if any(need_gates) and not (need_x or need_A or need_B) else 0
+    if need_x or need_A or need_B or any(need_gates):
+        dx, dz, u = core(dy, weight, A, B, gate_weight, mask, hidden, z, group, first, need_x, skip, backend)
+        grads[0] = dx if need_x else None
+        if any(need_gates):
+            grads[5:8] = gate_gradients(ctx, dz[:, frozen_gates - first :], frozen_gates, pooled if pooled.shape[0] else x)
+        if need_A:
+            grads[3] = (grouped.gate(u, z, group).mT @ x).view(A.shape)
+        if need_B:
+            grads[4] = (grouped.gate(hidden, z, group).mT @ dy).view(B.mT.shape).mT
+    grads[1] = dy.mT @ x if need_weight else None
+    grads[2] = dy.sum(0) if need_bias else None
+    return tuple(grads)
+
+
+class _GatedExperts(torch.autograd.Function):
+    forward = staticmethod(_gated_experts)
+    setup_context = staticmethod(save_for_backward)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grads[0], _gated_experts_backward)
+
+
+gated_experts.register_autograd(lambda ctx, dy, *_: _gradients(ctx, dy, gated_experts_backward), setup_context=save_for_backward)
+
+LOW_RANK = Operator(gated_experts, _GatedExperts.apply, _gated_experts)

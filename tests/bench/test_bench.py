@@ -1,0 +1,254 @@
+"""The benchmark: its counts, its peers, and that it neither times wrong answers nor overlooks a regression."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mingle import cli
+from mingle.bench import check, floor, inputs, judge, measure, plot, registry, run
+from mingle.bench.peers import OURS, PEERS, Peer, Unavailable, handmade
+from mingle.bench.peers.peer import step
+from mingle.bench.registry import SLOW_TO_BUILD, Case, Selection
+from mingle.kernels import reference
+
+CPU = torch.device("cpu")
+LIMITS = floor.Ceilings({"float32": 1e11, "bfloat16": 2e11, "float16": 1e11}, 1e10)
+
+
+def tiny(reduce: str = "sample", **changes) -> Case:
+    return replace(Case("tiny", 3, 5, 48, 40, 4, rank=16, reduce=reduce), **changes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "giga_flop", "base", "mega_bytes", "chain"),
+    [("vit-b16", 129.7, 29.7, 254, 461), ("vit-b32", 6.9, 3.8, 17.7, None), ("image", 0.26, 0.06, 5.6, None)],
+)
+def test_counts_are_those_of_the_published_table(shape, giga_flop, base, mega_bytes, chain):
+    case = registry.case(f"{shape}-token-bf16")
+    count = floor.count(case)
+    assert count.algorithm == "low-rank"
+    assert count.flop / 1e9 == pytest.approx(giga_flop, rel=0.02)
+    assert count.base_flop / 1e9 == pytest.approx(base, rel=0.02)
+    assert count.bytes / 1e6 == pytest.approx(mega_bytes, rel=0.01)
+    if chain:
+        assert floor.chain_bytes(case) / 1e6 == pytest.approx(chain, rel=0.01)
+
+
+def test_the_floor_of_the_large_case_on_an_h100():
+    seconds, bound = floor.floor(registry.case("vit-b16-token-bf16"), floor.Ceilings({"bfloat16": 798e12}, 3e12))
+    assert bound == "arithmetic"
+    assert seconds == pytest.approx(162e-6, rel=0.01)
+
+
+@pytest.mark.parametrize(("d_out", "threshold"), [(768, 384), (3072, 614)])
+def test_folding_is_counted_where_it_is_cheaper(d_out, threshold):
+    below, above = (Case("", 1, threshold + more, 768, d_out, 8, reduce="batch") for more in (-2, 2))
+    assert floor.count(below).algorithm == "low-rank"
+    assert floor.count(above).algorithm == "folded"
+    assert floor.forward_flop(above) / floor.folded_forward_flop(above) == pytest.approx(1, rel=0.02)
+
+
+def test_a_backward_pass_doubles_the_products_and_routing_counts_one_expert():
+    case = tiny(backward=True)
+    assert 1.9 < floor.count(case).flop / floor.count(tiny()).flop < 2.2
+    assert floor.count(case).bytes > 2 * floor.count(tiny()).bytes
+    assert floor.forward_flop(tiny(routed=True)) == pytest.approx(floor.forward_flop(tiny(experts=1)), rel=0.02)
+
+
+def test_ceilings_are_measured():
+    limits = floor.ceilings(["float32"], CPU, gemm_size=64, copy_bytes=2**16)
+    assert limits.flop_per_second["float32"] > 1e8
+    assert limits.bytes_per_second > 1e8
+
+
+#: what has to run on any CPU, by what the gates are reduced over
+EVERYWHERE = {"mingle", "mingle eager", "mingle grouped", "eager loop", "grouped eager", "peft x-lora"}
+ALSO = {"token": set(), "sample": {"per-sample merge"}, "batch": {"fold eager", "dense merge"}}
+
+
+def agreeing(case: Case) -> set[str]:
+    """The peers that can run and compute the case's function, once they were found to agree with the oracle."""
+    case_inputs, agreed = inputs.make(case, CPU), set()
+    for name, peer in PEERS.items():
+        if name in SLOW_TO_BUILD:
+            continue
+        try:
+            adapted = peer.adapt(case_inputs)
+            run_once = peer.build(adapted)
+        except Unavailable:
+            continue
+        if not peer.same(case):
+            assert run_once()
+            continue
+        errors = check.Oracle(adapted).errors(run_once)
+        assert errors.keys() == ({"y", *case_inputs.differentiated()} if case.backward else {"y"})
+        assert max(errors.values()) <= check.tolerance(adapted.x.dtype, CPU), (name, errors)
+        agreed.add(name)
+    return agreed
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("reduce", reference.REDUCTIONS)
+def test_peers_agree_with_the_oracle(reduce, backward):
+    pytest.importorskip("peft")
+    folded = {"folded weight"} if reduce == "batch" and not backward else set()
+    assert agreeing(tiny(reduce, backward=backward)) >= EVERYWHERE | ALSO[reduce] | folded
+    assert agreeing(tiny(reduce, backward=backward, dtype="bfloat16")) >= EVERYWHERE | ALSO[reduce] | folded | {"eager loop fp32"}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_peers_agree_with_the_oracle_where_a_router_gives_the_gates(backward):
+    pytest.importorskip("peft")
+    routed = tiny(routed=True, samples=8, backward=backward)
+    assert agreeing(routed) >= EVERYWHERE | ALSO["sample"] | {"mingle one expert"}
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="needs a C++ compiler")
+def test_the_compiled_peer_agrees_with_the_oracle():
+    case_inputs = inputs.make(tiny(), CPU)
+    assert check.Oracle(case_inputs).errors(PEERS["grouped compiled"].build(case_inputs))["y"] < 2e-6
+
+
+def test_large_cases_are_checked_on_some_samples_without_losing_gradients(monkeypatch):
+    monkeypatch.setitem(check._MOST_FLOP, "cpu", 5e5)
+    for reduce in reference.REDUCTIONS:
+        case_inputs = inputs.make(tiny(reduce, samples=8, backward=True), CPU)
+        dy, oracle = case_inputs.dy.clone(), check.Oracle(case_inputs)
+        assert oracle.samples[0] == 0 and oracle.samples[-1] == 7 and len(oracle.samples) < 8
+        assert max(oracle.errors(PEERS["eager loop"].build(case_inputs)).values()) < 2e-6
+        assert torch.equal(case_inputs.dy, dy)
+
+
+def one_dropped(case_inputs: inputs.Inputs):
+    """Leaves the second expert out."""
+    t, keep = case_inputs, [0, 2, 3]
+    return step(t, lambda: reference.gated_experts(t.x, t.weight, t.bias, t.A[keep], t.B[keep], t.gate_values()[..., keep]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_peer_is_named_and_gets_no_time(dtype):
+    peers = [PEERS[OURS], Peer("careless", one_dropped, "one expert short"), Peer("broken", lambda t: lambda: 1 / 0, "raises")]
+    result = measure.measure(tiny(dtype=dtype), peers, CPU, LIMITS, seconds=0)["peers"]
+    assert result[OURS]["status"] == "ok" and result[OURS]["median"] > 0
+    assert result["careless"]["status"] == "wrong" and result["careless"]["errors"]["y"] > 0.05
+    assert "y is off by" in result["careless"]["reason"]
+    assert result["broken"]["status"] == "failed" and "ZeroDivisionError" in result["broken"]["reason"]
+    for name in ("careless", "broken"):
+        assert not {"median", "seconds", "ratio", "peak_bytes"} & result[name].keys()
+
+
+def test_not_a_number_is_wrong_and_fits_into_json():
+    peer = Peer("poisoned", lambda t: lambda: {"y": torch.full_like(t.dy, float("nan"))}, "NaN")
+    result = measure.measure(tiny(), [peer], CPU, LIMITS, seconds=0)["peers"]["poisoned"]
+    assert result["status"] == "wrong"
+    assert result["errors"] == {"y": None}
+
+
+def test_every_round_times_every_peer_and_memory_is_what_was_allocated():
+    calls: list[str] = []
+    steps = {name: lambda name=name: calls.append(name) or {} for name in "abc"}
+    times = measure.interleaved(steps, CPU, seconds=0)
+    rounds = [sorted(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds == [["a", "b", "c"]] * len(rounds) and {len(series) for series in times.values()} == {len(rounds) - 1}
+    assert measure.peak_bytes(lambda: {"y": torch.empty(1000).add_(1) + 1}, CPU) == pytest.approx(8000, abs=200)
+    assert measure.relative([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])["round_ratio"] == 2
+
+
+@pytest.fixture
+def results(monkeypatch) -> dict:
+    """Of a run with two tiny cases."""
+    monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
+    cases = (tiny(), tiny("batch", name="tiny-batch", backward=True))
+    return run.run(Selection(cases, seconds=0), (OURS, "mingle grouped", "eager loop", "grouped eager"), CPU)
+
+
+def test_the_command_line_writes_results_and_plots(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
+    monkeypatch.setitem(registry.CASES, "tiny", tiny())
+    monkeypatch.setattr(run, "_SECONDS", 0.0)
+    out = tmp_path / "new" / "results.json"
+    chosen = ["--case", "tiny", "--peer", "eager loop", "--peer", "nn.Linear", "--device", "cpu"]
+    assert cli.main(["bench", *chosen, "--out", str(out), "--plots", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "eager loop" in printed and "× ours" in printed
+    found = json.loads(out.read_text())
+    assert {"format", "date", "commit", "versions", "device", "seed", "seconds", "ceilings", "cases", "targets"} <= found.keys()
+    assert {"torch", "triton", "transformers", "mingle", "python"} <= found["versions"].keys()
+    assert {"type", "name", "threads"} <= found["device"].keys()
+    (case,) = found["cases"]
+    assert {"case", "count", "floor", "checked_samples", "peers", "dispatch", "cpus_used_by_others"} == case.keys()
+    assert set(case["peers"]) == {OURS, "eager loop", "nn.Linear"}
+    ours = case["peers"][OURS]
+    assert ours["repetitions"] == len(ours["seconds"]) >= 5
+    assert ours["p20"] <= ours["median"] <= ours["p80"] and ours["ratio"] == ours["round_ratio"] == 1
+    assert ours["floor_fraction"] == pytest.approx(case["floor"]["seconds"] / ours["median"])
+    assert ours["peak_bytes"] >= 3 * 5 * 40 * 4
+    assert case["peers"]["nn.Linear"]["status"] == "bound" and case["peers"]["nn.Linear"]["errors"] is None
+    assert (tmp_path / "bars-tiny.png").stat().st_size > 10_000 and (tmp_path / "roofline.png").stat().st_size > 10_000
+    status = cli.main(["bench", *chosen, "--compare", str(out)])  # on so small a case noise may look like a regression
+    assert ("takes" if status else "no regression") in capsys.readouterr().out
+
+
+def test_a_regression_is_flagged(results):
+    assert judge.regressions(results, results) == []
+    worse = copy.deepcopy(results)
+    worse["cases"][1]["peers"]["grouped eager"]["round_ratio"] /= 1.2
+    worse["cases"][1]["peers"]["mingle grouped"]["round_ratio"] /= 2  # ours as well: says nothing
+    (line,) = judge.regressions(results, worse)
+    assert line.startswith("tiny-batch: grouped eager takes") and "-17%" in line
+    worse["cases"][0]["peers"][OURS] = {"status": "wrong"}
+    assert "tiny: mingle is wrong, it was ok" in judge.regressions(results, worse)
+
+
+def test_targets_and_dispatch(results):
+    case = results["cases"][0]
+    assert case["dispatch"]["best"] in ("mingle grouped", "grouped eager")
+    case["case"]["name"], case["peers"]["eager loop"]["round_ratio"] = "square-sample-fp32", 1.5
+    (target,) = judge.targets(results["cases"])
+    assert target == {"case": "square-sample-fp32", "peer": "eager loop", "at_least": 2, "found": 1.5, "met": False}
+    for target in registry.TARGETS:
+        assert target.case in registry.CASES and target.peer in PEERS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--case", "sqare-sample-fp32"], "no case is called 'sqare-sample-fp32'; did you mean 'square-sample-fp32'?"),
+        (["--case", "square-sample-fp32", "--peer", "eager lop"], "no peer is called 'eager lop'; did you mean 'eager loop'?"),
+        (["--compare", "absent.json"], "absent.json"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_selections_and_the_script(tmp_path):
+    for selection in registry.SELECTIONS.values():
+        assert selection.cases and selection.seconds > 0
+    assert all(case.dtype != "float16" for case in registry.SELECTIONS["quick"].cases)
+    script = Path(__file__).parents[2] / "bench" / "run.py"
+    listed = subprocess.run([sys.executable, str(script), "--list"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert '--peer "peft x-lora"' in listed.stdout and "--case square-sample-fp32" in listed.stdout
+
+
+def test_results_without_cases_draw_nothing(tmp_path):
+    empty = {"cases": [], "device": {"name": "x", "type": "cpu", "threads": 1}, "versions": {"torch": "2"}, "ceilings": {}}
+    assert plot.write_plots(empty, tmp_path) == []
+
+
+def test_the_handmade_chain_is_the_same_in_place_and_not():
+    t = inputs.make(tiny("token"), CPU)
+    down, up = handmade.side_by_side(t)
+    torch.testing.assert_close(handmade.chain(t, down, up, in_place=True), handmade.chain(t, down, up, in_place=False))
