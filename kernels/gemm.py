@@ -29,20 +29,20 @@ _LARGEST = 1024  # dimensions beyond it behave alike
 _SMALLEST = 1 << 20  # multiplications below which a product is over before the choice could matter
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, add: torch.Tensor | None = None) -> torch.Tensor:
-    """x Wᵀ + b + add: x [N, K], weight [O, K] of any strides, bias [O], add [N, O] → [N, O].  Not differentiable on its own."""
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """x Wᵀ + b, or x Wᵀ + onto, which may be overwritten.  Not differentiable on its own.
+
+    x [N, K], weight [O, K] of any strides, bias [O], onto [N, O] → [N, O].
+    """
     if _onednn_serves(x, weight) and library(len(x), *weight.shape) == "onednn":
-        return _onednn(x, weight, bias, add)
-    if add is None:
-        return F.linear(x, weight, bias)
-    y = torch.addmm(add, x, weight.mT)
-    return y if bias is None else y.add_(bias)
+        return _onednn(x, weight, bias, onto)
+    return F.linear(x, weight, bias) if onto is None else onto.addmm_(x, weight.mT)
 
 
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, add: torch.Tensor | None = None) -> torch.Tensor:
-    if add is None:
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, onto: torch.Tensor | None = None) -> torch.Tensor:
+    if onto is None:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, onto, weight, bias, "add")
 
 
 def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -60,10 +60,10 @@ def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
 @cache
 def _onednn_agrees() -> bool:
     """Whether the operator exists here and computes what it should; asked once."""
-    x, weight, bias, add = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 2, 20).view(5, 4), torch.ones(5), torch.ones(3, 5)
+    x, weight, bias, onto = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 2, 20).view(5, 4), torch.ones(5), torch.ones(3, 5)
     expected = F.linear(x, weight, bias)
     try:
-        results = (_onednn(x, weight, bias), _onednn(x, weight.mT.contiguous().mT, bias), _onednn(x, weight, bias, add) - add)
+        results = (_onednn(x, weight, bias), _onednn(x, weight.mT.contiguous().mT, bias), _onednn(x, weight, bias, onto) - onto)
         return all(torch.allclose(result, expected, atol=1e-5) for result in results)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         logger.debug("oneDNN's linear operator is not used: %s", error)

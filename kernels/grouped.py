@@ -5,6 +5,10 @@ The same four operations as the Triton kernels, with the same arguments: `shrink
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
 import torch
 
 from mingle.kernels.gemm import linear
@@ -49,9 +53,9 @@ def shrink(
 def gate(hidden: torch.Tensor, z: torch.Tensor, group: int, keep: bool = True) -> torch.Tensor:
     """z ⊙ H [N, T·r] in H's dtype, in place unless `keep`; z [G, T] with N = G · group."""
     groups, experts = z.shape
-    columns = hidden.view(groups, group, experts, hidden.shape[1] // experts)
-    factors = z.view(groups, 1, experts, 1).to(hidden.dtype)
-    return (columns * factors if keep else columns.mul_(factors)).view(hidden.shape)
+    columns = hidden.unflatten(0, (groups, group)).unflatten(2, (experts, hidden.shape[1] // experts))
+    factors = z[:, None, :, None].to(hidden.dtype)
+    return (columns * factors if keep else columns.mul_(factors)).flatten(2).flatten(0, 1)
 
 
 def expand(
@@ -70,7 +74,7 @@ def expand(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `mingle.kernels.gated_experts.expand`."""
-    y = linear(gate(hidden, z, group, keep), up.flatten(0, 1).mT, add=linear(x, weight, bias))
+    y = linear(gate(hidden, z, group, keep), up.flatten(0, 1).mT, onto=linear(x, weight, bias))
     if share is not None:
         assert gate_weight is not None
         spread = (share.to(gate_weight.dtype) @ gate_weight).unsqueeze(1).to(y.dtype)  # [G, 1, O]
@@ -85,15 +89,16 @@ def upstream(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `mingle.kernels.gated_experts.upstream`."""
     u = linear(dy, B.mT.flatten(0, 1))
-    columns = (len(dy), len(B), -1)
-    products = (u * hidden) if u.dtype == torch.float64 else (u.float() * hidden)
-    return u, products.view(columns).sum(-1)
+    if skip:
+        return u, z.new_empty(0, len(B))
+    products = u.to(torch.promote_types(u.dtype, torch.float32)) * hidden
+    return u, products.view(len(dy), len(B), B.shape[2]).sum(-1)
 
 
 def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """See `mingle.kernels.fold.fold`."""
     gated = (B * gates.to(B.dtype).view(-1, 1, 1)).mT.flatten(0, 1)  # [T·r, O]
-    return linear(gated.mT, A.flatten(0, 1).mT, add=weight)
+    return linear(gated.mT, A.flatten(0, 1).mT).add_(weight)
 
 
 def routed(
@@ -105,16 +110,16 @@ def routed(
     """
     y = linear(x, weight, bias)
     members, outputs = x.unflatten(0, (-1, group)), y.view(-1, group, y.shape[1])
-    for expert in z.any(0).nonzero().flatten().tolist():
-        chosen = z[:, expert].nonzero().flatten()
-        first, count = int(chosen[0]), len(chosen)
-        together = int(chosen[-1]) - first + 1 == count  # samples sorted by expert need no gathering
-        rows = members[first : first + count] if together else members[chosen]
-        hidden = linear(rows.flatten(0, 1), down[expert]).view(count, group, -1)
-        hidden *= z[chosen, expert].to(hidden.dtype).view(-1, 1, 1)
-        update = linear(hidden.flatten(0, 1), up[expert].mT).view(count, group, -1)
+    pairs = z.mT.nonzero().tolist()  # (expert, group), sorted by expert
+    for expert, rows in groupby(pairs, key=itemgetter(0)):
+        chosen = [row for _, row in rows]
+        first, count = chosen[0], len(chosen)
+        together = chosen[-1] - first + 1 == count  # samples sorted by expert need no gathering
+        index: Any = slice(first, first + count) if together else torch.tensor(chosen)
+        hidden = linear(members[index].flatten(0, 1), down[expert])
+        hidden.view(count, group, -1).mul_(z[index, expert, None, None].to(hidden.dtype))
         if together:
-            outputs[first : first + count] += update
+            outputs[index].flatten(0, 1).addmm_(hidden, up[expert])
         else:
-            outputs.index_add_(0, chosen, update)
+            outputs.index_add_(0, index, linear(hidden, up[expert].mT).view(count, group, -1))
     return y

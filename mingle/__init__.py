@@ -10,6 +10,7 @@ from mingle.inject import inject, restore
 from mingle.layers import LowRankExpert, MingleLinear, count_parameters
 from mingle.merger import Merger
 from mingle.relaxation import RelaxedProjector
+from mingle.sharing import share_inputs
 from mingle.version import __version__
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "linalg",
     "read_adapter",
     "restore",
+    "share_inputs",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,13 +95,14 @@ def _matrix_form(
     tokens = x.reshape(-1, x.shape[-1])
     if gates is None:
         skip = False
-        group = 1 if reduce == "token" or (reduce == "sample" and x.dim() <= 2) else x.shape[-2] if reduce == "sample" else tokens.shape[0]
+        group = _group(x, reduce)
         mask = None if mask is None or reduce == "token" else mask.reshape(-1)
     else:
         skip = not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (gates, A, B))
         group = tokens.shape[0] if gates.dim() == 1 else 1 if gates.shape[:-1] == x.shape[:-1] else x.shape[-2]
         mask, gate_weight, gate_bias = None, None, None
         gates = gates.reshape(-1, len(A)).to(torch.promote_types(x.dtype, torch.float32))
+        gates = gates if tokens.shape[0] else gates[:0]
     group = max(group, 1)
     backend, fold = dispatch.plan(backend, tokens, group, len(weight), A.shape[0] * A.shape[1])
     layer = (tokens, weight, bias, A, B, gate_weight, gate_bias, gates, mask)
@@ -110,6 +112,75 @@ def _matrix_form(
     else:
         y = ops.LOW_RANK(save, *layer, group, frozen_gates, skip, save, backend)[0]
     return y.view(*x.shape[:-1], len(weight))
+
+
+class Projection(NamedTuple):
+    """The tensors of one layer, as `gated_experts` takes them."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    A: torch.Tensor
+    B: torch.Tensor
+    gate_weight: torch.Tensor
+    gate_bias: torch.Tensor
+    frozen_gates: int = 0
+
+
+def gated_experts_shared(
+    x: torch.Tensor, layers: Sequence[Projection], *, reduce: str = "sample", mask: torch.Tensor | None = None, backend: str = "auto"
+) -> list[torch.Tensor]:
+    """`gated_experts` for several layers that read the same x, with one pass over x for all their A and gates.
+
+    Args:
+        x: input [..., N, d_in].
+        layers: their tensors.  Ranks must be equal, all or none must have a bias, and only x and gates may need gradients; otherwise, and
+            where folding pays, the layers are computed one by one.
+        reduce, mask, backend: as for `gated_experts`.
+
+    Returns:
+        y [..., N, d_out] per layer, equal to what `gated_experts` returns up to rounding.
+
+    Raises:
+        As `gated_experts`.
+    """
+    for layer in layers:
+        _check(x, *layer[:6], reduce, mask, None, layer.frozen_gates, backend)
+    tokens = x.reshape(-1, x.shape[-1])
+    group = _group(x, reduce)
+    plans = {
+        dispatch.plan(backend, tokens, group, len(layer.weight), layer.A.shape[0] * layer.A.shape[1]) if backend != "eager" else None
+        for layer in layers
+    }
+    plan = plans.pop() if len(plans) == 1 else None
+    if plan is None or plan.fold or torch.is_autocast_enabled(x.device.type) or not _stackable(layers):
+        return [
+            gated_experts(x, *layer[:6], reduce=reduce, mask=mask, frozen_gates=layer.frozen_gates, backend=backend) for layer in layers
+        ]
+    weights, biases, As, Bs, gate_weights, gate_biases, frozen = map(list, zip(*layers, strict=True))
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *gate_weights, *gate_biases))
+    biases = [bias for bias in biases if bias is not None]
+    mask = None if mask is None or reduce == "token" else mask.reshape(-1)
+    ys = ops.SHARED(save, tokens, weights, biases, As, Bs, gate_weights, gate_biases, mask, group, frozen, save, plan.backend)[0]
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
+def _stackable(layers: Sequence[Projection]) -> bool:
+    first = layers[0]
+    return all(
+        layer.A.shape[0] > 0
+        and layer.A.shape[1] == first.A.shape[1]
+        and (layer.bias is None) == (first.bias is None)
+        and layer.gate_weight.dtype == first.gate_weight.dtype
+        and not any(tensor is not None and tensor.requires_grad for tensor in layer[:4])
+        for layer in layers
+    )
+
+
+def _group(x: torch.Tensor, reduce: str) -> int:
+    """Consecutive tokens that share their linear gates."""
+    if reduce == "token" or (reduce == "sample" and x.dim() <= 2):
+        return 1
+    return max(1, x.shape[-2] if reduce == "sample" else x[..., 0].numel())
 
 
 def _align_gates(gates: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mingle import functional, linalg
 from mingle.kernels.reference import REDUCTIONS
+
+if TYPE_CHECKING:
+    from mingle.sharing import SharedInput
 
 GATE_INIT_STD = 0.01
 
@@ -57,6 +60,7 @@ class MingleLinear(nn.Module):
         frozen_gate_weight, frozen_gate_bias: the other gates, [T − n, d_in] and [T − n]; they come first.
         reduce: what the gates see, ``"token"``, ``"sample"`` or ``"batch"``; see `mingle.functional.gated_experts`.
         backend: passed on to `mingle.functional.gated_experts`.
+        shared: set by `mingle.share_inputs`: what computes this layer together with its siblings, and its place among them.
     """
 
     weight: nn.Parameter
@@ -81,6 +85,7 @@ class MingleLinear(nn.Module):
         self.B_transposed = _frozen(weight.new_empty(0, 0, self.out_features))
         self._set_gates(weight.new_empty(0, self.in_features), weight.new_empty(0), trainable=0)
         self._base_trainable = False
+        self.shared: tuple[SharedInput, int] | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, reduce: str = "sample", *, backend: str = "auto") -> MingleLinear:
@@ -165,13 +170,19 @@ class MingleLinear(nn.Module):
         self.gate_weight = nn.Parameter(weight[split:].clone(), requires_grad=trainable > 0)
         self.gate_bias = nn.Parameter(bias[split:].clone(), requires_grad=trainable > 0)
 
+    def projection(self) -> functional.Projection:
+        """This layer's tensors as `mingle.functional` takes them."""
+        return functional.Projection(self.weight, self.bias, self.A, self.B, *self.all_gates(), len(self.frozen_gate_weight))
+
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., N, d_in] → [..., N, d_out]; `mask` [..., N] is true for tokens that count in the gates' means."""
-        weight, bias = self.all_gates()
-        return functional.gated_experts(
-            x, self.weight, self.bias, self.A, self.B, weight, bias,
-            reduce=self.reduce, mask=mask, frozen_gates=len(self.frozen_gate_weight), backend=self.backend,
-        )  # fmt: skip
+        if self.shared is not None:
+            group, position = self.shared
+            y = group.forward(position, x, mask)
+            if y is not None:
+                return y
+        own = self.projection()
+        return functional.gated_experts(x, *own[:6], reduce=self.reduce, mask=mask, frozen_gates=own.frozen_gates, backend=self.backend)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A saved layer may hold another number of experts than this one: take on its shapes before the strict load compares them.

@@ -10,12 +10,16 @@ burden with some thirty microseconds each; `common.Operator` takes the form that
 
 from mingle.ops.folded import FOLDED, gated_experts_folded, gated_experts_folded_backward
 from mingle.ops.low_rank import LOW_RANK, gated_experts, gated_experts_backward
+from mingle.ops.shared import SHARED, gated_experts_shared, gated_experts_shared_backward
 
 __all__ = [
     "FOLDED",
     "LOW_RANK",
+    "SHARED",
     "gated_experts",
     "gated_experts_backward",
     "gated_experts_folded",
     "gated_experts_folded_backward",
+    "gated_experts_shared",
+    "gated_experts_shared_backward",
 ]

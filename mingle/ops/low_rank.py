@@ -60,8 +60,7 @@ def _gated_experts(
     if gates is not None:
         gates = gates.clone(memory_format=torch.contiguous_format)  # an operator's output may not be its input
     none = x.new_empty(0, A.shape[0] * A.shape[1])
-    if skip and _routed_here(x, backend):
-        assert gates is not None
+    if skip and gates is not None and _routed(gates, backend):
         y = grouped.routed(x, weight, bias, A, B.mT, gates, group)
         return y, none, gates, x.new_empty(0, x.shape[1], dtype=wide(x))
     kernels = kernels_of(backend)
@@ -70,8 +69,9 @@ def _gated_experts(
     return y, hidden if save and not skip else none, z, pooled
 
 
-def _routed_here(x: Tensor, backend: str) -> bool:
-    return backend == "grouped" and x.device.type == "cpu"
+def _routed(z: Tensor, backend: str) -> bool:
+    """Whether to go expert by expert over the gates that are not 0: on the CPU, where reading them costs nothing, and few are left."""
+    return backend == "grouped" and z.device.type == "cpu" and 2 * int(z.count_nonzero()) <= z.numel()
 
 
 gated_experts = torch.library.custom_op("mingle::gated_experts", _gated_experts, mutates_args=())
@@ -105,6 +105,7 @@ def _gated_experts_backward(
     group: int,
     first: int,
     need_x: bool,
+    need_u: bool,
     skip: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +117,8 @@ def _gated_experts_backward(
         first: the first expert whose gate or factors need a gradient; only with `need_x` are the others computed too.
 
     Returns:
-        dx [N, d_in] (no rows without `need_x`), dz [G, T − first] and u [N, (T − first)·r]; with `need_x` `first` must be 0.
+        dx [N, d_in] (no rows without `need_x`), dz [G, T − first] and u [N, (T − first)·r] (no rows without `need_u`).
+        With `need_x`, `first` must be 0.
     """
     experts, rank, width = A.shape
     if len(dy) == 0:
@@ -126,15 +128,16 @@ def _gated_experts_backward(
             dy.new_empty(0, (experts - first) * rank),
         )
     kernels = kernels_of(backend)
-    if skip and _routed_here(dy, backend):
-        return grouped.routed(dy, weight.mT, None, B.mT, A, z, group), z.new_empty(0, experts), dy.new_empty(0, experts * rank)
+    none = dy.new_empty(0, (experts - first) * rank)
+    if skip and _routed(z, backend):
+        return grouped.routed(dy, weight.mT, None, B.mT, A, z, group), z.new_empty(0, experts), none
     u, rows = kernels.upstream(dy, B[first:], hidden[:, first * rank :], z, group, skip)
     dz = z.new_empty(0, experts) if skip else rows.view(-1, group, experts - first).sum(1)
     if not need_x:
-        return dy.new_empty(0, width), dz, u
+        return dy.new_empty(0, width), dz, u if need_u else none
     share = None if gate_weight is None else share_of_a_token(dz, mask, group)
-    dx = kernels.expand(dy, weight.mT, None, u, A, z, group, skip, share=share, gate_weight=gate_weight, mask=mask)
-    return dx, dz, u
+    dx = kernels.expand(dy, weight.mT, None, u, A, z, group, skip, keep=need_u, share=share, gate_weight=gate_weight, mask=mask)
+    return dx, dz, u if need_u else none
 
 
 gated_experts_backward = torch.library.custom_op("mingle::gated_experts_backward", _gated_experts_backward, mutates_args=())
@@ -143,13 +146,13 @@ gated_experts_backward = torch.library.custom_op("mingle::gated_experts_backward
 @gated_experts_backward.register_fake
 def _(
     dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, gate_weight: Tensor | None, mask: Tensor | None, hidden: Tensor, z: Tensor,
-    group: int, first: int, need_x: bool, skip: bool, backend: str,
+    group: int, first: int, need_x: bool, need_u: bool, skip: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, (experts, rank, width) = dy.shape[0], A.shape
     return (
         dy.new_empty(tokens if need_x else 0, width),
         dy.new_empty(0 if skip else tokens // group, experts - first, dtype=wide(dy)),
-        dy.new_empty(0 if skip and _routed_here(dy, backend) else tokens, (experts - first) * rank),
+        dy.new_empty(tokens if need_u else 0, (experts - first) * rank),
     )
 
 
@@ -163,7 +166,7 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
     need_x, need_weight, need_bias, need_A, need_B, *need_gates = ctx.needs_input_grad[:8]
     first = frozen_gates if any(need_gates) and not (need_x or need_A or need_B) else 0
     if need_x or need_A or need_B or any(need_gates):
-        dx, dz, u = core(dy, weight, A, B, gate_weight, mask, hidden, z, group, first, need_x, skip, backend)
+        dx, dz, u = core(dy, weight, A, B, gate_weight, mask, hidden, z, group, first, need_x, need_A, skip, backend)
         grads[0] = dx if need_x else None
         if any(need_gates):
             grads[5:8] = gate_gradients(ctx, dz[:, frozen_gates - first :], frozen_gates, pooled if pooled.shape[0] else x)

@@ -80,7 +80,9 @@ def test_opcheck_the_backwards(need_x, tokens):
     x, weight, _, A, B, gate_weight, _, _, _ = arguments(tokens=tokens, grad=False)
     first = 0 if need_x else 2
     dy, hidden, z = torch.randn(tokens, 4), torch.randn(tokens, 6), torch.randn(tokens // 3, 3)
-    torch.library.opcheck(ops.gated_experts_backward, (dy, weight, A, B, gate_weight, None, hidden, z, 3, first, need_x, False, "grouped"))
+    torch.library.opcheck(
+        ops.gated_experts_backward, (dy, weight, A, B, gate_weight, None, hidden, z, 3, first, need_x, need_x, False, "grouped")
+    )
     if tokens:
         torch.library.opcheck(ops.gated_experts_folded_backward, (dy, x, weight, A, B, gate_weight, None, first, need_x))
 

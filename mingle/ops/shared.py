@@ -1,0 +1,184 @@
+"""Several layers that read the same x, such as q, k and v, with one shrink: ``mingle::gated_experts_shared`` and its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mingle.ops.common import Operator, kernels_of, share_of_a_token, wide
+
+
+def adjacent(tensors: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors lie one after the other in one storage."""
+    storage = tensors[0].untyped_storage().data_ptr()
+    return all(tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == storage for tensor in tensors) and all(
+        after.storage_offset() == before.storage_offset() + before.numel() for before, after in pairwise(tensors)
+    )
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors one after the other along their first dimension: without a copy where they are `adjacent`."""
+    first = tensors[0]
+    if not adjacent(tensors):
+        return torch.cat(list(tensors))
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
+def _spans(sizes: Sequence[int]) -> list[slice]:
+    return [slice(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
+
+
+def _gated_experts_shared(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    gate_weights: Sequence[Tensor],
+    gate_biases: Sequence[Tensor],
+    mask: Tensor | None,
+    group: int,
+    frozen_gates: Sequence[int],
+    save: bool,
+    backend: str,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """`mingle.ops.gated_experts` for several layers with linear gates.
+
+    Args:
+        x: [N, d_in].
+        weights, As, Bs, gate_weights, gate_biases: one tensor per layer, as for one layer; all ranks are equal, numbers of experts and
+            output widths need not be.
+        biases: one tensor per layer, or none at all.
+        frozen_gates: per layer, how many of its first gates need no gradient.
+
+    Returns:
+        y [N, d_out] per layer; H [N, ΣT·r] (no rows without `save`), z [G, ΣT] and x̄ [G, d_in], as for one layer.
+    """
+    rank, experts = As[0].shape[1], [len(A) for A in As]
+    none = x.new_empty(0, sum(experts) * rank)
+    if len(x) == 0:
+        return (
+            [x.new_empty(0, len(weight)) for weight in weights],
+            none,
+            x.new_empty(0, sum(experts), dtype=wide(x)),
+            x.new_empty(0, x.shape[1], dtype=wide(x)),
+        )
+    kernels = kernels_of(backend)
+    hidden, z, pooled = kernels.shrink(x, stacked(As), stacked(gate_weights), stacked(gate_biases), None, mask, group, False)
+    ys = [
+        kernels.expand(
+            x,
+            weight,
+            biases[i] if biases else None,
+            hidden[:, span.start * rank : span.stop * rank],
+            Bs[i].mT,
+            z[:, span],
+            group,
+            False,
+            keep=save,
+        )
+        for i, (weight, span) in enumerate(zip(weights, _spans(experts), strict=True))
+    ]
+    return ys, hidden if save else none, z, pooled
+
+
+gated_experts_shared = torch.library.custom_op("mingle::gated_experts_shared", _gated_experts_shared, mutates_args=())
+
+
+@gated_experts_shared.register_fake
+def _(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor],
+    gate_weights: Sequence[Tensor], gate_biases: Sequence[Tensor], mask: Tensor | None, group: int, frozen_gates: Sequence[int],
+    save: bool, backend: str,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens, (_, rank, width) = x.shape[0], As[0].shape
+    experts, groups = sum(A.shape[0] for A in As), tokens // group
+    return (
+        [x.new_empty(tokens, weight.shape[0]) for weight in weights],
+        x.new_empty(tokens if save else 0, experts * rank),
+        x.new_empty(groups, experts, dtype=wide(x)),
+        x.new_empty(0 if group == 1 and mask is None else groups, width, dtype=wide(x)),
+    )
+
+
+def _gated_experts_shared_backward(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    gate_weights: Sequence[Tensor],
+    mask: Tensor | None,
+    hidden: Tensor,
+    z: Tensor,
+    group: int,
+    firsts: Sequence[int],
+    need_x: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """dx [N, d_in], the sum over the layers (no rows without `need_x`), and dz [G, ΣT]; 0 for gates before a layer's first."""
+    rank, width = As[0].shape[1:]
+    dz = torch.zeros_like(z)
+    if len(dys[0]) == 0:
+        return dys[0].new_empty(0, width), dz
+    kernels = kernels_of(backend)
+    dx: Tensor | None = None
+    for dy, weight, A, B, gate_weight, span, first in zip(
+        dys, weights, As, Bs, gate_weights, _spans([len(A) for A in As]), firsts, strict=True
+    ):
+        columns = slice((span.start + first) * rank, span.stop * rank)
+        u, rows = kernels.upstream(dy, B[first:], hidden[:, columns], z, group, False)
+        own = rows.view(-1, group, len(A) - first).sum(1)
+        dz[:, span.start + first : span.stop] = own
+        if need_x:
+            share = share_of_a_token(own, mask, group)
+            part = kernels.expand(
+                dy, weight.mT, None, u, A, z[:, span], group, False, keep=False, share=share, gate_weight=gate_weight, mask=mask
+            )
+            dx = part if dx is None else dx.add_(part)
+    return dys[0].new_empty(0, width) if dx is None else dx, dz
+
+
+gated_experts_shared_backward = torch.library.custom_op(
+    "mingle::gated_experts_shared_backward", _gated_experts_shared_backward, mutates_args=()
+)
+
+
+@gated_experts_shared_backward.register_fake
+def _(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], gate_weights: Sequence[Tensor],
+    mask: Tensor | None, hidden: Tensor, z: Tensor, group: int, firsts: Sequence[int], need_x: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return dys[0].new_empty(dys[0].shape[0] if need_x else 0, As[0].shape[2]), torch.empty_like(z)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, weights, biases, As, Bs, gate_weights, gate_biases, mask, *ctx.options = inputs
+    ctx.lengths = len(weights), len(biases)
+    ctx.gate_dtypes = gate_weights[0].dtype, gate_biases[0].dtype
+    ctx.save_for_backward(x, mask, *output[1:], *weights, *As, *Bs, *gate_weights)
+
+
+def _gradients(ctx: Any, dys: Sequence[Tensor], *_: Tensor | None) -> tuple[Any, ...]:
+    """The gradients of x and of the gates; the layers themselves are frozen."""
+    x, mask, hidden, z, pooled, *rest = ctx.saved_tensors
+    layers, biases = ctx.lengths
+    weights, As, Bs, gate_weights = (rest[i * layers : (i + 1) * layers] for i in range(4))
+    group, frozen_gates, _, backend = ctx.options
+    need_x = bool(ctx.needs_input_grad[0])
+    firsts = [0] * layers if need_x else frozen_gates
+    dx, dz = gated_experts_shared_backward(dys, weights, As, Bs, gate_weights, mask, hidden, z, group, firsts, need_x, backend)
+    seen = pooled if pooled.shape[0] else x
+    to_weights, to_biases = (dz.to(seen.dtype).mT @ seen).to(ctx.gate_dtypes[0]), dz.sum(0).to(ctx.gate_dtypes[1])
+    spans = _spans([A.shape[0] for A in As])
+    none = [None] * layers
+    by_layer = [to_weights[span] for span in spans], [to_biases[span] for span in spans]
+    return dx if need_x else None, none, [None] * biases, none, none, *by_layer, None, None, None, None, None
+
+
+gated_experts_shared.register_autograd(_gradients, setup_context=_save)
+
+SHARED = Operator(gated_experts_shared, gated_experts_shared, _gated_experts_shared)
