@@ -17,7 +17,7 @@ import triton.language as tl
 from mingle.kernels import configs
 from mingle.kernels.grouped import group_mean
 
-# The gates of a group are computed by one program of the shrink launch; larger groups and more experts are pooled before it.
+# One program of the shrink launch computes the gates of a group; larger groups, and gates of more experts, are pooled before it.
 _MAX_POOL_ELEMENTS = 1 << 19
 _MAX_POOL_EXPERTS = 128
 
@@ -86,33 +86,34 @@ def _pooled_gates(
     """x̄ and z = x̄ wᵀ + β of one group, x̄ the mean over the group's valid tokens."""
     start = tl.cast(group_index, tl.int64) * group
     experts = tl.arange(0, BLOCK_E)
-    count = tl.zeros([BLOCK_G], tl.float32)
-    for t0 in range(0, group, BLOCK_G):
-        tokens = t0 + tl.arange(0, BLOCK_G)
-        if HAS_MASK:
-            count += tl.load(mask_ptr + start + tokens, mask=tokens < group, other=0).to(tl.float32)
-        else:
-            count += (tokens < group).to(tl.float32)
-    size = tl.maximum(tl.sum(count, 0), 1.0)
+    token_blocks = tl.cdiv(group, BLOCK_G)
+    size = tl.zeros([BLOCK_G], tl.float32) + group
+    if HAS_MASK:
+        size = tl.zeros([BLOCK_G], tl.float32)
+        for block in range(token_blocks):
+            tokens = block * BLOCK_G + tl.arange(0, BLOCK_G)
+            size += tl.sum((tl.load(mask_ptr + start + tokens, mask=tokens < group, other=0) != 0).to(tl.float32), 0)
+    count = tl.maximum(tl.max(size, 0), 1.0)
     z = tl.zeros([BLOCK_E], tl.float32)
-    for k0 in range(0, K, BLOCK_C):
-        k = k0 + tl.arange(0, BLOCK_C)
-        total = tl.zeros([BLOCK_G, BLOCK_C], tl.float32)
-        for t0 in range(0, group, BLOCK_G):
-            tokens = t0 + tl.arange(0, BLOCK_G)
-            valid = tokens < group
-            if HAS_MASK:
-                valid = valid & (tl.load(mask_ptr + start + tokens, mask=valid, other=0) != 0)
-            # a masked load, not a product: padding may hold anything, NaN included
-            total += tl.load(
-                x_ptr + (start + tokens)[:, None] * stride_xn + k[None, :] * stride_xk, mask=valid[:, None] & (k < K)[None, :], other=0.0
-            ).to(tl.float32)
-        mean = tl.sum(total, 0) / size  # [BLOCK_C]
-        tl.store(pooled_ptr + tl.cast(group_index, tl.int64) * K + k, mean, mask=k < K)
-        w = tl.load(
-            w_ptr + experts[:, None] * stride_wt + k[None, :] * stride_wk, mask=(experts < T)[:, None] & (k < K)[None, :], other=0.0
+    total = tl.zeros([BLOCK_C], tl.float32)
+    # One flat loop over (columns, tokens), so that it can be pipelined: one program reads all of its group and lives on loads in flight.
+    for step in tl.range(0, tl.cdiv(K, BLOCK_C) * token_blocks, num_stages=4):
+        block = step % token_blocks
+        tokens = block * BLOCK_G + tl.arange(0, BLOCK_G)
+        k = (step // token_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+        valid = tokens < group
+        if HAS_MASK:
+            valid = valid & (tl.load(mask_ptr + start + tokens, mask=valid, other=0) != 0)
+        # a masked load, not a product: padding may hold anything, NaN included
+        x = tl.load(
+            x_ptr + (start + tokens)[:, None] * stride_xn + k[None, :] * stride_xk, mask=valid[:, None] & (k < K)[None, :], other=0.0
         )
-        z += tl.sum(w.to(tl.float32) * mean[None, :], 1)
+        total = tl.where(block == 0, 0.0, total) + tl.sum(x.to(tl.float32), 0)
+        last = k < tl.where(block == token_blocks - 1, K, 0)
+        mean = total / count  # [BLOCK_C]
+        tl.store(pooled_ptr + tl.cast(group_index, tl.int64) * K + k, mean, mask=last)
+        w = tl.load(w_ptr + experts[:, None] * stride_wt + k[None, :] * stride_wk, mask=(experts < T)[:, None] & last[None, :], other=0.0)
+        z += tl.sum(w.to(tl.float32) * tl.where(last, mean, 0.0)[None, :], 1)
     z += tl.load(beta_ptr + experts, mask=experts < T, other=0.0).to(tl.float32)
     tl.store(z_ptr + tl.cast(group_index, tl.int64) * T + experts, z, mask=experts < T)
 
@@ -304,6 +305,11 @@ def upstream_kernel(
         tl.store(dz_ptr + long_rows * T + expert, dz, mask=rows < N)
 
 
+def _addressable(x: torch.Tensor) -> torch.Tensor:
+    """x itself, or a copy where its columns are too far apart for the kernels' 32-bit column offsets; row offsets have 64 bits."""
+    return x.contiguous() if x.shape[1] * abs(x.stride(1)) >= 2**31 else x
+
+
 def shrink(
     x: torch.Tensor,
     A: torch.Tensor,
@@ -328,6 +334,7 @@ def shrink(
     Returns:
         H [N, T·r] in x's dtype, z [G, T] fp32, x̄ [G, K] fp32 (no rows where a group is one token or gates are given).
     """
+    x = _addressable(x)
     (tokens, width), (experts, rank) = x.shape, A.shape[:2]
     hidden = x.new_empty(tokens, experts * rank)
     pooled = x.new_empty(0, width, dtype=torch.float32)
@@ -365,7 +372,7 @@ def shrink(
             GATES=how,
             HAS_MASK=mask is not None, SKIP=skip and how == "none", UPCAST=weight.dtype != x.dtype,
             BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_K=tile.depth,
-            BLOCK_E=triton.next_power_of_2(experts), BLOCK_G=min(triton.next_power_of_2(group), 32),
+            BLOCK_E=triton.next_power_of_2(experts), BLOCK_G=min(triton.next_power_of_2(group), 64),
             PRECISION=configs.precision(x), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return hidden, gates, pooled
@@ -404,6 +411,7 @@ def expand(
     Returns:
         y [N, O] in x's dtype.
     """
+    x = _addressable(x)
     (tokens, width), (outputs, _), (experts, rank, _) = x.shape, weight.shape, up.shape
     y = x.new_empty(tokens, outputs)
     tile = configs.choose("expand", x, tokens, outputs, width)
@@ -445,6 +453,7 @@ def upstream(
     Returns:
         u [N, T·r] in dy's dtype, and the sums dz [N, T] fp32 (no rows with `skip`).
     """
+    dy = _addressable(dy)
     (tokens, outputs), (experts, _, rank) = dy.shape, B.shape
     u = dy.new_empty(tokens, experts * rank)
     dz = dy.new_empty(0 if skip else tokens, experts, dtype=torch.float32)

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("arguments", nargs="*")
     bench.set_defaults(run=_bench)
 
-    env = commands.add_parser("env", help="versions, for bug reports")
+    env = commands.add_parser("env", help="versions and what computes here, for bug reports")
     env.set_defaults(run=_env)
     return parser
 
@@ -195,12 +195,19 @@ def _bench(args: argparse.Namespace) -> int:
 def _env(args: argparse.Namespace) -> None:
     import torch
 
+    from mingle import dispatch
+    from mingle.kernels import gemm
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    missing = dispatch.without_triton(device, torch.float32)
     facts = storage.versions() | {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": str(torch.get_num_threads()),
+        "triton": f"not used: {missing}" if missing else "used where it is the faster backend",
+        "cpu products": gemm.library(1024, 1024, 1024) + " (fp32, large)",
     }
     for name, value in facts.items():
-        console.print(f"{name:13}{value}", highlight=False)
+        console.print(f"{name:14}{value}", highlight=False, soft_wrap=True)
 
 
 def _result_table(result: Result) -> Table:

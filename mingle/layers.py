@@ -201,11 +201,14 @@ class MingleLinear(nn.Module):
 
 
 def _append(stack: torch.Tensor, matrix: torch.Tensor) -> nn.Parameter:
-    """`stack` [T, r, d] with `matrix` [r', d] as one more entry: [T + 1, max(r, r'), d], the shorter ones padded with zero rows."""
-    rank = max(stack.shape[1], len(matrix))
-    grown = stack.new_zeros(len(stack) + 1, rank, stack.shape[2])
-    grown[:-1, : stack.shape[1]] = stack.detach()
-    grown[-1, : len(matrix)] = matrix.detach()
+    """`stack` [T, r, d] with `matrix` [r', d] as one more entry: [T + 1, max(r, r'), d], the shorter ones padded with zero rows.
+
+    What is there is copied once.
+    """
+    known, rank = stack.shape[1], len(matrix)
+    grown = stack.new_empty(len(stack) + 1, max(known, rank), stack.shape[2])
+    grown[:-1, :known], grown[-1, :rank] = stack.detach(), matrix.detach()
+    grown[:-1, known:], grown[-1, rank:] = 0, 0
     return _frozen(grown)
 
 
