@@ -43,6 +43,13 @@ def write_names(selections: Mapping[str, Iterable[str]], cases: Mapping[str, Cas
         console.print(f'--peer "{peer.name}": {escape(peer.note)}', highlight=False, soft_wrap=True)
 
 
+def write_tiles(found: Iterable[tuple[str, str, Sequence[int]]]) -> None:
+    """Each line as it is found: case, kernel, tile."""
+    console = _console()
+    for case, kernel, (rows, columns, depth, warps, stages) in found:
+        console.print(f"{case:32}{kernel:10}{rows} × {columns} × {depth}, {warps} warps, {stages} stages", highlight=False)
+
+
 def shape(case: Case) -> str:
     return f"{case.samples}×{case.tokens} tokens, {case.d_in}→{case.d_out}, T {case.experts}, r {case.rank}"
 

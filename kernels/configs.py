@@ -98,7 +98,7 @@ def choose(kernel: str, x: torch.Tensor, tokens: int, columns: int, depth: int) 
         x: any operand; its device and dtype count.
         tokens: rows of the output.
         columns: columns of the output.
-        depth: length of the longest inner product.
+        depth: length of the inner products, all that a tile sums up.
     """
     forced = _override.get()
     if forced is not None:

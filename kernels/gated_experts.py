@@ -414,7 +414,7 @@ def expand(
     x = _addressable(x)
     (tokens, width), (outputs, _), (experts, rank, _) = x.shape, weight.shape, up.shape
     y = x.new_empty(tokens, outputs)
-    tile = configs.choose("expand", x, tokens, outputs, width)
+    tile = configs.choose("expand", x, tokens, outputs, width + experts * rank)
     block_rank = configs.rank_block(rank, tile.depth)
     gate = gate_weight if gate_weight is not None else weight
     with configs.on_device(x):

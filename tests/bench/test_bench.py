@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -252,3 +253,25 @@ def test_the_handmade_chain_is_the_same_in_place_and_not():
     t = inputs.make(tiny("token"), CPU)
     down, up = handmade.side_by_side(t)
     torch.testing.assert_close(handmade.chain(t, down, up, in_place=True), handmade.chain(t, down, up, in_place=False))
+
+
+def test_a_search_tries_every_kernel_and_keeps_what_it_finds(tmp_path):
+    """In Triton's interpreter, which has to be asked for before triton is imported."""
+    pytest.importorskip("triton")
+    script = """
+import torch
+from mingle.bench import tune
+from mingle.bench.registry import Case
+from mingle.kernels import configs
+small, odd = configs.Tile(16, 16, 16, 4, 1), configs.Tile(16, 32, 32, 4, 1)
+for reduce in ("sample", "batch"):
+    case = Case("tiny", 2, 5, 24, 20, 2, rank=4, reduce=reduce, backward=True)
+    print(*sorted({kernel for kernel, tile in tune.tune(case, torch.device("cpu"), [small, odd]) if tile in (small, odd)}))
+x = torch.zeros(10, 24)
+assert configs.choose("shrink", x, 10, 8, 24) in (small, odd)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "MINGLE_CACHE": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[:2] == ["expand shrink upstream", "expand fold shrink upstream"]
+    assert len(list(tmp_path.glob("tiles-*.json"))) == 1
