@@ -21,6 +21,7 @@ from torch import nn
 
 from mingle.checkpoint import CheckpointReader
 from mingle.files import CheckpointError, contained, read_json
+from mingle.inject import refusal
 from mingle.layers import LowRankExpert, MingleLinear
 from mingle.options import nearest
 
@@ -289,14 +290,12 @@ def _find_layers(model: nn.Module, experts: Mapping[str, LowRankExpert]) -> dict
             # The search for close names is slow where all of many are missing, and only the first few are shown.
             hint = nearest(name, linear) if len(problems) < _SHOWN else ""
             problems.append(f"{name!r} is not in the model{hint}")
-        # As in inject: a subclass's or an encoder layer's weight may be read without calling the layer.
-        elif type(module) is not nn.Linear and not isinstance(module, MingleLinear):
-            problems.append(f"{name!r} is a {type(module).__name__}, not a torch.nn.Linear")
-        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            problems.append(f"{name!r}: torch.nn.TransformerEncoderLayer reads its weight in inference and would skip the expert")
+        elif reason := refusal(module, model.get_submodule(name.rpartition(".")[0])):
+            problems.append(f"{name!r} {reason}")
         elif problem := _misfit(module, expert):
             problems.append(f"{name!r}: {problem}")
         else:
+            assert isinstance(module, nn.Linear | MingleLinear)  # or it would have been refused
             found[name] = module
     if problems:
         rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

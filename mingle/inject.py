@@ -15,6 +15,16 @@ def matches(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
+def refusal(module: nn.Module, parent: nn.Module) -> str:
+    """Why `module`, a child of `parent`, cannot take experts; empty where it can."""
+    # Subclasses are refused: torch.nn.MultiheadAttention, for one, reads its out_proj's weight and never calls the layer.
+    if type(module) is not nn.Linear and not isinstance(module, MingleLinear):
+        return f"is a {type(module).__name__}, not a torch.nn.Linear: it cannot take experts"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "cannot take experts: torch.nn.TransformerEncoderLayer reads its weight in inference and would skip them"
+    return ""
+
+
 def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear | MingleLinear]:
     """The Linear (or already injected) layers whose names end in one of `targets`, in model order.
 
@@ -27,11 +37,9 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linea
     for name, module in modules.items():
         if not any(matches(name, target) for target in targets):
             continue
-        # Subclasses are refused: torch.nn.MultiheadAttention, for one, reads its out_proj's weight and never calls the layer.
-        if type(module) is not nn.Linear and not isinstance(module, MingleLinear):
-            raise ValueError(f"layer {name!r} is a {type(module).__name__}, not a torch.nn.Linear: it cannot take experts")
-        if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
-            raise ValueError(f"layer {name!r}: torch.nn.TransformerEncoderLayer reads its weight in inference and would skip the experts")
+        if reason := refusal(module, modules[name.rpartition(".")[0]]):
+            raise ValueError(f"layer {name!r} {reason}")
+        assert isinstance(module, nn.Linear | MingleLinear)
         found[name] = module
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear | MingleLinear)}
     for target in targets:

@@ -458,7 +458,7 @@ def test_layers_whose_owner_reads_their_weight_are_refused():
     with pytest.raises(ValueError, match="'0' is a Special, not a torch.nn.Linear"):
         mingle.add_adapter(nn.Sequential(Special(4, 4)), {"0": expert(4, 4)})
     encoder = nn.TransformerEncoderLayer(4, 2, 8)
-    with pytest.raises(ValueError, match="'linear1': torch.nn.TransformerEncoderLayer reads its weight"):
+    with pytest.raises(ValueError, match="'linear1' cannot take experts: torch.nn.TransformerEncoderLayer reads its weight"):
         mingle.add_adapter(encoder, {"linear1": expert(8, 4)})
 
 

@@ -156,7 +156,7 @@ def test_inject_errors_name_the_nearest_layer_and_change_nothing():
     attention = nn.MultiheadAttention(4, 1)
     with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
         mingle.inject(attention, ("out_proj",))
-    with pytest.raises(ValueError, match="'linear1': torch.nn.TransformerEncoderLayer reads its weight"):
+    with pytest.raises(ValueError, match="'linear1' cannot take experts: torch.nn.TransformerEncoderLayer reads its weight"):
         mingle.inject(nn.TransformerEncoderLayer(8, 2), ("linear1",))
 
 
