@@ -59,12 +59,18 @@ _TILES = {
     ],
     "tf32": [
         Tile(128, 128, 32, 8, 3),
-        Tile(64, 64, 32, 4, 4),
+        Tile(64, 64, 32, 8, 4),
         Tile(32, 64, 32, 4, 4),
         Tile(16, 64, 32, 4, 3),
         Tile(16, 32, 32, 4, 3),
     ],
     "float32": [Tile(32, 64, 32, 8, 4), Tile(16, 32, 32, 4, 3)],
+}
+# Instead of all larger ones, where a launch strains the registers (see `strain`).
+_STRAINED = {
+    ("half", "special"): Tile(64, 128, 64, 8, 4),
+    ("half", "ragged"): Tile(64, 64, 32, 8, 4),
+    ("tf32", "ragged"): Tile(32, 64, 32, 4, 4),
 }
 
 # Tiles measured faster than the rule's, by `_key`; see bench/results.
@@ -90,7 +96,20 @@ def bucket(tokens: int) -> int:
     return max(16, 1 << (tokens - 1).bit_length())
 
 
-def choose(kernel: str, x: torch.Tensor, tokens: int, columns: int, depth: int) -> Tile:
+def strain(tensors: Iterable[torch.Tensor], sizes: Iterable[int], special: bool) -> str:
+    """How much a launch asks of the registers beyond its tile.
+
+    ``"ragged"``: rows that are not whole 32-byte pieces are loaded number by number, each with an address of its own; ``"special"``: some
+    other extra, such as ranks that do not fill a step, gates that are wider than x, or zeros that are skipped; else ``"plain"``.
+    """
+    tensors = list(tensors)
+    lengths = [*sizes, *(stride for tensor in tensors for stride in tensor.stride() if stride != 1)]
+    if any(length % 16 for length in lengths) or any(1 not in tensor.stride() for tensor in tensors):
+        return "ragged"
+    return "special" if special else "plain"
+
+
+def choose(kernel: str, x: torch.Tensor, tokens: int, columns: int, depth: int, strain: str = "plain") -> Tile:
     """The tile for one launch.
 
     Args:
@@ -99,11 +118,12 @@ def choose(kernel: str, x: torch.Tensor, tokens: int, columns: int, depth: int) 
         tokens: rows of the output.
         columns: columns of the output.
         depth: length of the inner products, all that a tile sums up.
+        strain: see `strain`.
     """
     forced = _override.get()
     if forced is not None:
         return forced
-    return _choose(kernel, chip(x.device), _arithmetic(x), bucket(tokens), columns, depth)
+    return _choose(kernel, chip(x.device), _arithmetic(x), bucket(tokens), columns, depth, strain)
 
 
 def _arithmetic(x: torch.Tensor) -> str:
@@ -112,21 +132,21 @@ def _arithmetic(x: torch.Tensor) -> str:
 
 
 @cache
-def _choose(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int) -> Tile:
+def _choose(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int, strain: str) -> Tile:
     key = _key(kernel, chip, arithmetic, rows, columns, depth)
-    stored = store().get(key) or COMMITTED.get(key)
-    return Tile(*stored) if stored else rule(kernel, chip, arithmetic, rows, columns)
+    stored = (store().get(key) or COMMITTED.get(key)) if strain == "plain" else None
+    return Tile(*stored) if stored else rule(kernel, chip, arithmetic, rows, columns, strain)
 
 
 def _key(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int) -> str:
     return f"{chip.name}, {kernel} {arithmetic} {rows}x{columns}x{depth}"
 
 
-def rule(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int) -> Tile:
+def rule(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, strain: str = "plain") -> Tile:
     """The largest tile whose grid fills the chip, as deep as its shared memory allows; `arithmetic` is a dtype's name or ``"tf32"``."""
     if chip.kind == "interpreter":
         return Tile(16, 32, 16, 4, 1)  # small, so that small tensors span several tiles
-    tiles = [tile for tile in _tiles(arithmetic) if _fits(kernel, chip, tile)]
+    tiles = [tile for tile in _tiles(arithmetic, strain) if _fits(kernel, chip, tile)]
     filling = [tile for tile in tiles if math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns) >= 0.9 * chip.multiprocessors]
     tile = (filling or tiles[-1:])[0]
     if chip.kind == "hip":
@@ -134,8 +154,12 @@ def rule(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int) -> T
     return tile._replace(stages=max(2, min(tile.stages, chip.shared_memory // _stage_bytes(tile, arithmetic))))
 
 
-def _tiles(arithmetic: str) -> list[Tile]:
-    return _TILES.get(arithmetic, _TILES["half"])
+def _tiles(arithmetic: str, strain: str = "plain") -> list[Tile]:
+    units = arithmetic if arithmetic in _TILES else "half"
+    largest = _STRAINED.get((units, strain))
+    if largest is None:
+        return _TILES[units]
+    return [largest, *(tile for tile in _TILES[units] if tile.rows * tile.columns < largest.rows * largest.columns)]
 
 
 def _stage_bytes(tile: Tile, arithmetic: str) -> int:
@@ -145,7 +169,8 @@ def _stage_bytes(tile: Tile, arithmetic: str) -> int:
 
 def _fits(kernel: str, chip: Chip, tile: Tile) -> bool:
     """Whether registers hold the tile: 128 × 256 takes wgmma or tensor memory, and what the fold gates is the larger operand."""
-    return tile.rows * tile.columns <= 128 * 128 or (chip.kind == "cuda" and chip.capability >= 90 and kernel != "fold")
+    large = chip.kind == "cuda" and 90 <= chip.capability < 120 and kernel != "fold"
+    return tile.rows * tile.columns <= 128 * 128 or large
 
 
 def rank_block(rank: int, limit: int) -> int:

@@ -49,7 +49,8 @@ def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Te
     """
     (outputs, width), (experts, rank) = weight.shape, A.shape[:2]
     folded = weight.new_empty(outputs, width)
-    tile = configs.choose("fold", weight, outputs, width, experts * rank)
+    strain = configs.strain((weight, A, B), (outputs, width), special=rank % 16 > 0)
+    tile = configs.choose("fold", weight, outputs, width, experts * rank, strain)
     block_rank = configs.rank_block(rank, tile.depth)
     with configs.on_device(weight):
         fold_kernel[(triton.cdiv(outputs, tile.rows) * triton.cdiv(width, tile.columns),)](

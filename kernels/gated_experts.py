@@ -353,7 +353,10 @@ def shrink(
         else:
             pooled = group_mean(x, mask, group)
             gates = torch.addmm(gate_bias.float(), pooled, gate_weight.float().mT)
-    tile = configs.choose("shrink", x, tokens, experts * rank, width)
+    upcast = gate_weight is not None and gate_weight.dtype != x.dtype
+    skip = skip and how == "none"
+    strain = configs.strain((x, A), (width,), special=skip or upcast or rank % 16 > 0)
+    tile = configs.choose("shrink", x, tokens, experts * rank, width, strain)
     if how == "token":
         gate_programs = triton.cdiv(tokens, tile.rows)
     weight = gate_weight if gate_weight is not None else x
@@ -370,7 +373,7 @@ def shrink(
             hidden,
             tokens, width, experts, rank, group, gate_programs,
             GATES=how,
-            HAS_MASK=mask is not None, SKIP=skip and how == "none", UPCAST=weight.dtype != x.dtype,
+            HAS_MASK=mask is not None, SKIP=skip, UPCAST=upcast,
             BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_K=tile.depth,
             BLOCK_E=triton.next_power_of_2(experts), BLOCK_G=min(triton.next_power_of_2(group), 64),
             PRECISION=configs.precision(x), num_warps=tile.warps, num_stages=tile.stages,
@@ -414,9 +417,10 @@ def expand(
     x = _addressable(x)
     (tokens, width), (outputs, _), (experts, rank, _) = x.shape, weight.shape, up.shape
     y = x.new_empty(tokens, outputs)
-    tile = configs.choose("expand", x, tokens, outputs, width + experts * rank)
+    gate = weight if gate_weight is None else gate_weight.to(x.dtype)  # y is rounded to it anyway
+    strain = configs.strain((x, weight, up), (width, outputs), special=skip or rank % 16 > 0)
+    tile = configs.choose("expand", x, tokens, outputs, width + experts * rank, strain)
     block_rank = configs.rank_block(rank, tile.depth)
-    gate = gate_weight if gate_weight is not None else weight
     with configs.on_device(x):
         expand_kernel[(triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.columns),)](
             x, *x.stride(),
@@ -457,7 +461,8 @@ def upstream(
     (tokens, outputs), (experts, _, rank) = dy.shape, B.shape
     u = dy.new_empty(tokens, experts * rank)
     dz = dy.new_empty(0 if skip else tokens, experts, dtype=torch.float32)
-    tile = configs.choose("upstream", dy, tokens, experts * rank, outputs)
+    strain = configs.strain((dy, B), (outputs,), special=skip or rank % 16 > 0)
+    tile = configs.choose("upstream", dy, tokens, experts * rank, outputs, strain)
     with configs.on_device(dy):
         upstream_kernel[(triton.cdiv(tokens, tile.rows) * experts,)](
             dy, *dy.stride(),

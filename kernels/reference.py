@@ -19,8 +19,10 @@ def pooled_input(x: torch.Tensor, reduce: str, mask: torch.Tensor | None = None)
     of one token each, as `torch.nn.Linear` reads them.  ``batch``: the mean over all tokens, [1, ..., 1, d_in].  `mask` [..., N] is true
     for valid tokens; the others stay out of every mean, and a mean over no token is 0.
     """
-    if reduce == "token" or (reduce == "sample" and x.dim() <= 2):
+    if reduce == "token":
         return x
+    if reduce == "sample" and x.dim() <= 2:
+        return x if mask is None else torch.where(mask.unsqueeze(-1), x, x.new_zeros(()))
     dims = -2 if reduce == "sample" else tuple(range(x.dim() - 1))
     if mask is None:
         tokens = x.shape[-2] if reduce == "sample" else x[..., 0].numel()

@@ -121,11 +121,11 @@ def _gated_experts_backward(
         With `need_x`, `first` must be 0.
     """
     experts, rank, width = A.shape
-    if len(dy) == 0:
+    if len(dy) == 0 or first == experts:
         return (
             dy.new_empty(0, width),
-            dy.new_empty(0, experts - first, dtype=wide(dy)),
-            dy.new_empty(0, (experts - first) * rank),
+            dy.new_empty(0 if skip else len(dy) // group, experts - first, dtype=wide(dy)),
+            dy.new_empty(len(dy) if need_u else 0, (experts - first) * rank),
         )
     kernels = kernels_of(backend)
     none = dy.new_empty(0, (experts - first) * rank)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mingle.ops.common import Operator, kernels_of, share_of_a_token, wide
 
@@ -129,6 +130,8 @@ def _gated_experts_shared_backward(
     for dy, weight, A, B, gate_weight, span, first in zip(
         dys, weights, As, Bs, gate_weights, _spans([len(A) for A in As]), firsts, strict=True
     ):
+        if first == len(A):
+            continue
         columns = slice((span.start + first) * rank, span.stop * rank)
         u, rows = kernels.upstream(dy, B[first:], hidden[:, columns], z, group, False)
         own = rows.view(-1, group, len(A) - first).sum(1)
@@ -172,11 +175,13 @@ def _gradients(ctx: Any, dys: Sequence[Tensor], *_: Tensor | None) -> tuple[Any,
     firsts = [0] * layers if need_x else frozen_gates
     dx, dz = gated_experts_shared_backward(dys, weights, As, Bs, gate_weights, mask, hidden, z, group, firsts, need_x, backend)
     seen = pooled if pooled.shape[0] else x
-    to_weights, to_biases = (dz.to(seen.dtype).mT @ seen).to(ctx.gate_dtypes[0]), dz.sum(0).to(ctx.gate_dtypes[1])
-    spans = _spans([A.shape[0] for A in As])
+    to_weights, to_biases = [], []
+    for span, frozen in zip(_spans([A.shape[0] for A in As]), frozen_gates, strict=True):
+        own = dz[:, span.start + frozen : span.stop]
+        to_weights.append(pad((own.to(seen.dtype).mT @ seen).to(ctx.gate_dtypes[0]), (0, 0, frozen, 0)))
+        to_biases.append(pad(own.sum(0).to(ctx.gate_dtypes[1]), (frozen, 0)))
     none = [None] * layers
-    by_layer = [to_weights[span] for span in spans], [to_biases[span] for span in spans]
-    return dx if need_x else None, none, [None] * biases, none, none, *by_layer, None, None, None, None, None
+    return dx if need_x else None, none, [None] * biases, none, none, to_weights, to_biases, None, None, None, None, None
 
 
 gated_experts_shared.register_autograd(_gradients, setup_context=_save)

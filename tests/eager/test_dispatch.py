@@ -1,0 +1,295 @@
+"""Which backend and which form computes a call: the decisions, on both sides of every threshold."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mingle import dispatch, ops
+from mingle.functional import gated_experts
+from mingle.kernels import reference
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@dataclass
+class OnGpu:
+    """What `dispatch` asks of a matrix on a GPU."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = CUDA
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._triton_installed.cache_clear()
+    yield
+    dispatch._triton_installed.cache_clear()
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, triton: bool) -> None:
+    find = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> object:
+        return (object() if triton else None) if name == "triton" else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    dispatch._triton_installed.cache_clear()
+
+
+# ---- folding
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "most"), [(768, 768, 384), (768, 3072, 614), (3072, 768, 614), (8, 8, 4)])
+def test_folding_pays_beyond_the_published_threshold(d_in, d_out, most):
+    assert not dispatch.folding_pays(most, d_in, d_out)
+    assert dispatch.folding_pays(most + 1, d_in, d_out)
+
+
+@given(st.integers(1, 5000), st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 4096))
+def test_folding_pays_where_it_takes_fewer_operations(tokens, d_in, d_out, ranks):
+    low_rank = 2 * tokens * (d_in * d_out + ranks * (d_in + d_out))
+    folded = 2 * d_in * d_out * (ranks + tokens)
+    assert dispatch.folding_pays(tokens, d_in, d_out) == (folded < low_rank)
+
+
+@pytest.mark.parametrize("backend", ["auto", "grouped"])
+def test_only_tokens_that_all_share_their_gates_are_folded(backend):
+    x = torch.empty(1000, 768)
+    for group, fold in ((1000, True), (500, False), (1, False)):
+        assert dispatch.plan(backend, x, group, 768, 512) == ("grouped", fold)
+    assert dispatch.plan(backend, x[:384], 384, 768, 512) == ("grouped", False)
+    assert dispatch.plan(backend, x[:385], 385, 768, 512) == ("grouped", True)
+    assert dispatch.plan(backend, x[:0], 1, 768, 512) == ("grouped", False)
+
+
+def problem(*leading: int) -> dict[str, torch.Tensor]:
+    """Eight inputs and outputs, so that folding pays for five tokens and more."""
+    sizes = dict(weight=(8, 8), bias=(8,), A=(3, 2, 8), B=(3, 8, 2), gate_weight=(3, 8), gate_bias=(3,))
+    return {name: torch.randn(*size, dtype=torch.float64) for name, size in (sizes | dict(x=(*leading, 8))).items()}
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operators that were called, and with which backend."""
+    calls: list[str] = []
+    for name in ("FOLDED", "LOW_RANK"):
+        operator = getattr(ops, name)
+
+        def call(*arguments, name=name, operator=operator):
+            calls.append(f"{name} {arguments[-1]}")
+            return operator(*arguments)
+
+        monkeypatch.setattr(ops, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("backend", ["auto", "grouped"])
+@pytest.mark.parametrize(("leading", "form"), [((2, 2), "LOW_RANK"), ((4,), "LOW_RANK"), ((5,), "FOLDED"), ((2, 3), "FOLDED")])
+def test_batch_gates_fold_above_the_threshold_and_only_there(backend, leading, form, used):
+    p = problem(*leading)
+    torch.testing.assert_close(
+        gated_experts(**p, reduce="batch", backend=backend), gated_experts(**p, reduce="batch", backend="eager"), rtol=1e-12, atol=1e-12
+    )
+    assert used == [f"{form} grouped"]
+
+
+@pytest.mark.parametrize(
+    ("leading", "reduce", "form"),
+    [
+        ((1, 9), "sample", "FOLDED"),  # one sample is the batch
+        ((1, 4), "sample", "LOW_RANK"),
+        ((2, 9), "sample", "LOW_RANK"),
+        ((9,), "sample", "LOW_RANK"),  # rows of a matrix are samples of one token
+        ((1, 9), "token", "LOW_RANK"),
+        ((9,), "token", "LOW_RANK"),
+    ],
+)
+def test_other_gates_fold_where_one_row_serves_all(leading, reduce, form, used):
+    p = problem(*leading)
+    torch.testing.assert_close(
+        gated_experts(**p, reduce=reduce), gated_experts(**p, reduce=reduce, backend="eager"), rtol=1e-12, atol=1e-12
+    )
+    assert used == [f"{form} grouped"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "leading", "form"),
+    [
+        ((3,), (3, 4), "FOLDED"),
+        ((3,), (4,), "LOW_RANK"),
+        ((1, 3), (1, 9), "FOLDED"),
+        ((2, 3), (2, 9), "LOW_RANK"),
+        ((2, 9, 3), (2, 9), "LOW_RANK"),
+    ],
+)
+def test_given_gates_fold_by_the_same_rule(shape, leading, form, used):
+    p = problem(*leading) | dict(gate_weight=None, gate_bias=None, gates=torch.randn(*shape, dtype=torch.float64))
+    torch.testing.assert_close(gated_experts(**p), gated_experts(**p, backend="eager"), rtol=1e-12, atol=1e-12)
+    assert used == [f"{form} grouped"]
+
+
+@pytest.mark.parametrize("given_gates", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_both_forms_give_the_same_result_and_gradients(given_gates, masked, used, monkeypatch):
+    p = problem(2, 6)
+    mask = torch.arange(12).view(2, 6) % 3 > 0 if masked else None
+    if given_gates:
+        p = {name: tensor for name, tensor in p.items() if not name.startswith("gate")} | dict(gates=torch.randn(3, dtype=torch.float64))
+    upstream = torch.randn(2, 6, 8, dtype=torch.float64)
+    results = []
+    for folds in (True, False):
+        monkeypatch.setattr(dispatch, "folding_pays", lambda *_, folds=folds: folds)
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in p.items()}
+        y = gated_experts(**({"gate_weight": None, "gate_bias": None} | leaves), reduce="batch", mask=mask)
+        results.append([y, *torch.autograd.grad(y, list(leaves.values()), upstream)])
+    assert used == ["FOLDED grouped", "LOW_RANK grouped"]
+    for folded, low_rank in zip(*results, strict=True):
+        torch.testing.assert_close(folded, low_rank, rtol=1e-11, atol=1e-11)
+
+
+def test_folding_leaves_the_weight_bitwise_alone(used):
+    p = problem(2, 6)
+    before = {name: tensor.clone() for name, tensor in p.items()}
+    gated_experts(**p, reduce="batch")
+    assert used == ["FOLDED grouped"]
+    assert all(torch.equal(p[name], before[name]) for name in p)
+
+
+# ---- backends
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped"])
+def test_an_explicit_backend_is_taken_at_its_word(backend, used, monkeypatch):
+    loops = []
+    plain = reference.gated_experts
+    monkeypatch.setattr(reference, "gated_experts", lambda *arguments: (loops.append("eager"), plain(*arguments))[1])
+    gated_experts(**problem(2, 9), backend=backend)
+    assert (loops, used) == ((["eager"], []) if backend == "eager" else ([], ["LOW_RANK grouped"]))
+
+
+def test_an_explicit_backend_is_kept_where_another_is_cheaper(monkeypatch):
+    installed(monkeypatch, True)
+    for backend, other in (("grouped", "triton"), ("triton", "grouped")):
+        monkeypatch.setattr(dispatch, "seconds", lambda name, *_, other=other: 1.0 if name == other else 2.0)
+        assert dispatch.plan(backend, OnGpu((50, 768)), 1, 768, 1280).backend == backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_auto_is_grouped_on_the_cpu(dtype, monkeypatch):
+    installed(monkeypatch, True)
+    assert dispatch.plan("auto", torch.empty(50, 768, dtype=dtype), 1, 768, 1280).backend == "grouped"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the interpreter is for tests that ask for it
+    assert dispatch.plan("auto", torch.empty(50, 768, dtype=dtype), 1, 768, 1280).backend == "grouped"
+
+
+def test_auto_takes_the_cheaper_backend_on_a_gpu(monkeypatch):
+    installed(monkeypatch, True)
+    for winner in ("triton", "grouped"):
+        monkeypatch.setattr(dispatch, "seconds", lambda backend, *_, winner=winner: 1.0 if backend == winner else 2.0)
+        assert dispatch.plan("auto", OnGpu((50, 768)), 1, 768, 1280).backend == winner
+        assert dispatch.plan("auto", OnGpu((50, 768), torch.float64), 1, 768, 1280).backend == "grouped"
+    installed(monkeypatch, False)
+    monkeypatch.setattr(dispatch, "seconds", lambda backend, *_: 1.0 if backend == "triton" else 2.0)
+    assert dispatch.plan("auto", OnGpu((50, 768)), 1, 768, 1280).backend == "grouped"
+
+
+def test_the_model_is_asked_with_the_sizes_of_the_call(monkeypatch):
+    installed(monkeypatch, True)
+    asked = {}
+    monkeypatch.setattr(dispatch, "seconds", lambda backend, *sizes: asked.setdefault(backend, sizes)[0])
+    dispatch.plan("auto", OnGpu((50, 768), torch.float32), 1, 3072, 1280)
+    assert asked == dict.fromkeys(("grouped", "triton"), (50, 768, 3072, 1280, 4))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        (CUDA, torch.float32, None),
+        (CUDA, torch.float16, None),
+        (CUDA, torch.bfloat16, None),
+        (CUDA, torch.float64, "float32, float16 and bfloat16, not float64"),
+        (CUDA, torch.complex64, "not complex64"),
+        (CPU, torch.float32, "the tensors are on cpu"),
+        (torch.device("meta"), torch.float32, "the tensors are on meta"),
+        (CPU, torch.float64, "not float64"),
+    ],
+)
+def test_what_keeps_the_kernels_from_running_is_said(device, dtype, reason, monkeypatch):
+    installed(monkeypatch, True)
+    said = dispatch.without_triton(device, dtype)
+    assert said is None if reason is None else reason in said
+    if reason is not None:
+        x = torch.empty(1, 4, dtype=dtype, device="meta") if device.type != "cpu" else torch.empty(1, 4, dtype=dtype)
+        with pytest.raises(RuntimeError, match="backend='triton' cannot run: "):
+            dispatch.plan("triton", OnGpu((1, 4), dtype, device) if device == CUDA else x, 1, 4, 2)
+
+
+def test_the_interpreter_serves_the_cpu_but_for_bfloat16(monkeypatch):
+    installed(monkeypatch, True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.without_triton(CPU, torch.float32) is None
+    assert dispatch.without_triton(CPU, torch.float16) is None
+    assert "bfloat16 products wrongly" in dispatch.without_triton(CPU, torch.bfloat16)
+    assert "not float64" in dispatch.without_triton(CPU, torch.float64)
+    assert dispatch.plan("triton", torch.empty(1, 4), 1, 4, 2).backend == "triton"
+
+
+def test_a_missing_package_is_named_before_anything_else(monkeypatch):
+    installed(monkeypatch, False)
+    for device, dtype in ((CUDA, torch.float32), (CPU, torch.float64)):
+        assert dispatch.without_triton(device, dtype) == "the package triton is not installed"
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: the package triton is not installed"):
+        gated_experts(**problem(2, 3), backend="triton")
+
+
+# ---- the cost model
+
+sizes = st.fixed_dictionaries(
+    dict(
+        tokens=st.integers(1, 1 << 17),
+        d_in=st.integers(1, 8192),
+        d_out=st.integers(1, 8192),
+        columns=st.integers(1, 8192),
+        itemsize=st.sampled_from([2, 4]),
+    )
+)
+
+
+@settings(deadline=None)
+@given(sizes, st.sampled_from(["tokens", "d_in", "d_out", "columns", "itemsize"]), st.sampled_from(["grouped", "triton"]))
+def test_more_work_never_costs_less(size, grown, backend):
+    assert dispatch.seconds(backend, **(size | {grown: 2 * size[grown]})) >= dispatch.seconds(backend, **size) > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d_in", "d_out", "experts"), [(800, 768, 3072, 8), (50, 768, 768, 20), (1, 768, 768, 1)], ids=["b", "c", "one token"]
+)
+def test_fewer_launches_win_where_launches_are_the_cost(tokens, d_in, d_out, experts, monkeypatch):
+    installed(monkeypatch, True)
+    costs = [dispatch.seconds(backend, tokens, d_in, d_out, 64 * experts, 2) for backend in ("triton", "grouped")]
+    assert costs[0] < costs[1]
+    assert dispatch.plan("auto", OnGpu((tokens, d_in)), 1, d_out, 64 * experts).backend == "triton"
+
+
+def test_the_vendors_products_win_where_arithmetic_is_all():
+    assert dispatch.seconds("grouped", 1 << 17, 8192, 8192, 8192, 2) < dispatch.seconds("triton", 1 << 17, 8192, 8192, 8192, 2)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize(
+    ("floor", "size"), [(162e-6, (25216, 768, 768, 1280, 2)), (9e-6, (800, 768, 3072, 512, 2)), (2e-6, (50, 768, 768, 1280, 2))]
+)
+def test_no_modelled_time_is_below_the_hardware_limit(backend, floor, size):
+    assert floor <= dispatch.seconds(backend, *size) < 10 * floor
