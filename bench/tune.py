@@ -41,8 +41,9 @@ def tune(case: Case, device: torch.device, tiles: Sequence[Tile] | None = None) 
     """Search every kernel that the case runs; yields its name and the best tile."""
     from mingle.kernels import configs
 
+    strain = "special" if case.routed else "plain"  # zeros are skipped
     for kernel, x, rows, columns, depth, launch in launches(case, device):
-        yield kernel, configs.search(kernel, x, rows, columns, depth, launch, lambda run: seconds(run, device), tiles)
+        yield kernel, configs.search(kernel, x, rows, columns, depth, launch, lambda run: seconds(run, device), tiles, strain)
 
 
 def launches(case: Case, device: torch.device) -> Iterator[Launch]:

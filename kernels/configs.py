@@ -133,20 +133,22 @@ def _arithmetic(x: torch.Tensor) -> str:
 
 @cache
 def _choose(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int, strain: str) -> Tile:
-    key = _key(kernel, chip, arithmetic, rows, columns, depth)
-    stored = (store().get(key) or COMMITTED.get(key)) if strain == "plain" else None
-    return Tile(*stored) if stored else rule(kernel, chip, arithmetic, rows, columns, strain)
+    key = _key(kernel, chip, arithmetic, rows, columns, depth, strain)
+    stored = store().get(key)
+    if isinstance(stored, (list, tuple)) and len(stored) == len(Tile._fields) and all(isinstance(number, int) for number in stored):
+        return Tile(*stored)
+    return COMMITTED.get(key) or rule(kernel, chip, arithmetic, rows, columns, strain)
 
 
-def _key(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int) -> str:
-    return f"{chip.name}, {kernel} {arithmetic} {rows}x{columns}x{depth}"
+def _key(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int, strain: str) -> str:
+    return f"{chip.name}, {kernel} {arithmetic} {rows}x{columns}x{depth} {strain}"
 
 
 def rule(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, strain: str = "plain") -> Tile:
     """The largest tile whose grid fills the chip, as deep as its shared memory allows; `arithmetic` is a dtype's name or ``"tf32"``."""
     if chip.kind == "interpreter":
         return Tile(16, 32, 16, 4, 1)  # small, so that small tensors span several tiles
-    tiles = [tile for tile in _tiles(arithmetic, strain) if _fits(kernel, chip, tile)]
+    tiles = [tile for tile in _tiles(arithmetic, strain) if _fits(kernel, chip, tile) and tile.rows <= rows]
     filling = [tile for tile in tiles if math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns) >= 0.9 * chip.multiprocessors]
     tile = (filling or tiles[-1:])[0]
     if chip.kind == "hip":
@@ -223,11 +225,12 @@ def search(
     launch: Callable[[], object],
     time: Callable[[Callable[[], object]], float],
     tiles: Iterable[Tile] | None = None,
+    strain: str = "plain",
 ) -> Tile:
     """Time `launch` under every candidate tile, keep the fastest for this user and GPU, and return it.
 
     Args:
-        kernel, x, tokens, columns, depth: as for `choose`, which returns the found tile from now on.
+        kernel, x, tokens, columns, depth, strain: as for `choose`, which returns the found tile from now on.
         launch: runs the kernel once, through its launcher.
         time: seconds of one call of its argument, such as a wrapper of ``triton.testing.do_bench``.
         tiles: candidates other than `candidates`.
@@ -246,6 +249,6 @@ def search(
     if not timed:
         raise RuntimeError(f"{kernel}: no tile could be launched on {own.name}")
     best = min(timed, key=timed.__getitem__)
-    store().put(_key(kernel, own, arithmetic, bucket(tokens), columns, depth), best)
+    store().put(_key(kernel, own, arithmetic, bucket(tokens), columns, depth, strain), best)
     _choose.cache_clear()
     return best

@@ -34,6 +34,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     x [N, K], weight [O, K] of any strides, bias [O], onto [N, O] → [N, O].
     """
+    assert bias is None or onto is None
     if _onednn_serves(x, weight) and library(len(x), *weight.shape) == "onednn":
         return _onednn(x, weight, bias, onto)
     return F.linear(x, weight, bias) if onto is None else onto.addmm_(x, weight.mT)

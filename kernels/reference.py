@@ -21,7 +21,7 @@ def pooled_input(x: torch.Tensor, reduce: str, mask: torch.Tensor | None = None)
     """
     if reduce == "token":
         return x
-    if reduce == "sample" and x.dim() <= 2:
+    if x.dim() == 1 or (reduce == "sample" and x.dim() == 2):  # means over one token
         return x if mask is None else torch.where(mask.unsqueeze(-1), x, x.new_zeros(()))
     dims = -2 if reduce == "sample" else tuple(range(x.dim() - 1))
     if mask is None:

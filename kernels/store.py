@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -32,10 +33,13 @@ class Store:
             values = json.loads(self.path.read_text())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             logger.warning("%s: ignored: %s", self.path, error)
             return {}
-        return values if isinstance(values, dict) else {}
+        if not isinstance(values, dict):
+            logger.warning("%s: ignored: expected a JSON object", self.path)
+            return {}
+        return values
 
     def get(self, key: str) -> Any:
         """The value stored under `key`, or None."""
@@ -51,3 +55,5 @@ class Store:
             scratch.replace(self.path)
         except OSError as error:
             logger.warning("%s: not written: %s", self.path, error)
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)

@@ -65,6 +65,8 @@ def gated_experts(
     if len(A) == 0:
         return F.linear(x, weight, bias)
     if backend == "eager":
+        gate_weight, gate_bias = _freeze(gate_weight, frozen_gates, 0), _freeze(gate_bias, frozen_gates, 0)
+        gates = _freeze(gates, frozen_gates, -1)
         values = reference.gate_values(x, gate_weight, gate_bias, reduce, mask) if gates is None else _align_gates(gates, x)
         return reference.gated_experts(x, weight, bias, A, B, values)
     options = (reduce, mask, gates, frozen_gates, backend)
@@ -181,6 +183,13 @@ def _group(x: torch.Tensor, reduce: str) -> int:
     if reduce == "token" or (reduce == "sample" and x.dim() <= 2):
         return 1
     return max(1, x.shape[-2] if reduce == "sample" else x[..., 0].numel())
+
+
+def _freeze(gates: torch.Tensor | None, count: int, dim: int) -> torch.Tensor | None:
+    """The same values, the first `count` along `dim` without a gradient."""
+    if gates is None or count == 0:
+        return gates
+    return torch.cat([gates.narrow(dim, 0, count).detach(), gates.narrow(dim, count, gates.shape[dim] - count)], dim)
 
 
 def _align_gates(gates: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -128,7 +128,7 @@ def test_zero_tokens(shape, reduce):
     assert all((p[name].grad == 0).all() for name in ("gate_weight", "A", "B", "weight"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     experts=st.integers(1, 6),
     rank=st.integers(1, 5),
