@@ -148,7 +148,8 @@ def rule(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, stra
     """The largest tile whose grid fills the chip, as deep as its shared memory allows; `arithmetic` is a dtype's name or ``"tf32"``."""
     if chip.kind == "interpreter":
         return Tile(16, 32, 16, 4, 1)  # small, so that small tensors span several tiles
-    tiles = [tile for tile in _tiles(arithmetic, strain) if _fits(kernel, chip, tile) and tile.rows <= rows]
+    widest = max(32, triton.next_power_of_2(columns))  # beyond it a tile is mostly padding
+    tiles = [tile for tile in _tiles(arithmetic, strain) if _fits(kernel, chip, tile) and tile.rows <= rows and tile.columns <= widest]
     filling = [tile for tile in tiles if math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns) >= 0.9 * chip.multiprocessors]
     tile = (filling or tiles[-1:])[0]
     if chip.kind == "hip":
