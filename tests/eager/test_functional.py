@@ -207,3 +207,19 @@ def test_relaxed_projection_is_the_identity_forward_and_projects_backward():
     torch.testing.assert_close(gradient(lam) @ basis, (upstream @ basis) * (1 - lam))
     with pytest.raises(ValueError, match="expected"):
         relaxed_projection(weight, basis, lam[:2])
+
+
+@pytest.mark.parametrize("chosen", [[3, 0, 2, 4], [1, 1, 4, 4], [2, 2, 2, 2]], ids=["one expert each", "pairs", "one for all"])
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_one_hot_gates_take_the_chosen_expert(chosen, tokens):
+    """Sparse gates are computed differently for many and few tokens, for experts of one sample and of several."""
+    p = problem(shape=(4, tokens), experts=5)
+    gates = torch.nn.functional.one_hot(torch.tensor(chosen), 5).double() * 0.7
+    given = p | dict(gate_weight=None, gate_bias=None, gates=gates)
+    x = p["x"].requires_grad_()
+    results = [gated_experts(**given, backend=backend) for backend in ("eager", "auto")]
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in results]
+    for expected, got in (results, gradients):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(gated_experts(**given), results[0], rtol=1e-12, atol=1e-12)
