@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from mingle.kernels import configs
-from mingle.kernels.grouped import group_mean
+from mingle.kernels.grouped import pooled_gates
 
 # One program of the shrink launch computes the gates of a group; larger groups, and gates of more experts, are pooled before it.
 _MAX_POOL_ELEMENTS = 1 << 19
@@ -351,8 +351,7 @@ def shrink(
             gates = x.new_empty(groups, experts, dtype=torch.float32)
             pooled = x.new_empty(groups, width, dtype=torch.float32)
         else:
-            pooled = group_mean(x, mask, group)
-            gates = torch.addmm(gate_bias.float(), pooled, gate_weight.float().mT)
+            gates, pooled = pooled_gates(x, gate_weight, gate_bias, mask, group)
     upcast = gate_weight is not None and gate_weight.dtype != x.dtype
     skip = skip and how == "none"
     strain = configs.strain((x, A), (width,), special=skip or upcast or rank % 16 > 0)

@@ -14,15 +14,28 @@ import torch
 from mingle.kernels.gemm import linear
 
 
+def wide(x: torch.Tensor) -> torch.dtype:
+    """The dtype of gate values, of means and of their gradients: fp32, or fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def group_mean(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> torch.Tensor:
     """The mean over the valid tokens of each group: x [N, K], mask bool [N] → [G, K], in fp32 or, for fp64, fp64.  No valid token: 0."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide(x)
     members = x.unflatten(0, (-1, group))  # [G, group, K]
     if mask is None:
         return members.mean(1, dtype=dtype)
     valid = mask.view(-1, group, 1)
     # where, not a product: padding may hold anything, NaN included
     return torch.where(valid, members, 0).sum(1, dtype=dtype) / valid.sum(1).clamp_min(1)
+
+
+def pooled_gates(
+    x: torch.Tensor, gate_weight: torch.Tensor, gate_bias: torch.Tensor, mask: torch.Tensor | None, group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z = x̄ wᵀ + β [G, T] and x̄ [G, K], the `group_mean`, both in the dtype of `wide`."""
+    pooled = group_mean(x, mask, group)
+    return torch.addmm(gate_bias.to(pooled.dtype), pooled, gate_weight.to(pooled.dtype).mT), pooled
 
 
 def shrink(
@@ -36,17 +49,16 @@ def shrink(
     skip: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `mingle.kernels.gated_experts.shrink`; gate values and means are fp64 where x is."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide(x)
     hidden = linear(x, A.flatten(0, 1))
-    pooled = x.new_empty(0, x.shape[1], dtype=wide)
+    pooled = x.new_empty(0, x.shape[1], dtype=dtype)
     if gates is None:
         assert gate_weight is not None and gate_bias is not None
         if group == 1 and mask is None:
-            narrow = torch.nn.functional.linear(x, gate_weight) if gate_weight.dtype == x.dtype else x.to(wide) @ gate_weight.to(wide).mT
-            gates = narrow.to(wide) + gate_bias.to(wide)
+            narrow = torch.nn.functional.linear(x, gate_weight) if gate_weight.dtype == x.dtype else x.to(dtype) @ gate_weight.to(dtype).mT
+            gates = narrow.to(dtype) + gate_bias.to(dtype)
         else:
-            pooled = group_mean(x, mask, group)
-            gates = torch.addmm(gate_bias.to(wide), pooled, gate_weight.to(wide).mT)
+            gates, pooled = pooled_gates(x, gate_weight, gate_bias, mask, group)
     return hidden, gates, pooled
 
 
@@ -91,7 +103,7 @@ def upstream(
     u = linear(dy, B.mT.flatten(0, 1))
     if skip:
         return u, z.new_empty(0, len(B))
-    products = u.to(torch.promote_types(u.dtype, torch.float32)) * hidden
+    products = u.to(wide(u)) * hidden
     return u, products.view(len(dy), len(B), B.shape[2]).sum(-1)
 
 

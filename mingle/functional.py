@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from mingle import dispatch, ops
 from mingle.dispatch import BACKENDS
 from mingle.kernels import reference
+from mingle.kernels.grouped import wide
 
 
 def gated_experts(
@@ -103,7 +104,7 @@ def _matrix_form(
         skip = not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (gates, A, B))
         group = tokens.shape[0] if gates.dim() == 1 else 1 if gates.shape[:-1] == x.shape[:-1] else x.shape[-2]
         mask, gate_weight, gate_bias = None, None, None
-        gates = gates.reshape(-1, len(A)).to(torch.promote_types(x.dtype, torch.float32))
+        gates = gates.reshape(-1, len(A)).to(wide(x))
         gates = gates if tokens.shape[0] else gates[:0]
     group = max(group, 1)
     backend, fold = dispatch.plan(backend, tokens, group, len(weight), A.shape[0] * A.shape[1])

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from mingle.kernels import grouped
 
@@ -33,16 +35,26 @@ def kernels_of(backend: str) -> ModuleType:
     return grouped if backend == "grouped" else importlib.import_module("mingle.kernels.gated_experts")
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype of gate values and of their gradients: fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def share_of_a_token(dz: Tensor, mask: Tensor | None, group: int) -> Tensor:
     """What one valid token receives of its group's gate gradient [G, T]: the derivative of the mean."""
     if mask is None:
         return dz / group
     return dz / mask.view(-1, group).sum(1, keepdim=True).clamp_min(1)
+
+
+def differentiable(plain: Callable[..., Any], gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """`plain` with a backward, past the dispatcher; `gradients` takes the context and dy, and its result cannot be differentiated again."""
+
+    class Eager(torch.autograd.Function):
+        forward = staticmethod(plain)
+        setup_context = staticmethod(save_for_backward)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return gradients(ctx, grads[0])
+
+    return Eager.apply
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -58,9 +70,18 @@ def gate_gradients(ctx: Any, dz: Tensor, frozen: int, seen: Tensor) -> list[Tens
     """Gradients of gate_weight, gate_bias and gates from dz [G, T − frozen] and what the gates saw [G, d_in]; 0 for the frozen ones."""
     need_weight, need_bias, need_gates = ctx.needs_input_grad[5:8]
     weight, bias, gates = ctx.gate_dtypes
-    pad = torch.nn.functional.pad
     return [
-        pad((dz.to(seen.dtype).mT @ seen).to(weight), (0, 0, frozen, 0)) if need_weight else None,
-        pad(dz.sum(0).to(bias), (frozen, 0)) if need_bias else None,
+        gate_weight_gradient(dz, frozen, seen, weight) if need_weight else None,
+        gate_bias_gradient(dz, frozen, bias) if need_bias else None,
         pad(dz, (frozen, 0)).to(gates) if need_gates else None,
     ]
+
+
+def gate_weight_gradient(dz: Tensor, frozen: int, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """dzᵀ x̄ below `frozen` rows of 0: [T, d_in]."""
+    return pad((dz.to(seen.dtype).mT @ seen).to(dtype), (0, 0, frozen, 0))
+
+
+def gate_bias_gradient(dz: Tensor, frozen: int, dtype: torch.dtype) -> Tensor:
+    """Σ dz behind `frozen` zeros: [T]."""
+    return pad(dz.sum(0).to(dtype), (frozen, 0))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mingle.kernels import gemm, grouped
-from mingle.ops.common import Operator, gate_gradients, save_for_backward, share_of_a_token, wide
+from mingle.kernels.grouped import wide
+from mingle.ops.common import Operator, differentiable, gate_gradients, save_for_backward, share_of_a_token
 
 
 def _gated_experts_folded(
@@ -34,8 +35,7 @@ def _gated_experts_folded(
     """
     if gates is None:
         assert gate_weight is not None and gate_bias is not None
-        pooled = grouped.group_mean(x, mask, len(x))
-        z = torch.addmm(gate_bias.to(pooled.dtype), pooled, gate_weight.to(pooled.dtype).mT)
+        z, pooled = grouped.pooled_gates(x, gate_weight, gate_bias, mask, len(x))
     else:
         pooled, z = x.new_empty(0, x.shape[1], dtype=wide(x)), gates.clone()
     kernels = grouped if backend == "grouped" else importlib.import_module("mingle.kernels.fold")
@@ -104,7 +104,7 @@ def _(
     return dy.new_empty(dy.shape[0] if need_x else 0, A.shape[2]), dy.new_empty(1, A.shape[0] - first, dtype=wide(dy))
 
 
-def _gradients_folded(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
     """The gradients of `gated_experts_folded` by its arguments; `core` is its backward, registered or plain."""
     grads: list[Tensor | None] = [None] * 11
     if dy is None:
@@ -127,18 +127,12 @@ def _gradients_folded(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Ten
     return tuple(grads)
 
 
-class _GatedExpertsFolded(torch.autograd.Function):
-    forward = staticmethod(_gated_experts_folded)
-    setup_context = staticmethod(save_for_backward)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients_folded(ctx, grads[0], _gated_experts_folded_backward)
-
-
 gated_experts_folded.register_autograd(
-    lambda ctx, dy, *_: _gradients_folded(ctx, dy, gated_experts_folded_backward), setup_context=save_for_backward
+    lambda ctx, dy, *_: _gradients(ctx, dy, gated_experts_folded_backward), setup_context=save_for_backward
 )
 
-FOLDED = Operator(gated_experts_folded, _GatedExpertsFolded.apply, _gated_experts_folded)
+FOLDED = Operator(
+    gated_experts_folded,
+    differentiable(_gated_experts_folded, partial(_gradients, core=_gated_experts_folded_backward)),
+    _gated_experts_folded,
+)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mingle.kernels import grouped
-from mingle.ops.common import Operator, gate_gradients, kernels_of, save_for_backward, share_of_a_token, wide
+from mingle.kernels.grouped import wide
+from mingle.ops.common import Operator, differentiable, gate_gradients, kernels_of, save_for_backward, share_of_a_token
 
 
 def _gated_experts(
@@ -179,16 +180,6 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
     return tuple(grads)
 
 
-class _GatedExperts(torch.autograd.Function):
-    forward = staticmethod(_gated_experts)
-    setup_context = staticmethod(save_for_backward)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grads[0], _gated_experts_backward)
-
-
 gated_experts.register_autograd(lambda ctx, dy, *_: _gradients(ctx, dy, gated_experts_backward), setup_context=save_for_backward)
 
-LOW_RANK = Operator(gated_experts, _GatedExperts.apply, _gated_experts)
+LOW_RANK = Operator(gated_experts, differentiable(_gated_experts, partial(_gradients, core=_gated_experts_backward)), _gated_experts)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from mingle.ops.common import Operator, kernels_of, share_of_a_token, wide
+from mingle.kernels.grouped import wide
+from mingle.ops.common import Operator, gate_bias_gradient, gate_weight_gradient, kernels_of, share_of_a_token
 
 
 def adjacent(tensors: Sequence[Tensor]) -> bool:
@@ -178,8 +178,8 @@ def _gradients(ctx: Any, dys: Sequence[Tensor], *_: Tensor | None) -> tuple[Any,
     to_weights, to_biases = [], []
     for span, frozen in zip(_spans([A.shape[0] for A in As]), frozen_gates, strict=True):
         own = dz[:, span.start + frozen : span.stop]
-        to_weights.append(pad((own.to(seen.dtype).mT @ seen).to(ctx.gate_dtypes[0]), (0, 0, frozen, 0)))
-        to_biases.append(pad(own.sum(0).to(ctx.gate_dtypes[1]), (frozen, 0)))
+        to_weights.append(gate_weight_gradient(own, frozen, seen, ctx.gate_dtypes[0]))
+        to_biases.append(gate_bias_gradient(own, frozen, ctx.gate_dtypes[1]))
     none = [None] * layers
     return dx if need_x else None, none, [None] * biases, none, none, to_weights, to_biases, None, None, None, None, None
 

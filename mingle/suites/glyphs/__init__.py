@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from functools import cache, partial
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mingle.kernels import store
 from mingle.suites import OnTraining, Suite
 from mingle.suites.glyphs import finetune
 from mingle.suites.glyphs.corruptions import CORRUPTIONS, corrupt
@@ -94,6 +94,5 @@ def expert_folder(task: GlyphTask, on_training: OnTraining | None = None) -> Pat
 
 def cache_folder() -> Path:
     """``$MINGLE_CACHE`` or ``~/.cache/mingle``, by the base model's content: another base makes other experts."""
-    root = Path(os.environ.get("MINGLE_CACHE") or Path.home() / ".cache" / "mingle")
     files = json.loads((DATA / "manifest.json").read_text())["files"]
-    return root / "glyphs" / hashlib.sha256(files["base/model.safetensors"].encode()).hexdigest()[:12]
+    return store.cache_folder() / "glyphs" / hashlib.sha256(files["base/model.safetensors"].encode()).hexdigest()[:12]
