@@ -5,6 +5,7 @@ gated_experts   Triton: shrink, expand and their backward
 fold            Triton: one weight for tokens that share their gates
 grouped         the same operations as dense products, for any device
 gemm            dense products in the faster of the CPU's two libraries
+prepack         copies of frozen factors in the layouts those are fastest with
 configs         tile sizes of the Triton kernels
 store           what was measured for this user and machine
 """

@@ -59,6 +59,37 @@ def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """W [O, K] in oneDNN's own layout, for `linear_packed` alone: PyTorch cannot look into it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+def linear_packed(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x Wᵀ + b for a `pack` of W; only where `packing_pays`."""
+    return _onednn(x if 1 in x.stride() else x.contiguous(), packed, bias)
+
+
+def packing_pays(x: torch.Tensor, outputs: int) -> bool:
+    """Whether a product of x [N, K] with a packed weight [outputs, K] can be had, and is the fastest there is."""
+    if x.device.type != "cpu" or x.numel() == 0 or not _packed_agrees(x.dtype):
+        return False
+    return x.dtype != torch.float32 or library(len(x), outputs, x.shape[1]) == "onednn"
+
+
+@cache
+def _packed_agrees(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch packs weights of `dtype` and multiplies them as it should; asked once."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    x, weight, bias = (torch.linspace(-1, 1, n).to(dtype) for n in (12, 20, 5))
+    x, weight = x.view(3, 4), weight.view(5, 4)
+    try:
+        return torch.allclose(linear_packed(x, pack(weight), bias).float(), F.linear(x.float(), weight.float(), bias.float()), atol=0.02)
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+        logger.debug("oneDNN's packed weights are not used for %s: %s", dtype, error)
+        return False
+
+
 @cache
 def _onednn_agrees() -> bool:
     """Whether the operator exists here and computes what it should; asked once."""

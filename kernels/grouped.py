@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from mingle.kernels.gemm import linear
+from mingle.kernels import prepack
+from mingle.kernels.gemm import linear, linear_packed
 
 
 def wide(x: torch.Tensor) -> torch.dtype:
@@ -50,7 +51,8 @@ def shrink(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `mingle.kernels.gated_experts.shrink`; gate values and means are fp64 where x is."""
     dtype = wide(x)
-    hidden = linear(x, A.flatten(0, 1))
+    packed = prepack.find("shrink", A, x=x)
+    hidden = linear(x, A.flatten(0, 1)) if packed is None else linear_packed(x, packed)
     pooled = x.new_empty(0, x.shape[1], dtype=dtype)
     if gates is None:
         assert gate_weight is not None and gate_bias is not None
@@ -62,12 +64,16 @@ def shrink(
     return hidden, gates, pooled
 
 
-def gate(hidden: torch.Tensor, z: torch.Tensor, group: int, keep: bool = True) -> torch.Tensor:
-    """z ⊙ H [N, T·r] in H's dtype, in place unless `keep`; z [G, T] with N = G · group."""
+def gate(hidden: torch.Tensor, z: torch.Tensor, group: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """z ⊙ H [N, T·r] in H's dtype, in `out`, which may be H itself, where given; z [G, T] with N = G · group."""
     groups, experts = z.shape
-    columns = hidden.unflatten(0, (groups, group)).unflatten(2, (experts, hidden.shape[1] // experts))
-    factors = z[:, None, :, None].to(hidden.dtype)
-    return (columns * factors if keep else columns.mul_(factors)).flatten(2).flatten(0, 1)
+    rank = hidden.shape[1] // experts
+    factors = z.to(hidden.dtype)[:, None, :, None].expand(groups, 1, experts, rank).flatten(2)  # [G, 1, T·r]: whole rows at a time
+    columns = hidden.unflatten(0, (groups, group))
+    if out is None:
+        return (columns * factors).flatten(0, 1)
+    torch.mul(columns, factors, out=out.unflatten(0, (groups, group)))
+    return out
 
 
 def expand(
@@ -86,7 +92,13 @@ def expand(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `mingle.kernels.gated_experts.expand`."""
-    y = linear(gate(hidden, z, group, keep), up.flatten(0, 1).mT, onto=linear(x, weight, bias))
+    packed = None if share is not None else prepack.find("joined", weight, up, x=x)
+    if packed is not None:
+        joined = x.new_empty(len(x), x.shape[1] + hidden.shape[1])  # [x | z ⊙ H]
+        joined[:, : x.shape[1]] = x
+        gate(hidden, z, group, out=joined[:, x.shape[1] :])
+        return linear_packed(joined, packed, bias)
+    y = linear(gate(hidden, z, group, out=None if keep else hidden), up.flatten(0, 1).mT, onto=linear(x, weight, bias))
     if share is not None:
         assert gate_weight is not None
         spread = (share.to(gate_weight.dtype) @ gate_weight).unsqueeze(1).to(y.dtype)  # [G, 1, O]
@@ -109,8 +121,9 @@ def upstream(
 
 def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """See `mingle.kernels.fold.fold`."""
-    gated = (B * gates.to(B.dtype).view(-1, 1, 1)).mT.flatten(0, 1)  # [T·r, O]
-    return linear(gated.mT, A.flatten(0, 1).mT).add_(weight)
+    gates, rows = gates.to(B.dtype), prepack.find("rows", B.mT)
+    gated = (B * gates.view(-1, 1, 1)).mT.flatten(0, 1).mT if rows is None else rows * gates.repeat_interleave(B.shape[2])
+    return linear(gated, A.flatten(0, 1).mT).add_(weight)  # [O, T·r] @ [T·r, K]
 
 
 def _one_each(pairs: list[list[int]], groups: int) -> bool:

@@ -50,7 +50,9 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linea
     return found
 
 
-def inject(model: nn.Module, targets: Iterable[str], reduce: str = "sample", *, backend: str = "auto") -> dict[str, MingleLinear]:
+def inject(
+    model: nn.Module, targets: Iterable[str], reduce: str = "sample", *, backend: str = "auto", prepack: bool = False
+) -> dict[str, MingleLinear]:
     """Replace, in place, every Linear whose name ends in one of `targets` by a `MingleLinear` that shares its weight.
 
     Args:
@@ -58,6 +60,7 @@ def inject(model: nn.Module, targets: Iterable[str], reduce: str = "sample", *, 
         targets: exact dotted suffixes, such as ``("q_proj", "mlp.fc1")``, or one of them.
         reduce: what the gates see; see `mingle.functional.gated_experts`.
         backend: see `mingle.functional.gated_experts`.
+        prepack: see `MingleLinear`.
 
     Returns:
         The injected layers by name, in model order.  Layers that are injected already stay as they are.
@@ -68,7 +71,7 @@ def inject(model: nn.Module, targets: Iterable[str], reduce: str = "sample", *, 
     layers: dict[str, MingleLinear] = {}
     for name, module in find_targets(model, targets).items():
         if isinstance(module, nn.Linear):
-            module = MingleLinear.from_linear(module, reduce, backend=backend)
+            module = MingleLinear.from_linear(module, reduce, backend=backend, prepack=prepack)
             model.set_submodule(name, module)
         layers[name] = module
     return layers

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mingle import functional, linalg
+from mingle.kernels import prepack as prepacked
 from mingle.kernels.reference import REDUCTIONS
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class MingleLinear(nn.Module):
         frozen_gate_weight, frozen_gate_bias: the other gates, [T − n, d_in] and [T − n]; they come first.
         reduce: what the gates see, ``"token"``, ``"sample"`` or ``"batch"``; see `mingle.functional.gated_experts`.
         backend: passed on to `mingle.functional.gated_experts`.
+        prepack: keep the frozen weights a second time, in the layout that CPU products are fastest in (see `mingle.kernels.prepack`).
+            Made anew after every change, never saved; results differ by rounding.
         shared: set by `mingle.share_inputs`: what computes this layer together with its siblings, and its place among them.
     """
 
@@ -71,12 +75,15 @@ class MingleLinear(nn.Module):
     frozen_gate_weight: nn.Parameter
     frozen_gate_bias: nn.Parameter
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, reduce: str = "sample", backend: str = "auto") -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, reduce: str = "sample", backend: str = "auto", prepack: bool = False
+    ) -> None:
         super().__init__()
         if reduce not in REDUCTIONS:
             raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(REDUCTIONS)}")
         self.reduce = reduce
         self.backend = backend
+        self.prepack = prepack
         self.out_features, self.in_features = weight.shape
         self.weight = _frozen(weight)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
@@ -88,9 +95,9 @@ class MingleLinear(nn.Module):
         self.shared: tuple[SharedInput, int] | None = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, reduce: str = "sample", *, backend: str = "auto") -> MingleLinear:
+    def from_linear(cls, linear: nn.Linear, reduce: str = "sample", *, backend: str = "auto", prepack: bool = False) -> MingleLinear:
         """Wrap `linear` without copying its weight.  The original layer is left as it is."""
-        layer = cls(linear.weight, linear.bias, reduce=reduce, backend=backend)
+        layer = cls(linear.weight, linear.bias, reduce=reduce, backend=backend, prepack=prepack)
         layer._base_trainable = linear.weight.requires_grad
         return layer.train(linear.training)
 
@@ -174,6 +181,11 @@ class MingleLinear(nn.Module):
         """This layer's tensors as `mingle.functional` takes them."""
         return functional.Projection(self.weight, self.bias, self.A, self.B, *self.all_gates(), len(self.frozen_gate_weight))
 
+    def keep_packed(self) -> None:
+        """Where `prepack` asks for it, see that the copies are those of the present weights."""
+        if self.prepack and len(self.A) and not torch.compiler.is_compiling():
+            prepacked.keep(self.weight, self.A, self.B_transposed)
+
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., N, d_in] → [..., N, d_out]; `mask` [..., N] is true for tokens that count in the gates' means."""
         if self.shared is not None:
@@ -181,8 +193,14 @@ class MingleLinear(nn.Module):
             y = group.forward(position, x, mask)
             if y is not None:
                 return y
+        self.keep_packed()
         own = self.projection()
         return functional.gated_experts(x, *own[:6], reduce=self.reduce, mask=mask, frozen_gates=own.frozen_gates, backend=self.backend)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MingleLinear:
+        moved = super()._apply(fn, recurse)
+        prepacked.drop_stale()
+        return moved
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A saved layer may hold another number of experts than this one: take on its shapes before the strict load compares them.

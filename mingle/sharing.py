@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from mingle import functional
+from mingle.kernels import prepack
 from mingle.layers import MingleLinear
-from mingle.ops.shared import adjacent
+from mingle.ops.shared import adjacent, stacked
 
 
 class SharedInput:
@@ -46,10 +47,15 @@ class SharedInput:
     def _pack(self) -> None:
         """Lay the layers' A side by side in one buffer, so that the shared pass need not copy them every time."""
         experts = [layer.A for layer in self.layers]
-        if torch.compiler.is_compiling() or len({A.shape[1:] for A in experts}) > 1 or adjacent(experts):
+        if torch.compiler.is_compiling() or len({A.shape[1:] for A in experts}) > 1:
             return
-        for A, part in zip(experts, torch.cat([A.detach() for A in experts]).split([len(A) for A in experts]), strict=True):
-            A.data = part
+        if not adjacent(experts):
+            for A, part in zip(experts, torch.cat([A.detach() for A in experts]).split([len(A) for A in experts]), strict=True):
+                A.data = part
+        for layer in self.layers:
+            layer.keep_packed()
+        if all(layer.prepack for layer in self.layers):
+            prepack.keep_shrink(stacked(experts), experts)
 
     def _take(self, position: int, y: torch.Tensor) -> torch.Tensor:
         self._waiting[position] = None
