@@ -1,6 +1,189 @@
-"""Packages and package data; everything else is in ``pyproject.toml``.  Needs no torch in the build environment."""
+"""Packages, package data and the CUDA extension; everything else is in ``pyproject.toml``.  Needs no torch in the build environment.
 
-from setuptools import setup
+The extension ``mingle._C`` is built where nvcc, cmake, ninja and pybind11's headers are found.  What happened is recorded in
+``mingle/_build.json``, which `mingle.extension` reads.  Environment variables:
+
+    MINGLE_BUILD_EXTENSION      auto (default): leave the extension out where it cannot be built; 1: fail there; 0: leave it out
+    MINGLE_CUDA_ARCHITECTURES   80;90;100 by default, as far as the compiler knows them
+    CUDACXX, CUDA_HOME          which nvcc; where neither is set, the one on PATH or in /usr/local/cuda
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+ARCHITECTURES = ("80", "90", "100")
+
+
+class CannotBuild(Exception):
+    """Why there is no extension, in words for the record."""
+
+
+class Toolchain(NamedTuple):
+    """What the build takes."""
+
+    nvcc: str
+    cmake: str
+    ninja: str
+    pybind11: str  # the folder that holds pybind11/pybind11.h
+
+    @classmethod
+    def find(cls) -> Toolchain:
+        """Raises CannotBuild, naming what is missing."""
+        return cls(_nvcc(), _program("cmake", "CMAKE_BIN_DIR"), _program("ninja", "BIN_DIR"), _pybind11())
+
+    def version(self) -> str:
+        """Of nvcc, such as 13.0."""
+        found = re.search(r"release (\d+\.\d+)", _output(self.nvcc, "--version"))
+        return found[1] if found else "unknown"
+
+    def architectures(self) -> list[str]:
+        """What to build for: as asked, or the default as far as this compiler can."""
+        asked = [part.strip() for part in re.split("[;,]", os.environ.get("MINGLE_CUDA_ARCHITECTURES", "")) if part.strip()]
+        if asked:
+            return asked
+        known = _output(self.nvcc, "--list-gpu-arch").split()
+        return [number for number in ARCHITECTURES if f"compute_{number}" in known]
+
+    def build(self, architectures: list[str], output: Path) -> None:
+        """Compile the module into `output`, from nothing, in a folder of its own: no state or lock of an earlier build is met.
+
+        Raises CannotBuild with what the compiler said last.
+        """
+        with tempfile.TemporaryDirectory(prefix="mingle-build-") as scratch:
+            settings = {
+                "CMAKE_CUDA_COMPILER": self.nvcc,
+                "CMAKE_MAKE_PROGRAM": self.ninja,
+                "MINGLE_CUDA_ARCHITECTURES": ";".join(architectures),
+                "MINGLE_OUTPUT": output,
+                "MINGLE_PYBIND11_INCLUDE": self.pybind11,
+                "Python_EXECUTABLE": sys.executable,
+            }
+            _run(self.cmake, "-G", "Ninja", "-S", ROOT, "-B", scratch, *(f"-D{name}={value}" for name, value in settings.items()))
+            _run(self.cmake, "--build", scratch)
+
+
+def _nvcc() -> str:
+    if compiler := os.environ.get("CUDACXX"):
+        candidates, where = [compiler], f"CUDACXX={compiler}"
+    elif home := os.environ.get("CUDA_HOME"):
+        candidates, where = [f"{home}/bin/nvcc"], f"CUDA_HOME={home}"
+    else:
+        candidates, where = ["nvcc", "/usr/local/cuda/bin/nvcc"], "PATH or /usr/local/cuda"
+    for candidate in candidates:
+        if path := shutil.which(candidate):
+            return path
+    raise CannotBuild(f"no nvcc was found in {where}")
+
+
+def _program(name: str, folder: str) -> str:
+    """A program on PATH, or out of the Python package of the same name, whose attribute `folder` says where."""
+    if path := shutil.which(name):
+        return path
+    if importlib.util.find_spec(name) and (path := shutil.which(name, path=getattr(importlib.import_module(name), folder, ""))):
+        return path
+    raise CannotBuild(f"no {name} was found on PATH or as a Python package")
+
+
+def _pybind11() -> str:
+    """pybind11's own folder, or the copy that torch carries, without importing torch."""
+    for package in ("pybind11", "torch"):
+        spec = importlib.util.find_spec(package)
+        for location in (spec and spec.submodule_search_locations) or ():
+            if (Path(location) / "include/pybind11/pybind11.h").exists():
+                return f"{location}/include"
+    raise CannotBuild("the headers of pybind11 were found neither in a package pybind11 nor in torch")
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def _run(*command: str | Path) -> None:
+    try:
+        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError as error:
+        raise CannotBuild(f"{command[0]} does not run: {error}") from error
+    print(done.stdout, flush=True)
+    if done.returncode:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        telling = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)] or lines
+        raise CannotBuild("the build failed: " + " | ".join(telling[-4:]))
+
+
+def _record(folder: Path, extension: str, reason: str | None = None, architectures: Sequence[str] = (), nvcc: str | None = None) -> None:
+    """`extension`: "built" or "left out"."""
+    facts = {"extension": extension, "reason": reason, "architectures": architectures, "nvcc": nvcc}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _asked() -> str:
+    mode = os.environ.get("MINGLE_BUILD_EXTENSION", "auto")
+    if mode not in ("0", "1", "auto"):
+        raise SystemExit(f"MINGLE_BUILD_EXTENSION={mode}: expected 0, 1 or auto")
+    return mode
+
+
+def _reason_to_leave_out() -> str | None:
+    """Why not even to try; None where the build will tell."""
+    if _asked() == "0":
+        return "MINGLE_BUILD_EXTENSION=0"
+    if _asked() == "1":
+        return None
+    try:
+        Toolchain.find()
+    except CannotBuild as reason:
+        return str(reason)
+    return None
+
+
+LEFT_OUT = _reason_to_leave_out()
+
+
+class BuildPackages(build_py):
+    """Records why the extension is left out, where it is."""
+
+    def run(self) -> None:
+        super().run()
+        if LEFT_OUT:
+            _record(ROOT / "mingle" if self.editable_mode else Path(self.build_lib, "mingle"), "left out", LEFT_OUT)
+
+
+class BuildExtension(build_ext):
+    """Builds ``mingle._C`` with cmake, and records that or why not."""
+
+    def run(self) -> None:
+        in_place = self.inplace  # the base class builds elsewhere and copies
+        super().run()
+        _record(ROOT / "mingle" if in_place else Path(self.build_lib, "mingle"), **self.facts)
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            tools = Toolchain.find()
+            architectures = tools.architectures()
+            tools.build(architectures, Path(self.get_ext_fullpath(extension.name)).resolve().parent)
+            self.facts = {"extension": "built", "architectures": architectures, "nvcc": tools.version()}
+        except CannotBuild as reason:
+            if not extension.optional:
+                raise SystemExit(f"MINGLE_BUILD_EXTENSION=1: {reason}") from reason
+            self.facts = {"extension": "left out", "reason": str(reason)}
+
 
 setup(
     # ``kernels`` stands at the top of the repository but is installed as ``mingle.kernels``: a top-level package of that name would
@@ -21,4 +204,7 @@ setup(
         "mingle": ["py.typed"],
         "mingle.suites.glyphs": ["data/*.json", "data/base/*", "data/experts/*/*"],
     },
+    # no extension, no mention: the wheel is then one for every platform
+    ext_modules=[] if LEFT_OUT else [Extension("mingle._C", sources=[], optional=_asked() == "auto")],
+    cmdclass={"build_py": BuildPackages, "build_ext": BuildExtension},
 )

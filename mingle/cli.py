@@ -195,7 +195,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _env(args: argparse.Namespace) -> None:
     import torch
 
-    from mingle import dispatch
+    from mingle import dispatch, extension
     from mingle.kernels import gemm
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -204,6 +204,7 @@ def _env(args: argparse.Namespace) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": str(torch.get_num_threads()),
         "triton": f"not used: {missing}" if missing else "used where it is the faster backend",
+        "extension": extension.summary(),
         "cpu products": gemm.library(1024, 1024, 1024) + " (fp32, large)",
     }
     for name, value in facts.items():

@@ -25,6 +25,7 @@ def test_the_wheel_holds_only_mingle_and_its_data(tmp_path):
     for expected in (
         "mingle/kernels/reference.py",
         "mingle/py.typed",
+        "mingle/_build.json",
         "mingle/suites/glyphs/data/manifest.json",
         "mingle/suites/glyphs/data/base/tokenizer.json",
         "mingle/suites/glyphs/data/experts/greek-inverted/model.safetensors",

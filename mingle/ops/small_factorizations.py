@@ -7,7 +7,8 @@
     effective_rank     the exponential of the entropy of normalised singular values
 
 Every function takes a batch on any device, runs without autograd, and returns what went wrong as numbers on that device: no function raises
-for the values it meets.  Eager calls go past the dispatcher.
+for the values it meets.  On a GPU the kernels of ``mingle._C`` compute, without waiting for the device; where they are missing, for Gram
+matrices wider than 128, and on a CPU, plain torch does, with equal meaning.  Eager calls go past the dispatcher.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mingle.ops import small_kernels as kernels
 
 #: How often a failed Cholesky factorisation is repeated, with a shift ten times the last one's.
 RETRIES = 6
@@ -103,6 +106,8 @@ def _cholesky_inverse(gram: Tensor, shift: float, dtype: torch.dtype) -> tuple[T
     _expect_gram("cholesky_inverse", gram)
     if dtype not in _NEGLIGIBLE:
         raise TypeError(f"cholesky_inverse: expected float64 or float32 as the dtype of R⁻¹, got {dtype}")
+    if kernels.serve(gram, gram.shape[-1]):
+        return kernels.cholesky_inverse(gram, shift, dtype)
     n = gram.shape[-1]
     lengths = gram.diagonal(0, 1, 2)  # squared, of the columns of Y
     alive = lengths > _NEGLIGIBLE[dtype]
@@ -147,6 +152,8 @@ def _shift(S: Tensor, L: Tensor, failed: Tensor, tau: float, flags: Tensor) -> N
 
 def _small_eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _expect_gram("eigh", gram)
+    if kernels.serve(gram, gram.shape[-1]):
+        return kernels.small_eigh(gram)
     flags = torch.zeros(len(gram), dtype=torch.int32, device=gram.device)
     if gram.numel() == 0:
         return gram.new_empty(gram.shape[:2]), gram.new_empty(gram.shape), flags
@@ -166,6 +173,8 @@ def _small_eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _rescale(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if M.ndim != 3 or M.dtype not in _NEGLIGIBLE:
         raise TypeError(f"rescale: expected M [b, m, n] in float32 or float64, got {list(M.shape)} in {M.dtype}")
+    if kernels.serve(M):
+        return kernels.rescale(M)
     scaled = M.new_empty(M.shape, dtype=torch.float32)
     count = torch.zeros(len(M), dtype=torch.int64, device=M.device)
     first = torch.full_like(count, -1)
@@ -198,6 +207,11 @@ def _fix_signs_(U: Tensor, Vh: Tensor) -> None:
         raise ValueError(f"fix_signs_: expected U [b, m, r] and Vh [b, r, n], got {list(U.shape)} and {list(Vh.shape)}")
     if U.dtype not in _NEGLIGIBLE or Vh.dtype != U.dtype:
         raise TypeError(f"fix_signs_: expected two tensors of float32 or two of float64, got {U.dtype} and {Vh.dtype}")
+    if U.device != Vh.device:
+        raise ValueError(f"fix_signs_: U is on {U.device}, Vh on {Vh.device}")
+    if kernels.serve(U):
+        kernels.fix_signs_(U, Vh)
+        return
     if U.numel() == 0:
         return
     peak = U.gather(1, U.abs().argmax(1, keepdim=True))  # [b, 1, r]
@@ -209,6 +223,8 @@ def _fix_signs_(U: Tensor, Vh: Tensor) -> None:
 def _effective_rank(sigma: Tensor) -> Tensor:
     if sigma.ndim != 2 or sigma.dtype != torch.float64:
         raise TypeError(f"effective_rank: expected σ [b, k] in float64, got {list(sigma.shape)} in {sigma.dtype}")
+    if kernels.serve(sigma):
+        return kernels.effective_rank(sigma)
     total = sigma.sum(1, keepdim=True)
     p = sigma / torch.where(total > 0, total, 1.0)
     return torch.where(total[:, 0] > 0, torch.exp(-torch.xlogy(p, p).sum(1)) * _ROUNDING, 0.0).to(torch.int32)
