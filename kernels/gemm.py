@@ -35,7 +35,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     x [N, K], weight [O, K] of any strides, bias [O], onto [N, O] → [N, O].
     """
     assert bias is None or onto is None
-    if _onednn_serves(x, weight) and library(len(x), *weight.shape) == "onednn":
+    if _onednn_serves(x, weight) and library(x.shape[0], *weight.shape) == "onednn":
         return _onednn(x, weight, bias, onto)
     return F.linear(x, weight, bias) if onto is None else onto.addmm_(x, weight.mT)
 
@@ -73,7 +73,7 @@ def packing_pays(x: torch.Tensor, outputs: int) -> bool:
     """Whether a product of x [N, K] with a packed weight [outputs, K] can be had, and is the fastest there is."""
     if x.device.type != "cpu" or x.numel() == 0 or not _packed_agrees(x.dtype):
         return False
-    return x.dtype != torch.float32 or library(len(x), outputs, x.shape[1]) == "onednn"
+    return x.dtype != torch.float32 or library(x.shape[0], outputs, x.shape[1]) == "onednn"
 
 
 @cache

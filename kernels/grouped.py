@@ -17,13 +17,13 @@ from mingle.kernels.gemm import linear, linear_packed
 
 def wide(x: torch.Tensor) -> torch.dtype:
     """The dtype of gate values, of means and of their gradients: fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def group_mean(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> torch.Tensor:
     """The mean over the valid tokens of each group: x [N, K], mask bool [N] → [G, K], in fp32 or, for fp64, fp64.  No valid token: 0."""
     dtype = wide(x)
-    members = x.unflatten(0, (-1, group))  # [G, group, K]
+    members = x.view(-1, group, x.shape[1])
     if mask is None:
         return members.mean(1, dtype=dtype)
     valid = mask.view(-1, group, 1)
@@ -50,29 +50,26 @@ def shrink(
     skip: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `mingle.kernels.gated_experts.shrink`; gate values and means are fp64 where x is."""
-    dtype = wide(x)
     packed = prepack.find("shrink", A, x=x)
     hidden = linear(x, A.flatten(0, 1)) if packed is None else linear_packed(x, packed)
-    pooled = x.new_empty(0, x.shape[1], dtype=dtype)
     if gates is None:
         assert gate_weight is not None and gate_bias is not None
-        if group == 1 and mask is None:
-            narrow = torch.nn.functional.linear(x, gate_weight) if gate_weight.dtype == x.dtype else x.to(dtype) @ gate_weight.to(dtype).mT
-            gates = narrow.to(dtype) + gate_bias.to(dtype)
-        else:
-            gates, pooled = pooled_gates(x, gate_weight, gate_bias, mask, group)
-    return hidden, gates, pooled
+        if group > 1 or mask is not None:
+            return hidden, *pooled_gates(x, gate_weight, gate_bias, mask, group)
+        dtype = wide(x)
+        narrow = torch.nn.functional.linear(x, gate_weight) if gate_weight.dtype == x.dtype else x.to(dtype) @ gate_weight.to(dtype).mT
+        gates = narrow.to(dtype) + gate_bias.to(dtype)
+    return hidden, gates, x.new_empty(0, x.shape[1], dtype=wide(x))
 
 
 def gate(hidden: torch.Tensor, z: torch.Tensor, group: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """z ⊙ H [N, T·r] in H's dtype, in `out`, which may be H itself, where given; z [G, T] with N = G · group."""
-    groups, experts = z.shape
-    rank = hidden.shape[1] // experts
-    factors = z.to(hidden.dtype)[:, None, :, None].expand(groups, 1, experts, rank).flatten(2)  # [G, 1, T·r]: whole rows at a time
-    columns = hidden.unflatten(0, (groups, group))
+    """z ⊙ H [N, T·r] in H's dtype, written to `out`, which may be H itself, where given; z [G, T] with N = G · group."""
+    (groups, experts), columns = z.shape, hidden.shape[1]
+    shape = (groups, group, experts, columns // experts)
+    factors = z.to(hidden.dtype).view(groups, 1, experts, 1)
     if out is None:
-        return (columns * factors).flatten(0, 1)
-    torch.mul(columns, factors, out=out.unflatten(0, (groups, group)))
+        return torch.mul(hidden.view(shape), factors).view(-1, columns)
+    torch.mul(hidden.view(shape), factors, out=out.view(shape))
     return out
 
 

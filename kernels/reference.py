@@ -33,6 +33,14 @@ def pooled_input(x: torch.Tensor, reduce: str, mask: torch.Tensor | None = None)
     return torch.where(valid, x, x.new_zeros(())).sum(dims, keepdim=True) / count.to(x.dtype)
 
 
+def finite_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """x [..., N, d] with 0 for whatever is not finite in tokens outside `mask` [..., N].
+
+    A loss that leaves padding out sends it a gradient of 0, and 0 · NaN would carry it into the sums over tokens of a backward pass.
+    """
+    return torch.where(mask.unsqueeze(-1), x, x.nan_to_num(0.0, 0.0, 0.0))
+
+
 def gate_values(
     x: torch.Tensor, gate_weight: torch.Tensor, gate_bias: torch.Tensor, reduce: str, mask: torch.Tensor | None = None
 ) -> torch.Tensor:

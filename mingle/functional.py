@@ -42,7 +42,8 @@ def gated_experts(
         gate_weight: w [T, d_in]; may be None where `gates` is given.
         gate_bias: β [T]; may be None where `gates` is given.
         reduce: what x̄ is: ``"token"`` each token, ``"sample"`` the mean over the tokens of one sample, ``"batch"`` the mean over all.
-        mask: bool [..., N], true for valid tokens; the others stay out of the means.  Their outputs are computed all the same.
+        mask: bool [..., N], true for valid tokens; the others stay out of the means.  Their outputs are computed all the same.  Padding
+            may hold anything; in a call that is differentiated, what is not finite there counts as 0.
         gates: gate values from any other router instead of the linear gates: [T], one row per sample [..., T], or one per token
             [..., N, T].  Gates that are exactly 0 cost next to nothing where whole samples or tiles of tokens share them and no gate or
             expert needs a gradient.
@@ -62,59 +63,24 @@ def gated_experts(
         TypeError: mixed dtypes outside autocast, or tensors on different devices.
         RuntimeError: an explicit backend that cannot run here; the message says why.
     """
-    _check(x, weight, bias, A, B, gate_weight, gate_bias, reduce, mask, gates, frozen_gates, backend)
-    if len(A) == 0:
+    layer = Projection(weight, bias, A, B, gate_weight, gate_bias, frozen_gates)
+    _check(x, layer, reduce, mask, gates, backend)
+    if A.shape[0] == 0:
         return F.linear(x, weight, bias)
+    if mask is not None and _learns(x, gates, *layer[:6]):
+        x = reference.finite_padding(x, mask)
     if backend == "eager":
         gate_weight, gate_bias = _freeze(gate_weight, frozen_gates, 0), _freeze(gate_bias, frozen_gates, 0)
         gates = _freeze(gates, frozen_gates, -1)
         values = reference.gate_values(x, gate_weight, gate_bias, reduce, mask) if gates is None else _align_gates(gates, x)
         return reference.gated_experts(x, weight, bias, A, B, values)
-    options = (reduce, mask, gates, frozen_gates, backend)
     if not torch.is_autocast_enabled(x.device.type):
-        return _matrix_form(x, weight, bias, A, B, gate_weight, gate_bias, *options)
+        return _matrix_form(x, layer, reduce, mask, gates, backend)
     dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
-        x, weight, A, B = (tensor.to(dtype) for tensor in (x, weight, A, B))
         bias = None if bias is None else bias.to(dtype)
-        return _matrix_form(x, weight, bias, A, B, gate_weight, gate_bias, *options)
-
-
-def _matrix_form(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    gate_weight: torch.Tensor | None,
-    gate_bias: torch.Tensor | None,
-    reduce: str,
-    mask: torch.Tensor | None,
-    gates: torch.Tensor | None,
-    frozen_gates: int,
-    backend: str,
-) -> torch.Tensor:
-    """All tokens in one dimension, and every `group` of them with one row of gates."""
-    tokens = x.reshape(-1, x.shape[-1])
-    if gates is None:
-        skip = False
-        group = _group(x, reduce)
-        mask = None if mask is None or reduce == "token" else mask.reshape(-1)
-    else:
-        skip = not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (gates, A, B))
-        group = tokens.shape[0] if gates.dim() == 1 else 1 if gates.shape[:-1] == x.shape[:-1] else x.shape[-2]
-        mask, gate_weight, gate_bias = None, None, None
-        gates = gates.reshape(-1, len(A)).to(wide(x))
-        gates = gates if tokens.shape[0] else gates[:0]
-    group = max(group, 1)
-    backend, fold = dispatch.plan(backend, tokens, group, len(weight), A.shape[0] * A.shape[1])
-    layer = (tokens, weight, bias, A, B, gate_weight, gate_bias, gates, mask)
-    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in layer)
-    if fold:
-        y = ops.FOLDED(save, *layer, frozen_gates, backend)[0]
-    else:
-        y = ops.LOW_RANK(save, *layer, group, frozen_gates, skip, save, backend)[0]
-    return y.view(*x.shape[:-1], len(weight))
+        cast = layer._replace(weight=weight.to(dtype), bias=bias, A=A.to(dtype), B=B.to(dtype))
+        return _matrix_form(x.to(dtype), cast, reduce, mask, gates, backend)
 
 
 class Projection(NamedTuple):
@@ -124,9 +90,43 @@ class Projection(NamedTuple):
     bias: torch.Tensor | None
     A: torch.Tensor
     B: torch.Tensor
-    gate_weight: torch.Tensor
-    gate_bias: torch.Tensor
+    gate_weight: torch.Tensor | None
+    gate_bias: torch.Tensor | None
     frozen_gates: int = 0
+
+
+def _matrix_form(
+    x: torch.Tensor, layer: Projection, reduce: str, mask: torch.Tensor | None, gates: torch.Tensor | None, backend: str
+) -> torch.Tensor:
+    """All tokens in one dimension, and every `group` of them with one row of gates."""
+    weight, _, A, B, *_, frozen_gates = layer
+    outputs, (experts, rank, _) = weight.shape[0], A.shape
+    tokens = x.reshape(-1, x.shape[-1])
+    count = tokens.shape[0]
+    operands = layer[:6]
+    if gates is None:
+        skip = False
+        group = _group(x, reduce)
+        mask = None if mask is None or reduce == "token" else mask.reshape(-1)
+    else:
+        skip = not _learns(gates, A, B)
+        group = count if gates.dim() == 1 else 1 if gates.shape[:-1] == x.shape[:-1] else x.shape[-2]
+        mask, operands = None, (*layer[:4], None, None)
+        gates = gates.reshape(-1, experts).to(wide(x))
+        gates = gates if count else gates[:0]
+    group = max(group, 1)
+    backend, fold = dispatch.plan(backend, tokens, group, outputs, experts * rank)
+    save = _learns(tokens, gates, *operands)
+    if fold:
+        y = ops.FOLDED(save, tokens, *operands, gates, mask, frozen_gates, backend)[0]
+    else:
+        y = ops.LOW_RANK(save, tokens, *operands, gates, mask, group, frozen_gates, skip, save, backend)[0]
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _learns(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward may follow."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def gated_experts_shared(
@@ -147,7 +147,9 @@ def gated_experts_shared(
         As `gated_experts`.
     """
     for layer in layers:
-        _check(x, *layer[:6], reduce, mask, None, layer.frozen_gates, backend)
+        _check(x, layer, reduce, mask, None, backend)
+    if mask is not None and _learns(x, *(tensor for layer in layers for tensor in layer[:6])):
+        x = reference.finite_padding(x, mask)
     tokens = x.reshape(-1, x.shape[-1])
     group = _group(x, reduce)
     plans = {
@@ -160,7 +162,7 @@ def gated_experts_shared(
             gated_experts(x, *layer[:6], reduce=reduce, mask=mask, frozen_gates=layer.frozen_gates, backend=backend) for layer in layers
         ]
     weights, biases, As, Bs, gate_weights, gate_biases, frozen = map(list, zip(*layers, strict=True))
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *gate_weights, *gate_biases))
+    save = _learns(x, *gate_weights, *gate_biases)
     biases = [bias for bias in biases if bias is not None]
     mask = None if mask is None or reduce == "token" else mask.reshape(-1)
     ys = ops.SHARED(save, tokens, weights, biases, As, Bs, gate_weights, gate_biases, mask, group, frozen, save, plan.backend)[0]
@@ -173,6 +175,8 @@ def _stackable(layers: Sequence[Projection]) -> bool:
         layer.A.shape[0] > 0
         and layer.A.shape[1] == first.A.shape[1]
         and (layer.bias is None) == (first.bias is None)
+        and layer.gate_weight is not None
+        and first.gate_weight is not None
         and layer.gate_weight.dtype == first.gate_weight.dtype
         and not any(tensor is not None and tensor.requires_grad for tensor in layer[:4])
         for layer in layers
@@ -200,20 +204,8 @@ def _align_gates(gates: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return gates.unsqueeze(-2)
 
 
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    gate_weight: torch.Tensor | None,
-    gate_bias: torch.Tensor | None,
-    reduce: str,
-    mask: torch.Tensor | None,
-    gates: torch.Tensor | None,
-    frozen_gates: int,
-    backend: str,
-) -> None:
+def _check(x: torch.Tensor, layer: Projection, reduce: str, mask: torch.Tensor | None, gates: torch.Tensor | None, backend: str) -> None:
+    weight, bias, A, B, gate_weight, gate_bias, frozen_gates = layer
     if reduce not in reference.REDUCTIONS:
         raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(reference.REDUCTIONS)}")
     if backend not in BACKENDS:
@@ -224,38 +216,43 @@ def _check(
             f"got x {list(x.shape)}, weight {list(weight.shape)}, A {list(A.shape)}, B {list(B.shape)}"
         )
     d_out, d_in = weight.shape
-    experts, rank = A.shape[:2]
-    expected: list[tuple[str, torch.Tensor | None, tuple[int, ...]]] = [
-        ("x", x, (*x.shape[:-1], d_in)),
-        ("bias", bias, (d_out,)),
-        ("A", A, (experts, rank, d_in)),
-        ("B", B, (experts, d_out, rank)),
-        ("mask", mask, tuple(x.shape[:-1])),
-    ]
+    experts, rank, _ = A.shape
+    leading, device = x.shape[:-1], x.device
     if not 0 <= frozen_gates <= experts:
         raise ValueError(f"frozen_gates={frozen_gates}: there are {experts} experts")
     if gates is None:
         if experts and (gate_weight is None or gate_bias is None):
             raise ValueError("gate_weight and gate_bias are needed unless gates is given")
-        expected += [("gate_weight", gate_weight, (experts, d_in)), ("gate_bias", gate_bias, (experts,))]
-    elif gates.shape[-1] != experts or gates.shape[:-1] not in ((), x.shape[:-2], x.shape[:-1]):
+    elif gates.shape[-1] != experts or gates.shape[:-1] not in ((), x.shape[:-2], leading):
         raise ValueError(
             f"gates has shape {list(gates.shape)}; for x {list(x.shape)} and {experts} experts expected [{experts}], "
-            f"{[*x.shape[:-2], experts]} or {[*x.shape[:-1], experts]}"
+            f"{[*x.shape[:-2], experts]} or {[*leading, experts]}"
         )
-    for name, tensor, shape in expected:
+    else:
+        gate_weight = gate_bias = None
+    for name, tensor, shape in (
+        ("x", x, (*leading, d_in)),
+        ("bias", bias, (d_out,)),
+        ("A", A, (experts, rank, d_in)),
+        ("B", B, (experts, d_out, rank)),
+        ("gate_weight", gate_weight, (experts, d_in)),
+        ("gate_bias", gate_bias, (experts,)),
+        ("mask", mask, leading),
+    ):
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        if tensor.device != x.device:
-            raise TypeError(f"{name} is on {tensor.device}, x on {x.device}")
+        if tensor.device != device:
+            raise TypeError(f"{name} is on {tensor.device}, x on {device}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}, expected torch.bool")
-    if not torch.is_autocast_enabled(x.device.type):
-        for name, tensor in (("x", x), ("A", A), ("B", B), ("bias", bias)):
-            if tensor is not None and tensor.dtype != weight.dtype:
-                raise TypeError(f"{name} has dtype {tensor.dtype}, weight {weight.dtype}: cast one of them, or use autocast")
+    dtype = weight.dtype
+    if (x.dtype == A.dtype == B.dtype == dtype and (bias is None or bias.dtype == dtype)) or torch.is_autocast_enabled(device.type):
+        return
+    for name, tensor in (("x", x), ("A", A), ("B", B), ("bias", bias)):
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, weight {dtype}: cast one of them, or use autocast")
 
 
 class _RelaxedProjection(torch.autograd.Function):

@@ -179,7 +179,7 @@ class MingleLinear(nn.Module):
 
     def projection(self) -> functional.Projection:
         """This layer's tensors as `mingle.functional` takes them."""
-        return functional.Projection(self.weight, self.bias, self.A, self.B, *self.all_gates(), len(self.frozen_gate_weight))
+        return functional.Projection(self.weight, self.bias, self.A, self.B, *self.all_gates(), self.frozen_gate_weight.shape[0])
 
     def keep_packed(self) -> None:
         """Where `prepack` asks for it, see that the copies are those of the present weights."""

@@ -51,7 +51,7 @@ def _gated_experts(
         y [N, d_out]; and for the backward H = x A_catᵀ [N, T·r] (no rows with `skip` or without `save`), z [G, T], and what the gates
         saw, x̄ [G, d_in] (no rows for given gates and for gates of single tokens).
     """
-    if len(x) == 0:
+    if x.shape[0] == 0:
         return (
             x.new_empty(0, len(weight)),
             x.new_empty(0, A.shape[0] * A.shape[1]),
@@ -60,14 +60,13 @@ def _gated_experts(
         )
     if gates is not None:
         gates = gates.clone(memory_format=torch.contiguous_format)  # an operator's output may not be its input
-    none = x.new_empty(0, A.shape[0] * A.shape[1])
     if skip and gates is not None and _routed(gates, backend):
         y = grouped.routed(x, weight, bias, A, B.mT, gates, group)
-        return y, none, gates, x.new_empty(0, x.shape[1], dtype=wide(x))
+        return y, x.new_empty(0, A.shape[0] * A.shape[1]), gates, x.new_empty(0, x.shape[1], dtype=wide(x))
     kernels = kernels_of(backend)
     hidden, z, pooled = kernels.shrink(x, A, gate_weight, gate_bias, gates, mask, group, skip)
     y = kernels.expand(x, weight, bias, hidden, B.mT, z, group, skip, keep=save)
-    return y, hidden if save and not skip else none, z, pooled
+    return y, hidden if save and not skip else hidden.new_empty(0, hidden.shape[1]), z, pooled
 
 
 def _routed(z: Tensor, backend: str) -> bool:

@@ -79,6 +79,20 @@ def test_more_rows_of_tiles_than_one_band_of_programs(reduce: str) -> None:
 
 @dtypes
 @reductions
+def test_padding_that_is_not_finite_reaches_no_gradient(dtype: torch.dtype, reduce: str) -> None:
+    p, mask = problem((3, 6), dtype=dtype), random_mask(3, 6)
+    x, dy = p["x"], torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(2)).to(dtype)
+    assert x is not None
+    dy[~mask] = 0
+    x[~mask] = 0
+    expected = run(p, "triton", dy, reduce=reduce, mask=mask)
+    x[~mask] = math.nan
+    for name, result in run(p, "triton", dy, reduce=reduce, mask=mask).items():
+        assert torch.equal(result, expected[name]), name
+
+
+@dtypes
+@reductions
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0,)], ids=str)
 def test_no_tokens_give_no_output_and_zero_gradients(dtype: torch.dtype, reduce: str, shape: tuple[int, ...]) -> None:
     p = problem(shape, dtype=dtype)
