@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mingle.bench.peers import OURS
@@ -17,11 +18,9 @@ def targets(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     peers = {case["case"]["name"]: case["peers"] for case in cases}
     judged = []
     for target in TARGETS:
-        found = peers.get(target.case, {}).get(target.peer, {}).get("round_ratio")
-        if found is not None:
-            judged.append(
-                {"case": target.case, "peer": target.peer, "at_least": target.ratio, "found": found, "met": found >= target.ratio}
-            )
+        theirs, own = (peers.get(target.case, {}).get(name, {}).get("round_ratio") for name in (target.peer, target.ours))
+        if theirs is not None and own is not None:
+            judged.append(asdict(target) | {"found": theirs / own, "met": theirs / own >= target.ratio})
     return judged
 
 

@@ -25,9 +25,9 @@ def write(results: Mapping[str, Any], regressions: Sequence[str] | None = None) 
     console.print(_table(results, plain=not console.is_terminal))
     for target in results["targets"]:
         mark = "[green]met[/]" if target["met"] else "[red]missed[/]"
-        asked, found = target["at_least"], target["found"]
+        asked, found = target["ratio"], target["found"]
         text = f"≥ {asked:.4g}×, found {found:.2f}×" if asked >= 1 else f"ours ≤ {1 / asked:.4g}× its time, found {1 / found:.2f}×"
-        console.print(f"target {target['case']}, {target['peer']}: {text}: {mark}", highlight=False)
+        console.print(f"target {target['case']}, {target['peer']} against {target['ours']}: {text}: {mark}", highlight=False)
     if regressions is not None:
         for line in regressions or ["no regression beyond 10 %"]:
             console.print(escape(line), style="red" if regressions else "green", highlight=False)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
 from mingle import functional
+from mingle.bench.check import Outputs
 from mingle.bench.inputs import Inputs
 from mingle.bench.peers.peer import Peer, Step, Unavailable, step
+from mingle.kernels import gemm, prepack
 
 EXPLICIT = tuple(backend for backend in functional.BACKENDS if backend != "auto")
 
@@ -42,6 +45,21 @@ def _build_explicit(inputs: Inputs, backend: str) -> Step:
     return run
 
 
+def build_prepacked(inputs: Inputs) -> Step:
+    """With frozen weights packed for the CPU, as `MingleLinear(…, prepack=True)` does, check for changes at every call included."""
+    if inputs.case.routed or not gemm.packing_pays(inputs.x.flatten(0, 1), inputs.case.d_out):
+        raise Unavailable("no packed product would be the fastest here")
+    up = inputs.B.mT.clone()  # copies are found by memory: the other peers are to have none
+    own = replace(inputs, weight=inputs.weight.clone(), A=inputs.A.clone(), B=up.mT)
+    run = build(own)
+
+    def packed() -> Outputs:
+        prepack.keep(own.weight, own.A, up)
+        return run()
+
+    return packed
+
+
 def _one_expert(inputs: Inputs) -> Inputs:
     if not inputs.case.routed:
         raise Unavailable("only where a router opens one expert per sample")
@@ -51,5 +69,6 @@ def _one_expert(inputs: Inputs) -> Inputs:
 PEERS = (
     Peer("mingle", build, 'backend="auto"'),
     *(Peer(f"mingle {name}", functools.partial(_build_explicit, backend=name), f'backend="{name}"') for name in EXPLICIT),
+    Peer("mingle prepacked", build_prepacked, "frozen weights packed for the CPU, which takes their memory again"),
     Peer("mingle one expert", build, "T = 1: what routed gates should cost", adapt=_one_expert),
 )

@@ -215,9 +215,11 @@ def test_targets_and_dispatch(results):
     assert case["dispatch"]["best"] in ("mingle grouped", "grouped eager")
     case["case"]["name"], case["peers"]["eager loop"]["round_ratio"] = "square-sample-fp32", 1.5
     (target,) = judge.targets(results["cases"])
-    assert target == {"case": "square-sample-fp32", "peer": "eager loop", "at_least": 2, "found": 1.5, "met": False}
+    assert target == {"case": "square-sample-fp32", "peer": "eager loop", "ratio": 2, "ours": OURS, "found": 1.5, "met": False}
+    case["peers"]["mingle prepacked"] = {"round_ratio": 0.6}
+    assert [(target["found"], target["met"]) for target in judge.targets(results["cases"])] == [(1.5, False), (2.5, True)]
     for target in registry.TARGETS:
-        assert target.case in registry.CASES and target.peer in PEERS
+        assert target.case in registry.CASES and target.peer in PEERS and target.ours in PEERS
 
 
 @pytest.mark.parametrize(
