@@ -193,6 +193,7 @@ setup(
         "mingle.bench",
         "mingle.bench.peers",
         "mingle.kernels",
+        "mingle.linalg",
         "mingle.methods",
         "mingle.ops",
         "mingle.suites",

@@ -10,44 +10,49 @@ import torch
 from torch import nn
 
 from mingle import linalg
+from mingle.linalg import InputDirections
 
 
 @contextmanager
-def input_covariances(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """While the block runs, accumulate Σ xᵀx over every token each layer sees.
+def input_directions(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, InputDirections]]:
+    """While the block runs, collect what every token that a layer sees says of its leading input directions.
 
     Yields:
-        name → uncentred covariance [d_in, d_in] in float64, filled as the model runs.  Layers that are given the very same tensor, as
-        q, k and v are, share one product.
+        name → `mingle.linalg.InputDirections`, filled as the model runs.  Layers that have always been given the very same tensors, as
+        q, k and v are, end up with the very same object.
     """
-    sums: dict[str, torch.Tensor] = {}
-    last: tuple[Any, torch.Tensor] | None = None
+    seen: dict[str, InputDirections] = {}
+    nothing: dict[int, InputDirections] = {}
+    last: torch.Tensor | None = None
+    # what the last tensor made of each earlier state: layers that shared all inputs so far share this one's cost as well
+    results: dict[int, tuple[InputDirections, InputDirections]] = {}
 
     def hook(name: str) -> Any:
-        def accumulate(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        def collect(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             nonlocal last
             x = args[0]
-            if last is None or last[0] is not x:
-                tokens = x.detach().flatten(0, -2).double()
-                last = (x, tokens.mT @ tokens)
-            sums[name] = sums[name] + last[1] if name in sums else last[1]
+            if last is not x:
+                last = x
+                results.clear()
+            before = seen.get(name) or nothing.setdefault(x.shape[-1], InputDirections(x.shape[-1]))
+            if id(before) not in results:
+                results[id(before)] = before, before.including(x)  # keeps `before` alive, and with it its id
+            seen[name] = results[id(before)][1]
 
-        return accumulate
+        return collect
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        yield sums
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
 
 
-def extend(bases: Mapping[str, torch.Tensor], covariances: Mapping[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
+def extend(bases: Mapping[str, torch.Tensor], seen: Mapping[str, InputDirections], k: int) -> dict[str, torch.Tensor]:
     """Every layer's basis with the top-`k` input directions of one more task: [d_in, K] → [d_in, K' ≤ K + k]."""
-    return {
-        name: linalg.extend_basis(bases[name], linalg.top_subspace(covariance, k).to(bases[name].dtype))
-        for name, covariance in covariances.items()
-    }
+    leading = {id(directions): directions.top(k) for directions in set(seen.values())}
+    return {name: linalg.extend_basis(bases[name], leading[id(directions)].to(bases[name])) for name, directions in seen.items()}
 
 
 def saturated(bases: Mapping[str, torch.Tensor]) -> Iterable[str]:

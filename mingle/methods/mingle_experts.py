@@ -15,7 +15,7 @@ from mingle.adapt import AdaptConfig, AdaptTrace, adapt_gates, teacher_logits
 from mingle.inject import inject
 from mingle.layers import GATE_INIT_STD, MingleLinear
 from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
-from mingle.projection import make_expert
+from mingle.projection import make_experts
 from mingle.relaxation import RelaxedProjector
 from mingle.task_vector import task_vector
 from mingle.tasks import TaskData, TaskType
@@ -120,14 +120,15 @@ class Mingle(MergeMethod):
     def _merge(self, arrival: Arrival, deltas: Tensors) -> tuple[StepReport, Tensors]:
         options, report = self.options, StepReport()
         generator = torch.Generator().manual_seed(arrival.seed)
+        deltas = {name: deltas[f"{name}.weight"] for name in self.layers}
+        earlier = {name: layer.experts() for name, layer in self.layers.items()}
+        experts = make_experts(deltas, earlier, options.rank, drop_diagonal=options.drop_diagonal)
         for name, layer in self.layers.items():
-            delta = deltas[f"{name}.weight"]
-            expert = make_expert(delta, layer.experts(), options.rank, drop_diagonal=options.drop_diagonal)
             gate = torch.zeros(layer.in_features)
             if options.gates != "static" and options.gate_init == "normal":
                 gate.normal_(std=GATE_INIT_STD, generator=generator)
             bias = options.static_coefficient if options.gates == "static" else 0.0
-            self._append(layer, expert.A.to(layer.weight), expert.B.to(layer.weight), gate, bias)
+            self._append(layer, experts[name].A.to(layer.weight), experts[name].B.to(layer.weight), gate, bias)
         if options.gates != "static":
             report.trace = self._adapt(arrival, generator)
         return report, self._protect(arrival, report)
@@ -151,10 +152,10 @@ class Mingle(MergeMethod):
         if options.constraint == "none" or options.gates == "static" or options.k == 0:
             return self.bases
         seeds = self._seeds(arrival)
-        with torch.no_grad(), subspace.input_covariances(self.layers) as covariances:
+        with torch.no_grad(), subspace.input_directions(self.layers) as seen:
             for batch in seeds.batches(_EVALUATION_BATCH):
                 self.task.logits(self.model, batch)
-        bases = subspace.extend(self.bases, covariances, options.k)
+        bases = subspace.extend(self.bases, seen, options.k)
         full = subspace.saturated(bases)
         if full:
             report.notes.append(f"the protected directions fill the whole input space of {', '.join(full)}")

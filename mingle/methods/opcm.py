@@ -35,7 +35,7 @@ def project(delta: torch.Tensor, merged: torch.Tensor, alpha: float, drop_diagon
 
     Equal to U C Vᵀ with C = UᵀΔV for the full bases U, V of M and C[:s, :s] zeroed, without forming them.
     """
-    U, S, Vh = torch.linalg.svd(merged.double(), full_matrices=False)
+    U, S, Vh = linalg.gram_svd(merged)
     return linalg.project_out(delta, U, S, Vh, split_rank(S, alpha), drop_diagonal=drop_diagonal)
 
 

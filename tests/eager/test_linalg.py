@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
-from mingle import linalg
+from mingle import linalg, projection
 from mingle.layers import LowRankExpert
-from mingle.projection import make_expert, project_out_experts
+from mingle.linalg import basis, sketch, spectrum, subspace
+from mingle.projection import concatenated, make_experts, project_out_experts
+from mingle.subspace import extend, input_directions
 
 
 def orthonormal(rows, columns, seed=0):
@@ -81,23 +83,22 @@ def test_projection_of_equation_3(drop_diagonal):
     if drop_diagonal:
         for j in range(alpha, 6):  # rank(S) = 6: null directions are never touched
             core[j, j] = 0
-    got = project_out_experts(delta, experts, drop_diagonal=drop_diagonal)
+    got = project_out_experts(delta, *concatenated(experts), drop_diagonal=drop_diagonal)
     torch.testing.assert_close(got, U @ core @ Vh)
-    assert torch.equal(project_out_experts(delta, []), delta)
 
 
 def test_projection_is_idempotent_and_annihilates_the_protected_block():
     expert = LowRankExpert(torch.randn(2, 9, dtype=torch.float64), torch.randn(8, 2, dtype=torch.float64))
-    once = project_out_experts(torch.randn(8, 9, dtype=torch.float64), [expert])
-    torch.testing.assert_close(project_out_experts(once, [expert]), once)
+    once = project_out_experts(torch.randn(8, 9, dtype=torch.float64), expert.B, expert.A)
+    torch.testing.assert_close(project_out_experts(once, expert.B, expert.A), once)
     U, S, Vh = torch.linalg.svd(expert.delta())
     leading = linalg.effective_rank(S)
     assert (U[:, :leading].T @ once @ Vh[:leading].T).abs().max() < 1e-13
 
 
-def test_make_expert():
+def test_make_experts():
     delta = torch.randn(10, 14)
-    expert = make_expert(delta, [], rank=4)
+    expert = make_experts({"fc1": delta}, {"fc1": []}, rank=4)["fc1"]
     U, S, Vh = torch.linalg.svd(delta.double())
     torch.testing.assert_close(expert.delta().double(), U[:, :4] * S[:4] @ Vh[:4], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(expert.B.T @ expert.B, torch.eye(4), atol=1e-5, rtol=0)
@@ -142,3 +143,208 @@ def test_extend_basis_ignores_scale_and_stops_at_the_whole_space():
     assert linalg.extend_basis(basis, torch.randn(5, 2, dtype=torch.float64)).shape == (5, 5)
     assert linalg.extend_basis(basis[:, :1], torch.zeros(5, 2, dtype=torch.float64)).shape == (5, 1)
     assert linalg.extend_basis(basis[:, :1].float(), torch.randn(5, 2)).dtype == torch.float32
+
+
+# --- the whole spectrum from Gram matrices ---
+
+
+@pytest.mark.parametrize(("m", "n"), [(30, 12), (12, 30), (17, 17)])
+def test_gram_svd(m, n):
+    M = torch.randn(2, m, n, dtype=torch.float64)
+    U, S, Vh = linalg.gram_svd(M)
+    torch.testing.assert_close(U * S.unsqueeze(-2) @ Vh, M)
+    torch.testing.assert_close(S, torch.linalg.svdvals(M), rtol=1e-10, atol=1e-10)
+    eye = torch.eye(min(m, n), dtype=torch.float64).expand(2, -1, -1)
+    torch.testing.assert_close(U.mT @ U, eye)
+    torch.testing.assert_close(Vh @ Vh.mT, eye)
+
+
+def test_gram_svd_sets_what_it_cannot_see_to_zero():
+    U, S, Vh = linalg.gram_svd(with_spectrum(9, 7, [3.0, 1.0, 1e-12]))
+    assert (S[2:] == 0).all()
+    assert torch.isfinite(U).all() and torch.isfinite(Vh).all()
+    assert linalg.gram_svd(torch.zeros(3, 4))[1].tolist() == [0, 0, 0]
+
+
+def test_factored_svd_of_dependent_factors_and_of_batches():
+    B, A = torch.randn(3, 40, 8, dtype=torch.float64), torch.randn(3, 8, 50, dtype=torch.float64)
+    B[1, :, 4:] = B[1, :, :4]  # the same directions twice: no Cholesky factor
+    A[2] = 0
+    U, S, Vh = linalg.factored_svd(B, A)
+    torch.testing.assert_close(U * S.unsqueeze(-2) @ Vh, B @ A)
+    for i in range(3):
+        torch.testing.assert_close(S[i], torch.linalg.svdvals(B[i] @ A[i])[:8], rtol=1e-9, atol=1e-6)
+        torch.testing.assert_close(linalg.factored_svd(B[i], A[i])[1], S[i], rtol=1e-9, atol=1e-6)
+
+
+def test_the_factored_and_the_dense_path_agree():
+    B, A = torch.randn(40, 30, dtype=torch.float64), torch.randn(30, 45, dtype=torch.float64)
+    assert spectrum._DENSE_SHARE * 40 < 30
+    dense = linalg.factored_svd(B, A)
+    delta = torch.randn(40, 45, dtype=torch.float64)
+    projected = []
+    for U, S, Vh in (dense, factored_without_forming(B, A)):
+        projected.append(linalg.project_out(delta, U, S, Vh, linalg.effective_rank(S)))
+    torch.testing.assert_close(*projected, rtol=0, atol=1e-8)
+
+
+def factored_without_forming(B, A):
+    QB, RB = torch.linalg.qr(B)
+    QA, RA = torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(RB @ RA.mT)
+    return QB @ U, S, Vh @ QA.mT
+
+
+@pytest.mark.parametrize("drop_diagonal", [False, True])
+def test_projecting_a_batch_equals_one_by_one(drop_diagonal):
+    B, A = torch.randn(3, 20, 4, dtype=torch.float64), torch.randn(3, 4, 25, dtype=torch.float64)
+    A[1, 2:] = 0  # another effective rank
+    delta = torch.randn(3, 20, 25, dtype=torch.float64)
+    at_once = project_out_experts(delta, B, A, drop_diagonal=drop_diagonal)
+    for i in range(3):
+        torch.testing.assert_close(at_once[i], project_out_experts(delta[i], B[i], A[i], drop_diagonal=drop_diagonal), rtol=0, atol=1e-9)
+
+
+def test_projecting_in_single_precision():
+    experts = [LowRankExpert(torch.randn(16, 96), torch.randn(80, 16)) for _ in range(2)]
+    delta = torch.randn(80, 96)
+    wide = [LowRankExpert(expert.A.double(), expert.B.double()) for expert in experts]
+    exact = project_out_experts(delta.double(), *concatenated(wide))
+    error = (project_out_experts(delta, *concatenated(experts)).double() - exact).norm() / exact.norm()
+    assert error < 6e-7
+
+
+def test_make_experts_groups_layers_as_a_gpu_does(monkeypatch):
+    shapes = {"q": (20, 20), "k": (20, 20), "fc1": (40, 20), "fc2": (20, 40)}
+    deltas = {name: torch.randn(shape) for name, shape in shapes.items()}
+    earlier = {name: [LowRankExpert(torch.randn(3, shape[1]), torch.randn(shape[0], 3))] for name, shape in shapes.items()}
+    expected = make_experts(deltas, earlier, rank=4)
+    monkeypatch.setattr(projection, "buckets", lambda matrices: iter([[0, 1], [2], [3]]))
+    grouped = make_experts(deltas, earlier, rank=4)
+    for name in shapes:
+        torch.testing.assert_close(grouped[name].delta(), expected[name].delta(), rtol=1e-5, atol=1e-5)
+
+
+def test_make_experts_names_the_layer_with_nan():
+    with pytest.raises(ValueError, match=r"'fc2' \[3, 4\] has 1 non-finite"):
+        make_experts({"fc1": torch.ones(3, 4), "fc2": torch.tensor([torch.nan] + 11 * [0.0]).view(3, 4)}, {"fc1": [], "fc2": []}, 2)
+
+
+# --- orthonormal rows and random starts ---
+
+
+@pytest.mark.parametrize("kind", ["generic", "graded", "deficient", "equal", "zero", "partly zero"])
+def test_orthonormal_rows_whatever_the_rank(kind):
+    rows = torch.randn(2, 12, 40, dtype=torch.float64)
+    if kind == "graded":
+        rows *= torch.logspace(0, -12, 12, dtype=torch.float64)[:, None]
+    elif kind == "deficient":
+        rows = torch.randn(2, 12, 3, dtype=torch.float64) @ torch.randn(2, 3, 40, dtype=torch.float64)
+    elif kind == "equal":
+        rows[:] = 1.0
+    elif kind == "zero":
+        rows.zero_()
+    elif kind == "partly zero":
+        rows[:, ::2] = 0
+    for matrix in (rows, rows[0]):
+        found = basis.orthonormal(matrix, 0, ["a", "b"][: len(matrix) if matrix.dim() == 3 else 1])
+        assert basis.defect(found).max() < 1e-12
+        outside = matrix - matrix @ found.mT @ found
+        assert outside.norm() <= 1e-7 * matrix.norm()
+
+
+def test_random_starts_are_standard_normal_and_independent_of_the_batch():
+    device = torch.device("cpu")
+    numbers = sketch.gaussian(7, ["a", "b", 3], 100, 200, device, torch.float64)
+    assert abs(numbers.mean()) < 0.02 and abs(numbers.std() - 1) < 0.02
+    assert abs((numbers**4).mean() - 3) < 0.15
+    assert numbers.abs().max() < 6 and numbers.flatten().unique().numel() == numbers.numel()
+    correlations = torch.corrcoef(numbers.flatten(1)) - torch.eye(3, dtype=torch.float64)
+    assert correlations.abs().max() < 0.03
+    assert torch.equal(sketch.gaussian(7, [3, "b"], 100, 200, device, torch.float64), numbers[[2, 1]])
+    assert not torch.equal(sketch.gaussian(8, ["a"], 100, 200, device, torch.float64)[0], numbers[0])
+
+
+# --- leading directions of a stream ---
+
+
+def stream(d, count=600, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, d, generator=generator) @ torch.diag(torch.arange(1, d + 1, dtype=torch.float32) ** -0.7)
+
+
+def test_top_subspace_of_a_wide_covariance_iterates_to_the_eigenvectors():
+    x = stream(320).double()
+    covariance = x.mT @ x
+    assert subspace._iterated(covariance, 3) is not None
+    found = linalg.top_subspace(covariance, 3)
+    exact = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :3]
+    torch.testing.assert_close((found * exact).sum(0).abs(), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    rank_one = torch.outer(x[0], x[0])
+    assert linalg.top_subspace(rank_one, 3).shape == (320, 1)
+    assert linalg.top_subspace(torch.zeros(320, 320), 3).shape == (320, 0)
+
+
+def test_top_subspace_decomposes_fully_where_iterating_does_not_end():
+    flat = torch.eye(320, dtype=torch.float64) + 1e-9 * torch.diag(torch.arange(320, dtype=torch.float64))
+    assert subspace._iterated(flat, 3) is None
+    found = linalg.top_subspace(flat, 2)
+    torch.testing.assert_close(found.abs().argmax(0), torch.tensor([319, 318]))
+
+
+def test_top_subspace_refuses_what_is_no_covariance():
+    with pytest.raises(ValueError, match=r"shape \[3, 4\]"):
+        linalg.top_subspace(torch.ones(3, 4), 2)
+    with pytest.raises(ValueError, match="non-finite"):
+        linalg.top_subspace(torch.full((3, 3), torch.nan), 2)
+
+
+def test_input_directions_are_those_of_all_vectors_together():
+    x = stream(20)
+    nothing = linalg.InputDirections(20)
+    parts = nothing.including(x[:100].view(4, 25, 20)).including(x[100:])
+    torch.testing.assert_close(parts.top(3), linalg.top_subspace(x.double().mT @ x.double(), 3), rtol=0, atol=1e-10)
+    assert nothing.statistic is None and nothing.top(3).shape == (20, 0)
+    with pytest.raises(ValueError, match="width 19, expected 20"):
+        nothing.including(x[:, 1:])
+
+
+def test_a_wide_stream_is_sketched(monkeypatch):
+    monkeypatch.setattr(subspace, "WIDE", 64)
+    x = stream(400, count=2000)
+    directions = linalg.InputDirections(400)
+    for part in x.split(333):
+        directions = directions.including(part)
+    assert directions.statistic.shape == (256, 400)
+    exact = linalg.top_subspace(x.double().mT @ x.double(), 3)
+    found = directions.top(3)
+    torch.testing.assert_close(found.mT @ found, torch.eye(3, dtype=torch.float64))
+    assert torch.linalg.svdvals(exact.mT @ found).min() > 1 - 1e-4
+    lost = x.double().mT @ x.double() - directions.statistic.mT @ directions.statistic
+    assert torch.linalg.eigvalsh(lost).min() > -1e-9 and torch.linalg.matrix_norm(lost, 2) < x.double().square().sum() / 256
+    few = linalg.InputDirections(400).including(x[:2])
+    assert few.top(3).shape == (400, 2)
+
+
+def test_layers_that_share_their_inputs_share_what_is_kept_of_them():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.late, self.out = (torch.nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x, everything):
+            y = self.q(x) + self.k(x)
+            return self.out(y + self.late(x) if everything else y)
+
+    model, x = Model(), torch.randn(3, 4, 6)
+    layers = dict(model.named_children())
+    with input_directions(layers) as seen, torch.no_grad():
+        model(x, everything=False)
+        model(x + 1, everything=True)
+    assert seen["q"] is seen["k"]
+    assert seen["late"] is not seen["q"] and seen["out"] is not seen["q"]
+    both, second = torch.cat([x, x + 1]).flatten(0, -2).double(), (x + 1).flatten(0, -2).double()
+    torch.testing.assert_close(seen["q"].statistic, both.mT @ both)
+    torch.testing.assert_close(seen["late"].statistic, second.mT @ second)
+    bases = extend({name: torch.zeros(6, 0) for name in layers}, seen, 2)
+    assert all(basis.shape == (6, 2) for basis in bases.values())

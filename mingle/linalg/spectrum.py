@@ -1,0 +1,116 @@
+"""The whole spectrum of a matrix, and taking the directions it spans out of another one.  Exact: a sketch misjudges the effective rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mingle.linalg.arithmetic import gram, ieee, product
+from mingle.ops import small_factorizations as small
+
+#: Eigenvalues of a Gram matrix under this fraction of the largest are rounding errors: singular values under 1e-7.
+_NOISE = 1e-14
+#: Pivots of a Cholesky factor under this fraction of the largest, squared, ask for an eigen-decomposition instead.
+_DEPENDENT = 1e-12
+#: From this share of the shorter side on, as many factors are decomposed as the product they make.
+_DENSE_SHARE = 0.7
+
+
+@ieee
+def gram_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular triplets of M [..., m, n] from the eigen-decomposition of the smaller Gram matrix, in float64.
+
+    Returns:
+        U [..., m, k], S [..., k] in falling order, Vh [..., k, n] with k = min(m, n).  Values under 1e-7 of the largest are noise of this
+        method: they, their direction on the longer side, and nothing else, are set to zero.
+    """
+    M = M.double()
+    if M.shape[-2] > M.shape[-1]:
+        V, S, Uh = gram_svd(M.mT)
+        return Uh.mT, S, V.mT
+    S, U, inverse = _roots(gram(M))
+    return U, S, inverse.unsqueeze(-1) * (U.mT @ M)
+
+
+@ieee
+def factored_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular triplets of the product B A, without forming it where the factors are thin.
+
+        BᵀB = F Fᵀ,  H = Fᵀ A,  H Hᵀ = Y S² Yᵀ;   U = B F⁻ᵀ Y,  Vᵀ = S⁻¹ Yᵀ H
+
+    Args:
+        B: [..., m, R].
+        A: [..., R, n].
+
+    Returns:
+        U [..., m, k], S [..., k] in falling order, Vh [..., k, n] in float64, with k = min(m, n, R); see `gram_svd` for values near zero.
+    """
+    B, A = B.double(), A.double()
+    shorter, R = min(B.shape[-2], A.shape[-1]), B.shape[-1]
+    if _DENSE_SHARE * shorter <= R:
+        U, S, Vh = gram_svd(B @ A)
+        return U[..., :R], S[..., :R], Vh[..., :R, :]
+    F, F_inverse = _square_root(gram(B.mT))
+    H = F.mT @ A
+    S, Y, inverse = _roots(gram(H))
+    return B @ (F_inverse.mT @ Y), S, inverse.unsqueeze(-1) * (Y.mT @ H)
+
+
+def _roots(squared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """σ [..., k] in falling order, eigenvectors [..., k, k] and 1/σ of G = W σ² Wᵀ; both are 0 for noise."""
+    values, vectors = torch.linalg.eigh(squared)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    real = values > _NOISE * values[..., :1].clamp_min(0)
+    sigma = torch.where(real, values, 0.0).sqrt()
+    return sigma, vectors, torch.where(real, 1 / sigma, 0.0)
+
+
+def _square_root(squared: Tensor) -> tuple[Tensor, Tensor]:
+    """F and F⁻¹ with F Fᵀ = G [..., k, k]: Cholesky's, or where rows depend on each other the eigenvectors', with a pseudo-inverse."""
+    L, info = torch.linalg.cholesky_ex(squared)
+    pivots = L.diagonal(0, -2, -1).square()
+    if (info == 0).all() and (pivots > _DEPENDENT * pivots.amax(-1, keepdim=True)).all():
+        identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+        return L, torch.linalg.solve_triangular(L, identity, upper=False)
+    values, vectors = torch.linalg.eigh(squared)
+    root = torch.where(values > _DEPENDENT * values[..., -1:], values, 0.0).sqrt()
+    inverse = torch.where(root > 0, 1 / root, 0.0)
+    return vectors * root.unsqueeze(-2), inverse.unsqueeze(-1) * vectors.mT
+
+
+def effective_rank(singular_values: Tensor) -> int:
+    """int(exp(−Σ p ln p)) with p = σ / Σσ and 0 · ln 0 = 0, for σ [k], in float64; 0 where all values are zero."""
+    return int(effective_ranks(singular_values))
+
+
+def effective_ranks(singular_values: Tensor) -> Tensor:
+    """`effective_rank` for each row of σ [..., k]: int32 [...], without waiting for a GPU."""
+    return small.effective_rank(singular_values.double().view(-1, singular_values.shape[-1])).view(singular_values.shape[:-1])
+
+
+@ieee
+def project_out(delta: Tensor, U: Tensor, S: Tensor, Vh: Tensor, leading: int | Tensor, *, drop_diagonal: bool = False) -> Tensor:
+    """Remove from Δ the block that the leading singular directions of another matrix span.
+
+        Δ ← Δ − U_α (U_αᵀ Δ V_α) V_αᵀ
+
+    Args:
+        delta: Δ [..., m, n].
+        U, S, Vh: singular triplets of the other matrix, [..., m, k], [..., k], [..., k, n].
+        leading: α, how many of them span the block; for a batch one number or an integer tensor [...].
+        drop_diagonal: remove u_jᵀ Δ v_j for α < j ≤ rank as well, never along numerically null directions.
+
+    Returns:
+        [..., m, n] in Δ's dtype, which the products run in, or in float32 for shorter ones.
+    """
+    if isinstance(leading, int) and not drop_diagonal:
+        U, S, Vh = U[..., :leading], S[..., :leading], Vh[..., :leading, :]
+    dtype = torch.promote_types(delta.dtype, torch.float32)
+    wide, U, Vh = delta.to(dtype), U.to(dtype), Vh.to(dtype)
+    core = product(product(U.mT, wide), Vh.mT)
+    inside = torch.arange(S.shape[-1], device=S.device) < torch.as_tensor(leading, device=S.device).unsqueeze(-1)
+    removed = torch.where(inside.unsqueeze(-1) & inside.unsqueeze(-2), core, 0)
+    if drop_diagonal:
+        real = S[..., :1] * max(delta.shape[-2:]) * torch.finfo(torch.float64).eps < S
+        removed.diagonal(0, -2, -1).copy_(torch.where(real, core.diagonal(0, -2, -1), 0))
+    return (wide - product(product(U, removed), Vh)).to(delta.dtype)

@@ -1,0 +1,121 @@
+"""The leading directions of a stream of vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mingle.linalg.arithmetic import gram, ieee
+from mingle.linalg.basis import orthonormalized
+from mingle.linalg.sketch import gaussian
+
+#: From this width on a covariance is too large to keep, and a sketch of so many rows takes its place.
+WIDE = 8192
+_SKETCH_ROWS = 256
+#: Eigenvalues under this fraction of the largest are rounding errors.
+_NOISE = 1e-14
+# Of the block iteration: the residual, relative to the largest eigenvalue, at which it ends; how many rounds lie between two looks at it;
+# and after how many rounds the matrix is decomposed fully instead.
+_RESIDUAL, _ROUNDS, _PATIENCE = 1e-13, 4, 96
+
+
+@dataclass(frozen=True, eq=False)
+class InputDirections:
+    """What is kept of a stream of vectors to find their leading directions: the top eigenvectors of Σ xᵀx, uncentred.
+
+    Up to 8192 dimensions the sum itself [d, d]; beyond, a sketch [256, d] by Frequent Directions (Ghashami et al., SIAM J. Comput. 45,
+    2016), whose directional energies err by less than Σ‖x‖² / 256.  Both in float64.  Never changed: `including` makes a new one, so that
+    layers which have seen the same inputs can share one.
+    """
+
+    width: int
+    statistic: Tensor | None = None
+
+    @ieee
+    def including(self, x: Tensor) -> InputDirections:
+        """With the vectors x [..., d] counted in.
+
+        Raises:
+            ValueError: vectors of another width.
+        """
+        if x.shape[-1] != self.width:
+            raise ValueError(f"x has width {x.shape[-1]}, expected {self.width}")
+        vectors = x.reshape(-1, self.width).double()
+        if self.width < WIDE:
+            statistic = vectors.mT @ vectors if self.statistic is None else torch.addmm(self.statistic, vectors.mT, vectors)
+            return InputDirections(self.width, statistic)
+        sketch = vectors[:0] if self.statistic is None else self.statistic
+        for chunk in vectors.split(_SKETCH_ROWS):
+            sketch = _shrunk(torch.cat([sketch, chunk]))
+        return InputDirections(self.width, sketch)
+
+    @ieee
+    def top(self, k: int) -> Tensor:
+        """The k leading directions as orthonormal columns [d, ≤ k] in float64; directions without any energy are left out."""
+        if self.statistic is None:
+            return torch.empty(self.width, 0, dtype=torch.float64)
+        if self.width < WIDE:
+            return top_subspace(self.statistic, k)
+        values, vectors = torch.linalg.eigh(gram(self.statistic))
+        values, vectors = values.flip(-1)[:k], vectors.flip(-1)[:, :k]
+        vectors = vectors[:, values > _NOISE * values[:1].clamp_min(0)]
+        rows = vectors.mT @ self.statistic
+        return orthonormalized(orthonormalized(rows)).mT
+
+
+def _shrunk(rows: Tensor) -> Tensor:
+    """At most `_SKETCH_ROWS` rows whose Gram matrix is that of `rows` less the energy of the first direction that no longer fits."""
+    if len(rows) <= _SKETCH_ROWS:
+        return rows
+    values, vectors = torch.linalg.eigh(gram(rows))
+    values, vectors = values.flip(-1), vectors.flip(-1)[:, :_SKETCH_ROWS]
+    lost, kept = values[_SKETCH_ROWS], values[:_SKETCH_ROWS]
+    share = torch.where(kept > lost, (kept - lost) / kept, 0.0).sqrt()
+    return share.unsqueeze(1) * (vectors.mT @ rows)
+
+
+@ieee
+def top_subspace(covariance: Tensor, k: int) -> Tensor:
+    """The eigenvectors of the `k` largest eigenvalues of a positive semidefinite matrix [d, d], as columns [d, ≤ k] in float64.
+
+    Block iteration with max(32, 2k) vectors until the residuals are rounding errors.  Directions without any energy (eigenvalue ≤ 1e-14
+    of the largest) are left out.  Signs are such that the entry of largest magnitude in a column is positive.
+
+    Raises:
+        ValueError: a matrix that is not square, or has non-finite entries.
+    """
+    if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"covariance has shape {list(covariance.shape)}, expected [d, d]")
+    if not covariance.isfinite().all():
+        raise ValueError(f"the covariance {list(covariance.shape)} has non-finite entries")
+    covariance = covariance.double()
+    found = _iterated(covariance, k)
+    if found is None:
+        values, vectors = torch.linalg.eigh(covariance)
+        found = values.flip(-1)[:k], vectors.flip(-1)[:, :k]
+    values, vectors = found
+    vectors = vectors[:, values > _NOISE * values[:1].clamp_min(0)]
+    peak = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) if vectors.numel() else vectors[:1]
+    return vectors * torch.where(peak < 0, -1.0, 1.0)
+
+
+def _iterated(covariance: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """(eigenvalues [k], eigenvectors [d, k]) by block iteration, or None where a full decomposition is cheaper or it does not converge."""
+    d, block = len(covariance), max(32, 2 * k)
+    if d < 8 * block:
+        return None
+    rows = gaussian(0, [""], block, d, covariance.device, torch.float64)[0]
+    for _ in range(_PATIENCE // _ROUNDS):
+        for _ in range(_ROUNDS):
+            rows = orthonormalized(rows @ covariance)
+        rows = orthonormalized(rows)
+        images = rows @ covariance
+        values, W = torch.linalg.eigh(images @ rows.mT)
+        values, W = values.flip(-1)[:k], W.flip(-1)[:, :k].mT
+        vectors = W @ rows
+        residual = (W @ images - values.unsqueeze(1) * vectors).norm(dim=1).max()
+        if residual <= _RESIDUAL * values[0].clamp_min(torch.finfo(torch.float64).tiny):
+            return values, vectors.mT
+    return None
