@@ -3,7 +3,7 @@
 //     S = D^-½ G D^-½, D = diag(G);   S + τ I = M P Mᵀ, M unit lower triangular, P = diag(pivots);   R⁻¹ = D^-½ M^-ᵀ P^-½
 //
 // The scaling makes the result independent of the columns' lengths, which fall over ten orders where Y is a graded sketch.  A pivot of
-// n ulp or less consists of rounding errors; then τ = shift · tr S = shift · n, and ten times as much at each of kRetries − 1 more attempts.
+// n + 16 ulp or less consists of rounding errors; then τ = shift · tr S = shift · n, and ten times as much at each of kRetries − 1 more attempts.
 // Shifted Cholesky QR: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42 (2020), A477; shift = 11 (mn + n(n+1)) u.
 #pragma once
 
@@ -15,8 +15,9 @@ namespace mingle {
 
 constexpr int kMaxSize = 128;
 constexpr int kRetries = 6;
-constexpr int kPanel = 8;  // columns between two updates of what lies behind them
-constexpr int kTile = 4;   // rows and columns that one thread updates in registers
+constexpr int kSlack = 16;  // ulp of a pivot that are rounding errors of G itself, next to n of the factorisation
+constexpr int kPanel = 8;   // columns between two updates of what lies behind them
+constexpr int kTile = 4;    // rows and columns that one thread updates in registers
 
 // The squared length at which a column of Y counts as zero: the reciprocal of a length has to be representable.
 template <class Out>
@@ -108,7 +109,7 @@ MINGLE_DEVICE bool factor(const Block& block, const CholeskyMemory& shared, int 
                 if (i == j) shared.reciprocals[j] = 1.0 / value;
             });
             block.sync();
-            if (!(shared.at(j, j) > n * DBL_EPSILON)) return false;
+            if (!(shared.at(j, j) > (n + kSlack) * DBL_EPSILON)) return false;
         }
         update_trailing(block, shared, n, from, to);
     }

@@ -36,8 +36,9 @@ def cholesky_inverse(gram: Tensor, shift: float, dtype: torch.dtype = torch.floa
 
         S = D^-½ G D^-½ with D = diag(G);   S + τ I = LLᵀ;   R⁻¹ = D^-½ L^-ᵀ
 
-    τ = 0 at first.  A pivot of n ulp or less has lost all its digits: then τ = shift · tr S = shift · n, and ten times as much at every
-    further attempt.  A zero column of Y, that is a zero on the diagonal, gives a zero row and column of R⁻¹, and so a zero column of Y R⁻¹.
+    τ = 0 at first.  A pivot of n + 16 ulp or less has lost all its digits: then τ = shift · tr S = shift · n, and ten times as much at
+    every further attempt.  A zero column of Y, that is a zero on the diagonal, gives a zero row and column of R⁻¹ and so a zero column of
+    Y R⁻¹.
 
     Args:
         gram: G [b, n, n] in float64, positive semidefinite; only the lower triangle is read.
@@ -132,7 +133,7 @@ def _cholesky_inverse(gram: Tensor, shift: float, dtype: torch.dtype) -> tuple[T
 def _factor(S: Tensor) -> tuple[Tensor, Tensor]:
     """L of S = LLᵀ, and bool [b]: some pivot is of the size of the rounding errors in it."""
     L, info = torch.linalg.cholesky_ex(S)
-    exact = L.diagonal(0, 1, 2) > (S.shape[-1] * torch.finfo(S.dtype).eps) ** 0.5
+    exact = L.diagonal(0, 1, 2) > ((S.shape[-1] + 16) * torch.finfo(S.dtype).eps) ** 0.5
     return L, ~exact.all(1) | (info != 0)
 
 
