@@ -61,6 +61,6 @@ def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Te
             folded,
             outputs, width, experts, rank,
             BLOCK_O=tile.rows, BLOCK_K=tile.columns, BLOCK_R=block_rank, CHUNKS=triton.cdiv(rank, block_rank),
-            PRECISION=configs.precision(weight), num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=configs.precision(weight), **configs.options(tile),
         )  # fmt: skip
     return folded

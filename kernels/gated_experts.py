@@ -375,7 +375,7 @@ def shrink(
             HAS_MASK=mask is not None, SKIP=skip, UPCAST=upcast,
             BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_K=tile.depth,
             BLOCK_E=triton.next_power_of_2(experts), BLOCK_G=min(triton.next_power_of_2(group), 64),
-            PRECISION=configs.precision(x), num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=configs.precision(x), **configs.options(tile),
         )  # fmt: skip
     return hidden, gates, pooled
 
@@ -435,7 +435,7 @@ def expand(
             tokens, width, outputs, experts, rank, group,
             HAS_BIAS=bias is not None, HAS_SHARE=share is not None, HAS_MASK=mask is not None, SKIP=skip,
             BLOCK_N=tile.rows, BLOCK_O=tile.columns, BLOCK_K=tile.depth, BLOCK_R=block_rank,
-            CHUNKS=triton.cdiv(rank, block_rank), PRECISION=configs.precision(x), num_warps=tile.warps, num_stages=tile.stages,
+            CHUNKS=triton.cdiv(rank, block_rank), PRECISION=configs.precision(x), **configs.options(tile),
         )  # fmt: skip
     return y
 
@@ -473,6 +473,6 @@ def upstream(
             tokens, outputs, experts, rank, group,
             SKIP=skip,
             BLOCK_N=tile.rows, BLOCK_R=configs.rank_block(rank, tile.columns), BLOCK_K=tile.depth,
-            PRECISION=configs.precision(dy), num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=configs.precision(dy), **configs.options(tile),
         )  # fmt: skip
     return u, dz

@@ -10,6 +10,7 @@ import contextlib
 import io
 import re
 import subprocess
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -130,8 +131,8 @@ class Build(NamedTuple):
     loops: list[bool]  # for every innermost loop with a matrix product: whether it copies operands asynchronously
 
 
-# What `build` needs before Triton is imported, besides a cache of its own: a real compilation, the log of ptxas, no question about fusion.
-ENVIRONMENT = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
+# What `build` needs before Triton is imported, besides a cache of its own: a real compilation, and the log of ptxas.
+ENVIRONMENT = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1", "OMP_NUM_THREADS": "1"}
 
 
 def missing(name: str) -> str | None:
@@ -254,7 +255,8 @@ def build(case: Case, tile: configs.Tile | None = None) -> Build:
     """Compile one case in an environment with `ENVIRONMENT`."""
     target, launch = TARGETS[case.target], find(case, tile)
     log = io.StringIO()
-    with contextlib.redirect_stdout(log):  # Triton prints what ptxas reports
+    with contextlib.redirect_stdout(log), warnings.catch_warnings():  # Triton prints what ptxas reports
+        warnings.simplefilter("error")  # nobody who merges models could do anything about a warning of the compiler
         compiled = triton.compile(source(launch, target), target=target.gpu, options=launch.options)
     if target.gpu.backend == "cuda":
         text = compiled.asm["ptx"]
