@@ -147,6 +147,8 @@ SELECTIONS = {
         seconds=6,
         build_until=300,
     ),
+    # where the time goes on a CPU
+    "breakdown": _select("square-sample-fp32 square-sample-bf16 square-batch-fp32 vit-b32-batch-fp32", seconds=8),
     # does backend="auto" choose well?
     "dispatch": _select(
         " ".join(f"{shape}-batch-{dtype}{direction}" for shape in FOLDING for dtype in ("fp32", "bf16") for direction in ("", "-bw"))

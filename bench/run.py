@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.write_names({name: [case.name for case in s.cases] for name, s in SELECTIONS.items()}, CASES, PEERS)
         return 0
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.selection == "breakdown":
+        return _break_down(parser, args)
     try:
         selection, peers = _selection(args, device), _peers(args)
         old = _earlier(args.compare) if args.compare else None
@@ -55,6 +57,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if regressions or "wrong" in ours or "failed" in ours else 0
 
 
+def _break_down(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from mingle.bench import breakdown
+
+    if args.peer or args.plots or args.compare or args.device not in (None, "cpu"):
+        parser.error("--breakdown takes none of --peer, --plots and --compare, and runs on the CPU")
+    selection = SELECTIONS["breakdown"]
+    found = [breakdown.measured(case, selection.seconds, args.seed) for case in selection.cases]
+    results = {"format": "mingle-breakdown", "format_version": 1, **_provenance(torch.device("cpu"), args.seed), "cases": found}
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, results)
+    table.write_breakdown(results)
+    return 0
+
+
+def _provenance(device: torch.device, seed: int) -> dict[str, Any]:
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), **machine.describe(device), "seed": seed}
+
+
 def run(selection: Selection, peers: Sequence[str], device: torch.device, seed: int = 0) -> dict[str, Any]:
     """The measurements of all cases, as plain data.
 
@@ -75,9 +96,7 @@ def run(selection: Selection, peers: Sequence[str], device: torch.device, seed: 
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **machine.describe(device),
-        "seed": seed,
+        **_provenance(device, seed),
         "seconds": time.monotonic() - began,
         "ceilings": {"flop_per_second": limits.flop_per_second, "bytes_per_second": limits.bytes_per_second},
         "cases": cases,
@@ -99,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--quick", action="store_const", const="quick", dest="selection", help="two minutes on a CPU")
     select.add_argument("--gpu", action="store_const", const="gpu", dest="selection", help="ten minutes on a large GPU")
     select.add_argument("--dispatch", action="store_const", const="dispatch", dest="selection", help='does backend="auto" choose well?')
+    select.add_argument(
+        "--breakdown", action="store_const", const="breakdown", dest="selection", help="where the time goes on a CPU, and what limits it"
+    )
     select.add_argument("--case", action="append", default=[], metavar="NAME", help="one case; may be repeated")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME", help=f"beside {OURS!r} only this one; may be repeated")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="every number, as JSON")

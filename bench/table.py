@@ -50,6 +50,44 @@ def write_tiles(found: Iterable[tuple[str, str, Sequence[int]]]) -> None:
         console.print(f"{case:32}{kernel:10}{rows} × {columns} × {depth}, {warps} warps, {stages} stages", highlight=False)
 
 
+def write_breakdown(results: Mapping[str, Any]) -> None:
+    """Per case its parts by form, the whole layers, and the limits."""
+    console = _console()
+    out = Table(title=_machine(results), title_justify="left", box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    for column, justify in (
+        ("case and part", "left"),
+        ("median", "right"),
+        ("p20 … p80", "right"),
+        ("GFLOP", "right"),
+        ("of best", "right"),
+    ):
+        out.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for found in results["cases"]:
+        out.add_row(f"[bold]{found['case']['name']}[/]", f"best: {found['best_flop_per_second'] / 1e9:.0f} GFLOP/s", style="cyan")
+        for part in found["parts"]:
+            flop = part["flop"]
+            rate = f"{flop / part['median'] / found['best_flop_per_second']:.0%}" if flop else ""
+            out.add_row(f"  {part['form']}: {escape(part['name'])}", *_spread(part), f"{flop / 1e9:.3f}" if flop else "", rate)
+        for name, whole in found["wholes"].items():
+            out.add_row(f"  {name}", *_spread(whole), "", "", style="bold" if name == OURS else None)
+        out.add_section()
+    console.print(out)
+    for found in results["cases"]:
+        for limit in found["limits"]:
+            for merge, ratios in limit["ratios"].items():
+                text = ", ".join(f"{what} {ratio:.2f}×" for what, ratio in ratios.items())
+                console.print(f"{found['case']['name']}, {limit['form']}: {merge} over {text}", highlight=False)
+
+
+def _spread(timed: Mapping[str, Any]) -> tuple[str, str]:
+    return duration(timed["median"]), f"{duration(timed['p20'])} … {duration(timed['p80'])}"
+
+
+def _machine(results: Mapping[str, Any]) -> str:
+    device = results["device"]
+    return f"{device['name']}, {device['threads']} threads, torch {results['versions']['torch']}"
+
+
 def shape(case: Case) -> str:
     return f"{case.samples}×{case.tokens} tokens, {case.d_in}→{case.d_out}, T {case.experts}, r {case.rank}"
 
@@ -71,9 +109,7 @@ def _console() -> Console:
 
 
 def _table(results: Mapping[str, Any], plain: bool) -> Table:
-    device = results["device"]
-    title = f"{device['name']}, {device['threads']} threads, torch {results['versions']['torch']}"
-    out = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD, pad_edge=False)
+    out = Table(title=_machine(results), title_justify="left", box=None if plain else box.SIMPLE_HEAD, pad_edge=False)
     out.add_column("case and peer", no_wrap=True)
     for column in _COLUMNS:
         out.add_column(column, justify="right", no_wrap=True)
@@ -93,8 +129,7 @@ def _table(results: Mapping[str, Any], plain: bool) -> Table:
 def _cells(peer: Mapping[str, Any]) -> tuple[str, ...]:
     ratio, size, fraction = peer.get("round_ratio"), peer["peak_bytes"], peer["floor_fraction"]
     return (
-        duration(peer["median"]),
-        f"{duration(peer['p20'])} … {duration(peer['p80'])}",
+        *_spread(peer),
         "–" if ratio is None else f"{ratio:.2f}",
         "–" if fraction is None else f"{fraction:.0%}",
         "–" if size is None else f"{size / 1e6:.1f}",

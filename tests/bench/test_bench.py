@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mingle import cli
-from mingle.bench import check, floor, inputs, judge, measure, plot, registry, run
+from mingle.bench import breakdown, check, floor, inputs, judge, measure, plot, registry, run
 from mingle.bench.peers import OURS, PEERS, Peer, Unavailable, handmade
 from mingle.bench.peers.peer import step
 from mingle.bench.registry import SLOW_TO_BUILD, Case, Selection
@@ -197,6 +197,48 @@ def test_the_command_line_writes_results_and_plots(monkeypatch, tmp_path, capsys
     assert (tmp_path / "bars-tiny.png").stat().st_size > 10_000 and (tmp_path / "roofline.png").stat().st_size > 10_000
     status = cli.main(["bench", *chosen, "--compare", str(out)])  # on so small a case noise may look like a regression
     assert ("takes" if status else "no regression") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("reduce", "forms"), [("token", ["low-rank"]), ("sample", ["low-rank"]), ("batch", ["folded"])])
+def test_a_breakdown_makes_the_products_of_the_case(monkeypatch, tmp_path, capsys, reduce, forms):
+    case = tiny(reduce, samples=20)  # 100 tokens: enough to fold, too few for a packed product
+    monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
+    monkeypatch.setitem(registry.SELECTIONS, "breakdown", Selection((case,), seconds=0))
+    assert run.main(["--breakdown", "--out", str(tmp_path / "breakdown.json")]) == 0
+    (found,) = json.loads((tmp_path / "breakdown.json").read_text())["cases"]
+    assert list(dict.fromkeys(part["form"] for part in found["parts"])) == forms
+    count = floor.folded_forward_flop if reduce == "batch" else floor.forward_flop
+    assert sum(part["flop"] for part in found["parts"]) == pytest.approx(count(case), rel=0.03)
+    assert all(0 < part["p20"] <= part["median"] <= part["p80"] for part in found["parts"])
+    assert "tiny" in capsys.readouterr().out
+    for limit in found["limits"]:
+        seconds = limit["seconds"]
+        assert seconds["products at the best rate"] <= seconds["products"] <= seconds["parts"]
+        for merge, ratios in limit["ratios"].items():
+            assert ratios["parts"] == pytest.approx(found["wholes"][merge]["median"] / seconds["parts"])
+
+
+@pytest.mark.parametrize("reduce", reference.REDUCTIONS)
+def test_the_parts_of_a_breakdown_make_the_layer(monkeypatch, reduce):
+    monkeypatch.setenv("MINGLE_CPU_GEMM", "onednn")
+    t = inputs.make(tiny(reduce, samples=20), CPU)
+    with torch.no_grad():
+        pieces = {(part.form, part.name): part for part in breakdown.parts(t)}
+        expected = PEERS[OURS].build(t)()["y"].flatten(0, 1)
+        if reduce == "batch":
+            merged = pieces["folded", "(z ⊙ B_cat) A_cat"].run() + t.weight
+            torch.testing.assert_close(t.x.flatten(0, 1) @ merged.mT + t.bias, expected, rtol=1e-4, atol=1e-4)
+        elif ("prepacked", "x A_catᵀ") in pieces:
+            for name in ("[x | …]", "[… | z ⊙ H]"):
+                pieces["prepacked", name].run()
+            torch.testing.assert_close(pieces["prepacked", "[x | z ⊙ H] [W₀ | B_cat]ᵀ + b"].run(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_breakdown_is_of_the_cpu_alone(capsys):
+    for arguments in (["--device", "cuda"], ["--peer", "eager loop"]):
+        with pytest.raises(SystemExit):
+            run.main(["--breakdown", *arguments])
+        assert "--breakdown takes none of" in capsys.readouterr().err
 
 
 def test_a_regression_is_flagged(results):
