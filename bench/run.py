@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 folder.mkdir(parents=True, exist_ok=True)  # better now than after ten minutes
     except (ValueError, OSError) as error:  # unknown names, a file that is not there or holds something else
         parser.error(str(error))
-    results = run(selection, peers, device, args.seed)
+    results = run(selection, peers, device, args.seed, args.until)
     if args.out:
         write_json(args.out, results)
     if args.plots:
@@ -76,11 +76,11 @@ def _provenance(device: torch.device, seed: int) -> dict[str, Any]:
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), **machine.describe(device), "seed": seed}
 
 
-def run(selection: Selection, peers: Sequence[str], device: torch.device, seed: int = 0) -> dict[str, Any]:
-    """The measurements of all cases, as plain data.
+def run(selection: Selection, peers: Sequence[str], device: torch.device, seed: int = 0, until: float = float("inf")) -> dict[str, Any]:
+    """The measurements of all cases that can be started before `until` seconds have passed, as plain data.
 
     `peers`, where there are any, are all that is run; otherwise those that take long to build are left out of cases that are not
-    `compiled`, and everywhere once `selection.build_until` seconds have passed.
+    `compiled`, and everywhere once `selection.build_until` seconds, or half of `until`, have passed.
     """
     began = time.monotonic()
     _log.info("measuring the ceilings of %s", machine.device_name(device))
@@ -88,7 +88,10 @@ def run(selection: Selection, peers: Sequence[str], device: torch.device, seed: 
     cases = []
     for case in selection.cases:
         passed = time.monotonic() - began
-        chosen = peers or _default_peers(case, may_be_slow=passed < selection.build_until)
+        if passed > until:
+            _log.warning("%s and all after it: not run, %.0f s have passed", case.name, passed)
+            break
+        chosen = peers or _default_peers(case, may_be_slow=passed < min(selection.build_until, until / 2))
         _log.info("%s: %d peers, after %.0f s", case.name, len(chosen), passed)
         cases.append(measure.measure(case, [PEERS[name] for name in chosen], device, limits, seconds=selection.seconds, seed=seed))
         if device.type == "cuda":
@@ -126,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="bars per case and a roofline, as PNG")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="flag ratios to peers that fell by more than 10 %% since")
+    parser.add_argument("--until", type=float, default=float("inf"), metavar="SECONDS", help="start no case after so many")
     parser.add_argument("--device", help="cuda, cuda:1, cpu; by default a GPU where there is one")
     parser.add_argument("--seed", type=int, default=0, help="of the random tensors")
     parser.add_argument("--list", action="store_true", help="the names of selections, cases and peers")

@@ -241,6 +241,13 @@ def test_a_breakdown_is_of_the_cpu_alone(capsys):
         assert "--breakdown takes none of" in capsys.readouterr().err
 
 
+def test_no_case_is_started_too_late(monkeypatch):
+    monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
+    cases = (tiny(), tiny("batch", name="tiny-batch"))
+    assert run.run(Selection(cases, seconds=0), (OURS,), CPU, until=0)["cases"] == []
+    assert len(run.run(Selection(cases, seconds=0), (OURS,), CPU, until=60)["cases"]) == 2
+
+
 def test_a_regression_is_flagged(results):
     assert judge.regressions(results, results) == []
     worse = copy.deepcopy(results)

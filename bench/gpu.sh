@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in ten minutes at most: the tests, then the benchmark.  Needs PyTorch and pytest, no installation:
+#
+#     bench/gpu.sh FOLDER         # gets junit-*.xml, kernels.json and plots/
+#
+# Exits with 1 where a test failed or a result of ours was wrong.  The first tests compile the kernels, eight at a time with pytest-xdist.
+set -uo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "${1:?usage: bench/gpu.sh FOLDER}"
+out=$(cd "$1" && pwd)
+python=${PYTHON:-python3}
+limit=${MINGLE_GPU_SECONDS:-570}
+
+# The package as an installation would lay it out: kernels/ and bench/ inside mingle/.
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+mkdir "$site/mingle"
+ln -s "$root"/mingle/* "$root/kernels" "$root/bench" "$site/mingle/"
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+status=0
+tests() { # name, seconds, pytest's arguments
+    local name=$1 seconds=$2
+    shift 2
+    # -P keeps the checkout's own mingle/, which lacks kernels/, off the path
+    (cd "$root" && timeout "$seconds" "$python" -P -m pytest -q -p no:cacheprovider --maxfail=25 --junit-xml="$out/junit-$name.xml" "$@") || status=1
+    echo "gpu.sh: $name: done after $SECONDS s"
+}
+
+side_by_side=()
+"$python" -c "import xdist" 2>/dev/null && side_by_side=(-n 8)
+here="$root/tests/gpu"
+alone="two_to_the_thirty_one"
+tests formula $((limit * 40 / 100)) "${side_by_side[@]}" -k "not $alone" "$here"/test_gpu_{formula,memory,execution}.py
+tests alone 60 -k "$alone or test_gpu_speed" "$here"/test_gpu_{memory,speed}.py
+tests compiler $((limit * 15 / 100)) "${side_by_side[@]}" "$here/test_gpu_compiler.py"
+
+left=$((limit - SECONDS))
+timeout "$left" "$python" "$root/bench/run.py" --gpu --until $((left - 60)) --out "$out/kernels.json" --plots "$out/plots" || status=1
+echo "gpu.sh: all done after $SECONDS s"
+exit "$status"
