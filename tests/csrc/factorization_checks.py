@@ -42,6 +42,7 @@ def factors(n: int) -> dict[str, Tensor]:
         "huge": Y * 2.0**500,
         "tiny": Y * 2.0**-500,
     }
+    kinds["one short"] = Y - Y.mean(1, keepdim=True)  # the null vector is as far from every unit vector as it can be
     kinds["zero columns"] = Y * (fall % 3 != 1)
     return kinds
 
@@ -76,6 +77,15 @@ def cholesky(ops: Any, sizes: tuple[int, ...] = SIZES) -> None:
                     assert flag == 1, (name, n, flag)
                 if name != "rank deficient":  # where the noise in a late pivot may be large, and the pivot small by chance
                     assert torch.linalg.matrix_norm(Q, 2) < 3, (name, n)
+
+
+def growing_shift(ops: Any) -> None:
+    """τ = shift · n, then ten times as much at every attempt, until it exceeds what is missing; six attempts."""
+    for n in (4, 20):
+        missing = torch.tensor([-1.0, 3e-12, 3e-11, 3e-9, 3e-8, 1e-3], dtype=F64)
+        G = torch.eye(n, dtype=F64) - (1 + missing[:, None, None]) / n  # the smallest eigenvalue is −missing
+        inverse, flags = ops.cholesky_inverse(G, 1e-12 / n)
+        assert flags.tolist() == [0, 2, 3, 5, 6, -1] and inverse[:-1].isfinite().all() and not inverse[-1].any()
 
 
 def two_rounds(ops: Any, sizes: tuple[int, ...] = (16, 64, 128)) -> None:
@@ -189,4 +199,4 @@ def ranks(ops: Any) -> None:
         assert ops.effective_rank(sigma).tolist() == [plain, 0, k, 1], k
 
 
-ALL = (cholesky, two_rounds, eigh, not_finite, lower_triangle, rescaling, signs, ranks)
+ALL = (cholesky, growing_shift, two_rounds, eigh, not_finite, lower_triangle, rescaling, signs, ranks)
