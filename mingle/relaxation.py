@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mingle import dispatch
 from mingle.kernels import reference
 
 logger = logging.getLogger(__name__)
+
+#: Directions per layer that fit a program's registers in the Triton kernels.
+MOST_DIRECTIONS = 1024
+
+
+class Block(NamedTuple):
+    """Layers whose gradients [n, d] and numbers of directions K are equal, and where they stand in the flat tensors."""
+
+    names: tuple[str, ...]
+    rows: int
+    width: int
+    directions: int
+    gradient: int
+    basis: int
+    place: int
+
+    def gradients(self, flat: Tensor) -> Tensor:
+        """Their gradients [L, n, d], a view."""
+        return flat[self.gradient :][: len(self.names) * self.rows * self.width].view(len(self.names), self.rows, self.width)
+
+    def bases(self, flat: Tensor) -> Tensor:
+        """Uᵀ [L, K, d], a view."""
+        return flat[self.basis :][: len(self.names) * self.directions * self.width].view(len(self.names), self.directions, self.width)
+
+    def places(self, flat: Tensor) -> Tensor:
+        """S, or anything else with one number per direction, [L, K], a view."""
+        return flat[self.place :][: len(self.names) * self.directions].view(len(self.names), self.directions)
 
 
 class RelaxedProjector(nn.Module):
@@ -20,48 +49,124 @@ class RelaxedProjector(nn.Module):
 
         r_p = mean_n |G u_p| / (‖G_n‖ + 1e-12),  S ← β S + (1−β) r,  λ = exp(−γ S),  G ← G − (G U) diag(λ) Uᵀ
 
-    S starts at 0 for every task: make a new projector then.  Under data-parallel training call `apply_` after the gradients' all-reduce,
-    and once per optimizer step when gradients are accumulated.
+    S starts at 0 for every task: make a new projector then.  All layers are projected together: two launches on a GPU, elsewhere a few
+    products per shape.  Under data-parallel training project after the gradients' all-reduce, and once per optimizer step when gradients
+    are accumulated.
 
     Args:
         bases: orthonormal columns [d, K] per layer, as a mapping by layer name or a sequence; K = 0 leaves a layer unconstrained.
         gamma: γ; 0 is the hard projector (λ = 1).
         beta: β, the memory of S.
+        backend: ``"eager"`` takes layer after layer by the formula, ``"grouped"`` the layers of one shape together, ``"triton"`` all at
+            once; ``"auto"`` the fastest that can run.
 
     Raises:
-        ValueError: β outside [0, 1), a negative γ, or a basis that is no matrix.
+        ValueError: β outside [0, 1), a negative γ, an unknown backend, or a basis that is no matrix.
     """
 
-    def __init__(self, bases: Mapping[str, torch.Tensor] | Sequence[torch.Tensor], gamma: float = 1.0, beta: float = 0.99) -> None:
+    bases: Tensor
+    interferences: Tensor
+
+    def __init__(
+        self, bases: Mapping[str, Tensor] | Sequence[Tensor], gamma: float = 1.0, beta: float = 0.99, backend: str = "auto"
+    ) -> None:
         super().__init__()
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta}: expected a value in [0, 1)")
         if gamma < 0:
             raise ValueError(f"gamma={gamma}: expected a value >= 0")
-        self.gamma, self.beta = gamma, beta
+        if backend not in dispatch.BACKENDS:
+            raise ValueError(f"backend={backend!r}: expected one of {', '.join(dispatch.BACKENDS)}")
+        self.gamma, self.beta, self.backend = gamma, beta, backend
         named = dict(bases) if isinstance(bases, Mapping) else {str(i): basis for i, basis in enumerate(bases)}
-        self.names = tuple(named)
-        self.skipped_steps = 0
-        for i, (name, basis) in enumerate(named.items()):
+        for name, basis in named.items():
             if basis.dim() != 2:
                 raise ValueError(f"layer {name!r}: basis has shape {list(basis.shape)}, expected [d, K]")
-            self.register_buffer(f"basis_{i}", basis.detach())
-            self.register_buffer(f"interference_{i}", basis.new_zeros(basis.shape[1]))
+        self.names = tuple(named)
+        self.skipped_steps = 0
+        # Layers of one shape lie side by side, so that one product serves them all.
+        order = sorted(named, key=lambda name: named[name].shape)
+        self.shapes = {name: (named[name].shape[0], named[name].shape[1]) for name in order}
+        empty = torch.empty(0)
+        self.register_buffer("bases", torch.cat([named[name].detach().mT.reshape(-1) for name in order]) if order else empty)
+        self.register_buffer("interferences", self.bases.new_zeros(sum(k for _, k in self.shapes.values())))
+        self._layouts: dict[tuple[int, ...], Layout] = {}
 
-    def basis(self, name: str) -> torch.Tensor:
-        """U [d, K] of a layer."""
-        return self.get_buffer(f"basis_{self.names.index(name)}")
-
-    def interference(self) -> dict[str, torch.Tensor]:
+    def interference(self) -> dict[str, Tensor]:
         """S [K] of every layer."""
-        return {name: self.get_buffer(f"interference_{i}") for i, name in enumerate(self.names)}
+        parts = dict(zip(self.shapes, self.interferences.split([k for _, k in self.shapes.values()]), strict=True))
+        return {name: parts[name] for name in self.names}
 
-    def strength(self) -> dict[str, torch.Tensor]:
+    def strength(self) -> dict[str, Tensor]:
         """λ = exp(−γ S) [K] of every layer: 1 removes a direction wholly, 0 leaves it alone."""
         return {name: torch.exp(-self.gamma * s) for name, s in self.interference().items()}
 
+    def layout(self, rows: Mapping[str, int]) -> Layout:
+        """How gradients of n = `rows` rows per layer lie in one flat tensor; see `project_`."""
+        key = tuple(rows[name] for name in self.shapes)
+        if key not in self._layouts:
+            self._layouts[key] = Layout.of(self.shapes, key)
+        return self._layouts[key]
+
     @torch.no_grad()
-    def apply_(self, grads: Mapping[str, torch.Tensor] | Sequence[torch.Tensor]) -> bool:
+    def project_(self, gradients: Tensor, layout: Layout) -> Tensor:
+        """Advance S by one step and project all gradients in place, without waiting for a GPU.
+
+        Args:
+            gradients: all gradients in one flat tensor, in the bases' dtype.
+            layout: of this projector, what lies where.
+
+        Returns:
+            bool []: whether some gradient is not finite.  Then nothing has changed, and the caller should skip its optimizer step.
+
+        Raises:
+            RuntimeError: ``backend="triton"`` cannot run here; the message says why.
+        """
+        if layout.directions and self._fused(gradients, layout):
+            from mingle.kernels import relaxed_projection  # slow to import, and not everywhere
+
+            options = (self.gamma, self.beta, layout.rows, layout.directions)
+            return relaxed_projection.project_(gradients, layout.table(gradients.device), self.bases, self.interferences, *options).any()
+        broken = ~gradients.isfinite().all()
+        for block in layout.blocks:
+            parts = block.gradients(gradients), block.bases(self.bases), block.places(self.interferences)
+            if block.directions == 0 or (broken.device.type == "cpu" and broken):
+                continue
+            if self.backend == "eager":
+                for layer in zip(*parts, strict=True):
+                    self._project_layer(*layer, broken)
+            else:
+                self._project_block(*parts, broken)
+        return broken
+
+    def _fused(self, gradients: Tensor, layout: Layout) -> bool:
+        """Whether the Triton kernels are to serve."""
+        if self.backend not in ("auto", "triton"):
+            return False
+        reason = dispatch.without_triton(gradients.device, gradients.dtype)
+        if reason is None and gradients.dtype != torch.float32:
+            reason = f"the kernels take float32, not {str(gradients.dtype).removeprefix('torch.')}"
+        if reason is None and layout.directions > MOST_DIRECTIONS:
+            reason = f"the kernels take up to {MOST_DIRECTIONS} directions, not {layout.directions}"
+        if reason is not None and self.backend == "triton":
+            raise RuntimeError(f"backend='triton' cannot run: {reason}")
+        return reason is None
+
+    def _project_layer(self, G: Tensor, U: Tensor, S: Tensor, broken: Tensor) -> None:
+        projected, advanced, _ = reference.relaxed_projection(G, U.mT, S, self.gamma, self.beta)
+        S.copy_(torch.where(broken, S, advanced))
+        G.copy_(torch.where(broken, G, projected))
+
+    def _project_block(self, G: Tensor, U: Tensor, S: Tensor, broken: Tensor) -> None:
+        along = G @ U.mT  # [L, n, d] @ [L, d, K]
+        ratio = (along.abs() / (G.norm(dim=2, keepdim=True) + 1e-12)).mean(1)
+        advanced = self.beta * S + (1 - self.beta) * ratio
+        along.mul_(torch.exp(-self.gamma * advanced).unsqueeze(1))
+        S.copy_(torch.where(broken, S, advanced))
+        G.copy_(torch.where(broken, G, torch.baddbmm(G, along, U, alpha=-1)))
+
+    @torch.no_grad()
+    def apply_(self, grads: Mapping[str, Tensor] | Sequence[Tensor]) -> bool:
         """Advance S by one step and project all gradients in place.
 
         Args:
@@ -77,20 +182,75 @@ class RelaxedProjector(nn.Module):
         named = dict(grads) if isinstance(grads, Mapping) else {str(i): grad for i, grad in enumerate(grads)}
         if set(named) != set(self.names):
             raise ValueError(f"gradients of layers {sorted(set(named) ^ set(self.names))} are missing or unknown to this projector")
-        for i, name in enumerate(self.names):
-            basis, grad = self.get_buffer(f"basis_{i}"), named[name]
-            if grad.dim() != 2 or grad.shape[1] != len(basis):
-                raise ValueError(f"layer {name!r}: gradient has shape {list(grad.shape)}, expected [n, {len(basis)}]")
-        broken = [name for name in self.names if not named[name].isfinite().all()]
-        if broken:
-            self.skipped_steps += 1
-            logger.warning("skipped a step: the gate gradient is not finite in %s", ", ".join(broken))
+        for name, (width, _) in self.shapes.items():
+            if named[name].dim() != 2 or named[name].shape[1] != width:
+                raise ValueError(f"layer {name!r}: gradient has shape {list(named[name].shape)}, expected [n, {width}]")
+        if not self.names:
+            return True
+        layout = self.layout({name: len(grad) for name, grad in named.items()})
+        ordered = [named[name] for block in layout.blocks for name in block.names]
+        flat = torch.cat([grad.reshape(-1) for grad in ordered]).to(self.bases)
+        if self.project_(flat, layout):
+            self.report({name: grad for name, grad in named.items() if not grad.isfinite().all()})
             return False
-        for i, name in enumerate(self.names):
-            basis, interference = self.get_buffer(f"basis_{i}"), self.get_buffer(f"interference_{i}")
-            if basis.shape[1] == 0:
-                continue
-            projected, advanced, _ = reference.relaxed_projection(named[name], basis, interference, self.gamma, self.beta)
-            named[name].copy_(projected)
-            interference.copy_(advanced)
+        parts = flat.split([grad.numel() for grad in ordered])
+        torch._foreach_copy_(ordered, [part.view_as(grad) for part, grad in zip(parts, ordered, strict=True)])
         return True
+
+    def report(self, broken: Mapping[str, Tensor]) -> None:
+        """Count a step that was skipped because of the gradients `broken`, and name their layers."""
+        self.skipped_steps += 1
+        logger.warning("skipped a step: the gate gradient is not finite in %s", ", ".join(broken))
+
+
+class Layout:
+    """Where the gradient, the basis and S of every layer stand in flat tensors.
+
+    Attributes:
+        blocks: the layers, those of equal shapes together.
+        rows, directions: the largest n and K.
+        size: elements of the flat gradients.
+    """
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+        self.rows = max((block.rows for block in blocks), default=0)
+        self.directions = max((block.directions for block in blocks), default=0)
+        self.size = sum(len(block.names) * block.rows * block.width for block in blocks)
+        self._tables: dict[torch.device, Tensor] = {}
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, int]], rows: Sequence[int]) -> Layout:
+        """Layers in order, each with (d, K) of its basis and its number of rows."""
+        blocks: list[Block] = []
+        gradient = basis = place = 0
+        for (name, (width, directions)), n in zip(shapes.items(), rows, strict=True):
+            last = blocks[-1] if blocks else None
+            if last is not None and (last.rows, last.width, last.directions) == (n, width, directions):
+                blocks[-1] = last._replace(names=(*last.names, name))
+            else:
+                blocks.append(Block((name,), n, width, directions, gradient, basis, place))
+            gradient, basis, place = gradient + n * width, basis + directions * width, place + directions
+        return cls(blocks)
+
+    def views(self, gradients: Tensor) -> dict[str, Tensor]:
+        """Every layer's gradient [n, d] in the flat tensor."""
+        return {name: part for block in self.blocks for name, part in zip(block.names, block.gradients(gradients), strict=True)}
+
+    def table(self, device: torch.device) -> Tensor:
+        """What `mingle.kernels.relaxed_projection` needs to know of every layer, int64 [L, 6]."""
+        if device not in self._tables:
+            entries = [
+                (
+                    block.gradient + i * block.rows * block.width,
+                    block.rows,
+                    block.width,
+                    block.directions,
+                    block.basis + i * block.directions * block.width,
+                    block.place + i * block.directions,
+                )
+                for block in self.blocks
+                for i in range(len(block.names))
+            ]
+            self._tables[device] = torch.tensor(entries, dtype=torch.int64, device=device)
+        return self._tables[device]

@@ -25,9 +25,10 @@ from triton.runtime.jit import JITFunction
 from mingle import dispatch
 from mingle.functional import gated_experts
 from mingle.kernels import configs
+from mingle.relaxation import RelaxedProjector
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
-_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
+_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1", torch.int64: "*i64"}
 
 
 class Target(NamedTuple):
@@ -100,9 +101,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "fold": ({"reduce": "batch"}, 0),
 }
 
+# The launches of the relaxed projector: always in fp32, for a layer of width d_in and three directions of each expert's task.
+PROJECTOR = {"measure": 0, "project": 1}
+
 
 class Case(NamedTuple):
-    """One build: names out of `VARIANTS`, `DTYPES`, `TARGETS` and `LAYERS`."""
+    """One build: names out of `VARIANTS` or `PROJECTOR`, `DTYPES`, `TARGETS` and `LAYERS`."""
 
     variant: str
     arithmetic: str
@@ -214,6 +218,14 @@ def step(
     y.backward(tensor(samples, tokens, d_out))
 
 
+def projection(layer: Layer) -> None:
+    """The relaxed projector on meta tensors: three layers, of which one has fewer directions."""
+    widths = (layer.d_in, layer.d_in, 1)
+    projector = RelaxedProjector([torch.empty(width, min(width, 3 * layer.experts), device="meta") for width in widths], backend="triton")
+    layout = projector.layout(dict.fromkeys(projector.names, 1))
+    projector.project_(torch.empty(layout.size, device="meta"), layout)
+
+
 def source(launch: Launch, target: Target) -> ASTSource:
     """The kernel as Triton's launcher specialises it: a 1 is a constant, and multiples of 16 are known to be."""
     signature, constants, hints = {}, {}, {}
@@ -237,6 +249,8 @@ def source(launch: Launch, target: Target) -> ASTSource:
 def find(case: Case, tile: configs.Tile | None = None) -> Launch:
     """The launch that a case names; with `tile` instead of the rule's."""
     target = TARGETS[case.target]
+    if case.variant in PROJECTOR:
+        return record(lambda: projection(LAYERS[case.size]), target, case.arithmetic)[PROJECTOR[case.variant]]
     options, index = VARIANTS[case.variant]
     layer = (FOLDED_LAYERS if case.variant == "fold" else LAYERS)[case.size]
     with contextlib.nullcontext() if tile is None else configs._forced(tile):

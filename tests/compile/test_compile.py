@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 import offline
-from offline import DTYPES, TARGETS, VARIANTS, Build, Case
+from offline import DTYPES, PROJECTOR, TARGETS, VARIANTS, Build, Case
 
 from mingle.kernels import configs
 
@@ -35,6 +35,8 @@ SELECTION = [
     ("narrow", ["bfloat16"], ["shrink-pooled"]),
     ("ragged", ["bfloat16"], ["shrink-skip", "expand-skip", "upstream", "dx-masked", "fold"]),
     ("single", ["bfloat16"], ["shrink-token", "expand-skip", "upstream", "fold"]),
+    ("large", ["float32"], list(PROJECTOR)),
+    ("ragged", ["float32"], list(PROJECTOR)),
 ]
 
 
@@ -48,11 +50,14 @@ def every_case() -> Iterator[Case]:
     for variant, arithmetic, target, size in itertools.product(VARIANTS, DTYPES, TARGETS, offline.LAYERS):
         if "wide" not in variant or DTYPES[arithmetic].itemsize == 2:
             yield Case(variant, arithmetic, target, size)
+    for variant, target, size in itertools.product(PROJECTOR, TARGETS, offline.LAYERS):
+        yield Case(variant, "float32", target, size)
 
 
 CASES = list(every_case() if os.environ.get("MINGLE_TEST_EVERY_BUILD") == "1" else default_cases())
 MATRIX = [case for case in CASES if case.size == "large" and case.arithmetic != "float32"]
-PIPELINED = [case for case in CASES if case.size in ("large", "middle", "small") and TARGETS[case.target].gpu.backend == "cuda"]
+PRODUCTS = [case for case in CASES if case.variant in VARIANTS]
+PIPELINED = [case for case in PRODUCTS if case.size in ("large", "middle", "small") and TARGETS[case.target].gpu.backend == "cuda"]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,7 @@ def builds(request: pytest.FixtureRequest, pool: ProcessPoolExecutor) -> Callabl
 
 
 def test_every_variant_is_built_for_every_target() -> None:
-    assert {(case.variant, case.target) for case in CASES} == set(itertools.product(VARIANTS, TARGETS))
+    assert {(case.variant, case.target) for case in CASES} == set(itertools.product([*VARIANTS, *PROJECTOR], TARGETS))
     assert {(case.arithmetic, case.target, case.size) for case in CASES} >= set(itertools.product(DTYPES, TARGETS, ["large"]))
 
 

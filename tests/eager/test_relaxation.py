@@ -97,6 +97,43 @@ def test_a_gradient_that_is_not_finite_changes_nothing(caplog):
     assert not any(s.any() for s in projector.interference().values())
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1.3])
+def test_layers_together_and_layer_by_layer_agree_over_hundreds_of_steps(gamma):
+    shapes = [(9, 3), (6, 1), (9, 3), (6, 0), (5, 5)]
+    U, rows = bases(*shapes), (2, 1, 2, 3, 1)
+    together, apart = (RelaxedProjector(U, gamma=gamma, beta=0.9, backend=backend) for backend in ("auto", "eager"))
+    for step in range(200):
+        grads = [torch.randn(n, d, **D64) for n, (d, _) in zip(rows, shapes, strict=True)]
+        if step % 17 == 5:
+            grads[step % 5][0, -1] = math.inf
+        other = [grad.clone() for grad in grads]
+        assert together.apply_(grads) == apart.apply_(other) == (step % 17 != 5)
+        for grad, expected in zip(grads, other, strict=True):
+            torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
+    assert together.skipped_steps == 12
+    for (name, s), expected in zip(together.interference().items(), apart.interference().values(), strict=True):
+        torch.testing.assert_close(s, expected, msg=name)
+
+
+def test_the_flat_gradients_are_views_in_the_projectors_order():
+    projector = RelaxedProjector({"a": bases((4, 2))[0], "b": bases((3, 1))[0], "c": bases((4, 2))[0]})
+    layout = projector.layout({"a": 1, "b": 2, "c": 1})
+    flat = torch.arange(float(layout.size))
+    views = layout.views(flat)
+    assert {name: view.shape for name, view in views.items()} == {"a": (1, 4), "b": (2, 3), "c": (1, 4)}
+    assert sorted(entry for view in views.values() for entry in view.flatten().tolist()) == list(range(14))
+    assert all(view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for view in views.values())
+    assert projector.layout({"a": 1, "b": 2, "c": 1}) is layout
+
+
+def test_the_triton_kernels_are_refused_with_the_reason():
+    projector = RelaxedProjector(bases((5, 2)), backend="triton")
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: "):
+        projector.apply_([torch.zeros(1, 5, **D64)])
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        RelaxedProjector(bases((5, 2)), backend="cuda")
+
+
 def test_state_dict_round_trip_continues_alike():
     U = bases((5, 2))
     first, second = RelaxedProjector(U), RelaxedProjector(bases((5, 2)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mingle.functional import gated_experts
 from mingle.kernels import reference
+from mingle.relaxation import RelaxedProjector
 
 # ‖error‖ / ‖exact‖ of a tensor, as published, and what is no worse than luck: fp16 results are rounded once, from fp32 sums; fp32 sums are
 # rounded at every term, and eager PyTorch's order of the terms may happen to be the better one for a handful of numbers.
@@ -168,3 +169,21 @@ COMPACT: dict[str, Callable[[], None]] = {
     # each is the last expert with columns in its tile of H, and two are at the ends of the words of gate bits
     "one expert per sample": lambda: accurate(given(problem((6, 3), experts=40, rank=2), torch.eye(40)[[15, 31, 39] * 2]), needs=("x",)),
 } | {f"guard bands of {name}": partial(guard_bands, name) for name in LAUNCHES}
+
+
+def projected_steps(shapes: list[tuple[int, int]], rows: int, gamma: float, steps: int = 12) -> None:
+    """Steps of the relaxed projector's kernels against the formula in float64, layer by layer."""
+    bases = [torch.linalg.qr(torch.randn(width, directions)).Q for width, directions in shapes]
+    projector = RelaxedProjector(bases, gamma=gamma, beta=0.8, backend="triton")
+    S = [torch.zeros(directions, dtype=torch.float64) for _, directions in shapes]
+    for _ in range(steps):
+        grads = [torch.randn(rows, width) for width, _ in shapes]
+        expected = []
+        for i, (grad, basis) in enumerate(zip(grads, bases, strict=True)):
+            projected, S[i], _ = reference.relaxed_projection(grad.double(), basis.double(), S[i], gamma, 0.8)
+            expected.append(projected)
+        assert projector.apply_(grads)
+        for grad, want in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-5)
+    for got, want in zip(projector.interference().values(), S, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
