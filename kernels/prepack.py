@@ -54,10 +54,16 @@ def keep(weight: torch.Tensor, A: torch.Tensor, up: torch.Tensor) -> None:
 
     Without effect on other devices than CPUs, and for tensors of inference mode, whose changes leave no trace.
     """
+    all_three = ("kept", id(weight), id(A), id(up))  # known at once, for layers call this at every forward pass
+    known = _copies.get(all_three)
+    if known is not None and known.current():
+        return
     W, B = weight.detach(), up.detach().flatten(0, 1).mT  # [O, K], [O, T·r]
     _watch("joined", (weight, up), (weight, up), lambda: gemm.pack(torch.cat([W, B], 1)))
     _watch("rows", (up,), (up,), B.contiguous)
     keep_shrink(A, (A,))
+    if _watchable(weight, A, up):
+        _copies[all_three] = _Copy(all_three, (weight, A, up), weight.detach)
 
 
 def keep_shrink(A: torch.Tensor, factors: Sequence[torch.Tensor]) -> None:
@@ -86,13 +92,17 @@ def find(layout: str, *factors: torch.Tensor, x: torch.Tensor | None = None) -> 
     return copy.tensor() if copy is not None and copy.current() else None
 
 
+def _watchable(*factors: torch.Tensor) -> bool:
+    return all(factor.device.type == "cpu" and not factor.is_inference() and factor.numel() > 0 for factor in factors)
+
+
 def _key(layout: str, views: Sequence[torch.Tensor]) -> Hashable:
     return layout, *((view.data_ptr(), view.dtype, view.shape, view.stride()) for view in views)
 
 
 def _watch(layout: str, views: Sequence[torch.Tensor], factors: Sequence[torch.Tensor], make: Callable[[], torch.Tensor]) -> None:
     """Let `make` serve for `views` of `factors`, unless a copy of theirs is there already."""
-    if any(factor.device.type != "cpu" or factor.is_inference() or factor.numel() == 0 for factor in factors):
+    if not _watchable(*factors):
         return
     key = _key(layout, views)
     known = _copies.get(key)
