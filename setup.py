@@ -122,8 +122,8 @@ def _run(*command: str | Path) -> None:
     print(done.stdout, flush=True)
     if done.returncode:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        telling = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)] or lines
-        raise CannotBuild("the build failed: " + " | ".join(telling[-4:]))
+        first = next((i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)), max(len(lines) - 6, 0))
+        raise CannotBuild("the build failed: " + " | ".join(lines[first : first + 6]))
 
 
 def _record(folder: Path, extension: str, reason: str | None = None, architectures: Sequence[str] = (), nvcc: str | None = None) -> None:

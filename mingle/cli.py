@@ -208,7 +208,7 @@ def _env(args: argparse.Namespace) -> None:
         "cpu products": gemm.library(1024, 1024, 1024) + " (fp32, large)",
     }
     for name, value in facts.items():
-        console.print(f"{name:14}{value}", highlight=False, soft_wrap=True)
+        console.print(f"{name:14}{value}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _result_table(result: Result) -> Table:
