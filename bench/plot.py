@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: ours warm, what others compute cool, what does less work hollow
 _OURS, _OWN_BACKENDS, _OTHERS, _BOUND, _WRONG = "#CC3311", "#EE9944", "#4477AA", "#999999", "#882255"
 _DTYPES = {"float32": ("fp32", "#4477AA", "s"), "float16": ("fp16", "#44AA99", "^"), "bfloat16": ("bf16", "#CC3311", "o")}
-_STYLE = {
+STYLE = {
     "font.size": 9, "axes.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8.5, "figure.titlesize": 11,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#E4E4E4", "hatch.linewidth": 0.6,
     "figure.constrained_layout.w_pad": 0.08, "figure.constrained_layout.h_pad": 0.08, "savefig.dpi": 150, "savefig.bbox": "tight",
@@ -37,7 +37,7 @@ def write_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with style.context(_STYLE, after_reset=True):
+    with style.context(STYLE, after_reset=True):
         figures = {f"bars-{case['case']['name']}": _bars(results, case) for case in results["cases"]}
         for name, figure in (figures | {"roofline": _roofline(results)}).items():
             if figure is not None:
@@ -46,7 +46,7 @@ def write_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def _figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches, unknown to pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _where(results: Mapping[str, Any]) -> str:
+def where(results: Mapping[str, Any]) -> str:
     device, torch = results["device"], results["versions"]["torch"]
     threads = f", threads: {device['threads']}" if device["type"] == "cpu" else ""
     return f"{device['name']}{threads}, torch {torch}"
@@ -70,12 +70,12 @@ def _bars(results: Mapping[str, Any], measured: Mapping[str, Any]) -> Figure | N
         return None
     case, floor = Case(**measured["case"]), measured["floor"]
     unit, scale = ("ms", 1e3) if peers[-1][1]["median"] >= 1e-3 else ("µs", 1e6)
-    figure = _figure(8.6, 1.75 + 0.27 * (len(peers) + len(wrong)))
+    figure = empty_figure(8.6, 1.75 + 0.27 * (len(peers) + len(wrong)))
     ax = figure.subplots()
     direction = "forward and backward" if case.backward else "forward"
     gates = "routed one-hot gates" if case.routed else f"{case.reduce} gates"
     figure.suptitle(f"{shape(case)}, {gates}, {case.dtype}, {direction}")
-    ax.set_title(_where(results), color="#666666")
+    ax.set_title(where(results), color="#666666")
 
     longest = max(peer["p80"] for _, peer in peers) * scale
     for row, (name, peer) in enumerate(peers):
@@ -158,10 +158,10 @@ def _roofline(results: Mapping[str, Any]) -> Figure | None:
     copy = results["ceilings"]["bytes_per_second"] / 1e12
     roofs = {dtype: rate / 1e12 for dtype, rate in results["ceilings"]["flop_per_second"].items()}
     reached = [(x, y) for _, x, y in points]
-    figure = _figure(10.2, max(5.2, 0.21 * len(points) + 1.6))
+    figure = empty_figure(10.2, max(5.2, 0.21 * len(points) + 1.6))
     figure.suptitle("What this library reaches of what the machine allows")
     ax, legend = figure.subplots(1, 2, width_ratios=(2.1, 1))
-    ax.set_title(_where(results), color="#666666")
+    ax.set_title(where(results), color="#666666")
 
     left = min(x for x, _ in [*reached, *((roof / copy, 0) for roof in roofs.values())]) / 4
     right = max(x for x, _ in [*reached, *((roof / copy, 0) for roof in roofs.values())]) * 3
