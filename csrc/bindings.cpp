@@ -26,7 +26,8 @@ Batch<T> batch_of(Address address, const py::tuple& strides) {
     return {pointer<T>(address), {strides[0].cast<int64_t>(), strides[1].cast<int64_t>(), strides[2].cast<int64_t>()}};
 }
 
-void cholesky_inverse(Address gram, int64_t batch, int n, double shift, bool single, Address inverse, Address flags, int device, Address stream) {
+void cholesky_inverse(Address gram, int64_t batch, int n, double shift, bool single, Address inverse, Address flags, int device,
+                      Address stream) {
     const py::gil_scoped_release release;
     const Queue queue{device, pointer<void>(stream)};
     if (single)
@@ -37,13 +38,13 @@ void cholesky_inverse(Address gram, int64_t batch, int n, double shift, bool sin
 
 void small_eigh(Address gram, int64_t batch, int n, Address values, Address vectors, Address flags, int device, Address stream) {
     const py::gil_scoped_release release;
-    mingle::launch_small_eigh({device, pointer<void>(stream)}, pointer<double>(gram), batch, n, pointer<double>(values), pointer<double>(vectors),
-                              pointer<int32_t>(flags));
+    mingle::launch_small_eigh({device, pointer<void>(stream)}, pointer<double>(gram), batch, n, pointer<double>(values),
+                              pointer<double>(vectors), pointer<int32_t>(flags));
 }
 
 template <class In>
-void rescale_as(Address M, const py::tuple& strides, int64_t batch, int64_t m, int64_t n, Address workspace, Address scaled, Address exponent,
-                Address nonfinite, Address first, const Queue& queue) {
+void rescale_as(Address M, const py::tuple& strides, int64_t batch, int64_t m, int64_t n, Address workspace, Address scaled,
+                Address exponent, Address nonfinite, Address first, const Queue& queue) {
     const auto matrices = batch_of<const In>(M, strides);
     const py::gil_scoped_release release;
     mingle::launch_rescale(queue, matrices, batch, m, n, pointer<void>(workspace), pointer<float>(scaled), pointer<int32_t>(exponent),
@@ -57,15 +58,15 @@ void rescale(Address M, const py::tuple& strides, bool single, int64_t batch, in
 }
 
 template <class T>
-void fix_signs_as(Address U, const py::tuple& u_strides, Address Vh, const py::tuple& vh_strides, int64_t batch, int64_t m, int64_t r, int64_t n,
-                  const Queue& queue) {
+void fix_signs_as(Address U, const py::tuple& u_strides, Address Vh, const py::tuple& vh_strides, int64_t batch, int64_t m, int64_t r,
+                  int64_t n, const Queue& queue) {
     const auto left = batch_of<T>(U, u_strides), right = batch_of<T>(Vh, vh_strides);
     const py::gil_scoped_release release;
     mingle::launch_fix_signs(queue, left, right, batch, m, r, n);
 }
 
-void fix_signs(Address U, const py::tuple& u_strides, Address Vh, const py::tuple& vh_strides, bool single, int64_t batch, int64_t m, int64_t r,
-               int64_t n, int device, Address stream) {
+void fix_signs(Address U, const py::tuple& u_strides, Address Vh, const py::tuple& vh_strides, bool single, int64_t batch, int64_t m,
+               int64_t r, int64_t n, int device, Address stream) {
     (single ? fix_signs_as<float> : fix_signs_as<double>)(U, u_strides, Vh, vh_strides, batch, m, r, n, {device, pointer<void>(stream)});
 }
 
@@ -87,29 +88,34 @@ PYBIND11_MODULE(_C, module) {
     using py::arg;
     module.doc() =
         "CUDA kernels of the batched truncated SVD.\n\n"
-        "Tensors are given as the addresses of contiguous device memory on `device`; `stream` is the handle of a stream there.  Work is queued and\n"
-        "not waited for.  ValueError: a size that the kernels do not take; RuntimeError: CUDA's own error, with its text.";
+        "Tensors are given as the addresses of contiguous device memory on `device`; `stream` is the handle of a stream there.\n"
+        "Work is queued and not waited for.\n\n"
+        "ValueError: a size that the kernels do not take.  RuntimeError: CUDA's own error, with its text.";
     module.attr("architectures") = split(MINGLE_ARCHITECTURES);
     module.attr("cuda_version") = MINGLE_CUDA_VERSION;
 
     module.def("check", &mingle::check_device, arg("device"), py::call_guard<py::gil_scoped_release>(),
                "Raise RuntimeError, with CUDA's reason, where the kernels cannot run on a device.");
-    module.def("cholesky_inverse", &cholesky_inverse, arg("gram"), arg("batch"), arg("n"), arg("shift"), arg("single"), arg("inverse"), arg("flags"),
-               arg("device"), arg("stream"),
-               "gram float64 [batch, n, n], n <= 128 -> inverse [batch, n, n], float32 if `single` and float64 otherwise, and flags int32 [batch]:\n"
-               "G = R'R, R^-1 upper triangular; the number of shifts, or -1 where R^-1 is zero because none helped.");
-    module.def("small_eigh", &small_eigh, arg("gram"), arg("batch"), arg("n"), arg("values"), arg("vectors"), arg("flags"), arg("device"),
-               arg("stream"),
-               "gram float64 [batch, n, n], n <= 128 -> values float64 [batch, n], falling, vectors float64 [batch, n, n], as columns, and\n"
-               "flags int32 [batch]: the number of sweeps, or -1.");
-    module.def("rescale_workspace", &mingle::rescale_workspace, arg("batch"), arg("m"), arg("n"), "Bytes of workspace that `rescale` needs.");
-    module.def("rescale", &rescale, arg("matrices"), arg("strides"), arg("single"), arg("batch"), arg("m"), arg("n"), arg("workspace"), arg("scaled"),
-               arg("exponent"), arg("nonfinite"), arg("first"), arg("device"), arg("stream"),
-               "matrices [batch, m, n] in entries of `strides` = (batch, row, 1), float32 if `single` and float64 otherwise -> scaled float32\n"
-               "[batch, m, n], exponent int32 [batch], nonfinite int64 [batch], first int64 [batch] (-1 where all is finite).");
-    module.def("fix_signs", &fix_signs, arg("U"), arg("U_strides"), arg("Vh"), arg("Vh_strides"), arg("single"), arg("batch"), arg("m"), arg("r"),
-               arg("n"), arg("device"), arg("stream"),
-               "U [batch, m, r] and Vh [batch, r, n], in place, any strides (batch, row, column); float32 if `single` and float64 otherwise.");
+    module.def("cholesky_inverse", &cholesky_inverse, arg("gram"), arg("batch"), arg("n"), arg("shift"), arg("single"), arg("inverse"),
+               arg("flags"), arg("device"), arg("stream"),
+               "gram float64 [batch, n, n], n <= 128 -> inverse [batch, n, n], float32 if `single` and float64 otherwise, and\n"
+               "flags int32 [batch]: G = R'R, R^-1 upper triangular; the number of shifts, or -1 where R^-1 is zero because none helped.");
+    module.def(
+        "small_eigh", &small_eigh, arg("gram"), arg("batch"), arg("n"), arg("values"), arg("vectors"), arg("flags"), arg("device"),
+        arg("stream"),
+        "gram float64 [batch, n, n], n <= 128 -> values float64 [batch, n], falling, vectors float64 [batch, n, n], as columns, and\n"
+        "flags int32 [batch]: the number of sweeps, or -1.");
+    module.def("rescale_workspace", &mingle::rescale_workspace, arg("batch"), arg("m"), arg("n"),
+               "Bytes of workspace that `rescale` needs.");
+    module.def(
+        "rescale", &rescale, arg("matrices"), arg("strides"), arg("single"), arg("batch"), arg("m"), arg("n"), arg("workspace"),
+        arg("scaled"), arg("exponent"), arg("nonfinite"), arg("first"), arg("device"), arg("stream"),
+        "matrices [batch, m, n] in entries of `strides` = (batch, row, 1), float32 if `single` and float64 otherwise -> scaled float32\n"
+        "[batch, m, n], exponent int32 [batch], nonfinite int64 [batch], first int64 [batch] (-1 where all is finite).");
+    module.def(
+        "fix_signs", &fix_signs, arg("U"), arg("U_strides"), arg("Vh"), arg("Vh_strides"), arg("single"), arg("batch"), arg("m"), arg("r"),
+        arg("n"), arg("device"), arg("stream"),
+        "U [batch, m, r] and Vh [batch, r, n], in place, any strides (batch, row, column); float32 if `single` and float64 otherwise.");
     module.def("effective_rank", &effective_rank, arg("sigma"), arg("batch"), arg("k"), arg("ranks"), arg("device"), arg("stream"),
                "sigma float64 [batch, k] -> ranks int32 [batch].");
 }

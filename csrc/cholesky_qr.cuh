@@ -3,8 +3,10 @@
 //     S = D^-½ G D^-½, D = diag(G);   S + τ I = M P Mᵀ, M unit lower triangular, P = diag(pivots);   R⁻¹ = D^-½ M^-ᵀ P^-½
 //
 // The scaling makes the result independent of the columns' lengths, which fall over ten orders where Y is a graded sketch.  A pivot of
-// n + 16 ulp or less consists of rounding errors; then τ = shift · tr S = shift · n, and ten times as much at each of kRetries − 1 more attempts.
-// Shifted Cholesky QR: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42 (2020), A477; shift = 11 (mn + n(n+1)) u.
+// n + 16 ulp or less consists of rounding errors; then τ = shift · tr S = shift · n, and ten times as much at each of kRetries − 1 more
+// attempts.
+// Shifted Cholesky QR: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42 (2020), A477.  There the shift is
+// 11 (mn + n(n+1)) u.
 #pragma once
 
 #include <cfloat>
@@ -41,11 +43,7 @@ struct CholeskyMemory {
     double* corner;       // [kPanel, kPanel] M⁻¹ on the diagonal
 
     MINGLE_DEVICE CholeskyMemory(double* memory, int n)
-        : triangle(memory),
-          reciprocals(memory + n * (n + 1) / 2),
-          scale(reciprocals + n),
-          rows(scale + n),
-          corner(rows + kPanel * n) {}
+        : triangle(memory), reciprocals(memory + n * (n + 1) / 2), scale(reciprocals + n), rows(scale + n), corner(rows + kPanel * n) {}
 
     static constexpr int doubles(int n) { return n * (n + 1) / 2 + 2 * n + kPanel * n + kPanel * kPanel; }
 

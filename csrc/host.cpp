@@ -31,7 +31,8 @@ void rescale(const In* data, int64_t batch, int64_t m, int64_t n, int64_t batch_
         const mingle::Rows<In> M{data + b * batch_stride, m, n, row_stride};
         for (int c = 0; c < chunks; ++c) surveys[c] = mingle::survey(block, M, mingle::Chunk::of(m * n, chunks, c));
         for (int c = 0; c < chunks; ++c) {
-            const auto all = mingle::rescale(block, M, mingle::Chunk::of(m * n, chunks, c), surveys.data(), chunks, scaled + b * m * n, &exponent[b]);
+            const auto all =
+                mingle::rescale(block, M, mingle::Chunk::of(m * n, chunks, c), surveys.data(), chunks, scaled + b * m * n, &exponent[b]);
             nonfinite[b] = all.nonfinite;
             first[b] = all.nonfinite ? all.first : -1;
         }
@@ -79,11 +80,13 @@ void rescale_f64(const double* M, int64_t batch, int64_t m, int64_t n, int64_t b
     rescale(M, batch, m, n, batch_stride, row_stride, chunks, scaled, exponent, nonfinite, first);
 }
 
-void fix_signs_f32(float* U, const int64_t* u_strides, float* Vh, const int64_t* v_strides, int64_t batch, int64_t m, int64_t r, int64_t n) {
+void fix_signs_f32(float* U, const int64_t* u_strides, float* Vh, const int64_t* v_strides, int64_t batch, int64_t m, int64_t r,
+                   int64_t n) {
     fix_signs(U, u_strides, Vh, v_strides, batch, m, r, n);
 }
 
-void fix_signs_f64(double* U, const int64_t* u_strides, double* Vh, const int64_t* v_strides, int64_t batch, int64_t m, int64_t r, int64_t n) {
+void fix_signs_f64(double* U, const int64_t* u_strides, double* Vh, const int64_t* v_strides, int64_t batch, int64_t m, int64_t r,
+                   int64_t n) {
     fix_signs(U, u_strides, Vh, v_strides, batch, m, r, n);
 }
 

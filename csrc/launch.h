@@ -1,5 +1,6 @@
-// Launchers of the kernels.  All pointers are device pointers on `device`, all batches contiguous unless strides are given; work is queued on
-// `stream` and nothing waits for it.  They throw std::invalid_argument for sizes they do not take and std::runtime_error for CUDA's errors.
+// Launchers of the kernels.  All pointers are device pointers on `device`, all batches contiguous unless strides are given; work is queued
+// on `stream` and nothing waits for it.  They throw std::invalid_argument for sizes they do not take and std::runtime_error for CUDA's
+// errors.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +34,8 @@ void launch_small_eigh(const Queue&, const double* gram, int64_t batch, int n, d
 // workspace: `rescale_workspace(batch, m, n)` bytes, aligned to 8.  In is float or double.
 int64_t rescale_workspace(int64_t batch, int64_t m, int64_t n);
 template <class In>
-void launch_rescale(const Queue&, const Batch<const In>& M, int64_t batch, int64_t m, int64_t n, void* workspace, float* scaled, int32_t* exponent,
-                    int64_t* nonfinite, int64_t* first);
+void launch_rescale(const Queue&, const Batch<const In>& M, int64_t batch, int64_t m, int64_t n, void* workspace, float* scaled,
+                    int32_t* exponent, int64_t* nonfinite, int64_t* first);
 
 // U [batch, m, r] and Vh [batch, r, n] in place; T is float or double.
 template <class T>

@@ -71,7 +71,8 @@ MINGLE_DEVICE Survey survey(const Block& block, const Rows<In>& M, Chunk chunk) 
         const double magnitude = fabs(static_cast<double>(entry));
         return finite(magnitude) ? Survey{magnitude, 0, Survey::kNone} : Survey{0.0, 1, index};
     };
-    return block.reduce(static_cast<int>(chunk.end - chunk.begin), Survey::none(), EachEntry<In, decltype(look)>(M, chunk.begin, look), Survey::both);
+    return block.reduce(static_cast<int>(chunk.end - chunk.begin), Survey::none(), EachEntry<In, decltype(look)>(M, chunk.begin, look),
+                        Survey::both);
 }
 
 // Writes a chunk of 2^-e M to `scaled` [m, n], contiguous; returns the surveys of all chunks put together, and e.

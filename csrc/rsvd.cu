@@ -22,16 +22,16 @@ constexpr int kThreads = 256;
 static_assert(kThreads == kLanes * kColumns, "the sign kernel gives every thread one row of one column");
 
 template <class Out>
-__global__ void __launch_bounds__(kCholeskyThreads) cholesky_inverse_kernel(
-    const double* __restrict__ gram, int n, double shift, Out* __restrict__ inverse, int32_t* __restrict__ flags) {
+__global__ void __launch_bounds__(kCholeskyThreads)
+    cholesky_inverse_kernel(const double* __restrict__ gram, int n, double shift, Out* __restrict__ inverse, int32_t* __restrict__ flags) {
     extern __shared__ double memory[];
     const int64_t offset = static_cast<int64_t>(blockIdx.x) * n * n;
     const int flag = cholesky_inverse(DeviceBlock{}, memory, gram + offset, n, shift, inverse + offset);
     if (threadIdx.x == 0) flags[blockIdx.x] = flag;
 }
 
-__global__ void __launch_bounds__(kJacobiThreads) small_eigh_kernel(
-    const double* __restrict__ gram, int n, double* __restrict__ values, double* __restrict__ vectors, int32_t* __restrict__ flags) {
+__global__ void __launch_bounds__(kJacobiThreads) small_eigh_kernel(const double* __restrict__ gram, int n, double* __restrict__ values,
+                                                                    double* __restrict__ vectors, int32_t* __restrict__ flags) {
     extern __shared__ double memory[];
     const int64_t offset = static_cast<int64_t>(blockIdx.x) * n * n;
     const int flag = small_eigh(DeviceBlock{}, memory, gram + offset, n, values + static_cast<int64_t>(blockIdx.x) * n, vectors + offset);
@@ -40,17 +40,18 @@ __global__ void __launch_bounds__(kJacobiThreads) small_eigh_kernel(
 
 // Blocks are numbered matrix by matrix: block = matrix · chunks + chunk.
 template <class In>
-__global__ void __launch_bounds__(kThreads) survey_kernel(const In* __restrict__ data, int64_t m, int64_t n, int64_t batch_stride, int64_t row_stride,
-                                                          int chunks, Survey* __restrict__ surveys) {
+__global__ void __launch_bounds__(kThreads) survey_kernel(const In* __restrict__ data, int64_t m, int64_t n, int64_t batch_stride,
+                                                          int64_t row_stride, int chunks, Survey* __restrict__ surveys) {
     const Rows<In> M{data + blockIdx.x / chunks * batch_stride, m, n, row_stride};
     const Survey mine = survey(DeviceBlock{}, M, Chunk::of(m * n, chunks, blockIdx.x % chunks));
     if (threadIdx.x == 0) surveys[blockIdx.x] = mine;
 }
 
 template <class In>
-__global__ void __launch_bounds__(kThreads) rescale_kernel(
-    const In* __restrict__ data, int64_t m, int64_t n, int64_t batch_stride, int64_t row_stride, int chunks, const Survey* __restrict__ surveys,
-    float* __restrict__ scaled, int32_t* __restrict__ exponent, int64_t* __restrict__ nonfinite, int64_t* __restrict__ first) {
+__global__ void __launch_bounds__(kThreads)
+    rescale_kernel(const In* __restrict__ data, int64_t m, int64_t n, int64_t batch_stride, int64_t row_stride, int chunks,
+                   const Survey* __restrict__ surveys, float* __restrict__ scaled, int32_t* __restrict__ exponent,
+                   int64_t* __restrict__ nonfinite, int64_t* __restrict__ first) {
     const int64_t b = blockIdx.x / chunks;
     const int chunk = blockIdx.x % chunks;
     const Rows<In> M{data + b * batch_stride, m, n, row_stride};
@@ -69,7 +70,8 @@ __global__ void __launch_bounds__(kThreads) fix_signs_kernel(Batch<T> U, Batch<T
     __shared__ SignMemory memory;
     const int64_t b = blockIdx.x / strips;
     fix_signs(DeviceBlock{}, memory, Strided<T>{U.data + b * U.strides[0], m, r, U.strides[1], U.strides[2]},
-              Strided<T>{Vh.data + b * Vh.strides[0], r, n, Vh.strides[1], Vh.strides[2]}, static_cast<int64_t>(blockIdx.x % strips) * kColumns);
+              Strided<T>{Vh.data + b * Vh.strides[0], r, n, Vh.strides[1], Vh.strides[2]},
+              static_cast<int64_t>(blockIdx.x % strips) * kColumns);
 }
 
 __global__ void __launch_bounds__(kThreads) effective_rank_kernel(const double* __restrict__ sigma, int k, int32_t* __restrict__ ranks) {
@@ -112,7 +114,8 @@ private:
 
 // Queues kernel<<<blocks, threads, shared>>>(arguments…); no blocks, no launch.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, const Queue& queue, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, Arguments... arguments) {
+void launch(const char* name, const Queue& queue, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
+            Arguments... arguments) {
     if (blocks == 0) return;
     require(blocks <= INT32_MAX, std::string(name) + ": too many matrices for one launch");
     const Current current(queue.device, name);
@@ -147,15 +150,15 @@ void launch_small_eigh(const Queue& queue, const double* gram, int64_t batch, in
 int64_t rescale_workspace(int64_t batch, int64_t m, int64_t n) { return batch * chunks_of(m * n) * static_cast<int64_t>(sizeof(Survey)); }
 
 template <class In>
-void launch_rescale(const Queue& queue, const Batch<const In>& M, int64_t batch, int64_t m, int64_t n, void* workspace, float* scaled, int32_t* exponent,
-                    int64_t* nonfinite, int64_t* first) {
+void launch_rescale(const Queue& queue, const Batch<const In>& M, int64_t batch, int64_t m, int64_t n, void* workspace, float* scaled,
+                    int32_t* exponent, int64_t* nonfinite, int64_t* first) {
     require(M.strides[2] == 1, "rescale: expected a column stride of 1, got " + std::to_string(M.strides[2]));
     require(0 < m && 0 < n && n <= INT32_MAX && m * n / kMaxChunks < INT32_MAX, "rescale: the matrices are empty or too large");
     const int chunks = chunks_of(m * n);
     const auto surveys = static_cast<Survey*>(workspace);
     launch("rescale", queue, survey_kernel<In>, batch * chunks, kThreads, 0, M.data, m, n, M.strides[0], M.strides[1], chunks, surveys);
-    launch("rescale", queue, rescale_kernel<In>, batch * chunks, kThreads, 0, M.data, m, n, M.strides[0], M.strides[1], chunks, surveys, scaled,
-           exponent, nonfinite, first);
+    launch("rescale", queue, rescale_kernel<In>, batch * chunks, kThreads, 0, M.data, m, n, M.strides[0], M.strides[1], chunks, surveys,
+           scaled, exponent, nonfinite, first);
 }
 
 template <class T>
@@ -171,8 +174,10 @@ void launch_effective_rank(const Queue& queue, const double* sigma, int64_t batc
 
 template void launch_cholesky_inverse(const Queue&, const double*, int64_t, int, double, double*, int32_t*);
 template void launch_cholesky_inverse(const Queue&, const double*, int64_t, int, double, float*, int32_t*);
-template void launch_rescale(const Queue&, const Batch<const float>&, int64_t, int64_t, int64_t, void*, float*, int32_t*, int64_t*, int64_t*);
-template void launch_rescale(const Queue&, const Batch<const double>&, int64_t, int64_t, int64_t, void*, float*, int32_t*, int64_t*, int64_t*);
+template void launch_rescale(const Queue&, const Batch<const float>&, int64_t, int64_t, int64_t, void*, float*, int32_t*, int64_t*,
+                             int64_t*);
+template void launch_rescale(const Queue&, const Batch<const double>&, int64_t, int64_t, int64_t, void*, float*, int32_t*, int64_t*,
+                             int64_t*);
 template void launch_fix_signs(const Queue&, const Batch<float>&, const Batch<float>&, int64_t, int64_t, int64_t, int64_t);
 template void launch_fix_signs(const Queue&, const Batch<double>&, const Batch<double>&, int64_t, int64_t, int64_t, int64_t);
 

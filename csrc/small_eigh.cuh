@@ -29,12 +29,7 @@ struct JacobiMemory {
     int* order;       // [n] the columns from the longest to the shortest
 
     MINGLE_DEVICE JacobiMemory(double* memory, int n)
-        : n(n),
-          stride(n | 1),
-          columns(memory),
-          rest(memory + n * stride),
-          lengths(rest + n),
-          order(reinterpret_cast<int*>(lengths + n)) {}
+        : n(n), stride(n | 1), columns(memory), rest(memory + n * stride), lengths(rest + n), order(reinterpret_cast<int*>(lengths + n)) {}
 
     static constexpr int doubles(int n) { return n * (n | 1) + 2 * n + (n + 1) / 2; }
 

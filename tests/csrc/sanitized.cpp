@@ -29,7 +29,8 @@ int main() {
             int64_t nonfinite = 0, first = 0;
             for (int chunks : {1, 2, 5, 256}) {
                 rescale_f32(M.data(), 1, m, n, 0, n + 2, chunks, scaled.data(), &exponent, &nonfinite, &first);
-                if (nonfinite != 1 || first != n / 2) return std::printf("rescale: %d, %d: %ld at %ld\n", m, n, long(nonfinite), long(first));
+                if (nonfinite != 1 || first != n / 2)
+                    return std::printf("rescale: %d, %d: %ld at %ld\n", m, n, long(nonfinite), long(first));
             }
             std::vector<double> U(m * n), Vh(n * m);
             for (double& entry : U) entry = uniform();

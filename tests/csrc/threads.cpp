@@ -1,5 +1,5 @@
-// The algorithms on several host threads with real barriers, for the thread sanitizer: a phase that reads what another thread writes in it, or
-// a barrier that is missing, is a data race here as on a GPU.  Results must be those of one thread.
+// The algorithms on several host threads with real barriers, for the thread sanitizer: a phase that reads what another thread writes in it,
+// or a barrier that is missing, is a data race here as on a GPU.  Results must be those of one thread.
 #include <pthread.h>
 
 #include <algorithm>
@@ -18,8 +18,8 @@ constexpr int kThreads = 3;
 
 // What the threads of a block share besides an algorithm's memory.
 struct Shared {
-    // Used in turn.  With only one, a thread that wakes up late from it would seem to be ordered after what others did before its next use, and
-    // the sanitizer would miss most races.
+    // Used in turn.  With only one, a thread that wakes up late from it would seem to be ordered after what others did before its next use,
+    // and the sanitizer would miss most races.
     pthread_barrier_t barriers[2];
     bool votes[kThreads];
     alignas(16) unsigned char partial[kThreads][64];
@@ -96,15 +96,19 @@ int main() {
             const std::vector<double> G = gram(n, static_cast<Kind>(kind));
             std::vector<double> inverse(n * n), values(n), vectors(n * n), one_inverse(n * n), one_values(n), one_vectors(n * n);
             std::vector<double> memory(std::max(mingle::CholeskyMemory::doubles(n), mingle::JacobiMemory::doubles(n)));
-            on_threads([&](const ThreadBlock& block) { mingle::cholesky_inverse(block, memory.data(), G.data(), n, 1e-12, inverse.data()); });
+            on_threads(
+                [&](const ThreadBlock& block) { mingle::cholesky_inverse(block, memory.data(), G.data(), n, 1e-12, inverse.data()); });
             mingle::cholesky_inverse(mingle::HostBlock{}, memory.data(), G.data(), n, 1e-12, one_inverse.data());
             if (differ(inverse, one_inverse, 0.0)) return std::printf("cholesky: n = %d, kind %d\n", n, kind);
-            on_threads([&](const ThreadBlock& block) { mingle::small_eigh(block, memory.data(), G.data(), n, values.data(), vectors.data()); });
+            on_threads(
+                [&](const ThreadBlock& block) { mingle::small_eigh(block, memory.data(), G.data(), n, values.data(), vectors.data()); });
             mingle::small_eigh(mingle::HostBlock{}, memory.data(), G.data(), n, one_values.data(), one_vectors.data());
-            if (differ(values, one_values, 0.0) || differ(vectors, one_vectors, 1e-13)) return std::printf("eigh: n = %d, kind %d\n", n, kind);
+            if (differ(values, one_values, 0.0) || differ(vectors, one_vectors, 1e-13))
+                return std::printf("eigh: n = %d, kind %d\n", n, kind);
             int ranks[kThreads];
             on_threads([&](const ThreadBlock& block) { ranks[block.thread] = mingle::effective_rank(block, values.data(), n); });
-            if (ranks[0] != mingle::effective_rank(mingle::HostBlock{}, values.data(), n)) return std::printf("effective rank: n = %d\n", n);
+            if (ranks[0] != mingle::effective_rank(mingle::HostBlock{}, values.data(), n))
+                return std::printf("effective rank: n = %d\n", n);
         }
     const int m = 20, n = 37;
     std::vector<float> M(m * n), scaled(m * n);
