@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mingle.gate_step import GateStep, captured
 from mingle.layers import MingleLinear
+from mingle.prefix import frozen_prefix
 from mingle.relaxation import RelaxedProjector
 from mingle.tasks import TaskData, TaskType
 
 logger = logging.getLogger(__name__)
 
-#: After this many losses in a row that are not finite, adaptation gives up.
+#: After this many steps in a row whose loss or gradient is not finite, adaptation gives up.
 PATIENCE = 3
+PRECISIONS = ("fp32", "bf16")
+#: Samples in one pass of the teacher, and of what precedes the first expert.
+TEACHER_BATCH = 128
+_INTERVAL = 8  # steps between two looks at a GPU's results
 
 
 class AdaptationDiverged(RuntimeError):
@@ -25,12 +33,30 @@ class AdaptationDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """steps of Adam at learning rate lr over batches of batch_size; temperature of both soft-maxes in the loss."""
+    """steps of Adam at learning rate lr over batches of batch_size; temperature of both soft-maxes in the loss.
+
+    precision: of the model's products: ``"fp32"``, or ``"bf16"`` under autocast.  Gates and their gradients are fp32 either way.
+    """
 
     steps: int = 50
     lr: float = 1e-4
     batch_size: int = 16
     temperature: float = 2.0
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+
+
+class StepProgress(NamedTuple):
+    """Where an adaptation stands: steps done and to be done, the loss, and the means of S and λ over all layers (None without a basis)."""
+
+    step: int
+    steps: int
+    loss: float
+    interference: float | None
+    strength: float | None
 
 
 @dataclass
@@ -41,22 +67,42 @@ class AdaptTrace:
     interference: dict[str, list[float]] = field(default_factory=dict)
     strength: dict[str, list[float]] = field(default_factory=dict)
 
-    def record(self, loss: float, projector: RelaxedProjector | None) -> None:
-        self.loss.append(loss)
-        if projector is None:
-            return
-        for series, values in ((self.interference, projector.interference()), (self.strength, projector.strength())):
-            for name, value in values.items():
-                if len(value):
-                    series.setdefault(name, []).append(value.mean().item())
+
+class _Recorder:
+    """Notes every step on the device, where nothing waits for it; read when it is looked at."""
+
+    def __init__(self, step: GateStep) -> None:
+        self.projector = step.projector
+        self.blocks = [block for block in step.layout.blocks if block.directions]
+        self.losses: list[Tensor] = []
+        self.means: list[Tensor] = []  # per step [2, L]: S and λ
+
+    def note(self, loss: Tensor) -> None:
+        self.losses.append(loss.detach().clone())
+        if self.blocks:
+            S = [block.places(self.projector.interferences) for block in self.blocks]
+            strength = [torch.exp(-self.projector.gamma * s) for s in S]
+            self.means.append(torch.stack([torch.cat([values.mean(1) for values in part]) for part in (S, strength)]))
+
+    def progress(self, steps: int) -> StepProgress:
+        means = self.means[-1].mean(1).tolist() if self.means else (None, None)
+        return StepProgress(len(self.losses), steps, self.losses[-1].item(), *means)
+
+    def trace(self) -> AdaptTrace:
+        trace = AdaptTrace(torch.stack(self.losses).tolist() if self.losses else [])
+        if self.means:
+            names = [name for block in self.blocks for name in block.names]
+            by_layer = torch.stack(self.means).permute(1, 2, 0).tolist()  # [2][L][steps]
+            trace.interference, trace.strength = (dict(zip(names, series, strict=True)) for series in by_layer)
+        return trace
 
 
-def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """−(1/n) Σ softmax(teacher / τ) · log_softmax(student / τ) over logits [n, C]; no factor τ²."""
     return -(torch.softmax(teacher / temperature, -1) * torch.log_softmax(student / temperature, -1)).sum(-1).mean()
 
 
-def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Endless index batches [size] that pass through all `count` samples in a new random order each time."""
     queue = torch.empty(0, dtype=torch.long)
     size = min(size, count)
@@ -67,8 +113,23 @@ def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Itera
         queue = queue[size:]
 
 
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _stop_if_diverged(step: GateStep, bad_steps: Tensor, done: int) -> None:
+    """Report what kept the last step from being made, and give up where that has happened too often."""
+    if bad_steps == 0:
+        return
+    broken = step.broken()
+    if broken:
+        step.projector.report(broken)
+    if bad_steps >= PATIENCE:
+        raise AdaptationDiverged(f"the loss or its gradient was not finite for {PATIENCE} steps, last at step {done}")
+
+
 @torch.no_grad()
-def teacher_logits(task: TaskType, teacher: nn.Module, seeds: TaskData, batch_size: int) -> torch.Tensor:
+def teacher_logits(task: TaskType, teacher: nn.Module, seeds: TaskData, batch_size: int) -> Tensor:
     """The fine-tuned model's logits [n, C] for all seed samples, once."""
     return torch.cat([task.logits(teacher, batch) for batch in seeds.batches(batch_size)])
 
@@ -78,58 +139,59 @@ def adapt_gates(
     model: nn.Module,
     layers: Mapping[str, MingleLinear],
     seeds: TaskData,
-    targets: torch.Tensor,
+    targets: Tensor,
     config: AdaptConfig,
     generator: torch.Generator,
     projector: RelaxedProjector | None = None,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[StepProgress], None] | None = None,
 ) -> AdaptTrace:
     """Train the trainable gates of `layers` in place.
 
     Args:
         task: how the model's logits are computed.
-        model: the merged model that holds the layers.
+        model: the merged model that holds the layers, in evaluation mode.
         layers: the injected layers by name.
         seeds: unlabelled samples of the new task.
         targets: the teacher's logits [n, C] for them.
         config: optimizer settings.
         generator: draws the batches.
         projector: keeps gate gradients out of earlier tasks' input directions; None trains unconstrained.
-        on_step: called after every step with its index and loss.
+        on_step: called after every step; on a GPU, which it would hold up, after every eighth.
 
     Raises:
-        AdaptationDiverged: the loss was not finite for three steps in a row; the gates are back at the last good step.
+        AdaptationDiverged: the loss or a gradient was not finite for three steps in a row; the gates are those of the last good step.
     """
-    gates = [p for layer in layers.values() for p in (layer.gate_weight, layer.gate_bias)]
-    for gate in gates:
-        gate.grad = torch.zeros_like(gate)  # a layer the loss does not reach keeps a zero gradient, not none
-    optimizer = torch.optim.Adam(gates, lr=config.lr)
-    trace = AdaptTrace()
-    bad_steps = 0
-    batches = shuffled_batches(len(seeds), config.batch_size, generator)
-    for step, index in zip(range(config.steps), batches, strict=False):
-        loss = distillation_loss(task.logits(model, seeds.select(index)), targets[index].to(gates[0].device), config.temperature)
-        optimizer.zero_grad(set_to_none=False)
-        finite = bool(loss.isfinite())
-        if finite:
+    device = next(iter(layers.values())).weight.device
+    seeds, targets = seeds.to(device), targets.to(device)
+    step = GateStep(layers, config.lr, projector)
+    recorder = _Recorder(step)
+
+    def logits(chosen: Tensor | slice) -> Tensor:
+        with _autocast(config.precision, device):
+            return task.logits(model, seeds.select(chosen))
+
+    with frozen_prefix(model, layers.values(), logits, len(seeds), TEACHER_BATCH) as select:
+
+        def advance(index: Tensor) -> tuple[Tensor, Tensor]:
+            step.zero_grad()
+            select(index)
+            student = logits(index)
+            student = student.to(torch.promote_types(student.dtype, torch.float32))
+            loss = distillation_loss(student, targets[index], config.temperature)
             loss.backward()
-            finite = _step(optimizer, layers, projector)
-        bad_steps = 0 if finite else bad_steps + 1
-        if bad_steps == PATIENCE:
-            raise AdaptationDiverged(f"the loss or its gradient was not finite for {PATIENCE} steps, last at step {step + 1}")
-        trace.record(loss.item(), projector)
-        if on_step is not None:
-            on_step(step, trace.loss[-1])
-    return trace
+            return loss.detach(), step.step(loss)
 
-
-def _step(optimizer: torch.optim.Optimizer, layers: Mapping[str, MingleLinear], projector: RelaxedProjector | None) -> bool:
-    """One projected optimizer step; False, and nothing changed, where a gradient is not finite."""
-    weights = {name: layer.gate_weight.grad for name, layer in layers.items() if layer.gate_weight.grad is not None}
-    biases = [layer.gate_bias.grad for layer in layers.values() if layer.gate_bias.grad is not None]
-    if not all(gradient.isfinite().all() for gradient in [*weights.values(), *biases]):
-        return False
-    if projector is not None:
-        projector.apply_(weights)
-    optimizer.step()
-    return True
+        batches = shuffled_batches(len(seeds), config.batch_size, generator)
+        one_step = captured(advance, step, min(config.batch_size, len(seeds)), device) if device.type == "cuda" else advance
+        interval = 1 if device.type == "cpu" else _INTERVAL
+        bad_steps = most = torch.zeros((), device=device)  # in a row, and the most of them
+        for done, index in zip(range(1, config.steps + 1), batches, strict=False):
+            loss, skipped = one_step(index.to(device))
+            bad_steps = (bad_steps + 1) * skipped
+            most = torch.maximum(most, bad_steps)
+            recorder.note(loss)
+            if done % interval == 0 or done == config.steps:
+                _stop_if_diverged(step, most, done)
+                if on_step is not None:
+                    on_step(recorder.progress(config.steps))
+    return recorder.trace()

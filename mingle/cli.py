@@ -20,7 +20,7 @@ from rich.table import Table
 from mingle import config as configs
 from mingle import experiment as experiments
 from mingle import report, session, storage
-from mingle.adapt import AdaptationDiverged
+from mingle.adapt import AdaptationDiverged, StepProgress
 from mingle.evaluate import Result
 from mingle.methods import METHODS
 from mingle.options import OptionError
@@ -255,8 +255,11 @@ class _Bars(experiments.Observer):
         self.progress.update(self.inner, visible=False)
         self.begun += 1
 
-    def adapting(self, step: int, loss: float) -> None:
-        self.progress.update(self.inner, description="  adapting", visible=True, total=None, completed=step + 1, note=f"loss {loss:.3f}")
+    def adapting(self, progress: StepProgress) -> None:
+        note = f"loss {progress.loss:.3f}"
+        if progress.strength is not None:
+            note += f"  S {progress.interference:.3f}  λ {progress.strength:.3f}"
+        self.progress.update(self.inner, description="  adapting", visible=True, total=progress.steps, completed=progress.step, note=note)
 
     def training(self, task: str, step: int, steps: int) -> None:
         description = f"  training the expert {task} (once, then cached)"

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from mingle import methods, report, suites
+from mingle.adapt import StepProgress
 from mingle.config import shuffled
 from mingle.evaluate import Result, gate_activation
 from mingle.merger import Merger
@@ -62,7 +63,7 @@ class Observer:
     def merging(self, method: str, order: int, index: int, tasks: Sequence[str]) -> None:
         """Task `index` of the order is about to be merged."""
 
-    def adapting(self, step: int, loss: float) -> None:
+    def adapting(self, progress: StepProgress) -> None:
         """An adaptation step is done."""
 
     def training(self, task: str, step: int, steps: int) -> None:

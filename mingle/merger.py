@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mingle import methods, storage, tasks
+from mingle.adapt import StepProgress
 from mingle.checkpoint import CheckpointReader
 from mingle.evaluate import Result, accuracy
 from mingle.methods import Arrival, StepReport
@@ -91,7 +92,7 @@ class Merger:
         name: str,
         finetuned_model: Model,
         seed_data: TaskData | Mapping[str, Any] | None = None,
-        on_step: Callable[[int, float], None] | None = None,
+        on_step: Callable[[StepProgress], None] | None = None,
     ) -> StepReport:
         """Merge one more fine-tuned model.
 
@@ -99,7 +100,7 @@ class Merger:
             name: the task's name, new to this merger.
             finetuned_model: a module, a state dict or a local folder; the whole model or its tower alone.
             seed_data: a few unlabelled samples of the task, for methods that adapt; see the task type for the keys.
-            on_step: called with (step, loss) during adaptation.
+            on_step: called during adaptation, see `mingle.adapt.adapt_gates`.
 
         Raises:
             ValueError: a known name, missing seed samples, or a model that is no fine-tuned version of the base.

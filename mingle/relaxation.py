@@ -101,11 +101,11 @@ class RelaxedProjector(nn.Module):
         """λ = exp(−γ S) [K] of every layer: 1 removes a direction wholly, 0 leaves it alone."""
         return {name: torch.exp(-self.gamma * s) for name, s in self.interference().items()}
 
-    def layout(self, rows: Mapping[str, int]) -> Layout:
-        """How gradients of n = `rows` rows per layer lie in one flat tensor; see `project_`."""
-        key = tuple(rows[name] for name in self.shapes)
+    def layout(self, rows: Mapping[str, int], loose: int = 0) -> Layout:
+        """How gradients of n = `rows` rows per layer lie in one flat tensor, before `loose` numbers that are checked but not projected."""
+        key = (*(rows[name] for name in self.shapes), loose)
         if key not in self._layouts:
-            self._layouts[key] = Layout.of(self.shapes, key)
+            self._layouts[key] = Layout.of(self.shapes, key[:-1], loose)
         return self._layouts[key]
 
     @torch.no_grad()
@@ -209,18 +209,19 @@ class Layout:
     Attributes:
         blocks: the layers, those of equal shapes together.
         rows, directions: the largest n and K.
-        size: elements of the flat gradients.
+        size: elements of the flat gradients and of the loose numbers behind them.
     """
 
-    def __init__(self, blocks: list[Block]) -> None:
+    def __init__(self, blocks: list[Block], loose: int) -> None:
         self.blocks = blocks
         self.rows = max((block.rows for block in blocks), default=0)
         self.directions = max((block.directions for block in blocks), default=0)
-        self.size = sum(len(block.names) * block.rows * block.width for block in blocks)
+        self._loose = sum(len(block.names) * block.rows * block.width for block in blocks)
+        self.size = self._loose + loose
         self._tables: dict[torch.device, Tensor] = {}
 
     @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, int]], rows: Sequence[int]) -> Layout:
+    def of(cls, shapes: Mapping[str, tuple[int, int]], rows: Sequence[int], loose: int = 0) -> Layout:
         """Layers in order, each with (d, K) of its basis and its number of rows."""
         blocks: list[Block] = []
         gradient = basis = place = 0
@@ -231,7 +232,11 @@ class Layout:
             else:
                 blocks.append(Block((name,), n, width, directions, gradient, basis, place))
             gradient, basis, place = gradient + n * width, basis + directions * width, place + directions
-        return cls(blocks)
+        return cls(blocks, loose)
+
+    def loose(self, gradients: Tensor) -> Tensor:
+        """The loose numbers, a view."""
+        return gradients[self._loose :]
 
     def views(self, gradients: Tensor) -> dict[str, Tensor]:
         """Every layer's gradient [n, d] in the flat tensor."""
@@ -252,5 +257,7 @@ class Layout:
                 for block in self.blocks
                 for i in range(len(block.names))
             ]
+            # the loose numbers are the gradient of a layer without directions
+            entries += [(self._loose, 1, self.size - self._loose, 0, 0, 0)] * (self.size > self._loose)
             self._tables[device] = torch.tensor(entries, dtype=torch.int64, device=device)
         return self._tables[device]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from mingle.adapt import AdaptTrace
+from mingle.adapt import AdaptTrace, StepProgress
 from mingle.tasks import TaskData, TaskType
 
 Tensors = dict[str, torch.Tensor]
@@ -32,7 +32,7 @@ class Arrival:
         seeds: unlabelled samples, or None for methods that need no data.
         teacher: makes the fine-tuned model; called only by methods that adapt.
         seed: of everything random in this step.
-        on_step: progress of an adaptation: called with (step, loss).
+        on_step: told of an adaptation's progress.
     """
 
     index: int
@@ -41,7 +41,7 @@ class Arrival:
     seeds: TaskData | None
     teacher: Callable[[], nn.Module]
     seed: int
-    on_step: Callable[[int, float], None] | None = None
+    on_step: Callable[[StepProgress], None] | None = None
 
 
 @dataclass

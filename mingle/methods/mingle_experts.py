@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mingle import subspace
-from mingle.adapt import AdaptConfig, AdaptTrace, adapt_gates, teacher_logits
+from mingle.adapt import TEACHER_BATCH, AdaptConfig, AdaptTrace, adapt_gates, teacher_logits
 from mingle.inject import inject
 from mingle.layers import GATE_INIT_STD, MingleLinear
 from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
@@ -22,7 +22,6 @@ from mingle.tasks import TaskData, TaskType
 
 logger = logging.getLogger(__name__)
 
-_EVALUATION_BATCH = 128
 #: what one task leaves in a layer
 _LAYER_TENSORS = ("A", "B", "gate_weight", "gate_bias", "basis")
 
@@ -44,6 +43,7 @@ class MingleOptions:
         gate_init: new gate weights from N(0, 0.01²) as in the reference code, or ``zeros`` as in the paper's Algorithm 1.
         drop_diagonal: see `mingle.linalg.project_out`.
         backend: see `mingle.functional.gated_experts`.
+        precision: of the products during adaptation, see `mingle.adapt.AdaptConfig`.
     """
 
     rank: int = 64
@@ -62,6 +62,7 @@ class MingleOptions:
     gate_init: Literal["normal", "zeros"] = "normal"
     drop_diagonal: bool = False
     backend: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         for name in ("rank", "batch_size"):
@@ -139,11 +140,12 @@ class Mingle(MergeMethod):
 
     def _adapt(self, arrival: Arrival, generator: torch.Generator) -> AdaptTrace:
         options, seeds = self.options, self._seeds(arrival)
-        targets = teacher_logits(self.task, arrival.teacher(), seeds, _EVALUATION_BATCH)
+        targets = teacher_logits(self.task, arrival.teacher(), seeds, TEACHER_BATCH)
         projector = None
         if options.constraint != "none":
-            projector = RelaxedProjector(self.bases, gamma=options.gamma if options.constraint == "relaxed" else 0.0, beta=options.beta)
-        config = AdaptConfig(options.steps, options.lr, options.batch_size, options.temperature)
+            gamma = options.gamma if options.constraint == "relaxed" else 0.0
+            projector = RelaxedProjector(self.bases, gamma=gamma, beta=options.beta, backend=options.backend)
+        config = AdaptConfig(options.steps, options.lr, options.batch_size, options.temperature, options.precision)
         return adapt_gates(self.task, self.model, self.layers, seeds, targets, config, generator, projector, arrival.on_step)
 
     def _protect(self, arrival: Arrival, report: StepReport) -> Tensors:
@@ -153,7 +155,7 @@ class Mingle(MergeMethod):
             return self.bases
         seeds = self._seeds(arrival)
         with torch.no_grad(), subspace.input_directions(self.layers) as seen:
-            for batch in seeds.batches(_EVALUATION_BATCH):
+            for batch in seeds.batches(TEACHER_BATCH):
                 self.task.logits(self.model, batch)
         bases = subspace.extend(self.bases, seen, options.k)
         full = subspace.saturated(bases)

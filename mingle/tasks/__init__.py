@@ -33,6 +33,11 @@ class TaskData:
         labels = None if self.labels is None else self.labels[index]
         return TaskData({name: tensor[index] for name, tensor in self.inputs.items()}, self.shared, labels)
 
+    def to(self, device: torch.device) -> TaskData:
+        """The same samples on a device; labels stay where they are."""
+        inputs, shared = ({name: tensor.to(device) for name, tensor in part.items()} for part in (self.inputs, self.shared))
+        return TaskData(inputs, shared, self.labels)
+
     def batches(self, size: int) -> Iterator[TaskData]:
         """Consecutive batches of at most `size` samples, in order."""
         for start in range(0, len(self), size):

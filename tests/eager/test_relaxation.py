@@ -193,11 +193,11 @@ def test_adaptation_brings_the_student_closer_and_touches_only_gates(base_model,
     projector = RelaxedProjector({name: torch.linalg.qr(torch.randn(layer.in_features, 2)).Q for name, layer in layers.items()})
     seen = []
     config = AdaptConfig(steps=30, lr=1e-2)
-    trace = adapt_gates(
-        task, model, layers, samples[0], targets, config, torch.Generator().manual_seed(0), projector, lambda *step: seen.append(step)
-    )
+    trace = adapt_gates(task, model, layers, samples[0], targets, config, torch.Generator().manual_seed(0), projector, seen.append)
     assert sum(trace.loss[-5:]) < sum(trace.loss[:5])
-    assert [step for step, _ in seen] == list(range(30))
+    assert [progress.step for progress in seen] == list(range(1, 31))
+    assert seen[-1].loss == trace.loss[-1] and seen[-1].steps == 30
+    assert seen[-1].strength == pytest.approx(sum(series[-1] for series in trace.strength.values()) / len(trace.strength))
     assert set(trace.interference) == set(layers)
     assert all(len(series) == 30 for series in trace.strength.values())
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
