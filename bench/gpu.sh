@@ -33,7 +33,7 @@ here="$root/tests/gpu"
 alone="two_to_the_thirty_one"
 tests formula $((limit * 40 / 100)) "${side_by_side[@]}" -k "not $alone" "$here"/test_gpu_{formula,memory,execution}.py
 tests alone 60 -k "$alone or test_gpu_speed" "$here"/test_gpu_{memory,speed}.py
-tests compiler $((limit * 15 / 100)) "${side_by_side[@]}" "$here/test_gpu_compiler.py"
+tests others $((limit * 20 / 100)) "${side_by_side[@]}" "$here" --ignore="$here"/test_gpu_{formula,memory,execution,speed}.py
 
 left=$((limit - SECONDS))
 timeout "$left" "$python" "$root/bench/run.py" --gpu --until $((left - 60)) --out "$out/kernels.json" --plots "$out/plots" || status=1
