@@ -191,6 +191,7 @@ setup(
     packages=[
         "mingle",
         "mingle.bench",
+        "mingle.bench.endtoend",
         "mingle.bench.peers",
         "mingle.kernels",
         "mingle.linalg",
