@@ -58,7 +58,7 @@ class MingleLinear(nn.Module):
     Attributes:
         weight, bias: W₀ [d_out, d_in] and b [d_out] or None, shared with the original layer.
         A, B: [T, r, d_in] and [T, d_out, r].
-        gate_weight, gate_bias: the trainable gates, [n, d_in] and [n]; n is 1 after `add_expert`.
+        gate_weight, gate_bias: the trainable gates, [n, d_in] and [n], in fp32 or better; n is 1 after `add_expert`.
         frozen_gate_weight, frozen_gate_bias: the other gates, [T − n, d_in] and [T − n]; they come first.
         reduce: what the gates see, ``"token"``, ``"sample"`` or ``"batch"``; see `mingle.functional.gated_experts`.
         backend: passed on to `mingle.functional.gated_experts`.
@@ -90,7 +90,8 @@ class MingleLinear(nn.Module):
         self.A = _frozen(weight.new_empty(0, 0, self.in_features))
         # Stored transposed, so that all experts lie side by side for one product; `B` is a view.
         self.B_transposed = _frozen(weight.new_empty(0, 0, self.out_features))
-        self._set_gates(weight.new_empty(0, self.in_features), weight.new_empty(0), trainable=0)
+        gate_dtype = torch.promote_types(weight.dtype, torch.float32)  # steps of Adam are lost in half precision
+        self._set_gates(weight.new_empty(0, self.in_features, dtype=gate_dtype), weight.new_empty(0, dtype=gate_dtype), trainable=0)
         self._base_trainable = False
         self.shared: tuple[SharedInput, int] | None = None
 
@@ -152,7 +153,7 @@ class MingleLinear(nn.Module):
                 f"A has shape {list(A.shape)} and B {list(B.shape)}; expected [r, {self.in_features}] and [{self.out_features}, r]"
             )
         if gate_weight is None:
-            gate_weight = torch.randn(self.in_features, dtype=self.weight.dtype, device=self.weight.device) * GATE_INIT_STD
+            gate_weight = torch.randn(self.in_features, dtype=self.gate_weight.dtype, device=self.weight.device) * GATE_INIT_STD
         elif gate_weight.shape != (self.in_features,):
             raise ValueError(f"gate_weight has shape {list(gate_weight.shape)}, expected [{self.in_features}]")
         self.A = _append(self.A, A)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import overload
 
@@ -15,6 +16,7 @@ from mingle.linalg.arithmetic import buckets, gram, ieee, product
 from mingle.linalg.basis import ORTHONORMAL, defect, orthonormal, orthonormalized
 from mingle.linalg.sketch import gaussian
 from mingle.ops import small_factorizations as small
+from mingle.ops import small_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,9 @@ NULL_SPACE_TOLERANCE = 1e-6
 BACKENDS = ("auto", "lapack", "library", "extension")
 #: mode → (oversample, power_iters): an excess residual under 1e-5 and under 1e-4 on every spectrum tried
 MODES = {"accurate": (64, 8), "fast": (32, 7)}
+
+#: Up to this width a library decomposes whole batches at once, and nothing else is faster.
+_SMALL = 32
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,15 @@ def _check(M: Tensor | Sequence[Tensor], rank: int, mode: str, oversample: int, 
         if matrix.dim() < 2 or (matrix.dim() > 2 and not single) or not matrix.is_floating_point():
             expected = "[..., m, n]" if single else "[m, n] for every entry of a list"
             raise TypeError(f"M has shape {list(matrix.shape)} and dtype {matrix.dtype}; expected a floating-point {expected}")
-        if backend == "extension" and (reason := extension.why_not(matrix.device)):
+        if backend == "extension" and (reason := _without_extension(matrix, rank + oversample)):
             raise RuntimeError(f"backend='extension' cannot run: {reason}")
+
+
+def _without_extension(matrix: Tensor, block: int) -> str | None:
+    """Why the kernels of ``mingle._C`` cannot serve; None where they can."""
+    if block > small_kernels.MAX_SIZE:
+        return f"its kernels take rank + oversample up to {small_kernels.MAX_SIZE}, not {block}"
+    return extension.why_not(matrix.device)
 
 
 def _names(keys: Sequence[str | int] | None, count: int) -> list[str]:
@@ -151,7 +163,8 @@ def _svd_lowrank(M: Tensor, rank: int, block: int, power_iters: int, seed: int, 
         singles = [_leading(scaled[i], wide[i], plan, keys[i : i + 1]) for i in range(b)]
         parts = tuple(map(torch.stack, zip(*singles, strict=True)))  # type: ignore[assignment]
     else:
-        parts = _leading(scaled, wide, plan, keys)
+        with small_kernels.set_aside() if backend == "library" else nullcontext():
+            parts = _leading(scaled, wide, plan, keys)
     if plan.backend != "lapack":
         parts = _repaired(parts, wide, plan, keys)
     U, S, Vh = parts
@@ -182,7 +195,7 @@ def _refuse_nonfinite(M: Tensor, keys: list[str], count: Tensor, first: Tensor) 
         if wrong:
             name = repr(keys[i]) if keys[i] != "" else f"{i} of {len(M)}"
             entry = list(divmod(place, M.shape[2]))
-            raise ValueError(f"matrix {name} {list(M.shape[1:])} has {wrong} non-finite entries, the first at {entry}")
+            raise ValueError(f"matrix {name} {list(M.shape[1:])} has non-finite entries: {wrong}, the first at {entry}")
 
 
 def _full(M: Tensor, rank: int) -> Triplets:
@@ -203,6 +216,8 @@ def _repaired(parts: Triplets, M: Tensor, plan: _Plan, keys: list[str]) -> Tripl
 def _leading(scaled: Tensor, M: Tensor, plan: _Plan, keys: list[str]) -> Triplets:
     """The triplets of one matrix or a batch, in float64: M [..., m, n] in float64, `scaled` its copy in fp32."""
     m, n = M.shape[-2:]
+    if min(m, n) <= _SMALL:
+        return _full(M, plan.rank)
     if m < n:
         V, S, Uh = _leading(scaled.mT, M.mT, plan, keys)
         return Uh.mT, S, V.mT

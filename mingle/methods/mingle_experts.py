@@ -90,7 +90,7 @@ class Mingle(MergeMethod):
         targets = options.layers or task.layer_sets[self.layer_set]
         model.requires_grad_(False)
         self.layers: dict[str, MingleLinear] = inject(self.tower, targets, options.reduce, backend=options.backend)
-        self.bases: Tensors = {name: layer.weight.new_empty(layer.in_features, 0) for name, layer in self.layers.items()}
+        self.bases: Tensors = {name: layer.gate_weight.new_empty(layer.in_features, 0) for name, layer in self.layers.items()}
         #: per task, how many basis columns each layer had before it
         self.offsets: list[dict[str, int]] = []
         #: per task, its place among the experts, or None where it was skipped

@@ -6,6 +6,9 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -19,7 +22,21 @@ MAX_SIZE = 128
 
 def serve(tensor: Tensor, width: int = 1) -> bool:
     """Whether the kernels take a batch of matrices of this width on the tensor's device."""
-    return tensor.is_cuda and width <= MAX_SIZE and tensor.numel() > 0 and extension.load(tensor.device) is not None
+    wanted = tensor.is_cuda and width <= MAX_SIZE and tensor.numel() > 0 and not _set_aside.get()
+    return wanted and extension.load(tensor.device) is not None
+
+
+_set_aside = ContextVar("_set_aside", default=False)
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """Leave everything inside the block to plain torch."""
+    token = _set_aside.set(True)
+    try:
+        yield
+    finally:
+        _set_aside.reset(token)
 
 
 def cholesky_inverse(gram: Tensor, shift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

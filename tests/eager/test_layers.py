@@ -165,3 +165,17 @@ def test_parameter_counts():
     trainable, total = count_parameters(layer)
     assert trainable == 9
     assert total == 8 * 6 + 6 + 2 * 3 * (8 + 6) + 2 * 9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_of_half_precision_layers_are_single_precision(dtype):
+    layer = MingleLinear.from_linear(nn.Linear(6, 5).to(dtype))
+    layer.add_expert(torch.randn(2, 6).to(dtype), torch.randn(5, 2).to(dtype))
+    assert layer.gate_weight.dtype == layer.gate_bias.dtype == torch.float32
+    y = layer(torch.randn(3, 4, 6).to(dtype))
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    before = layer.gate_weight.detach().clone()
+    torch.optim.Adam([layer.gate_weight], lr=1e-4).step()
+    # a step this small would vanish in the roundings of half precision
+    assert (layer.gate_weight - before).abs().max() == pytest.approx(1e-4, rel=1e-2)

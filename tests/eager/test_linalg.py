@@ -226,7 +226,7 @@ def test_make_experts_groups_layers_as_a_gpu_does(monkeypatch):
 
 
 def test_make_experts_names_the_layer_with_nan():
-    with pytest.raises(ValueError, match=r"'fc2' \[3, 4\] has 1 non-finite"):
+    with pytest.raises(ValueError, match=r"'fc2' \[3, 4\] has non-finite entries: 1"):
         make_experts({"fc1": torch.ones(3, 4), "fc2": torch.tensor([torch.nan] + 11 * [0.0]).view(3, 4)}, {"fc1": [], "fc2": []}, 2)
 
 

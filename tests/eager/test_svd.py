@@ -204,6 +204,7 @@ def test_empty_batches_lists_and_matrices():
         (dict(rank=2, M=torch.ones(4, 4, dtype=torch.int64)), TypeError, "int64"),
         (dict(rank=2, M=[torch.ones(2, 4, 4)]), TypeError, r"shape \[2, 4, 4\]"),
         (dict(rank=2, backend="extension"), RuntimeError, "backend='extension' cannot run: "),
+        (dict(rank=65, backend="extension"), RuntimeError, "rank . oversample up to 128, not 129"),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):
@@ -214,7 +215,7 @@ def test_errors_name_the_argument(arguments, error, message):
 def test_a_matrix_with_nan_is_named_with_its_first_bad_entry():
     good, bad = torch.ones(3, 4), torch.ones(3, 4)
     bad[1, 2], bad[2, 0] = torch.nan, -torch.inf
-    with pytest.raises(ValueError, match=r"matrix 'layers.7.fc1' \[3, 4\] has 2 non-finite entries, the first at \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"matrix 'layers.7.fc1' \[3, 4\] has non-finite entries: 2, the first at \[1, 2\]"):
         linalg.svd_lowrank([good, bad], 2, keys=["layers.6.fc1", "layers.7.fc1"])
     with pytest.raises(ValueError, match=r"matrix 1 of 2 \[3, 4\]"):
         linalg.svd_lowrank(torch.stack([good, bad]), 2)
