@@ -192,6 +192,7 @@ setup(
         "mingle",
         "mingle.bench",
         "mingle.bench.endtoend",
+        "mingle.bench.decomposition",
         "mingle.bench.peers",
         "mingle.kernels",
         "mingle.linalg",
