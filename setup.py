@@ -191,8 +191,8 @@ setup(
     packages=[
         "mingle",
         "mingle.bench",
-        "mingle.bench.endtoend",
         "mingle.bench.decomposition",
+        "mingle.bench.endtoend",
         "mingle.bench.peers",
         "mingle.kernels",
         "mingle.linalg",
