@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from mingle.files import write_json
 from mingle.tasks import TaskData, TaskType, get
+
+#: a fine-tuned model: a folder, or its tower's tensors
+Tuned = Path | Mapping[str, Tensor]
 
 SYNTHETIC = (
     "randomly initialised; task vectors on the target layers with σ_k ∝ 1/√k over 128 random directions under white noise, 2 % and 1 % "
@@ -56,14 +59,14 @@ CASES = {case.name: case for case in (
 
 @dataclass(frozen=True)
 class Problem:
-    """A case with its data: the base, and by number of the task its expert's folder, its seed samples and its test samples."""
+    """A case with its data: the base, and by number of the task its expert, its seed samples and its test samples."""
 
     case: Case
     task: TaskType
     base: nn.Module | Path
     tasks: int
     options: dict[str, Any]
-    expert: Callable[[int], Path]
+    expert: Callable[[int], Tuned]
     seeds: Callable[[int], TaskData]
     tests: Callable[[int], TaskData]
 
@@ -87,7 +90,8 @@ def _glyphs(case: Case, tasks: int, options: dict[str, Any], seed: int) -> Probl
     suite = suites.load("glyphs8" if tasks <= 8 else "glyphs20", seed=seed)
     names = list(suite)[:tasks]
     for name in names:  # drawn and trained before anything is timed
-        suite.expert(name), suite[name]
+        suite.expert(name)
+        suite.seeds(name)
     return Problem(
         case,
         get(suite.task_type),

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from mingle import linalg, projection
 from mingle.adapt import shuffled_batches
-from mingle.bench.endtoend.cases import Problem
+from mingle.bench.endtoend.cases import Problem, Tuned
 from mingle.bench.endtoend.clock import Stopwatch
 from mingle.bench.peers.published import Published
 from mingle.evaluate import accuracy
 from mingle.layers import GATE_INIT_STD, LowRankExpert
-from mingle.merger import Merger
+from mingle.merger import MergedTask, Merger
 from mingle.methods import mingle_experts
 from mingle.methods.mingle_experts import Mingle, MingleOptions
 from mingle.task_vector import task_vector
@@ -40,10 +40,10 @@ class Contender(Protocol):
     def restore(self, history: History) -> None:
         """Take on the experts, gates and bases of earlier tasks."""
 
-    def add(self, expert: Path, seeds: TaskData, given: Experts | None = None) -> list[float]:
+    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None) -> list[float]:
         """Merge one more task, with its experts `given` or made.  Returns the seconds of every adaptation step but the first."""
 
-    def make_experts(self, expert: Path, names: Sequence[str]) -> Experts:
+    def make_experts(self, expert: Tuned, names: Sequence[str]) -> Experts:
         """The experts of the task that would come next, for some layers only; changes nothing."""
 
     def accuracy(self, tests: Sequence[TaskData]) -> float:
@@ -76,8 +76,11 @@ class Ours:
     def restore(self, history: History) -> None:
         device = self.clock.device
         self.method.restore([{name: tensor.to(device) for name, tensor in tensors.items()} for tensors in history], {})
+        for i in range(len(history)):  # the next task's number decides its random gates and batches
+            self.merger.merged.append(MergedTask(f"earlier {i}"))
+            self.merger.matrix.append([None] * (i + 1))
 
-    def add(self, expert: Path, seeds: TaskData, given: Experts | None = None) -> list[float]:
+    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None) -> list[float]:
         marks: list[float] = []
         steps: list[int] = []
 
@@ -86,10 +89,10 @@ class Ours:
             steps.append(progress.step)
 
         with self._watched(given):
-            self.merger.add(f"task {len(self.method.places)}", expert, seeds, on_step=mark)
+            self.merger.add(f"task {len(self.merger.merged)}", expert, seeds, on_step=mark)
         return [(marks[i] - marks[i - 1]) / (steps[i] - steps[i - 1]) for i in range(1, len(marks))]
 
-    def make_experts(self, expert: Path, names: Sequence[str]) -> Experts:
+    def make_experts(self, expert: Tuned, names: Sequence[str]) -> Experts:
         tuned = self.merger._tower_tensors("next", expert)
         weights = [f"{name}.weight" for name in names]
         deltas = dict(zip(names, task_vector(self.method.base, tuned, weights).values(), strict=True))
@@ -166,7 +169,7 @@ class PublishedMerge:
                 layer.basis = torch.cat([layer.basis, basis], 1)
         self.count += len(history)
 
-    def add(self, expert: Path, seeds: TaskData, given: Experts | None = None) -> list[float]:
+    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None) -> list[float]:
         tuned = self._load(expert)
         generator = torch.Generator().manual_seed(zlib.crc32(f"0/{self.count}".encode()))
         new_gates = {name: torch.zeros(layer.weight.shape[1]) for name, layer in self.peer.layers.items()}
@@ -177,14 +180,16 @@ class PublishedMerge:
         batches = shuffled_batches(len(seeds), self.options.batch_size, generator)
         self.peer.add(tuned, seeds, new_gates, _marked(islice(batches, self.options.steps), marks, self.clock), given)
         self.count += 1
-        return [end - start for start, end in zip(marks[1:], marks[2:], strict=False)]
+        return [end - start for start, end in pairwise(marks[1:])]
 
-    def make_experts(self, expert: Path, names: Sequence[str]) -> Experts:
+    def make_experts(self, expert: Tuned, names: Sequence[str]) -> Experts:
         return {name: LowRankExpert(A, B) for name, (A, B) in self.peer.experts(self._load(expert), names).items()}
 
-    def _load(self, expert: Path) -> dict[str, Tensor]:
+    def _load(self, expert: Tuned) -> Mapping[str, Tensor]:
         from safetensors.torch import load_file
 
+        if not isinstance(expert, Path):
+            return expert
         with self.clock("load"):
             tensors = load_file(expert / "model.safetensors", device=str(self.clock.device))
             return {name.removeprefix(self.task.prefixes[0]): t for name, t in tensors.items() if not name.endswith("position_ids")}

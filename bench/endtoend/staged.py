@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from mingle.bench import machine
 from mingle.bench.endtoend import agreement, contenders
-from mingle.bench.endtoend.cases import Problem
+from mingle.bench.endtoend.cases import Problem, Tuned
 from mingle.bench.endtoend.clock import STAGES, PeakMemory, Stopwatch
 from mingle.bench.endtoend.contenders import NOTES, Contender, Experts, Gates
 from mingle.bench.endtoend.whole import refuse
@@ -23,11 +22,11 @@ _log = logging.getLogger("mingle.bench")
 
 MODE = "staged"
 METHOD = (
-    "not measured as a whole.  Measured: at each of `at_tasks`, behind so many random earlier experts less one, the adaptation of one task with "
-    "`steps_measured` steps; at the last of them also loading, project, decompose, subspace and evaluate, once.  Summed: a task's adaptation "
-    "is what it does once (teacher, first step) plus `steps` − 1 times the median step, linear in the task's number between the "
-    "measured ones; every other stage counts as often as there are tasks (project once less) as measured for the last one.  A stage "
-    "measured on `layers` is that of one layer of each shape times their count"
+    "Not measured as a whole.  Measured: at each of `at`, behind random experts of so many tasks less one, the adaptation of one task with "
+    "`steps_measured` steps; at the last of them also load, project, decompose, subspace and evaluate, once.  Summed: the adaptation of a "
+    "task is what it does once (teacher, first step) plus `steps` - 1 times the median step, linear in the number of tasks between the "
+    "measured ones; any other stage counts as often as there are tasks (project once less) as measured for the last one.  With `layers`, "
+    "project and decompose were measured on one layer of each shape, times their count"
 )
 
 
@@ -127,7 +126,7 @@ class Task:
         return verdicts
 
 
-def _decomposed(contender: Contender, clock: Stopwatch, expert: Path) -> tuple[Experts, dict[str, str], dict[str, float]]:
+def _decomposed(contender: Contender, clock: Stopwatch, expert: Tuned) -> tuple[Experts, dict[str, str], dict[str, float]]:
     """The experts of one layer of each shape, which these are, and the seconds of project and decompose times the layers of each shape."""
     made: Experts = {}
     layers, seconds = {}, dict.fromkeys(("project", "decompose"), 0.0)

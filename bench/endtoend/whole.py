@@ -19,7 +19,7 @@ from mingle.bench.endtoend.contenders import EXACT, NOTES, OURS
 _log = logging.getLogger("mingle.bench")
 
 MODE = "whole"
-METHOD = "every stage of every task was run and timed; seconds are medians over rounds, in which the contenders take turns"
+METHOD = "Every stage of every task was run and timed.  Seconds are medians over rounds, in which the contenders take turns."
 #: of the merge whose gates are compared: long runs drift apart by rounding, as Adam divides by small gradients
 _CHECK_TASKS, _CHECK_STEPS = 3, 6
 
@@ -57,9 +57,7 @@ def refuse(name: str, result: dict[str, Any], problem: Problem) -> None:
     wrong = {what: verdict for what, verdict in result["agreement"].items() if not verdict["ok"]}
     if wrong and name in EXACT:
         result["status"] = "wrong"
-        reasons = [
-            f"{what} of {v['layer']} are off by {v['error'] or float('nan'):.1e}, allowed {v['tolerance']:.0e}" for what, v in wrong.items()
-        ]
+        reasons = [f"{what} of {one['layer']} are off by {one['error']}, allowed {one['tolerance']}" for what, one in wrong.items()]
         result["reason"] = "; ".join(reasons)
         _log.warning("%s: %s is WRONG: %s", problem.case.name, name, result["reason"])
 
@@ -98,9 +96,7 @@ def summary(series: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "rest_seconds": statistics.median(run["wall_seconds"] - sum(run["stages"].values()) for run in series),
         "whole_seconds": statistics.median(run["wall_seconds"] for run in series),
         "rounds": [dict(run) for run in series],
-        "step_seconds": [
-            statistics.median(steps) for steps in zip(*(run["step_seconds"] for run in series), strict=True) if None not in steps
-        ],
+        "step_seconds": [statistics.median(steps) for steps in zip(*(run["step_seconds"] for run in series), strict=True)],
         "peak_bytes": max((run["peak_bytes"] for run in series if run["peak_bytes"] is not None), default=None),
         "accuracy": statistics.median(run["accuracy"] for run in series),
         "cpus_used_by_others": max((run["cpus_used_by_others"] or 0.0 for run in series), default=None),
