@@ -18,6 +18,7 @@ from mingle.bench.endtoend.cases import Case, Problem
 from mingle.bench.endtoend.clock import Stopwatch
 from mingle.bench.endtoend.contenders import OURS, PUBLISHED
 from mingle.layers import LowRankExpert
+from mingle.methods.mingle_experts import Mingle
 from mingle.tasks import TaskData, get
 
 _log = logging.getLogger("mingle.bench")
@@ -124,9 +125,7 @@ def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[s
     for _ in range(tasks):
         running.add(expert, seeds)
         held.append(_held(device) - before)
-        method = running.method
-        layers = [getattr(layer, name) for layer in method.layers.values() for name in _OF_A_LAYER]
-        accounted.append(sum(tensor.numel() * tensor.element_size() for tensor in (*layers, *method.bases.values())))
+        accounted.append(_accounted(running.method))
     rest = [h - a for h, a in zip(held, accounted, strict=True)]
     slope = float(np.polyfit(range(1, tasks + 1), rest, 1)[0]) if tasks > 1 else 0.0
     return {
@@ -136,6 +135,12 @@ def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[s
         "unaccounted_bytes_per_task": slope,
         "ok": abs(slope) <= ALLOWED * accounted[-1] / tasks,
     }
+
+
+def _accounted(method: Mingle) -> int:
+    """Bytes of a merge's experts, gates and bases."""
+    tensors = [getattr(layer, name) for layer in method.layers.values() for name in _OF_A_LAYER]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *method.bases.values()))
 
 
 def _held(device: torch.device) -> int:
