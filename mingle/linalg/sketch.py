@@ -17,7 +17,7 @@ def gaussian(seed: int, keys: Sequence[str | int], rows: int, columns: int, devi
 
     The integers behind them are the same on every device.
     """
-    starts = torch.tensor([_start(seed, key) for key in keys], device=device)
+    starts = torch.tensor([_start(seed, key) for key in keys]).to(device, non_blocking=True)  # made there, it would wait for a GPU
     counters = torch.arange(1, rows * columns + 1, device=device) * _GOLDEN
     bits = _mixed(starts[:, None] + counters)
     uniform = (_shifted(bits, 12).double() + 0.5) * 2.0**-51 - 1  # 52 bits, symmetric in (−1, 1)

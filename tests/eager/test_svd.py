@@ -6,27 +6,12 @@ import logging
 
 import pytest
 import torch
-from spectra import SPECTRA, Figures, figures, matrix
+from spectra import LIMITS, SPECTRA, check, figures, matrix
 
 from mingle import linalg
 from mingle.linalg import svd
 
 R = 16  # with ℓ = 80, so that 200 columns iterate
-
-LIMITS = {
-    "accurate": Figures(excess=1e-5, deficit=1e-6, relative=2e-6, orthogonality=2e-6, values=1e-4),
-    "fast": Figures(excess=1e-4, deficit=1e-4, relative=2e-6, orthogonality=2e-6, values=1e-3),
-}
-
-
-def check(M, U, S, Vh, limits):
-    found = figures(M, U, S, Vh)
-    assert found.orthogonality <= limits.orthogonality, found
-    assert found.values <= limits.values, found
-    if found.excess is None:
-        assert found.relative <= limits.relative, found
-    else:
-        assert found.excess <= limits.excess and found.deficit <= limits.deficit, found
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

@@ -1,4 +1,4 @@
-"""Matrices with given singular values, and the figures by which a truncated decomposition is judged against float64 LAPACK."""
+"""Matrices with given singular values, and the figures by which a truncated decomposition is judged against LAPACK in float64."""
 
 from __future__ import annotations
 
@@ -65,3 +65,20 @@ def figures(M: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Figures:
         orthogonality=off.item(),
         values=((S - exact[:r]) / exact[:r])[seen].abs().amax().item() if seen.any() else 0.0,
     )
+
+
+LIMITS = {
+    "accurate": Figures(excess=1e-5, deficit=1e-6, relative=2e-6, orthogonality=2e-6, values=1e-4),
+    "fast": Figures(excess=1e-4, deficit=1e-4, relative=2e-6, orthogonality=2e-6, values=1e-3),
+}
+
+
+def check(M: Tensor, U: Tensor, S: Tensor, Vh: Tensor, limits: Figures) -> None:
+    """Hold one matrix's figures against `limits`; on any device."""
+    found = figures(*(part.cpu() for part in (M, U, S, Vh)))
+    assert found.orthogonality <= limits.orthogonality, found
+    assert found.values <= limits.values, found
+    if found.excess is None:
+        assert found.relative <= limits.relative, found
+    else:
+        assert found.excess <= limits.excess and found.deficit <= limits.deficit, found
