@@ -65,10 +65,16 @@ def test_a_backward_pass_doubles_the_products_and_routing_counts_one_expert():
     assert floor.forward_flop(tiny(routed=True)) == pytest.approx(floor.forward_flop(tiny(experts=1)), rel=0.02)
 
 
-def test_ceilings_are_measured():
-    limits = floor.ceilings(["float32"], CPU, gemm_size=64, copy_bytes=2**16)
-    assert limits.flop_per_second["float32"] > 1e8
-    assert limits.bytes_per_second > 1e8
+def test_ceilings_are_the_work_over_the_shortest_time(monkeypatch):
+    clock = iter([0.0, 7.0, 10.0, 10.5, 20.0, 22.0])
+    monkeypatch.setattr(floor.time, "perf_counter", lambda: next(clock))
+    calls = []
+    assert floor._fastest(lambda: calls.append(None), CPU, repetitions=3) == 0.5 and len(calls) == 3
+    for seconds in (0.5, 0.25):
+        monkeypatch.setattr(floor, "_fastest", lambda run, device, seconds=seconds: (run(), seconds)[1])
+        limits = floor.ceilings(["float32"], CPU, gemm_size=64, copy_bytes=2**16)
+        assert limits.flop_per_second == {"float32": 2 * 64**3 / seconds}
+        assert limits.bytes_per_second == 2 * 2**16 / seconds
 
 
 #: what has to run on any CPU, by what the gates are reduced over
