@@ -21,13 +21,13 @@ Tuned = Path | Mapping[str, Tensor]
 
 SYNTHETIC = (
     "randomly initialised; task vectors on the target layers with σ_k ∝ 1/√k over 128 random directions under white noise, 2 % and 1 % "
-    "of the weight's norm; Gaussian images, random unit class embeddings"
+    "of the weight's norm; images of Gaussian noise with as much power in every octave, random unit class embeddings"
 )
 _DIRECTIONS, _STRUCTURE, _NOISE = 128, 0.02, 0.01
 _TEXT = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, max_position_embeddings=8,
              bos_token_id=None, eos_token_id=None)  # fmt: skip
-#: of the eight published vision tasks the middle one has 44 classes
-_CLASSES, _SEEDS_PER_CLASS = 44, 5
+#: as the embedded suite has them; the published vision tasks have from 10 to 397 classes
+_CLASSES, _SEEDS_PER_CLASS = 20, 5
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,12 @@ def random_clip(vision: dict[str, int], projection: int, seed: int = 0) -> nn.Mo
 def images(vision: dict[str, int], projection: int, classes: int, count: int, seed: int, *, labelled: bool = False) -> TaskData:
     """Random images of one task; its classes depend on the thousands of `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randn(count, 3, vision["image_size"], vision["image_size"], generator=generator)
+    size = vision["image_size"]
+    pixels = torch.zeros(count, 3, size, size)
+    for octave in range(size.bit_length()):  # white noise alone has no leading directions, as photographs do
+        side = min(2**octave, size)
+        pixels += nn.functional.interpolate(torch.randn(count, 3, side, side, generator=generator), size=(size, size))
+    pixels *= size.bit_length() ** -0.5
     head = torch.randn(classes, projection, generator=torch.Generator().manual_seed(seed // 1000))
     labels = torch.randint(classes, (count,), generator=generator) if labelled else None
     return TaskData({"pixel_values": pixels}, {"text_embeds": nn.functional.normalize(head, dim=-1)}, labels)

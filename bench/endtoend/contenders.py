@@ -40,8 +40,11 @@ class Contender(Protocol):
     def restore(self, history: History) -> None:
         """Take on the experts, gates and bases of earlier tasks."""
 
-    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None) -> list[float]:
-        """Merge one more task, with its experts `given` or made.  Returns the seconds of every adaptation step but the first."""
+    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None, *, protect: bool = True) -> list[float]:
+        """Merge one more task, with its experts `given` or made.  Returns the seconds of every adaptation step but the first.
+
+        Without `protect` the last stage, its directions, is left out.
+        """
 
     def make_experts(self, expert: Tuned, names: Sequence[str]) -> Experts:
         """The experts of the task that would come next, for some layers only; changes nothing."""
@@ -80,7 +83,7 @@ class Ours:
             self.merger.merged.append(MergedTask(f"earlier {i}"))
             self.merger.matrix.append([None] * (i + 1))
 
-    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None) -> list[float]:
+    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None, *, protect: bool = True) -> list[float]:
         marks: list[float] = []
         steps: list[int] = []
 
@@ -88,7 +91,7 @@ class Ours:
             marks.append(time.perf_counter())
             steps.append(progress.step)
 
-        with self._watched(given):
+        with self._watched(given, protect):
             self.merger.add(f"task {len(self.merger.merged)}", expert, seeds, on_step=mark)
         return [(marks[i] - marks[i - 1]) / (steps[i] - steps[i - 1]) for i in range(1, len(marks))]
 
@@ -97,7 +100,7 @@ class Ours:
         weights = [f"{name}.weight" for name in names]
         deltas = dict(zip(names, task_vector(self.method.base, tuned, weights).values(), strict=True))
         earlier = {name: self.method.layers[name].experts() for name in names}
-        with self._watched(None):
+        with self._watched():
             return mingle_experts.make_experts(deltas, earlier, self.method.options.rank)
 
     def accuracy(self, tests: Sequence[TaskData]) -> float:
@@ -117,7 +120,7 @@ class Ours:
         return {name: layer.experts()[-1] for name, layer in self.method.layers.items()}
 
     @contextmanager
-    def _watched(self, given: Experts | None) -> Iterator[None]:
+    def _watched(self, given: Experts | None = None, protect: bool = True) -> Iterator[None]:
         """While the block runs, the clock is told of every stage, and decompositions are replaced where that is asked for."""
         with ExitStack() as stack:
 
@@ -127,6 +130,8 @@ class Ours:
             if self.full:
                 replace(linalg, "factored_svd", lambda B, A: torch.linalg.svd((B @ A).double(), full_matrices=False))
                 replace(linalg, "svd_lowrank", partial(linalg.svd_lowrank, backend="lapack"))
+            if not protect:
+                replace(Mingle, "_protect", lambda method, *_: method.bases)
             if given is not None:
                 replace(mingle_experts, "make_experts", lambda *_, **__: given)
             for owner, name, stage in (
@@ -169,7 +174,7 @@ class PublishedMerge:
                 layer.basis = torch.cat([layer.basis, basis], 1)
         self.count += len(history)
 
-    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None) -> list[float]:
+    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None, *, protect: bool = True) -> list[float]:
         tuned = self._load(expert)
         generator = torch.Generator().manual_seed(zlib.crc32(f"0/{self.count}".encode()))
         new_gates = {name: torch.zeros(layer.weight.shape[1]) for name, layer in self.peer.layers.items()}
@@ -178,7 +183,8 @@ class PublishedMerge:
                 gate.normal_(std=GATE_INIT_STD, generator=generator)
         marks: list[float] = []
         batches = shuffled_batches(len(seeds), self.options.batch_size, generator)
-        self.peer.add(tuned, seeds, new_gates, _marked(islice(batches, self.options.steps), marks, self.clock), given)
+        timed = _marked(islice(batches, self.options.steps), marks, self.clock)
+        self.peer.add(tuned, seeds, new_gates, timed, given, protect=protect)
         self.count += 1
         return [end - start for start, end in pairwise(marks[1:])]
 

@@ -101,6 +101,8 @@ class Published:
         new_gates: Mapping[str, Tensor],
         batches: Iterable[Tensor],
         given: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        *,
+        protect: bool = True,
     ) -> None:
         """Merge one more model.
 
@@ -110,13 +112,15 @@ class Published:
             new_gates: the initial weight [d_in] of the new gate by layer.
             batches: the seeds' indices, one tensor for every step.
             given: A and B of the new experts by layer, instead of decomposing.
+            protect: whether to end with `protect`.
         """
         for name, (A, B) in (given or self.experts(tuned, self.layers)).items():
             self.layers[name].add_expert(A, B, new_gates[name])
         with self.clock("adapt"):
             self.adapt(tuned, seeds, batches)
-        with self.clock("subspace"):
-            self.protect(seeds)
+        if protect:
+            with self.clock("subspace"):
+                self.protect(seeds)
 
     @torch.no_grad()
     def experts(self, tuned: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -145,7 +145,7 @@ def test_gates_that_are_not_numbers_do_not_agree():
 
 def test_a_sum_says_what_it_is_made_of(problem, tmp_path):
     small = replace(problem, options=problem.options | {"steps": 50, "reduce": "batch"})
-    found = staged.measure(small, [OURS, EAGER, PUBLISHED], CPU, 3, [1, 2, 3])
+    found = staged.measure(small, [OURS, BF16, EAGER, PUBLISHED], CPU, 3, [1, 2, 3])
     assert {result["status"] for result in found.values()} == {"ok"}
     for name, result in found.items():
         last, adapt = result["at"]["3"], [one["adapt_seconds"] for one in result["at"].values()]
@@ -155,12 +155,14 @@ def test_a_sum_says_what_it_is_made_of(problem, tmp_path):
         assert result["whole_seconds"] == pytest.approx(sum(result["stages"].values()))
         assert last["adapt_seconds"] == pytest.approx(last["adapt_once_seconds"] + 49 * last["step_seconds"])
         assert result["measured"]["adapt"] == "3 of 50 steps"
-        assert result["measured"]["decompose"] == ("once" if name == OURS else "one layer of each shape")
-        assert last["layers"] == (None if name == OURS else {"32×32": "1 of 8", "64×32": "1 of 2", "32×64": "1 of 2"})
-    assert set(found[PUBLISHED]["agreement"]) == {
-        *(f"{what} after {count} tasks" for what in ("gates", "bases") for count in (1, 2, 3)),
+        assert result["measured"]["decompose"] == ("once" if name in (OURS, BF16) else "one layer of each shape")
+        assert last["layers"] == (None if name in (OURS, BF16) else {"32×32": "1 of 8", "64×32": "1 of 2", "32×64": "1 of 2"})
+    assert list(found[PUBLISHED]["agreement"]) == [
+        *(f"gates after {count} tasks" for count in (1, 2, 3)),
+        "bases after 3 tasks",
         "experts after 3 tasks",
-    }
+    ]
+    assert found[BF16]["stages"]["subspace"] == found[OURS]["stages"]["subspace"]
 
 
 def test_between_measured_numbers_of_tasks_a_sum_is_linear():
