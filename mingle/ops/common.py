@@ -46,8 +46,12 @@ def differentiable(plain: Callable[..., Any], gradients: Callable[..., Any]) -> 
     """`plain` with a backward, past the dispatcher; `gradients` takes the context and dy, and its result cannot be differentiated again."""
 
     class Eager(torch.autograd.Function):
-        forward = staticmethod(plain)
-        setup_context = staticmethod(save_for_backward)
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            # Without a `setup_context`, for which PyTorch binds the arguments to a signature at every call, 45 µs each time.
+            output = plain(*inputs)
+            save_for_backward(ctx, inputs, output)
+            return output
 
         @staticmethod
         @once_differentiable
