@@ -96,7 +96,7 @@ def _growth(results: Mapping[str, Any]) -> Figure:
     over.legend(fontsize=7, frameon=False, loc="upper left")
     rest = [(held - known) / 1e3 for held, known in zip(kept["held_bytes"], kept["accounted_bytes"], strict=True)]
     left.plot(kept["tasks"], rest, color=_COLORS[OURS], linewidth=1.4)
-    left.set(xlabel="tasks merged", ylabel="kept beyond experts, gates and bases (kB)")
+    left.set(xlabel="tasks merged", ylabel="kept beyond these (kB)")
     left.set(xlim=(0, None), ylim=(min(0, *rest), max(1, *rest) * 1.3))
     for ax in (over, left):
         ax.grid(True)

@@ -22,6 +22,8 @@ MODE = "whole"
 METHOD = "Every stage of every task was run and timed.  Seconds are medians over rounds, in which the contenders take turns."
 #: of the merge whose gates are compared: long runs drift apart by rounding, as Adam divides by small gradients
 _CHECK_TASKS, _CHECK_STEPS = 3, 6
+#: seconds that timing may take: no round is begun that would not fit
+_LONGEST = 200.0
 
 
 def measure(problem: Problem, names: Sequence[str], device: torch.device, rounds: int) -> dict[str, dict[str, Any]]:
@@ -29,7 +31,11 @@ def measure(problem: Problem, names: Sequence[str], device: torch.device, rounds
     found: dict[str, dict[str, Any]] = {name: {"note": NOTES[name], "status": "ok"} for name in names}
     _check(problem, found, device)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names if found[name]["status"] == "ok"}
+    began = time.monotonic()
     for number in range(rounds):
+        passed = time.monotonic() - began
+        if number and passed * (number + 1) / number > _LONGEST:
+            break
         order = list(runs)[number % len(runs) :] + list(runs)[: number % len(runs)]
         for name in order:
             runs[name].append(run(problem, name, device))
