@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mingle.linalg.arithmetic import gram, ieee
+from mingle.linalg.arithmetic import gram, ieee, product
 from mingle.linalg.basis import orthonormalized
 from mingle.linalg.sketch import gaussian
 
@@ -26,8 +26,8 @@ class InputDirections:
     """What is kept of a stream of vectors to find their leading directions: the top eigenvectors of Σ xᵀx, uncentred.
 
     Up to 8192 dimensions the sum itself [d, d]; beyond, a sketch [256, d] by Frequent Directions (Ghashami et al., SIAM J. Comput. 45,
-    2016), whose directional energies err by less than Σ‖x‖² / 256.  Both in float64.  Never changed: `including` makes a new one, so that
-    layers which have seen the same inputs can share one.
+    2016), whose directional energies err by less than Σ‖x‖² / 256.  Both are kept in float64.  Never changed: `including` makes a new one,
+    so that layers which have seen the same inputs can share one.
     """
 
     width: int
@@ -42,10 +42,10 @@ class InputDirections:
         """
         if x.shape[-1] != self.width:
             raise ValueError(f"x has width {x.shape[-1]}, expected {self.width}")
-        vectors = x.reshape(-1, self.width).double()
+        vectors = x.reshape(-1, self.width)
         if self.width < WIDE:
-            statistic = vectors.mT @ vectors if self.statistic is None else torch.addmm(self.statistic, vectors.mT, vectors)
-            return InputDirections(self.width, statistic)
+            return InputDirections(self.width, _with_products(self.statistic, vectors))
+        vectors = vectors.double()
         sketch = vectors[:0] if self.statistic is None else self.statistic
         for chunk in vectors.split(_SKETCH_ROWS):
             sketch = _shrunk(torch.cat([sketch, chunk]))
@@ -63,6 +63,25 @@ class InputDirections:
         vectors = vectors[:, values > _NOISE * values[:1].clamp_min(0)]
         rows = vectors.mT @ self.statistic
         return orthonormalized(orthonormalized(rows)).mT
+
+
+def _with_products(known: Tensor | None, x: Tensor) -> Tensor:
+    """`known` + Σ xᵀx [d, d] in float64, for x [N, d].
+
+    fp32 vectors are multiplied in fp32, after their mean m is taken off, which is mostly the leading direction and would bury the others in
+    its rounding errors:  Σ xᵀx = Σ (x−m)ᵀ(x−m) + sᵀm + mᵀ(s − N m)  with s = Σ x, exact for any m.
+    """
+    if known is None:
+        known = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    if x.dtype == torch.float64 or len(x) == 0:
+        return torch.addmm(known, x.mT.double(), x.double())
+    x = x.float()
+    total = x.sum(0, dtype=torch.float64)
+    mean = (total / len(x)).float()
+    centred = x - mean
+    m = mean.double()
+    means = torch.addmm(known, torch.stack([total, m]).mT, torch.stack([m, total - len(x) * m]))
+    return means.add_(product(centred.mT, centred))
 
 
 def _shrunk(rows: Tensor) -> Tensor:
