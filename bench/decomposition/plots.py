@@ -78,7 +78,7 @@ def _panel(ax: Axes, measured: Mapping[str, Any]) -> dict[str, Any]:
                 ax.plot(x, y, marker="*", markersize=13, color=color, zorder=5)
             _label(ax, label, (x, y), offset, color, ha=align, fontweight="bold" if mode else "normal", zorder=6)
     ax.set(xscale="log", yscale="log", xlabel="milliseconds per layer", title=f"{shape['m']}×{shape['n']}, {shape['count']} layers")
-    ax.margins(x=0.09)
+    ax.margins(x=0.09, y=0.09)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())

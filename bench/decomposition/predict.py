@@ -13,7 +13,7 @@ from typing import Any
 
 from mingle.bench.decomposition.cases import Case, Shape
 from mingle.linalg.spectrum import _DENSE_SHARE as DENSE_SHARE
-from mingle.linalg.svd import MODES
+from mingle.linalg.svd import MODES, on_gram_side
 
 _F32, _F64 = 4, 8
 
@@ -73,7 +73,7 @@ def decompose(shape: Shape, rank: int, mode: str = "accurate") -> list[Step]:
     r, l = min(rank, n), min(rank + oversample, n)  # noqa: E741
     if 2 * l >= n:
         raise ValueError(f"{shape.name}: so small a matrix is decomposed exactly, which is not counted")
-    if m >= 2 * n:
+    if on_gram_side(m, n, l, q):
         square = _product("Gram matrix of the shorter side, fp32", b, n, m, n, _F32)
         applied = _product("", b, l, n, n, _F32)
     else:

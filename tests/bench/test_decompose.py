@@ -150,9 +150,18 @@ def test_what_is_left_out_says_why():
 def test_slow_peers_are_called_once(monkeypatch):
     monkeypatch.setattr(measure, "SLOW", 0.0)
     calls = []
+    ours = Peer("ours", "", linalg.svd_lowrank, EXACT)
     counted = Peer("counted", "", lambda M, r: calls.append(0) or linalg.svd_lowrank(M, r), EXACT)
-    found = measure.decompositions(toy(), [counted], ONCE)["peers"]["counted "]
-    assert len(calls) == 1 and found["repetitions"] == 1 and found["round_ratio"] == 1
+    found = measure.decompositions(toy(), [ours, counted], ONCE)["peers"]
+    assert len(calls) == 1 and found["counted "]["repetitions"] == 1 and found["ours "]["round_ratio"] == 1
+
+
+def test_ours_takes_part_in_all_rounds():
+    steps = dict.fromkeys(("ours", "quick", "slow"), lambda: None)
+    first = {"ours": 5.0, "quick": 0.5, "slow": 9.0}  # ours was disturbed when it was checked
+    times = measure.interleaved(steps, first, "ours", 1.0, CPU)
+    assert {name: sorted(series) for name, series in times.items()} == {"ours": [0, 1], "quick": [0, 1], "slow": [-1]}
+    assert measure._relative(times["slow"], {0: 3.0, 1: 1.0, 2: 2.0}, layers=1, our_layers=2)["round_ratio"] == 9.0
 
 
 def test_the_results_of_a_run(tmp_path, capsys, monkeypatch):
@@ -220,12 +229,12 @@ def test_floors_by_hand():
 
 
 def test_the_whole_prediction_of_a_tiny_case_by_hand(monkeypatch):
-    """One layer [100, 40], rank 2, ℓ = 4, q = 3: in fp32 the Gram matrix, and a product and a basis change per iteration."""
-    monkeypatch.setitem(predict.MODES, "tiny", (2, 3))
+    """One layer [100, 40], rank 2, ℓ = 4, q = 8: in fp32 the Gram matrix, and a product and a basis change per iteration."""
+    monkeypatch.setitem(predict.MODES, "tiny", (2, 8))
     steps = predict.decompose(Shape(40, 100, 1), 2, "tiny")
-    fp32 = 2 * 100 * 40 * 40 + 3 * (2 * 4 * 40 * 40 + 2 * 4 * 4 * 40)
+    fp32 = 2 * 100 * 40 * 40 + 8 * (2 * 4 * 40 * 40 + 2 * 4 * 4 * 40)
     assert sum(step.fp32 for step in steps) == fp32
-    fp64 = 3 * 2 * 4 * 4 * 40  # Gram matrices of the iteration
+    fp64 = 8 * 2 * 4 * 4 * 40  # Gram matrices of the iteration
     fp64 += 2 * (2 * 4 * 40 * 100) + 6 * 2 * (2 * 4 * 4 * 100) + 2 * 4 * 4 * 40  # P M, Q M; six rounds; the Gram matrix of C
     fp64 += 2 * 2 * 4 * (100 + 40) + 6 * 2 * (2 * 2 * 2 * 40) + 2 * 2 * 2 * (100 + 40)  # triplets, unit images, verification
     assert sum(step.fp64 for step in steps) == fp64
