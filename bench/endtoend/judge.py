@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mingle.bench import machine
 from mingle.bench.endtoend.contenders import BF16, OURS, PUBLISHED
 
 #: points of accuracy by which bf16 products may lower a merge and still count as unchanged
@@ -61,7 +62,7 @@ def _rounds(result: Mapping[str, Any]) -> list[dict[str, float]]:
 def targets(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the targets of this case ask for and what was found; those whose contenders have no times are left out.
 
-    With bf16 products the ratio counts only where accuracy, if there is one, is unchanged.
+    With bf16 products the ratio counts only where accuracy, if there is one, is unchanged; and none does where other processes disturbed.
     """
     judged = []
     case, device = results["case"], results["device"]["type"]
@@ -71,7 +72,10 @@ def targets(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         found = results["ratios"].get(target.ours, {}).get(target.peer, {}).get(target.part)
         if found is None:
             continue
-        there, here = (results["contenders"][name].get("accuracy") for name in (OURS, target.ours))
-        drop = None if there is None or here is None else there - here
-        judged.append(asdict(target) | {"found": found, "accuracy_drop": drop, "met": found >= target.ratio and (drop or 0.0) <= DROP})
+        here, first, there = (results["contenders"][name] for name in (target.ours, OURS, target.peer))
+        known = here.get("accuracy") is not None and first.get("accuracy") is not None
+        drop = first["accuracy"] - here["accuracy"] if known else None
+        disturbed = any((one.get("cpus_used_by_others") or 0.0) > machine.MUCH for one in (here, there))
+        met = found >= target.ratio and (drop or 0.0) <= DROP and not disturbed
+        judged.append(asdict(target) | {"found": found, "accuracy_drop": drop, "disturbed": disturbed, "met": met})
     return judged

@@ -47,7 +47,7 @@ def write(results: Mapping[str, Any]) -> None:
         if (others := result.get("cpus_used_by_others") or 0) > machine.MUCH:
             console.print(f"{name}: other processes kept {others:.1f} CPUs busy; take its times with care", style="yellow", highlight=False)
     for target in results["targets"]:
-        mark = "[green]met[/]" if target["met"] else "[red]missed[/]"
+        mark = "[green]met[/]" if target["met"] else "[yellow]disturbed[/]" if target["disturbed"] else "[red]missed[/]"
         text = f"target: {target['peer']} ≥ {target['ratio']:g}× {target['ours']}, {target['part']}: found {target['found']:.2f}×"
         console.print(f"{text}: {mark}", highlight=False)
 

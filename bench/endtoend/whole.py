@@ -105,5 +105,5 @@ def summary(series: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "step_seconds": [statistics.median(steps) for steps in zip(*(run["step_seconds"] for run in series), strict=True)],
         "peak_bytes": max((run["peak_bytes"] for run in series if run["peak_bytes"] is not None), default=None),
         "accuracy": statistics.median(run["accuracy"] for run in series),
-        "cpus_used_by_others": max((run["cpus_used_by_others"] or 0.0 for run in series), default=None),
+        "cpus_used_by_others": statistics.median(run["cpus_used_by_others"] or 0.0 for run in series),
     }

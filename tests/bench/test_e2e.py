@@ -212,10 +212,12 @@ def test_targets_count_bf16_only_at_unchanged_accuracy():
         "device": {"type": "cpu"},
         "quick": False,
         "ratios": {OURS: {PUBLISHED: {"whole": 3.5, "adapt": 2.0}}, BF16: {PUBLISHED: {"whole": 4.0, "adapt": 5.0}}},
-        "contenders": {OURS: {"accuracy": 80.0}, BF16: {"accuracy": 79.0}},
+        "contenders": {OURS: {"accuracy": 80.0}, BF16: {"accuracy": 79.0}, PUBLISHED: {"cpus_used_by_others": 0.1}},
     }
     judged = {(target["ours"], target["part"]): target["met"] for target in judge.targets(results)}
     assert judged == {(OURS, "whole"): True, (OURS, "adapt"): False, (BF16, "adapt"): False}
     results["contenders"][BF16]["accuracy"] = 79.8
     assert judge.targets(results)[2]["met"]
+    results["contenders"][PUBLISHED]["cpus_used_by_others"] = 0.5
+    assert [target["met"] for target in judge.targets(results)] == [False] * 3 and judge.targets(results)[0]["disturbed"]
     assert judge.targets(results | {"quick": True}) == []
