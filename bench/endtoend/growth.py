@@ -144,11 +144,12 @@ def _accounted(method: Mingle) -> int:
 
 
 def _held(device: torch.device) -> int:
-    """Bytes of all storages that living tensors share."""
+    """Bytes of all storages that living dense tensors share; a merge makes no others."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
+        plain = type(thing) in (torch.Tensor, torch.nn.Parameter)
+        if plain and thing.device.type == device.type and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
