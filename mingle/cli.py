@@ -31,7 +31,7 @@ console = Console()
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.  Returns 0, 1 where a benchmark found a fault, or 2 after a message where the input was wrong."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars would break ours
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would break ours
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     logging.getLogger("transformers").setLevel(logging.ERROR)
     args = _parser().parse_args(arguments)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from mingle.kernels import gemm
 
+#: Eigenvalues of a Gram matrix in float64 under this fraction of the largest are rounding errors: singular values under 1e-7.
+NOISE = 1e-14
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -51,6 +54,12 @@ def gram(rows: Tensor) -> Tensor:
     """
     wide = rows.double()
     return wide @ wide.mT
+
+
+def falling_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., k] in falling order and the eigenvectors as columns [..., k, k], in the matrix's dtype."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return values.flip(-1), vectors.flip(-1)
 
 
 def buckets(matrices: Sequence[Tensor]) -> Iterator[list[int]]:

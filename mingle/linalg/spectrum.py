@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mingle.linalg.arithmetic import gram, ieee, product
+from mingle.linalg.arithmetic import NOISE, falling_eigh, gram, ieee, product
 from mingle.ops import small_factorizations as small
 
-#: Eigenvalues of a Gram matrix under this fraction of the largest are rounding errors: singular values under 1e-7.
-_NOISE = 1e-14
 #: Pivots of a Cholesky factor under this fraction of the largest, squared, ask for an eigen-decomposition instead.
 _DEPENDENT = 1e-12
 #: From this share of the shorter side on, as many factors are decomposed as the product they make.
@@ -58,9 +56,8 @@ def factored_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _roots(squared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """σ [..., k] in falling order, eigenvectors [..., k, k] and 1/σ of G = W σ² Wᵀ; both are 0 for noise."""
-    values, vectors = torch.linalg.eigh(squared)
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    real = values > _NOISE * values[..., :1].clamp_min(0)
+    values, vectors = falling_eigh(squared)
+    real = values > NOISE * values[..., :1].clamp_min(0)
     sigma = torch.where(real, values, 0.0).sqrt()
     return sigma, vectors, torch.where(real, 1 / sigma, 0.0)
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mingle.linalg.arithmetic import gram, ieee, product
+from mingle.linalg.arithmetic import NOISE, falling_eigh, gram, ieee, product
 from mingle.linalg.basis import orthonormalized
 from mingle.linalg.sketch import gaussian
 
 #: From this width on a covariance is too large to keep, and a sketch of so many rows takes its place.
 WIDE = 8192
 _SKETCH_ROWS = 256
-#: Eigenvalues under this fraction of the largest are rounding errors.
-_NOISE = 1e-14
 # Of the block iteration: the residual, relative to the largest eigenvalue, at which it ends; how many rounds lie between two looks at it;
 # and after how many rounds the matrix is decomposed fully instead.
 _RESIDUAL, _ROUNDS, _PATIENCE = 1e-13, 4, 96
@@ -58,10 +56,7 @@ class InputDirections:
             return torch.empty(self.width, 0, dtype=torch.float64)
         if self.width < WIDE:
             return top_subspace(self.statistic, k)
-        values, vectors = torch.linalg.eigh(gram(self.statistic))
-        values, vectors = values.flip(-1)[:k], vectors.flip(-1)[:, :k]
-        vectors = vectors[:, values > _NOISE * values[:1].clamp_min(0)]
-        rows = vectors.mT @ self.statistic
+        rows = _energetic(*falling_eigh(gram(self.statistic)), k).mT @ self.statistic
         return orthonormalized(orthonormalized(rows)).mT
 
 
@@ -88,9 +83,8 @@ def _shrunk(rows: Tensor) -> Tensor:
     """At most `_SKETCH_ROWS` rows whose Gram matrix is that of `rows` less the energy of the first direction that no longer fits."""
     if len(rows) <= _SKETCH_ROWS:
         return rows
-    values, vectors = torch.linalg.eigh(gram(rows))
-    values, vectors = values.flip(-1), vectors.flip(-1)[:, :_SKETCH_ROWS]
-    lost, kept = values[_SKETCH_ROWS], values[:_SKETCH_ROWS]
+    values, vectors = falling_eigh(gram(rows))
+    lost, kept, vectors = values[_SKETCH_ROWS], values[:_SKETCH_ROWS], vectors[:, :_SKETCH_ROWS]
     share = torch.where(kept > lost, (kept - lost) / kept, 0.0).sqrt()
     return share.unsqueeze(1) * (vectors.mT @ rows)
 
@@ -110,14 +104,14 @@ def top_subspace(covariance: Tensor, k: int) -> Tensor:
     if not covariance.isfinite().all():
         raise ValueError(f"the covariance {list(covariance.shape)} has non-finite entries")
     covariance = covariance.double()
-    found = _iterated(covariance, k)
-    if found is None:
-        values, vectors = torch.linalg.eigh(covariance)
-        found = values.flip(-1)[:k], vectors.flip(-1)[:, :k]
-    values, vectors = found
-    vectors = vectors[:, values > _NOISE * values[:1].clamp_min(0)]
+    vectors = _energetic(*(_iterated(covariance, k) or falling_eigh(covariance)), k)
     peak = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) if vectors.numel() else vectors[:1]
     return vectors * torch.where(peak < 0, -1.0, 1.0)
+
+
+def _energetic(values: Tensor, vectors: Tensor, k: int) -> Tensor:
+    """The first k eigenvectors [d, ≤ k], less those whose eigenvalue is a rounding error."""
+    return vectors[:, :k][:, values[:k] > NOISE * values[:1].clamp_min(0)]
 
 
 def _iterated(covariance: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
@@ -131,8 +125,8 @@ def _iterated(covariance: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
             rows = orthonormalized(rows @ covariance)
         rows = orthonormalized(rows)
         images = rows @ covariance
-        values, W = torch.linalg.eigh(images @ rows.mT)
-        values, W = values.flip(-1)[:k], W.flip(-1)[:, :k].mT
+        values, W = falling_eigh(images @ rows.mT)
+        values, W = values[:k], W[:, :k].mT
         vectors = W @ rows
         residual = (W @ images - values.unsqueeze(1) * vectors).norm(dim=1).max()
         if residual <= _RESIDUAL * values[0].clamp_min(torch.finfo(torch.float64).tiny):

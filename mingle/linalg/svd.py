@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mingle import extension
-from mingle.linalg.arithmetic import buckets, gram, ieee, product
+from mingle.linalg.arithmetic import buckets, falling_eigh, gram, ieee, product
 from mingle.linalg.basis import ORTHONORMAL, defect, orthonormal, orthonormalized
 from mingle.linalg.sketch import gaussian
 from mingle.ops import small_factorizations as small
@@ -34,13 +34,12 @@ _SMALL = 32
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one call asks for; `block` is the number ℓ of vectors that iterate."""
+    """What one decomposition is asked for; `block` is the number ℓ of vectors that iterate."""
 
     rank: int
     block: int
     power_iters: int
     seed: int
-    backend: str
 
 
 @overload
@@ -150,14 +149,14 @@ def _svd_lowrank(M: Tensor, rank: int, block: int, power_iters: int, seed: int, 
     """`svd_lowrank` of M [b, m, n] by block subspace iteration with `block` = ℓ vectors; one key per matrix, a line each in `names`."""
     keys = names.split("\n")
     b, m, n = M.shape
-    plan = _Plan(rank, block, power_iters, seed, backend)
+    plan = _Plan(rank, block, power_iters, seed)
     if M.numel() == 0:
         r = min(rank, m, n)
         return M.new_empty(b, m, r), M.new_empty(b, r), M.new_empty(b, r, n)
     scaled, exponent, *nonfinite = small.rescale(M if M.dtype == torch.float64 else M.float())
     _refuse_nonfinite(M, keys, *nonfinite)
     wide = torch.ldexp(M, -exponent[:, None, None]) if M.dtype == torch.float64 else scaled.double()
-    if plan.backend == "lapack":
+    if backend == "lapack":
         parts = _full(wide, plan.rank)
     elif M.device.type == "cpu":
         singles = [_leading(scaled[i], wide[i], plan, keys[i : i + 1]) for i in range(b)]
@@ -165,7 +164,7 @@ def _svd_lowrank(M: Tensor, rank: int, block: int, power_iters: int, seed: int, 
     else:
         with small_kernels.set_aside() if backend == "library" else nullcontext():
             parts = _leading(scaled, wide, plan, keys)
-    if plan.backend != "lapack":
+    if backend != "lapack":
         parts = _repaired(parts, wide, plan, keys)
     U, S, Vh = parts
     S = torch.ldexp(torch.where(NULL_SPACE_TOLERANCE * S[:, :1] < S, S, 0.0), exponent[:, None])
@@ -223,8 +222,7 @@ def _leading(scaled: Tensor, M: Tensor, plan: _Plan, keys: list[str]) -> Triplet
         return Uh.mT, S, V.mT
     r, block = min(plan.rank, n), min(plan.block, n)
     if 2 * block >= n:
-        _, vectors = torch.linalg.eigh(gram(M.mT))
-        rows = vectors.flip(-1)[..., :r].mT  # [..., r, n]
+        rows = falling_eigh(gram(M.mT))[1][..., :r].mT  # [..., r, n]
         S, rows, images = _triplets(rows, product(rows, M.mT), plan, keys)
         return images.mT, S, rows
     P = gaussian(plan.seed, keys, block, n, M.device, torch.float32).view(*M.shape[:-2], block, n)
