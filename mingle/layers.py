@@ -65,6 +65,9 @@ class MingleLinear(nn.Module):
         prepack: keep the frozen weights a second time, in the layout that CPU products are fastest in (see `mingle.kernels.prepack`).
             Made anew after every change, never saved; results differ by rounding.
         shared: set by `mingle.share_inputs`: what computes this layer together with its siblings, and its place among them.
+        token_mask: bool [..., N], true for tokens that count in the gates' means, where `forward` is not given one; set around a call by
+            who knows the padding, and no part of the state.
+        given_gates: gates [..., 1 or N, T] of a router, which replace the layer's own; set around a call, and no part of the state.
     """
 
     weight: nn.Parameter
@@ -94,6 +97,8 @@ class MingleLinear(nn.Module):
         self._set_gates(weight.new_empty(0, self.in_features, dtype=gate_dtype), weight.new_empty(0, dtype=gate_dtype), trainable=0)
         self._base_trainable = False
         self.shared: tuple[SharedInput, int] | None = None
+        self.token_mask: torch.Tensor | None = None
+        self.given_gates: torch.Tensor | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, reduce: str = "sample", *, backend: str = "auto", prepack: bool = False) -> MingleLinear:
@@ -189,6 +194,11 @@ class MingleLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., N, d_in] → [..., N, d_out]; `mask` [..., N] is true for tokens that count in the gates' means."""
+        mask = self.token_mask if mask is None else mask
+        if self.given_gates is not None:
+            self.keep_packed()
+            experts = (self.weight, self.bias, self.A, self.B)
+            return functional.gated_experts(x, *experts, None, None, reduce=self.reduce, gates=self.given_gates, backend=self.backend)
         if self.shared is not None:
             group, position = self.shared
             y = group.forward(position, x, mask)
