@@ -1,4 +1,4 @@
-"""Test-time adaptation: train the newest gates to answer as the task's own model does, on a few unlabelled samples."""
+"""Test-time adaptation: train gates on a few unlabelled samples to answer as the task's own model does, or with less entropy."""
 
 from __future__ import annotations
 
@@ -102,6 +102,13 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return -(torch.softmax(teacher / temperature, -1) * torch.log_softmax(student / temperature, -1)).sum(-1).mean()
 
 
+def entropy_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The mean over rows of −Σ p ln p with p = softmax(logits), logits [..., C]; of those where `valid` [...] is true, if it is given."""
+    logs = torch.log_softmax(logits, -1)
+    entropies = -(logs.exp() * logs).sum(-1)
+    return entropies.mean() if valid is None else torch.where(valid, entropies, 0).sum() / valid.sum()
+
+
 def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Endless index batches [size] that pass through all `count` samples in a new random order each time."""
     queue = torch.empty(0, dtype=torch.long)
@@ -139,7 +146,7 @@ def adapt_gates(
     model: nn.Module,
     layers: Mapping[str, MingleLinear],
     seeds: TaskData,
-    targets: Tensor,
+    targets: Tensor | None,
     config: AdaptConfig,
     generator: torch.Generator,
     projector: RelaxedProjector | None = None,
@@ -152,7 +159,7 @@ def adapt_gates(
         model: the merged model that holds the layers, in evaluation mode.
         layers: the injected layers by name.
         seeds: unlabelled samples of the new task.
-        targets: the teacher's logits [n, C] for them.
+        targets: the teacher's logits [n, C] for them, which the model is to give as well; None lowers the entropy of its own instead.
         config: optimizer settings.
         generator: draws the batches.
         projector: keeps gate gradients out of earlier tasks' input directions; None trains unconstrained.
@@ -162,7 +169,7 @@ def adapt_gates(
         AdaptationDiverged: the loss or a gradient was not finite for three steps in a row; the gates are those of the last good step.
     """
     device = next(iter(layers.values())).weight.device
-    seeds, targets = seeds.to(device), targets.to(device)
+    seeds, targets = seeds.to(device), None if targets is None else targets.to(device)
     step = GateStep(layers, config.lr, projector)
     recorder = _Recorder(step)
 
@@ -177,7 +184,7 @@ def adapt_gates(
             select(index)
             student = logits(index)
             student = student.to(torch.promote_types(student.dtype, torch.float32))
-            loss = distillation_loss(student, targets[index], config.temperature)
+            loss = entropy_loss(student) if targets is None else distillation_loss(student, targets[index], config.temperature)
             loss.backward()
             return loss.detach(), step.step(loss)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mingle import MingleLinear, inject
-from mingle.adapt import AdaptConfig, adapt_gates, teacher_logits
+from mingle.adapt import AdaptConfig, adapt_gates, entropy_loss, teacher_logits
 from mingle.gate_step import GateStep
 from mingle.prefix import frozen_prefix
 from mingle.relaxation import RelaxedProjector
@@ -174,3 +174,31 @@ def test_bf16_products_with_fp32_gates(base_model, tuned_states, samples):
     torch.testing.assert_close(torch.tensor(gates[0]), torch.tensor(gates[1]), rtol=2e-2, atol=2e-2)
     with pytest.raises(ValueError, match="precision='fp8': expected one of fp32, bf16"):
         AdaptConfig(precision="fp8")
+
+
+def test_entropy_of_the_rows_that_count():
+    logits = torch.randn(4, 3, 7, dtype=torch.float64, requires_grad=True)
+    p = torch.softmax(logits, -1)
+    rows = -(p * p.log()).sum(-1)
+    torch.testing.assert_close(entropy_loss(logits), rows.mean())
+    valid = torch.rand(4, 3) > 0.5
+    loss = entropy_loss(logits, valid)
+    torch.testing.assert_close(loss, rows[valid].mean())
+    loss.backward()
+    assert not logits.grad[~valid].any() and logits.grad[valid].any(-1).all()
+    assert entropy_loss(torch.tensor([[1e4, 0.0]])) == 0
+
+
+def test_without_a_teacher_the_entropy_falls(base_model, samples):
+    torch.manual_seed(0)
+    model = copy.deepcopy(base_model).requires_grad_(False)
+    layers = inject(model.vision_model, ("q_proj", "fc1"))
+    for layer in layers.values():
+        for _ in range(2):
+            layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1, gate_bias=0.3)
+        layer.set_trainable_gates(2)
+    before = entropy_loss(ClipTask().logits(model, samples[0])).item()
+    config = AdaptConfig(steps=20, lr=1e-2, batch_size=24)
+    trace = adapt_gates(ClipTask(), model, layers, samples[0], None, config, torch.Generator().manual_seed(0))
+    assert trace.loss[0] == pytest.approx(before, rel=1e-5)
+    assert entropy_loss(ClipTask().logits(model, samples[0])).item() < trace.loss[-1] < before - 1e-3
