@@ -92,6 +92,8 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
     )
     for method in experiment.methods:  # every mistake before the first merge
         build(methods.get(method).Options, experiment.options_for(method, suite), f"method {method!r}")
+        if methods.get(method).sequential:
+            suite.check_sequential()
     out.mkdir(parents=True, exist_ok=True)
     settings = asdict(experiment) | {"methods": list(experiment.methods), "options": dict(experiment.options)}
     (out / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -152,7 +154,8 @@ def merge_all(
     steps, reports = [], []
     for index, name in enumerate(order):
         observer.merging(merger.method.name, number, index, order)
-        seeds, expert = suite.seeds(name), suite.expert(name)
+        sequential = merger.method.sequential
+        seeds, expert = suite.seeds(name, whole=sequential), suite.expert(name, order[:index] if sequential else ())
         began = time.perf_counter()
         reports.append(merger.add(name, expert, seeds, on_step=observer.adapting))
         merged = time.perf_counter()

@@ -9,13 +9,15 @@ from __future__ import annotations
 from mingle.methods.average import Average
 from mingle.methods.base import Arrival, MergeMethod, StepReport
 from mingle.methods.mingle_experts import Mingle, MingleLight
+from mingle.methods.mingle_seq import MingleSeq
+from mingle.methods.nufilt import Nufilt
 from mingle.methods.opcm import Opcm
 from mingle.methods.references import Individual, PreTrained
 from mingle.methods.task_arithmetic import TaskArithmetic
 from mingle.options import nearest
 
 METHODS: dict[str, type[MergeMethod]] = {
-    method.name: method for method in (PreTrained, Individual, Average, TaskArithmetic, Opcm, Mingle, MingleLight)
+    method.name: method for method in (PreTrained, Individual, Average, TaskArithmetic, Opcm, Nufilt, Mingle, MingleLight, MingleSeq)
 }
 
 

@@ -72,6 +72,8 @@ class MergeMethod(ABC):
     name: ClassVar[str]
     Options: ClassVar[type] = NoOptions
     needs_seeds: ClassVar[bool] = False
+    #: whether each model was fine-tuned from the one before, and the seed samples are all of a task's training data
+    sequential: ClassVar[bool] = False
     #: whether every task is served by a model of its own (only the reference row `individual`)
     per_task: ClassVar[bool] = False
 

@@ -97,10 +97,10 @@ class Mingle(MergeMethod):
         self.places: list[int | None] = []
 
     def add(self, arrival: Arrival) -> StepReport:
-        deltas = task_vector(self.base, arrival.tuned, [f"{name}.weight" for name in self.layers])
+        deltas = task_vector(self.start(), arrival.tuned, [f"{name}.weight" for name in self.layers])
         if not any(delta.any() for delta in deltas.values()):
             self._count(merged=False)
-            return StepReport(skipped=f"{arrival.name}: no target layer differs from the base, no expert was added")
+            return StepReport(skipped=f"{arrival.name}: no target layer differs from the model it started from, no expert was added")
         before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
         try:
             report, bases = self._merge(arrival, deltas)
@@ -112,6 +112,10 @@ class Mingle(MergeMethod):
         self._count(merged=True)
         self.bases = bases
         return report
+
+    def start(self) -> Mapping[str, torch.Tensor]:
+        """The tower that the next model is compared with: what fine-tuning changed in it becomes an expert."""
+        return self.base
 
     def _count(self, *, merged: bool) -> None:
         """Note one more task, before its directions join the bases."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ class Suite(Mapping[str, TaskData]):
         experts: name → folder of the task's fine-tuned model, made on first use.
         request: how many seed samples to take, and under which protocol.
         settings: method options that suit this suite's models.
+        continued: (name, names before it) → folder of the task's model, fine-tuned from that of the task before, and so on back to the
+            base; None where all fine-tuned models of the suite start from the base.
+        training: name → all unlabelled training samples of the task; empty where the suite has none.
     """
 
     def __init__(
@@ -36,10 +39,14 @@ class Suite(Mapping[str, TaskData]):
         experts: Mapping[str, Callable[[], Path]],
         request: SeedRequest,
         settings: Mapping[str, Any] | None = None,
+        *,
+        continued: Callable[[str, tuple[str, ...]], Path] | None = None,
+        training: Mapping[str, Callable[[], TaskData]] | None = None,
     ) -> None:
         self.name, self.task_type, self.base, self.request = name, task_type, base, request
         self.settings = dict(settings or {})
         self._samples, self._experts = dict(samples), dict(experts)
+        self._continued, self._training = continued, dict(training or {})
         self._split: dict[str, tuple[TaskData, TaskData]] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -51,13 +58,41 @@ class Suite(Mapping[str, TaskData]):
     def __getitem__(self, name: str) -> TaskData:
         return self._parts(name)[1]
 
-    def seeds(self, name: str) -> TaskData:
-        """The task's seed samples, without labels."""
-        return self._parts(name)[0]
+    def seeds(self, name: str, *, whole: bool = False) -> TaskData:
+        """The task's seed samples, without labels; or, for sequential methods, its `whole` training data, none of which is a test sample.
 
-    def expert(self, name: str) -> Path:
-        """The folder of the task's fine-tuned model."""
-        return self._experts[name]()
+        Raises:
+            OptionError: the whole training data of a suite that has none.
+        """
+        return self._whole(name)() if whole else self._parts(name)[0]
+
+    def expert(self, name: str, after: Sequence[str] = ()) -> Path:
+        """The folder of the task's model: fine-tuned from the base, or one task `after` the other, each from the model before.
+
+        Raises:
+            OptionError: tasks before it, in a suite whose fine-tuned models all start from the base.
+        """
+        if not after:
+            return self._experts[name]()
+        return self._chain()(name, tuple(after))
+
+    def check_sequential(self) -> None:
+        """Raise `OptionError` unless sequential methods can run on this suite."""
+        self._chain()
+        for name in self:
+            self._whole(name)
+
+    def _chain(self) -> Callable[[str, tuple[str, ...]], Path]:
+        if self._continued is None:
+            raise OptionError(
+                f"suite {self.name!r}: its fine-tuned models all start from the base; sequential methods need them in a chain"
+            )
+        return self._continued
+
+    def _whole(self, name: str) -> Callable[[], TaskData]:
+        if name not in self._training:
+            raise OptionError(f"suite {self.name!r}: sequential methods adapt on all training samples, and it has none of {name!r}")
+        return self._training[name]
 
     def _parts(self, name: str) -> tuple[TaskData, TaskData]:
         if name not in self._split:

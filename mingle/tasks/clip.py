@@ -30,6 +30,7 @@ class ClipTask:
     layer_sets: Mapping[str, tuple[str, ...]] = {
         "full": (*_ATTENTION, "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
         "light": (*_ATTENTION, "mlp.fc1"),
+        "nufilt": (*_ATTENTION, "self_attn.out_proj", "mlp.fc1"),
     }
 
     def skeleton(self, folder: str | Path) -> nn.Module:

@@ -91,7 +91,17 @@ def test_reference_rows(base_model, tuned_states):
 
 
 def test_unknown_names_and_options_are_refused_with_the_nearest_known_one(base_model):
-    assert set(METHODS) == {"pre-trained", "individual", "average", "task-arithmetic", "opcm", "mingle", "mingle-light"}
+    assert set(METHODS) == {
+        "pre-trained",
+        "individual",
+        "average",
+        "task-arithmetic",
+        "opcm",
+        "nufilt",
+        "mingle",
+        "mingle-light",
+        "mingle-seq",
+    }
     with pytest.raises(ValueError, match="unknown method 'minge'; did you mean 'mingle'"):
         get("minge")
     with pytest.raises(ValueError, match="unknown option 'gama'; did you mean 'gamma'"):

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from mingle import suites
+from mingle.checkpoint import CheckpointReader
 from mingle.evaluate import accuracy
+from mingle.experiment import Experiment, run
 from mingle.files import sha256
 from mingle.options import OptionError
 from mingle.suites import glyphs
@@ -19,6 +21,7 @@ from mingle.suites.glyphs.domains import DOMAINS
 from mingle.suites.glyphs.finetune import FinetuneConfig, finetune
 from mingle.suites.glyphs.render import TEST_FACES, TRAIN_FACES, faces_with
 from mingle.suites.glyphs.tasks import SUITES, TUNING_TASKS, GlyphTask
+from mingle.suites.protocol import SeedRequest
 from mingle.tasks.clip import ClipTask
 
 
@@ -137,6 +140,53 @@ def test_missing_experts_are_trained_once_into_the_cache(tmp_path, monkeypatch):
     assert folder.is_relative_to(tmp_path)
     assert glyphs.expert_folder(task, lambda *_: pytest.fail("trained twice")) == folder
     assert [p.name for p in folder.parent.iterdir()] == ["digits-inverted"]
+
+
+def test_chains_of_models_are_trained_once_and_kept_by_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINGLE_CACHE", str(tmp_path))
+    monkeypatch.setattr(glyphs.finetune, "FinetuneConfig", lambda: FinetuneConfig(steps=1, batch_size=4))
+    trained = []
+    suite = suites.load("glyphs8", on_training=lambda name, step, total: trained.append(name))
+    names = list(suite)[:3]
+    chain = suite.expert(names[2], names[:2])
+    assert trained == names[1:]  # the first one ships
+    assert suite.expert(names[2], names[:2]) == chain
+    assert suite.expert(names[1], names[:1]).parent == chain.parent and suite.expert(names[0]).parent != chain.parent
+    assert trained == names[1:]
+    state = {
+        key: CheckpointReader(folder).state_dict()
+        for key, folder in (("chain", chain), ("start", suite.expert(names[1], names[:1])), ("alone", suite.expert(names[2])))
+    }
+    distance = {
+        key: sum((t.float() - state["chain"][name].float()).square().sum() for name, t in state[key].items()).sqrt() for key in state
+    }
+    assert 0 < distance["start"] < distance["alone"] / 2  # one step away from where it started
+    others = suite.expert(names[2], names[:1]), suite.expert(names[2], names[1::-1])
+    assert len({chain, *others}) == 3
+    assert sorted(path.name.split("-after-")[0] for path in chain.parent.iterdir()) == sorted(trained)
+
+
+def test_training_samples_are_no_test_samples():
+    suite = suites.load("glyphs8", protocol="official")
+    whole = suite.seeds("greek-inverted", whole=True)
+    assert whole.labels is None and len(whole) == 20 * glyphs.TRAINING_IMAGES_PER_CLASS
+    assert not set(rows(whole)) & set(rows(suite["greek-inverted"]))
+    suite.check_sequential()
+    glyphs._training.cache_clear()
+    assert rows(suites.load("glyphs8").seeds("greek-inverted", whole=True)) == rows(whole)
+
+
+def test_suites_without_chains_or_training_samples_say_so(monkeypatch, tmp_path):
+    plain = suites.Suite("plain", "clip", glyphs.BASE, {"one": list}, {"one": lambda: glyphs.BASE}, SeedRequest())
+    assert plain.expert("one") == glyphs.BASE
+    with pytest.raises(OptionError, match="suite 'plain': its fine-tuned models all start from the base"):
+        plain.expert("one", ("two",))
+    with pytest.raises(OptionError, match="suite 'plain': sequential methods adapt on all training samples, and it has none of 'one'"):
+        plain.seeds("one", whole=True)
+    monkeypatch.setattr(suites, "load", lambda *_, **__: plain)
+    with pytest.raises(OptionError, match="all start from the base"):
+        run(Experiment("plain", methods=("average", "mingle-seq")), tmp_path / "never")
+    assert not (tmp_path / "never").exists()
 
 
 def test_finetuning_is_reproducible_and_writes_a_hub_folder(tmp_path):

@@ -1,8 +1,8 @@
 """The embedded suite: recognise printed characters in unseen type faces, eight or twenty tasks in foreign visual domains.
 
 A small CLIP, pre-trained on some six hundred characters and their Unicode names, is the base; each task is an alphabet seen in a domain
-(inverted, on a chessboard, in noise, …).  The base and the experts of `glyphs8` ship with the package; further experts are trained on
-first use into the user's cache, about 40 seconds each.
+(inverted, on a chessboard, in noise, …).  The base and the experts of `glyphs8` ship with the package; further experts, and chains of
+models fine-tuned one from the other, are trained on first use into the user's cache, about 40 seconds each.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import zlib
 from functools import cache, partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from mingle.kernels import store
 from mingle.suites import OnTraining, Suite
 from mingle.suites.glyphs import finetune
 from mingle.suites.glyphs.corruptions import CORRUPTIONS, corrupt
-from mingle.suites.glyphs.tasks import SUITES, TUNING_TASKS, GlyphTask
+from mingle.suites.glyphs.tasks import SUITES, TRAIN_FACES, TUNING_TASKS, GlyphTask
 from mingle.suites.protocol import SeedRequest
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
@@ -29,6 +30,7 @@ from mingle.tasks.clip import ClipTask
 DATA = Path(__file__).parent / "data"
 BASE = DATA / "base"
 TEST_IMAGES_PER_CLASS = 25
+TRAINING_IMAGES_PER_CLASS = 50
 
 #: Chosen on the tuning tasks, which are in no suite, by ``bench/glyphs/sweep.py tuning``; the paper's 64 and 1e-4 are for larger models.
 SETTINGS = {"rank": 32, "lr": 4e-3}
@@ -55,7 +57,13 @@ def load(name: str, base: Path | None, request: SeedRequest, on_training: OnTrai
         {task.name: partial(expert_folder, task, on_training) for task in tasks},
         request,
         SETTINGS,
+        continued=lambda name, after: continued_folder(*(_named(tasks, task) for task in (*after, name)), on_training=on_training),
+        training={task.name: partial(_training, task, base) for task in tasks},
     )
+
+
+def _named(tasks: tuple[GlyphTask, ...], name: str) -> GlyphTask:
+    return next(task for task in tasks if task.name == name)
 
 
 @cache
@@ -69,6 +77,15 @@ def _samples(task: GlyphTask, corruptions: tuple[str, ...], base: Path) -> TaskD
 
 
 @cache
+def _training(task: GlyphTask, base: Path) -> TaskData:
+    """Views like those that fine-tuning sees, in training faces; always the same."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{task.name}/training set".encode()))
+    size = TRAINING_IMAGES_PER_CLASS * len(task.characters)
+    pictures, _ = task.training_batch(task.outlines(TRAIN_FACES), size, generator)
+    return TaskData({"pixel_values": finetune.pixels(base, pictures)}, {"text_embeds": finetune.head(base, _model(base), task)})
+
+
+@cache
 def _model(base: Path) -> nn.Module:
     return ClipTask().load(base)
 
@@ -76,15 +93,30 @@ def _model(base: Path) -> nn.Module:
 def expert_folder(task: GlyphTask, on_training: OnTraining | None = None) -> Path:
     """Where the task's fine-tuned tower is: in the package, or in the user's cache, where it is trained first if need be."""
     shipped = DATA / "experts" / task.name
-    if shipped.is_dir():
-        return shipped
-    cached = cache_folder() / task.name
+    return shipped if shipped.is_dir() else _trained(cache_folder() / task.name, task, None, on_training)
+
+
+def continued_folder(*chain: GlyphTask, on_training: OnTraining | None = None) -> Path:
+    """Where the last task's tower is, fine-tuned from that of the task before it, and so on back to the base.
+
+    Towers are kept under all tasks of their chain, in order; a chain that begins like another one shares the towers of the beginning.
+    """
+    *before, task = chain
+    if not before:
+        return expert_folder(task, on_training)
+    start = continued_folder(*before, on_training=on_training)
+    order = hashlib.sha256("\n".join(earlier.name for earlier in before).encode()).hexdigest()[:12]
+    return _trained(cache_folder() / f"{task.name}-after-{order}", task, start, on_training)
+
+
+def _trained(cached: Path, task: GlyphTask, start: Path | None, on_training: OnTraining | None) -> Path:
+    """The folder `cached`, with the task's tower trained into it if it is not there yet."""
     if not cached.is_dir():
         cached.parent.mkdir(parents=True, exist_ok=True)
         # Trained beside its place and moved there whole: an interrupted training leaves no half expert.
         scratch = Path(tempfile.mkdtemp(prefix=f".{task.name}-", dir=cached.parent))
         try:
-            finetune.finetune(BASE, task, scratch, on_step=partial(on_training, task.name) if on_training else None)
+            finetune.finetune(BASE, task, scratch, start=start, on_step=partial(on_training, task.name) if on_training else None)
             scratch.chmod(0o755)
             scratch.replace(cached)
         finally:

@@ -1,0 +1,56 @@
+"""MINGLE-Seq: MINGLE in conventional continual learning, where each model is fine-tuned from the one before (arXiv 2505.11883)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mingle.methods.base import Arrival, StepReport, Tensors
+from mingle.methods.mingle_experts import Mingle, MingleOptions
+from mingle.tasks import TaskType
+
+
+@dataclass(frozen=True)
+class MingleSeqOptions(MingleOptions):
+    """Settings of MINGLE-Seq: those of MINGLE, with more steps and the hard projector.
+
+    Attributes:
+        start: the task vector is θ_t − θ_{t−1}, the change from the ``previous`` model, or θ_t − θ₀, all changes since the ``base``.
+    """
+
+    steps: int = 500
+    constraint: Literal["relaxed", "hard", "none"] = "hard"
+    start: Literal["previous", "base"] = "base"
+
+
+class MingleSeq(Mingle):
+    """MINGLE for models that were fine-tuned one from the other; the seed samples are a task's whole training data."""
+
+    name = "mingle-seq"
+    Options = MingleSeqOptions
+    sequential = True
+
+    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
+        super().__init__(model, task, base, options)
+        #: the target weights of the model that arrived last, where task vectors count from it
+        self.previous: Tensors = {}
+
+    def start(self) -> Mapping[str, torch.Tensor]:
+        return self.previous or self.base
+
+    def add(self, arrival: Arrival) -> StepReport:
+        report = super().add(arrival)
+        if self.options.start == "previous":
+            self.previous = {f"{name}.weight": arrival.tuned[f"{name}.weight"] for name in self.layers}
+        return report
+
+    def state_tensors(self) -> Tensors:
+        return self.previous
+
+    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+        super().restore(tasks, state)
+        self.previous = state
