@@ -198,6 +198,8 @@ setup(
         "mingle.linalg",
         "mingle.methods",
         "mingle.ops",
+        "mingle.report",
+        "mingle.reproduce",
         "mingle.suites",
         "mingle.suites.glyphs",
         "mingle.tasks",

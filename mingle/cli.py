@@ -1,4 +1,4 @@
-"""The command line: ``python -m mingle demo | check | merge | add | eval | inspect | report | bench | env``."""
+"""The command line: ``python -m mingle demo | reproduce | check | merge | add | eval | inspect | report | bench | env``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from rich.table import Table
 
 from mingle import config as configs
 from mingle import experiment as experiments
-from mingle import report, session, storage
+from mingle import report, reproduce, session, storage
 from mingle.adapt import AdaptationDiverged, StepProgress
 from mingle.evaluate import Result
 from mingle.methods import METHODS
 from mingle.options import OptionError
+from mingle.reproduce import summary
+from mingle.reproduce.tables import TABLES
 from mingle.suites.protocol import PROTOCOLS
 
 console = Console()
@@ -58,6 +60,21 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a method option, such as steps=100 or constraint=hard"
     )
     demo.set_defaults(run=_demo)
+
+    tables = commands.add_parser("reproduce", help="measure a table of the paper; resumes what was interrupted, and shares the work")
+    tables.add_argument("table", help=", ".join(TABLES))
+    tables.add_argument("--suite", type=_names, default=("glyphs8",), metavar="A,B", help="suites, or: published")
+    tables.add_argument("--protocol", default="strict", choices=(*PROTOCOLS, "both"))
+    tables.add_argument("--methods", type=_names, default=(), metavar="A,B", help="instead of the table's own")
+    tables.add_argument("--orders", type=_positive, default=1, help="how many task orders (seeds 42, 43, …)")
+    tables.add_argument("--samples-per-class", type=_positive, default=5, help="seed samples")
+    tables.add_argument("--seed", type=int, default=0)
+    tables.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a method option, such as steps=100")
+    tables.add_argument("--evaluate", default="ends", choices=reproduce.EVALUATE, help="what ACC and BWT need, or the whole matrix")
+    tables.add_argument("--out", type=Path, help="default: runs/reproduce-<table>")
+    tables.add_argument("--keep-models", action="store_true", help="keep every merged model")
+    tables.add_argument("--threads", type=_positive, help="of the CPU; several processes of one thread share small models best")
+    tables.set_defaults(run=_reproduce)
 
     merge = commands.add_parser("merge", help="merge the models of a YAML file; resumes what was interrupted")
     merge.add_argument("config", type=Path)
@@ -106,6 +123,10 @@ def _suite_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples-per-class", type=_positive, help="seed samples; by default as many as before")
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -114,13 +135,38 @@ def _positive(text: str) -> int:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    names = tuple(dict.fromkeys(name.strip() for name in args.methods.split(",")))
+    names = _names(args.methods)
     options = tuple(_option(text) for text in args.set)
     experiment = experiments.Experiment(args.suite, args.protocol, names, args.orders, seed=args.seed, options=options)
     with _progress() as progress:
         results = experiments.run(experiment, args.out, _Bars(progress, len(names) * args.orders))
     console.print(report.table(results))
     console.print(f"results, plots and merged models: [bold]{args.out}[/]")
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    import torch
+
+    request = reproduce.Request(
+        args.table,
+        suites=args.suite,
+        protocols=tuple(PROTOCOLS) if args.protocol == "both" else (args.protocol,),
+        orders=args.orders,
+        methods=args.methods,
+        options=tuple(_option(text) for text in args.set),
+        samples_per_class=args.samples_per_class,
+        seed=args.seed,
+        evaluate=args.evaluate,
+    )
+    plan, out = reproduce.plan(request), args.out or Path("runs") / f"reproduce-{args.table}"
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with _progress() as progress:
+        unfinished = sum(cell.result(out / "cells") is None for cell in plan.cells)
+        reproduce.run(plan, out, _Bars(progress, unfinished), keep_models=args.keep_models)
+    for table in report.comparison.tables(summary.write(plan, out)):
+        console.print(table)
+    console.print(f"table: [bold]{out}[/]")
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from mingle import methods, report, suites
-from mingle.adapt import StepProgress
+from mingle.adapt import AdaptTrace, StepProgress
 from mingle.config import shuffled
 from mingle.evaluate import Result, gate_activation
 from mingle.merger import Merger
@@ -52,9 +52,14 @@ class Experiment:
 
     def options_for(self, method: str, suite: Suite) -> dict[str, Any]:
         """The settings of this experiment that the method knows."""
-        known = {f.name for f in fields(methods.get(method).Options)}
-        settings = suite.settings | {"reduce": PROTOCOLS[self.protocol]} | dict(self.options)
-        return {name: value for name, value in settings.items() if name in known}
+        return options_for(method, suite, dict(self.options))
+
+
+def options_for(method: str, suite: Suite, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The suite's settings, its protocol's gates and then `options`, as far as the method knows them."""
+    known = {f.name for f in fields(methods.get(method).Options)}
+    settings = suite.settings | {"reduce": PROTOCOLS[suite.request.protocol]} | dict(options)
+    return {name: value for name, value in settings.items() if name in known}
 
 
 class Observer:
@@ -116,16 +121,16 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
             order = shuffled(list(suite), FIRST_ORDER_SEED + number)
             merger = Merger(suite.base, method, suite.task_type, seed=experiment.seed, **experiment.options_for(method, suite))
             merger.metadata = origin(experiment.suite, experiment.protocol, experiment.samples_per_class)
-            steps, trace = merge_all(merger, suite, order, observer, number)
+            steps = list(merge_all(merger, suite, order, observer, number))
             result = merger.result()
             rows["acc"].append(result.acc)
             rows["bwt"].append(result.bwt)
             rows["matrix"].append([row + [None] * (len(order) - len(row)) for row in result.matrix])
             rows["order"].append(order)
-            rows["seconds"].append(round(sum(step["merge"] for step in steps), 3))
-            timings[method].append(steps)
+            rows["seconds"].append(round(sum(step.merge for step in steps), 3))
+            timings[method].append([{"task": step.task, "merge": step.merge, "evaluate": step.evaluate} for step in steps])
             if number == 0:
-                if trace:
+                if trace := trace_of(merger, suite, steps):
                     traces[method] = trace
                 if method not in report.REFERENCES:
                     merger.save_pretrained(out / "merged" / method)
@@ -143,32 +148,47 @@ def origin(suite: str | None = None, protocol: str = "strict", samples_per_class
     return {"suite": suite, "protocol": protocol, "samples_per_class": samples_per_class, "batch_size": batch_size}
 
 
-def merge_all(
-    merger: Merger, suite: Suite, order: Sequence[str], observer: Observer, number: int
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Merge the tasks in order, evaluating after each.
+@dataclass(frozen=True)
+class Step:
+    """What merging one task took: seconds of merging and of evaluating, and the course of the adaptation, where there was one."""
 
-    Returns:
-        Per task the seconds spent merging and evaluating; and what the adaptation did (losses, S, λ, gate values), empty without one.
+    task: str
+    merge: float
+    evaluate: float
+    trace: AdaptTrace | None
+
+
+def merge_all(
+    merger: Merger, suite: Suite, order: Sequence[str], observer: Observer, number: int, *, evaluate: str = "every"
+) -> Iterator[Step]:
+    """Merge those tasks of the order that are not merged yet; yields after each, when the merger can be saved.
+
+    Args:
+        evaluate: ``every`` measures all merged tasks after each merge; ``ends`` the newest one, and all of them after the last merge,
+            which is what ACC and BWT need.
     """
-    steps, reports = [], []
-    for index, name in enumerate(order):
+    for index in range(len(merger.merged), len(order)):
+        name, last = order[index], index + 1 == len(order)
         observer.merging(merger.method.name, number, index, order)
         sequential = merger.method.sequential
         seeds, expert = suite.seeds(name, whole=sequential), suite.expert(name, order[:index] if sequential else ())
         began = time.perf_counter()
-        reports.append(merger.add(name, expert, seeds, on_step=observer.adapting))
+        report = merger.add(name, expert, seeds, on_step=observer.adapting)
         merged = time.perf_counter()
-        merger.evaluate(suite)
-        steps.append({"task": name, "merge": round(merged - began, 3), "evaluate": round(time.perf_counter() - merged, 3)})
-    recorded = [done.trace for done in reports]
-    if not isinstance(merger.method, Mingle) or None in recorded:
-        return steps, {}
+        merger.evaluate(suite, tasks=None if last or evaluate == "every" else [name])
+        yield Step(name, round(merged - began, 3), round(time.perf_counter() - merged, 3), report.trace)
+
+
+def trace_of(merger: Merger, suite: Suite, steps: Sequence[Step]) -> dict[str, Any]:
+    """What the adaptations of all steps did (losses, S, λ) and the gates after the last; empty for a method that does not adapt so."""
+    recorded = [step.trace for step in steps if step.trace is not None]
+    if not isinstance(merger.method, Mingle) or len(recorded) < len(steps):
+        return {}
     layers = merger.method.layers
     with torch.no_grad():
-        gates = [gate_activation(merger.task, merger.model, layers, suite[name]).tolist() for name in order]
+        gates = [gate_activation(merger.task, merger.model, layers, suite[step.task]).tolist() for step in steps]
     series = {key: [getattr(trace, key) for trace in recorded] for key in ("loss", "interference", "strength")}
-    return steps, {"order": list(order), "layers": list(layers), "gates": gates, **series}
+    return {"order": merger.task_names, "layers": list(layers), "gates": gates, **series}
 
 
 def _write_json(path: Path, value: Any) -> None:

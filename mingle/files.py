@@ -31,6 +31,10 @@ class CheckpointError(ValueError):
     """A checkpoint, or a file beside it, cannot be read or written; the message names the file, and the tensor where there is one."""
 
 
+class Locked(CheckpointError):
+    """Another process is the writer of a folder."""
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys, atomically; NaN and infinities raise `CheckpointError`."""
     try:
@@ -85,8 +89,8 @@ def contained(folder: Path, name: str) -> Path:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Be the only writer of `folder`, an existing one; while another holds it, raise `CheckpointError` naming the holder.
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Be the only writer of `folder`, an existing one; while another holds it, `wait` or raise `Locked` naming the holder.
 
     The lock is the kernel's, on `.lock` in the folder: a killed holder releases it, and the file itself stays behind.
     """
@@ -96,9 +100,9 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         with naming(path):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                raise CheckpointError(f"{folder}: being written by {_holder(os.pread(descriptor, 4096, 0))}") from None
+                raise Locked(f"{folder}: being written by {_holder(os.pread(descriptor, 4096, 0))}") from None
             since = datetime.now(UTC).isoformat(timespec="seconds")
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(), 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,21 +135,26 @@ class Merger:
         self.method.select(self.task_names.index(name))
         return self.model
 
-    def evaluate(self, suite: Mapping[str, TaskData | Mapping[str, Any]], batch_size: int = 128) -> Result:
-        """Accuracy on every merged task, kept as the accuracy matrix's row of the present state.
+    def evaluate(
+        self, suite: Mapping[str, TaskData | Mapping[str, Any]], batch_size: int = 128, tasks: Collection[str] | None = None
+    ) -> Result:
+        """Accuracy on every merged task, or on some, kept as the accuracy matrix's row of the present state.
 
         Args:
             suite: labelled test samples by task name; a `mingle.suites.Suite` or any mapping that has the merged tasks.
             batch_size: samples per batch.  With ``batch`` gates predictions depend on it.
+            tasks: which merged tasks to measure; None measures all.
 
         Returns:
             Everything measured so far, with `.acc`, `.bwt` and `.matrix`.
         """
-        missing = [name for name in self.task_names if name not in suite]
+        wanted = self.task_names if tasks is None else tasks
+        missing = [name for name in wanted if name not in suite]
         if missing:
             raise ValueError(f"the suite has no samples for the merged tasks {', '.join(missing)}")
         row: list[float | None] = [
-            accuracy(self.task, self.model_for(name), self.task.data(suite[name]), batch_size) for name in self.task_names
+            accuracy(self.task, self.model_for(name), self.task.data(suite[name]), batch_size) if name in wanted else None
+            for name in self.task_names
         ]
         if row:
             self.matrix[-1] = row

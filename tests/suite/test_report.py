@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from mingle import report
+from mingle.report import canvas, plots
 
 TASKS = ["digits", "letters", "rings", "stripes"]
 LAYERS = [f"encoder.layers.{block}.{leaf}" for block in range(2) for leaf in ("self_attn.q_proj", "mlp.fc1")]
@@ -182,7 +183,7 @@ def test_gate_maps_skip_the_task_that_left_no_expert() -> None:
     trace["loss"][1] = []
     gates = np.random.default_rng(1).normal(size=(4, len(LAYERS), 3))  # [tasks, layers, experts]
     trace["gates"] = gates.tolist()
-    figure = report._plot_gates(traces)
+    figure = plots._plot_gates(traces)
     overview, selectivity = (np.asarray(ax.images[0].get_array()) for ax in figure.axes[:2])
     np.testing.assert_allclose(overview, gates.mean(1))
     np.testing.assert_allclose(selectivity[:, 1], gates[2, :, 1] - gates[2][:, [0, 2]].mean(1))
@@ -192,7 +193,7 @@ def test_gate_maps_skip_the_task_that_left_no_expert() -> None:
 
 def test_label_heights_keep_their_distance_and_order() -> None:
     heights = [50.0, 50.2, 80.0, 49.9, 99.5, 99.6]
-    placed = report._spread(heights, 3.0, 0.0, 100.0)
+    placed = canvas.spread(heights, 3.0, 0.0, 100.0)
     assert np.argsort(placed).tolist() == np.argsort(heights).tolist()
     assert np.diff(np.sort(placed)).min() >= 3.0 - 1e-9
     assert placed.min() >= 0
@@ -202,7 +203,7 @@ def test_label_heights_keep_their_distance_and_order() -> None:
 
 
 def test_colours_tell_methods_apart() -> None:
-    assert len(set(report._COLORS.values())) == len(report._COLORS)
+    assert len(set(canvas.COLORS.values())) == len(canvas.COLORS)
 
 
 def test_import_loads_no_matplotlib() -> None:

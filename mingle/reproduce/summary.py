@@ -1,0 +1,78 @@
+"""What the finished cells of a table say together, as plain data: ``table.json``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mingle import storage
+from mingle.files import write_json
+from mingle.report import comparison
+from mingle.reproduce import Entry, Plan
+
+
+def gather(plan: Plan, out: Path) -> dict[str, Any]:
+    """The table as far as its cells are finished.
+
+    Returns:
+        ``table``, ``title``, ``axis`` (the swept quantity or None), ``orders`` (how many were asked for), ``versions`` and ``tables``: per
+        protocol its name, the ``suites`` and ``rows``.  A row has ``label``, ``method``, ``options``, ``series`` and ``value`` (of a
+        sweep) and under ``cells`` and the suite's name: ``acc``, ``bwt`` ({mean, std, values} in per cent and points, over the finished
+        orders; std None for one), ``seconds`` (mean, of merging), ``finished`` (order seeds), ``failed`` (messages) and ``folders``.
+    """
+    protocols: dict[str, dict[str, Any]] = {}
+    for entry in plan.entries:
+        table = protocols.setdefault(entry.protocol, {"protocol": entry.protocol, "suites": [], "rows": {}})
+        if entry.suite not in table["suites"]:
+            table["suites"].append(entry.suite)
+        row = table["rows"].setdefault(entry.row.label, _row(entry))
+        row["cells"][entry.suite] = _cell(entry, out / "cells")
+    return {
+        "table": plan.request.table,
+        "title": plan.table.title,
+        "axis": plan.table.axis,
+        "orders": plan.request.orders,
+        "samples_per_class": plan.request.samples_per_class,
+        "seed": plan.request.seed,
+        "versions": storage.versions(),
+        "tables": [table | {"rows": list(table["rows"].values())} for table in protocols.values()],
+    }
+
+
+def write(plan: Plan, out: Path) -> dict[str, Any]:
+    """Write ``table.json`` and ``table.md`` of the finished cells to `out`; returns what `gather` does."""
+    summary = gather(plan, out)
+    write_json(out / "table.json", summary)
+    (out / "table.md").write_text(comparison.markdown(summary))
+    return summary
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    row = entry.row
+    fixed = dict(row.options) | ({"samples_per_class": row.samples_per_class} if row.samples_per_class else {})
+    return {"label": row.label, "method": row.method, "options": fixed, "series": row.series, "value": row.value, "cells": {}}
+
+
+def _cell(entry: Entry, cells: Path) -> dict[str, Any]:
+    results = {cell.order: result for cell in entry.cells if (result := cell.result(cells)) is not None}
+    measured = {order: result for order, result in results.items() if result["failed"] is None}
+    seconds = [result["seconds"] for result in measured.values()]
+    return {
+        "acc": _spread([result["acc"] for result in measured.values()]),
+        "bwt": _spread([result["bwt"] for result in measured.values()]),
+        "seconds": statistics.fmean(seconds) if seconds else None,
+        "finished": list(measured),
+        "failed": {str(order): result["failed"] for order, result in results.items() if result["failed"] is not None},
+        "folders": [cell.folder_name for cell in entry.cells],
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation, None where there are too few values."""
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": list(values),
+    }
