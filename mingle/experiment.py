@@ -171,7 +171,8 @@ def merge_all(
         name, last = order[index], index + 1 == len(order)
         observer.merging(merger.method.name, number, index, order)
         sequential = merger.method.sequential
-        seeds, expert = suite.seeds(name, whole=sequential), suite.expert(name, order[:index] if sequential else ())
+        seeds = suite.seeds(name, whole=sequential) if merger.method.needs_seeds else None
+        expert = suite.expert(name, order[:index] if sequential else ())
         began = time.perf_counter()
         report = merger.add(name, expert, seeds, on_step=observer.adapting)
         merged = time.perf_counter()

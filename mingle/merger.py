@@ -99,7 +99,8 @@ class Merger:
         Args:
             name: the task's name, new to this merger.
             finetuned_model: a module, a state dict or a local folder; the whole model or its tower alone.
-            seed_data: a few unlabelled samples of the task, for methods that adapt; see the task type for the keys.
+            seed_data: a few unlabelled samples of the task, for methods that adapt (others never look at them); see the task type for
+                the keys.
             on_step: called during adaptation, see `mingle.adapt.adapt_gates`.
 
         Raises:
@@ -109,7 +110,7 @@ class Merger:
         """
         if not name or name in self.task_names:
             raise ValueError(f"task {name!r} is merged already" if name else "a task needs a name")
-        seeds = None if seed_data is None else self.task.data(seed_data)
+        seeds = self.task.data(seed_data) if seed_data is not None and self.method.needs_seeds else None
         if self.method.needs_seeds and not seeds:
             raise ValueError(f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given")
         tuned = self._tower_tensors(name, finetuned_model)
@@ -118,13 +119,13 @@ class Merger:
             index=index,
             name=name,
             tuned=tuned,
-            seeds=seeds if self.method.needs_seeds else None,
+            seeds=seeds,
             teacher=lambda: self._teacher(tuned),
             seed=zlib.crc32(f"{self.seed}/{index}".encode()),
             on_step=on_step,
         )
         report = self.method.add(arrival)
-        self.merged.append(MergedTask(name, len(arrival.seeds) if arrival.seeds else 0, report.skipped, report.notes))
+        self.merged.append(MergedTask(name, len(seeds) if seeds else 0, report.skipped, report.notes))
         self.matrix.append([None] * len(self.merged))
         return report
 

@@ -150,7 +150,9 @@ def _origin(config: Config) -> dict[str, Any]:
 
 
 def _merge_one(merger: Merger, name: str, model: Path, suite: Suite | None, evaluate: bool, observer: Observer) -> None:
-    merger.add(name, model, suite.seeds(name, whole=merger.method.sequential) if suite is not None else None, on_step=observer.adapting)
+    method = merger.method
+    seeds = suite.seeds(name, whole=method.sequential) if suite is not None and method.needs_seeds else None
+    merger.add(name, model, seeds, on_step=observer.adapting)
     if suite is not None and evaluate:
         merger.evaluate(suite, merger.metadata["batch_size"])
 

@@ -6,18 +6,37 @@ only compute new weights from old ones are pure functions behind `WeightMethod`;
 
 from __future__ import annotations
 
+from mingle.methods.adamerging import AdaMerging
 from mingle.methods.average import Average
 from mingle.methods.base import Arrival, MergeMethod, StepReport
+from mingle.methods.consensus_ta import ConsensusTa
+from mingle.methods.magmax import MagMax
 from mingle.methods.mingle_experts import Mingle, MingleLight
 from mingle.methods.mingle_seq import MingleSeq
 from mingle.methods.nufilt import Nufilt
 from mingle.methods.opcm import Opcm
 from mingle.methods.references import Individual, PreTrained
 from mingle.methods.task_arithmetic import TaskArithmetic
+from mingle.methods.ties import Ties
 from mingle.options import nearest
 
 METHODS: dict[str, type[MergeMethod]] = {
-    method.name: method for method in (PreTrained, Individual, Average, TaskArithmetic, Opcm, Nufilt, Mingle, MingleLight, MingleSeq)
+    method.name: method
+    for method in (
+        PreTrained,
+        Individual,
+        Average,
+        TaskArithmetic,
+        Ties,
+        MagMax,
+        ConsensusTa,
+        Opcm,
+        AdaMerging,
+        Nufilt,
+        Mingle,
+        MingleLight,
+        MingleSeq,
+    )
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mingle.adapt import AdaptTrace, StepProgress
+from mingle.task_vector import task_vector
 from mingle.tasks import TaskData, TaskType
 
 Tensors = dict[str, torch.Tensor]
@@ -42,6 +43,16 @@ class Arrival:
     teacher: Callable[[], nn.Module]
     seed: int
     on_step: Callable[[StepProgress], None] | None = None
+
+    def samples(self) -> TaskData:
+        """The seed samples.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self.seeds:
+            raise ValueError(f"task {self.name!r}: this method adapts on seed samples, and none were given")
+        return self.seeds
 
 
 @dataclass
@@ -104,25 +115,28 @@ class MergeMethod(ABC):
         """Make the model the one that serves task `index`; the merged model serves all, so nothing to do."""
 
 
-class WeightMethod(MergeMethod):
-    """A method that is a pure function of weights.
+class PlainMethod(MergeMethod):
+    """A method whose merged model is one plain tower.
 
-    Subclasses give `update`.  Everything is computed on the tower's floating tensors in float32.
+    Attributes:
+        base: as given, but with one entry for tensors that the model ties together, so that none counts twice.
+        merged: the merged tower, under the names of `base`.
+        state: what else the next step needs.
     """
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
-        super().__init__(model, task, base, options)
-        self.merged: Tensors = {name: tensor.clone() for name, tensor in base.items()}
+        first: dict[int, str] = {}
+        tower = model.get_submodule(task.tower)
+        #: every name of a tensor of the tower → the one under which it is kept
+        self.kept_as = {name: first.setdefault(id(tensor), name) for name, tensor in tower.state_dict(keep_vars=True).items()}
+        super().__init__(model, task, {name: base[name] for name in first.values()}, options)
+        self.merged: Tensors = {name: tensor.clone() for name, tensor in self.base.items()}
         self.state: Tensors = {}
 
-    @abstractmethod
-    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        """(new merged tower, new running state) from self.base, self.merged, self.state and the arrival; changes none of them."""
-
-    def add(self, arrival: Arrival) -> StepReport:
-        self.merged, self.state = self.update(arrival)
-        self.tower.load_state_dict(self.merged)
-        return StepReport()
+    def take(self, merged: Tensors, state: Tensors) -> None:
+        """Make `merged` the merged tower and put it into the model."""
+        self.tower.load_state_dict({name: merged[kept] for name, kept in self.kept_as.items()})
+        self.merged, self.state = merged, state
 
     def task_tensors(self, index: int) -> Tensors:
         return {}
@@ -131,9 +145,31 @@ class WeightMethod(MergeMethod):
         return {f"merged/{name}": t for name, t in self.merged.items()} | {f"state/{name}": t for name, t in self.state.items()}
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
-        self.merged = _under("merged/", state)
-        self.state = _under("state/", state)
-        self.tower.load_state_dict(self.merged)
+        self.take(_under("merged/", state), _under("state/", state))
+
+
+class WeightMethod(PlainMethod):
+    """A method that is a pure function of weights.
+
+    Subclasses give `update`.  Everything is computed on the tower's floating tensors in float32.
+    """
+
+    @abstractmethod
+    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
+        """(new merged tower, new running state) from self.base, self.merged, self.state and the arrival; changes none of them."""
+
+    def add(self, arrival: Arrival) -> StepReport:
+        self.take(*self.update(arrival))
+        return StepReport()
+
+    def vectors(self, tuned: Mapping[str, torch.Tensor]) -> tuple[Tensors, Tensors]:
+        """M = merged − θ₀ and Δ_t = θ_t − θ₀."""
+        return task_vector(self.base, self.merged, self.base), task_vector(self.base, tuned, self.base)
+
+
+def shifted(tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor], scaling: float = 1.0) -> Tensors:
+    """tensor + scaling · vector of each name, in the tensor's dtype."""
+    return {name: (tensor + scaling * vectors[name]).to(tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:

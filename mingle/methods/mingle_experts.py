@@ -18,7 +18,7 @@ from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
 from mingle.projection import make_experts
 from mingle.relaxation import RelaxedProjector
 from mingle.task_vector import task_vector
-from mingle.tasks import TaskData, TaskType
+from mingle.tasks import TaskType
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Mingle(MergeMethod):
         layer.set_trainable_gates({"newest": 1, "all": layer.num_experts, "static": 0}[self.options.gates])
 
     def _adapt(self, arrival: Arrival, generator: torch.Generator) -> AdaptTrace:
-        options, seeds = self.options, self._seeds(arrival)
+        options, seeds = self.options, arrival.samples()
         targets = teacher_logits(self.task, arrival.teacher(), seeds, TEACHER_BATCH)
         projector = None
         if options.constraint != "none":
@@ -157,7 +157,7 @@ class Mingle(MergeMethod):
         options = self.options
         if options.constraint == "none" or options.gates == "static" or options.k == 0:
             return self.bases
-        seeds = self._seeds(arrival)
+        seeds = arrival.samples()
         with torch.no_grad(), subspace.input_directions(self.layers) as seen:
             for batch in seeds.batches(TEACHER_BATCH):
                 self.task.logits(self.model, batch)
@@ -167,12 +167,6 @@ class Mingle(MergeMethod):
             report.notes.append(f"the protected directions fill the whole input space of {', '.join(full)}")
             logger.warning("%s: %s", arrival.name, report.notes[-1])
         return bases
-
-    @staticmethod
-    def _seeds(arrival: Arrival) -> TaskData:
-        if not arrival.seeds:
-            raise ValueError(f"task {arrival.name!r}: this method adapts on seed samples, and none were given")
-        return arrival.seeds
 
     def task_tensors(self, index: int) -> Tensors:
         place = self.places[index]

@@ -10,7 +10,7 @@ from torch import nn
 
 from mingle import linalg
 from mingle.layers import MingleLinear
-from mingle.methods.base import Arrival, Tensors, WeightMethod
+from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,5 @@ class Opcm(WeightMethod):
 
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
         linear = {f"{name}.weight" for name, module in self.tower.named_modules() if isinstance(module, nn.Linear | MingleLinear)}
-        vector = {name: self.merged[name] - tensor for name, tensor in self.base.items()}
-        delta = {name: arrival.tuned[name] - tensor for name, tensor in self.base.items()}
-        vector, state = opcm_step(vector, delta, self.state, arrival.index, linear, self.options)
-        return {name: tensor + vector[name] for name, tensor in self.base.items()}, state
+        vector, state = opcm_step(*self.vectors(arrival.tuned), self.state, arrival.index, linear, self.options)
+        return shifted(self.base, vector), state

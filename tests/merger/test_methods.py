@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
 
 import mingle
-from mingle.methods import METHODS, get
+from mingle.methods import METHODS, get, ties
+from mingle.methods.magmax import larger
 from mingle.methods.opcm import split_rank
+
+CONTRACT = {
+    "pre-trained",
+    "individual",
+    "average",
+    "task-arithmetic",
+    "ties",
+    "magmax",
+    "consensus-ta",
+    "opcm",
+    "adamerging",
+    "wemoe",
+    "nufilt",
+    "mingle",
+    "mingle-light",
+    "mingle-seq",
+    "routed",
+}
+DATA_FREE = [name for name, method in METHODS.items() if not method.needs_seeds]
 
 
 def merged_tower(merger):
@@ -41,6 +62,80 @@ def test_task_arithmetic(base_model, tuned_states):
     base, states = wide(base_model.vision_model.state_dict()), [wide(s) for s in tuned_states]
     expected = {k: base[k] + 0.2 * sum(s[k] - base[k] for s in states) for k in base}
     assert_same(run(base_model, "task-arithmetic", tuned_states, scaling=0.2), expected)
+
+
+def plain_ties(M, delta, density):
+    """TIES of two vectors, entry by entry."""
+    kept = []
+    for vector in (M, delta):
+        ranked = sorted((abs(x) for t in vector.values() for x in t.flatten().tolist()), reverse=True)
+        limit = ranked[int(density * len(ranked)) - 1]
+        kept.append({k: torch.where(t.abs() >= limit, t, 0) for k, t in vector.items()})
+    merged = {}
+    for k in M:
+        a, b = kept[0][k], kept[1][k]
+        positive = (a + b) > 0
+        merged[k] = torch.where(positive, a.clamp(min=0) + b.clamp(min=0), a.clamp(max=0) + b.clamp(max=0))
+        merged[k][a + b == 0] = 0
+    return merged
+
+
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_ties(base_model, tuned_states, density):
+    base, states = wide(base_model.vision_model.state_dict()), [wide(s) for s in tuned_states]
+    M = {k: torch.zeros_like(v) for k, v in base.items()}
+    for t, state in enumerate(states):
+        delta = {k: state[k] - base[k] for k in base}
+        v = delta if t == 0 else plain_ties(M, delta, density)
+        M = {k: M[k] + 0.3 * v[k] for k in base}
+    assert_same(run(base_model, "ties", tuned_states, density=density), {k: base[k] + M[k] for k in base})
+
+
+def test_ties_keeps_all_of_equal_magnitude_and_drops_what_cancels():
+    first = {"a": torch.tensor([3.0, -2.0, 2.0, 1.0, 0.0]), "b": torch.tensor([4.0, -1.0, 0.5, 0.0, 0.0])}
+    second = {"a": torch.tensor([-3.0, -5.0, 1.0, 1.0, 0.0]), "b": torch.tensor([6.0, 0.0, 0.0, 0.0, 0.0])}
+    assert ties.trim_threshold(first, 0.3) == 2
+    assert ties.trim_threshold(first, 0.05) == math.inf
+    merged = ties.ties(first, second, 0.3)  # first keeps |x| >= 2, four of them; second keeps |x| >= 3
+    assert merged["a"].tolist() == [0, -7, 2, 0, 0]
+    assert merged["b"].tolist() == [10, 0, 0, 0, 0]
+
+
+def test_magmax(base_model, tuned_states):
+    base, states = wide(base_model.vision_model.state_dict()), [wide(s) for s in tuned_states]
+    expected = {}
+    for k, b in base.items():
+        deltas = torch.stack([s[k] - b for s in states])
+        expected[k] = b + 0.5 * deltas.gather(0, deltas.abs().argmax(0, keepdim=True))[0]
+    assert_same(run(base_model, "magmax", tuned_states), expected)
+
+
+def test_magmax_keeps_the_older_of_two_equally_large_entries():
+    first, second = {"a": torch.tensor([1.0, -2.0, 0.0])}, {"a": torch.tensor([-1.0, 3.0, 0.0])}
+    assert larger(first, second)["a"].tolist() == [1, 3, 0]
+
+
+@pytest.mark.parametrize(("masks", "min_masks"), [("newest", 1), ("newest", 2), ("all", 2), ("all", 3)])
+def test_consensus_ta(base_model, tuned_states, masks, min_masks):
+    base, states = wide(base_model.vision_model.state_dict()), [wide(s) for s in tuned_states]
+    options = dict(scaling=0.5, threshold=0.9, masks=masks, min_masks=min_masks)
+    merged = run(base_model, "consensus-ta", tuned_states, **options)
+    for k, b in base.items():
+        theta, active = b, [torch.ones_like(b)]
+        for t, state in enumerate(states):
+            M, delta = theta - b, state[k] - b
+            if t == 0:
+                theta = theta + 0.5 * delta
+                continue
+            mask = (delta.abs() > 0.9 * (b + M + delta - state[k]).abs()).double()
+            active = [*active, mask] if masks == "all" else [active[0], mask]
+            theta = theta + 0.5 * (sum(active) >= min_masks) * (M + delta)
+        assert (merged[k] - theta).norm() <= 2e-6 * theta.norm(), k
+
+
+def test_consensus_ta_masks_of_the_newest_task_and_of_all_differ(base_model, tuned_states):
+    of = [run(base_model, "consensus-ta", tuned_states, scaling=0.5, threshold=0.9, masks=masks) for masks in ("newest", "all")]
+    assert any(not torch.equal(of[0][k], of[1][k]) for k in of[0])
 
 
 @pytest.mark.parametrize("drop_diagonal", [False, True])
@@ -79,6 +174,48 @@ def test_opcm_split_rank():
     assert split_rank(torch.ones(4), 0.5) == 2
 
 
+@pytest.mark.parametrize("method", DATA_FREE)
+def test_a_task_equal_to_the_base_and_an_interruption(base_model, tuned_states, method, tmp_path):
+    """The same bits whether the merge stops after two tasks, one of them equal to the base, or not; all of them finite."""
+    arrivals = [tuned_states[0], base_model.vision_model.state_dict(), tuned_states[1]]
+    whole = run(base_model, method, arrivals)
+    assert all(tensor.isfinite().all() for tensor in whole.values())
+    merger = mingle.Merger(base_model, method)
+    for i in range(2):
+        merger.add(f"task{i}", arrivals[i])
+    merger.save_pretrained(tmp_path)
+    merger = mingle.Merger.from_pretrained(tmp_path)
+    merger.add("task2", arrivals[2])
+    assert_same(merged_tower(merger), whole, tolerance=0)
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "ties", "magmax", "consensus-ta", "nufilt"])
+def test_a_first_task_equal_to_the_base_leaves_the_base(base_model, method):
+    base = base_model.vision_model.state_dict()
+    assert_same(run(base_model, method, [base]), wide(base), tolerance=0)
+
+
+class Untouchable(Mapping):
+    """Seed samples that nobody may look at."""
+
+    def __getitem__(self, name):
+        raise AssertionError(f"{name} was read")
+
+    def __iter__(self):
+        raise AssertionError("the names were read")
+
+    def __len__(self):
+        raise AssertionError("the length was read")
+
+
+@pytest.mark.parametrize("method", DATA_FREE)
+def test_methods_without_data_never_touch_seeds(base_model, tuned_states, method):
+    merger = mingle.Merger(base_model, method)
+    for i in range(2):
+        merger.add(f"task{i}", tuned_states[i], Untouchable())
+    assert merger.merged[1].seed_samples == 0
+
+
 def test_reference_rows(base_model, tuned_states):
     base = wide(base_model.vision_model.state_dict())
     assert_same(run(base_model, "pre-trained", tuned_states), base, tolerance=0)
@@ -91,17 +228,8 @@ def test_reference_rows(base_model, tuned_states):
 
 
 def test_unknown_names_and_options_are_refused_with_the_nearest_known_one(base_model):
-    assert set(METHODS) == {
-        "pre-trained",
-        "individual",
-        "average",
-        "task-arithmetic",
-        "opcm",
-        "nufilt",
-        "mingle",
-        "mingle-light",
-        "mingle-seq",
-    }
+    assert set(METHODS) <= CONTRACT
+    assert all(method.name == name for name, method in METHODS.items())
     with pytest.raises(ValueError, match="unknown method 'minge'; did you mean 'mingle'"):
         get("minge")
     with pytest.raises(ValueError, match="unknown option 'gama'; did you mean 'gamma'"):
@@ -110,3 +238,6 @@ def test_unknown_names_and_options_are_refused_with_the_nearest_known_one(base_m
         mingle.Merger(base_model, "mingle", rank="many")
     with pytest.raises(ValueError, match="rank=0"):
         mingle.Merger(base_model, "mingle", rank=0)
+    for method, option in (("ties", "density"), ("magmax", "scaling"), ("consensus-ta", "min_masks"), ("adamerging", "batch_size")):
+        with pytest.raises(ValueError, match=f"method '{method}': {option}=0"):
+            mingle.Merger(base_model, method, **{option: 0})

@@ -1,0 +1,126 @@
+"""Continual layer-wise AdaMerging (Yang et al., 2024): a learnt coefficient for every tensor of a task vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mingle.adapt import PATIENCE, AdaptationDiverged, AdaptTrace, StepProgress, entropy_loss, shuffled_batches
+from mingle.methods.base import Arrival, PlainMethod, StepReport, Tensors
+from mingle.task_vector import task_vector
+from mingle.tasks import TaskData, TaskType
+
+
+@dataclass(frozen=True)
+class AdaMergingOptions:
+    """init: every coefficient's initial value; steps of Adam at learning rate lr over batches of batch_size seed samples."""
+
+    init: float = 0.3
+    steps: int = 50
+    lr: float = 1e-4
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.init <= 1:
+            raise ValueError(f"init={self.init}: expected a value in [0, 1]")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: expected a positive integer")
+        for name in ("steps", "lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a value >= 0")
+
+
+class _Entropy(nn.Module):
+    """The loss of a batch as the forward pass of a module, of which `functional_call` can replace the model's weights."""
+
+    def __init__(self, task: TaskType, model: nn.Module) -> None:
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, batch: TaskData) -> Tensor:
+        return entropy_loss(self.task.logits(self.model, batch))
+
+
+def combined(merged: Mapping[str, Tensor], delta: Mapping[str, Tensor], coefficients: Tensor) -> Tensors:
+    """θ + c_n Δ_n for the n-th tensor, in θ's dtype; coefficients [number of tensors]."""
+    return {name: (tensor + c * delta[name]).to(tensor) for (name, tensor), c in zip(merged.items(), coefficients, strict=True)}
+
+
+def learn_coefficients(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    coefficients: Tensor,
+    count: int,
+    options: AdaMergingOptions,
+    generator: torch.Generator,
+    on_step: Callable[[StepProgress], None] | None = None,
+) -> tuple[Tensor, AdaptTrace]:
+    """Minimise a loss over coefficients in [0, 1] with Adam.
+
+    Coefficients that a step takes out of the interval are put back to its end.  (Clamping them in the forward pass instead would leave
+    them without a gradient for ever.)
+
+    Args:
+        loss: of (coefficients, the indices of a batch of samples).
+        coefficients: where to begin.
+        count: how many samples there are.
+        options: optimizer settings.
+        generator: draws the batches.
+        on_step: called after every step.
+
+    Raises:
+        AdaptationDiverged: the loss or its gradient was not finite for three steps in a row; a single such step is left out.
+    """
+    learnt = coefficients.clone().requires_grad_()
+    optimizer = torch.optim.Adam([learnt], options.lr)
+    trace, bad_steps = AdaptTrace(), 0
+    for done, index in zip(range(1, options.steps + 1), shuffled_batches(count, options.batch_size, generator), strict=False):
+        value = loss(learnt, index)
+        (learnt.grad,) = torch.autograd.grad(value, learnt)
+        trace.loss.append(value.item())
+        if value.isfinite() and learnt.grad.isfinite().all():
+            bad_steps = 0
+            optimizer.step()
+            with torch.no_grad():
+                learnt.clamp_(0, 1)
+        else:
+            bad_steps += 1
+            if bad_steps == PATIENCE:
+                raise AdaptationDiverged(f"the loss or its gradient was not finite for {PATIENCE} steps, last at step {done}")
+        if on_step is not None:
+            on_step(StepProgress(done, options.steps, trace.loss[-1], None, None))
+    return learnt.detach(), trace
+
+
+class AdaMerging(PlainMethod):
+    """θ_t = θ_{t−1} + c_n Δ_n for every tensor n; the coefficients c minimise the entropy of the merged model's answers to the seeds.
+
+    Tensors that the model ties together have one coefficient.  With each task only its own coefficients are learnt; those of earlier
+    tasks are in θ_{t−1}, as the earlier models are gone.
+    """
+
+    name = "adamerging"
+    Options = AdaMergingOptions
+    needs_seeds = True
+
+    def add(self, arrival: Arrival) -> StepReport:
+        delta = task_vector(self.base, arrival.tuned, self.base)
+        if not any(tensor.any() for tensor in delta.values()):
+            return StepReport(skipped=f"{arrival.name}: no different from the base, nothing was merged")
+        device = next(iter(self.base.values())).device
+        entropy, seeds = _Entropy(self.task, self.model), arrival.samples().to(device)
+        places = {name: ".".join(filter(None, ("model", self.task.tower, name))) for name in self.merged}
+
+        def loss(coefficients: Tensor, index: Tensor) -> Tensor:
+            weights = combined(self.merged, delta, coefficients)
+            value: Tensor = functional_call(entropy, {places[name]: w for name, w in weights.items()}, (seeds.select(index.to(device)),))
+            return value
+
+        start = torch.full((len(delta),), self.options.init, device=device)
+        generator = torch.Generator().manual_seed(arrival.seed)
+        coefficients, trace = learn_coefficients(loss, start, len(seeds), self.options, generator, arrival.on_step)
+        self.take(combined(self.merged, delta, coefficients), {})
+        return StepReport(trace=trace)
