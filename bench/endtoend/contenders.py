@@ -23,7 +23,7 @@ from mingle.bench.peers.published import Published
 from mingle.evaluate import accuracy
 from mingle.layers import GATE_INIT_STD, LowRankExpert
 from mingle.merger import MergedTask, Merger
-from mingle.methods import mingle_experts
+from mingle.methods import gated, mingle_experts
 from mingle.methods.mingle_experts import Mingle, MingleOptions
 from mingle.task_vector import task_vector
 from mingle.tasks import TaskData
@@ -136,7 +136,7 @@ class Ours:
                 replace(mingle_experts, "make_experts", lambda *_, **__: given)
             for owner, name, stage in (
                 (Merger, "_tower_tensors", "load"),
-                (mingle_experts, "task_vector", "load"),
+                (gated, "task_vector", "load"),
                 (mingle_experts, "make_experts", "decompose"),
                 (projection, "project_out_experts", "project"),
                 (Mingle, "_adapt", "adapt"),

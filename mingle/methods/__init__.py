@@ -1,7 +1,7 @@
 """The merging methods, by the names under which they are published and reported.
 
 A method takes in one fine-tuned model after another through `MergeMethod.add` and leaves the merged weights in the model.  Those that
-only compute new weights from old ones are pure functions behind `WeightMethod`; those that add gated experts are in `mingle_experts`.
+only compute new weights from old ones are pure functions behind `WeightMethod`; those that add gated experts are `GatedMethod`s.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mingle.methods.opcm import Opcm
 from mingle.methods.references import Individual, PreTrained
 from mingle.methods.task_arithmetic import TaskArithmetic
 from mingle.methods.ties import Ties
+from mingle.methods.wemoe import Wemoe
 from mingle.options import nearest
 
 METHODS: dict[str, type[MergeMethod]] = {
@@ -32,6 +33,7 @@ METHODS: dict[str, type[MergeMethod]] = {
         ConsensusTa,
         Opcm,
         AdaMerging,
+        Wemoe,
         Nufilt,
         Mingle,
         MingleLight,

@@ -12,18 +12,14 @@ from torch import nn
 
 from mingle import subspace
 from mingle.adapt import TEACHER_BATCH, AdaptConfig, AdaptTrace, adapt_gates, teacher_logits
-from mingle.inject import inject
-from mingle.layers import GATE_INIT_STD, MingleLinear
-from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
+from mingle.layers import GATE_INIT_STD
+from mingle.methods.base import Arrival, StepReport, Tensors
+from mingle.methods.gated import GatedMethod
 from mingle.projection import make_experts
 from mingle.relaxation import RelaxedProjector
-from mingle.task_vector import task_vector
 from mingle.tasks import TaskType
 
 logger = logging.getLogger(__name__)
-
-#: what one task leaves in a layer
-_LAYER_TENSORS = ("A", "B", "gate_weight", "gate_bias", "basis")
 
 
 @dataclass(frozen=True)
@@ -77,55 +73,31 @@ class MingleOptions:
             raise ValueError(f"beta={self.beta}: expected a value in [0, 1)")
 
 
-class Mingle(MergeMethod):
+class Mingle(GatedMethod):
     """One gated expert per task and target layer; biases, norms and embeddings stay those of the base."""
 
     name = "mingle"
     Options = MingleOptions
-    needs_seeds = True
     layer_set: ClassVar[str] = "full"
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
-        targets = options.layers or task.layer_sets[self.layer_set]
-        model.requires_grad_(False)
-        self.layers: dict[str, MingleLinear] = inject(self.tower, targets, options.reduce, backend=options.backend)
         self.bases: Tensors = {name: layer.gate_weight.new_empty(layer.in_features, 0) for name, layer in self.layers.items()}
         #: per task, how many basis columns each layer had before it
         self.offsets: list[dict[str, int]] = []
-        #: per task, its place among the experts, or None where it was skipped
-        self.places: list[int | None] = []
 
     def add(self, arrival: Arrival) -> StepReport:
-        deltas = task_vector(self.start(), arrival.tuned, [f"{name}.weight" for name in self.layers])
-        if not any(delta.any() for delta in deltas.values()):
-            self._count(merged=False)
-            return StepReport(skipped=f"{arrival.name}: no target layer differs from the model it started from, no expert was added")
-        before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
-        try:
-            report, bases = self._merge(arrival, deltas)
-        except BaseException:
-            for name, parameters in before.items():
-                for key, parameter in parameters.items():
-                    setattr(self.layers[name], key, parameter)
-            raise
-        self._count(merged=True)
-        self.bases = bases
+        before = self._widths()
+        report = super().add(arrival)
+        self.offsets.append(before)
         return report
 
-    def start(self) -> Mapping[str, torch.Tensor]:
-        """The tower that the next model is compared with: what fine-tuning changed in it becomes an expert."""
-        return self.base
+    def _widths(self) -> dict[str, int]:
+        return {name: basis.shape[1] for name, basis in self.bases.items()}
 
-    def _count(self, *, merged: bool) -> None:
-        """Note one more task, before its directions join the bases."""
-        self.offsets.append({name: basis.shape[1] for name, basis in self.bases.items()})
-        self.places.append(sum(place is not None for place in self.places) if merged else None)
-
-    def _merge(self, arrival: Arrival, deltas: Tensors) -> tuple[StepReport, Tensors]:
+    def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
         options, report = self.options, StepReport()
         generator = torch.Generator().manual_seed(arrival.seed)
-        deltas = {name: deltas[f"{name}.weight"] for name in self.layers}
         earlier = {name: layer.experts() for name, layer in self.layers.items()}
         experts = make_experts(deltas, earlier, options.rank, drop_diagonal=options.drop_diagonal)
         for name, layer in self.layers.items():
@@ -133,12 +105,14 @@ class Mingle(MergeMethod):
             if options.gates != "static" and options.gate_init == "normal":
                 gate.normal_(std=GATE_INIT_STD, generator=generator)
             bias = options.static_coefficient if options.gates == "static" else 0.0
-            self._append(layer, experts[name].A.to(layer.weight), experts[name].B.to(layer.weight), gate, bias)
+            self._append(name, experts[name].A.to(layer.weight), experts[name].B.to(layer.weight), gate, bias)
         if options.gates != "static":
             report.trace = self._adapt(arrival, generator)
-        return report, self._protect(arrival, report)
+        self.bases = self._protect(arrival, report)
+        return report
 
-    def _append(self, layer: MingleLinear, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor) -> None:
+    def _append(self, name: str, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor) -> None:
+        layer = self.layers[name]
         layer.add_expert(A, B, gate_weight=gate, gate_bias=bias)
         layer.set_trainable_gates({"newest": 1, "all": layer.num_experts, "static": 0}[self.options.gates])
 
@@ -169,30 +143,18 @@ class Mingle(MergeMethod):
         return bases
 
     def task_tensors(self, index: int) -> Tensors:
-        place = self.places[index]
-        if place is None:
-            return {}
-        tensors: Tensors = {}
-        for name, layer in self.layers.items():
-            first = self.offsets[index][name]
+        tensors = super().task_tensors(index)
+        for name in self.layers if tensors else ():
             last = self.offsets[index + 1][name] if index + 1 < len(self.offsets) else None
-            weight, bias = layer.all_gates()
-            values = (layer.A[place], layer.B[place], weight[place], bias[place], self.bases[name][:, first:last])
-            tensors |= {f"{name}.{key}": value.detach() for key, value in zip(_LAYER_TENSORS, values, strict=True)}
+            tensors[f"{name}.basis"] = self.bases[name][:, self.offsets[index][name] : last]
         return tensors
 
-    def state_tensors(self) -> Tensors:
-        return {}
-
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+        super().restore(tasks, state)
         for tensors in tasks:
-            self._count(merged=bool(tensors))
-            if not tensors:
-                continue
-            for name, layer in self.layers.items():
-                A, B, weight, bias, basis = (tensors[f"{name}.{key}"] for key in _LAYER_TENSORS)
-                self._append(layer, A, B, weight, bias)
-                self.bases[name] = torch.cat([self.bases[name], basis], 1)
+            self.offsets.append(self._widths())
+            for name in self.layers if tensors else ():
+                self.bases[name] = torch.cat([self.bases[name], tensors[f"{name}.basis"]], 1)
 
 
 class MingleLight(Mingle):

@@ -13,7 +13,7 @@ from mingle import linalg
 from mingle.inject import find_targets
 from mingle.linalg.arithmetic import buckets, ieee, product, stacked
 from mingle.linalg.sketch import gaussian
-from mingle.methods.base import Arrival, Tensors, WeightMethod
+from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
 from mingle.task_vector import task_vector
 from mingle.tasks import TaskType
 
@@ -138,4 +138,4 @@ class Nufilt(WeightMethod):
         deltas = task_vector(self.base, arrival.tuned, self.targets)
         merged = task_vector(self.base, self.merged, self.targets)
         added = updates(deltas, merged, self.options, arrival.seed)
-        return self.merged | {name: (self.merged[name] + part).to(self.merged[name]) for name, part in added.items()}, {}
+        return self.merged | shifted({name: self.merged[name] for name in added}, added), {}

@@ -31,6 +31,8 @@ class ClipTask:
         "full": (*_ATTENTION, "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
         "light": (*_ATTENTION, "mlp.fc1"),
         "nufilt": (*_ATTENTION, "self_attn.out_proj", "mlp.fc1"),
+        "attention": (*_ATTENTION, "self_attn.out_proj"),
+        "mlp": ("mlp.fc1", "mlp.fc2"),
     }
 
     def skeleton(self, folder: str | Path) -> nn.Module:

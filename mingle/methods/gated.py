@@ -1,0 +1,90 @@
+"""What all methods share that leave a gated low-rank expert per task and layer in the model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from mingle.inject import inject
+from mingle.layers import MingleLinear
+from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
+from mingle.task_vector import task_vector
+from mingle.tasks import TaskType
+
+#: what one task leaves in a layer
+EXPERT_TENSORS = ("A", "B", "gate_weight", "gate_bias")
+
+
+class GatedMethod(MergeMethod):
+    """One gated expert per task and target layer.
+
+    Subclasses say how experts and gates are made.  Their `Options` have ``layers``, ``reduce`` and ``backend``.
+    """
+
+    needs_seeds = True
+    #: the target layers where the options name none
+    layer_set: ClassVar[str]
+
+    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
+        super().__init__(model, task, base, options)
+        targets = options.layers or task.layer_sets[self.layer_set]
+        model.requires_grad_(False)
+        self.layers: dict[str, MingleLinear] = inject(self.tower, targets, options.reduce, backend=options.backend)
+        #: per task, its place among the experts, or None where it was skipped
+        self.places: list[int | None] = []
+
+    def add(self, arrival: Arrival) -> StepReport:
+        deltas = task_vector(self.start(), arrival.tuned, [f"{name}.weight" for name in self.layers])
+        if not any(delta.any() for delta in deltas.values()):
+            self._count(merged=False)
+            return StepReport(skipped=f"{arrival.name}: no target layer differs from the model it started from, no expert was added")
+        before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
+        try:
+            report = self._merge(arrival, {name: deltas[f"{name}.weight"] for name in self.layers})
+        except BaseException:
+            for name, parameters in before.items():
+                for key, parameter in parameters.items():
+                    setattr(self.layers[name], key, parameter)
+            raise
+        self._count(merged=True)
+        return report
+
+    def start(self) -> Mapping[str, torch.Tensor]:
+        """The tower that the next model is compared with: what fine-tuning changed in it becomes an expert."""
+        return self.base
+
+    @abstractmethod
+    def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
+        """Give every layer an expert from its Δ, and adapt.  Where it raises, `add` puts the layers back; all else is as before."""
+
+    @abstractmethod
+    def _append(self, name: str, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor) -> None:
+        """Give the layer an expert, and say which of its gates train from now on."""
+
+    def _count(self, *, merged: bool) -> None:
+        """Note one more task."""
+        self.places.append(sum(place is not None for place in self.places) if merged else None)
+
+    def task_tensors(self, index: int) -> Tensors:
+        place = self.places[index]
+        if place is None:
+            return {}
+        tensors: Tensors = {}
+        for name, layer in self.layers.items():
+            weight, bias = layer.all_gates()
+            values = (layer.A[place], layer.B[place], weight[place], bias[place])
+            tensors |= {f"{name}.{key}": value.detach() for key, value in zip(EXPERT_TENSORS, values, strict=True)}
+        return tensors
+
+    def state_tensors(self) -> Tensors:
+        return {}
+
+    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+        for tensors in tasks:
+            self._count(merged=bool(tensors))
+            for name in self.layers if tensors else ():
+                self._append(name, *(tensors[f"{name}.{key}"] for key in EXPERT_TENSORS))
