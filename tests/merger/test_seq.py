@@ -83,5 +83,6 @@ def test_a_run_asks_for_chains_and_whole_training_data(base_model, tuned_states,
     list(merge_all(merger, suite, NAMES, Observer(), 0))
     expected = []
     for i, name in enumerate(NAMES):
-        expected += [("seeds", name, True), ("expert", name, tuple(NAMES[:i]))] if sequential else [("expert", name, ())]
+        expected += [("seeds", name, sequential)] if method != "average" else []
+        expected.append(("expert", name, tuple(NAMES[:i]) if sequential else ()))
     assert asked == expected
