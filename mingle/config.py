@@ -12,6 +12,8 @@ gate: {k: 3, gamma: 1.0, beta: 0.99, reduce: sample}
 adapt: {steps: 50, lr: 1.0e-4, batch_size: 16, samples_per_class: 5, temperature: 2.0, protocol: strict}
 eval: {suite: images/, every_step: true, batch_size: 128}
 options: {constraint: hard}               # anything else the method takes
+
+What the file does not say about the method is as published for so many tasks, see `mingle.methods.published`.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Gate:
-    """Options of the gates; None leaves the method's default."""
+    """Options of the gates; None leaves the published setting."""
 
     k: int | None = None
     gamma: float | None = None
@@ -57,7 +59,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Adapt:
-    """Options of the adaptation; None leaves the method's default."""
+    """Options of the adaptation; None leaves the published setting."""
 
     steps: int | None = None
     lr: float | None = None

@@ -56,9 +56,10 @@ class Experiment:
 
 
 def options_for(method: str, suite: Suite, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The suite's settings, its protocol's gates and then `options`, as far as the method knows them."""
+    """The published settings, over them the suite's own, its protocol's gates and then `options`, as far as the method knows them."""
     known = {f.name for f in fields(methods.get(method).Options)}
-    settings = suite.settings | {"reduce": PROTOCOLS[suite.request.protocol]} | dict(options)
+    settings = methods.published(method, suite.task_type, len(suite)) | suite.settings
+    settings |= {"reduce": PROTOCOLS[suite.request.protocol]} | dict(options)
     return {name: value for name, value in settings.items() if name in known}
 
 

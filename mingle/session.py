@@ -64,7 +64,7 @@ class Plan:
             if found != storage.state_hash(merger.base):
                 raise CheckpointError(f"{folder}: was begun with another base model than {self.base}")
             return merger
-        merger = Merger(self.base, self.config.method, "clip", **self.config.method_options())
+        merger = Merger(self.base, self.config.method, "clip", **_options(self.config, "clip"))
         merger.metadata = _origin(self.config)
         return merger
 
@@ -131,7 +131,7 @@ def _check_folder(folder: Path, config: Config, order: list[str]) -> None:
             raise CheckpointError(f"{folder}: not empty, and not a merge that could be resumed")
         return
     manifest = storage.load(folder).manifest
-    options = asdict(build(methods.get(config.method).Options, config.method_options(), "options"))
+    options = asdict(build(methods.get(config.method).Options, _options(config, "clip"), "options"))
     wanted: dict[str, Any] = {"method": config.method, "metadata": _origin(config)} | {f"option {k}": v for k, v in options.items()}
     found: dict[str, Any] = {"method": manifest["method"], "metadata": manifest["metadata"]} | {
         f"option {k}": tuple(v) if isinstance(v, list) else v for k, v in manifest["options"].items()
@@ -142,6 +142,11 @@ def _check_folder(folder: Path, config: Config, order: list[str]) -> None:
         differing.append(f"tasks: {', '.join(merged)} there, the order is now {', '.join(order)}")
     if differing:
         raise CheckpointError(f"{folder}: holds another merge, which this one cannot resume; {'; '.join(differing)}")
+
+
+def _options(config: Config, task_type: str) -> dict[str, Any]:
+    """The method's published settings for so many tasks, and over them what the config says."""
+    return methods.published(config.method, task_type, len(config.experts)) | config.method_options()
 
 
 def _origin(config: Config) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mingle.methods.mingle_experts import Mingle, MingleLight
 from mingle.methods.mingle_seq import MingleSeq
 from mingle.methods.nufilt import Nufilt
 from mingle.methods.opcm import Opcm
+from mingle.methods.published import published
 from mingle.methods.references import Individual, PreTrained
 from mingle.methods.task_arithmetic import TaskArithmetic
 from mingle.methods.ties import Ties
@@ -53,4 +54,4 @@ def get(name: str) -> type[MergeMethod]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Arrival", "MergeMethod", "StepReport", "get"]
+__all__ = ["METHODS", "Arrival", "MergeMethod", "StepReport", "get", "published"]
