@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
-from mingle.report import comparison
+from mingle.report import comparison, sweeps
 from mingle.report.numbers import REFERENCES
 from mingle.report.plots import write_plots
 from mingle.report.tables import markdown_table, table, write_csv
 
-__all__ = ["REFERENCES", "comparison", "markdown_table", "table", "write_csv", "write_plots"]
+__all__ = ["REFERENCES", "comparison", "markdown_table", "sweeps", "table", "write_csv", "write_plots"]

@@ -91,13 +91,25 @@ def plan(request: Request) -> Plan:
     entries = []
     for protocol, name in itertools.product(dict.fromkeys(request.protocols), dict.fromkeys(names)):
         suite = suites.load(name, protocol=protocol, samples_per_class=request.samples_per_class, seed=request.seed)
-        chosen = request.methods or table.methods()
-        for method in chosen:
-            methods.get(method)
+        chosen = _methods(request, table, suite)
         rows = table.rows(suite, chosen)
         _refuse_idle(request, rows)
         entries += [Entry(row, protocol, name, _cells(request, row, suite)) for row in rows]
     return Plan(request, table, tuple(entries))
+
+
+def _methods(request: Request, table: Table, suite: Suite) -> tuple[str, ...]:
+    """The methods asked for, or the table's own as far as the suite can run them."""
+    chosen = request.methods or table.methods()
+    sequential = {method for method in chosen if methods.get(method).sequential}
+    try:
+        if sequential:
+            suite.check_sequential()
+    except OptionError:
+        if request.methods:
+            raise
+        return tuple(method for method in chosen if method not in sequential)
+    return chosen
 
 
 def _refuse_idle(request: Request, rows: Sequence[Row]) -> None:
@@ -131,11 +143,7 @@ def run(plan: Plan, out: Path, observer: Observer | None = None, *, device: torc
 
     @lru_cache(maxsize=2)  # neighbouring cells share a suite, and its samples may be large
     def suite(name: str, protocol: str, samples_per_class: int, seed: int) -> Suite:
-        loaded = suites.load(name, protocol=protocol, samples_per_class=samples_per_class, seed=seed, on_training=observer.training)
-        with lock(folder, wait=True):  # experts that do not ship are trained once, and before anything is timed
-            for task in loaded:
-                loaded.expert(task)
-        return loaded
+        return suites.load(name, protocol=protocol, samples_per_class=samples_per_class, seed=seed, on_training=observer.training)
 
     waiting = plan.cells
     while waiting:
@@ -147,6 +155,8 @@ def run(plan: Plan, out: Path, observer: Observer | None = None, *, device: torc
                 with lock(own):
                     if cell.result(folder) is None:
                         loaded = suite(cell.suite, cell.protocol, cell.samples_per_class, cell.seed)
+                        with lock(folder, wait=True):  # experts that do not ship are trained once, and before anything is timed
+                            cell.prepare(loaded)
                         cell.run(loaded, folder, observer, device, keep_model=keep_models)
             except Locked:
                 held.append(cell)

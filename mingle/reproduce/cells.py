@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mingle import storage
+from mingle import methods, storage
 from mingle.adapt import AdaptationDiverged, AdaptTrace
 from mingle.config import shuffled
 from mingle.experiment import FIRST_ORDER_SEED, Observer, Step, merge_all, origin, trace_of
@@ -58,6 +58,12 @@ class Cell:
         path = cells / self.folder_name / RESULT
         return read_json(path) if path.exists() else None
 
+    def prepare(self, suite: Suite) -> None:
+        """Have every fine-tuned model in its place."""
+        order, sequential = shuffled(list(suite), self.order), methods.get(self.method).sequential
+        for index, task in enumerate(order):
+            suite.expert(task, order[:index] if sequential else ())
+
     def run(self, suite: Suite, cells: Path, observer: Observer, device: torch.device, *, keep_model: bool) -> None:
         """Merge what is not merged yet, saving after every task, and write the result; the caller holds the folder's lock.
 
@@ -94,7 +100,7 @@ class Cell:
         }
         write_json(folder / RESULT, _finite(record))
         observer.merged(self.method, self.order - FIRST_ORDER_SEED, result)
-        if not keep_model:
+        if not keep_model and saved.exists():
             shutil.rmtree(saved)
 
     def _begin(self, suite: Suite, saved: Path, device: torch.device) -> Merger:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mingle import storage
-from mingle.files import write_json
-from mingle.report import comparison
+from mingle.files import read_json, write_json
+from mingle.report import comparison, sweeps
 from mingle.reproduce import Entry, Plan
+from mingle.reproduce.cells import TRACE
 
 
 def gather(plan: Plan, out: Path) -> dict[str, Any]:
@@ -42,11 +43,22 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def write(plan: Plan, out: Path) -> dict[str, Any]:
-    """Write ``table.json`` and ``table.md`` of the finished cells to `out`; returns what `gather` does."""
-    summary = gather(plan, out)
+    """Write ``table.json``, ``table.md`` and the plots of the finished cells to `out`; returns what `gather` does."""
+    summary, traces = gather(plan, out), _traces(plan, out / "cells")
     write_json(out / "table.json", summary)
     (out / "table.md").write_text(comparison.markdown(summary))
+    sweeps.write_plots(summary, traces, out)
     return summary
+
+
+def _traces(plan: Plan, cells: Path) -> dict[str, Any]:
+    """Protocol → suite → row label → what the adaptations of the first order did, where they did and their cell is finished."""
+    traces: dict[str, Any] = {}
+    for entry in plan.entries:
+        path = cells / entry.cells[0].folder_name / TRACE
+        if path.exists():
+            traces.setdefault(entry.protocol, {}).setdefault(entry.suite, {})[entry.row.label] = read_json(path)
+    return traces
 
 
 def _row(entry: Entry) -> dict[str, Any]:
