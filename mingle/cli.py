@@ -1,4 +1,4 @@
-"""The command line: ``python -m mingle demo | reproduce | check | merge | add | eval | inspect | report | bench | env``."""
+"""The command line: ``python -m mingle demo | reproduce | check | merge | add | eval | inspect | export | report | bench | env``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from mingle import experiment as experiments
 from mingle import report, reproduce, session, storage
 from mingle.adapt import AdaptationDiverged, StepProgress
 from mingle.evaluate import Result
+from mingle.merger import Merger
 from mingle.methods import METHODS
 from mingle.options import OptionError
 from mingle.reproduce import summary
@@ -102,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a merged model's folder holds")
     inspect.add_argument("folder", type=Path)
     inspect.set_defaults(run=_inspect)
+
+    export = commands.add_parser("export", help="a merged model as a plain Hugging Face folder, which transformers loads")
+    export.add_argument("folder", type=Path, help="what merge wrote")
+    export.add_argument("--out", type=Path, required=True, help="a new folder")
+    export.add_argument("--task", help="whose model, for the method individual")
+    export.set_defaults(run=_export)
 
     again = commands.add_parser("report", help="table and plots of a run folder, made again")
     again.add_argument("folder", type=Path, help="what demo wrote")
@@ -221,6 +228,11 @@ def _inspect(args: argparse.Namespace) -> None:
         table.add_row(task["name"], str(task["seed_samples"]), *(_percent(m) for m in measured), f"{size:,}", notes)
     console.print(table)
     console.print(f"base SHA-256 {manifest['base']['sha256'][:16]}…, options {json.dumps(manifest['options'])}", soft_wrap=True)
+
+
+def _export(args: argparse.Namespace) -> None:
+    Merger.from_pretrained(args.folder).export(args.out, args.task)
+    console.print(f"plain model: [bold]{args.out}[/]")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle import methods, storage, tasks
+from mingle import export, methods, storage, tasks
 from mingle.adapt import StepProgress
 from mingle.checkpoint import CheckpointReader
 from mingle.evaluate import Result, accuracy
@@ -189,6 +189,28 @@ class Merger:
         task_tensors = [self.method.task_tensors(i) for i in range(len(self.merged))]
         base = storage.BaseModel(self.base, self.base_folder) if include_base else None
         storage.save(Path(folder), manifest, storage.state_hash(self.base), base, task_tensors, self.method.state_tensors())
+
+    def export(self, folder: str | Path, task: str | None = None) -> None:
+        """Write the merged model to a new folder as a plain Hugging Face model, which `transformers` loads with `from_pretrained`.
+
+        Args:
+            folder: not there yet, or empty.
+            task: whose model to write, for the reference row ``individual``, which has one per task.
+
+        Raises:
+            ValueError: a method whose model is not plain weights, see `mingle.methods.MergeMethod.plain_tower`; a task that is not merged,
+                is missing, or is given where one model serves all.
+            CheckpointError: a folder in use, or a full disk.
+        """
+        if self.method.per_task:
+            if task is None:
+                raise ValueError(f"method {self.method.name!r} keeps one model per task; say which task: {', '.join(self.task_names)}")
+            self.model_for(task)
+        elif task is not None:
+            raise ValueError(f"task {task!r}: with method {self.method.name!r} one model serves all tasks; leave the task out")
+        state = export.whole_model(self.base, self.task.tower, self.method.plain_tower())
+        config = export.hub_config(self.base, self.base_folder, next(self.base.parameters()).dtype)
+        export.write_model(Path(folder), state, config, self.base_folder)
 
     @classmethod
     def from_pretrained(

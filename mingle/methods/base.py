@@ -114,6 +114,18 @@ class MergeMethod(ABC):
     def select(self, index: int) -> None:  # noqa: B027 – most methods have nothing to do
         """Make the model the one that serves task `index`; the merged model serves all, so nothing to do."""
 
+    def plain_tower(self) -> Tensors:
+        """The tower, under the base's names (of tied tensors the first), as plain weights that answer as the model does now.
+
+        Raises:
+            ValueError: the method leaves no such tower.
+        """
+        raise ValueError(
+            f"method {self.name!r}: how much of each expert is at work depends on the input, so no plain model gives the same answers; "
+            "keep the merged folder and load it with mingle.Merger.from_pretrained, or merge with a method that leaves plain weights "
+            "(average, task-arithmetic, opcm, …; mingle with gates='static')"
+        )
+
 
 class PlainMethod(MergeMethod):
     """A method whose merged model is one plain tower.
@@ -137,6 +149,9 @@ class PlainMethod(MergeMethod):
         """Make `merged` the merged tower and put it into the model."""
         self.tower.load_state_dict({name: merged[kept] for name, kept in self.kept_as.items()})
         self.merged, self.state = merged, state
+
+    def plain_tower(self) -> Tensors:
+        return self.merged
 
     def task_tensors(self, index: int) -> Tensors:
         return {}

@@ -12,6 +12,7 @@ from torch import nn
 
 from mingle import subspace
 from mingle.adapt import TEACHER_BATCH, AdaptConfig, AdaptTrace, adapt_gates, teacher_logits
+from mingle.kernels import reference
 from mingle.layers import GATE_INIT_STD
 from mingle.methods.base import Arrival, StepReport, Tensors
 from mingle.methods.gated import GatedMethod
@@ -141,6 +142,12 @@ class Mingle(GatedMethod):
             report.notes.append(f"the protected directions fill the whole input space of {', '.join(full)}")
             logger.warning("%s: %s", arrival.name, report.notes[-1])
         return bases
+
+    def plain_tower(self) -> Tensors:
+        if self.options.gates != "static":
+            return super().plain_tower()
+        folded = {f"{n}.weight": reference.fold(layer.weight, layer.A, layer.B, layer.all_gates()[1]) for n, layer in self.layers.items()}
+        return dict(self.base) | {name: tensor.to(self.base[name]) for name, tensor in folded.items()}
 
     def task_tensors(self, index: int) -> Tensors:
         tensors = super().task_tensors(index)

@@ -20,6 +20,9 @@ class PreTrained(MergeMethod):
     def add(self, arrival: Arrival) -> StepReport:
         return StepReport()
 
+    def plain_tower(self) -> Tensors:
+        return dict(self.base)
+
     def task_tensors(self, index: int) -> Tensors:
         return {}
 
@@ -47,6 +50,9 @@ class Individual(MergeMethod):
         self.towers.append(dict(arrival.tuned))
         self.select(arrival.index)
         return StepReport()
+
+    def plain_tower(self) -> Tensors:
+        return self.tower.state_dict()
 
     def task_tensors(self, index: int) -> Tensors:
         return self.towers[index]
