@@ -12,6 +12,10 @@ from mingle.files import read_json, write_json
 from mingle.report import comparison, sweeps
 from mingle.reproduce import Entry, Plan
 from mingle.reproduce.cells import TRACE
+from mingle.reproduce.expected import expected
+from mingle.suites.fusionbench.published import Scores
+
+_MEASURES = ("acc", "bwt")
 
 
 def gather(plan: Plan, out: Path) -> dict[str, Any]:
@@ -21,7 +25,8 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
         ``table``, ``title``, ``axis`` (the swept quantity or None), ``orders`` (how many were asked for), ``versions`` and ``tables``: per
         protocol its name, the ``suites`` and ``rows``.  A row has ``label``, ``method``, ``options``, ``series`` and ``value`` (of a
         sweep) and under ``cells`` and the suite's name: ``acc``, ``bwt`` ({mean, std, values} in per cent and points, over the finished
-        orders; std None for one), ``seconds`` (mean, of merging), ``finished`` (order seeds), ``failed`` (messages) and ``folders``.
+        orders; std None for one), ``published`` and ``difference`` ({acc, bwt}, or None where nothing was published), ``seconds`` (mean,
+        of merging), ``finished`` (order seeds), ``failed`` (messages) and ``folders``.
     """
     protocols: dict[str, dict[str, Any]] = {}
     for entry in plan.entries:
@@ -29,7 +34,7 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
         if entry.suite not in table["suites"]:
             table["suites"].append(entry.suite)
         row = table["rows"].setdefault(entry.row.label, _row(entry))
-        row["cells"][entry.suite] = _cell(entry, out / "cells")
+        row["cells"][entry.suite] = _cell(entry, expected(plan.request.table, entry.row, entry.suite), out / "cells")
     return {
         "table": plan.request.table,
         "title": plan.table.title,
@@ -67,18 +72,25 @@ def _row(entry: Entry) -> dict[str, Any]:
     return {"label": row.label, "method": row.method, "options": fixed, "series": row.series, "value": row.value, "cells": {}}
 
 
-def _cell(entry: Entry, cells: Path) -> dict[str, Any]:
+def _cell(entry: Entry, published: Scores | None, cells: Path) -> dict[str, Any]:
     results = {cell.order: result for cell in entry.cells if (result := cell.result(cells)) is not None}
     measured = {order: result for order, result in results.items() if result["failed"] is None}
     seconds = [result["seconds"] for result in measured.values()]
+    spread = {key: _spread([result[key] for result in measured.values()]) for key in _MEASURES}
+    figures = None if published is None else dict(zip(_MEASURES, published, strict=True))
     return {
-        "acc": _spread([result["acc"] for result in measured.values()]),
-        "bwt": _spread([result["bwt"] for result in measured.values()]),
+        **spread,
+        "published": figures,
+        "difference": figures and {key: _difference(spread[key]["mean"], figures[key]) for key in _MEASURES},
         "seconds": statistics.fmean(seconds) if seconds else None,
         "finished": list(measured),
         "failed": {str(order): result["failed"] for order, result in results.items() if result["failed"] is not None},
         "folders": [cell.folder_name for cell in entry.cells],
     }
+
+
+def _difference(measured: float | None, published: float | None) -> float | None:
+    return None if measured is None or published is None else measured - published
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from mingle.inject import find_targets
 from mingle.methods import METHODS
 from mingle.options import OptionError, nearest
 from mingle.suites import Suite
+from mingle.suites.fusionbench import published
 
 #: options of MINGLE that make the paper's ablation, each row adding one part
 _ABLATION: dict[str, dict[str, Any]] = {
@@ -33,7 +34,7 @@ class Row:
         method: a name in `mingle.methods.METHODS`.
         options: settings of the method that this row fixes.
         samples_per_class: seed samples, where the row fixes their number.
-        series: which curve the row is a point of, where the table is a sweep.
+        series: which curve the row is a point of, where the table is a sweep; which part of the method it shows, in the ablation.
         value: the swept quantity.
     """
 
@@ -78,7 +79,7 @@ def _plain(suite: Suite, names: Sequence[str]) -> list[Row]:
 
 
 def _ablation(suite: Suite, names: Sequence[str]) -> list[Row]:
-    return [Row(_label(name, names, label), name, options) for name in names for label, options in _ABLATION.items()]
+    return [Row(_label(name, names, label), name, options, series=label) for name in names for label, options in _ABLATION.items()]
 
 
 def _sweep(option: str, *values: float) -> Callable[[Suite, Sequence[str]], list[Row]]:
@@ -133,7 +134,7 @@ _CLIP_B16 = tuple(f"clip-b16-{count}" for count in (8, 14, 20))
 
 TABLES: dict[str, Table] = {
     "main": Table("all methods", _plain, _independent, _CLIP),
-    "corruptions": Table("all methods on corrupted images", _plain, _independent, ("clip-b32-corrupted",), suites=_corrupted),
+    "corruptions": Table("all methods on corrupted images", _plain, _independent, tuple(published.CORRUPTIONS), suites=_corrupted),
     "mtil": Table("all methods on tasks of many domains", _plain, _all, ("mtil-11",)),
     "glue": Table("all methods on language tasks", _plain, _independent, ("glue-8",)),
     "ablation": Table("the parts of MINGLE, one by one", _ablation, published=_CLIP_B16),

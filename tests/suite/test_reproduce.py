@@ -23,7 +23,9 @@ from mingle.experiment import Observer
 from mingle.files import lock
 from mingle.merger import Merger
 from mingle.reproduce import Request, summary, tables
+from mingle.reproduce.expected import expected
 from mingle.suites import Suite
+from mingle.suites.fusionbench import published
 from mingle.suites.protocol import SeedRequest
 
 NAMES = ("one", "two", "three")
@@ -158,6 +160,43 @@ def test_the_table_s_numbers_and_schema(tmp_path):
     assert f"{mean:.1f} ± {std:.1f}" in (tmp_path / "table.md").read_text()
     assert not list(tmp_path.glob("cells/*/merger"))
     assert (tmp_path / "stub-strict-bars.png").exists()
+
+
+def test_measured_stands_beside_published_with_the_difference(tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "METHODS", {("mingle", "stub"): (50.0, None), ("average", "other"): (40.0, -2.0)})
+    plan = reproduce.plan(request(suites=("stub", "other")))
+    reproduce.run(plan, tmp_path, device=torch.device("cpu"))
+    rows = {row["label"]: row["cells"] for row in summary.write(plan, tmp_path)["tables"][0]["rows"]}
+    assert rows["average"]["stub"]["published"] is rows["average"]["stub"]["difference"] is None
+    mingle, average = rows["mingle"]["stub"], rows["average"]["other"]
+    assert mingle["published"] == {"acc": 50.0, "bwt": None}
+    assert mingle["difference"] == {"acc": mingle["acc"]["mean"] - 50.0, "bwt": None}
+    assert average["difference"] == {"acc": average["acc"]["mean"] - 40.0, "bwt": average["bwt"]["mean"] + 2.0}
+    text = (tmp_path / "table.md").read_text()
+    headers = [line for line in text.splitlines() if line.startswith("| row")]
+    assert headers == [  # too wide for one table
+        "| row | stub ACC (%) | stub published | stub difference | stub BWT | stub seconds | stub orders |",
+        "| row | other ACC (%) | other published | other difference | other BWT | other published | other difference | other seconds "
+        "| other orders |",
+    ]
+    assert f"| 50.0 | {mingle['difference']['acc']:.1f} |".replace("-", "−") in text.replace("**", "")
+    assert "measured under the protocol official" in text
+
+
+def test_the_published_figures_belong_to_their_rows():
+    def row(label, method="mingle", **others):
+        return tables.Row(label, method, **others)
+
+    assert expected("main", row("mingle"), "clip-b16-14") == (84.9, -0.9)
+    assert expected("main", row("mingle"), "glyphs8") is None
+    assert expected("main", row("pre-trained", "pre-trained"), "clip-b32-8") == (48.1, 0.0)
+    assert expected("steps", row("mingle, steps 5", options={"steps": 5}), "clip-b16-14") is None
+    assert expected("corruptions", row("mingle"), "clip-b32-pixelate") == (37.9, None)
+    suite = suites.load("stub")
+    ablation = tables.get("ablation").rows(suite, ("mingle", "mingle-light"))
+    assert [expected("ablation", one, "clip-b16-8") for one in ablation] == [
+        (78.7, -0.5), (86.4, -6.0), (87.4, -2.3), (86.0, -0.1), (88.3, -0.4), *[None] * 5,
+    ]  # fmt: skip
 
 
 def test_an_unfinished_table_says_what_is_finished(tmp_path):
