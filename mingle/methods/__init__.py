@@ -17,6 +17,7 @@ from mingle.methods.nufilt import Nufilt
 from mingle.methods.opcm import Opcm
 from mingle.methods.published import published
 from mingle.methods.references import Individual, PreTrained
+from mingle.methods.routed import Routed
 from mingle.methods.task_arithmetic import TaskArithmetic
 from mingle.methods.ties import Ties
 from mingle.methods.wemoe import Wemoe
@@ -39,6 +40,7 @@ METHODS: dict[str, type[MergeMethod]] = {
         Mingle,
         MingleLight,
         MingleSeq,
+        Routed,
     )
 }
 

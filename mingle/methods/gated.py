@@ -22,7 +22,8 @@ EXPERT_TENSORS = ("A", "B", "gate_weight", "gate_bias")
 class GatedMethod(MergeMethod):
     """One gated expert per task and target layer.
 
-    Subclasses say how experts and gates are made.  Their `Options` have ``layers``, ``reduce`` and ``backend``.
+    Subclasses say how experts and gates are made.  Their `Options` have ``layers`` and ``backend``, and ``reduce`` where layers compute
+    their gates themselves.
     """
 
     needs_seeds = True
@@ -33,7 +34,7 @@ class GatedMethod(MergeMethod):
         super().__init__(model, task, base, options)
         targets = options.layers or task.layer_sets[self.layer_set]
         model.requires_grad_(False)
-        self.layers: dict[str, MingleLinear] = inject(self.tower, targets, options.reduce, backend=options.backend)
+        self.layers: dict[str, MingleLinear] = inject(self.tower, targets, getattr(options, "reduce", "token"), backend=options.backend)
         #: per task, its place among the experts, or None where it was skipped
         self.places: list[int | None] = []
 

@@ -54,6 +54,8 @@ class TaskType(Protocol):
     prefixes: tuple[str, ...]
     #: named sets of target layers, as exact suffixes
     layer_sets: Mapping[str, tuple[str, ...]]
+    #: the transformer blocks that every input passes through first, as a dotted name inside the tower
+    blocks: str
 
     def skeleton(self, folder: str | Path) -> nn.Module:
         """The model a folder describes, on the meta device, its checkpoint checked against it."""

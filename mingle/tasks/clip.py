@@ -26,6 +26,7 @@ class ClipTask:
 
     name = "clip"
     tower = "vision_model"
+    blocks = "encoder.layers"
     prefixes: tuple[str, ...] = ("vision_model.",)
     layer_sets: Mapping[str, tuple[str, ...]] = {
         "full": (*_ATTENTION, "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),

@@ -1,0 +1,205 @@
+"""Routed experts: one per task, chosen per sample by Gaussians over shallow features of the base model; nothing is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mingle.adapt import TEACHER_BATCH
+from mingle.layers import MingleLinear
+from mingle.methods.base import Arrival, StepReport, Tensors
+from mingle.methods.gated import GatedMethod
+from mingle.projection import make_experts
+from mingle.routing import FeatureStatistics, GaussianRouter
+from mingle.tasks import TaskType
+
+
+@dataclass(frozen=True)
+class RoutedOptions:
+    """Settings of the routed experts.
+
+    Attributes:
+        rank: r of every expert, the truncated SVD of its task vector.
+        layers: target layers as exact suffixes; None takes all linear layers of the task type's tower.
+        depths: after how many transformer blocks of the base hidden states are read; 0 are the embeddings.
+        gates: ``hard``, the likeliest task's expert alone, or ``soft``, all experts by their posterior probability.
+        own_covariance, shrinkage: see `mingle.routing.GaussianRouter`.
+        seniority: by how many nats a task is preferred to the one that arrived after it.  Where two tasks claim a sample, the older one
+            has users already: this keeps what it could do, at the newcomer's expense.
+        abstain: samples that lie this many times farther from their task's mean than its seed samples go to the base model; None never.
+        backend: see `mingle.functional.gated_experts`.
+    """
+
+    rank: int = 64
+    layers: tuple[str, ...] | None = None
+    depths: tuple[int, ...] = (0, 1, 2)
+    gates: Literal["hard", "soft"] = "hard"
+    own_covariance: float = 0.1
+    shrinkage: float = 0.03
+    seniority: float = 0.5
+    abstain: float | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank}: expected a positive integer")
+        if not self.depths or min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):
+            raise ValueError(f"depths={list(self.depths)}: expected one or more different numbers of blocks, from 0")
+        if not 0 <= self.own_covariance < 1:
+            raise ValueError(f"own_covariance={self.own_covariance}: expected a value in [0, 1)")
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(f"shrinkage={self.shrinkage}: expected a value in (0, 1]")
+        if not 0 <= self.seniority < math.inf:
+            raise ValueError(f"seniority={self.seniority}: expected a finite value >= 0")
+        if self.abstain is not None and self.abstain <= 0:
+            raise ValueError(f"abstain={self.abstain}: expected a positive value")
+
+
+class Routed(GatedMethod):
+    """W₀ + Σ_i g_i(x) B_i A_i with the same gates g(x) [T] in all layers, from a router that sees the base model's hidden states.
+
+    The features of a sample are mean and standard deviation of its tokens' hidden states, as the base model computes them, at a few
+    shallow depths.  Adding a task leaves the statistics of earlier ones as they are: these lose only what the new one claims.
+    Biases, norms and embeddings stay those of the base.
+    """
+
+    name = "routed"
+    Options = RoutedOptions
+    layer_set = "full"
+
+    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
+        super().__init__(model, task, base, options)
+        encoder, _, blocks = task.blocks.rpartition(".")
+        self.encoder = self.tower.get_submodule(encoder)
+        sequence: list[nn.Module] = list(self.encoder.get_submodule(blocks).children())
+        if max(options.depths) >= len(sequence):
+            raise ValueError(f"depths={list(options.depths)}: the model has {len(sequence)} blocks, so {len(sequence) - 1} is the deepest")
+        self.router = LayerRouter(list(self.layers.values()), [sequence[depth] for depth in sorted(options.depths)], options)
+        self.encoder.register_forward_pre_hook(self.router, with_kwargs=True)
+        #: of the tasks that have an expert
+        self.statistics: list[FeatureStatistics] = []
+
+    def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
+        statistics = [*self.statistics, FeatureStatistics.of(self._features(arrival))]
+        experts = make_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
+        for name, layer in self.layers.items():
+            self._append(name, experts[name].A.to(layer.weight), experts[name].B.to(layer.weight), torch.zeros(layer.in_features), 0.0)
+        self._route(statistics)
+        return StepReport()
+
+    def _features(self, arrival: Arrival) -> Tensor:
+        """[n, F] of the seed samples."""
+        seen: list[Tensor] = []
+
+        def record(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(self.router.features(encoder, args, kwargs))
+            raise _Reached
+
+        handle = self.encoder.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
+        try:
+            for batch in arrival.samples().batches(TEACHER_BATCH):
+                with torch.no_grad(), suppress(_Reached):
+                    self.task.logits(self.model, batch)
+        finally:
+            handle.remove()
+        return torch.cat(seen)
+
+    def _append(self, name: str, A: Tensor, B: Tensor, gate: Tensor, bias: float | Tensor) -> None:
+        layer = self.layers[name]
+        layer.add_expert(A, B, gate_weight=gate, gate_bias=bias)
+        layer.set_trainable_gates(0)
+
+    def _route(self, statistics: list[FeatureStatistics]) -> None:
+        options = self.options
+        self.router.router = GaussianRouter(statistics, own=options.own_covariance, shrinkage=options.shrinkage)
+        self.statistics = statistics
+
+    def task_tensors(self, index: int) -> Tensors:
+        place = self.places[index]
+        if place is None:
+            return {}
+        return super().task_tensors(index) | {f"router.{key}": value for key, value in self.statistics[place]._asdict().items()}
+
+    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+        super().restore(tasks, state)
+        kept = [FeatureStatistics(*(tensors[f"router.{key}"] for key in FeatureStatistics._fields)) for tensors in tasks if tensors]
+        if kept:
+            self._route(kept)
+
+
+class _Reached(Exception):
+    """The deepest block that is read was reached."""
+
+
+class LayerRouter:
+    """A forward pre-hook of an encoder that sets the gates of all layers from what the base model makes of the same input.
+
+    Copied and pickled with the model.
+
+    Args:
+        layers: what it gives gates to, the first of them inside the encoder.
+        blocks: those of the encoder whose inputs are read, in order.
+        options: see `RoutedOptions`.
+    """
+
+    def __init__(self, layers: list[MingleLinear], blocks: list[nn.Module], options: RoutedOptions) -> None:
+        self.layers, self.blocks, self.options = layers, blocks, options
+        self.router: GaussianRouter | None = None
+
+    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.router is not None:
+            self._give(self.gates(self.features(encoder, args, kwargs)))
+
+    def gates(self, features: Tensor) -> Tensor:
+        """[n, T] from features [n, F]."""
+        assert self.router is not None
+        options, distances = self.options, self.router.distances(features)
+        scores = self.router.scores(distances)
+        scores = scores + options.seniority * torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+        likeliest = scores.argmax(1, keepdim=True)
+        gates = scores.softmax(1) if options.gates == "soft" else torch.zeros_like(scores).scatter(1, likeliest, 1.0)
+        if options.abstain is not None:
+            near = distances.gather(1, likeliest) <= options.abstain * self.router.typical[likeliest]
+            gates = gates * near
+        return gates.float()
+
+    @torch.no_grad()
+    def features(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Mean and standard deviation over tokens of the base model's hidden states, [n, 2 · depths · d]."""
+        seen: list[Tensor] = []
+
+        def read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen.extend(_moments(hidden, self.layers[0].token_mask))
+            if block is self.blocks[-1]:
+                raise _Reached
+
+        handles = [block.register_forward_pre_hook(read, with_kwargs=True) for block in self.blocks]
+        first = self.layers[0]
+        self._give(first.weight.new_zeros(first.num_experts) if first.num_experts else None)
+        try:
+            with suppress(_Reached), torch.autocast(first.weight.device.type, enabled=False):
+                encoder.forward(*args, **kwargs)
+        finally:
+            self._give(None)
+            for handle in handles:
+                handle.remove()
+        return torch.cat(seen, 1)
+
+    def _give(self, gates: Tensor | None) -> None:
+        for layer in self.layers:
+            layer.given_gates = gates
+
+
+def _moments(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [n, d] over the tokens of hidden states [n, N, d] that `mask` [n, N] counts."""
+    weight = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden)
+    weight = (weight / weight.sum(1, keepdim=True)).unsqueeze(2)
+    mean = (weight * hidden).sum(1)
+    return mean, (weight * (hidden - mean.unsqueeze(1)).square()).sum(1).sqrt()
