@@ -42,7 +42,8 @@ class _Entropy(nn.Module):
         self.task, self.model = task, model
 
     def forward(self, batch: TaskData) -> Tensor:
-        return entropy_loss(self.task.logits(self.model, batch))
+        logits = self.task.logits(self.model, batch)
+        return entropy_loss(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def combined(merged: Mapping[str, Tensor], delta: Mapping[str, Tensor], coefficients: Tensor) -> Tensors:

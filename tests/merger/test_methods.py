@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 
@@ -187,6 +188,35 @@ def test_a_task_equal_to_the_base_and_an_interruption(base_model, tuned_states, 
     merger = mingle.Merger.from_pretrained(tmp_path)
     merger.add("task2", arrivals[2])
     assert_same(merged_tower(merger), whole, tolerance=0)
+
+
+def test_consensus_ta_counts_masks_across_an_interruption(base_model, tuned_states, tmp_path):
+    options = dict(scaling=0.5, threshold=0.9, masks="all", min_masks=3)
+    whole = run(base_model, "consensus-ta", tuned_states, **options)
+    merger = mingle.Merger(base_model, "consensus-ta", **options)
+    for i in range(2):
+        merger.add(f"task{i}", tuned_states[i])
+    merger.save_pretrained(tmp_path)
+    counts = merger.method.state
+    merger = mingle.Merger.from_pretrained(tmp_path)
+    assert {tuple(count.unique().tolist()) for count in counts.values()} <= {(1,), (2,), (1, 2)}
+    assert all(torch.equal(merger.method.state[k], count) for k, count in counts.items())
+    merger.add("task2", tuned_states[2])
+    assert_same(merged_tower(merger), whole, tolerance=0)
+
+
+@pytest.mark.parametrize("method", DATA_FREE)
+def test_half_precision_towers_stay_in_theirs(base_model, tuned_states, method):
+    """Merged in float32 from what bfloat16 holds, and rounded once per task."""
+    half = copy.deepcopy(base_model).to(torch.bfloat16)
+    states = [{k: v.to(torch.bfloat16) for k, v in s.items()} for s in tuned_states[:2]]
+    merger = mingle.Merger(half, method)
+    for i, state in enumerate(states):
+        merger.add(f"task{i}", state)
+    assert {tensor.dtype for tensor in merger.model.state_dict().values()} == {torch.bfloat16}
+    if method not in ("pre-trained", "individual", "nufilt"):
+        wider = run(half.float(), method, [{k: v.float() for k, v in s.items()} for s in states])
+        assert_same(merged_tower(merger), wider, tolerance=2e-2)
 
 
 @pytest.mark.parametrize("method", ["task-arithmetic", "ties", "magmax", "consensus-ta", "nufilt"])
