@@ -107,7 +107,7 @@ def updates(deltas: Mapping[str, Tensor], merged: Mapping[str, Tensor], options:
     results = dict(deltas)
     names = [name for name in deltas if merged[name].any() and deltas[name].any()]
     matrices, before = [deltas[name] for name in names], [merged[name] for name in names]
-    old, new = _right_vectors(before, options.r_p, names), _right_vectors(matrices, options.r_v, names)
+    old, new = right_vectors(before, options.r_p, names), right_vectors(matrices, options.r_v, names)
     for places in buckets(matrices):
         delta, M, V_old, V_new = (stacked([part[i] for i in places]) for part in (matrices, before, old, new))
         r, width = min(options.r_l, *delta.shape[-2:]), delta.shape[-1]
@@ -118,7 +118,7 @@ def updates(deltas: Mapping[str, Tensor], merged: Mapping[str, Tensor], options:
     return results
 
 
-def _right_vectors(matrices: list[Tensor], rank: int, names: list[str]) -> list[Tensor]:
+def right_vectors(matrices: list[Tensor], rank: int, names: list[str]) -> list[Tensor]:
     """Top right singular vectors [d_in, rank] of each matrix; columns that belong to no singular value are zero."""
     _, S, Vh = linalg.svd_lowrank(matrices, rank, keys=names)
     return [(torch.where(s > 0, 1, 0).to(vh).unsqueeze(1) * vh).mT.contiguous() for s, vh in zip(S, Vh, strict=True)]
