@@ -58,7 +58,7 @@ class Experiment:
 def options_for(method: str, suite: Suite, options: Mapping[str, Any]) -> dict[str, Any]:
     """The published settings, over them the suite's own, its protocol's gates and then `options`, as far as the method knows them."""
     known = {f.name for f in fields(methods.get(method).Options)}
-    settings = methods.published(method, suite.task_type, len(suite)) | suite.settings
+    settings = methods.published(method, suite.task_type, len(suite)) | suite.settings.get(method, {})
     settings |= {"reduce": PROTOCOLS[suite.request.protocol]} | dict(options)
     return {name: value for name, value in settings.items() if name in known}
 

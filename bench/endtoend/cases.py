@@ -97,7 +97,7 @@ def _glyphs(case: Case, tasks: int, options: dict[str, Any], seed: int) -> Probl
         get(suite.task_type),
         suite.base,
         len(names),
-        suite.settings | options,
+        suite.settings["mingle"] | options,
         lambda i: suite.expert(names[i]),
         lambda i: suite.seeds(names[i]),
         lambda i: suite[names[i]],

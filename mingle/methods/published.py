@@ -40,7 +40,7 @@ def _settings(method: str, task_type: str, tasks: int) -> dict[str, Any]:
         "consensus-ta": {"scaling": 0.1, "threshold": 0.2, "min_masks": 2},
         "opcm": {"alpha": 0.5},
         "adamerging": entropy,
-        "wemoe": {"rank": 64, "later_rank": 16} | entropy,
+        "wemoe": {"rank": 64, "later_rank": 16} | entropy | ({"rank": 32, "later_rank": 32} if task_type == "t5" else {}),
         "nufilt": {"r_p": 128, "r_v": 8, "r_l": 64, "steps": 50, "lr": 1e-3},
         "mingle": _MINGLE | adaptation,
         "mingle-light": _MINGLE | adaptation,

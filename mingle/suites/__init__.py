@@ -24,7 +24,7 @@ class Suite(Mapping[str, TaskData]):
         samples: name → all labelled test samples of the task, made on first use.
         experts: name → folder of the task's fine-tuned model, made on first use.
         request: how many seed samples to take, and under which protocol.
-        settings: method options that suit this suite's models.
+        settings: by method, options that suit this suite's models.  A learning rate that suits one loss may ruin another.
         continued: (name, names before it) → folder of the task's model, fine-tuned from that of the task before, and so on back to the
             base; None where all fine-tuned models of the suite start from the base.
         training: name → all unlabelled training samples of the task; empty where the suite has none.
@@ -38,7 +38,7 @@ class Suite(Mapping[str, TaskData]):
         samples: Mapping[str, Callable[[], TaskData]],
         experts: Mapping[str, Callable[[], Path]],
         request: SeedRequest,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, dict[str, Any]] | None = None,
         *,
         continued: Callable[[str, tuple[str, ...]], Path] | None = None,
         training: Mapping[str, Callable[[], TaskData]] | None = None,

@@ -52,7 +52,7 @@ class Suite(dict):
 
     @property
     def settings(self):
-        return {"rank": 32, "lr": 4e-3}
+        return {"mingle": {"rank": 32, "lr": 4e-3}}
 
 
 def test_a_suite_and_then_explicit_options_win_over_published_settings():
@@ -60,6 +60,8 @@ def test_a_suite_and_then_explicit_options_win_over_published_settings():
     options = options_for("mingle", suite, {"rank": 16, "scaling": 0.7})
     assert (options["rank"], options["lr"], options["batch_size"], options["reduce"]) == (16, 4e-3, 8, "batch")
     assert "scaling" not in options
+    assert options_for("wemoe", suite, {}).items() >= {"rank": 32, "later_rank": 32, "lr": 1e-3, "steps": 100}.items()
+    assert options_for("nufilt", suite, {})["lr"] == 1e-3  # the suite's is that of another loss
     assert options_for("ties", suite, {})["scaling"] == 0.1
     assert options_for("ties", suite, {"scaling": 0.7})["scaling"] == 0.7
 

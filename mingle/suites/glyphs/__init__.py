@@ -14,6 +14,7 @@ import tempfile
 import zlib
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,10 @@ TEST_IMAGES_PER_CLASS = 25
 TRAINING_IMAGES_PER_CLASS = 50
 
 #: Chosen on the tuning tasks, which are in no suite, by ``bench/glyphs/sweep.py tuning``; the paper's 64 and 1e-4 are for larger models.
-SETTINGS = {"rank": 32, "lr": 4e-3}
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{name: {"rank": 32, "lr": 4e-3} for name in ("mingle", "mingle-light", "mingle-seq")},
+    "routed": {"rank": 32},
+}
 
 _TASKS: dict[str, tuple[GlyphTask, ...]] = {**SUITES, "glyphs-tuning": TUNING_TASKS}
 #: suite → (its tasks, the corruptions of its test images)
