@@ -13,6 +13,7 @@ from torch import nn
 
 from mingle.checkpoint import write_tensors
 from mingle.files import CheckpointError, contained, lock, naming, read_json, write_copy, write_json
+from mingle.task_vector import first_names
 
 #: Larger models are written in several files.
 SHARD_BYTES = 5_000_000_000
@@ -30,12 +31,11 @@ def whole_model(base: nn.Module, tower: str, tensors: Mapping[str, torch.Tensor]
         tower: the tower's dotted name in it; empty where it is the whole.
         tensors: the new tensors under the tower's own names.
     """
-    prefix = f"{tower}." if tower else ""
-    first: dict[int, str] = {}
-    state = base.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        first.setdefault(id(tensor), name)
-    return {name: tensors[name.removeprefix(prefix)] if name.startswith(prefix) else state[name].detach() for name in first.values()}
+    prefix, state = f"{tower}." if tower else "", base.state_dict()
+    return {
+        name: tensors[name.removeprefix(prefix)] if name.startswith(prefix) else state[name]
+        for name in dict.fromkeys(first_names(base).values())
+    }
 
 
 def hub_config(base: nn.Module, source: Path | None, dtype: torch.dtype) -> dict[str, Any]:

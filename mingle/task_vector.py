@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import nn
 
 
 class IncompatibleModel(ValueError):
@@ -52,6 +53,12 @@ def _differences(missing: list[str], extra: list[str], differing: list[str], sho
         near = difflib.get_close_matches(missing[0], extra, 1)
         if near:
             yield f"{missing[0]!r} may be {near[0]!r}"
+
+
+def first_names(module: nn.Module) -> dict[str, str]:
+    """Every name in the module's state → the first name of the same tensor, another one only where tensors are tied."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def task_vector(base: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:

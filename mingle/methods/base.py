@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mingle.adapt import AdaptTrace, StepProgress
-from mingle.task_vector import task_vector
+from mingle.task_vector import first_names, task_vector
 from mingle.tasks import TaskData, TaskType
 
 Tensors = dict[str, torch.Tensor]
@@ -137,11 +137,9 @@ class PlainMethod(MergeMethod):
     """
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
-        first: dict[int, str] = {}
-        tower = model.get_submodule(task.tower)
         #: every name of a tensor of the tower → the one under which it is kept
-        self.kept_as = {name: first.setdefault(id(tensor), name) for name, tensor in tower.state_dict(keep_vars=True).items()}
-        super().__init__(model, task, {name: base[name] for name in first.values()}, options)
+        self.kept_as = first_names(model.get_submodule(task.tower))
+        super().__init__(model, task, {name: base[name] for name, kept in self.kept_as.items() if name == kept}, options)
         self.merged: Tensors = {name: tensor.clone() for name, tensor in self.base.items()}
         self.state: Tensors = {}
 
