@@ -46,9 +46,10 @@ class GaussianRouter:
     """
 
     def __init__(self, tasks: Sequence[FeatureStatistics], *, own: float = 0.1, shrinkage: float = 0.03) -> None:
-        means = torch.stack([task.mean for task in tasks])
+        self.means = torch.stack([task.mean for task in tasks])
+        self.variances = torch.stack([task.factor.square().sum(0) for task in tasks])
         factors = [task.factor for task in tasks]
-        deviation = torch.stack([factor.square().sum(0) for factor in factors]).mean(0).sqrt()
+        deviation = self.variances.mean(0).sqrt()
         scale = torch.where(deviation > 0, 1 / deviation, 0.0)  # a feature that never varies says nothing
         factors = [factor * scale for factor in factors]
         shared = torch.cat(factors) * len(tasks) ** -0.5
@@ -56,7 +57,7 @@ class GaussianRouter:
         blend = (1 - shrinkage) * (1 - own) * (shared.mT @ shared) + shrinkage * identity
         whitening = torch.linalg.inv_ex(torch.linalg.cholesky(blend))[0]
         self._project = (whitening * scale).mT  # [F, F]
-        self._means = means @ self._project
+        self._centres = self.means @ self._project
         # Q_t⁻¹ = K⁻¹ − K⁻ᵀᐟ² Vᵀ V K⁻¹ᐟ² with K the blend: a correction of rank m for the task's own share
         self._corrections, self._log_dets = [], []
         for factor in factors:
@@ -64,19 +65,21 @@ class GaussianRouter:
             root = torch.linalg.cholesky(torch.eye(len(factor), dtype=factor.dtype, device=factor.device) + own_rows @ own_rows.mT)
             self._corrections.append(torch.linalg.solve_triangular(root, own_rows, upper=False))
             self._log_dets.append(2 * root.diagonal().log().sum())
-        #: the mean distance of a task's seed samples from its own mean, [T]
-        self.typical = torch.stack([self._distance(factor @ whitening.mT, i).sum() for i, factor in enumerate(factors)]).clamp_min(
-            torch.finfo(torch.float64).tiny
-        )
 
-    def _distance(self, whitened: Tensor, task: int) -> Tensor:
-        return whitened.square().sum(-1) - (whitened @ self._corrections[task].mT).square().sum(-1)
-
-    def distances(self, features: Tensor) -> Tensor:
-        """Squared Mahalanobis distances of features [n, F] from every task's mean, [n, T]."""
+    def scores(self, features: Tensor) -> Tensor:
+        """Log-likelihoods [n, T] of features [n, F]."""
         whitened = features.double() @ self._project
-        return torch.stack([self._distance(whitened - mean, i) for i, mean in enumerate(self._means)], -1)
+        columns = []
+        for centre, correction, log_det in zip(self._centres, self._corrections, self._log_dets, strict=True):
+            z = whitened - centre
+            columns.append(-0.5 * (z.square().sum(1) - (z @ correction.mT).square().sum(1) + log_det))
+        return torch.stack(columns, 1)
 
-    def scores(self, distances: Tensor) -> Tensor:
-        """Log-likelihoods [n, T] from `distances`."""
-        return -0.5 * (distances + torch.stack(self._log_dets))
+    def strangeness(self, features: Tensor, tasks: Tensor) -> Tensor:
+        """How far features [n, F] are from tasks [n]: the mean over features of (φ − μ)² / σ², with σ² the task's own variances.
+
+        1 on average for the task's seed samples, and hardly more for others of its kind, whatever their number; [n].
+        """
+        variances = self.variances[tasks]
+        squares = torch.where(variances > 0, (features.double() - self.means[tasks]).square() / variances, 0.0)
+        return squares.sum(1) / (variances > 0).sum(1).clamp_min(1)

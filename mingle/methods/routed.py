@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mingle.adapt import TEACHER_BATCH
@@ -32,7 +33,8 @@ class RoutedOptions:
         own_covariance, shrinkage: see `mingle.routing.GaussianRouter`.
         seniority: by how many nats a task is preferred to the one that arrived after it.  Where two tasks claim a sample, the older one
             has users already: this keeps what it could do, at the newcomer's expense.
-        abstain: samples that lie this many times farther from their task's mean than its seed samples go to the base model; None never.
+        abstain: samples whose features are stranger than this to the likeliest task go to the base model, which keeps what it can do
+            without any task; see `mingle.routing.GaussianRouter.strangeness`.  None never.
         backend: see `mingle.functional.gated_experts`.
     """
 
@@ -43,7 +45,7 @@ class RoutedOptions:
     own_covariance: float = 0.1
     shrinkage: float = 0.03
     seniority: float = 0.5
-    abstain: float | None = None
+    abstain: float | None = 4.0
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -159,14 +161,12 @@ class LayerRouter:
     def gates(self, features: Tensor) -> Tensor:
         """[n, T] from features [n, F]."""
         assert self.router is not None
-        options, distances = self.options, self.router.distances(features)
-        scores = self.router.scores(distances)
+        options, scores = self.options, self.router.scores(features)
         scores = scores + options.seniority * torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
-        likeliest = scores.argmax(1, keepdim=True)
-        gates = scores.softmax(1) if options.gates == "soft" else torch.zeros_like(scores).scatter(1, likeliest, 1.0)
+        likeliest = scores.argmax(1)
+        gates = scores.softmax(1) if options.gates == "soft" else F.one_hot(likeliest, scores.shape[1])
         if options.abstain is not None:
-            near = distances.gather(1, likeliest) <= options.abstain * self.router.typical[likeliest]
-            gates = gates * near
+            gates = gates * (self.router.strangeness(features, likeliest) <= options.abstain).unsqueeze(1)
         return gates.float()
 
     @torch.no_grad()

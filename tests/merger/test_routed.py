@@ -59,17 +59,18 @@ def test_scores_are_the_blended_gaussians_log_likelihoods(clouds):
     deviation = torch.stack([c.diagonal() for c in covariances]).mean(0).sqrt()
     scaled = [c / deviation / deviation[:, None] for c in covariances]
     x = torch.randn(4, 7, dtype=torch.float64)
-    distances = router.distances(x)
+    expected = []
     for i, features in enumerate(clouds):
         Q = 0.95 * (0.8 * sum(scaled) / 3 + 0.2 * scaled[i]) + 0.05 * torch.eye(6, dtype=torch.float64)
         z = (x - features.mean(0))[:, :6] / deviation
-        torch.testing.assert_close(distances[:, i], (z @ Q.inverse() * z).sum(1))
-        z = (features - features.mean(0))[:, :6] / deviation
-        torch.testing.assert_close(router.typical[i], (z @ Q.inverse() * z).sum(1).sum() / (len(features) - 1))
-        expected = -0.5 * (distances[:, i] - distances[:, 0] + torch.logdet(Q))
-        if i == 0:
-            first = torch.logdet(Q)
-        torch.testing.assert_close(router.scores(distances)[:, i] - router.scores(distances)[:, 0], expected + 0.5 * first)
+        expected.append(-0.5 * ((z @ Q.inverse() * z).sum(1) + torch.logdet(Q)))
+        squares = (x - features.mean(0))[:, :6].square() / features.var(0)[:6]
+        torch.testing.assert_close(router.strangeness(x, torch.full((4,), i)), squares.mean(1))
+        own = router.strangeness(features, torch.full((len(features),), i))
+        torch.testing.assert_close(own.sum() / (len(features) - 1), torch.tensor(1.0, dtype=torch.float64))
+    expected = torch.stack(expected, 1)
+    got = router.scores(x)
+    torch.testing.assert_close(got - got[:, :1], expected - expected[:, :1])
 
 
 def test_statistics_refuse_what_says_nothing(clouds):
@@ -79,9 +80,10 @@ def test_statistics_refuse_what_says_nothing(clouds):
         FeatureStatistics.of(clouds[0] * float("nan"))
 
 
-def test_a_router_of_features_that_never_vary_prefers_the_oldest(clouds):
+def test_features_that_never_vary_say_nothing(clouds):
     router = GaussianRouter([FeatureStatistics.of(torch.ones(4, 3)), FeatureStatistics.of(torch.zeros(4, 3))])
-    assert torch.equal(router.distances(torch.ones(2, 3)), torch.zeros(2, 2, dtype=torch.float64))
+    assert torch.equal(*router.scores(torch.ones(2, 3)).unbind(1))
+    assert torch.equal(router.strangeness(torch.ones(2, 3), torch.tensor([0, 1])), torch.zeros(2, dtype=torch.float64))
 
 
 def test_every_sample_is_answered_by_its_tasks_expert(base_model, tuned_states, samples):
@@ -107,23 +109,26 @@ def test_a_later_task_changes_nothing_for_samples_it_does_not_claim(base_model, 
 
 
 def test_seniority_gives_contested_samples_to_the_older_task(base_model, tuned_states, samples):
-    merger = merge(base_model, tuned_states, samples, seniority=1e6)
+    merger = merge(base_model, tuned_states, samples, seniority=1e6, abstain=None)
     expected = merger.task.logits(own_expert(base_model, tuned_states[0], 6), shifted(samples, 2))
     torch.testing.assert_close(logits(merger, shifted(samples, 2)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_far_samples_go_to_the_base(base_model, tuned_states, samples):
-    merger = merge(base_model, tuned_states, samples, abstain=20.0)
-    near, far = shifted(samples, 1), TaskData({"pixel_values": torch.eye(16).repeat(24, 3, 1, 1) * 50}, samples[0].shared)
-    assert not torch.allclose(logits(merger, near), merger.task.logits(base_model, near), atol=1e-3)
-    torch.testing.assert_close(logits(merger, far), merger.task.logits(base_model, far), rtol=1e-4, atol=1e-4)
+    router = merge(base_model, tuned_states, samples).method.router
+    means = router.router.means
+    assert torch.equal(router.gates(means), torch.eye(3))
+    assert torch.equal(router.gates(means + 10 * router.router.variances.sum(0).sqrt()), torch.zeros(3, 3))
+    all_far = merge(base_model, tuned_states, samples, abstain=1e-9)
+    expected = all_far.task.logits(base_model, shifted(samples, 1))
+    torch.testing.assert_close(logits(all_far, shifted(samples, 1)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_soft_gates_are_the_posterior(base_model, tuned_states, samples):
-    router = merge(base_model, tuned_states, samples, gates="soft", seniority=0.0).method.router
+    router = merge(base_model, tuned_states, samples, gates="soft", seniority=2.0, abstain=None).method.router
     features = torch.randn(5, 2 * 2 * 32) * 0.3
-    distances = router.router.distances(features)
-    torch.testing.assert_close(router.gates(features), torch.softmax(router.router.scores(distances), 1).float())
+    expected = torch.softmax(router.router.scores(features) + torch.tensor([4.0, 2.0, 0.0]), 1)
+    torch.testing.assert_close(router.gates(features), expected.float())
 
 
 def test_resuming_copying_and_pickling_keep_the_router(base_model, tuned_states, samples, tmp_path):
