@@ -166,6 +166,20 @@ def test_chains_of_models_are_trained_once_and_kept_by_order(tmp_path, monkeypat
     assert sorted(path.name.split("-after-")[0] for path in chain.parent.iterdir()) == sorted(trained)
 
 
+def test_two_processes_may_train_the_same_tower(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINGLE_CACHE", str(tmp_path))
+    monkeypatch.setattr(glyphs.finetune, "FinetuneConfig", lambda: FinetuneConfig(steps=1, batch_size=4))
+    task, others = GlyphTask("digits", "inverted"), []
+
+    def meanwhile(*_):
+        if not others:
+            others.append(None)
+            others[0] = glyphs.expert_folder(task)  # the other process begins later and is done first
+
+    assert glyphs.expert_folder(task, meanwhile) == others[0]
+    assert [path.name for path in others[0].parent.iterdir()] == ["digits-inverted"]
+
+
 def test_training_samples_are_no_test_samples():
     suite = suites.load("glyphs8", protocol="official")
     whole = suite.seeds("greek-inverted", whole=True)

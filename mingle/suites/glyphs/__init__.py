@@ -122,7 +122,11 @@ def _trained(cached: Path, task: GlyphTask, start: Path | None, on_training: OnT
         try:
             finetune.finetune(BASE, task, scratch, start=start, on_step=partial(on_training, task.name) if on_training else None)
             scratch.chmod(0o755)
-            scratch.replace(cached)
+            try:
+                scratch.replace(cached)
+            except OSError:
+                if not cached.is_dir():  # else another process was faster
+                    raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return cached
