@@ -168,12 +168,14 @@ def _reproduce(args: argparse.Namespace) -> None:
     plan, out = reproduce.plan(request), args.out or Path("runs") / f"reproduce-{args.table}"
     if args.threads:
         torch.set_num_threads(args.threads)
-    with _progress() as progress:
-        unfinished = sum(cell.result(out / "cells") is None for cell in plan.cells)
-        reproduce.run(plan, out, _Bars(progress, unfinished), keep_models=args.keep_models)
-    for table in report.comparison.tables(summary.write(plan, out)):
-        console.print(table)
-    console.print(f"table: [bold]{out}[/]")
+    try:
+        with _progress() as progress:
+            unfinished = sum(cell.result(out / "cells") is None for cell in plan.cells)
+            reproduce.run(plan, out, _Bars(progress, unfinished), keep_models=args.keep_models)
+    finally:  # what is finished is worth a table whatever ended the run
+        for table in report.comparison.tables(summary.write(plan, out)):
+            console.print(table)
+        console.print(f"table and plots: [bold]{out}[/]")
 
 
 def _option(text: str) -> tuple[str, Any]:

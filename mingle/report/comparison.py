@@ -69,6 +69,7 @@ def _empty(summary: Mapping[str, Any], part: Mapping[str, Any], rows: list[Mappi
     """A block with the rows' labels and no suite yet."""
     count = summary["orders"]
     caption = f"{summary['table']} ({summary['title']}), protocol {part['protocol']}, {count} order{'' if count == 1 else 's'}"
+    caption += "".join(f", {name}={value}" for name, value in summary["set"].items())
     if part["protocol"] != "official" and any(cell["published"] for row in rows for cell in row["cells"].values()):
         caption += "; what is published was measured under the protocol official"
     return _Block(caption, ["row"], [(row, [(row["label"], False)]) for row in rows])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mingle.report.canvas import COLORS, OTHER_COLOR, STYLE, figure_of, heat_map, small_multiples
+from mingle.report.canvas import COLORS, MOST_NUMBERED, OTHER_COLOR, STYLE, figure_of, heat_map, small_multiples
 from mingle.report.numbers import REFERENCES, number
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _plot_gates(traces: Mapping[str, Mapping[str, Any]], where: str) -> Figure |
         return None
     gates = {label: np.array(trace["gates"], float).mean(1) for label, trace in traces.items()}  # [tasks, experts]
     count = max(len(values) for values in gates.values())
-    side = max(2.0, 0.3 * count)
+    side = max(2.0, (0.3 if count <= MOST_NUMBERED else 0.125) * count)
     figure, axes, columns = small_multiples(len(gates), side + 0.2, side + 0.5, f"Gates after the last merge, first order ({where})")
     bound = max(np.abs(values).max() for values in gates.values())
     for i, (ax, (label, values)) in enumerate(zip(axes, gates.items(), strict=True)):

@@ -22,11 +22,12 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
     """The table as far as its cells are finished.
 
     Returns:
-        ``table``, ``title``, ``axis`` (the swept quantity or None), ``orders`` (how many were asked for), ``versions`` and ``tables``: per
-        protocol its name, the ``suites`` and ``rows``.  A row has ``label``, ``method``, ``options``, ``series`` and ``value`` (of a
-        sweep) and under ``cells`` and the suite's name: ``acc``, ``bwt`` ({mean, std, values} in per cent and points, over the finished
-        orders; std None for one), ``published`` and ``difference`` ({acc, bwt}, or None where nothing was published), ``seconds`` (mean,
-        of merging), ``finished`` (order seeds), ``failed`` (messages) and ``folders``.
+        ``table``, ``title``, ``axis`` (the swept quantity or None), ``orders`` (how many were asked for), ``set`` (options asked for),
+        ``samples_per_class``, ``seed``, ``versions`` and ``tables``: per protocol its name, the ``suites`` and ``rows``.  A row has
+        ``label``, ``method``, ``options``, ``series`` and ``value`` (of a sweep) and under ``cells`` and the suite's name: ``acc``, ``bwt``
+        ({mean, std, values} in per cent and points, over the finished orders; std None for one), ``published`` and ``difference``
+        ({acc, bwt}, or None where nothing was published), ``seconds`` (mean, of merging), ``finished`` (order seeds), ``failed``
+        (messages) and ``folders``.
     """
     protocols: dict[str, dict[str, Any]] = {}
     for entry in plan.entries:
@@ -40,6 +41,7 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
         "title": plan.table.title,
         "axis": plan.table.axis,
         "orders": plan.request.orders,
+        "set": dict(plan.request.options),
         "samples_per_class": plan.request.samples_per_class,
         "seed": plan.request.seed,
         "versions": storage.versions(),

@@ -84,7 +84,7 @@ def _ablation(suite: Suite, names: Sequence[str]) -> list[Row]:
 
 def _sweep(option: str, *values: float) -> Callable[[Suite, Sequence[str]], list[Row]]:
     def rows(suite: Suite, names: Sequence[str]) -> list[Row]:
-        return [Row(f"{name}, {option} {value}", name, {option: value}, None, name, value) for name in names for value in values]
+        return [Row(f"{name}, {option} {value:g}", name, {option: value}, None, name, value) for name in names for value in values]
 
     return rows
 

@@ -142,7 +142,7 @@ def test_ends_measures_what_acc_and_bwt_need(tmp_path):
 def test_the_table_s_numbers_and_schema(tmp_path):
     out = measure(tmp_path, orders=3)
     assert json.loads((tmp_path / "table.json").read_text()) == json.loads(json.dumps(out))
-    assert set(out) == {"table", "title", "axis", "orders", "samples_per_class", "seed", "versions", "tables"}
+    assert set(out) == {"table", "title", "axis", "orders", "set", "samples_per_class", "seed", "versions", "tables"}
     (table,) = out["tables"]
     assert (table["protocol"], table["suites"]) == ("strict", ["stub"])
     assert [row["label"] for row in table["rows"]] == list(METHODS)
@@ -157,7 +157,9 @@ def test_the_table_s_numbers_and_schema(tmp_path):
         assert cell["seconds"] == pytest.approx(statistics.fmean(sum(step["merge"] for step in one["steps"]) for one in measured))
         assert {"versions", "commit", "device"} <= set(measured[0])
     mean, std = (table["rows"][1]["cells"]["stub"]["acc"][key] for key in ("mean", "std"))
-    assert f"{mean:.1f} ± {std:.1f}" in (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.md").read_text()
+    assert f"{mean:.1f} ± {std:.1f}" in text
+    assert "protocol strict, 3 orders, steps=3, rank=4, lr=0.005\n" in text
     assert not list(tmp_path.glob("cells/*/merger"))
     assert (tmp_path / "stub-strict-bars.png").exists()
 
@@ -318,10 +320,12 @@ def test_rows_of_the_tables_are_what_they_say():
 
 
 def test_a_sweep_is_plotted_with_its_gates(tmp_path):
-    changes = {"table": "gamma", "methods": ("mingle", "mingle-light"), "options": QUICK, "orders": 2}
+    changes = {"table": "k", "methods": ("mingle", "mingle-light"), "options": QUICK}
     out = measure(tmp_path, **changes)
     assert {row["series"] for row in out["tables"][0]["rows"]} == {"mingle", "mingle-light"}
-    assert (tmp_path / "stub-strict-curves.png").stat().st_size > 10_000
+    assert [row["value"] for row in out["tables"][0]["rows"]] == [1, 2, 3, 5, 8] * 2
+    for name in ("curves", "gates"):
+        assert (tmp_path / f"stub-strict-{name}.png").stat().st_size > 10_000
 
 
 def command(out: Path) -> list[str]:
