@@ -44,7 +44,7 @@ class RoutedOptions:
     gates: Literal["hard", "soft"] = "hard"
     own_covariance: float = 0.1
     shrinkage: float = 0.03
-    seniority: float = 0.5
+    seniority: float = 1.0
     abstain: float | None = 4.0
     backend: str = "auto"
 
