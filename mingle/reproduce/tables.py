@@ -94,11 +94,11 @@ def _samples(suite: Suite, names: Sequence[str]) -> list[Row]:
 
 
 def _layers_and_rank(suite: Suite, names: Sequence[str]) -> list[Row]:
-    """Every layer set of the task type with every rank up to the largest that its matrices have."""
+    """Those layer sets that the task type has, with every rank up to the largest that its matrices have."""
     task, rows = tasks.get(suite.task_type), []
     tower = task.skeleton(suite.base).get_submodule(task.tower)
     for name in names:
-        for layers in _LAYER_SETS:
+        for layers in filter(task.layer_sets.get, _LAYER_SETS):
             targets = task.layer_sets[layers]
             largest = max(min(layer.weight.shape) for layer in find_targets(tower, targets).values())
             for rank in sorted({min(rank, largest) for rank in (*_RANKS, largest)}):

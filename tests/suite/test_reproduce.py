@@ -94,10 +94,10 @@ class Recorder(Observer):
         self.merged_tasks.append((method, order, index))
 
 
-@pytest.mark.parametrize("method", ["average", "opcm", "mingle"])
+@pytest.mark.parametrize("method", ["individual", "opcm", "consensus-ta", "mingle", "routed"])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, method):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    changes = {"keep_models": True, "methods": (method,), "options": QUICK if method == "mingle" else ()}
+    changes = {"keep_models": True, "methods": (method,), "options": {"mingle": QUICK, "routed": (("depths", (0, 1)),)}.get(method, ())}
     measure(whole, **changes)
     with pytest.raises(Killed):
         measure(broken, KillAt(method, 2), **changes)
@@ -111,6 +111,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, method):
     assert models[0]["state"] == models[1]["state"]
     traces = [path.read_text() for out in (whole, broken) for path in out.glob("cells/*/trace.json")]
     assert traces[0] == traces[1]
+    assert (len(traces[0]) > 100) == (method == "mingle")
 
 
 def test_a_cell_is_what_a_merger_measures(tmp_path, samples, tuned_folders):
