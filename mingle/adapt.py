@@ -97,16 +97,25 @@ class _Recorder:
         return trace
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """−(1/n) Σ softmax(teacher / τ) · log_softmax(student / τ) over logits [n, C]; no factor τ²."""
-    return -(torch.softmax(teacher / temperature, -1) * torch.log_softmax(student / temperature, -1)).sum(-1).mean()
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    """The mean over rows of −softmax(teacher / τ) · log_softmax(student / τ), logits [..., C]; no factor τ².
+
+    Args:
+        student, teacher: logits [..., C].
+        temperature: τ.
+        valid: bool [...], true for the rows that count; None counts all.
+    """
+    return _mean(-(torch.softmax(teacher / temperature, -1) * torch.log_softmax(student / temperature, -1)).sum(-1), valid)
 
 
 def entropy_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
     """The mean over rows of −Σ p ln p with p = softmax(logits), logits [..., C]; of those where `valid` [...] is true, if it is given."""
     logs = torch.log_softmax(logits, -1)
-    entropies = -(logs.exp() * logs).sum(-1)
-    return entropies.mean() if valid is None else torch.where(valid, entropies, 0).sum() / valid.sum()
+    return _mean(-(logs.exp() * logs).sum(-1), valid)
+
+
+def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    return values.mean() if valid is None else torch.where(valid, values, 0).sum() / valid.sum()
 
 
 def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -137,7 +146,7 @@ def _stop_if_diverged(step: GateStep, bad_steps: Tensor, done: int) -> None:
 
 @torch.no_grad()
 def teacher_logits(task: TaskType, teacher: nn.Module, seeds: TaskData, batch_size: int) -> Tensor:
-    """The fine-tuned model's logits [n, C] for all seed samples, once."""
+    """The fine-tuned model's logits [n, C] or [n, L, C] for all seed samples, once."""
     return torch.cat([task.logits(teacher, batch) for batch in seeds.batches(batch_size)])
 
 
@@ -159,7 +168,8 @@ def adapt_gates(
         model: the merged model that holds the layers, in evaluation mode.
         layers: the injected layers by name.
         seeds: unlabelled samples of the new task.
-        targets: the teacher's logits [n, C] for them, which the model is to give as well; None lowers the entropy of its own instead.
+        targets: the teacher's logits for them, [n, C] or [n, L, C], which the model is to give as well; None lowers the entropy of its
+            own instead.
         config: optimizer settings.
         generator: draws the batches.
         projector: keeps gate gradients out of earlier tasks' input directions; None trains unconstrained.
@@ -170,6 +180,7 @@ def adapt_gates(
     """
     device = next(iter(layers.values())).weight.device
     seeds, targets = seeds.to(device), None if targets is None else targets.to(device)
+    valid = task.valid(seeds)
     step = GateStep(layers, config.lr, projector)
     recorder = _Recorder(step)
 
@@ -184,7 +195,11 @@ def adapt_gates(
             select(index)
             student = logits(index)
             student = student.to(torch.promote_types(student.dtype, torch.float32))
-            loss = entropy_loss(student) if targets is None else distillation_loss(student, targets[index], config.temperature)
+            counted = None if valid is None else valid[index]
+            if targets is None:
+                loss = entropy_loss(student, counted)
+            else:
+                loss = distillation_loss(student, targets[index], config.temperature, counted)
             loss.backward()
             return loss.detach(), step.step(loss)
 

@@ -49,10 +49,36 @@ def _mean(values: Sequence[float | None]) -> float:
 
 @torch.no_grad()
 def accuracy(task: TaskType, model: nn.Module, data: TaskData, batch_size: int = 128) -> float:
-    """Per cent of the samples the model answers rightly, in order and in batches of `batch_size`."""
+    """The score of the model on the samples, taken in order and in batches of `batch_size`; see `score`."""
     model.eval()
-    right = [task.correct(task.logits(model, batch), batch) for batch in data.batches(batch_size)]
-    return 100 * torch.cat(right).double().mean().item()
+    return score(torch.cat([task.outcomes(model, batch) for batch in data.batches(batch_size)]), data.metric)
+
+
+def score(outcomes: torch.Tensor, metric: str) -> float:
+    """In per cent: the mean of `outcomes` [n] for ``accuracy``, the rank correlation of the columns of `outcomes` [n, 2] for ``spearman``.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+    outcomes = outcomes.double()
+    if metric == "accuracy":
+        return 100 * outcomes.mean().item()
+    if metric == "spearman":
+        return 100 * spearman(*outcomes.unbind(1))
+    raise ValueError(f"metric={metric!r}: expected accuracy or spearman")
+
+
+def spearman(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Spearman's rank correlation of x [n] and y [n], equal values sharing their mean rank; 0 where one of them never varies."""
+    a, b = (ranks - ranks.mean() for ranks in (_ranks(x), _ranks(y)))
+    norm = (a.norm() * b.norm()).item()
+    return (a @ b).item() / norm if norm else 0.0
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks from 0, float64 [n]."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts + 1) / 2)[inverse].double()
 
 
 @torch.no_grad()
@@ -64,8 +90,11 @@ def gate_activation(
 
     def hook(i: int) -> Callable[..., None]:
         def observe(layer: MingleLinear, args: tuple[Any, ...]) -> None:
-            values = reference.gate_values(args[0], *layer.all_gates(), layer.reduce)
-            sums[i] += values.flatten(0, -2).mean(0).cpu() * len(args[0])
+            x, mask = args[0], layer.token_mask
+            values = reference.gate_values(x, *layer.all_gates(), layer.reduce, mask)
+            counted = mask if mask is not None and layer.reduce == "token" else x.new_ones(values.shape[:-1])
+            weight = counted / counted.sum() * len(x)
+            sums[i] += (values * weight.unsqueeze(-1)).flatten(0, -2).sum(0).cpu()
 
         return observe
 

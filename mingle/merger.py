@@ -6,6 +6,7 @@ import copy
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,13 @@ class Merger:
             raise ValueError(f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given")
         tuned = self._tower_tensors(name, finetuned_model)
         index = len(self.merged)
+        teacher = cache(lambda: self._teacher(tuned))
         arrival = Arrival(
             index=index,
             name=name,
             tuned=tuned,
-            seeds=seeds,
-            teacher=lambda: self._teacher(tuned),
+            seeds=None if seeds is None else self.task.prepared(teacher, seeds),
+            teacher=teacher,
             seed=zlib.crc32(f"{self.seed}/{index}".encode()),
             on_step=on_step,
         )

@@ -43,7 +43,7 @@ class _Entropy(nn.Module):
 
     def forward(self, batch: TaskData) -> Tensor:
         logits = self.task.logits(self.model, batch)
-        return entropy_loss(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return entropy_loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.task.valid(batch))
 
 
 def combined(merged: Mapping[str, Tensor], delta: Mapping[str, Tensor], coefficients: Tensor) -> Tensors:

@@ -35,6 +35,8 @@ class GatedMethod(MergeMethod):
         targets = options.layers or task.layer_sets[self.layer_set]
         model.requires_grad_(False)
         self.layers: dict[str, MingleLinear] = inject(self.tower, targets, getattr(options, "reduce", "token"), backend=options.backend)
+        for name, layer in self.layers.items():
+            layer.reduce = task.reduce_for(name, layer.reduce)
         #: per task, its place among the experts, or None where it was skipped
         self.places: list[int | None] = []
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +18,14 @@ class TaskData:
     Attributes:
         inputs: tensors with one row per sample, by the model's own argument names.
         shared: tensors that all samples share, such as the text embeddings of the classes.
-        labels: targets [n], or None where there are none; adaptation never reads them.
+        labels: targets [n], or tokens of answers [n, L], or None where there are none; adaptation never reads them.
+        metric: what is measured on them, ``accuracy`` or ``spearman``.
     """
 
     inputs: Mapping[str, torch.Tensor]
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
     labels: torch.Tensor | None = None
+    metric: str = "accuracy"
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -31,12 +33,12 @@ class TaskData:
     def select(self, index: torch.Tensor | slice) -> TaskData:
         """The samples at `index`, a slice or an int64 tensor."""
         labels = None if self.labels is None else self.labels[index]
-        return TaskData({name: tensor[index] for name, tensor in self.inputs.items()}, self.shared, labels)
+        return replace(self, inputs={name: tensor[index] for name, tensor in self.inputs.items()}, labels=labels)
 
     def to(self, device: torch.device) -> TaskData:
         """The same samples on a device; labels stay where they are."""
         inputs, shared = ({name: tensor.to(device) for name, tensor in part.items()} for part in (self.inputs, self.shared))
-        return TaskData(inputs, shared, self.labels)
+        return replace(self, inputs=inputs, shared=shared)
 
     def batches(self, size: int) -> Iterator[TaskData]:
         """Consecutive batches of at most `size` samples, in order."""
@@ -66,11 +68,20 @@ class TaskType(Protocol):
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Checked samples of this task type."""
 
-    def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:
-        """Class scores [n, C] of a batch."""
+    def reduce_for(self, layer: str, reduce: str) -> str:
+        """What the gates of a layer of the tower see, where `reduce` is asked for."""
 
-    def correct(self, logits: torch.Tensor, data: TaskData) -> torch.Tensor:
-        """Whether each sample is answered rightly, bool [n]."""
+    def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
+        """Seed samples with what adaptation needs besides the inputs and only the fine-tuned model can say, never taken from labels."""
+
+    def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:
+        """Class scores of a batch, [n, C], or [n, L, C] with one row per position of the answers."""
+
+    def valid(self, data: TaskData) -> torch.Tensor | None:
+        """Which positions of the answers count, bool [n, L]; None where an answer has one."""
+
+    def outcomes(self, model: nn.Module, data: TaskData) -> torch.Tensor:
+        """What came out for each sample: 1 or 0, right or wrong, [n]; or numbers given and wanted, [n, 2].  See `mingle.evaluate.score`."""
 
 
 def get(name: str) -> TaskType:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,22 @@ class ClipTask:
         image = F.normalize(clip.visual_projection(pooled), dim=-1)
         return clip.logit_scale.exp() * image @ data.shared["text_embeds"].to(image).mT
 
-    def correct(self, logits: torch.Tensor, data: TaskData) -> torch.Tensor:
-        """Top-1, bool [n]."""
+    def reduce_for(self, layer: str, reduce: str) -> str:
+        """The same in all layers."""
+        return reduce
+
+    def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
+        """As they are: images need nothing more."""
+        return seeds
+
+    def valid(self, data: TaskData) -> None:
+        """An image has one answer."""
+
+    def outcomes(self, model: nn.Module, data: TaskData) -> torch.Tensor:
+        """Top-1 right or wrong, [n]."""
         if data.labels is None:
             raise ValueError("these samples have no labels to compare with")
-        return logits.argmax(-1).cpu() == data.labels.cpu()
+        return (self.logits(model, data).argmax(-1).cpu() == data.labels.cpu()).double()
 
 
 @torch.no_grad()

@@ -26,6 +26,9 @@ class WholeModel:
     def logits(self, model, data):
         return model(input_ids=data.inputs["input_ids"], decoder_input_ids=data.inputs["decoder_input_ids"]).logits.flatten(0, 1)
 
+    def valid(self, data):
+        return None
+
 
 @pytest.fixture(scope="module")
 def base():
