@@ -27,7 +27,7 @@ from mingle.options import nearest
 
 _log = logging.getLogger(__name__)
 
-_CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN = 5
@@ -168,10 +168,10 @@ def _resolve(patterns: Mapping[str, tuple[re.Pattern[str], V]], module: str, def
 
 
 def _read_config(folder: Path) -> _Config:
-    path = contained(folder, _CONFIG)
+    path = contained(folder, CONFIG)
     if not path.is_file():
-        inside = sorted(str(config.parent) for config in folder.glob(f"*/{_CONFIG}"))
-        raise CheckpointError(f"{folder}: no {_CONFIG}" + (f"; there is one in {', '.join(inside[:_SHOWN])}" if inside else ""))
+        inside = sorted(str(config.parent) for config in folder.glob(f"*/{CONFIG}"))
+        raise CheckpointError(f"{folder}: no {CONFIG}" + (f"; there is one in {', '.join(inside[:_SHOWN])}" if inside else ""))
     config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object")

@@ -15,14 +15,12 @@ from torch import nn
 
 from mingle import export, methods, storage, tasks
 from mingle.adapt import StepProgress
-from mingle.checkpoint import CheckpointReader
 from mingle.evaluate import Result, accuracy
+from mingle.finetuned import Model, tower_tensors
 from mingle.methods import Arrival, StepReport
 from mingle.options import build
-from mingle.task_vector import align
+from mingle.task_vector import first_names
 from mingle.tasks import TaskData
-
-Model = nn.Module | Mapping[str, torch.Tensor] | str | Path
 
 
 @dataclass
@@ -47,7 +45,7 @@ class Merger:
     Args:
         base_model: the common pre-trained model, a module or a local folder in hub format.  A module is copied, never changed.
         method: a name in `mingle.methods.METHODS`.
-        task_type: how batches become logits; ``"clip"``.
+        task_type: how batches become logits; ``"clip"`` or ``"t5"``.
         seed: of everything random.  Step t depends on (seed, t) and the merged state only, so an interrupted merge resumes bit for bit.
         device: where the merged model lives; None leaves the base where it is.
         options: the method's own, see its ``Options``.
@@ -76,6 +74,7 @@ class Merger:
         if device is not None:
             self.base = copy.deepcopy(self.base).to(device)
         self.model = copy.deepcopy(self.base).eval()
+        self._first_names = first_names(self.base.get_submodule(self.task.tower))
         self._base_tower = {name: t.detach() for name, t in self.base.get_submodule(self.task.tower).state_dict().items()}
         self.method = method_class(self.model, self.task, self._base_tower, self.options)
         self.merged: list[MergedTask] = []
@@ -99,7 +98,7 @@ class Merger:
 
         Args:
             name: the task's name, new to this merger.
-            finetuned_model: a module, a state dict or a local folder; the whole model or its tower alone.
+            finetuned_model: a module, a state dict or a local folder; the whole model, its tower alone, or a folder with a LoRA adapter.
             seed_data: a few unlabelled samples of the task, for methods that adapt (others never look at them); see the task type for
                 the keys.
             on_step: called during adaptation, see `mingle.adapt.adapt_gates`.
@@ -253,14 +252,8 @@ class Merger:
 
     def _tower_tensors(self, name: str, model: Model) -> dict[str, torch.Tensor]:
         """The fine-tuned tower on the base's device and in its dtype, under the base tower's names."""
-        if isinstance(model, str | Path):
-            reader = CheckpointReader(model)
-            own = [key for key in reader if key.startswith(self.task.prefixes)]
-            state: Mapping[str, torch.Tensor] = {key: reader.tensor(key) for key in own or reader}
-        else:
-            state = model.state_dict() if isinstance(model, nn.Module) else model
         try:
-            aligned = align(self._base_tower, state, self.task.prefixes)
+            aligned = tower_tensors(model, self._base_tower, self._first_names, self.task.prefixes)
         except ValueError as error:
             raise type(error)(f"task {name!r}: {error}") from None
         broken = [key for key, tensor in aligned.items() if not tensor.isfinite().all()]

@@ -30,13 +30,13 @@ def input_directions(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Inpu
     def hook(name: str) -> Any:
         def collect(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             nonlocal last
-            x = args[0]
+            x, mask = args[0], getattr(module, "token_mask", None)
             if last is not x:
                 last = x
                 results.clear()
             before = seen.get(name) or nothing.setdefault(x.shape[-1], InputDirections(x.shape[-1]))
             if id(before) not in results:
-                results[id(before)] = before, before.including(x)  # keeps `before` alive, and with it its id
+                results[id(before)] = before, before.including(x if mask is None else x[mask])  # keeps `before` alive, and with it its id
             seen[name] = results[id(before)][1]
 
         return collect

@@ -13,13 +13,19 @@ class IncompatibleModel(ValueError):
     """A fine-tuned model whose parameters are not those of the base."""
 
 
-def align(base: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], prefixes: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+def align(
+    base: Mapping[str, torch.Tensor],
+    tuned: Mapping[str, torch.Tensor],
+    prefixes: Iterable[str] = (),
+    first: Mapping[str, str] | None = None,
+) -> dict[str, torch.Tensor]:
     """The tensors of `tuned` under the names of `base`, in base's order.
 
     Args:
         base: the reference state, by name.
         tuned: another state of the same architecture; further tensors under other prefixes are ignored when a prefix matches.
         prefixes: what `tuned` may put before base's names, most specific first (for example ``vision_model.``); no prefix is tried last.
+        first: what `first_names` says of the base; of tensors that it ties together, `tuned` needs to hold one.
 
     Raises:
         IncompatibleModel: missing, extra or differently shaped tensors, with the lists of each and the closest match.
@@ -32,6 +38,9 @@ def align(base: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], p
             break
     # Older checkpoints store this counter as a tensor; it is no parameter.
     stripped = {name: tensor for name, tensor in stripped.items() if not name.endswith("position_ids")}
+    if first is not None:
+        held = {first[name]: tensor for name, tensor in stripped.items() if name in first}
+        stripped = {name: held[first[name]] for name in base if first[name] in held} | stripped
     missing = [name for name in base if name not in stripped]
     extra = [name for name in stripped if name not in base]
     differing = [

@@ -20,12 +20,14 @@ class TaskData:
         shared: tensors that all samples share, such as the text embeddings of the classes.
         labels: targets [n], or tokens of answers [n, L], or None where there are none; adaptation never reads them.
         metric: what is measured on them, ``accuracy`` or ``spearman``.
+        decode: tokens [n, L] → n texts, for answers in words of which a metric needs the meaning.
     """
 
     inputs: Mapping[str, torch.Tensor]
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
     labels: torch.Tensor | None = None
     metric: str = "accuracy"
+    decode: Callable[[torch.Tensor], list[str]] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -91,8 +93,9 @@ def get(name: str) -> TaskType:
         ValueError: an unknown name.
     """
     from mingle.tasks.clip import ClipTask
+    from mingle.tasks.t5 import T5Task
 
-    known: dict[str, TaskType] = {"clip": ClipTask()}
+    known: dict[str, TaskType] = {task.name: task for task in (ClipTask(), T5Task())}
     if name not in known:
         raise ValueError(f"unknown task type {name!r}: expected one of {', '.join(known)}")
     return known[name]

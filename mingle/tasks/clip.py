@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mingle.checkpoint import CheckpointReader
-from mingle.files import CheckpointError, read_json
 from mingle.tasks import TaskData
+from mingle.tasks.loading import load, skeleton
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
@@ -37,41 +36,16 @@ class ClipTask:
     }
 
     def skeleton(self, folder: str | Path) -> nn.Module:
-        """The model that a local folder describes, without data, its checkpoint checked against it.
-
-        Raises:
-            CheckpointError: what is in the folder is no intact safetensors checkpoint of a CLIP model.
-        """
+        """See `mingle.tasks.loading.skeleton`."""
         from transformers import CLIPConfig, CLIPModel
 
-        folder = Path(folder)
-        reader = CheckpointReader(folder)  # intact and inside the folder, before anything else opens it
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict) or config.get("model_type") != "clip":
-            raise CheckpointError(f"{folder / 'config.json'}: not the configuration of a CLIP model")
-        with torch.device("meta"):
-            model: nn.Module = CLIPModel(CLIPConfig.from_dict(config))
-        for name, tensor in model.state_dict().items():
-            if name not in reader:
-                raise CheckpointError(f"{folder}: the tensor {name!r} of a CLIP model is missing")
-            if reader.shape(name) != tuple(tensor.shape):
-                raise CheckpointError(f"{folder}: {name} has shape {list(reader.shape(name))}, config.json says {list(tensor.shape)}")
-        return model
+        return skeleton(folder, CLIPModel, CLIPConfig)
 
     def load(self, folder: str | Path) -> nn.Module:
-        """A `CLIPModel` in float32 from a local folder.
+        """A `CLIPModel`; see `mingle.tasks.loading.load`."""
+        from transformers import CLIPConfig, CLIPModel
 
-        Raises:
-            CheckpointError: as `skeleton`, and for weights that are NaN or infinite.
-        """
-        from transformers import CLIPModel
-
-        self.skeleton(folder)
-        model: nn.Module = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-        for name, tensor in model.state_dict().items():
-            if not tensor.isfinite().all():
-                CheckpointReader(folder).tensor(name)  # raises, with the count and the first index
-        return model.eval()
+        return load(folder, CLIPModel, CLIPConfig)
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples as `TaskData`.
