@@ -201,6 +201,7 @@ setup(
         "mingle.report",
         "mingle.reproduce",
         "mingle.suites",
+        "mingle.suites.fusionbench",
         "mingle.suites.glyphs",
         "mingle.tasks",
     ],

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     logging.getLogger("transformers").setLevel(logging.ERROR)
     args = _parser().parse_args(arguments)
+    if getattr(args, "offline", False):
+        os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         return args.run(args) or 0
     except (ValueError, AdaptationDiverged, FileNotFoundError) as error:
@@ -121,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
 
     env = commands.add_parser("env", help="versions and what computes here, for bug reports")
     env.set_defaults(run=_env)
+    for command in (demo, tables, merge, check, add, evaluate):
+        command.add_argument("--offline", action="store_true", help="take hub models and data sets from the hub's cache only")
     return parser
 
 

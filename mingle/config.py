@@ -12,6 +12,7 @@ gate: {k: 3, gamma: 1.0, beta: 0.99, reduce: sample}
 adapt: {steps: 50, lr: 1.0e-4, batch_size: 16, samples_per_class: 5, temperature: 2.0, protocol: strict}
 eval: {suite: images/, every_step: true, batch_size: 128}
 options: {constraint: hard}               # anything else the method takes
+revisions: {datasets/ylecun/mnist: 4d5…}  # commits of hub models (datasets/<id>: of data sets); without, those found first are kept to
 
 What the file does not say about the method is as published for so many tasks, see `mingle.methods.published`.
 """
@@ -96,6 +97,7 @@ class Config:
     adapt: Adapt = field(default_factory=Adapt)
     eval: Eval = field(default_factory=Eval)
     options: dict[str, Any] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
 
     def method_options(self) -> dict[str, Any]:
         """What the file says about the method, under the method's own option names; the protocol chooses `reduce` where it is not given.

@@ -17,6 +17,7 @@ from mingle import methods, report, suites
 from mingle.adapt import AdaptTrace, StepProgress
 from mingle.config import shuffled
 from mingle.evaluate import Result, gate_activation
+from mingle.hub import Revisions
 from mingle.merger import Merger
 from mingle.methods.mingle_experts import Mingle
 from mingle.options import build
@@ -104,7 +105,8 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
     settings = asdict(experiment) | {"methods": list(experiment.methods), "options": dict(experiment.options)}
     (out / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     for name in suite:
-        suite.expert(name)  # train what is missing before anything is timed
+        suite.check(name)
+        suite.expert(name)  # fetch or train what is missing before anything is timed
     results: dict[str, Any] = {
         "suite": experiment.suite,
         "protocol": experiment.protocol,
@@ -121,7 +123,7 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
         for number in range(experiment.orders):
             order = shuffled(list(suite), FIRST_ORDER_SEED + number)
             merger = Merger(suite.base, method, suite.task_type, seed=experiment.seed, **experiment.options_for(method, suite))
-            merger.metadata = origin(experiment.suite, experiment.protocol, experiment.samples_per_class)
+            merger.metadata = origin(experiment.suite, experiment.protocol, experiment.samples_per_class, revisions=suite.revisions)
             steps = list(merge_all(merger, suite, order, observer, number))
             result = merger.result()
             rows["acc"].append(result.acc)
@@ -144,9 +146,21 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
     return results
 
 
-def origin(suite: str | None = None, protocol: str = "strict", samples_per_class: int = 5, batch_size: int = 128) -> dict[str, Any]:
-    """Where a merger's samples came from, saved as its metadata, so that adding and evaluating later goes on alike."""
-    return {"suite": suite, "protocol": protocol, "samples_per_class": samples_per_class, "batch_size": batch_size}
+def origin(
+    suite: str | None = None,
+    protocol: str = "strict",
+    samples_per_class: int = 5,
+    batch_size: int = 128,
+    revisions: Revisions | None = None,
+) -> dict[str, Any]:
+    """Where a merger's samples and models came from, saved as its metadata, so that adding and evaluating later goes on alike."""
+    return {
+        "suite": suite,
+        "protocol": protocol,
+        "samples_per_class": samples_per_class,
+        "batch_size": batch_size,
+        "revisions": {} if revisions is None else revisions,
+    }
 
 
 @dataclass(frozen=True)

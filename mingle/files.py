@@ -70,7 +70,7 @@ def contained(folder: Path, name: str) -> Path:
     """`folder / name`, once it is sure that opening it stays inside `folder`; nothing is opened, and it need not exist.
 
     Raises `CheckpointError` for an absolute path, a `..` and a symlink that leads outside. One way out is allowed: a hub cache
-    keeps the files of `models--x/snapshots/<rev>` as symlinks to `models--x/blobs/<hash>`.
+    keeps the files of `models--x/snapshots/<rev>` as symlinks to `models--x/blobs/<hash>`, and those of `datasets--x` alike.
     """
     # The Windows flavour splits at both slashes and knows drives, so one check covers an index written on any system.
     parts = PureWindowsPath(name)
@@ -82,7 +82,8 @@ def contained(folder: Path, name: str) -> Path:
     except ValueError as error:
         raise CheckpointError(f"{folder}: {name!r} is not a file name: {error}") from error
     snapshots, repository = root.parent, root.parent.parent
-    cached = snapshots.name == "snapshots" and repository.name.startswith("models--") and target.parent == repository / "blobs"
+    of_hub = snapshots.name == "snapshots" and repository.name.startswith(("models--", "datasets--"))
+    cached = of_hub and target.parent == repository / "blobs"
     if not (target.is_relative_to(root) or cached):
         raise CheckpointError(f"{path}: refusing a symlink to {target}, outside the folder")
     return path

@@ -34,6 +34,7 @@ class Plan:
         experts: name → folder of the fine-tuned model.
         orders: the task orders to merge in.
         folders: where each order's merged model goes; empty for a plan that was only to be checked.
+        revisions: of what comes from the hub, the commits in use; they are saved with the merged model.
     """
 
     config: Config
@@ -42,6 +43,7 @@ class Plan:
     experts: Mapping[str, Path]
     orders: list[list[str]]
     folders: list[Path]
+    revisions: hub.Revisions
 
     def run(self, observer: Observer | None = None) -> Iterator[Result]:
         """Merge in every order, saving after each task; what a former run has merged is kept.  Yields each order's result."""
@@ -63,9 +65,10 @@ class Plan:
             found = storage.state_hash(merger.task.load(self.base))
             if found != storage.state_hash(merger.base):
                 raise CheckpointError(f"{folder}: was begun with another base model than {self.base}")
+            merger.metadata["revisions"] = self.revisions
             return merger
         merger = Merger(self.base, self.config.method, "clip", **_options(self.config, "clip"))
-        merger.metadata = _origin(self.config)
+        merger.metadata = _origin(self.config, self.revisions)
         return merger
 
 
@@ -76,8 +79,12 @@ def check(config: Config, out: Path | None = None) -> Plan:
         OptionError: something in the config.
         CheckpointError: a model that is missing, broken, or no fine-tuned version of the base; a folder in use for something else.
     """
+    folders: list[Path] = []
+    if out is not None:
+        folders = [out / f"order-{seed}" for seed in config.order.seeds] if config.order.shuffle and len(config.order.seeds) > 1 else [out]
+    revisions = _revisions(config, folders)
     task = tasks.get("clip")
-    base = hub.resolve(config.base)
+    base = hub.resolve(config.base, None, revisions)
     tower = _shapes(base, task.prefixes)
     task_model = task.skeleton(base)
     layers = config.layers or task.layer_sets["full"]
@@ -85,21 +92,29 @@ def check(config: Config, out: Path | None = None) -> Plan:
         find_targets(task_model.get_submodule(task.tower), layers)
     except ValueError as error:
         raise OptionError(f"layers: {error}") from None
-    experts = {expert.name: hub.resolve(expert.model, expert.revision) for expert in config.experts}
+    experts = {expert.name: hub.resolve(expert.model, expert.revision, revisions) for expert in config.experts}
     for name, folder in experts.items():
         try:
             align(tower, _shapes(folder, task.prefixes))
         except IncompatibleModel as error:
             raise IncompatibleModel(f"expert {name!r} ({folder}): {error}") from None
-    suite = _suite(config, base, experts)
+    suite = _suite(config, base, experts, revisions)
     names = list(experts)
     orders = [shuffled(names, seed) for seed in config.order.seeds] if config.order.shuffle else [names]
-    folders: list[Path] = []
-    if out is not None:
-        folders = [out] if len(orders) == 1 else [out / f"order-{seed}" for seed in config.order.seeds]
-        for folder, order in zip(folders, orders, strict=True):
-            _check_folder(folder, config, order)
-    return Plan(config, suite, base, experts, orders, folders)
+    for folder, order in zip(folders, orders, strict=bool(folders)):
+        _check_folder(folder, config, order)
+    return Plan(config, suite, base, experts, orders, folders, revisions)
+
+
+def _revisions(config: Config, folders: list[Path]) -> dict[str, str]:
+    """The commits that the config names, and those that the beginnings of this merge have noted."""
+    revisions = dict(config.revisions)
+    for folder in folders:
+        if (folder / storage.MANIFEST).exists():
+            for repo, noted in storage.load(folder).manifest["metadata"].get("revisions", {}).items():
+                if revisions.setdefault(repo, noted) != noted:
+                    raise CheckpointError(f"{folder}: was begun with {repo} at commit {noted}, not {revisions[repo]}")
+    return revisions
 
 
 def _shapes(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -110,15 +125,23 @@ def _shapes(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return {short: torch.empty(reader.shape(name), device="meta") for short, name in stripped.items() if not short.endswith("position_ids")}
 
 
-def _suite(config: Config, base: Path, experts: Mapping[str, Path]) -> Suite | None:
+def _suite(config: Config, base: Path, experts: Mapping[str, Path], revisions: hub.Revisions) -> Suite | None:
     if config.eval.suite is None:
         if methods.get(config.method).needs_seeds:
             raise OptionError(f"eval: suite is missing: method {config.method!r} adapts on seed samples, which come from a suite")
         return None
-    suite = suites.load(config.eval.suite, base=base, protocol=config.adapt.protocol, samples_per_class=config.adapt.samples_per_class)
+    suite = suites.load(
+        config.eval.suite,
+        base=base,
+        protocol=config.adapt.protocol,
+        samples_per_class=config.adapt.samples_per_class,
+        revisions=revisions,
+    )
     unknown = [name for name in experts if name not in suite]
     if unknown:
         raise OptionError(f"experts: suite {suite.name!r} has no task {unknown[0]!r}; it has {', '.join(suite)}")
+    for name in experts:
+        suite.check(name)
     return suite
 
 
@@ -132,8 +155,9 @@ def _check_folder(folder: Path, config: Config, order: list[str]) -> None:
         return
     manifest = storage.load(folder).manifest
     options = asdict(build(methods.get(config.method).Options, _options(config, "clip"), "options"))
-    wanted: dict[str, Any] = {"method": config.method, "metadata": _origin(config)} | {f"option {k}": v for k, v in options.items()}
-    found: dict[str, Any] = {"method": manifest["method"], "metadata": manifest["metadata"]} | {
+    noted = manifest["metadata"].get("revisions", {})  # compared when they were read
+    wanted: dict[str, Any] = {"method": config.method, "metadata": _origin(config, noted)} | {f"option {k}": v for k, v in options.items()}
+    found: dict[str, Any] = {"method": manifest["method"], "metadata": manifest["metadata"] | {"revisions": noted}} | {
         f"option {k}": tuple(v) if isinstance(v, list) else v for k, v in manifest["options"].items()
     }
     differing = [f"{key}: {found.get(key)!r} there, {value!r} now" for key, value in wanted.items() if found.get(key) != value]
@@ -149,9 +173,9 @@ def _options(config: Config, task_type: str) -> dict[str, Any]:
     return methods.published(config.method, task_type, len(config.experts)) | config.method_options()
 
 
-def _origin(config: Config) -> dict[str, Any]:
+def _origin(config: Config, revisions: hub.Revisions) -> dict[str, Any]:
     """What `add` and `evaluate` need to go on as the merge began."""
-    return origin(config.eval.suite, config.adapt.protocol, config.adapt.samples_per_class, config.eval.batch_size)
+    return origin(config.eval.suite, config.adapt.protocol, config.adapt.samples_per_class, config.eval.batch_size, revisions)
 
 
 def _merge_one(merger: Merger, name: str, model: Path, suite: Suite | None, evaluate: bool, observer: Observer) -> None:
@@ -177,6 +201,7 @@ def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite |
         protocol=merger.metadata["protocol"],
         samples_per_class=merger.metadata["samples_per_class"],
         seed=merger.seed,
+        revisions=merger.metadata["revisions"],
     )
     return merger, suite
 
@@ -187,7 +212,9 @@ def add(folder: Path, expert: Expert, overrides: Mapping[str, Any], observer: Ob
     merger, suite = _reopen(folder, overrides)
     if suite is not None and expert.name not in suite:
         raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
-    model = hub.resolve(expert.model, expert.revision)
+    model = hub.resolve(expert.model, expert.revision, merger.metadata["revisions"])
+    if suite is not None:
+        suite.check(expert.name)
     observer.merging(merger.method.name, 0, 0, [expert.name])
     _merge_one(merger, expert.name, model, suite, True, observer)
     merger.save_pretrained(folder)

@@ -14,7 +14,7 @@ import torch
 
 from mingle import methods, suites
 from mingle.experiment import FIRST_ORDER_SEED, Observer, options_for
-from mingle.files import Locked, lock
+from mingle.files import Locked, lock, read_json, write_json
 from mingle.options import OptionError, build
 from mingle.reproduce import tables
 from mingle.reproduce.cells import Cell
@@ -137,13 +137,16 @@ def run(plan: Plan, out: Path, observer: Observer | None = None, *, device: torc
     Processes that run the same plan in the same folder share the cells: what another one holds is passed over and looked at again at the
     end, where this one takes over what a killed process left.
     """
-    observer, folder = observer or Observer(), out / "cells"
+    observer, folder, revisions = observer or Observer(), out / "cells", out / "revisions.json"
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
 
     @lru_cache(maxsize=2)  # neighbouring cells share a suite, and its samples may be large
     def suite(name: str, protocol: str, samples_per_class: int, seed: int) -> Suite:
-        return suites.load(name, protocol=protocol, samples_per_class=samples_per_class, seed=seed, on_training=observer.training)
+        noted = read_json(revisions) if revisions.exists() else {}
+        return suites.load(
+            name, protocol=protocol, samples_per_class=samples_per_class, seed=seed, on_training=observer.training, revisions=noted
+        )
 
     waiting = plan.cells
     while waiting:
@@ -157,6 +160,8 @@ def run(plan: Plan, out: Path, observer: Observer | None = None, *, device: torc
                         loaded = suite(cell.suite, cell.protocol, cell.samples_per_class, cell.seed)
                         with lock(folder, wait=True):  # experts that do not ship are trained once, and before anything is timed
                             cell.prepare(loaded)
+                            if loaded.revisions:  # every later cell keeps to the commits of the first
+                                write_json(revisions, (read_json(revisions) if revisions.exists() else {}) | dict(loaded.revisions))
                         cell.run(loaded, folder, observer, device, keep_model=keep_models)
             except Locked:
                 held.append(cell)

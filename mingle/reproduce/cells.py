@@ -59,9 +59,10 @@ class Cell:
         return read_json(path) if path.exists() else None
 
     def prepare(self, suite: Suite) -> None:
-        """Have every fine-tuned model in its place."""
+        """Have every fine-tuned model in its place, and the samples checked."""
         order, sequential = shuffled(list(suite), self.order), methods.get(self.method).sequential
         for index, task in enumerate(order):
+            suite.check(task)
             suite.expert(task, order[:index] if sequential else ())
 
     def run(self, suite: Suite, cells: Path, observer: Observer, device: torch.device, *, keep_model: bool) -> None:
@@ -108,7 +109,7 @@ class Cell:
         if (saved / storage.MANIFEST).exists():
             return Merger.from_pretrained(saved, base=suite.base, device=device)
         merger = Merger(suite.base, self.method, suite.task_type, seed=self.seed, device=device, **self.options)
-        merger.metadata = origin(self.suite, self.protocol, self.samples_per_class) | {"steps": []}
+        merger.metadata = origin(self.suite, self.protocol, self.samples_per_class, revisions=suite.revisions) | {"steps": []}
         return merger
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mingle.hub import Revisions
 from mingle.options import OptionError, nearest
 from mingle.suites.protocol import PROTOCOLS, SeedRequest, split
 from mingle.tasks import TaskData
@@ -20,7 +21,7 @@ class Suite(Mapping[str, TaskData]):
     Args:
         name: under which it is reported.
         task_type: of all its tasks.
-        base: the base model's folder.
+        base: the base model's folder, or what finds it on first use.
         samples: name → all labelled test samples of the task, made on first use.
         experts: name → folder of the task's fine-tuned model, made on first use.
         request: how many seed samples to take, and under which protocol.
@@ -28,13 +29,15 @@ class Suite(Mapping[str, TaskData]):
         continued: (name, names before it) → folder of the task's model, fine-tuned from that of the task before, and so on back to the
             base; None where all fine-tuned models of the suite start from the base.
         training: name → all unlabelled training samples of the task; empty where the suite has none.
+        checks: name → finds what is wrong with the task's data without reading all of it; none where nothing can be.
+        revisions: of what came from the hub, the commits in use; grows as the suite is used.
     """
 
     def __init__(
         self,
         name: str,
         task_type: str,
-        base: Path,
+        base: Path | Callable[[], Path],
         samples: Mapping[str, Callable[[], TaskData]],
         experts: Mapping[str, Callable[[], Path]],
         request: SeedRequest,
@@ -42,8 +45,12 @@ class Suite(Mapping[str, TaskData]):
         *,
         continued: Callable[[str, tuple[str, ...]], Path] | None = None,
         training: Mapping[str, Callable[[], TaskData]] | None = None,
+        checks: Mapping[str, Callable[[], None]] | None = None,
+        revisions: Revisions | None = None,
     ) -> None:
-        self.name, self.task_type, self.base, self.request = name, task_type, base, request
+        self.name, self.task_type, self.request = name, task_type, request
+        self.revisions: Revisions = {} if revisions is None else revisions
+        self._base, self._checks = base, dict(checks or {})
         self.settings = dict(settings or {})
         self._samples, self._experts = dict(samples), dict(experts)
         self._continued, self._training = continued, dict(training or {})
@@ -55,8 +62,21 @@ class Suite(Mapping[str, TaskData]):
     def __len__(self) -> int:
         return len(self._samples)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._samples  # a mapping's own way would make the samples
+
     def __getitem__(self, name: str) -> TaskData:
         return self._parts(name)[1]
+
+    @property
+    def base(self) -> Path:
+        """The base model's folder."""
+        return self._base if isinstance(self._base, Path) else self._base()
+
+    def check(self, name: str) -> None:
+        """Find what is wrong with a task's data, as far as that takes no heavy work; whatever it raises names the data set."""
+        if name in self._checks:
+            self._checks[name]()
 
     def seeds(self, name: str, *, whole: bool = False) -> TaskData:
         """The task's seed samples, without labels; or, for sequential methods, its `whole` training data, none of which is a test sample.
@@ -110,30 +130,37 @@ def load(
     samples_per_class: int = 5,
     seed: int = 0,
     on_training: OnTraining | None = None,
+    revisions: Revisions | None = None,
 ) -> Suite:
     """A suite by name, or from a folder of images.
 
     Args:
-        name: ``glyphs4``, ``glyphs8``, ``glyphs20``, ``glyphs8-shared``, ``glyphs4-corrupted``, ``glyphs4-<corruption>``, or the path of
-            a folder as `mingle.suites.image_folder` describes it.
+        name: ``glyphs4``, ``glyphs8``, ``glyphs20``, ``glyphs8-shared``, ``glyphs4-corrupted``, ``glyphs4-<corruption>``; of the papers'
+            suites, ``clip-b32-8`` (also ``b16``, ``l14``, and 14 or 20 tasks), ``mtil-11``, ``clip-b32-corrupted``,
+            ``clip-b32-<corruption>``, ``clip-b32-clean``, ``glue-8``, ``glue-8-lora``; or the path of a folder as
+            `mingle.suites.image_folder` describes it.
         base: the folder of the base model whose image processor and tokenizer prepare the samples; None takes the suite's own.
         protocol: ``strict`` or ``official``, see `mingle.suites.protocol`.
         samples_per_class: how many seed samples a task may use, times its number of classes.
         seed: of the choice of seed samples.
         on_training: told when an expert that does not ship has to be trained.
+        revisions: the commits of hub repositories to keep to, see `mingle.hub`; those found are noted in it.
 
     Raises:
         OptionError: an unknown suite or protocol.
     """
-    from mingle.suites import glyphs, image_folder
+    from mingle.suites import fusionbench, glyphs, image_folder
 
     if protocol not in PROTOCOLS:
         raise OptionError(f"protocol: {protocol!r}{nearest(protocol, PROTOCOLS)}; expected one of {', '.join(PROTOCOLS)}")
     request = SeedRequest(protocol, samples_per_class, seed)
     if name in glyphs.NAMES:
         return glyphs.load(name, base, request, on_training)
+    if name in fusionbench.NAMES:
+        return fusionbench.load(name, base, request, {} if revisions is None else revisions)
     if Path(name).is_dir():
         if base is None:
             raise OptionError(f"suite {name!r}: a folder of images has no model of its own; name the base")
         return image_folder.load(Path(name), base, request)
-    raise OptionError(f"unknown suite {name!r}{nearest(name, glyphs.NAMES)}; known are {', '.join(glyphs.NAMES)}, or the path of a folder")
+    known = (*glyphs.NAMES, *fusionbench.NAMES)
+    raise OptionError(f"unknown suite {name!r}{nearest(name, known)}; known are {', '.join(known)}, or the path of a folder")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,11 +25,19 @@ PROTOCOLS = {"strict": "sample", "official": "batch"}
 
 @dataclass(frozen=True)
 class SeedRequest:
-    """protocol: see above; samples_per_class: times the number of classes gives the number of seeds; seed: of the choice."""
+    """How to choose seed samples.
+
+    Attributes:
+        protocol: see above.
+        samples_per_class: times the number of classes gives the number of seeds.
+        seed: of the choice.
+        total: the number of seeds where there are no classes, as in tasks that are answered in words; not more than half of the samples.
+    """
 
     protocol: str = "strict"
     samples_per_class: int = 5
     seed: int = 0
+    total: int | None = None
 
 
 def split(name: str, samples: TaskData, request: SeedRequest) -> tuple[TaskData, TaskData]:
@@ -43,12 +51,16 @@ def split(name: str, samples: TaskData, request: SeedRequest) -> tuple[TaskData,
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/seeds/{request.seed}".encode()))
     order = torch.randperm(len(samples), generator=generator)
     classes = int(samples.labels.max()) + 1
+    total = None if request.total is None else min(request.total, len(samples) // 2)
+    test = samples
     if request.protocol == "strict":
-        chosen = order[: request.samples_per_class * classes]
+        chosen = order[: total or request.samples_per_class * classes]
         rest = order[len(chosen) :].sort().values
         if not len(rest):
             raise ValueError(f"task {name!r}: {len(samples)} samples, all of them needed as seeds; none would be left for the test")
         test = samples.select(rest)
+    elif total is not None:
+        chosen = order[:total]
     else:
         shuffled = samples.labels[order]
         chosen = torch.cat([order[(shuffled == label).nonzero().flatten()[: request.samples_per_class]] for label in range(classes)])
@@ -56,6 +68,4 @@ def split(name: str, samples: TaskData, request: SeedRequest) -> tuple[TaskData,
         short = (counts < request.samples_per_class).nonzero().flatten().tolist()
         if short:
             logger.warning("task %s: fewer than %d samples of classes %s", name, request.samples_per_class, short)
-        test = samples
-    seeds = samples.select(chosen)
-    return TaskData(seeds.inputs, seeds.shared, None), test
+    return replace(samples.select(chosen).made(), labels=None), test

@@ -10,13 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from mingle.tasks.lazy import LazyInputs
+
 
 @dataclass(frozen=True)
 class TaskData:
     """Samples of one task.
 
     Attributes:
-        inputs: tensors with one row per sample, by the model's own argument names.
+        inputs: tensors with one row per sample, by the model's own argument names; `LazyInputs` make them batch by batch.
         shared: tensors that all samples share, such as the text embeddings of the classes.
         labels: targets [n], or tokens of answers [n, L], or None where there are none; adaptation never reads them.
         metric: what is measured on them, ``accuracy`` or ``spearman``.
@@ -30,22 +32,28 @@ class TaskData:
     decode: Callable[[torch.Tensor], list[str]] | None = None
 
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return len(self.inputs.rows if isinstance(self.inputs, LazyInputs) else next(iter(self.inputs.values())))
 
     def select(self, index: torch.Tensor | slice) -> TaskData:
         """The samples at `index`, a slice or an int64 tensor."""
         labels = None if self.labels is None else self.labels[index]
+        if isinstance(self.inputs, LazyInputs):
+            return replace(self, inputs=self.inputs.select(index), labels=labels)
         return replace(self, inputs={name: tensor[index] for name, tensor in self.inputs.items()}, labels=labels)
 
+    def made(self) -> TaskData:
+        """The same samples, all of their inputs in memory."""
+        return replace(self, inputs=self.inputs.made()) if isinstance(self.inputs, LazyInputs) else self
+
     def to(self, device: torch.device) -> TaskData:
-        """The same samples on a device; labels stay where they are."""
-        inputs, shared = ({name: tensor.to(device) for name, tensor in part.items()} for part in (self.inputs, self.shared))
+        """The same samples, in memory, on a device; labels stay where they are."""
+        inputs, shared = ({name: tensor.to(device) for name, tensor in part.items()} for part in (self.made().inputs, self.shared))
         return replace(self, inputs=inputs, shared=shared)
 
     def batches(self, size: int) -> Iterator[TaskData]:
-        """Consecutive batches of at most `size` samples, in order."""
+        """Consecutive batches of at most `size` samples in memory, in order."""
         for start in range(0, len(self), size):
-            yield self.select(slice(start, start + size))
+            yield self.select(slice(start, start + size)).made()
 
 
 class TaskType(Protocol):

@@ -58,11 +58,11 @@ class ClipTask:
                 if key not in given:
                     raise ValueError(f"the samples of a clip task need {key!r}; got {', '.join(given)}")
             given = TaskData({"pixel_values": given["pixel_values"]}, {"text_embeds": given["text_embeds"]}, given.get("labels"))
-        pixels, head = given.inputs["pixel_values"], given.shared["text_embeds"]
+        pixels, head = given.select(slice(0, 1)).inputs["pixel_values"], given.shared["text_embeds"]
         if pixels.dim() != 4 or head.dim() != 2:
             raise ValueError(f"pixel_values {list(pixels.shape)} and text_embeds {list(head.shape)}: expected [n, 3, H, W] and [C, P]")
-        if given.labels is not None and len(given.labels) != len(pixels):
-            raise ValueError(f"{len(given.labels)} labels for {len(pixels)} images")
+        if given.labels is not None and len(given.labels) != len(given):
+            raise ValueError(f"{len(given.labels)} labels for {len(given)} images")
         return given
 
     def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:

@@ -1,0 +1,132 @@
+"""Image tasks: test images decoded batch by batch, and the zero-shot classifier of their class names."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mingle.checkpoint import CheckpointReader, write_tensors
+from mingle.files import CheckpointError, sha256
+from mingle.hub import Revisions
+from mingle.kernels.store import cache_folder
+from mingle.suites.fusionbench import prompts
+from mingle.suites.fusionbench.datasets import ImageTask
+from mingle.suites.fusionbench.layout import DatasetError
+from mingle.suites.fusionbench.loading import Split
+from mingle.tasks import TaskData
+from mingle.tasks.clip import ClipTask, zero_shot_head
+from mingle.tasks.lazy import LazyInputs
+
+_PREPARING = {
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+    "tokenizer": ("tokenizer.json", "vocab.json"),
+}
+
+
+class ImageSamples:
+    """The test samples of an image task.
+
+    Args:
+        task: which.
+        splits: instead of the task's own test split, one after another.
+        base: makes the folder of the base model, whose image processor and tokenizer prepare the samples.
+        revisions: the commits to keep to, see `mingle.hub`.
+    """
+
+    def __init__(self, task: ImageTask, splits: Sequence[str], base: Callable[[], Path], revisions: Revisions) -> None:
+        self.task, self.base, self.revisions = task, base, revisions
+        self.sources = [replace(task.source, split=split) for split in splits or (task.source.split,)]
+
+    @cached_property
+    def splits(self) -> list[Split]:
+        return [Split(source, self.revisions) for source in self.sources]
+
+    @cached_property
+    def classes(self) -> tuple[list[str], list[str]]:
+        """Class names and prompt templates."""
+        if self.task.templates:
+            return self.splits[0].declared_classes(), list(self.task.templates)
+        return prompts.classes(self.task.model)
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """Class numbers, int64 [n]."""
+        return torch.cat([split.class_labels(len(self.classes[0])) for split in self.splits])
+
+    def check(self) -> None:
+        """Find what is wrong with the data set, but for the images themselves, and with what prepares them."""
+        _ = self.labels
+        base = self.base()
+        for what, names in _PREPARING.items():
+            if not any((base / name).is_file() for name in names):
+                raise CheckpointError(f"{base}: no {what} ({' or '.join(names)})")
+
+    def __call__(self) -> TaskData:
+        """The samples, their images yet to be decoded."""
+        labels, base = self.labels, self.base()
+        inputs = LazyInputs(("pixel_values",), _Pixels(self.splits, base), torch.arange(len(labels)))
+        return TaskData(inputs, {"text_embeds": head(base, *self.classes)}, labels)
+
+
+class _Pixels:
+    """Rows of the splits, one after another, through the base's image processor."""
+
+    def __init__(self, splits: Sequence[Split], base: Path) -> None:
+        from transformers import CLIPImageProcessorPil
+
+        self.processor = CLIPImageProcessorPil.from_pretrained(base, local_files_only=True)
+        self.places = [(split, row) for split in splits for row in range(len(split))]
+
+    def __call__(self, rows: list[int]) -> Mapping[str, torch.Tensor]:
+        places = [self.places[row] for row in rows]
+        wanted: dict[Split, list[int]] = {}
+        for split, row in places:
+            wanted.setdefault(split, []).append(row)
+        stored = {(split, row): value for split, rows in wanted.items() for row, value in zip(rows, split.rows(rows), strict=True)}
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes and resizes without Python's lock
+            return {"pixel_values": torch.cat(list(pool.map(lambda place: self._decoded(place[0], place[1], stored[place]), places)))}
+
+    def _decoded(self, split: Split, row: int, stored: Mapping[str, Any]) -> torch.Tensor:
+        from PIL import Image
+
+        value = stored[split.source.columns[0]]
+        encoded = value.get("bytes") if isinstance(value, dict) else value
+        try:
+            if not isinstance(encoded, bytes):
+                raise OSError("no bytes in it")
+            with Image.open(io.BytesIO(encoded)) as image:
+                rgb = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DatasetError(f"{split.source}: not a readable image: {split.place(row)} ({error})") from None
+        pixels: torch.Tensor = self.processor(images=[rgb], return_tensors="pt")["pixel_values"]
+        return pixels
+
+
+def head(base: Path, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+    """The zero-shot classifier [C, P] of these class names, kept in the user's cache by the base's content, the names and the templates."""
+    from transformers import CLIPTokenizer
+
+    files = tuple(sorted(path for path in base.iterdir() if path.suffix in (".safetensors", ".json", ".txt")))
+    content = _content(files, tuple(path.stat().st_mtime_ns for path in files))
+    key = hashlib.sha256(json.dumps([content, list(class_names), list(templates)]).encode()).hexdigest()
+    path = cache_folder() / "heads" / f"{key[:32]}.safetensors"
+    if not path.exists():
+        tokenizer = CLIPTokenizer.from_pretrained(base, local_files_only=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"text_embeds": zero_shot_head(ClipTask().load(base), tokenizer, class_names, templates)})
+    return CheckpointReader(path).tensor("text_embeds")
+
+
+@cache
+def _content(files: tuple[Path, ...], changed: tuple[int, ...]) -> str:
+    """The hashes of the files, computed anew when one has changed."""
+    return " ".join(f"{path.name}:{sha256(path)}" for path in files)

@@ -1,0 +1,86 @@
+"""GLUE as text to text: prompts and answers of `fusion_bench`, tokenised batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mingle.hub import Revisions
+from mingle.suites.fusionbench import prompts
+from mingle.suites.fusionbench.datasets import GLUE_TASKS
+from mingle.suites.fusionbench.layout import DatasetError
+from mingle.suites.fusionbench.loading import Split
+from mingle.tasks import TaskData
+from mingle.tasks.lazy import LazyInputs
+
+#: seed samples of a task, as published
+SEEDS = 100
+#: longer prompts are cut, as published
+MAX_TOKENS = 512
+
+
+class GlueSamples:
+    """The validation samples of a GLUE task, whose test labels are not public.
+
+    Args:
+        name: of the task.
+        base: makes the folder of the base model, whose tokenizer prepares the samples.
+        revisions: the commits to keep to, see `mingle.hub`.
+    """
+
+    def __init__(self, name: str, base: Callable[[], Path], revisions: Revisions) -> None:
+        self.name, self.base, self.revisions = name, base, revisions
+
+    @cached_property
+    def split(self) -> Split:
+        return Split(GLUE_TASKS[self.name], self.revisions)
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """What a right answer to each sample is."""
+        form = prompts.glue(self.name)["target_text"]
+        answers = []
+        for row, label in enumerate(self.split.labels()):
+            if isinstance(form, str) and isinstance(label, int | float):
+                answers.append(form.format(label))
+            elif isinstance(form, dict) and str(label) in form:
+                answers.append(form[str(label)])
+            else:
+                known = f"one of {', '.join(form)}" if isinstance(form, dict) else "a number"
+                raise DatasetError(f"{self.split.source}: row {row} has {self.split.label} {label!r}, expected {known}")
+        return answers
+
+    def check(self) -> None:
+        """Find what is wrong with the data set, but for the words of the prompts."""
+        _ = self.answers
+
+    def __call__(self) -> TaskData:
+        """The samples, their prompts yet to be tokenised; labels are the tokens of the answers, int64 [n, L], with the pad token behind."""
+        from transformers import AutoTokenizer
+
+        answers = self.answers
+        tokenizer = AutoTokenizer.from_pretrained(self.base(), local_files_only=True, trust_remote_code=False)
+        labels = tokenizer(answers, padding=True, return_tensors="pt")["input_ids"]
+        inputs = LazyInputs(("input_ids", "attention_mask"), _Prompts(self.name, self.split, tokenizer), torch.arange(len(answers)))
+        return TaskData(inputs, {}, labels, metric="spearman" if isinstance(prompts.glue(self.name)["target_text"], str) else "accuracy")
+
+
+class _Prompts:
+    """Rows of the split as token numbers, padded to the longest of a batch."""
+
+    def __init__(self, name: str, split: Split, tokenizer: Any) -> None:
+        self.form, self.split, self.tokenizer = prompts.glue(name)["input_text"], split, tokenizer
+
+    def __call__(self, rows: list[int]) -> Mapping[str, torch.Tensor]:
+        samples = self.split.rows(rows)
+        for row, sample in zip(rows, samples, strict=True):
+            for column, text in sample.items():
+                if not isinstance(text, str):
+                    raise DatasetError(f"{self.split.source}: {self.split.place(row)} has no text in the column {column!r}")
+        texts = [self.form.format(**sample) for sample in samples]
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
