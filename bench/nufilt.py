@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it.  Returns 0, or 1 where a result of ours was wrong."""
     parser = argparse.ArgumentParser(description="Time NUFILT's training steps at the sizes of a ViT-B/32, results checked first.")
     parser.add_argument("--quick", action="store_true", help="one layer of each shape, two rounds: does it work at all?")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each contender is timed")
     parser.add_argument("--gpu", action="store_true", help="on the current CUDA device, all layers of a shape together")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="every number as JSON")
     parser.add_argument("--seed", type=int, default=0, help="of the task vectors")
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     shapes = tuple(Shape(shape.m, shape.n, 1) for shape in CASE.shapes) if args.quick else CASE.shapes
     case = Case(CASE.name, CASE.title, shapes, earlier=0)
-    results = run(case, Plan(rounds=2 if args.quick else 7), torch.device("cuda" if args.gpu else "cpu"), args.seed)
+    results = run(case, Plan(rounds=2 if args.quick else args.rounds), torch.device("cuda" if args.gpu else "cpu"), args.seed)
     if args.out:
         write_json(args.out / f"{case.name}.json", results)
     for name, found in results["contenders"].items():
@@ -81,6 +82,7 @@ def run(case: Case, plan: Plan, device: torch.device, seed: int = 0) -> dict[str
     """The measurements, as plain data."""
     began = time.monotonic()
     layers, vectors_seconds = make(case, plan.options, device, seed)
+    _log.info("%d layers; their singular vectors took %.1f s", len(layers), vectors_seconds)
     found = measure(layers, plan, device)
     ratio = found[PUBLISHED].get("round_ratio")
     return {
@@ -150,6 +152,7 @@ def measure(layers: Sequence[Layer], plan: Plan, device: torch.device) -> dict[s
             order = list(times) if number % 2 else list(reversed(times))
             for name in order:
                 seconds, _ = timed(partial(runs[name], layers, steps[name], options.lr), device)
+                _log.info("%s: %.1f s for %d steps", name, seconds, steps[name])
                 if number:
                     times[name].append(seconds / steps[name])
     finally:
