@@ -21,6 +21,18 @@ _ABLATION: dict[str, dict[str, Any]] = {
     "hard projector": {"gates": "newest", "constraint": "hard"},
     "relaxed projector": {"gates": "newest", "constraint": "relaxed"},
 }
+#: the choices behind the routed experts, each row changing one
+_ROUTER: dict[str, dict[str, Any]] = {
+    "routed": {},
+    "one covariance for all tasks": {"own_covariance": 0.0},
+    "embeddings alone": {"depths": (0,)},
+    "embeddings and one block": {"depths": (0, 1)},
+    "embeddings and three blocks": {"depths": (0, 1, 2, 3)},
+    "soft gates": {"gates": "soft"},
+    "no seniority": {"seniority": 0.0},
+    "never abstaining": {"abstain": None},
+    "rank 64": {"rank": 64},
+}
 _LAYER_SETS = ("full", "light", "attention", "mlp")
 _RANKS = (32, 64, 128)
 
@@ -78,8 +90,13 @@ def _plain(suite: Suite, names: Sequence[str]) -> list[Row]:
     return [Row(name, name) for name in names]
 
 
-def _ablation(suite: Suite, names: Sequence[str]) -> list[Row]:
-    return [Row(_label(name, names, label), name, options, series=label) for name in names for label, options in _ABLATION.items()]
+def _parts(parts: Mapping[str, Mapping[str, Any]]) -> Callable[[Suite, Sequence[str]], list[Row]]:
+    """One row for each set of options."""
+
+    def rows(suite: Suite, names: Sequence[str]) -> list[Row]:
+        return [Row(_label(name, names, label), name, options, series=label) for name in names for label, options in parts.items()]
+
+    return rows
 
 
 def _sweep(option: str, *values: float) -> Callable[[Suite, Sequence[str]], list[Row]]:
@@ -137,7 +154,8 @@ TABLES: dict[str, Table] = {
     "corruptions": Table("all methods on corrupted images", _plain, _independent, tuple(published.CORRUPTIONS), suites=_corrupted),
     "mtil": Table("all methods on tasks of many domains", _plain, _all, ("mtil-11",)),
     "glue": Table("all methods on language tasks", _plain, _independent, ("glue-8",)),
-    "ablation": Table("the parts of MINGLE, one by one", _ablation, published=_CLIP_B16),
+    "ablation": Table("the parts of MINGLE, one by one", _parts(_ABLATION), published=_CLIP_B16),
+    "router": Table("the choices behind the routed experts, one by one", _parts(_ROUTER), lambda: ("routed",)),
     "steps": Table("adaptation steps", _sweep("steps", 5, 10, 20, 50), published=_CLIP_B16, axis="adaptation steps"),
     "layers-and-rank": Table("target layers and rank of the experts", _layers_and_rank, published=_CLIP_B16, axis="rank"),
     "samples": Table("seed samples per class", _samples, published=_CLIP_B16, axis="seed samples per class"),
