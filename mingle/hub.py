@@ -128,7 +128,8 @@ def _find(repo: str, kind: Kind, revision: str) -> Snapshot:
     except Exception as error:  # the hub's client lets the errors of its HTTP library through, and has changed that library twice
         found = _cached(repo, kind, revision)
         if found is None:
-            raise CheckpointError(f"{repo}: no such local folder, and not to be had from the hub ({_first_line(error)})") from None
+            elsewhere = "no such local folder, and " if kind == "model" else ""
+            raise CheckpointError(f"{repo}: {elsewhere}not to be had from the hub ({_first_line(error)})") from None
         logger.warning("%s: the hub cannot be asked (%s); taking commit %s from the cache", repo, _first_line(error), found.commit)
         return found
     return Snapshot(repo, kind, str(info.sha), tuple(file.rfilename for file in info.siblings or ()), None)

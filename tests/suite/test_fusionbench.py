@@ -20,8 +20,9 @@ import standin
 import yaml
 from PIL import Image
 from standin import images, table
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, T5ForConditionalGeneration
 
+import mingle
 from mingle import suites
 from mingle.checkpoint import CheckpointReader
 from mingle.cli import main
@@ -29,7 +30,7 @@ from mingle.evaluate import accuracy
 from mingle.files import CheckpointError
 from mingle.options import OptionError
 from mingle.suites.fusionbench import clip, prompts
-from mingle.suites.fusionbench.datasets import CORRUPTIONS, GLUE_TASKS, IMAGE_SUITES, IMAGE_TASKS
+from mingle.suites.fusionbench.datasets import CORRUPTIONS, GLUE_TASKS, IMAGE_SUITES, IMAGE_TASKS, ImageSuite
 from mingle.suites.fusionbench.layout import DatasetError
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
@@ -272,7 +273,7 @@ def test_glue_samples_are_prompts_and_answers(glue_hub, task, texts, answers, me
     assert torch.equal(data.inputs["input_ids"], expected["input_ids"])
     assert torch.equal(data.inputs["attention_mask"], expected["attention_mask"])
     assert data.labels.dtype == torch.int64
-    assert tokenizer.batch_decode(data.labels, skip_special_tokens=True) == answers
+    assert data.decode(data.labels) == answers
     ended = [row[row != tokenizer.pad_token_id].tolist() for row in data.labels]
     assert all(row[-1] == tokenizer.eos_token_id for row in ended)
 
@@ -302,6 +303,25 @@ def test_glue_labels_and_texts_are_checked(glue_hub):
     add(sentence=["a", None, "b"])
     with pytest.raises(DatasetError, match="row 1 has no text in the column 'sentence'"):
         suites.load("glue-8", protocol="official")["cola"].made()
+
+
+@pytest.mark.parametrize("suite", ["glue-8", "glue-8-lora"])
+def test_glue_is_merged_and_evaluated(glue_hub, tmp_path, suite):
+    """With whole fine-tuned models, and with adapters."""
+    peft = pytest.importorskip("peft", reason="adapters are made with PEFT") if suite == "glue-8-lora" else None
+    for task in ("cola", "stsb"):
+        model = T5ForConditionalGeneration.from_pretrained(glue_hub.snapshot("google/flan-t5-base"))
+        if peft is not None:
+            model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False))
+        model.save_pretrained(tmp_path / task)
+        name = f"tanganke/flan-t5-base_glue-{task}{'' if peft is None else '_lora-16'}"
+        glue_hub.add(name, standin.contents(tmp_path / task))
+    loaded = suites.load(suite)
+    merger = mingle.Merger(loaded.base, "mingle", loaded.task_type, rank=2, steps=2)
+    for task in ("cola", "stsb"):
+        merger.add(task, loaded.expert(task), loaded.seeds(task))
+    result = merger.evaluate(loaded)
+    assert result.tasks == ["cola", "stsb"] and all(-100 <= value <= 100 for value in result.matrix[-1])
 
 
 def user(hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -365,7 +385,34 @@ def test_commits_can_be_named_in_the_config(image_hub, tmp_path):
     assert main(["check", write_config(tmp_path, revisions={f"datasets/{EUROSAT}": first})]) == 0
 
 
-def test_the_demo_runs_a_suite_of_the_papers(image_hub, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def two_tasks(image_hub, monkeypatch):
+    """``clip-b32-8`` with two of its tasks only."""
+    chosen = tuple(task for task in IMAGE_TASKS if task.name in ("eurosat", "svhn"))
+    monkeypatch.setitem(IMAGE_SUITES, "clip-b32-8", ImageSuite(BASE, chosen))
+    return image_hub
+
+
+def test_demo_on_a_suite_of_the_papers(two_tasks, tmp_path):
+    arguments = ["--suite", "clip-b32-8", "--methods", "individual,average,mingle", "--set", "steps=2", "--set", "rank=2"]
+    assert main(["demo", *arguments, "--out", str(tmp_path / "demo"), "--offline"]) == 0
+    results = json.loads((tmp_path / "demo/results.json").read_text())
+    assert all(None not in rows["matrix"][0][-1] for rows in results["methods"].values())
+    manifest = json.loads((tmp_path / "demo/merged/mingle/manifest.json").read_text())
+    assert len(manifest["metadata"]["revisions"]) == 5
+
+
+def test_a_table_keeps_to_the_commits_of_its_beginning(two_tasks, tmp_path):
+    table_of = ["reproduce", "main", "--suite", "clip-b32-8", "--out", str(tmp_path / "table"), "--offline", "--methods"]
+    assert main([*table_of, "average"]) == 0
+    noted = json.loads((tmp_path / "table/revisions.json").read_text())
+    assert noted[f"datasets/{EUROSAT}"] == two_tasks.snapshot(EUROSAT, "dataset").name and len(noted) == 5
+    two_tasks.add(EUROSAT, {TEST_FILE: b"broken"}, "dataset")
+    assert main([*table_of, "task-arithmetic"]) == 0
+    assert json.loads((tmp_path / "table/revisions.json").read_text()) == noted
+
+
+def test_the_demo_names_what_is_not_cached(image_hub, tmp_path, capsys):
     assert main(["demo", "--suite", "clip-b32-8", "--methods", "average", "--out", str(tmp_path / "demo"), "--offline"]) == 2
     assert "tanganke/sun397: not in the hub's cache" in capsys.readouterr().out
 
@@ -391,8 +438,6 @@ def test_a_missing_shard_of_a_model_is_named_to_the_user(image_hub, tmp_path, ca
 
 def test_adapters_of_the_lora_suite_are_folders_as_they_are(hub, tmp_path):
     peft = pytest.importorskip("peft", reason="adapters are made with PEFT")
-    from transformers import T5ForConditionalGeneration
-
     hub.add("google/flan-t5-base", standin.t5_base(tmp_path / "t5"))
     model = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5")
     peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")).save_pretrained(

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -88,12 +87,11 @@ class _Pixels:
 
     def __call__(self, rows: list[int]) -> Mapping[str, torch.Tensor]:
         places = [self.places[row] for row in rows]
-        wanted: dict[Split, list[int]] = {}
+        of_split: dict[Split, list[int]] = {}
         for split, row in places:
-            wanted.setdefault(split, []).append(row)
-        stored = {(split, row): value for split, rows in wanted.items() for row, value in zip(rows, split.rows(rows), strict=True)}
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow decodes and resizes without Python's lock
-            return {"pixel_values": torch.cat(list(pool.map(lambda place: self._decoded(place[0], place[1], stored[place]), places)))}
+            of_split.setdefault(split, []).append(row)
+        stored = {split: dict(zip(numbers, split.rows(numbers), strict=True)) for split, numbers in of_split.items()}
+        return {"pixel_values": torch.cat([self._decoded(split, row, stored[split][row]) for split, row in places])}
 
     def _decoded(self, split: Split, row: int, stored: Mapping[str, Any]) -> torch.Tensor:
         from PIL import Image

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ class GlueSamples:
         tokenizer = AutoTokenizer.from_pretrained(self.base(), local_files_only=True, trust_remote_code=False)
         labels = tokenizer(answers, padding=True, return_tensors="pt")["input_ids"]
         inputs = LazyInputs(("input_ids", "attention_mask"), _Prompts(self.name, self.split, tokenizer), torch.arange(len(answers)))
-        return TaskData(inputs, {}, labels, metric="spearman" if isinstance(prompts.glue(self.name)["target_text"], str) else "accuracy")
+        metric = "spearman" if isinstance(prompts.glue(self.name)["target_text"], str) else "accuracy"
+        return TaskData(inputs, {}, labels, metric, decode=partial(tokenizer.batch_decode, skip_special_tokens=True))
 
 
 class _Prompts:
