@@ -48,13 +48,16 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, on
 
 
 def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """oneDNN is asked for fp32 CPU matrices with one contiguous dimension; PyTorch takes it for bf16 and fp16 by itself."""
+    """oneDNN is asked for fp32 CPU matrices without gaps; PyTorch takes it for bf16 and fp16 by itself.
+
+    A weight that is part of a wider matrix would go to its reference code, a thousand times slower.
+    """
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
         and 1 in x.stride()
-        and 1 in weight.stride()
+        and (weight.is_contiguous() or weight.mT.is_contiguous())
         and _onednn_agrees()
     )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mingle import products
 from mingle.gate_step import GateStep, captured
 from mingle.layers import MingleLinear
 from mingle.prefix import frozen_prefix
@@ -21,10 +22,9 @@ logger = logging.getLogger(__name__)
 
 #: After this many steps in a row whose loss or gradient is not finite, adaptation gives up.
 PATIENCE = 3
-PRECISIONS = ("fp32", "bf16")
 #: Samples in one pass of the teacher, and of what precedes the first expert.
 TEACHER_BATCH = 128
-_INTERVAL = 8  # steps between two looks at a GPU's results
+_INTERVALS = {"cpu": 1, "cuda": 8}  # steps between two looks at the results, for which a GPU has to be waited for
 
 
 class AdaptationDiverged(RuntimeError):
@@ -35,7 +35,8 @@ class AdaptationDiverged(RuntimeError):
 class AdaptConfig:
     """steps of Adam at learning rate lr over batches of batch_size; temperature of both soft-maxes in the loss.
 
-    precision: of the model's products: ``"fp32"``, or ``"bf16"`` under autocast.  Gates and their gradients are fp32 either way.
+    precision: of the model's products: ``"fp32"``, or ``"bf16"`` under autocast.  Gates and their gradients are fp32 either way, and so is
+    attention on CPUs.
     """
 
     steps: int = 50
@@ -45,8 +46,8 @@ class AdaptConfig:
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+        if self.precision not in products.PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: expected one of {', '.join(products.PRECISIONS)}")
 
 
 class StepProgress(NamedTuple):
@@ -72,17 +73,39 @@ class _Recorder:
     """Notes every step on the device, where nothing waits for it; read when it is looked at."""
 
     def __init__(self, step: GateStep) -> None:
-        self.projector = step.projector
+        self.step, self.projector = step, step.projector
         self.blocks = [block for block in step.layout.blocks if block.directions]
         self.losses: list[Tensor] = []
         self.means: list[Tensor] = []  # per step [2, L]: S and λ
+        self.skips: list[Tensor] = []  # whether each step since the last look was skipped, and then which gradients were finite
+        self.finite: list[Tensor] = []
+        self.skipped_in_a_row = 0
 
-    def note(self, loss: Tensor) -> None:
+    def note(self, loss: Tensor, skipped: Tensor) -> None:
         self.losses.append(loss.detach().clone())
+        self.skips.append(skipped.clone())
+        self.finite.append(self.step.finite())
         if self.blocks:
             S = [block.places(self.projector.interferences) for block in self.blocks]
             strength = [torch.exp(-self.projector.gamma * s) for s in S]
             self.means.append(torch.stack([torch.cat([values.mean(1) for values in part]) for part in (S, strength)]))
+
+    def look(self) -> None:
+        """Report what kept steps since the last look from being made.
+
+        Raises:
+            AdaptationDiverged: that has happened too often in a row.
+        """
+        done = len(self.losses) - len(self.skips)
+        skips, finite = torch.stack(self.skips).tolist(), torch.stack(self.finite)
+        self.skips, self.finite = [], []
+        for i, skipped in enumerate(skips):
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+            broken = [name for name, whole in zip(self.step.names, finite[i].tolist(), strict=True) if not whole] if skipped else []
+            if broken:
+                self.projector.report(broken, done + i + 1)
+            if self.skipped_in_a_row >= PATIENCE:
+                raise AdaptationDiverged(f"the loss or its gradient was not finite for {PATIENCE} steps, last at step {done + i + 1}")
 
     def progress(self, steps: int) -> StepProgress:
         means = self.means[-1].mean(1).tolist() if self.means else (None, None)
@@ -129,25 +152,18 @@ def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Itera
         queue = queue[size:]
 
 
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def _stop_if_diverged(step: GateStep, bad_steps: Tensor, done: int) -> None:
-    """Report what kept the last step from being made, and give up where that has happened too often."""
-    if bad_steps == 0:
-        return
-    broken = step.broken()
-    if broken:
-        step.projector.report(broken)
-    if bad_steps >= PATIENCE:
-        raise AdaptationDiverged(f"the loss or its gradient was not finite for {PATIENCE} steps, last at step {done}")
+def _drawn(count: int, config: AdaptConfig, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+    """The samples that some step uses, rising [m], and every step's batch as places among them."""
+    batches = list(islice(shuffled_batches(count, config.batch_size, generator), config.steps))
+    used = torch.cat(batches).unique()
+    return used, [torch.searchsorted(used, batch) for batch in batches]
 
 
 @torch.no_grad()
 def teacher_logits(task: TaskType, teacher: nn.Module, seeds: TaskData, batch_size: int) -> Tensor:
     """The fine-tuned model's logits [n, C] or [n, L, C] for all seed samples, once."""
-    return torch.cat([task.logits(teacher, batch) for batch in seeds.batches(batch_size)])
+    with products.fast_linears(teacher):
+        return torch.cat([task.logits(teacher, batch) for batch in seeds.batches(batch_size)])
 
 
 def adapt_gates(
@@ -155,7 +171,7 @@ def adapt_gates(
     model: nn.Module,
     layers: Mapping[str, MingleLinear],
     seeds: TaskData,
-    targets: Tensor | None,
+    targets: Tensor | Callable[[TaskData], Tensor] | None,
     config: AdaptConfig,
     generator: torch.Generator,
     projector: RelaxedProjector | None = None,
@@ -168,8 +184,8 @@ def adapt_gates(
         model: the merged model that holds the layers, in evaluation mode.
         layers: the injected layers by name.
         seeds: unlabelled samples of the new task.
-        targets: the teacher's logits for them, [n, C] or [n, L, C], which the model is to give as well; None lowers the entropy of its
-            own instead.
+        targets: the teacher's logits for them, [n, C] or [n, L, C], which the model is to give as well, or a function that says them for
+            the samples that some step uses; None lowers the entropy of the model's own instead.
         config: optimizer settings.
         generator: draws the batches.
         projector: keeps gate gradients out of earlier tasks' input directions; None trains unconstrained.
@@ -178,17 +194,26 @@ def adapt_gates(
     Raises:
         AdaptationDiverged: the loss or a gradient was not finite for three steps in a row; the gates are those of the last good step.
     """
+    if config.steps == 0:
+        return AdaptTrace()
     device = next(iter(layers.values())).weight.device
-    seeds, targets = seeds.to(device), None if targets is None else targets.to(device)
+    used, batches = _drawn(len(seeds), config, generator)
+    if len(used) < len(seeds):
+        seeds = seeds.select(used)
+        targets = targets[used] if isinstance(targets, Tensor) else targets
+    seeds = seeds.to(device)
+    if targets is not None:
+        targets = (targets if isinstance(targets, Tensor) else targets(seeds)).to(device)
     valid = task.valid(seeds)
     step = GateStep(layers, config.lr, projector)
     recorder = _Recorder(step)
 
     def logits(chosen: Tensor | slice) -> Tensor:
-        with _autocast(config.precision, device):
+        with products.running(config.precision, device):
             return task.logits(model, seeds.select(chosen))
 
-    with frozen_prefix(model, layers.values(), logits, len(seeds), TEACHER_BATCH) as select:
+    kept = frozen_prefix(model, layers.values(), logits, len(seeds), TEACHER_BATCH)
+    with products.prepared(model, config.precision), kept as select:
 
         def advance(index: Tensor) -> tuple[Tensor, Tensor]:
             step.zero_grad()
@@ -203,17 +228,12 @@ def adapt_gates(
             loss.backward()
             return loss.detach(), step.step(loss)
 
-        batches = shuffled_batches(len(seeds), config.batch_size, generator)
-        one_step = captured(advance, step, min(config.batch_size, len(seeds)), device) if device.type == "cuda" else advance
-        interval = 1 if device.type == "cpu" else _INTERVAL
-        bad_steps = most = torch.zeros((), device=device)  # in a row, and the most of them
-        for done, index in zip(range(1, config.steps + 1), batches, strict=False):
-            loss, skipped = one_step(index.to(device))
-            bad_steps = (bad_steps + 1) * skipped
-            most = torch.maximum(most, bad_steps)
-            recorder.note(loss)
+        one_step = captured(advance, step, len(batches[0]), device) if device.type == "cuda" else advance
+        interval = _INTERVALS.get(device.type, 8)
+        for done, index in enumerate(batches, 1):
+            recorder.note(*one_step(index.to(device)))
             if done % interval == 0 or done == config.steps:
-                _stop_if_diverged(step, most, done)
+                recorder.look()
                 if on_step is not None:
                     on_step(recorder.progress(config.steps))
     return recorder.trace()

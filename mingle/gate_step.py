@@ -20,7 +20,8 @@ class GateStep:
     """Adam on the trainable gates of `layers`, behind the relaxed projector.
 
     The gates' gradients are views of one flat tensor, which backward passes fill; weights are projected, biases are not.  A step whose
-    loss or gradient is not finite changes nothing: neither gates, nor Adam's moments, nor S.
+    loss or gradient is not finite changes nothing: neither gates, nor Adam's moments, nor S.  Under data-parallel training all-reduce
+    `gradients`, and the loss, before `step`: all processes then project, skip and step alike.
 
     Args:
         layers: the injected layers by name.
@@ -53,9 +54,14 @@ class GateStep:
         self.optimizer.step()
         return skipped
 
-    def broken(self) -> dict[str, Tensor]:
-        """The gradients that are not finite, by layer."""
-        return {name: view for name, view in self.views.items() if not view.isfinite().all()}
+    def finite(self) -> Tensor:
+        """Of the gradient of each layer's weight, in the order of `names`, whether all is finite: bool [L]."""
+        parts = [block.gradients(self.gradients).isfinite().flatten(1).all(1) for block in self.layout.blocks]
+        return torch.cat(parts)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for block in self.layout.blocks for name in block.names]
 
     def state(self) -> list[Tensor]:
         """What a step changes, but for Adam's moments: the gates and S."""

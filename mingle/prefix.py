@@ -42,6 +42,7 @@ def frozen_prefix(
         a function to be called with the indices [n] of the samples in the next pass.
     """
     experts = list(experts)
+    own: dict[nn.Module, Any] = {}  # what the instances had in place of their class's `forward`
     modules = _called_once(_candidates(model, set(experts)), run)
     results = _recorded(modules, experts, run, count, batch_size, budget)
     index = torch.zeros(0, dtype=torch.long)
@@ -55,11 +56,14 @@ def frozen_prefix(
 
     try:
         for module, kept in results.items():
+            own[module] = vars(module).get("forward")
             module.forward = recall(kept)
         yield select
     finally:
-        for module in results:
+        for module, forward in own.items():
             del module.forward  # the class has it
+            if forward is not None:
+                module.forward = forward
 
 
 def _candidates(model: nn.Module, experts: set[nn.Module]) -> list[nn.Module]:
@@ -110,8 +114,7 @@ def _recorded(
                 passes += 1
                 for module in list(parts):
                     results = parts[module]
-                    whole = len(results) == passes and isinstance(results[-1], Tensor) and results[-1].shape[:1] == (rows,)
-                    if not whole or "forward" in vars(module):
+                    if len(results) != passes or not isinstance(results[-1], Tensor) or results[-1].shape[:1] != (rows,):
                         del parts[module]
                 taken = sum(part.numel() * part.element_size() for results in parts.values() for part in results)
                 if taken * count > budget * (start + rows):

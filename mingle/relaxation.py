@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -191,16 +191,17 @@ class RelaxedProjector(nn.Module):
         ordered = [named[name] for block in layout.blocks for name in block.names]
         flat = torch.cat([grad.reshape(-1) for grad in ordered]).to(self.bases)
         if self.project_(flat, layout):
-            self.report({name: grad for name, grad in named.items() if not grad.isfinite().all()})
+            self.report([name for name, grad in named.items() if not grad.isfinite().all()])
             return False
         parts = flat.split([grad.numel() for grad in ordered])
         torch._foreach_copy_(ordered, [part.view_as(grad) for part, grad in zip(parts, ordered, strict=True)])
         return True
 
-    def report(self, broken: Mapping[str, Tensor]) -> None:
-        """Count a step that was skipped because of the gradients `broken`, and name their layers."""
+    def report(self, layers: Iterable[str], step: int | None = None) -> None:
+        """Count a step that was skipped because the gradients of `layers` are not finite, and name them and, where known, its number."""
         self.skipped_steps += 1
-        logger.warning("skipped a step: the gate gradient is not finite in %s", ", ".join(broken))
+        which = "a step" if step is None else f"step {step}"
+        logger.warning("skipped %s: the gate gradient is not finite in %s", which, ", ".join(layers))
 
 
 class Layout:

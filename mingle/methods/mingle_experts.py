@@ -16,9 +16,10 @@ from mingle.kernels import reference
 from mingle.layers import GATE_INIT_STD
 from mingle.methods.base import Arrival, StepReport, Tensors
 from mingle.methods.gated import GatedMethod
+from mingle.products import fast_linears
 from mingle.projection import make_experts
 from mingle.relaxation import RelaxedProjector
-from mingle.tasks import TaskType
+from mingle.tasks import TaskData, TaskType
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +120,15 @@ class Mingle(GatedMethod):
 
     def _adapt(self, arrival: Arrival, generator: torch.Generator) -> AdaptTrace:
         options, seeds = self.options, arrival.samples()
-        targets = teacher_logits(self.task, arrival.teacher(), seeds, TEACHER_BATCH)
         projector = None
         if options.constraint != "none":
             gamma = options.gamma if options.constraint == "relaxed" else 0.0
             projector = RelaxedProjector(self.bases, gamma=gamma, beta=options.beta, backend=options.backend)
         config = AdaptConfig(options.steps, options.lr, options.batch_size, options.temperature, options.precision)
+
+        def targets(samples: TaskData) -> torch.Tensor:
+            return teacher_logits(self.task, arrival.teacher(), samples, TEACHER_BATCH)
+
         return adapt_gates(self.task, self.model, self.layers, seeds, targets, config, generator, projector, arrival.on_step)
 
     def _protect(self, arrival: Arrival, report: StepReport) -> Tensors:
@@ -133,7 +137,7 @@ class Mingle(GatedMethod):
         if options.constraint == "none" or options.gates == "static" or options.k == 0:
             return self.bases
         seeds = arrival.samples()
-        with torch.no_grad(), subspace.input_directions(self.layers) as seen:
+        with torch.no_grad(), fast_linears(self.model), subspace.input_directions(self.layers) as seen:
             for batch in seeds.batches(TEACHER_BATCH):
                 self.task.logits(self.model, batch)
         bases = subspace.extend(self.bases, seen, options.k)

@@ -81,8 +81,10 @@ def _gated_experts_folded_backward(
         product = gemm.linear(dy, B.mT.flatten(0, 1)).to(wide(dy)) * gemm.linear(x, A.flatten(0, 1))
         dz = product.sum(0).view(experts, rank).sum(1)[None]
     else:
-        moved = gemm.linear(gemm.linear(dy.mT, x.mT), A.flatten(0, 1))  # dyᵀ x A_catᵀ [d_out, T·r]
-        dz = (moved.to(wide(dy)).view(outputs, experts, rank) * B.transpose(0, 1)).sum((0, 2))[None]
+        # dyᵀ x [d_out, d_in]; the first factor is laid out anew, so the narrower one comes first
+        across = gemm.linear(dy.mT, x.mT) if outputs <= width else gemm.linear(x.mT, dy.mT).mT
+        moved = gemm.linear(A.flatten(0, 1), across)  # A_cat xᵀ dy [T·r, d_out]
+        dz = (moved.to(wide(dy)).view(experts, rank, outputs) * B.mT).sum((1, 2))[None]
     if not need_x:
         return dy.new_empty(0, width), dz
     dx = gemm.linear(dy, folded.mT)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from mingle import MingleLinear, inject
-from mingle.adapt import AdaptConfig, adapt_gates, entropy_loss, teacher_logits
+from mingle import MingleLinear, adapt, inject
+from mingle.adapt import AdaptationDiverged, AdaptConfig, adapt_gates, entropy_loss, shuffled_batches, teacher_logits
 from mingle.gate_step import GateStep
 from mingle.prefix import frozen_prefix
 from mingle.relaxation import RelaxedProjector
@@ -66,7 +66,8 @@ def test_a_step_that_is_not_finite_changes_nothing(where):
     else:
         getattr(layers["layer1"], f"gate_{where}").grad.view(-1)[-1] = math.inf
     assert step.step(loss) == 1
-    assert list(step.broken()) == (["layer1"] if where == "weight" else [])
+    broken = [name for name, whole in zip(step.names, step.finite(), strict=True) if not whole]
+    assert broken == (["layer1"] if where == "weight" else [])
     assert all(torch.equal(a, b) for a, b in zip([*step.gates, step.projector.interferences], before, strict=True))
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(step.optimizer.state.values(), moments, strict=True))
     step.gradients.fill_(1.0)
@@ -174,6 +175,69 @@ def test_bf16_products_with_fp32_gates(base_model, tuned_states, samples):
     torch.testing.assert_close(torch.tensor(gates[0]), torch.tensor(gates[1]), rtol=2e-2, atol=2e-2)
     with pytest.raises(ValueError, match="precision='fp8': expected one of fp32, bf16"):
         AdaptConfig(precision="fp8")
+
+
+@pytest.mark.parametrize("interval", [1, 4, 8])
+def test_steps_that_are_skipped_between_two_looks_are_named(base_model, samples, monkeypatch, caplog, interval):
+    monkeypatch.setattr(adapt, "_INTERVALS", {"cpu": interval})
+    model, layers = student(base_model)
+    names, poisoned, steps = list(layers), {2: 0, 5: 1, 6: 0}, iter(range(1, 100))
+
+    def poison(step, loss, real=GateStep.step):
+        layer = poisoned.get(next(steps))
+        if layer is not None:
+            step.views[names[layer]][0, 0] = math.nan
+        return real(step, loss)
+
+    monkeypatch.setattr(GateStep, "step", poison)
+    targets = torch.randn(24, 5)
+    adapt_gates(ClipTask(), model, layers, samples[0], targets, AdaptConfig(steps=9), torch.Generator().manual_seed(0))
+    told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert told == [f"skipped step {i}: the gate gradient is not finite in {names[layer]}" for i, layer in poisoned.items()]
+    poisoned.update({11: 0, 12: 0, 13: 1, 14: 1})
+    with pytest.raises(AdaptationDiverged, match="3 steps, last at step 4"):  # the tenth call begins a new adaptation
+        adapt_gates(ClipTask(), model, layers, samples[0], targets, AdaptConfig(steps=9), torch.Generator().manual_seed(0))
+
+
+def student(base_model, targets=("q_proj", "fc1")):
+    torch.manual_seed(0)
+    model = copy.deepcopy(base_model).requires_grad_(False)
+    layers = inject(model.vision_model, targets)
+    for layer in layers.values():
+        layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1)
+    return model, layers
+
+
+def test_the_teacher_answers_only_for_samples_that_are_used(base_model, samples):
+    asked, gates = [], []
+    logits = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
+
+    def teacher(seeds):
+        asked.append(seeds)
+        places = [next(i for i, known in enumerate(samples[0].inputs["pixel_values"]) if torch.equal(known, one)) for one in
+                  seeds.inputs["pixel_values"]]  # fmt: skip
+        return logits[places]
+
+    for targets in (logits, teacher):
+        model, layers = student(base_model)
+        config = AdaptConfig(steps=3, batch_size=5, lr=1e-2)
+        adapt_gates(ClipTask(), model, layers, samples[0], targets, config, torch.Generator().manual_seed(0))
+        gates.append(torch.cat([layer.gate_weight.flatten() for layer in layers.values()]))
+    assert [len(seeds) for seeds in asked] == [15]
+    assert torch.equal(*gates)
+    trace = adapt_gates(ClipTask(), model, layers, samples[0], teacher, AdaptConfig(steps=0), torch.Generator())
+    assert trace.loss == [] and len(asked) == 1
+
+
+def test_the_batches_are_those_that_all_samples_would_give(base_model, samples, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ClipTask, "logits", lambda self, model, data, real=ClipTask.logits: seen.append(data) or real(self, model, data))
+    model, layers = student(base_model)
+    config = AdaptConfig(steps=3, batch_size=5)
+    adapt_gates(ClipTask(), model, layers, samples[0], None, config, torch.Generator().manual_seed(3))
+    batches = shuffled_batches(24, 5, torch.Generator().manual_seed(3))
+    for data, index in zip(seen[-3:], batches, strict=False):
+        assert torch.equal(data.inputs["pixel_values"], samples[0].inputs["pixel_values"][index])
 
 
 def test_entropy_of_the_rows_that_count():

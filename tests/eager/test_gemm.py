@@ -293,3 +293,11 @@ def test_the_timing_is_a_ratio_and_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     assert 0 < gemm._ratio(64, 128, 128) < math.inf
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_part_of_a_wider_weight_is_not_given_to_onednn(onednn, monkeypatch):
+    monkeypatch.setenv("MINGLE_CPU_GEMM", "onednn")
+    monkeypatch.setattr(gemm, "_onednn", refusing)
+    x, whole = torch.randn(6, 5), torch.randn(7, 20)
+    for weight in (whole[:, :5], whole.mT[:5].mT, whole[::2, :5]):
+        torch.testing.assert_close(gemm.linear(x, weight), x @ weight.mT)

@@ -285,6 +285,25 @@ def test_top_subspace_of_a_wide_covariance_iterates_to_the_eigenvectors():
     assert linalg.top_subspace(torch.zeros(320, 320), 3).shape == (320, 0)
 
 
+def test_top_subspace_converges_where_eigenvalues_lie_close_together():
+    values = torch.cat([torch.tensor([1.0, 0.99, 0.98]), torch.linspace(0.8, 0.6, 997)]).double()
+    vectors = torch.linalg.qr(torch.randn(1000, 1000, dtype=torch.float64)).Q
+    covariance = vectors * values @ vectors.mT
+    iterated = subspace._iterated(covariance, 3)
+    assert iterated is not None
+    torch.testing.assert_close(iterated[0], values[:3], rtol=1e-12, atol=0)
+    found = linalg.top_subspace(covariance, 3)
+    torch.testing.assert_close((found * vectors[:, :3]).sum(0).abs(), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 30, 257])
+def test_the_products_of_columns_take_half_the_work_and_lose_nothing(width):
+    x = torch.randn(70, width)
+    found, exact = subspace._gram_of_columns(x), x.double().mT @ x.double()
+    assert (found - exact).norm() <= 1e-6 * exact.norm()
+    torch.testing.assert_close(found, found.mT, rtol=1e-5, atol=1e-4)
+
+
 def test_top_subspace_decomposes_fully_where_iterating_does_not_end():
     flat = torch.eye(320, dtype=torch.float64) + 1e-9 * torch.diag(torch.arange(320, dtype=torch.float64))
     assert subspace._iterated(flat, 3) is None
