@@ -71,6 +71,7 @@ class Snapshot:
         commit: its hash.
         files: the names of what it holds; of the cached part alone, where the hub was not asked.
         folder: in the hub's cache; None where the hub was asked.
+        revision: what was asked for, so that the cache notes what a branch was and finds it offline.
     """
 
     repo: str
@@ -78,6 +79,7 @@ class Snapshot:
     commit: str
     files: tuple[str, ...]
     folder: Path | None
+    revision: str
 
     def fetch(self, names: Sequence[str]) -> Path:
         """The folder that holds these files, fetched where they are not in it yet."""
@@ -87,9 +89,12 @@ class Snapshot:
 
         patterns = [glob.escape(name) for name in names]
         try:
-            return Path(snapshot_download(self.repo, repo_type=self.kind, revision=self.commit, allow_patterns=patterns))
+            folder = Path(snapshot_download(self.repo, repo_type=self.kind, revision=self.revision, allow_patterns=patterns))
         except Exception as error:
             raise CheckpointError(f"{self.repo}: not to be had from the hub ({_first_line(error)})") from None
+        if folder.name != self.commit:
+            raise CheckpointError(f"{self.repo}: {self.revision!r} moved from commit {self.commit} to {folder.name} meanwhile; start again")
+        return folder
 
     def how_to_fetch(self, *patterns: str) -> str:
         """Advice for a message about files that are not there."""
@@ -132,7 +137,7 @@ def _find(repo: str, kind: Kind, revision: str) -> Snapshot:
             raise CheckpointError(f"{repo}: {elsewhere}not to be had from the hub ({_first_line(error)})") from None
         logger.warning("%s: the hub cannot be asked (%s); taking commit %s from the cache", repo, _first_line(error), found.commit)
         return found
-    return Snapshot(repo, kind, str(info.sha), tuple(file.rfilename for file in info.siblings or ()), None)
+    return Snapshot(repo, kind, str(info.sha), tuple(file.rfilename for file in info.siblings or ()), None, revision)
 
 
 def _cached(repo: str, kind: Kind, revision: str) -> Snapshot | None:
@@ -147,7 +152,7 @@ def _cached(repo: str, kind: Kind, revision: str) -> Snapshot | None:
     if "/" in commit or commit in ("", ".", "..") or not folder.is_dir():
         return None
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return Snapshot(repo, kind, commit, tuple(files), folder)
+    return Snapshot(repo, kind, commit, tuple(files), folder, revision)
 
 
 def _how_to_fetch(repo: str, kind: Kind, patterns: Sequence[str], revision: str | None) -> str:

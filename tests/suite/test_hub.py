@@ -89,13 +89,16 @@ def test_only_data_is_fetched_and_at_the_commit_that_was_found(hub, monkeypatch,
         "a[1].json",
     ]
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Api("c" * 40, files))
-    asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **given: asked.update(given, repo=repo) or str(tmp_path))
+    asked, fetched = {}, tmp_path / ("c" * 40)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **given: asked.update(given, repo=repo) or str(fetched))
     revisions: dict[str, str] = {}
-    assert hubs.resolve("org/model", "v1", revisions) == tmp_path
+    assert hubs.resolve("org/model", "v1", revisions) == fetched
     wanted = ["model-00001-of-00002.safetensors", "config.json", "merges.txt", "spiece.model", "a[[]1].json"]
-    assert asked == {"repo": "org/model", "repo_type": "model", "revision": "c" * 40, "allow_patterns": wanted}
+    assert asked == {"repo": "org/model", "repo_type": "model", "revision": "v1", "allow_patterns": wanted}
     assert revisions == {"org/model": "c" * 40}
+    fetched = tmp_path / ("d" * 40)
+    with pytest.raises(CheckpointError, match=f"org/model: 'v1' moved from commit {'c' * 40} to {'d' * 40} meanwhile"):
+        hubs.resolve("org/model", "v1")
 
 
 def test_without_a_network_what_is_cached_is_taken_with_a_warning(hub, monkeypatch, caplog):
