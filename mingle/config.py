@@ -3,7 +3,7 @@
 base: models/clip-vit-base-patch32        # a local folder, or a hub id
 method: mingle
 experts:
-  - {name: svhn, model: models/clip-vit-base-patch32_svhn}
+  - {name: svhn, model: models/clip-vit-base-patch32_svhn}   # a folder in hub format, or of a LoRA adapter
   - {name: gtsrb, model: tanganke/clip-vit-base-patch32_gtsrb, revision: 1a2b3c…}
 order: {shuffle: false, seeds: [42]}
 layers: [self_attn.q_proj, mlp.fc1]       # exact suffixes
@@ -33,7 +33,7 @@ from mingle.suites.protocol import PROTOCOLS
 
 @dataclass(frozen=True)
 class Expert:
-    """name: of the task; model: a local folder or hub id; revision: of the hub model."""
+    """name: of the task; model: a local folder or hub id, of a fine-tuned model or a LoRA adapter; revision: of the hub model."""
 
     name: str
     model: str

@@ -202,7 +202,8 @@ def trace_of(merger: Merger, suite: Suite, steps: Sequence[Step]) -> dict[str, A
         return {}
     layers = merger.method.layers
     with torch.no_grad():
-        gates = [gate_activation(merger.task, merger.model, layers, suite[step.task]).tolist() for step in steps]
+        samples = [merger.task.prepared(lambda: merger.model, suite[step.task]) for step in steps]  # along the merged model's own answers
+        gates = [gate_activation(merger.task, merger.model, layers, data).tolist() for data in samples]
     series = {key: [getattr(trace, key) for trace in recorded] for key in ("loss", "interference", "strength")}
     return {"order": merger.task_names, "layers": list(layers), "gates": gates, **series}
 

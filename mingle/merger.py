@@ -45,7 +45,7 @@ class Merger:
     Args:
         base_model: the common pre-trained model, a module or a local folder in hub format.  A module is copied, never changed.
         method: a name in `mingle.methods.METHODS`.
-        task_type: how batches become logits; ``"clip"`` or ``"t5"``.
+        task_type: how batches become logits, ``"clip"`` or ``"t5"``; None takes what the base's configuration says.
         seed: of everything random.  Step t depends on (seed, t) and the merged state only, so an interrupted merge resumes bit for bit.
         device: where the merged model lives; None leaves the base where it is.
         options: the method's own, see its ``Options``.
@@ -59,13 +59,13 @@ class Merger:
         self,
         base_model: nn.Module | str | Path,
         method: str = "mingle",
-        task_type: str = "clip",
+        task_type: str | None = None,
         *,
         seed: int = 0,
         device: str | torch.device | None = None,
         **options: Any,
     ) -> None:
-        self.task = tasks.get(task_type)
+        self.task = tasks.of(base_model) if task_type is None else tasks.get(task_type)
         method_class = methods.get(method)
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
         self.seed = seed

@@ -7,20 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mingle import hub, methods, storage, suites, tasks
-from mingle.checkpoint import CheckpointReader
 from mingle.config import Config, Expert, shuffled
 from mingle.evaluate import Result
 from mingle.experiment import Observer, origin
 from mingle.files import CheckpointError
+from mingle.finetuned import check_tower
 from mingle.inject import find_targets
 from mingle.merger import Merger
 from mingle.options import OptionError, build
 from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
-from mingle.task_vector import IncompatibleModel, align
+from mingle.task_vector import IncompatibleModel, first_names
+from mingle.tasks import TaskType
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,17 @@ class Plan:
 
     Attributes:
         config: what was asked for.
+        task: the base model's task type.
         suite: its samples, or None for methods without data and without evaluation.
         base: the base model's folder.
-        experts: name → folder of the fine-tuned model.
+        experts: name → folder of the fine-tuned model, or of its LoRA adapter.
         orders: the task orders to merge in.
         folders: where each order's merged model goes; empty for a plan that was only to be checked.
         revisions: of what comes from the hub, the commits in use; they are saved with the merged model.
     """
 
     config: Config
+    task: TaskType
     suite: Suite | None
     base: Path
     experts: Mapping[str, Path]
@@ -67,7 +68,7 @@ class Plan:
                 raise CheckpointError(f"{folder}: was begun with another base model than {self.base}")
             merger.metadata["revisions"] = self.revisions
             return merger
-        merger = Merger(self.base, self.config.method, "clip", **_options(self.config, "clip"))
+        merger = Merger(self.base, self.config.method, self.task.name, **_options(self.config, self.task))
         merger.metadata = _origin(self.config, self.revisions)
         return merger
 
@@ -83,27 +84,27 @@ def check(config: Config, out: Path | None = None) -> Plan:
     if out is not None:
         folders = [out / f"order-{seed}" for seed in config.order.seeds] if config.order.shuffle and len(config.order.seeds) > 1 else [out]
     revisions = _revisions(config, folders)
-    task = tasks.get("clip")
     base = hub.resolve(config.base, None, revisions)
-    tower = _shapes(base, task.prefixes)
-    task_model = task.skeleton(base)
+    task = tasks.of(base)
+    tower = task.skeleton(base).get_submodule(task.tower)
     layers = config.layers or task.layer_sets["full"]
     try:
-        find_targets(task_model.get_submodule(task.tower), layers)
+        find_targets(tower, layers)
     except ValueError as error:
         raise OptionError(f"layers: {error}") from None
     experts = {expert.name: hub.resolve(expert.model, expert.revision, revisions) for expert in config.experts}
+    shapes, first = tower.state_dict(), first_names(tower)
     for name, folder in experts.items():
         try:
-            align(tower, _shapes(folder, task.prefixes))
+            check_tower(folder, shapes, first, task.prefixes)
         except IncompatibleModel as error:
             raise IncompatibleModel(f"expert {name!r} ({folder}): {error}") from None
-    suite = _suite(config, base, experts, revisions)
+    suite = _suite(config, task, base, experts, revisions)
     names = list(experts)
     orders = [shuffled(names, seed) for seed in config.order.seeds] if config.order.shuffle else [names]
     for folder, order in zip(folders, orders, strict=bool(folders)):
-        _check_folder(folder, config, order)
-    return Plan(config, suite, base, experts, orders, folders, revisions)
+        _check_folder(folder, config, task, order)
+    return Plan(config, task, suite, base, experts, orders, folders, revisions)
 
 
 def _revisions(config: Config, folders: list[Path]) -> dict[str, str]:
@@ -117,15 +118,7 @@ def _revisions(config: Config, folders: list[Path]) -> dict[str, str]:
     return revisions
 
 
-def _shapes(folder: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """A checkpoint's tower as tensors without data."""
-    reader = CheckpointReader(folder)
-    names = [name for name in reader if name.startswith(prefixes)] or list(reader)
-    stripped = {next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name): name for name in names}
-    return {short: torch.empty(reader.shape(name), device="meta") for short, name in stripped.items() if not short.endswith("position_ids")}
-
-
-def _suite(config: Config, base: Path, experts: Mapping[str, Path], revisions: hub.Revisions) -> Suite | None:
+def _suite(config: Config, task: TaskType, base: Path, experts: Mapping[str, Path], revisions: hub.Revisions) -> Suite | None:
     if config.eval.suite is None:
         if methods.get(config.method).needs_seeds:
             raise OptionError(f"eval: suite is missing: method {config.method!r} adapts on seed samples, which come from a suite")
@@ -137,6 +130,7 @@ def _suite(config: Config, base: Path, experts: Mapping[str, Path], revisions: h
         samples_per_class=config.adapt.samples_per_class,
         revisions=revisions,
     )
+    _check_kind(suite, task, base)
     unknown = [name for name in experts if name not in suite]
     if unknown:
         raise OptionError(f"experts: suite {suite.name!r} has no task {unknown[0]!r}; it has {', '.join(suite)}")
@@ -145,7 +139,13 @@ def _suite(config: Config, base: Path, experts: Mapping[str, Path], revisions: h
     return suite
 
 
-def _check_folder(folder: Path, config: Config, order: list[str]) -> None:
+def _check_kind(suite: Suite, task: TaskType, base: Path | None) -> None:
+    """Refuse samples that the model cannot take."""
+    if suite.task_type != task.name:
+        raise OptionError(f"suite {suite.name!r} is for {suite.task_type} models, but {base or 'the base'} is a {task.name} model")
+
+
+def _check_folder(folder: Path, config: Config, task: TaskType, order: list[str]) -> None:
     """Refuse a folder that holds something else than the beginning of this very merge."""
     if not folder.exists():
         return
@@ -154,7 +154,7 @@ def _check_folder(folder: Path, config: Config, order: list[str]) -> None:
             raise CheckpointError(f"{folder}: not empty, and not a merge that could be resumed")
         return
     manifest = storage.load(folder).manifest
-    options = asdict(build(methods.get(config.method).Options, _options(config, "clip"), "options"))
+    options = asdict(build(methods.get(config.method).Options, _options(config, task), "options"))
     noted = manifest["metadata"].get("revisions", {})  # compared when they were read
     wanted: dict[str, Any] = {"method": config.method, "metadata": _origin(config, noted)} | {f"option {k}": v for k, v in options.items()}
     found: dict[str, Any] = {"method": manifest["method"], "metadata": manifest["metadata"] | {"revisions": noted}} | {
@@ -168,9 +168,9 @@ def _check_folder(folder: Path, config: Config, order: list[str]) -> None:
         raise CheckpointError(f"{folder}: holds another merge, which this one cannot resume; {'; '.join(differing)}")
 
 
-def _options(config: Config, task_type: str) -> dict[str, Any]:
+def _options(config: Config, task: TaskType) -> dict[str, Any]:
     """The method's published settings for so many tasks, and over them what the config says."""
-    return methods.published(config.method, task_type, len(config.experts)) | config.method_options()
+    return methods.published(config.method, task.name, len(config.experts)) | config.method_options()
 
 
 def _origin(config: Config, revisions: hub.Revisions) -> dict[str, Any]:
@@ -203,6 +203,7 @@ def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite |
         seed=merger.seed,
         revisions=merger.metadata["revisions"],
     )
+    _check_kind(suite, merger.task, merger.base_folder)
     return merger, suite
 
 

@@ -68,7 +68,7 @@ class BaseModel:
         target.mkdir(parents=True, exist_ok=True)
         if self.folder is not None:
             for source in sorted(self.folder.iterdir()):
-                if source.suffix in (".json", ".safetensors", ".txt") and source.is_file():
+                if source.suffix in (".json", ".safetensors", ".txt", ".model") and source.is_file():
                     write_copy(contained(self.folder, source.name), target / source.name)
             return
         config = getattr(self.model, "config", None)

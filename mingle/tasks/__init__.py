@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from mingle.files import CheckpointError
 from mingle.tasks.lazy import LazyInputs
 
 
@@ -107,3 +108,21 @@ def get(name: str) -> TaskType:
     if name not in known:
         raise ValueError(f"unknown task type {name!r}: expected one of {', '.join(known)}")
     return known[name]
+
+
+def of(model: nn.Module | str | Path) -> TaskType:
+    """The task type of a base model, a module or a local folder, by its configuration.
+
+    Raises:
+        CheckpointError: a folder without a readable configuration, or with that of another kind of model.
+        ValueError: a module of another kind.
+    """
+    from mingle.tasks.loading import model_type
+
+    if isinstance(model, nn.Module):
+        return get(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    found = model_type(model)
+    try:
+        return get(found)
+    except ValueError as error:
+        raise CheckpointError(f"{Path(model) / 'config.json'}: {error}") from None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mingle.checkpoint import CheckpointReader
-from mingle.files import CheckpointError, read_json
+from mingle.files import CheckpointError, contained, read_json
 from mingle.task_vector import first_names
 
 
@@ -19,9 +19,10 @@ def model_type(folder: str | Path) -> str:
     Raises:
         CheckpointError: no such file, or one without a model type.
     """
-    config = read_json(Path(folder) / "config.json")
+    path = contained(Path(folder), "config.json")
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{Path(folder) / 'config.json'}: no model_type in it")
+        raise CheckpointError(f"{path}: no model_type in it")
     found: str = config["model_type"]
     return found
 

@@ -26,3 +26,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     yield made
     prompts.classes.cache_clear()
     prompts.glue.cache_clear()
+
+
+@pytest.fixture
+def glue_hub(hub, tmp_path: Path):
+    """The base of GLUE and its data."""
+    import standin
+
+    hub.add("google/flan-t5-base", standin.t5_base(tmp_path / "t5"))
+    hub.add("glue", standin.glue_files(), "dataset")
+    return hub

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from mingle.suites import glyphs
+from mingle.suites.fusionbench.datasets import GLUE_TASKS
 
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=838, max_position_embeddings=32)
@@ -124,6 +125,12 @@ def table(columns: Mapping[str, Sequence[Any]], classes: Mapping[str, Sequence[s
     return stream.getvalue()
 
 
+def glue_files() -> dict[str, bytes]:
+    """GLUE as the hub holds it."""
+    files = {f"{task}/{GLUE_TASKS[task].split}-00000-of-00001.parquet": table(columns) for task, columns in GLUE.items()}
+    return files | {"mnli/validation_mismatched-00000-of-00001.parquet": table(GLUE["mnli"])}
+
+
 def images(count: int, classes: int, image: str = "image", label: str = "label", first: int = 0) -> dict[str, list[Any]]:
     """Columns of `count` pictures whose colour tells their class, numbered from `first`."""
     numbers = range(first, first + count)
@@ -132,6 +139,14 @@ def images(count: int, classes: int, image: str = "image", label: str = "label",
         label: [i % classes for i in numbers],
     }
 
+
+#: rows of GLUE by task
+GLUE = {
+    "cola": {"sentence": ["Dogs bark.", "Bark dogs the.", "It rains."], "label": [1, 0, 1], "idx": [0, 1, 2]},
+    "mnli": {"premise": ["A", "B b"], "hypothesis": ["C", "D"], "label": [2, 0], "idx": [0, 1]},
+    "qqp": {"question1": [f"Is {i}?" for i in range(260)], "question2": ["Or?"] * 260, "label": [0, 1] * 130, "idx": list(range(260))},
+    "stsb": {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [4.96, 0.0], "idx": [0, 1]},
+}
 
 MAPPING = {
     "eurosat": ".eurosat",

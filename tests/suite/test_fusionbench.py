@@ -30,7 +30,7 @@ from mingle.evaluate import accuracy
 from mingle.files import CheckpointError
 from mingle.options import OptionError
 from mingle.suites.fusionbench import clip, prompts
-from mingle.suites.fusionbench.datasets import CORRUPTIONS, GLUE_TASKS, IMAGE_SUITES, IMAGE_TASKS, ImageSuite
+from mingle.suites.fusionbench.datasets import CORRUPTIONS, IMAGE_SUITES, IMAGE_TASKS, ImageSuite
 from mingle.suites.fusionbench.layout import DatasetError
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
@@ -240,23 +240,6 @@ def test_a_missing_package_is_named_with_the_extra(image_hub, monkeypatch):
         suites.load("clip-b32-8").check("eurosat")
 
 
-GLUE = {
-    "cola": {"sentence": ["Dogs bark.", "Bark dogs the.", "It rains."], "label": [1, 0, 1], "idx": [0, 1, 2]},
-    "mnli": {"premise": ["A", "B b"], "hypothesis": ["C", "D"], "label": [2, 0], "idx": [0, 1]},
-    "qqp": {"question1": [f"Is {i}?" for i in range(260)], "question2": ["Or?"] * 260, "label": [0, 1] * 130, "idx": list(range(260))},
-    "stsb": {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [4.96, 0.0], "idx": [0, 1]},
-}
-
-
-@pytest.fixture
-def glue_hub(hub, tmp_path):
-    hub.add("google/flan-t5-base", standin.t5_base(tmp_path / "t5"))
-    files = {f"{task}/{GLUE_TASKS[task].split}-00000-of-00001.parquet": table(columns) for task, columns in GLUE.items()}
-    files["mnli/validation_mismatched-00000-of-00001.parquet"] = table(GLUE["mnli"])
-    hub.add("glue", files, "dataset")
-    return hub
-
-
 @pytest.mark.parametrize(
     ("task", "texts", "answers", "metric"),
     [
@@ -295,7 +278,7 @@ def test_a_hundred_seeds_of_every_glue_task(glue_hub):
 
 def test_glue_labels_and_texts_are_checked(glue_hub):
     def add(**changes):
-        glue_hub.add("glue", {"cola/validation-00000-of-00001.parquet": table(GLUE["cola"] | changes)}, "dataset")
+        glue_hub.add("glue", {"cola/validation-00000-of-00001.parquet": table(standin.GLUE["cola"] | changes)}, "dataset")
 
     add(label=[1, -1, 0])
     with pytest.raises(DatasetError, match=r"glue .cola., split 'validation': row 1 has label -1, expected one of 0, 1"):
