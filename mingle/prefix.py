@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +42,7 @@ def frozen_prefix(
     """
     experts = list(experts)
     own: dict[nn.Module, Any] = {}  # what the instances had in place of their class's `forward`
-    modules = _called_once(_candidates(model, set(experts)), run)
+    modules = _per_sample(_candidates(model, set(experts)), run)
     results = _recorded(modules, experts, run, count, batch_size, budget)
     index = torch.zeros(0, dtype=torch.long)
 
@@ -73,17 +72,25 @@ def _candidates(model: nn.Module, experts: set[nn.Module]) -> list[nn.Module]:
     return [found for child in model.children() if child not in experts for found in _candidates(child, experts)]
 
 
-def _called_once(modules: list[nn.Module], run: Callable[[slice], Any]) -> list[nn.Module]:
-    """Those of `modules` that one pass calls exactly once: a second call, perhaps behind an expert, has another input."""
-    calls = Counter[nn.Module]()
-    handles = [module.register_forward_pre_hook(lambda called, _: calls.update([called])) for module in modules]
+def _per_sample(modules: list[nn.Module], run: Callable[[slice], Any]) -> list[nn.Module]:
+    """Those of `modules` that a pass of one sample calls exactly once, and that give one row then.
+
+    A second call, perhaps behind an expert, has another input; and what belongs to positions, such as a bias of attention, has as many
+    rows for one sample as for all.
+    """
+    rows: dict[nn.Module, list[bool]] = {module: [] for module in modules}
+
+    def note(module: nn.Module, _args: Any, result: Any) -> None:
+        rows[module].append(isinstance(result, Tensor) and result.shape[:1] == (1,))
+
+    handles = [module.register_forward_hook(note) for module in modules]
     try:
         with torch.no_grad():
             run(slice(0, 1))
     finally:
         for handle in handles:
             handle.remove()
-    return [module for module in modules if calls[module] == 1]
+    return [module for module in modules if rows[module] == [True]]
 
 
 def _recorded(

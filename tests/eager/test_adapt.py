@@ -141,6 +141,27 @@ def test_a_model_without_experts_on_its_way_keeps_nothing():
         assert "forward" not in vars(model.embed)
 
 
+class Positions(nn.Module):
+    """Tokens that are scaled by what belongs to their position."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(x.unsqueeze(2) * self.positions(torch.arange(x.shape[1])))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_what_belongs_to_positions_is_not_taken_for_samples(count):
+    """With as many tokens as samples both have as many rows."""
+    model, x = Positions().eval(), torch.randn(count, 5)
+    expected, index = model(x), torch.arange(count).flip(0)
+    with frozen_prefix(model, [model.head], lambda part: model(x[part]), count, 5) as select:
+        select(index)
+        torch.testing.assert_close(model(x[index]), expected[index])
+
+
 def test_adapting_with_and_without_the_prefix_gives_the_same_gates(base_model, tuned_states, samples, monkeypatch):
     task, gates = ClipTask(), []
     for budget in (0, 2**30):

@@ -64,7 +64,7 @@ def adapter(folder: Path, base: Path, suffixes: tuple[str, ...] = ("SelfAttentio
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, dict[str, bytes]]:
-    """What the hub holds: the base, a model and an adapter that learned two tasks, an adapter that learned nothing."""
+    """What the hub holds: the base, two models that have learned their tasks, and an adapter that has learned nothing."""
     folder = tmp_path_factory.mktemp("models")
     base = folder / "base"
     files = {BASE: standin.t5_base(base)}
