@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from mingle import suites
 from mingle.cli import main
-from mingle.suites import glyphs
+from mingle.suites import fusionbench, glyphs
 from mingle.tasks.t5 import T5Task
 
 BASE = "google/flan-t5-base"
@@ -142,6 +142,18 @@ def test_answers_are_generated_and_scored(taught_hub, tmp_path, protocol):
     assert matrices["individual"] == [[100.0], [100.0, pytest.approx(100.0)]]
     assert matrices["average"][0] == [100.0]
     assert max(matrices["average"][1]) < 100
+
+
+def test_the_demo_measures_gates_along_the_answers(taught_hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(fusionbench, "GLUE_TASKS", {name: fusionbench.GLUE_TASKS[name] for name in ROWS})
+    arguments = ["--suite", "glue-8", "--methods", "individual,mingle", "--set", "steps=2", "--set", "rank=4", "--offline"]
+    assert main(["demo", *arguments, "--out", str(tmp_path / "demo")]) == 0
+    results = json.loads((tmp_path / "demo/results.json").read_text())
+    assert results["methods"]["individual"]["acc"] == [pytest.approx(100)]
+    trace = json.loads((tmp_path / "demo/traces.json").read_text())["mingle"]
+    gates = torch.tensor(trace["gates"])
+    assert gates.shape == (2, len(trace["layers"]), 2) and gates.isfinite().all()
+    assert any(name.startswith("decoder") for name in trace["layers"])
 
 
 def test_what_folds_is_exported_as_a_plain_model(taught_hub, tmp_path):
