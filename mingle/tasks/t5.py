@@ -44,7 +44,7 @@ class T5Task:
     layer_sets: Mapping[str, tuple[str, ...]] = {
         "full": (*_SELF, *_CROSS, *_INNER),
         "light": (*_SELF[:3], *_CROSS[:3], *_INNER),
-        "nufilt": (*_SELF, *_CROSS, *_INNER),
+        "nufilt": (*_SELF, *_CROSS, *_INNER, "DenseReluDense.wo"),
         "attention": (*_SELF, *_CROSS),
         "mlp": (*_INNER, "DenseReluDense.wo"),
     }
