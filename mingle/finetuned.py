@@ -44,7 +44,7 @@ def tower_tensors(model: Model, base: Mapping[str, Tensor], first: Mapping[str, 
 
 
 def check_tower(folder: str | Path, base: Mapping[str, Tensor], first: Mapping[str, str], prefixes: tuple[str, ...]) -> None:
-    """Raise what `tower_tensors` would for names and shapes, for a base on any device, the meta device too; no weights are read."""
+    """Raise what `tower_tensors` would for names and shapes, for a base on any device; of a checkpoint only the header is read."""
     if is_adapter(folder):
         _named(folder, base, prefixes)
         return

@@ -13,7 +13,6 @@ from mingle.evaluate import Result
 from mingle.experiment import Observer, origin
 from mingle.files import CheckpointError
 from mingle.finetuned import check_tower
-from mingle.inject import find_targets
 from mingle.merger import Merger
 from mingle.options import OptionError, build
 from mingle.suites import Suite
@@ -68,7 +67,7 @@ class Plan:
                 raise CheckpointError(f"{folder}: was begun with another base model than {self.base}")
             merger.metadata["revisions"] = self.revisions
             return merger
-        merger = Merger(self.base, self.config.method, self.task.name, **_options(self.config, self.task))
+        merger = Merger(self.base, self.config.method, self.task.name, **asdict(_options(self.config, self.task)))
         merger.metadata = _origin(self.config, self.revisions)
         return merger
 
@@ -86,12 +85,8 @@ def check(config: Config, out: Path | None = None) -> Plan:
     revisions = _revisions(config, folders)
     base = hub.resolve(config.base, None, revisions)
     task = tasks.of(base)
-    tower = task.skeleton(base).get_submodule(task.tower)
-    layers = config.layers or task.layer_sets["full"]
-    try:
-        find_targets(tower, layers)
-    except ValueError as error:
-        raise OptionError(f"layers: {error}") from None
+    model = task.skeleton(base)
+    tower = model.get_submodule(task.tower)
     experts = {expert.name: hub.resolve(expert.model, expert.revision, revisions) for expert in config.experts}
     shapes, first = tower.state_dict(), first_names(tower)
     for name, folder in experts.items():
@@ -99,6 +94,10 @@ def check(config: Config, out: Path | None = None) -> Plan:
             check_tower(folder, shapes, first, task.prefixes)
         except IncompatibleModel as error:
             raise IncompatibleModel(f"expert {name!r} ({folder}): {error}") from None
+    try:
+        methods.get(config.method)(model, task, shapes, _options(config, task))  # fits the method's layers to the model's
+    except ValueError as error:
+        raise OptionError(f"method {config.method!r}: {error}") from None
     suite = _suite(config, task, base, experts, revisions)
     names = list(experts)
     orders = [shuffled(names, seed) for seed in config.order.seeds] if config.order.shuffle else [names]
@@ -154,7 +153,7 @@ def _check_folder(folder: Path, config: Config, task: TaskType, order: list[str]
             raise CheckpointError(f"{folder}: not empty, and not a merge that could be resumed")
         return
     manifest = storage.load(folder).manifest
-    options = asdict(build(methods.get(config.method).Options, _options(config, task), "options"))
+    options = asdict(_options(config, task))
     noted = manifest["metadata"].get("revisions", {})  # compared when they were read
     wanted: dict[str, Any] = {"method": config.method, "metadata": _origin(config, noted)} | {f"option {k}": v for k, v in options.items()}
     found: dict[str, Any] = {"method": manifest["method"], "metadata": manifest["metadata"] | {"revisions": noted}} | {
@@ -168,9 +167,10 @@ def _check_folder(folder: Path, config: Config, task: TaskType, order: list[str]
         raise CheckpointError(f"{folder}: holds another merge, which this one cannot resume; {'; '.join(differing)}")
 
 
-def _options(config: Config, task: TaskType) -> dict[str, Any]:
+def _options(config: Config, task: TaskType) -> Any:
     """The method's published settings for so many tasks, and over them what the config says."""
-    return methods.published(config.method, task.name, len(config.experts)) | config.method_options()
+    given = methods.published(config.method, task.name, len(config.experts)) | config.method_options()
+    return build(methods.get(config.method).Options, given, "options")
 
 
 def _origin(config: Config, revisions: hub.Revisions) -> dict[str, Any]:

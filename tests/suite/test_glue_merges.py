@@ -193,7 +193,7 @@ def test_models_and_samples_of_another_kind_are_refused(taught_hub, tmp_path, ca
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     assert "bert/config.json: unknown task type 'bert': expected one of clip, t5" in message(base=str(tmp_path / "bert"))
-    assert "layers: no Linear layer's name ends in 'fc1'" in message(layers=["fc1"])
+    assert "method 'mingle': no Linear layer's name ends in 'fc1'" in message(layers=["fc1"])
 
 
 def test_the_suite_s_numbers_are_read_from_words(taught_hub):
