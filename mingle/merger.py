@@ -6,7 +6,7 @@ import copy
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class Merger:
             raise ValueError(f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given")
         tuned = self._tower_tensors(name, finetuned_model)
         index = len(self.merged)
-        teacher = cache(lambda: self._teacher(tuned))
+        teacher = partial(self._teacher, tuned)
         arrival = Arrival(
             index=index,
             name=name,
