@@ -27,7 +27,7 @@ from typing import Any, Literal
 import yaml
 
 from mingle import methods
-from mingle.options import OptionError, build, refuse_unknown
+from mingle.options import OptionError, build, refuse_unknown, require_positive
 from mingle.suites.protocol import PROTOCOLS
 
 
@@ -79,8 +79,7 @@ class Eval:
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: expected a positive integer")
+        require_positive(self, "batch_size")
 
 
 @dataclass(frozen=True)

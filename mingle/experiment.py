@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +16,7 @@ from mingle import methods, report, suites
 from mingle.adapt import AdaptTrace, StepProgress
 from mingle.config import shuffled
 from mingle.evaluate import Result, gate_activation
+from mingle.files import without_nan
 from mingle.hub import Revisions
 from mingle.merger import Merger
 from mingle.methods.mingle_experts import Mingle
@@ -209,13 +209,4 @@ def trace_of(merger: Merger, suite: Suite, steps: Sequence[Step]) -> dict[str, A
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(_plain(value), indent=1) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    path.write_text(json.dumps(without_nan(value), indent=1) + "\n")

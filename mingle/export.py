@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from mingle.checkpoint import write_tensors
-from mingle.files import CheckpointError, contained, lock, naming, read_json, write_copy, write_json
+from mingle.files import CheckpointError, contained, lock, naming, read_json, rename, write_copy, write_json
 from mingle.task_vector import first_names
 
 #: Larger models are written in several files.
@@ -84,12 +83,7 @@ def write_model(
             _write_weights(staging, state, shard_bytes)
             (staging / ".lock").unlink()
             with naming(folder):
-                os.replace(staging, folder)
-                descriptor = os.open(folder.parent, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                rename(staging, folder)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

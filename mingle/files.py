@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -43,6 +44,15 @@ def write_json(path: Path, value: Any) -> None:
         raise CheckpointError(f"{path}: not written: {error}") from error
     with replacing(path, len(data)) as file:
         file.write(data)
+
+
+def without_nan(value: Any) -> Any:
+    """Plain data with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_copy(source: Path, target: Path) -> None:
@@ -155,15 +165,20 @@ def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-            # The rename itself survives a power cut only once the folder is on disk.
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Move a file or folder within one folder; done is done, even if the power fails."""
+    os.replace(source, target)
+    # The rename itself survives a power cut only once the folder is on disk.
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def parse_json(data: bytes, where: str) -> Any:

@@ -50,6 +50,20 @@ def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
         raise OptionError(f"{where}: {error}") from None
 
 
+def require_positive(options: object, *names: str) -> None:
+    """Raise `ValueError` unless each of these whole numbers among the options is 1 or more."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}={getattr(options, name)}: expected a positive integer")
+
+
+def require_not_negative(options: object, *names: str) -> None:
+    """Raise `ValueError` unless each of these numbers among the options is 0 or more."""
+    for name in names:
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name}={getattr(options, name)}: expected a value >= 0")
+
+
 def checked(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint` (int, float, str, bool, a Literal, a tuple of them, or a union), or an `OptionError`."""
     origin, args = get_origin(hint), get_args(hint)

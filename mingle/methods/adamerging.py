@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from mingle.adapt import PATIENCE, AdaptationDiverged, AdaptTrace, StepProgress, entropy_loss, shuffled_batches
 from mingle.methods.base import Arrival, PlainMethod, StepReport, Tensors
+from mingle.options import require_not_negative, require_positive
 from mingle.task_vector import task_vector
 from mingle.tasks import TaskData, TaskType
 
@@ -27,11 +28,8 @@ class AdaMergingOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.init <= 1:
             raise ValueError(f"init={self.init}: expected a value in [0, 1]")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: expected a positive integer")
-        for name in ("steps", "lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a value >= 0")
+        require_positive(self, "batch_size")
+        require_not_negative(self, "steps", "lr")
 
 
 class _Entropy(nn.Module):

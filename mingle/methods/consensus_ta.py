@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
+from mingle.options import require_not_negative
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class ConsensusTaOptions:
     masks: Literal["newest", "all"] = "newest"
 
     def __post_init__(self) -> None:
-        if self.threshold < 0:
-            raise ValueError(f"threshold={self.threshold}: expected a value >= 0")
+        require_not_negative(self, "threshold")
         if self.min_masks < 1 or (self.masks == "newest" and self.min_masks > 2):
             raise ValueError(f"min_masks={self.min_masks}: expected 1 or 2, or more with masks='all'")
 

@@ -16,6 +16,7 @@ from mingle.kernels import reference
 from mingle.layers import GATE_INIT_STD
 from mingle.methods.base import Arrival, StepReport, Tensors
 from mingle.methods.gated import GatedMethod
+from mingle.options import require_not_negative, require_positive
 from mingle.products import fast_linears
 from mingle.projection import make_experts
 from mingle.relaxation import RelaxedProjector
@@ -63,12 +64,8 @@ class MingleOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
-        for name in ("rank", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
-        for name in ("k", "steps", "gamma", "lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a value >= 0")
+        require_positive(self, "rank", "batch_size")
+        require_not_negative(self, "k", "steps", "gamma", "lr")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: expected a positive value")
         if not 0 <= self.beta < 1:

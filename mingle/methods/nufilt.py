@@ -14,6 +14,7 @@ from mingle.inject import find_targets
 from mingle.linalg.arithmetic import buckets, ieee, product, stacked
 from mingle.linalg.sketch import gaussian
 from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
+from mingle.options import require_not_negative, require_positive
 from mingle.task_vector import task_vector
 from mingle.tasks import TaskType
 
@@ -43,12 +44,8 @@ class NufiltOptions:
     layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("r_p", "r_v", "r_l"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
-        for name in ("lr", "steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a value >= 0")
+        require_positive(self, "r_p", "r_v", "r_l")
+        require_not_negative(self, "lr", "steps")
 
 
 @ieee

@@ -16,6 +16,7 @@ from mingle.adapt import TEACHER_BATCH
 from mingle.layers import MingleLinear
 from mingle.methods.base import Arrival, StepReport, Tensors
 from mingle.methods.gated import GatedMethod
+from mingle.options import require_positive
 from mingle.projection import make_experts
 from mingle.routing import FeatureStatistics, GaussianRouter
 from mingle.tasks import TaskType
@@ -49,8 +50,7 @@ class RoutedOptions:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank}: expected a positive integer")
+        require_positive(self, "rank")
         if not self.depths or min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):
             raise ValueError(f"depths={list(self.depths)}: expected one or more different numbers of blocks, from 0")
         if not 0 <= self.own_covariance < 1:

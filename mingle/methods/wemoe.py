@@ -17,6 +17,7 @@ from mingle.layers import GATE_INIT_STD, MingleLinear
 from mingle.methods.base import Arrival, StepReport, Tensors
 from mingle.methods.gated import GatedMethod
 from mingle.methods.task_arithmetic import add_task_vector
+from mingle.options import require_not_negative, require_positive
 from mingle.projection import make_experts
 from mingle.tasks import TaskType
 
@@ -47,12 +48,8 @@ class WemoeOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
-        for name in ("rank", "later_rank", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive integer")
-        for name in ("steps", "lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a value >= 0")
+        require_positive(self, "rank", "later_rank", "batch_size")
+        require_not_negative(self, "steps", "lr")
 
 
 class Wemoe(GatedMethod):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from mingle import methods, storage
 from mingle.adapt import AdaptationDiverged, AdaptTrace
 from mingle.config import shuffled
 from mingle.experiment import FIRST_ORDER_SEED, Observer, Step, merge_all, origin, trace_of
-from mingle.files import read_json, write_json
+from mingle.files import read_json, without_nan, write_json
 from mingle.merger import Merger
 from mingle.suites import Suite
 
@@ -79,13 +78,13 @@ class Cell:
         done, failed = merger.metadata["steps"], None
         try:
             for step in merge_all(merger, suite, order, observer, self.order - FIRST_ORDER_SEED, evaluate=self.evaluate):
-                done.append(_finite(asdict(step)))
+                done.append(without_nan(asdict(step)))
                 merger.save_pretrained(saved, include_base=keep_model)
         except AdaptationDiverged as error:
             failed = f"{order[len(done)]}: {error}"
         if self.order == FIRST_ORDER_SEED and failed is None:
             steps = [Step(**step | {"trace": step["trace"] and AdaptTrace(**step["trace"])}) for step in done]
-            write_json(folder / TRACE, _finite(trace_of(merger, suite, steps)))
+            write_json(folder / TRACE, without_nan(trace_of(merger, suite, steps)))
         result = merger.result()
         seconds = [{key: value for key, value in step.items() if key != "trace"} for step in done]
         record = {
@@ -99,7 +98,7 @@ class Cell:
             "steps": seconds,
             **describe(device),
         }
-        write_json(folder / RESULT, _finite(record))
+        write_json(folder / RESULT, without_nan(record))
         observer.merged(self.method, self.order - FIRST_ORDER_SEED, result)
         if not keep_model and saved.exists():
             shutil.rmtree(saved)
@@ -111,12 +110,3 @@ class Cell:
         merger = Merger(suite.base, self.method, suite.task_type, seed=self.seed, device=device, **self.options)
         merger.metadata = origin(self.suite, self.protocol, self.samples_per_class, revisions=suite.revisions) | {"steps": []}
         return merger
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: None instead."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from mingle.tasks import TaskData
-from mingle.tasks.loading import load, skeleton
+from mingle.tasks.loading import HubModel
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-class ClipTask:
+class ClipTask(HubModel):
     """The task type ``clip``: any `transformers.CLIPModel`.
 
     Samples are mappings with ``pixel_values`` [n, 3, H, W], as the model's image processor makes them, ``text_embeds`` [C, P], the
@@ -35,17 +35,10 @@ class ClipTask:
         "mlp": ("mlp.fc1", "mlp.fc2"),
     }
 
-    def skeleton(self, folder: str | Path) -> nn.Module:
-        """See `mingle.tasks.loading.skeleton`."""
+    def classes(self) -> tuple[type[Any], type[Any]]:
         from transformers import CLIPConfig, CLIPModel
 
-        return skeleton(folder, CLIPModel, CLIPConfig)
-
-    def load(self, folder: str | Path) -> nn.Module:
-        """A `CLIPModel`; see `mingle.tasks.loading.load`."""
-        from transformers import CLIPConfig, CLIPModel
-
-        return load(folder, CLIPModel, CLIPConfig)
+        return CLIPModel, CLIPConfig
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples as `TaskData`.

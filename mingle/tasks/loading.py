@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +28,46 @@ def model_type(folder: str | Path) -> str:
     return found
 
 
-def skeleton(folder: str | Path, model_class: type[Any], config_class: type[Any]) -> nn.Module:
-    """The model that a local folder describes, on the meta device, its checkpoint checked against it.
+class HubModel(ABC):
+    """A task type whose base model is a folder in hub format."""
 
-    Of tensors that the model ties together the checkpoint needs to hold one.
+    @abstractmethod
+    def classes(self) -> tuple[type[Any], type[Any]]:
+        """The classes of transformers for its models and their configurations."""
 
-    Raises:
-        CheckpointError: what is in the folder is no intact safetensors checkpoint of this class.
-    """
-    folder, wanted = Path(folder), config_class.model_type
-    reader = CheckpointReader(folder)  # intact and inside the folder, before anything else opens it
-    if model_type(folder) != wanted:
-        raise CheckpointError(f"{folder / 'config.json'}: model_type is {model_type(folder)!r}, expected {wanted!r}")
-    with torch.device("meta"):
-        model: nn.Module = model_class(config_class.from_dict(read_json(folder / "config.json")))
-    first = first_names(model)
-    held = {first[name] for name in first if name in reader}
-    for name, tensor in model.state_dict().items():
-        if first[name] not in held:
-            raise CheckpointError(f"{folder}: the tensor {name!r} of a {model_class.__name__} is missing")
-        if name in reader and reader.shape(name) != tuple(tensor.shape):
-            raise CheckpointError(f"{folder}: {name} has shape {list(reader.shape(name))}, config.json says {list(tensor.shape)}")
-    return model
+    def skeleton(self, folder: str | Path) -> nn.Module:
+        """The model that a local folder describes, on the meta device, its checkpoint checked against it.
 
+        Of tensors that the model ties together the checkpoint needs to hold one.
 
-def load(folder: str | Path, model_class: type[Any], config_class: type[Any]) -> nn.Module:
-    """The model of a local folder in float32, in evaluation mode.
+        Raises:
+            CheckpointError: what is in the folder is no intact safetensors checkpoint of this class.
+        """
+        model_class, config_class = self.classes()
+        folder, wanted = Path(folder), config_class.model_type
+        reader = CheckpointReader(folder)  # intact and inside the folder, before anything else opens it
+        if model_type(folder) != wanted:
+            raise CheckpointError(f"{folder / 'config.json'}: model_type is {model_type(folder)!r}, expected {wanted!r}")
+        with torch.device("meta"):
+            model: nn.Module = model_class(config_class.from_dict(read_json(folder / "config.json")))
+        first = first_names(model)
+        held = {first[name] for name in first if name in reader}
+        for name, tensor in model.state_dict().items():
+            if first[name] not in held:
+                raise CheckpointError(f"{folder}: the tensor {name!r} of a {model_class.__name__} is missing")
+            if name in reader and reader.shape(name) != tuple(tensor.shape):
+                raise CheckpointError(f"{folder}: {name} has shape {list(reader.shape(name))}, config.json says {list(tensor.shape)}")
+        return model
 
-    Raises:
-        CheckpointError: as `skeleton`, and for weights that are NaN or infinite.
-    """
-    skeleton(folder, model_class, config_class)
-    model: nn.Module = model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            CheckpointReader(folder).tensor(name)  # raises, with the count and the first index
-    return model.eval()
+    def load(self, folder: str | Path) -> nn.Module:
+        """The model of a local folder in float32, in evaluation mode.
+
+        Raises:
+            CheckpointError: as `skeleton`, and for weights that are NaN or infinite.
+        """
+        self.skeleton(folder)
+        model: nn.Module = self.classes()[0].from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        for name, tensor in model.state_dict().items():
+            if not tensor.isfinite().all():
+                CheckpointReader(folder).tensor(name)  # raises, with the count and the first index
+        return model.eval()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from mingle.layers import MingleLinear
 from mingle.tasks import TaskData
-from mingle.tasks.loading import load, skeleton
+from mingle.tasks.loading import HubModel
 
 #: tokens of an answer, the start token included, as published
 ANSWER_TOKENS = 10
@@ -24,7 +23,7 @@ _CROSS = tuple(f"EncDecAttention.{part}" for part in "qkvo")
 _INNER = ("DenseReluDense.wi_0", "DenseReluDense.wi_1")
 
 
-class T5Task:
+class T5Task(HubModel):
     """The task type ``t5``: any `transformers.T5ForConditionalGeneration` with gated feed-forward layers, as T5 v1.1 and Flan-T5 have.
 
     Samples are mappings with ``input_ids`` and ``attention_mask`` [n, S], and for evaluation ``labels`` [n, L], the tokens of the answers
@@ -49,17 +48,10 @@ class T5Task:
         "mlp": (*_INNER, "DenseReluDense.wo"),
     }
 
-    def skeleton(self, folder: str | Path) -> nn.Module:
-        """See `mingle.tasks.loading.skeleton`."""
+    def classes(self) -> tuple[type[Any], type[Any]]:
         from transformers import T5Config, T5ForConditionalGeneration
 
-        return skeleton(folder, T5ForConditionalGeneration, T5Config)
-
-    def load(self, folder: str | Path) -> nn.Module:
-        """A `T5ForConditionalGeneration`; see `mingle.tasks.loading.load`."""
-        from transformers import T5Config, T5ForConditionalGeneration
-
-        return load(folder, T5ForConditionalGeneration, T5Config)
+        return T5ForConditionalGeneration, T5Config
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples as `TaskData`.
