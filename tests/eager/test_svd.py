@@ -72,6 +72,19 @@ def test_angles_where_there_is_a_gap():
         assert sines.max() < 1e-3
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_leading_part_itself_where_there_is_no_gap(seed):
+    generator = torch.Generator().manual_seed(seed)
+    structure = torch.randn(512, 192, generator=generator) * torch.arange(1, 193).rsqrt() @ torch.randn(192, 512, generator=generator)
+    noise = torch.randn(512, 512, generator=generator)
+    M = structure / structure.norm() + 0.6 * noise / noise.norm()
+    U, S, Vh = linalg.svd_lowrank(M, 64)
+    exact_U, exact_S, exact_Vh = torch.linalg.svd(M.double())
+    assert exact_S[64] / exact_S[63] > 0.99
+    exact = exact_U[:, :64] * exact_S[:64] @ exact_Vh[:64]
+    assert (U.double() * S @ Vh.double() - exact).norm() <= 1e-4 * exact.norm()
+
+
 # --- what must not matter ---
 
 
