@@ -37,11 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.growth:
         name, results = "growth", grow(device, args.reduce, args.quick, args.seed)
     else:
-        peers = [PEERS[peer] for peer in args.peer or PEERS]
+        peers = [PEERS[peer] for peer in args.peer]
         names = [OURS, *([BF16] if args.precision == "bf16" else []), *peers]
         case = CASES[args.case]
         results = run(case, args.tasks, names, device, args.reduce, args.steps, quick=args.quick, seed=args.seed)
-        name = f"{case.name}-{results['case']['tasks']}-{args.reduce}" + ("" if len(peers) == len(PEERS) else f"-{args.peer[0]}")
+        beside = "" if len(peers) == len(PEERS) else f"-{args.peer[0]}" if peers else "-alone"
+        name = f"{case.name}-{results['case']['tasks']}-{args.reduce}{beside}"
     if args.out:
         write_json(args.out / f"{name}.json", results)
         for path in plots.write_plots(results, args.out, name):
@@ -57,7 +58,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time whole continual merges, each contender's gates checked against ours first.")
     parser.add_argument("--case", choices=CASES, default="glyphs8", help="the embedded suite, or a CLIP of that size with random weights")
     parser.add_argument("--tasks", type=int, default=8, choices=(2, 3, 8, 20), help="how many models are merged")
-    parser.add_argument("--peer", choices=PEERS, action="append", help="only this one beside ours")
+    beside = parser.add_mutually_exclusive_group()
+    beside.add_argument("--peer", choices=PEERS, action="append", help="only this one beside ours")
+    beside.add_argument("--alone", action="store_const", const=[], dest="peer", help="ours alone, as for the others memory may not suffice")
     parser.add_argument("--reduce", choices=("batch", "sample", "token"), default="batch", help="what gates see; as published by default")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 adds ours with bf16 products")
     parser.add_argument("--steps", type=int, help="of adaptation to be timed: 50, or 4 where the whole is a sum")
@@ -71,8 +74,10 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--gpu: there is no CUDA device")
     if args.steps is not None and args.steps < 3:
         parser.error("--steps: at least 3, as the first is not timed")
-    if args.reduce == "token" and PUBLISHED in [PEERS[peer] for peer in args.peer or PEERS]:
-        args.peer = ["eager"]  # gates of single tokens were not published
+    if args.reduce == "token" and "published" in (args.peer or ()):
+        parser.error("--peer published: gates of single tokens were not published")
+    if args.peer is None:
+        args.peer = [name for name, peer in PEERS.items() if not (args.reduce == "token" and peer == PUBLISHED)]
     return args
 
 

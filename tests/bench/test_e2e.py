@@ -205,6 +205,15 @@ def test_the_command_line_writes_what_it_found(tmp_path, capsys, monkeypatch, pr
     assert {"device", "versions", "commit", "date", "case", "method", "contenders", "ratios", "targets"} <= set(results)
     assert set(results["ratios"][OURS][PUBLISHED]) >= {"whole", *STAGES}
     assert PUBLISHED in capsys.readouterr().out
+    assert e2e.main(["--quick", "--alone", "--out", str(tmp_path)]) == 0
+    alone = json.loads((tmp_path / "glyphs8-2-batch-alone.json").read_text())
+    assert list(alone["contenders"]) == [OURS] and alone["contenders"][OURS]["status"] == "ok"
+
+
+def test_token_gates_have_no_published_peer(capsys):
+    with pytest.raises(SystemExit):
+        e2e.main(["--reduce", "token", "--peer", "published"])
+    assert "gates of single tokens were not published" in capsys.readouterr().err
 
 
 def test_targets_count_bf16_only_at_unchanged_accuracy():
