@@ -28,7 +28,7 @@ _INTERVALS = {"cpu": 1, "cuda": 8}  # steps between two looks at the results, fo
 
 
 class AdaptationDiverged(RuntimeError):
-    """The loss stayed non-finite; the gates are those of the last good step."""
+    """The loss, a gradient or the adapted model's answers were not finite, and going on would not help."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Experiment:
 
     suite: str = "glyphs8"
     protocol: str = "strict"
-    methods: tuple[str, ...] = ("pre-trained", "individual", "average", "task-arithmetic", "opcm", "mingle", "mingle-light")
+    methods: tuple[str, ...] = ("pre-trained", "individual", "average", "task-arithmetic", "opcm", "mingle", "mingle-light", "routed")
     orders: int = 1
     samples_per_class: int = 5
     seed: int = 0

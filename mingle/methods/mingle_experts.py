@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mingle import subspace
-from mingle.adapt import TEACHER_BATCH, AdaptConfig, AdaptTrace, adapt_gates, teacher_logits
+from mingle.adapt import TEACHER_BATCH, AdaptationDiverged, AdaptConfig, AdaptTrace, adapt_gates, teacher_logits
 from mingle.kernels import reference
 from mingle.layers import GATE_INIT_STD
 from mingle.methods.base import Arrival, StepReport, Tensors
@@ -136,7 +136,8 @@ class Mingle(GatedMethod):
         seeds = arrival.samples()
         with torch.no_grad(), fast_linears(self.model), subspace.input_directions(self.layers) as seen:
             for batch in seeds.batches(TEACHER_BATCH):
-                self.task.logits(self.model, batch)
+                if not self.task.logits(self.model, batch).isfinite().all():
+                    raise AdaptationDiverged("the adapted model's answers to the seed samples are not finite")
         bases = subspace.extend(self.bases, seen, options.k)
         full = subspace.saturated(bases)
         if full:

@@ -10,6 +10,7 @@ from merging import NAMES, add, everything, merge, same_bits
 from transformers import CLIPModel
 
 import mingle
+from mingle.adapt import AdaptationDiverged
 from mingle.layers import MingleLinear
 from mingle.storage import state_hash
 from mingle.tasks import TaskData
@@ -47,6 +48,14 @@ def test_a_failed_task_leaves_the_merger_as_it_was(base_model, tuned_states, sam
     same_bits(before, everything(merger))
     add(merger, 1, tuned_states, samples)
     same_bits(everything(merger), everything(merge(base_model, tuned_states, samples, count=2)))
+
+
+def test_an_absurd_learning_rate_is_told_as_divergence_and_changes_nothing(base_model, tuned_states, samples):
+    merger = merge(base_model, tuned_states, samples, count=0, lr=1e35, steps=1)
+    before = {k: v.clone() for k, v in everything(merger).items()}
+    with pytest.raises(AdaptationDiverged, match="not finite"):
+        add(merger, 0, tuned_states, samples)
+    same_bits(before, everything(merger))
 
 
 def test_a_task_equal_to_the_base_is_skipped(base_model, tuned_states, samples, tmp_path):
