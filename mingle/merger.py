@@ -116,11 +116,13 @@ class Merger:
         tuned = self._tower_tensors(name, finetuned_model)
         index = len(self.merged)
         teacher = partial(self._teacher, tuned)
+        if seeds is not None and self.method.needs_answers:
+            seeds = self.task.prepared(teacher, seeds)
         arrival = Arrival(
             index=index,
             name=name,
             tuned=tuned,
-            seeds=None if seeds is None else self.task.prepared(teacher, seeds),
+            seeds=seeds,
             teacher=teacher,
             seed=zlib.crc32(f"{self.seed}/{index}".encode()),
             on_step=on_step,

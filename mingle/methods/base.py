@@ -83,6 +83,8 @@ class MergeMethod(ABC):
     name: ClassVar[str]
     Options: ClassVar[type] = NoOptions
     needs_seeds: ClassVar[bool] = False
+    #: whether seed samples come with the fine-tuned model's answers, where the task type compares models along these
+    needs_answers: ClassVar[bool] = True
     #: whether each model was fine-tuned from the one before, and the seed samples are all of a task's training data
     sequential: ClassVar[bool] = False
     #: whether every task is served by a model of its own (only the reference row `individual`)

@@ -74,6 +74,7 @@ class Routed(GatedMethod):
     name = "routed"
     Options = RoutedOptions
     layer_set = "full"
+    needs_answers = False
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)

@@ -197,6 +197,15 @@ def test_every_method_merges_saves_and_resumes(base, tuned, method, tmp_path):
         )
 
 
+def test_methods_that_only_read_prompts_have_no_answers_generated(base, tuned, monkeypatch):
+    asked, answers = [], T5Task._answers
+    monkeypatch.setattr(T5Task, "_answers", lambda self, model, data: (asked.append(len(data)), answers(self, model, data))[1])
+    merge(base, tuned, "routed")
+    assert asked == []
+    merge(base, tuned, "mingle")
+    assert len(asked) == 2
+
+
 def test_a_lora_adapter_is_a_fine_tuned_model(base, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q", "v"], init_lora_weights=False)
