@@ -246,6 +246,8 @@ NOTES = {
     EAGER: 'this library with backend="eager" and LAPACK\'s full decompositions in float64',
     PUBLISHED: "the published procedure: dense experts merged in every forward, a teacher pass at every step, two full SVDs per layer",
 }
+#: the status of a contender that the machine is too small for
+LEFT_OUT = "left out"
 #: whose gates must be ours within rounding
 EXACT = (OURS, EAGER, PUBLISHED)
 

@@ -42,7 +42,7 @@ def write(results: Mapping[str, Any]) -> None:
         if "reason" in result:
             console.print(f"{name}: {escape(result['reason'])}", style="red", highlight=False)
         errors = [f"{what} {one['error']:.0e}" for what, one in result["agreement"].items() if one["error"] is not None]
-        if name != OURS:
+        if errors and name != OURS:
             console.print(f"{name}: relative to ours: {', '.join(errors)}", style="dim", highlight=False)
         if (others := result.get("cpus_used_by_others") or 0) > machine.MUCH:
             console.print(f"{name}: other processes kept {others:.1f} CPUs busy; take its times with care", style="yellow", highlight=False)

@@ -210,6 +210,15 @@ def test_the_command_line_writes_what_it_found(tmp_path, capsys, monkeypatch, pr
     assert list(alone["contenders"]) == [OURS] and alone["contenders"][OURS]["status"] == "ok"
 
 
+def test_a_peer_that_memory_does_not_suffice_for_is_left_out_and_said_so(problem, monkeypatch):
+    needed = staged.published_bytes(problem)
+    monkeypatch.setattr(staged, "available", lambda device: needed - 1)
+    found = staged.measure(replace(problem, options=problem.options | {"reduce": "batch"}), [OURS, PUBLISHED], CPU, 3, [1, 3])
+    assert found[OURS]["status"] == "ok" and "stages" in found[OURS]
+    assert found[PUBLISHED]["status"] == contenders.LEFT_OUT and "GB" in found[PUBLISHED]["reason"] and found[PUBLISHED]["at"] == {}
+    assert list(judge.ratios(found)[OURS]) == []
+
+
 def test_token_gates_have_no_published_peer(capsys):
     with pytest.raises(SystemExit):
         e2e.main(["--reduce", "token", "--peer", "published"])
