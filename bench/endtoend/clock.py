@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 STAGES = ("load", "project", "decompose", "adapt", "subspace", "evaluate")
+_OWN = "/proc/self/status"
 
 
 class Stopwatch:
@@ -62,14 +63,14 @@ class PeakMemory:
         try:
             ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what comes
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-            self.before = _status("VmRSS")
+            self.before = _size(_OWN, "VmRSS")
         except (OSError, AttributeError):
             pass
 
     def grown(self) -> int | None:
         if self.before is None:
             return None
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _size(_OWN, "VmHWM")
         return max(0, peak - self.before)
 
 
@@ -78,13 +79,11 @@ def available(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+        return _size("/proc/meminfo", "MemAvailable")
+    except (OSError, StopIteration):
         return math.inf
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
-def _status(key: str) -> int:
-    """A size in bytes from this process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+def _size(path: str, key: str) -> int:
+    """A size in bytes from a file in which the system tells kilobytes by key."""
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{key}:")) * 1024

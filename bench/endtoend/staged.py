@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mingle.bench import machine
 from mingle.bench.endtoend import agreement, contenders
@@ -17,6 +17,8 @@ from mingle.bench.endtoend.cases import Problem, Tuned
 from mingle.bench.endtoend.clock import STAGES, PeakMemory, Stopwatch, available
 from mingle.bench.endtoend.contenders import BF16, LEFT_OUT, NOTES, OURS, PUBLISHED, Contender, Experts, Gates
 from mingle.bench.endtoend.whole import refuse
+from mingle.inject import find_targets
+from mingle.layers import MingleLinear
 
 _log = logging.getLogger("mingle.bench")
 
@@ -63,18 +65,20 @@ def measure(
 def published_bytes(problem: Problem) -> float:
     """What the published procedure takes at its last task: beside five models, 2.3 times its dense experts, as measured at ViT-B/32."""
     model = problem.module()
-    suffixes = tuple(f".{suffix}.weight" for suffix in problem.task.layer_sets["full"])
-    dense = sum(weight.nbytes for name, weight in model.get_submodule(problem.task.tower).named_parameters() if name.endswith(suffixes))
+    dense = sum(layer.weight.nbytes for layer in _layers(problem, model).values())
     return 2.3 * problem.tasks * dense + 5 * sum(weight.nbytes for weight in model.parameters())
+
+
+def _layers(problem: Problem, model: nn.Module) -> Mapping[str, nn.Linear | MingleLinear]:
+    """The target layers of the problem's model."""
+    return find_targets(model.get_submodule(problem.task.tower), problem.task.layer_sets["full"])
 
 
 def history(problem: Problem, count: int, seed: int = 0) -> list[dict[str, Tensor]]:
     """What `count` earlier tasks might have left in the layers: random experts as large as real ones, gates and bases."""
     generator = torch.Generator().manual_seed(seed)
     rank, k = problem.options.get("rank", 64), problem.options.get("k", 3)
-    base = problem.module().get_submodule(problem.task.tower)
-    suffixes = tuple(f".{suffix}" for suffix in problem.task.layer_sets["full"])
-    widths = {name: (m.weight.shape, m.weight.norm()) for name, m in base.named_modules() if name.endswith(suffixes)}
+    widths = {name: (layer.weight.shape, layer.weight.norm()) for name, layer in _layers(problem, problem.module()).items()}
     tasks: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for name, ((outputs, inputs), size) in widths.items():
         columns = min(count * k, inputs)

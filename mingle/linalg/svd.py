@@ -74,8 +74,8 @@ def svd_lowrank(
     Args:
         M: [..., m, n], or a sequence of [m, n], in a floating dtype.
         rank: r; at most min(m, n) triplets are returned.
-        mode: ``"accurate"``, whose residual exceeds the optimal one by less than a factor 1 + 1e-5, or ``"fast"`` with 1 + 1e-4.  A task
-            vector's leading part B A itself comes out within 1e-4, even where its singular values around r lie within a thousandth.
+        mode: ``"accurate"``, whose residual exceeds the optimal one by less than a factor 1 + 1e-5, or ``"fast"`` with 1 + 1e-4.  Of a task
+            vector the leading part B A itself was within 1e-4 wherever tried, singular values a thousandth apart around r included.
         oversample, power_iters: vectors beyond the rank, and applications of MᵀM in the iteration; they overrule `mode`.
         seed: of the random start.
         keys: one name per matrix, which its random start depends on and errors mention.  Without keys all start alike.  The result for a
