@@ -26,7 +26,7 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 NULL_SPACE_TOLERANCE = 1e-6
 BACKENDS = ("auto", "lapack", "library", "extension")
 #: mode → (oversample, power_iters): an excess residual under 1e-5 and under 1e-4 on every spectrum tried.  Eight rounds would do for the
-#: former, but where the singular values around r are close together they leave an error of 1e-4 in B A; ten, at 5 % more time, 2e-5.
+#: former, but where the singular values around r are close together they leave an error of 1e-4 in B A; ten, at 4 to 14 % more time, 2e-5.
 MODES = {"accurate": (64, 10), "fast": (32, 7)}
 
 #: Up to this width a library decomposes whole batches at once, and nothing else is faster.
