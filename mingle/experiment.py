@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +15,7 @@ from mingle import methods, report, suites
 from mingle.adapt import AdaptTrace, StepProgress
 from mingle.config import shuffled
 from mingle.evaluate import Result, gate_activation
-from mingle.files import without_nan
+from mingle.files import without_nan, write_json
 from mingle.hub import Revisions
 from mingle.merger import Merger
 from mingle.methods.mingle_experts import Mingle
@@ -138,9 +137,9 @@ def run(experiment: Experiment, out: Path, observer: Observer | None = None) -> 
                 if method not in report.REFERENCES:
                     merger.save_pretrained(out / "merged" / method)
             observer.merged(method, number, result)
-        _write_json(out / "results.json", results)
-        _write_json(out / "timings.json", timings)
-    _write_json(out / "traces.json", traces)
+        _write(out / "results.json", results)
+        _write(out / "timings.json", timings)
+    _write(out / "traces.json", traces)
     report.write_csv(results, out / "accuracy_matrix.csv")
     report.write_plots(results, traces, out)
     return results
@@ -208,5 +207,5 @@ def trace_of(merger: Merger, suite: Suite, steps: Sequence[Step]) -> dict[str, A
     return {"order": merger.task_names, "layers": list(layers), "gates": gates, **series}
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(without_nan(value), indent=1) + "\n")
+def _write(path: Path, value: dict[str, Any]) -> None:
+    write_json(path, without_nan(value), sort_keys=False)  # methods stay in the order that was asked for

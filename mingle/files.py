@@ -36,10 +36,10 @@ class Locked(CheckpointError):
     """Another process is the writer of a folder."""
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys, atomically; NaN and infinities raise `CheckpointError`."""
+def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
+    """Write `value` as indented JSON, atomically; NaN and infinities raise `CheckpointError`."""
     try:
-        data = (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        data = (json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except ValueError as error:
         raise CheckpointError(f"{path}: not written: {error}") from error
     with replacing(path, len(data)) as file:

@@ -1,0 +1,161 @@
+"""Which experts cost a merge its accuracy: the glyph suites, merged by MINGLE and tested again with some of the experts only.
+
+What newer experts take from a task is backward transfer.  What older ones take from it, whose frozen gates answer to inputs that they have
+never seen, is in no common measure.  Both are found by leaving experts out of the finished model: what a task's own expert and the older
+ones reach together is what was measured right after its merge.
+
+    python bench/glyphs/interference.py bench/results/cpu/glyphs-interference.json --suites glyphs8,glyphs20 --orders 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mingle import suites
+from mingle.bench.machine import describe
+from mingle.config import shuffled
+from mingle.evaluate import accuracy
+from mingle.experiment import FIRST_ORDER_SEED, Observer, merge_all, options_for
+from mingle.files import write_json
+from mingle.kernels import reference
+from mingle.layers import MingleLinear
+from mingle.merger import Merger
+from mingle.methods.mingle_experts import Mingle
+from mingle.suites.protocol import PROTOCOLS
+from mingle.tasks import TaskData
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("--suites", default="glyphs8", help="names, separated by commas")
+    parser.add_argument("--protocol", default="strict", choices=PROTOCOLS)
+    parser.add_argument("--orders", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="CPU threads of this process")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # better now than after an hour
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    found: dict[str, Any] = {}
+    for suite in args.suites.split(","):
+        seeds = range(FIRST_ORDER_SEED, FIRST_ORDER_SEED + args.orders)
+        orders = {str(seed): measure(*merged(suite, args.protocol, seed)) for seed in seeds}
+        found[suite] = {"mean": mean([row for rows in orders.values() for row in rows]), "orders": orders}
+        print(suite, *(f"{name} {value:.1f}" for name, value in found[suite]["mean"]["accuracy"].items()), sep="  ", flush=True)
+    write_json(args.out, {"protocol": args.protocol, "suites": found, **describe(torch.device("cpu"))})
+
+
+def merged(suite_name: str, protocol: str, order_seed: int) -> tuple[Merger, suites.Suite]:
+    """The suite's tasks merged by MINGLE with the suite's settings, in the order of that seed."""
+    suite = suites.load(suite_name, protocol=protocol)
+    merger = Merger(suite.base, Mingle.name, suite.task_type, **options_for(Mingle.name, suite, {}))
+    for _ in merge_all(merger, suite, shuffled(list(suite), order_seed), Observer(), 0, evaluate="ends"):
+        pass
+    return merger, suite
+
+
+def measure(merger: Merger, suite: Mapping[str, TaskData]) -> list[dict[str, Any]]:
+    """Per task, in order of arrival: accuracies in per cent by what is left of the model, and what its samples meet there.
+
+    ``gates`` are mean magnitudes over samples, layers and experts.  ``protected`` is the share of its layers' inputs, in energy, that lies
+    in directions which were protected before it arrived: there its gate can hardly move.
+    """
+    return [_task(merger, suite[name], place) for place, name in enumerate(merger.task_names)]
+
+
+def _task(merger: Merger, data: TaskData, place: int) -> dict[str, Any]:
+    method, count = merger.method, len(merger.merged)
+    assert isinstance(method, Mingle)
+
+    def tested(experts: Iterable[int], *, constant: bool = False) -> float:
+        kept = torch.zeros(count).index_fill_(0, torch.tensor(list(experts), dtype=torch.long), 1)
+        with gates_made_of(method.layers, lambda gates: kept.expand_as(gates) if constant else gates * kept):
+            return accuracy(merger.task, merger.model, data)
+
+    own, older, newer = [place], range(place), range(place + 1, count)
+    accuracies = {
+        "base": tested(()),
+        "its expert, gate 1": tested(own, constant=True),
+        "its expert": tested(own),
+        "it and older": tested([*older, *own]),
+        "it and newer": tested([*own, *newer]),
+        "all": tested(range(count)),
+    }
+    before = {layer: basis[:, : method.offsets[place][layer]] for layer, basis in method.bases.items()}
+    magnitudes: list[Tensor] = []
+    with gates_made_of(method.layers, partial(_note, magnitudes)), energies(method.layers, before) as shares:
+        accuracy(merger.task, merger.model, data)
+    mean_magnitude = torch.stack(magnitudes).mean(0)
+    experts = {"own": own, "older": older, "newer": newer}
+    return {
+        "task": merger.task_names[place],
+        "accuracy": accuracies,
+        "gates": {key: mean_magnitude[list(places)].mean().item() for key, places in experts.items() if places},
+        "protected": statistics.fmean(within / total for within, total in shares.values()),
+    }
+
+
+def _note(magnitudes: list[Tensor], gates: Tensor) -> Tensor:
+    magnitudes.append(gates.abs().flatten(0, -2).mean(0))
+    return gates
+
+
+@contextmanager
+def gates_made_of(layers: Mapping[str, MingleLinear], make: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside the block, every layer's gates [..., T] are what `make` makes of its own."""
+
+    def hook(layer: MingleLinear, args: tuple[Tensor, ...]) -> None:
+        gates = reference.gate_values(args[0], *layer.all_gates(), layer.reduce, layer.token_mask)
+        layer.given_gates = make(gates.expand(len(args[0]), -1, -1).squeeze(-2))  # one batch gate is that of every sample
+
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers.values():
+            layer.given_gates = None
+
+
+@contextmanager
+def energies(layers: Mapping[str, MingleLinear], bases: Mapping[str, Tensor]) -> Iterator[dict[str, list[float]]]:
+    """While the block runs, sum ‖Uᵀx‖² and ‖x‖² over every token x that a layer sees, U [d_in, K] its orthonormal basis.
+
+    Yields:
+        name → [‖Uᵀx‖², ‖x‖²].
+    """
+    sums = {name: [0.0, 0.0] for name in layers}
+
+    def hook(name: str, layer: MingleLinear, args: tuple[Tensor, ...]) -> None:
+        for i, x in enumerate((args[0] @ bases[name], args[0])):
+            sums[name][i] += x.double().square().sum().item()
+
+    handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Over all tasks and orders; older and newer gates over the tasks that have any."""
+    means: dict[str, Any] = {"protected": statistics.fmean(row["protected"] for row in rows)}
+    for part in ("accuracy", "gates"):
+        keys = dict.fromkeys(key for row in rows for key in row[part])
+        means[part] = {key: statistics.fmean(row[part][key] for row in rows if key in row[part]) for key in keys}
+    return means
+
+
+if __name__ == "__main__":
+    main()
