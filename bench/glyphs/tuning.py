@@ -29,7 +29,7 @@ SUITE = "glyphs-tuning"
 FORGETTING, WITHIN = -2.0, 0.5
 #: method → option → values
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "mingle": {"rank": (8, 16, 32), "gamma": (0.1, 0.3, 1.0), "lr": (1e-3, 2e-3, 4e-3)},
+    "mingle": {"rank": (8, 16, 32), "gamma": (0.0, 0.1, 0.3, 1.0), "lr": (1e-3, 2e-3, 4e-3)},
     "adamerging": {"lr": (1e-4, 1e-3, 1e-2)},
     "wemoe": {"lr": (1e-4, 1e-3, 1e-2)},
     "nufilt": {"r_p": (32, 64, 128), "lr": (1e-3, 1e-2)},
