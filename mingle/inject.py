@@ -25,6 +25,13 @@ def refusal(module: nn.Module, parent: nn.Module) -> str:
     return ""
 
 
+def present(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:
+    """Those of `suffixes` that the model has, in sets that cover the variants of an architecture; all where it has none of them."""
+    suffixes = tuple(suffixes)
+    names = [name for name, _ in model.named_modules()]
+    return tuple(suffix for suffix in suffixes if any(matches(name, suffix) for name in names)) or suffixes
+
+
 def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear | MingleLinear]:
     """The Linear (or already injected) layers whose names end in one of `targets`, in model order.
 

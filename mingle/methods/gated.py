@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from mingle.inject import inject
+from mingle.inject import inject, present
 from mingle.layers import MingleLinear
 from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
 from mingle.task_vector import task_vector
@@ -32,7 +32,7 @@ class GatedMethod(MergeMethod):
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
-        targets = options.layers or task.layer_sets[self.layer_set]
+        targets = options.layers or present(self.tower, task.layer_sets[self.layer_set])
         model.requires_grad_(False)
         self.layers: dict[str, MingleLinear] = inject(self.tower, targets, getattr(options, "reduce", "token"), backend=options.backend)
         for name, layer in self.layers.items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mingle import linalg
-from mingle.inject import find_targets
+from mingle.inject import find_targets, present
 from mingle.linalg.arithmetic import buckets, ieee, product, stacked
 from mingle.linalg.sketch import gaussian
 from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
@@ -129,7 +129,8 @@ class Nufilt(WeightMethod):
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
-        self.targets = [f"{name}.weight" for name in find_targets(self.tower, options.layers or task.layer_sets["nufilt"])]
+        targets = options.layers or present(self.tower, task.layer_sets["nufilt"])
+        self.targets = [f"{name}.weight" for name in find_targets(self.tower, targets)]
 
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
         deltas = task_vector(self.base, arrival.tuned, self.targets)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mingle import tasks
-from mingle.inject import find_targets
+from mingle.inject import find_targets, present
 from mingle.methods import METHODS
 from mingle.options import OptionError, nearest
 from mingle.suites import Suite
@@ -116,7 +116,7 @@ def _layers_and_rank(suite: Suite, names: Sequence[str]) -> list[Row]:
     tower = task.skeleton(suite.base).get_submodule(task.tower)
     for name in names:
         for layers in filter(task.layer_sets.get, _LAYER_SETS):
-            targets = task.layer_sets[layers]
+            targets = present(tower, task.layer_sets[layers])
             largest = max(min(layer.weight.shape) for layer in find_targets(tower, targets).values())
             for rank in sorted({min(rank, largest) for rank in (*_RANKS, largest)}):
                 series = _label(name, names, layers)

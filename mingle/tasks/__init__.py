@@ -65,7 +65,7 @@ class TaskType(Protocol):
     tower: str
     #: what a fine-tuned checkpoint may put before the tower's own parameter names
     prefixes: tuple[str, ...]
-    #: named sets of target layers, as exact suffixes
+    #: named sets of target layers, as exact suffixes; of variants of the architecture those that a model has are meant
     layer_sets: Mapping[str, tuple[str, ...]]
     #: the transformer blocks that every input passes through first, as a dotted name inside the tower
     blocks: str

@@ -20,11 +20,12 @@ ANSWER_TOKENS = 10
 _BATCH = 128  # samples in one pass that generates
 _SELF = tuple(f"SelfAttention.{part}" for part in "qkvo")
 _CROSS = tuple(f"EncDecAttention.{part}" for part in "qkvo")
-_INNER = ("DenseReluDense.wi_0", "DenseReluDense.wi_1")
+#: gated feed-forward layers, as T5 v1.1 and Flan-T5 have them, or those of the first T5
+_INNER = ("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wi")
 
 
 class T5Task(HubModel):
-    """The task type ``t5``: any `transformers.T5ForConditionalGeneration` with gated feed-forward layers, as T5 v1.1 and Flan-T5 have.
+    """The task type ``t5``: any `transformers.T5ForConditionalGeneration`, of Flan-T5 and of its predecessors.
 
     Samples are mappings with ``input_ids`` and ``attention_mask`` [n, S], and for evaluation ``labels`` [n, L], the tokens of the answers
     with pad tokens behind.  Adaptation compares models along the fine-tuned model's own answers, which `prepared` adds as

@@ -103,6 +103,23 @@ def test_what_is_injected_sees_tokens_in_decoders_and_samples_in_encoders(base, 
         assert layer.reduce == ("sample" if encoder else "token"), name
 
 
+@pytest.mark.parametrize("method", ["mingle", "mingle-light", "routed", "wemoe", "nufilt"])
+def test_the_first_t5_has_one_inner_matrix(method):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=PAD)
+        base = T5ForConditionalGeneration(config).eval()
+    tuned, inner = copy.deepcopy(base), "decoder.block.0.layer.2.DenseReluDense.wi"
+    with torch.no_grad():
+        tuned.get_submodule(inner).weight.add_(0.05)
+    merger = merge(base, [tuned], method, count=1)
+    if method == "nufilt":  # the first task is just added
+        torch.testing.assert_close(merger.model.get_submodule(inner).weight, tuned.get_submodule(inner).weight)
+    else:
+        expert = merger.method.layers[inner].experts()[0].delta()
+        torch.testing.assert_close(expert, torch.full_like(expert, 0.05), rtol=1e-3, atol=1e-5)
+
+
 def test_later_tokens_of_an_answer_change_nothing_before_them(base, tuned):
     merger, data = merge(base, tuned), TASK.prepared(lambda: tuned[0], prompts(4))
     changed = data.inputs["decoder_input_ids"].clone()
