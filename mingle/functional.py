@@ -45,8 +45,8 @@ def gated_experts(
         mask: bool [..., N], true for valid tokens; the others stay out of the means.  Their outputs are computed all the same.  Padding
             may hold anything; in a call that is differentiated, what is not finite there counts as 0.
         gates: gate values from any other router instead of the linear gates: [T], one row per sample [..., T], or one per token
-            [..., N, T].  Gates that are exactly 0 cost next to nothing where whole samples or tiles of tokens share them and no gate or
-            expert needs a gradient.
+            [..., N, T], where any dimension may be 1 that is shared.  Gates that are exactly 0 cost next to nothing where whole samples
+            or tiles of tokens share them and no gate or expert needs a gradient.
         frozen_gates: the first so many gates get a gradient of 0, which is cheaper than computing it.
         backend: ``"eager"`` expert by expert (the oracle), ``"grouped"`` a few dense products over concatenated experts, ``"triton"``
             fused kernels, ``"auto"`` the fastest that can run (see `mingle.dispatch`).  Only ``"eager"`` is differentiable twice.
@@ -67,6 +67,7 @@ def gated_experts(
     _check(x, layer, reduce, mask, gates, backend)
     if A.shape[0] == 0:
         return F.linear(x, weight, bias)
+    gates = None if gates is None else _compact_gates(gates, x)
     if mask is not None and _learns(x, gates, *layer[:6]):
         x = reference.finite_padding(x, mask)
     if backend == "eager":
@@ -197,6 +198,17 @@ def _freeze(gates: torch.Tensor | None, count: int, dim: int) -> torch.Tensor | 
     return torch.cat([gates.narrow(dim, 0, count).detach(), gates.narrow(dim, count, gates.shape[dim] - count)], dim)
 
 
+def _compact_gates(gates: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Gates that broadcast against x in the form that says what shares them: [T], [samples..., T] or [samples..., N, T]."""
+    if gates.dim() < x.dim() or gates.shape[:-1] == x.shape[:-1]:
+        return gates
+    if all(size == 1 for size in gates.shape[:-1]):
+        return gates.flatten()
+    if gates.shape[-2] == 1:
+        return gates.squeeze(-2).expand(*x.shape[:-2], -1)
+    return gates.expand(*x.shape[:-1], -1)
+
+
 def _align_gates(gates: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Gates [T], [samples..., T] or [samples..., N, T] → the same values with x's number of dimensions."""
     if gates.dim() == 1 or gates.dim() == x.dim():
@@ -223,10 +235,10 @@ def _check(x: torch.Tensor, layer: Projection, reduce: str, mask: torch.Tensor |
     if gates is None:
         if experts and (gate_weight is None or gate_bias is None):
             raise ValueError("gate_weight and gate_bias are needed unless gates is given")
-    elif gates.shape[-1] != experts or gates.shape[:-1] not in ((), x.shape[:-2], leading):
+    elif gates.shape[-1] != experts or not (gates.shape[:-1] in ((), x.shape[:-2]) or _spans(gates.shape[:-1], leading)):
         raise ValueError(
             f"gates has shape {list(gates.shape)}; for x {list(x.shape)} and {experts} experts expected [{experts}], "
-            f"{[*x.shape[:-2], experts]} or {[*leading, experts]}"
+            f"{[*x.shape[:-2], experts]} or {[*leading, experts]}, there with 1 for any dimension that is shared"
         )
     else:
         gate_weight = gate_bias = None
@@ -253,6 +265,11 @@ def _check(x: torch.Tensor, layer: Projection, reduce: str, mask: torch.Tensor |
     for name, tensor in (("x", x), ("A", A), ("B", B), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}, weight {dtype}: cast one of them, or use autocast")
+
+
+def _spans(shape: torch.Size, leading: torch.Size) -> bool:
+    """Whether `shape` is `leading` with 1 in some places."""
+    return len(shape) == len(leading) and all(size in (1, whole) for size, whole in zip(shape, leading, strict=True))
 
 
 class _RelaxedProjection(torch.autograd.Function):

@@ -67,7 +67,7 @@ class MingleLinear(nn.Module):
         shared: set by `mingle.share_inputs`: what computes this layer together with its siblings, and its place among them.
         token_mask: bool [..., N], true for tokens that count in the gates' means, where `forward` is not given one; set around a call by
             who knows the padding, and no part of the state.
-        given_gates: gates [..., 1 or N, T] of a router, which replace the layer's own; set around a call, and no part of the state.
+        given_gates: gates of a router, which replace the layer's own; set around a call, and no part of the state.
     """
 
     weight: nn.Parameter

@@ -114,8 +114,7 @@ def gates_made_of(layers: Mapping[str, MingleLinear], make: Callable[[Tensor], T
     """Inside the block, every layer's gates [..., T] are what `make` makes of its own."""
 
     def hook(layer: MingleLinear, args: tuple[Tensor, ...]) -> None:
-        gates = reference.gate_values(args[0], *layer.all_gates(), layer.reduce, layer.token_mask)
-        layer.given_gates = make(gates.expand(len(args[0]), -1, -1).squeeze(-2))  # one batch gate is that of every sample
+        layer.given_gates = make(reference.gate_values(args[0], *layer.all_gates(), layer.reduce, layer.token_mask))
 
     handles = [layer.register_forward_pre_hook(hook) for layer in layers.values()]
     try:

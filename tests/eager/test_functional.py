@@ -165,6 +165,17 @@ def test_given_gates_replace_the_linear_ones(backend):
         gated_experts(**p, gates=token[:2])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", list(product((1, 2), (1, 3), (1, 5))))
+def test_given_gates_may_be_shared_along_any_dimension(backend, shape):
+    p = problem(shape=(2, 3, 5)) | {"gate_weight": None, "gate_bias": None, "backend": backend}
+    gates = torch.randn(*shape, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y, expected = gated_experts(**p, gates=gates), gated_experts(**p, gates=gates.expand(2, 3, 5, 4))
+    torch.testing.assert_close(y, expected)
+    (grad,), (expected_grad,) = (torch.autograd.grad(value.square().sum(), gates) for value in (y, expected))
+    torch.testing.assert_close(grad, expected_grad)
+
+
 def test_no_experts_is_bitwise_the_base():
     p = problem(experts=0, dtype=torch.float32)
     assert torch.equal(gated_experts(**p), torch.nn.functional.linear(p["x"], p["weight"], p["bias"]))
