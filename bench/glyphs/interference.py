@@ -30,6 +30,7 @@ from mingle.kernels import reference
 from mingle.layers import MingleLinear
 from mingle.merger import Merger
 from mingle.methods.mingle_experts import Mingle
+from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
 from mingle.tasks import TaskData
 
@@ -45,22 +46,22 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)  # better now than after an hour
     if args.threads:
         torch.set_num_threads(args.threads)
+    loaded = [suites.load(name, protocol=args.protocol) for name in args.suites.split(",")]  # every mistake before the first merge
     found: dict[str, Any] = {}
-    for suite in args.suites.split(","):
+    for suite in loaded:
         seeds = range(FIRST_ORDER_SEED, FIRST_ORDER_SEED + args.orders)
-        orders = {str(seed): measure(*merged(suite, args.protocol, seed)) for seed in seeds}
-        found[suite] = {"mean": mean([row for rows in orders.values() for row in rows]), "orders": orders}
-        print(suite, *(f"{name} {value:.1f}" for name, value in found[suite]["mean"]["accuracy"].items()), sep="  ", flush=True)
+        orders = {str(seed): measure(merged(suite, seed), suite) for seed in seeds}
+        found[suite.name] = {"mean": mean([row for rows in orders.values() for row in rows]), "orders": orders}
+        print(suite.name, *(f"{name} {value:.1f}" for name, value in found[suite.name]["mean"]["accuracy"].items()), sep="  ", flush=True)
     write_json(args.out, {"protocol": args.protocol, "suites": found, **describe(torch.device("cpu"))})
 
 
-def merged(suite_name: str, protocol: str, order_seed: int) -> tuple[Merger, suites.Suite]:
+def merged(suite: Suite, order_seed: int) -> Merger:
     """The suite's tasks merged by MINGLE with the suite's settings, in the order of that seed."""
-    suite = suites.load(suite_name, protocol=protocol)
     merger = Merger(suite.base, Mingle.name, suite.task_type, **options_for(Mingle.name, suite, {}))
     for _ in merge_all(merger, suite, shuffled(list(suite), order_seed), Observer(), 0, evaluate="ends"):
         pass
-    return merger, suite
+    return merger
 
 
 def measure(merger: Merger, suite: Mapping[str, TaskData]) -> list[dict[str, Any]]:
@@ -94,7 +95,7 @@ def _task(merger: Merger, data: TaskData, place: int) -> dict[str, Any]:
     magnitudes: list[Tensor] = []
     with gates_made_of(method.layers, partial(_note, magnitudes)), energies(method.layers, before) as shares:
         accuracy(merger.task, merger.model, data)
-    mean_magnitude = torch.stack(magnitudes).mean(0)
+    mean_magnitude = torch.cat(magnitudes).mean(0)
     experts = {"own": own, "older": older, "newer": newer}
     return {
         "task": merger.task_names[place],
@@ -105,7 +106,7 @@ def _task(merger: Merger, data: TaskData, place: int) -> dict[str, Any]:
 
 
 def _note(magnitudes: list[Tensor], gates: Tensor) -> Tensor:
-    magnitudes.append(gates.abs().flatten(0, -2).mean(0))
+    magnitudes.append(gates.abs().flatten(0, -2))
     return gates
 
 
