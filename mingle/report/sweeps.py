@@ -80,7 +80,7 @@ def _plot_curves(rows: Sequence[Mapping[str, Any]], suite: str, axis: str, where
         ax.set(xlabel=axis, ylabel=label)
         ax.grid(True, axis="y")
     if len(series) > 1:
-        panels[0].legend(frameon=False)
+        panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves, never over them
     return figure
 
 
