@@ -1,9 +1,11 @@
-"""Packages, package data and the CUDA extension; everything else is in ``pyproject.toml``.  Needs no torch in the build environment.
+"""Packages, package data and the CUDA extension; everything else is in ``pyproject.toml``.  Needs no torch in
+the build environment.
 
-The extension ``mingle._C`` is built where nvcc, cmake, ninja and pybind11's headers are found.  What happened is recorded in
-``mingle/_build.json``, which `mingle.extension` reads.  Environment variables:
+The extension ``mingle._C`` is built where nvcc, cmake, ninja and pybind11's headers are found.  What happened
+is recorded in ``mingle/_build.json``, which `mingle.ops.extension` reads.  Environment variables:
 
-    MINGLE_BUILD_EXTENSION      auto (default): leave the extension out where it cannot be built; 1: fail there; 0: leave it out
+    MINGLE_BUILD_EXTENSION      auto (default): leave the extension out where it cannot be built; 1: fail
+                                there; 0: leave it out
     MINGLE_CUDA_ARCHITECTURES   80;90;100 by default, as far as the compiler knows them
     CUDACXX, CUDA_HOME          which nvcc; where neither is set, the one on PATH or in /usr/local/cuda
 """
@@ -54,14 +56,19 @@ class Toolchain(NamedTuple):
 
     def architectures(self) -> list[str]:
         """What to build for: as asked, or the default as far as this compiler can."""
-        asked = [part.strip() for part in re.split("[;,]", os.environ.get("MINGLE_CUDA_ARCHITECTURES", "")) if part.strip()]
+        asked = [
+            part.strip()
+            for part in re.split("[;,]", os.environ.get("MINGLE_CUDA_ARCHITECTURES", ""))
+            if part.strip()
+        ]
         if asked:
             return asked
         known = _output(self.nvcc, "--list-gpu-arch").split()
         return [number for number in ARCHITECTURES if f"compute_{number}" in known]
 
     def build(self, architectures: list[str], output: Path) -> None:
-        """Compile the module into `output`, from nothing, in a folder of its own: no state or lock of an earlier build is met.
+        """Compile the module into `output`, from nothing, in a folder of its own: no state or lock of an
+        earlier build is met.
 
         Raises CannotBuild with what the compiler said last.
         """
@@ -74,7 +81,16 @@ class Toolchain(NamedTuple):
                 "MINGLE_PYBIND11_INCLUDE": self.pybind11,
                 "Python_EXECUTABLE": sys.executable,
             }
-            _run(self.cmake, "-G", "Ninja", "-S", ROOT, "-B", scratch, *(f"-D{name}={value}" for name, value in settings.items()))
+            _run(
+                self.cmake,
+                "-G",
+                "Ninja",
+                "-S",
+                ROOT,
+                "-B",
+                scratch,
+                *(f"-D{name}={value}" for name, value in settings.items()),
+            )
             _run(self.cmake, "--build", scratch)
 
 
@@ -95,7 +111,9 @@ def _program(name: str, folder: str) -> str:
     """A program on PATH, or out of the Python package of the same name, whose attribute `folder` says where."""
     if path := shutil.which(name):
         return path
-    if importlib.util.find_spec(name) and (path := shutil.which(name, path=getattr(importlib.import_module(name), folder, ""))):
+    if importlib.util.find_spec(name) and (
+        path := shutil.which(name, path=getattr(importlib.import_module(name), folder, ""))
+    ):
         return path
     raise CannotBuild(f"no {name} was found on PATH or as a Python package")
 
@@ -116,17 +134,32 @@ def _output(*command: str) -> str:
 
 def _run(*command: str | Path) -> None:
     try:
-        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        done = subprocess.run(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
     except OSError as error:
         raise CannotBuild(f"{command[0]} does not run: {error}") from error
     print(done.stdout, flush=True)
     if done.returncode:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        first = next((i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)), max(len(lines) - 6, 0))
+        first = next(
+            (i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)),
+            max(len(lines) - 6, 0),
+        )
         raise CannotBuild("the build failed: " + " | ".join(lines[first : first + 6]))
 
 
-def _record(folder: Path, extension: str, reason: str | None = None, architectures: Sequence[str] = (), nvcc: str | None = None) -> None:
+def _record(
+    folder: Path,
+    extension: str,
+    reason: str | None = None,
+    architectures: Sequence[str] = (),
+    nvcc: str | None = None,
+) -> None:
     """`extension`: "built" or "left out"."""
     facts = {"extension": extension, "reason": reason, "architectures": architectures, "nvcc": nvcc}
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +195,11 @@ class BuildPackages(build_py):
     def run(self) -> None:
         super().run()
         if LEFT_OUT:
-            _record(ROOT / "mingle" if self.editable_mode else Path(self.build_lib, "mingle"), "left out", LEFT_OUT)
+            _record(
+                ROOT / "mingle" if self.editable_mode else Path(self.build_lib, "mingle"),
+                "left out",
+                LEFT_OUT,
+            )
 
 
 class BuildExtension(build_ext):
@@ -186,30 +223,6 @@ class BuildExtension(build_ext):
 
 
 setup(
-    # ``kernels`` stands at the top of the repository but is installed as ``mingle.kernels``: a top-level package of that name would
-    # shadow Hugging Face's ``kernels``, which transformers imports.  ``bench`` likewise, without its results and one-off scripts.
-    packages=[
-        "mingle",
-        "mingle.bench",
-        "mingle.bench.decomposition",
-        "mingle.bench.endtoend",
-        "mingle.bench.peers",
-        "mingle.kernels",
-        "mingle.linalg",
-        "mingle.methods",
-        "mingle.ops",
-        "mingle.report",
-        "mingle.reproduce",
-        "mingle.suites",
-        "mingle.suites.fusionbench",
-        "mingle.suites.glyphs",
-        "mingle.tasks",
-    ],
-    package_dir={"mingle.bench": "bench", "mingle.kernels": "kernels"},
-    package_data={
-        "mingle": ["py.typed"],
-        "mingle.suites.glyphs": ["data/*.json", "data/base/*", "data/experts/*/*"],
-    },
     # no extension, no mention: the wheel is then one for every platform
     ext_modules=[] if LEFT_OUT else [Extension("mingle._C", sources=[], optional=_asked() == "auto")],
     cmdclass={"build_py": BuildPackages, "build_ext": BuildExtension},

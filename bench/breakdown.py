@@ -1,5 +1,5 @@
-"""Where the time of a case goes on a CPU: every product against the best rate seen in the run, the passes between the products, and what
-follows for any implementation that has to make the same products.
+"""Where the time of a case goes on a CPU: every product against the best rate seen in the run, the passes
+between the products, and what follows for any implementation that has to make the same products.
 
     python bench/run.py --breakdown
 """
@@ -16,8 +16,9 @@ from mingle.bench import floor, inputs, measure
 from mingle.bench.inputs import Inputs
 from mingle.bench.peers import OURS, PEERS, Unavailable
 from mingle.bench.registry import Case
-from mingle.dispatch import folding_pays
-from mingle.kernels import gemm, grouped
+from mingle.kernels import gemm
+from mingle.kernels.gated_experts import grouped
+from mingle.ops.dispatch import folding_pays
 
 #: whole layers, beside which the parts stand
 OWN, MERGES = (OURS, "mingle prepacked"), ("per-sample merge", "dense merge")
@@ -25,7 +26,9 @@ OWN, MERGES = (OURS, "mingle prepacked"), ("per-sample merge", "dense merge")
 
 @dataclass(frozen=True)
 class Part:
-    """One product, whose operations are counted, or one pass over memory, which counts none; `form` says of which way to compute."""
+    """One product, whose operations are counted, or one pass over memory, which counts none; `form` says of
+    which way to compute.
+    """
 
     form: str
     name: str
@@ -44,7 +47,9 @@ def parts(t: Inputs) -> Iterator[Part]:
         gated, folded = (t.B * z[0].to(W.dtype).view(-1, 1, 1)).mT.flatten(0, 1).mT, W.clone()
         yield Part("folded", "gates", lambda: grouped.pooled_gates(x, gate_weight, gate_bias, None, group))
         yield Part("folded", "z ⊙ B", lambda: t.B * z[0].to(W.dtype).view(-1, 1, 1))
-        yield Part("folded", "(z ⊙ B_cat) A_cat", lambda: gemm.linear(gated, A.mT), 2.0 * outputs * width * ranks)
+        yield Part(
+            "folded", "(z ⊙ B_cat) A_cat", lambda: gemm.linear(gated, A.mT), 2.0 * outputs * width * ranks
+        )
         yield Part("folded", "+ W₀", lambda: folded.add_(W))
         yield Part("folded", "x W_effᵀ + b", lambda: gemm.linear(x, W, t.bias), base)
         return
@@ -63,7 +68,12 @@ def parts(t: Inputs) -> Iterator[Part]:
     yield Part("prepacked", "x A_catᵀ", lambda: gemm.linear_packed(x, packed_down), down)
     yield Part("prepacked", "[x | …]", lambda: joined[:, :width].copy_(x))
     yield Part("prepacked", "[… | z ⊙ H]", lambda: grouped.gate(hidden, z, group, out=joined[:, width:]))
-    yield Part("prepacked", "[x | z ⊙ H] [W₀ | B_cat]ᵀ + b", lambda: gemm.linear_packed(joined, packed, t.bias), base + added)
+    yield Part(
+        "prepacked",
+        "[x | z ⊙ H] [W₀ | B_cat]ᵀ + b",
+        lambda: gemm.linear_packed(joined, packed, t.bias),
+        base + added,
+    )
 
 
 def measured(case: Case, seconds: float, seed: int = 0) -> dict[str, Any]:
@@ -79,7 +89,10 @@ def measured(case: Case, seconds: float, seed: int = 0) -> dict[str, Any]:
             except Unavailable:
                 continue
         times = measure.interleaved(steps, device, seconds, seed)
-    summaries = {name: {key: value for key, value in measure.summary(series).items() if key != "seconds"} for name, series in times.items()}
+    summaries = {
+        name: {key: value for key, value in measure.summary(series).items() if key != "seconds"}
+        for name, series in times.items()
+    }
     large = floor.ceilings([case.dtype], device).flop_per_second[case.dtype]
     found = [asdict(part) | summaries[f"{part.form}: {part.name}"] for part in pieces]
     for part in found:
@@ -96,13 +109,21 @@ def measured(case: Case, seconds: float, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def limit(form: str, found: Sequence[Mapping[str, Any]], wholes: Mapping[str, Mapping[str, Any]], best: float) -> dict[str, Any]:
-    """How many times as long the merges take as a form's parts, as its products alone, and as these at the best rate of the run."""
+def limit(
+    form: str, found: Sequence[Mapping[str, Any]], wholes: Mapping[str, Mapping[str, Any]], best: float
+) -> dict[str, Any]:
+    """How many times as long the merges take as a form's parts, as its products alone, and as these at the
+    best rate of the run.
+    """
     own = [part for part in found if part["form"] == form]
     seconds = {
         "parts": sum(part["median"] for part in own),
         "products": sum(part["median"] for part in own if part["flop"]),
         "products at the best rate": sum(part["flop"] for part in own) / best,
     }
-    ratios = {name: {what: wholes[name]["median"] / taken for what, taken in seconds.items()} for name in MERGES if name in wholes}
+    ratios = {
+        name: {what: wholes[name]["median"] / taken for what, taken in seconds.items()}
+        for name in MERGES
+        if name in wholes
+    }
     return {"form": form, "seconds": seconds, "ratios": ratios}

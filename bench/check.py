@@ -10,7 +10,7 @@ import torch
 
 from mingle.bench import floor
 from mingle.bench.inputs import Inputs
-from mingle.kernels import reference
+from mingle.kernels.gated_experts import reference
 
 #: ‖err‖/‖ref‖ allowed per tensor
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
@@ -33,8 +33,9 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
 class Oracle:
     """The case in float64 by the eager reference, in large cases on some of the samples.
 
-    There dy is set to zero on all other samples while peers are checked, so that the gradients of x and of the gate are those of the
-    chosen samples' outputs, exactly, whatever the gates are pooled over.  The first and the last sample are always among the chosen.
+    There dy is set to zero on all other samples while peers are checked, so that the gradients of x and of
+    the gate are those of the chosen samples' outputs, exactly, whatever the gates are pooled over.  The first
+    and the last sample are always among the chosen.
     """
 
     def __init__(self, inputs: Inputs, seed: int = 0) -> None:
@@ -50,11 +51,15 @@ class Oracle:
         """‖err‖/‖ref‖ of every output of `run`; infinite where one is missing or not finite."""
         with self.masked():
             found = run()
-            return {name: self._error(found.get(name), expected, name) for name, expected in self.expected.items()}
+            return {
+                name: self._error(found.get(name), expected, name) for name, expected in self.expected.items()
+            }
 
     @contextmanager
     def masked(self) -> Iterator[None]:
-        """dy is zero on the samples that the oracle leaves out; in place, since captured peers hold on to its memory."""
+        """dy is zero on the samples that the oracle leaves out; in place, since captured peers hold on to its
+        memory.
+        """
         kept = self.inputs.dy.clone()
         outside = sorted(set(range(self.inputs.case.samples)) - set(self.samples))
         self.inputs.dy[outside] = 0
@@ -77,7 +82,9 @@ class Oracle:
         with torch.set_grad_enabled(case.backward):
             gates = inputs.gate_values()
             gates = gates[self.samples] if len(gates) == case.samples else gates
-            y = reference.gated_experts(inputs.x[self.samples], inputs.weight, inputs.bias, inputs.A, inputs.B, gates)
+            y = reference.gated_experts(
+                inputs.x[self.samples], inputs.weight, inputs.bias, inputs.A, inputs.B, gates
+            )
         if not case.backward:
             return {"y": y}
         wanted = inputs.differentiated()

@@ -1,4 +1,6 @@
-"""What making a task's experts costs: ``python bench/decompose.py``, compared with LAPACK, cuSOLVER and torch.svd_lowrank."""
+"""What making a task's experts costs: ``python bench/decompose.py``, compared with LAPACK, cuSOLVER and
+torch.svd_lowrank.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from mingle.bench.decomposition.cases import CASES, Case
 from mingle.bench.decomposition.measure import Budget
 from mingle.bench.decomposition.peers import ACCURATE, OURS, peers
 from mingle.bench.decomposition.pipelines import pipelines
-from mingle.files import write_json
+from mingle.io.files import write_json
 
 _log = logging.getLogger("mingle.bench")
 
@@ -31,11 +33,24 @@ _METHOD = "seconds of a task: the sum over shapes of the seconds per layer, meas
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases asked for.  Returns 0, or 1 where a result of ours was wrong or failed."""
-    parser = argparse.ArgumentParser(description="Time the decompositions behind a task's experts, each checked against LAPACK in float64.")
-    parser.add_argument("--case", choices=[*CASES, "all"], default="all", help="the layers of which model; all take ten minutes on a CPU")
+    parser = argparse.ArgumentParser(
+        description="Time the decompositions behind a task's experts, each checked against LAPACK in float64."
+    )
+    parser.add_argument(
+        "--case",
+        choices=[*CASES, "all"],
+        default="all",
+        help="the layers of which model; all take ten minutes on a CPU",
+    )
     parser.add_argument("--quick", action="store_true", help="the layers of a ViT-B only, in two minutes")
-    parser.add_argument("--gpu", action="store_true", help="on the current CUDA device, all layers of a shape together, in five minutes")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="every number as CASE.json, and the curves as CASE.png")
+    parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="on the current CUDA device, all layers of a shape together, in five minutes",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="every number as CASE.json, and the curves as CASE.png"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the task vectors")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -56,7 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in plots.write_plots(results, args.out):
                 _log.info("wrote %s", path)
         show.write(results)
-        ours = [peer for part in show.PARTS for shape in results[part] for key, peer in shape["peers"].items() if key.startswith(OURS)]
+        ours = [
+            peer
+            for part in show.PARTS
+            for shape in results[part]
+            for key, peer in shape["peers"].items()
+            if key.startswith(OURS)
+        ]
         failed |= any(peer["status"] in ("wrong", "failed") for peer in ours)
     return 1 if failed else 0
 
@@ -80,7 +101,10 @@ def run(case: Case, device: torch.device, seconds: float, seed: int = 0) -> dict
         "case": asdict(case) | {"layers": cases.total_layers(case.shapes), "spectrum": cases.SPECTRUM},
         "method": _METHOD,
         **found,
-        "totals": {part: judge.totals(found[part], ours) for part, ours in (("decompose", ACCURATE), ("project", OURS))},
+        "totals": {
+            part: judge.totals(found[part], ours)
+            for part, ours in (("decompose", ACCURATE), ("project", OURS))
+        },
         "prediction": predict.predict(case),
     }
     return results | {"targets": judge.targets(results), "seconds": time.monotonic() - began}

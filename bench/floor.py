@@ -1,14 +1,18 @@
-"""What the hardware allows: operations and bytes of a case, two measured ceilings, and the time below which nothing can run.
+"""What the hardware allows: operations and bytes of a case, two measured ceilings, and the time below which
+nothing can run.
 
-With N tokens, T experts of rank r, R = T·r and G gate vectors (one per token, sample or batch), operations (multiply-adds count two):
+With N tokens, T experts of rank r, R = T·r and G gate vectors (one per token, sample or batch), operations
+(multiply-adds count two):
 
     low-rank forward   2N (d_in d_out + R (d_in + d_out)) + 2GT d_in
     folded forward     2 d_in d_out (GR + N) + 2GT d_in
-    low-rank backward  the same products with u = dy B_catᵀ for H, then 2NR for dz and 2G d_in for the newest gate
-    folded backward    2N d_in d_out for x, and for dz the cheaper of dyᵀx or the low-rank u and H
+    low-rank backward  the same products with u = dy B_catᵀ for H, then 2NR for dz and 2G d_in for the newest
+    gate folded backward    2N d_in d_out for x, and for dz the cheaper of dyᵀx or the low-rank u and H
 
-Bytes: two launches, shrink and expand, and again two for the backward pass; each reads each of its inputs once and writes each of its
-outputs once, gate values in fp32.  A hand-made chain of three GEMMs also carries H and y through memory between its products.
+Bytes: two launches, shrink and expand, and again two for the backward pass; each reads each of its inputs
+    once and writes each of its
+outputs once, gate values in fp32.  A hand-made chain of three GEMMs also carries H and y through memory
+between its products.
 """
 
 from __future__ import annotations
@@ -42,7 +46,9 @@ class Count:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine was measured to do: operations per second by dtype, and bytes per second of a copy, read and written."""
+    """What this machine was measured to do: operations per second by dtype, and bytes per second of a copy,
+    read and written.
+    """
 
     flop_per_second: dict[str, float]
     bytes_per_second: float
@@ -85,14 +91,27 @@ def folded_backward_flop(case: Case) -> float:
     if case.routed:
         return dx
     outer = 2.0 * case.d_in * case.d_out * (case.rows + case.groups * R)
-    return dx + min(outer, 2.0 * case.rows * R * (case.d_in + case.d_out)) + _gate_flop(case) + 2 * case.groups * case.d_in
+    return (
+        dx
+        + min(outer, 2.0 * case.rows * R * (case.d_in + case.d_out))
+        + _gate_flop(case)
+        + 2 * case.groups * case.d_in
+    )
 
 
 def forward_bytes(case: Case) -> float:
-    """Of two launches: x and the shrinking half in, H and z out; x, H, z, base and the expanding half in, y out."""
-    n, hidden, gates = case.rows, case.rows * _active(case) * case.rank, case.groups * case.experts * _GATE_BYTES
+    """Of two launches: x and the shrinking half in, H and z out; x, H, z, base and the expanding half in, y
+    out.
+    """
+    n, hidden, gates = (
+        case.rows,
+        case.rows * _active(case) * case.rank,
+        case.groups * case.experts * _GATE_BYTES,
+    )
     shrink = n * case.d_in + _stored(case) * case.rank * case.d_in + _gate_size(case) + hidden
-    expand = n * case.d_in + hidden + _base_size(case) + _stored(case) * case.rank * case.d_out + n * case.d_out
+    expand = (
+        n * case.d_in + hidden + _base_size(case) + _stored(case) * case.rank * case.d_out + n * case.d_out
+    )
     return (shrink + expand) * _item(case) + 2 * gates
 
 
@@ -103,24 +122,46 @@ def chain_bytes(case: Case) -> float:
 
 
 def backward_bytes(case: Case) -> float:
-    """Of two launches: dy, B and the saved H in, u and dz out; dy, u, base, A, the gates and z, dz in, dx out; x for the newest gate."""
-    n, hidden, gates = case.rows, case.rows * _active(case) * case.rank, case.groups * case.experts * _GATE_BYTES
+    """Of two launches: dy, B and the saved H in, u and dz out; dy, u, base, A, the gates and z, dz in, dx
+    out; x for the newest gate.
+    """
+    n, hidden, gates = (
+        case.rows,
+        case.rows * _active(case) * case.rank,
+        case.groups * case.experts * _GATE_BYTES,
+    )
     upstream = n * case.d_out + _stored(case) * case.rank * case.d_out + 2 * hidden
-    expand = n * case.d_out + hidden + _base_size(case) + _stored(case) * case.rank * case.d_in + n * case.d_in
+    expand = (
+        n * case.d_out + hidden + _base_size(case) + _stored(case) * case.rank * case.d_in + n * case.d_in
+    )
     gate = 0 if case.routed else _gate_size(case) + case.groups * case.d_in
     return (upstream + expand + gate) * _item(case) + (2 if case.routed else 3) * gates
 
 
 def folded_bytes(case: Case) -> float:
-    """W₀, A and B in, W_eff out once per gate vector; then x and W_eff in, y out; the gates read x before.  Backward likewise with dy."""
+    """W₀, A and B in, W_eff out once per gate vector; then x and W_eff in, y out; the gates read x before.
+    Backward likewise with dy.
+    """
     n, weights = case.rows, case.groups * case.d_in * case.d_out
     fold = case.d_in * case.d_out + _stored(case) * case.rank * (case.d_in + case.d_out) + weights
-    forward = fold + weights + n * (case.d_in + case.d_out) + (0 if case.routed else n * case.d_in + _gate_size(case))
-    backward = weights + n * (case.d_in + case.d_out) + n * case.d_in + (0 if case.routed else _gate_size(case) + n * case.d_out)
+    forward = (
+        fold
+        + weights
+        + n * (case.d_in + case.d_out)
+        + (0 if case.routed else n * case.d_in + _gate_size(case))
+    )
+    backward = (
+        weights
+        + n * (case.d_in + case.d_out)
+        + n * case.d_in
+        + (0 if case.routed else _gate_size(case) + n * case.d_out)
+    )
     return (forward + backward * case.backward) * _item(case)
 
 
-def ceilings(dtypes: Iterable[str], device: torch.device, gemm_size: int | None = None, copy_bytes: int | None = None) -> Ceilings:
+def ceilings(
+    dtypes: Iterable[str], device: torch.device, gemm_size: int | None = None, copy_bytes: int | None = None
+) -> Ceilings:
     """Measured now: the fastest of several large products per dtype, and of several large copies."""
     cuda = device.type == "cuda"
     size = gemm_size or (8192 if cuda else 1536)
@@ -136,17 +177,27 @@ def ceilings(dtypes: Iterable[str], device: torch.device, gemm_size: int | None 
 def floor(case: Case, limits: Ceilings) -> tuple[float, str]:
     """Seconds that the case takes at least, and which ceiling says so."""
     needed = count(case)
-    arithmetic, memory = needed.flop / limits.flop_per_second[case.dtype], needed.bytes / limits.bytes_per_second
+    arithmetic, memory = (
+        needed.flop / limits.flop_per_second[case.dtype],
+        needed.bytes / limits.bytes_per_second,
+    )
     return max(arithmetic, memory), "arithmetic" if arithmetic >= memory else "memory"
 
 
 def products(x: torch.Tensor, weight: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
-    """x weightᵀ in every library that PyTorch has for it here: `F.linear`, and on CPUs oneDNN through an operator that is not public."""
+    """x weightᵀ in every library that PyTorch has for it here: `F.linear`, and on CPUs oneDNN through an
+    operator that is not public.
+    """
     found: list[Callable[[], torch.Tensor]] = [lambda: F.linear(x, weight)]
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         try:
             operator = torch.ops.mkldnn._linear_pointwise
-            if torch.allclose(operator(x[:2], weight, None, "none", [], "").float(), F.linear(x[:2], weight).float(), rtol=0.1, atol=0.1):
+            if torch.allclose(
+                operator(x[:2], weight, None, "none", [], "").float(),
+                F.linear(x[:2], weight).float(),
+                rtol=0.1,
+                atol=0.1,
+            ):
                 found.append(lambda: operator(x, weight, None, "none", [], ""))
         except (AttributeError, RuntimeError):
             pass

@@ -9,14 +9,16 @@ from functools import cached_property
 import torch
 
 from mingle.bench.registry import Case
-from mingle.kernels import reference
+from mingle.kernels.gated_experts import reference
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """x [samples, tokens, d_in], W₀, b, A, B, the gates of all experts but the newest, the newest one's, `dy`, and a router's gates.
+    """x [samples, tokens, d_in], W₀, b, A, B, the gates of all experts but the newest, the newest one's,
+    `dy`, and a router's gates.
 
-    In a case with a backward pass x and the newest gate require gradients.  B is a view of [T, r, d_out], as `MingleLinear` stores it.
+    In a case with a backward pass x and the newest gate require gradients.  B is a view of [T, r, d_out], as
+    `MingleLinear` stores it.
     """
 
     case: Case
@@ -33,18 +35,24 @@ class Inputs:
     gates: torch.Tensor | None = None
 
     def all_gates(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """w [T, d_in] and β [T], oldest first; gradients flow to the newest.  Joined once where there are none."""
+        """w [T, d_in] and β [T], oldest first; gradients flow to the newest.  Joined once where there are
+        none.
+        """
         return self._joined() if self.case.backward else self._joined_once
 
     def _joined(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat([self.frozen_gate_weight, self.gate_weight]), torch.cat([self.frozen_gate_bias, self.gate_bias])
+        return torch.cat([self.frozen_gate_weight, self.gate_weight]), torch.cat(
+            [self.frozen_gate_bias, self.gate_bias]
+        )
 
     @cached_property
     def _joined_once(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._joined()
 
     def gate_values(self) -> torch.Tensor:
-        """The gates of every token, sample or batch, as linear functions of x or as given: broadcast against [samples, tokens, T]."""
+        """The gates of every token, sample or batch, as linear functions of x or as given: broadcast against
+        [samples, tokens, T].
+        """
         if self.gates is not None:
             return self.gates.unsqueeze(1)
         return reference.gate_values(self.x, *self.all_gates(), self.case.reduce)
@@ -61,7 +69,13 @@ class Inputs:
     def one_expert(self) -> Inputs:
         """The same layer with its first expert alone, open to every sample."""
         assert self.gates is not None
-        one = replace(self, case=replace(self.case, experts=1), A=self.A[:1], B=self.B[:1], gates=torch.ones_like(self.gates[:, :1]))
+        one = replace(
+            self,
+            case=replace(self.case, experts=1),
+            A=self.A[:1],
+            B=self.B[:1],
+            gates=torch.ones_like(self.gates[:, :1]),
+        )
         return one._map(lambda t: t.clone(memory_format=torch.preserve_format))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
@@ -73,9 +87,10 @@ class Inputs:
 def make(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     """Random inputs, the same on every device.
 
-    Every expert adds about as much to y as the base does, so that leaving one out is an error of 1/√(T + 1), well above bf16's limit.
-    dy is random with some of the newest expert's output added: a gate's gradient is a sum over tokens and features, and without a part
-    that keeps its sign it could cancel to nothing, whose relative error means nothing.  The 1/√N keeps fp16 from overflowing.
+    Every expert adds about as much to y as the base does, so that leaving one out is an error of 1/√(T + 1),
+    well above bf16's limit. dy is random with some of the newest expert's output added: a gate's gradient is
+    a sum over tokens and features, and without a part that keeps its sign it could cancel to nothing, whose
+    relative error means nothing.  The 1/√N keeps fp16 from overflowing.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -84,11 +99,18 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 
     experts, rank, d_in, d_out = case.experts, case.rank, case.d_in, case.d_out
     x = normal(case.samples, case.tokens, d_in)
-    A, B_transposed = normal(experts, rank, d_in, variance=1 / d_in), normal(experts, rank, d_out, variance=1 / rank)
+    A, B_transposed = (
+        normal(experts, rank, d_in, variance=1 / d_in),
+        normal(experts, rank, d_out, variance=1 / rank),
+    )
     gate_weight, sign = normal(experts, d_in, variance=1 / d_in), normal(experts).sign()
     gate_bias = sign * (0.5 + torch.rand(experts, generator=generator).to(device))
-    share = max(0.1, 8 / (case.tokens * d_out) ** 0.5)  # the part that keeps its sign is at least 8 σ of the rest in a sample
-    dy = (normal(case.samples, case.tokens, d_out) + share * (x @ A[-1].mT @ B_transposed[-1])) / case.rows**0.5
+    share = max(
+        0.1, 8 / (case.tokens * d_out) ** 0.5
+    )  # the part that keeps its sign is at least 8 σ of the rest in a sample
+    dy = (
+        normal(case.samples, case.tokens, d_out) + share * (x @ A[-1].mT @ B_transposed[-1])
+    ) / case.rows**0.5
     gates = None
     if case.routed:
         chosen = torch.randint(experts, (case.samples,), generator=generator).sort().values

@@ -1,4 +1,6 @@
-"""Where numbers come from: the device, versions, the commit, and whether other processes were using the CPUs meanwhile."""
+"""Where numbers come from: the device, versions, the commit, and whether other processes were using the CPUs
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mingle import storage
+from mingle.io import merger_folder
 
 #: CPUs used by others from which timings are called disturbed
 MUCH = 0.2
@@ -22,7 +24,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Device, versions and commit, as plain data."""
     return {
         "device": {"type": device.type, "name": device_name(device), "threads": torch.get_num_threads()},
-        "versions": storage.versions() | {package: _version(package) for package in ("triton", "peft")},
+        "versions": merger_folder.versions() | {package: _version(package) for package in ("triton", "peft")},
         "commit": _commit(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
@@ -40,7 +42,9 @@ def device_name(device: torch.device) -> str:
 
 
 class Load:
-    """How many CPUs other processes keep busy from its making on: they slow threads that wait for one another out of all proportion."""
+    """How many CPUs other processes keep busy from its making on: they slow threads that wait for one another
+    out of all proportion.
+    """
 
     def __init__(self) -> None:
         self._began, self._start = time.monotonic(), self._others()
@@ -56,7 +60,9 @@ class Load:
     def _others() -> float | None:
         """CPU seconds that everyone else has used, and those that a hypervisor has taken."""
         try:
-            user, nice, system, _, _, irq, softirq, steal, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+            user, nice, system, _, _, irq, softirq, steal, *_ = map(
+                int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+            )
         except (OSError, ValueError):
             return None
         own = os.times()
@@ -72,11 +78,15 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a ``+`` where tracked files differ from it; None outside a checkout of this project."""
+    """The checkout's commit, with a ``+`` where tracked files differ from it; None outside a checkout of this
+    project.
+    """
     here = Path(__file__).resolve()
     try:
         tracked, commit, changes = (
-            subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            subprocess.run(
+                ["git", *command], cwd=here.parent, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
             for command in (("ls-files", here.name), ("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
         )
     except (OSError, subprocess.SubprocessError):

@@ -29,11 +29,19 @@ _FLUSH_BYTES = 2**28  # more than the L2 cache of any GPU
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 100
 
 
-def measure(case: Case, peers: Sequence[Peer], device: torch.device, limits: Ceilings, *, seconds: float, seed: int = 0) -> dict[str, Any]:
+def measure(
+    case: Case,
+    peers: Sequence[Peer],
+    device: torch.device,
+    limits: Ceilings,
+    *,
+    seconds: float,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Everything about one case as plain data; `seconds` bounds the time of the timing rounds.
 
-    A peer's ``status`` is ``ok``, ``bound`` (another function, not compared), ``wrong`` (with ``errors``, and without times),
-    ``unavailable`` or ``failed`` (with ``reason``).
+    A peer's ``status`` is ``ok``, ``bound`` (another function, not compared), ``wrong`` (with ``errors``, and
+    without times), ``unavailable`` or ``failed`` (with ``reason``).
     """
     case_inputs = inputs.make(case, device, seed)
     oracles = {id(case_inputs): check.Oracle(case_inputs, seed)}
@@ -60,7 +68,9 @@ def measure(case: Case, peers: Sequence[Peer], device: torch.device, limits: Cei
     others = load.others()
     needed, (least, bound) = floor.count(case), floor.floor(case, limits)
     for name, series in times.items():
-        fraction = least / statistics.median(series) if found[name]["status"] == "ok" else None  # bounds do less work
+        fraction = (
+            least / statistics.median(series) if found[name]["status"] == "ok" else None
+        )  # bounds do less work
         found[name] |= summary(series) | {"floor_fraction": fraction}
         if OURS in times:
             found[name] |= relative(series, times[OURS])
@@ -84,7 +94,9 @@ def _verdict(peer: Peer, run: Step, oracle: check.Oracle) -> dict[str, Any]:
     errors = oracle.errors(run)
     limit = check.tolerance(oracle.inputs.x.dtype, oracle.inputs.x.device)
     wrong = {name: error for name, error in errors.items() if error > limit}
-    finite = {name: error if error < float("inf") else None for name, error in errors.items()}  # JSON knows no infinity
+    finite = {
+        name: error if error < float("inf") else None for name, error in errors.items()
+    }  # JSON knows no infinity
     if not wrong:
         return {"status": "ok", "errors": finite, "tolerance": limit}
     reason = "; ".join(f"{name} is off by {error:.1e}, allowed {limit:.1e}" for name, error in wrong.items())
@@ -92,10 +104,14 @@ def _verdict(peer: Peer, run: Step, oracle: check.Oracle) -> dict[str, Any]:
     return {"status": "wrong", "errors": finite, "tolerance": limit, "reason": reason}
 
 
-def interleaved(steps: Mapping[str, Step], device: torch.device, seconds: float, seed: int = 0) -> dict[str, list[float]]:
-    """Seconds of every step in every round; a round calls each step once, in an order of its own, so that noise hits all alike.
+def interleaved(
+    steps: Mapping[str, Step], device: torch.device, seconds: float, seed: int = 0
+) -> dict[str, list[float]]:
+    """Seconds of every step in every round; a round calls each step once, in an order of its own, so that
+    noise hits all alike.
 
-    GPU times are between CUDA events, after a write that evicts the L2 cache and gives the host time to enqueue the launches.
+    GPU times are between CUDA events, after a write that evicts the L2 cache and gives the host time to
+    enqueue the launches.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(seed).shuffle
@@ -104,7 +120,11 @@ def interleaved(steps: Mapping[str, Step], device: torch.device, seconds: float,
         for run in steps.values():
             run()  # warm-up, beyond what building and checking did
         began, rounds = time.perf_counter(), 0
-        while steps and rounds < _MOST_ROUNDS and (rounds < _FEWEST_ROUNDS or time.perf_counter() - began < seconds):
+        while (
+            steps
+            and rounds < _MOST_ROUNDS
+            and (rounds < _FEWEST_ROUNDS or time.perf_counter() - began < seconds)
+        ):
             shuffle(order)
             for name, taken in _round(steps, order, flush).items():
                 times[name].append(taken)
@@ -120,7 +140,9 @@ def _round(steps: Mapping[str, Step], order: Sequence[str], flush: torch.Tensor 
             steps[name]()
             taken[name] = time.perf_counter() - start
         return taken
-    events = {name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in order}
+    events = {
+        name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in order
+    }
     for name in order:
         flush.zero_()
         events[name][0].record()
@@ -143,7 +165,8 @@ def _no_collection() -> Iterator[None]:
 def peak_bytes(run: Step, device: torch.device) -> int | None:
     """The most memory that one call holds beyond what was allocated before it, outputs included.
 
-    On CPUs this is what PyTorch's allocator hands out, from the profiler's record of it; workspaces inside MKL and oneDNN do not show.
+    On CPUs this is what PyTorch's allocator hands out, from the profiler's record of it; workspaces inside
+    MKL and oneDNN do not show.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -171,11 +194,19 @@ def peak_bytes(run: Step, device: torch.device) -> int | None:
 def summary(series: Sequence[float]) -> dict[str, Any]:
     """Median, 20th and 80th percentile, count and all of the times in seconds."""
     low, high = percentiles(series)
-    return {"median": statistics.median(series), "p20": low, "p80": high, "repetitions": len(series), "seconds": list(series)}
+    return {
+        "median": statistics.median(series),
+        "p20": low,
+        "p80": high,
+        "repetitions": len(series),
+        "seconds": list(series),
+    }
 
 
 def relative(series: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
-    """How many times as long as ours: by the medians, and per round, which is what drift of the machine does not touch."""
+    """How many times as long as ours: by the medians, and per round, which is what drift of the machine does
+    not touch.
+    """
     ratios = [theirs / own for theirs, own in zip(series, ours, strict=True)]
     low, high = percentiles(ratios)
     return {
@@ -193,9 +224,19 @@ def percentiles(series: Sequence[float]) -> tuple[float, float]:
 
 
 def dispatch(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Whether `backend="auto"` was about as fast as the best strategy; None where there is nothing to compare."""
-    timed = {name: found[name]["round_ratio"] for name in STRATEGIES if name != OURS and "round_ratio" in found.get(name, {})}
+    """Whether `backend="auto"` was about as fast as the best strategy; None where there is nothing to
+    compare.
+    """
+    timed = {
+        name: found[name]["round_ratio"]
+        for name in STRATEGIES
+        if name != OURS and "round_ratio" in found.get(name, {})
+    }
     if not timed:
         return None
     best = min(timed, key=timed.__getitem__)
-    return {"best": best, "auto_over_best": 1 / timed[best], "within_limit": 1 / timed[best] <= DISPATCH_LIMIT}
+    return {
+        "best": best,
+        "auto_over_best": 1 / timed[best],
+        "within_limit": 1 / timed[best] <= DISPATCH_LIMIT,
+    }

@@ -32,7 +32,9 @@ _PATCH = {"boxstyle": "square,pad=0.12", "facecolor": "white", "edgecolor": "non
 
 
 def write_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """``bars-CASE.png`` of every case that has times, and ``roofline.png``, in `folder`, which is made where it is missing."""
+    """``bars-CASE.png`` of every case that has times, and ``roofline.png``, in `folder`, which is made where
+    it is missing.
+    """
     from matplotlib import style
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,8 +65,13 @@ def where(results: Mapping[str, Any]) -> str:
 
 
 def _bars(results: Mapping[str, Any], measured: Mapping[str, Any]) -> Figure | None:
-    """Median times from fastest to slowest, whiskers from the 20th to the 80th percentile, the floor as a line."""
-    peers = sorted(((name, peer) for name, peer in measured["peers"].items() if "median" in peer), key=lambda item: item[1]["median"])
+    """Median times from fastest to slowest, whiskers from the 20th to the 80th percentile, the floor as a
+    line.
+    """
+    peers = sorted(
+        ((name, peer) for name, peer in measured["peers"].items() if "median" in peer),
+        key=lambda item: item[1]["median"],
+    )
     wrong = [name for name, peer in measured["peers"].items() if peer["status"] == "wrong"]
     if not peers:
         return None
@@ -111,13 +118,23 @@ def _bars(results: Mapping[str, Any], measured: Mapping[str, Any]) -> Figure | N
     ax.axvline(floor["seconds"] * scale, color="#117733", linewidth=1.2, linestyle=(0, (4, 2)), zorder=3)
     label = f"floor {duration(floor['seconds'])}: {floor['bound']}"
     ax.annotate(
-        label, (floor["seconds"] * scale, -0.82), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color="#117733"
+        label,
+        (floor["seconds"] * scale, -0.82),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        color="#117733",
     )
     ax.set_yticks(range(len(names)), names)
     for tick, name in zip(ax.get_yticklabels(), names, strict=True):
         tick.set_fontweight("bold" if name == OURS else "normal")
     ax.tick_params(axis="y", length=0)
-    ax.set(xlim=(0, longest * 1.2), ylim=(len(names) - 0.4, -1.25), xlabel=f"time ({unit}); whiskers: 20th to 80th percentile")
+    ax.set(
+        xlim=(0, longest * 1.2),
+        ylim=(len(names) - 0.4, -1.25),
+        xlabel=f"time ({unit}); whiskers: 20th to 80th percentile",
+    )
     ax.grid(True, axis="x")
     _bar_legend(figure, {name: peer["status"] for name, peer in peers})
     return figure
@@ -140,16 +157,26 @@ def _bar_legend(figure: Figure, statuses: Mapping[str, str]) -> None:
     }
     shown = {tuple(sorted(_bar_style(name, status).items())) for name, status in statuses.items()}
     styles = {label: _bar_style(*kind) for label, kind in kinds.items()}
-    handles = [Patch(label=label, **style) for label, style in styles.items() if tuple(sorted(style.items())) in shown]
+    handles = [
+        Patch(label=label, **style)
+        for label, style in styles.items()
+        if tuple(sorted(style.items())) in shown
+    ]
     figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), fontsize=8, frameon=False)
 
 
 def _roofline(results: Mapping[str, Any]) -> Figure | None:
-    """Operations per second over operations per byte, the counts being those of the cheaper algorithm, under the measured ceilings."""
+    """Operations per second over operations per byte, the counts being those of the cheaper algorithm, under
+    the measured ceilings.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     points = [
-        (Case(**case["case"]), case["count"]["flop"] / case["count"]["bytes"], case["count"]["flop"] / case["peers"][OURS]["median"] / 1e12)
+        (
+            Case(**case["case"]),
+            case["count"]["flop"] / case["count"]["bytes"],
+            case["count"]["flop"] / case["peers"][OURS]["median"] / 1e12,
+        )
         for case in results["cases"]
         if "median" in case["peers"][OURS]
     ]
@@ -165,27 +192,57 @@ def _roofline(results: Mapping[str, Any]) -> Figure | None:
 
     left = min(x for x, _ in [*reached, *((roof / copy, 0) for roof in roofs.values())]) / 4
     right = max(x for x, _ in [*reached, *((roof / copy, 0) for roof in roofs.values())]) * 3
-    bottom, top = min(min(y for _, y in reached), *(roof / 4 for roof in roofs.values())) / 2, max(roofs.values()) * 1.7
+    bottom, top = (
+        min(min(y for _, y in reached), *(roof / 4 for roof in roofs.values())) / 2,
+        max(roofs.values()) * 1.7,
+    )
     intensity = np.geomspace(left, right, 400)
     for dtype, roof in roofs.items():
         name, color, _ = _DTYPES[dtype]
         ax.plot(intensity, np.minimum(intensity * copy, roof), color=color, linewidth=1.6)
-        ax.fill_between(intensity, np.minimum(intensity * copy, roof), bottom, color=color, alpha=0.04, linewidth=0)
+        ax.fill_between(
+            intensity, np.minimum(intensity * copy, roof), bottom, color=color, alpha=0.04, linewidth=0
+        )
         text = f"{name}, large product: {roof:.3g} TFLOP/s"
-        ax.annotate(text, (right, roof), xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=8, color=color)
+        ax.annotate(
+            text,
+            (right, roof),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=color,
+        )
     foot = max(left, bottom / copy) * 1.35
     text = f"large copy: {copy * 1e3:.3g} GB/s"
-    ax.annotate(text, (foot, foot * copy), xytext=(9, -3), textcoords="offset points", fontsize=8, color="#444444")
+    ax.annotate(
+        text, (foot, foot * copy), xytext=(9, -3), textcoords="offset points", fontsize=8, color="#444444"
+    )
 
     lines = []
     for number, (case, x, y) in enumerate(points, start=1):
         _, color, marker = _DTYPES[case.dtype]
         face = "white" if case.backward else color
         ax.plot(x, y, marker, markersize=7, zorder=3, markerfacecolor=face, markeredgecolor=color, alpha=0.9)
-        lines.append((f"{number:>2}  {textwrap.shorten(case.name, 34)}", f"{y / min(x * copy, roofs[case.dtype]):.0%}", color))
+        lines.append(
+            (
+                f"{number:>2}  {textwrap.shorten(case.name, 34)}",
+                f"{y / min(x * copy, roofs[case.dtype]):.0%}",
+                color,
+            )
+        )
     for numbers, (x, y) in _together(reached, np.log(right / left), np.log(top / bottom)):
         text = ", ".join(map(str, numbers))
-        ax.annotate(text, (x, y), xytext=(0, -6), textcoords="offset points", ha="center", va="top", fontsize=7.5, zorder=4)
+        ax.annotate(
+            text,
+            (x, y),
+            xytext=(0, -6),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=7.5,
+            zorder=4,
+        )
     _list(legend, [*lines, ("filled: forward, hollow: with backward", "", "#666666")])
     ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
     ax.set(xlabel="operations per byte of memory traffic (FLOP/B)", ylabel="operations per second (TFLOP/s)")
@@ -197,15 +254,21 @@ def _roofline(results: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def _together(points: Sequence[tuple[float, float]], width: float, height: float) -> list[tuple[list[int], tuple[float, float]]]:
-    """Numbers from 1 of points too close for a label each, and where their common label goes: below the middle of them all."""
+def _together(
+    points: Sequence[tuple[float, float]], width: float, height: float
+) -> list[tuple[list[int], tuple[float, float]]]:
+    """Numbers from 1 of points too close for a label each, and where their common label goes: below the
+    middle of them all.
+    """
     groups: list[list[int]] = []
     logs = np.log(np.array(points)) / (width, height)
     for number in range(len(points)):
         near = [group for group in groups if (np.abs(logs[group] - logs[number]) < (0.05, 0.04)).all(1).any()]
         groups = [group for group in groups if group not in near] + [sorted(sum(near, [number]))]
     places = [np.exp([logs[group, 0].mean() * width, logs[group, 1].min() * height]) for group in groups]
-    return [([i + 1 for i in group], (float(x), float(y))) for group, (x, y) in zip(groups, places, strict=True)]
+    return [
+        ([i + 1 for i in group], (float(x), float(y))) for group, (x, y) in zip(groups, places, strict=True)
+    ]
 
 
 def _list(ax: Axes, lines: Sequence[tuple[str, str, str]]) -> None:
@@ -216,4 +279,6 @@ def _list(ax: Axes, lines: Sequence[tuple[str, str, str]]) -> None:
     ax.text(1, 1, "of roof", fontsize=8, color="#666666", va="top", ha="right", transform=ax.transAxes)
     for row, (name, share, color) in enumerate(lines, start=1):
         ax.text(0, 1 - row * step, name, fontsize=8, color=color, va="top", transform=ax.transAxes)
-        ax.text(1, 1 - row * step, share, fontsize=8, color=color, va="top", ha="right", transform=ax.transAxes)
+        ax.text(
+            1, 1 - row * step, share, fontsize=8, color=color, va="top", ha="right", transform=ax.transAxes
+        )

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mingle.kernels.reference import REDUCTIONS
+from mingle.kernels.gated_experts.reference import REDUCTIONS
 from mingle.options import nearest
 
 #: short names, as in the names of cases
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
-#: peers whose building alone takes tens of seconds: left out unless the case is `compiled` or the peer is asked for
+#: peers whose building alone takes tens of seconds: left out unless the case is `compiled` or the peer is
+#: asked for
 SLOW_TO_BUILD = ("grouped compiled",)
 
 # fmt: off
@@ -38,7 +39,8 @@ ROUTED = {
     "routed":       (16, 50, 768, 768, 64),
     "routed-large": (128, 197, 768, 768, 64),
 }
-#: batch gates on both sides of the number of tokens from which folding is cheaper: 384 at 768 → 768, 614 at 768 → 3072
+#: batch gates on both sides of the number of tokens from which folding is cheaper: 384 at 768 → 768, 614 at
+#: 768 → 3072
 FOLDING = {
     "fold-n96":       (2, 48, 768, 768, 8),
     "fold-n288":      (6, 48, 768, 768, 8),
@@ -54,7 +56,8 @@ FOLDING = {
 class Case:
     """One problem: the shape of a layer, how its gates are reduced, and what is computed.
 
-    `routed`: the gates are given, one-hot per sample and sorted by expert, instead of linear in x.  `compiled`: peers that take long to
+    `routed`: the gates are given, one-hot per sample and sorted by expert, instead of linear in x.
+        `compiled`: peers that take long to
     build are part of this case.
     """
 
@@ -98,7 +101,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """Cases to run, the seconds of timing each may take, and the seconds after which nothing slow is built any more."""
+    """Cases to run, the seconds of timing each may take, and the seconds after which nothing slow is built
+    any more.
+    """
 
     cases: tuple[Case, ...]
     seconds: float
@@ -110,21 +115,31 @@ def case_name(shape: str, reduce: str, dtype: str, backward: bool = False) -> st
 
 
 def _cases() -> dict[str, Case]:
-    """Every shape with every reduction and dtype, forward and forward+backward; routed shapes per sample, folding ones per batch."""
+    """Every shape with every reduction and dtype, forward and forward+backward; routed shapes per sample,
+    folding ones per batch.
+    """
     found = {}
     for shapes, reductions in ((SHAPES, REDUCTIONS), (ROUTED, ("sample",)), (FOLDING, ("batch",))):
-        for (shape, sizes), reduce, dtype, backward in itertools.product(shapes.items(), reductions, DTYPES, (False, True)):
+        for (shape, sizes), reduce, dtype, backward in itertools.product(
+            shapes.items(), reductions, DTYPES, (False, True)
+        ):
             name = case_name(shape, reduce, dtype, backward)
-            found[name] = Case(name, *sizes, reduce=reduce, dtype=DTYPES[dtype], backward=backward, routed=shape in ROUTED)
+            found[name] = Case(
+                name, *sizes, reduce=reduce, dtype=DTYPES[dtype], backward=backward, routed=shape in ROUTED
+            )
     return found
 
 
 CASES = _cases()
 
 
-def _select(names: str, compiled: str = "", *, seconds: float, build_until: float = float("inf")) -> Selection:
+def _select(
+    names: str, compiled: str = "", *, seconds: float, build_until: float = float("inf")
+) -> Selection:
     slow = compiled.split()
-    return Selection(tuple(replace(CASES[name], compiled=name in slow) for name in names.split()), seconds, build_until)
+    return Selection(
+        tuple(replace(CASES[name], compiled=name in slow) for name in names.split()), seconds, build_until
+    )
 
 
 SELECTIONS = {
@@ -148,10 +163,17 @@ SELECTIONS = {
         build_until=300,
     ),
     # where the time goes on a CPU
-    "breakdown": _select("square-sample-fp32 square-sample-bf16 square-batch-fp32 vit-b32-batch-fp32", seconds=8),
+    "breakdown": _select(
+        "square-sample-fp32 square-sample-bf16 square-batch-fp32 vit-b32-batch-fp32", seconds=8
+    ),
     # does backend="auto" choose well?
     "dispatch": _select(
-        " ".join(f"{shape}-batch-{dtype}{direction}" for shape in FOLDING for dtype in ("fp32", "bf16") for direction in ("", "-bw"))
+        " ".join(
+            f"{shape}-batch-{dtype}{direction}"
+            for shape in FOLDING
+            for dtype in ("fp32", "bf16")
+            for direction in ("", "-bw")
+        )
         + " square-token-fp32 square-sample-fp32 vit-b32-sample-fp32 image-sample-fp32 routed-sample-fp32",
         seconds=4,
     ),

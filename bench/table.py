@@ -26,14 +26,23 @@ def write(results: Mapping[str, Any], regressions: Sequence[str] | None = None) 
     for target in results["targets"]:
         mark = "[green]met[/]" if target["met"] else "[red]missed[/]"
         asked, found = target["ratio"], target["found"]
-        text = f"≥ {asked:.4g}×, found {found:.2f}×" if asked >= 1 else f"ours ≤ {1 / asked:.4g}× its time, found {1 / found:.2f}×"
-        console.print(f"target {target['case']}, {target['peer']} against {target['ours']}: {text}: {mark}", highlight=False)
+        text = (
+            f"≥ {asked:.4g}×, found {found:.2f}×"
+            if asked >= 1
+            else f"ours ≤ {1 / asked:.4g}× its time, found {1 / found:.2f}×"
+        )
+        console.print(
+            f"target {target['case']}, {target['peer']} against {target['ours']}: {text}: {mark}",
+            highlight=False,
+        )
     if regressions is not None:
         for line in regressions or ["no regression beyond 10 %"]:
             console.print(escape(line), style="red" if regressions else "green", highlight=False)
 
 
-def write_names(selections: Mapping[str, Iterable[str]], cases: Mapping[str, Case], peers: Mapping[str, Peer]) -> None:
+def write_names(
+    selections: Mapping[str, Iterable[str]], cases: Mapping[str, Case], peers: Mapping[str, Peer]
+) -> None:
     console = _console()
     for name, chosen in selections.items():
         console.print(f"--{name}: {' '.join(chosen)}\n", highlight=False, soft_wrap=True)
@@ -47,13 +56,21 @@ def write_tiles(found: Iterable[tuple[str, str, Sequence[int]]]) -> None:
     """Each line as it is found: case, kernel, tile."""
     console = _console()
     for case, kernel, (rows, columns, depth, warps, stages) in found:
-        console.print(f"{case:32}{kernel:10}{rows} × {columns} × {depth}, {warps} warps, {stages} stages", highlight=False)
+        console.print(
+            f"{case:32}{kernel:10}{rows} × {columns} × {depth}, {warps} warps, {stages} stages",
+            highlight=False,
+        )
 
 
 def write_breakdown(results: Mapping[str, Any]) -> None:
     """Per case its parts by form, the whole layers, and the limits."""
     console = _console()
-    out = Table(title=_machine(results), title_justify="left", box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    out = Table(
+        title=_machine(results),
+        title_justify="left",
+        box=box.SIMPLE_HEAD if console.is_terminal else None,
+        pad_edge=False,
+    )
     for column, justify in (
         ("case and part", "left"),
         ("median", "right"),
@@ -63,11 +80,20 @@ def write_breakdown(results: Mapping[str, Any]) -> None:
     ):
         out.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for found in results["cases"]:
-        out.add_row(f"[bold]{found['case']['name']}[/]", f"best: {found['best_flop_per_second'] / 1e9:.0f} GFLOP/s", style="cyan")
+        out.add_row(
+            f"[bold]{found['case']['name']}[/]",
+            f"best: {found['best_flop_per_second'] / 1e9:.0f} GFLOP/s",
+            style="cyan",
+        )
         for part in found["parts"]:
             flop = part["flop"]
             rate = f"{flop / part['median'] / found['best_flop_per_second']:.0%}" if flop else ""
-            out.add_row(f"  {part['form']}: {escape(part['name'])}", *_spread(part), f"{flop / 1e9:.3f}" if flop else "", rate)
+            out.add_row(
+                f"  {part['form']}: {escape(part['name'])}",
+                *_spread(part),
+                f"{flop / 1e9:.3f}" if flop else "",
+                rate,
+            )
         for name, whole in found["wholes"].items():
             out.add_row(f"  {name}", *_spread(whole), "", "", style="bold" if name == OURS else None)
         out.add_section()
@@ -76,7 +102,9 @@ def write_breakdown(results: Mapping[str, Any]) -> None:
         for limit in found["limits"]:
             for merge, ratios in limit["ratios"].items():
                 text = ", ".join(f"{what} {ratio:.2f}×" for what, ratio in ratios.items())
-                console.print(f"{found['case']['name']}, {limit['form']}: {merge} over {text}", highlight=False)
+                console.print(
+                    f"{found['case']['name']}, {limit['form']}: {merge} over {text}", highlight=False
+                )
 
 
 def _spread(timed: Mapping[str, Any]) -> tuple[str, str]:
@@ -109,19 +137,32 @@ def _console() -> Console:
 
 
 def _table(results: Mapping[str, Any], plain: bool) -> Table:
-    out = Table(title=_machine(results), title_justify="left", box=None if plain else box.SIMPLE_HEAD, pad_edge=False)
+    out = Table(
+        title=_machine(results), title_justify="left", box=None if plain else box.SIMPLE_HEAD, pad_edge=False
+    )
     out.add_column("case and peer", no_wrap=True)
     for column in _COLUMNS:
         out.add_column(column, justify="right", no_wrap=True)
     for measured in results["cases"]:
         case, floor = Case(**measured["case"]), measured["floor"]
-        out.add_row(f"[bold]{case.name}[/]", duration(floor["seconds"]), f"floor: {floor['bound']}", "", "", "", "", style="cyan")
+        out.add_row(
+            f"[bold]{case.name}[/]",
+            duration(floor["seconds"]),
+            f"floor: {floor['bound']}",
+            "",
+            "",
+            "",
+            "",
+            style="cyan",
+        )
         timed = {name: peer for name, peer in measured["peers"].items() if "median" in peer}
         for name, peer in sorted(timed.items(), key=lambda item: item[1]["median"]):
             out.add_row(f"  {name}", *_cells(peer), style=_style(name, peer))
         for name, peer in measured["peers"].items():
             if peer["status"] in ("wrong", "failed"):
-                out.add_row(f"  {name}", peer["status"].upper(), "", "", "", "", _error(peer), style="bold red")
+                out.add_row(
+                    f"  {name}", peer["status"].upper(), "", "", "", "", _error(peer), style="bold red"
+                )
         out.add_section()
     return out
 
@@ -151,21 +192,35 @@ def _style(name: str, peer: Mapping[str, Any]) -> str | None:
 def _notes(console: Console, results: Mapping[str, Any]) -> None:
     """Peers that ran nowhere with their reasons, failures, disturbed cases, and whether `auto` chose well."""
     cases = results["cases"]
-    ran = {name for case in cases for name, peer in case["peers"].items() if peer["status"] in ("ok", "bound")}
-    absent = {name: peer["reason"] for case in cases for name, peer in case["peers"].items() if peer["status"] == "unavailable"}
+    ran = {
+        name for case in cases for name, peer in case["peers"].items() if peer["status"] in ("ok", "bound")
+    }
+    absent = {
+        name: peer["reason"]
+        for case in cases
+        for name, peer in case["peers"].items()
+        if peer["status"] == "unavailable"
+    }
     for name, reason in absent.items():
         if name not in ran:
             console.print(f"not run: {name}: {escape(reason)}", style="dim", highlight=False)
     for case in cases:
         for name, peer in case["peers"].items():
             if peer["status"] in ("wrong", "failed"):
-                console.print(f"{case['case']['name']}: {name}: {escape(peer['reason'])}", style="red", highlight=False)
+                console.print(
+                    f"{case['case']['name']}: {name}: {escape(peer['reason'])}", style="red", highlight=False
+                )
         if (others := case["cpus_used_by_others"] or 0) > machine.MUCH:
             text = f"{case['case']['name']}: other processes kept {others:.1f} CPUs busy; take its times with care"
             console.print(text, style="yellow", highlight=False)
     judged = [(case["case"]["name"], case["dispatch"]) for case in cases if case["dispatch"]]
     good = sum(choice["within_limit"] for _, choice in judged)
-    console.print(f'backend="auto" is within 10 % of the best strategy in {good} of {len(judged)} cases', highlight=False)
+    console.print(
+        f'backend="auto" is within 10 % of the best strategy in {good} of {len(judged)} cases',
+        highlight=False,
+    )
     for name, choice in judged:
         if not choice["within_limit"]:
-            console.print(f"  {name}: {choice['auto_over_best']:.2f}× the time of {choice['best']}", highlight=False)
+            console.print(
+                f"  {name}: {choice['auto_over_best']:.2f}× the time of {choice['best']}", highlight=False
+            )

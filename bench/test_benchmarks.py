@@ -1,4 +1,5 @@
-"""Entry points for pytest-benchmark: ``pytest bench/test_benchmarks.py``; compare two runs with its ``--benchmark-compare``.
+"""Entry points for pytest-benchmark: ``pytest bench/test_benchmarks.py``; compare two runs with its
+``--benchmark-compare``.
 
 Small cases of every backend, each checked against float64 before it is timed.
 """
@@ -14,7 +15,14 @@ from mingle.bench.peers.ours import EXPLICIT
 
 pytest.importorskip("pytest_benchmark")
 
-CASES = ("square-sample-fp32", "square-batch-fp32", "square-token-bf16", "image-sample-fp32", "image-sample-fp32-bw", "routed-sample-fp32")
+CASES = (
+    "square-sample-fp32",
+    "square-batch-fp32",
+    "square-token-bf16",
+    "image-sample-fp32",
+    "image-sample-fp32-bw",
+    "routed-sample-fp32",
+)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

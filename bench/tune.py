@@ -1,6 +1,8 @@
-"""Search tile sizes for cases of the benchmark on this GPU: ``python bench/tune.py --case vit-b16-sample-bf16``.
+"""Search tile sizes for cases of the benchmark on this GPU: ``python bench/tune.py --case
+vit-b16-sample-bf16``.
 
-What is found is kept for this user and GPU, and used from then on (`mingle.kernels.configs`).  Nothing is ever searched unasked.
+What is found is kept for this user and GPU, and used from then on (`mingle.kernels.tiles`).  Nothing is ever
+searched unasked.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from mingle import dispatch
 from mingle.bench import inputs, registry, table
 from mingle.bench.registry import SELECTIONS, Case
-from mingle.kernels.configs import Tile
+from mingle.kernels.tiles import Tile
+from mingle.ops import dispatch
 
 Launch = tuple[str, torch.Tensor, int, int, int, Callable[[], object]]
 
@@ -22,8 +24,16 @@ Launch = tuple[str, torch.Tensor, int, int, int, Callable[[], object]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Search every kernel of the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split(":", 1)[0] + ".")
-    parser.add_argument("--case", action="append", default=[], metavar="NAME", help="one case; may be repeated; default: all of --gpu")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1; cpu runs Triton's interpreter, to try this out")
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="one case; may be repeated; default: all of --gpu",
+    )
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, cuda:1; cpu runs Triton's interpreter, to try this out"
+    )
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     try:
@@ -37,18 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def tune(case: Case, device: torch.device, tiles: Sequence[Tile] | None = None) -> Iterator[tuple[str, Tile]]:
+def tune(
+    case: Case, device: torch.device, candidates: Sequence[Tile] | None = None
+) -> Iterator[tuple[str, Tile]]:
     """Search every kernel that the case runs; yields its name and the best tile."""
-    from mingle.kernels import configs
+    from mingle.kernels import tiles
 
     strain = "special" if case.routed else "plain"  # zeros are skipped
     for kernel, x, rows, columns, depth, launch in launches(case, device):
-        yield kernel, configs.search(kernel, x, rows, columns, depth, launch, lambda run: seconds(run, device), tiles, strain)
+        yield (
+            kernel,
+            tiles.search(
+                kernel, x, rows, columns, depth, launch, lambda run: seconds(run, device), candidates, strain
+            ),
+        )
 
 
 def launches(case: Case, device: torch.device) -> Iterator[Launch]:
     """Each kernel of the case as (name, operand, rows, columns, depth of its products, one launch)."""
-    from mingle.kernels import fold, gated_experts
+    from mingle.kernels.gated_experts import fold
+    from mingle.kernels.gated_experts import triton as gated_experts
 
     t = inputs.make(case, device)
     x, dy = t.x.detach().flatten(0, 1), t.dy.flatten(0, 1)
@@ -57,7 +75,14 @@ def launches(case: Case, device: torch.device) -> Iterator[Launch]:
     given = None if t.gates is None else t.gates.float()
     hidden, z, _ = gated_experts.shrink(x, t.A, weight, gate_bias, given, None, group, False)
     skip = given is not None
-    yield "shrink", x, case.rows, ranks, case.d_in, lambda: gated_experts.shrink(x, t.A, weight, gate_bias, given, None, group, skip)
+    yield (
+        "shrink",
+        x,
+        case.rows,
+        ranks,
+        case.d_in,
+        lambda: gated_experts.shrink(x, t.A, weight, gate_bias, given, None, group, skip),
+    )
     yield (
         "expand", x, case.rows, case.d_out, case.d_in + ranks,
         lambda: gated_experts.expand(x, t.weight, t.bias, hidden, t.B.mT, z, group, skip),
@@ -65,7 +90,14 @@ def launches(case: Case, device: torch.device) -> Iterator[Launch]:
     if case.reduce == "batch":
         yield "fold", t.weight, case.d_out, case.d_in, ranks, lambda: fold.fold(t.weight, t.A, t.B, z[0])
     if case.backward:
-        yield "upstream", dy, case.rows, ranks, case.d_out, lambda: gated_experts.upstream(dy, t.B, hidden, z, group, skip)
+        yield (
+            "upstream",
+            dy,
+            case.rows,
+            ranks,
+            case.d_out,
+            lambda: gated_experts.upstream(dy, t.B, hidden, z, group, skip),
+        )
         yield (
             "expand", dy, case.rows, case.d_in, case.d_out + ranks,
             lambda: gated_experts.expand(dy, t.weight.mT, None, hidden, t.A, z, group, skip),

@@ -1,11 +1,15 @@
-"""The numerical kernels of mingle, installed as ``mingle.kernels``: pure functions of tensors; `mingle.ops` puts autograd around them.
+"""The numerical kernels of mingle, installed as ``mingle.kernels``: pure functions of tensors; `mingle.ops`
+puts autograd around them.
 
-reference       every operation in plain PyTorch: the specification in code, the oracle of the tests and the published eager baseline
-gated_experts   Triton: shrink, expand and their backward
-fold            Triton: one weight for tokens that share their gates
-grouped         the same operations as dense products, for any device
-gemm            dense products in the faster of the CPU's two libraries
-prepack         copies of frozen factors in the layouts those are fastest with
-configs         tile sizes of the Triton kernels
-store           what was measured for this user and machine
+gated_experts/        the gated sum of low-rank experts: its formula (the oracle), dense products, Triton
+                      kernels
+relaxed_projection/   the null-space constraint with adaptive relaxation, likewise
+tiles                 tile sizes of the Triton kernels
+gemm                  dense products in the faster of the CPU's two libraries
+prepack               copies of frozen factors in the layouts those are fastest with
+store                 what was measured for this user and machine
 """
+
+#: transformers asks a package of this name for its version, and from the root of a checkout finds this one:
+#: too old to be used.
+__version__ = "0"

@@ -1,9 +1,10 @@
 """Dense products in the faster of the CPU's two libraries.
 
-PyTorch sends fp32 linear layers on the CPU to MKL, which on some processors reaches half of what oneDNN does.  oneDNN's linear operator
-is in PyTorch but not among its public functions, so it is used only where it exists, agrees with `torch.nn.functional.linear` and was
-at least a fifth faster when it was timed once, for this machine and class of shapes.  The choice is kept in the user's cache folder:
-the two libraries round differently, and equal inputs should give equal bits next time as well.
+PyTorch sends fp32 linear layers on the CPU to MKL, which on some processors reaches half of what oneDNN does.
+oneDNN's linear operator is in PyTorch but not among its public functions, so it is used only where it exists,
+agrees with `torch.nn.functional.linear` and was at least a fifth faster when it was timed once, for this
+machine and class of shapes.  The choice is kept in the user's cache folder: the two libraries round
+differently, and equal inputs should give equal bits next time as well.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _LARGEST = 1024  # dimensions beyond it behave alike
 _SMALLEST = 1 << 20  # multiplications below which a product is over before the choice could matter
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, onto: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, onto: torch.Tensor | None = None
+) -> torch.Tensor:
     """x Wᵀ + b, or x Wᵀ + onto, which may be overwritten.  Not differentiable on its own.
 
     x [N, K], weight [O, K] of any strides, bias [O], onto [N, O] → [N, O].
@@ -40,7 +43,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x, weight, bias) if onto is None else onto.addmm_(x, weight.mT)
 
 
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, onto: torch.Tensor | None = None) -> torch.Tensor:
+def _onednn(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, onto: torch.Tensor | None = None
+) -> torch.Tensor:
     bias = None if bias is None else bias.contiguous()  # it reads a strided one wrongly
     if onto is None:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -73,7 +78,9 @@ def linear_packed(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
 
 
 def packing_pays(x: torch.Tensor, outputs: int) -> bool:
-    """Whether a product of x [N, K] with a packed weight [outputs, K] can be had, and is the fastest there is."""
+    """Whether a product of x [N, K] with a packed weight [outputs, K] can be had, and is the fastest there
+    is.
+    """
     if x.device.type != "cpu" or x.numel() == 0 or not _packed_agrees(x.dtype):
         return False
     return x.dtype != torch.float32 or library(x.shape[0], outputs, x.shape[1]) == "onednn"
@@ -87,7 +94,11 @@ def _packed_agrees(dtype: torch.dtype) -> bool:
     x, weight, bias = (torch.linspace(-1, 1, n).to(dtype) for n in (12, 20, 5))
     x, weight = x.view(3, 4), weight.view(5, 4)
     try:
-        return torch.allclose(linear_packed(x, pack(weight), bias).float(), F.linear(x.float(), weight.float(), bias.float()), atol=0.02)
+        return torch.allclose(
+            linear_packed(x, pack(weight), bias).float(),
+            F.linear(x.float(), weight.float(), bias.float()),
+            atol=0.02,
+        )
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         logger.debug("oneDNN's packed weights are not used for %s: %s", dtype, error)
         return False
@@ -96,10 +107,19 @@ def _packed_agrees(dtype: torch.dtype) -> bool:
 @cache
 def _onednn_agrees() -> bool:
     """Whether the operator exists here and computes what it should; asked once."""
-    x, weight, bias, onto = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 2, 20).view(5, 4), torch.ones(5), torch.ones(3, 5)
+    x, weight, bias, onto = (
+        torch.linspace(-1, 1, 12).view(3, 4),
+        torch.linspace(0, 2, 20).view(5, 4),
+        torch.ones(5),
+        torch.ones(3, 5),
+    )
     expected = F.linear(x, weight, bias)
     try:
-        results = (_onednn(x, weight, bias), _onednn(x, weight.mT.contiguous().mT, bias), _onednn(x, weight, bias, onto) - onto)
+        results = (
+            _onednn(x, weight, bias),
+            _onednn(x, weight.mT.contiguous().mT, bias),
+            _onednn(x, weight, bias, onto) - onto,
+        )
         return all(torch.allclose(result, expected, atol=1e-5) for result in results)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         logger.debug("oneDNN's linear operator is not used: %s", error)
@@ -107,7 +127,9 @@ def _onednn_agrees() -> bool:
 
 
 def library(rows: int, outputs: int, width: int) -> str:
-    """``"mkl"`` or ``"onednn"`` for a product [rows, width] × [width, outputs]; ``$MINGLE_CPU_GEMM`` overrules what was measured."""
+    """``"mkl"`` or ``"onednn"`` for a product [rows, width] × [width, outputs]; ``$MINGLE_CPU_GEMM``
+    overrules what was measured.
+    """
     forced = os.environ.get("MINGLE_CPU_GEMM")
     if forced:
         if forced not in LIBRARIES:
@@ -139,7 +161,9 @@ def _measured(rows: int, outputs: int, width: int, threads: int) -> str:
 
 
 def _ratio(rows: int, outputs: int, width: int) -> float:
-    """Time of MKL over time of oneDNN on random matrices, a few milliseconds in all: the median of interleaved rounds."""
+    """Time of MKL over time of oneDNN on random matrices, a few milliseconds in all: the median of
+    interleaved rounds.
+    """
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, width, generator=generator) for n in (rows, outputs))
 

@@ -1,13 +1,14 @@
-"""Copies of frozen factors in the layouts that CPU products are fastest in, beside the factors, for layers that ask for it.
+"""Copies of frozen factors in the layouts that CPU products are fastest in, beside the factors, for layers
+that ask for it.
 
-oneDNN lays a weight out anew at every product, and adds the experts to the base by reading and writing all of y once more.  `keep` spares
-both: from then on the grouped backend computes y = [x | z ⊙ H] [W₀ | B_cat]ᵀ + b, base and experts in one accumulator as the fused kernels
-do, with A_cat and [W₀ | B_cat] in oneDNN's own layout; where experts are folded it finds B_cat row by row.  The copies take as much memory
-as the factors.
+oneDNN lays a weight out anew at every product, and adds the experts to the base by reading and writing all of
+y once more.  `keep` spares both: from then on the grouped backend computes y = [x | z ⊙ H] [W₀ | B_cat]ᵀ + b,
+base and experts in one accumulator as the fused kernels do, with A_cat and [W₀ | B_cat] in oneDNN's own
+layout; where experts are folded it finds B_cat row by row.  The copies take as much memory as the factors.
 
-A copy is made at its first use and found by the memory, shape and strides of its factors, whatever view of them is asked about.  It lives
-as long as they do, and is never used once one of them was changed in place, moved or replaced.  (A change in place through ``.data``
-shows in no version counter: nobody can see it.)
+A copy is made at its first use and found by the memory, shape and strides of its factors, whatever view of
+them is asked about.  It lives as long as they do, and is never used once one of them was changed in place,
+moved or replaced.  (A change in place through ``.data`` shows in no version counter: nobody can see it.)
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ _copies: dict[Hashable, _Copy] = {}
 class _Copy:
     """One layout of some factors, which are watched, not kept alive."""
 
-    def __init__(self, key: Hashable, factors: Sequence[torch.Tensor], make: Callable[[], torch.Tensor]) -> None:
-        def forget(_: object, copies: dict[Hashable, _Copy] = _copies) -> None:  # bound early: the interpreter may be shutting down
+    def __init__(
+        self, key: Hashable, factors: Sequence[torch.Tensor], make: Callable[[], torch.Tensor]
+    ) -> None:
+        def forget(
+            _: object, copies: dict[Hashable, _Copy] = _copies
+        ) -> None:  # bound early: the interpreter may be shutting down
             copies.pop(key, None)
 
         # detached, a factor keeps its memory: nothing else can come to lie where a replaced one was
-        self._watched = [(weakref.ref(factor, forget), factor.detach(), factor._version) for factor in factors]
+        self._watched = [
+            (weakref.ref(factor, forget), factor.detach(), factor._version) for factor in factors
+        ]
         self._make = make
         self._tensor: torch.Tensor | None = None
 
@@ -50,11 +57,18 @@ class _Copy:
 
 
 def keep(weight: torch.Tensor, A: torch.Tensor, up: torch.Tensor) -> None:
-    """Keep copies of a layer's factors weight [O, K], A [T, r, K] and up = Bᵀ [T, r, O]; to be called again after a change.
+    """Keep copies of a layer's factors weight [O, K], A [T, r, K] and up = Bᵀ [T, r, O]; to be called again
+    after a change.
 
-    Without effect on other devices than CPUs, and for tensors of inference mode, whose changes leave no trace.
+    Without effect on other devices than CPUs, and for tensors of inference mode, whose changes leave no
+    trace.
     """
-    all_three = ("kept", id(weight), id(A), id(up))  # known at once, for layers call this at every forward pass
+    all_three = (
+        "kept",
+        id(weight),
+        id(A),
+        id(up),
+    )  # known at once, for layers call this at every forward pass
     known = _copies.get(all_three)
     if known is not None and known.current():
         return
@@ -80,7 +94,8 @@ def drop_stale() -> None:
 
 
 def find(layout: str, *factors: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor | None:
-    """The copy of these factors in a layout, or None: packed ``"shrink"`` of A, packed ``"joined"`` of W₀ and up, ``"rows"`` of up.
+    """The copy of these factors in a layout, or None: packed ``"shrink"`` of A, packed ``"joined"`` of W₀ and
+    up, ``"rows"`` of up.
 
     A packed one is for products with x, and None where such a product would not be the fastest.
     """
@@ -93,14 +108,21 @@ def find(layout: str, *factors: torch.Tensor, x: torch.Tensor | None = None) -> 
 
 
 def _watchable(*factors: torch.Tensor) -> bool:
-    return all(factor.device.type == "cpu" and not factor.is_inference() and factor.numel() > 0 for factor in factors)
+    return all(
+        factor.device.type == "cpu" and not factor.is_inference() and factor.numel() > 0 for factor in factors
+    )
 
 
 def _key(layout: str, views: Sequence[torch.Tensor]) -> Hashable:
     return layout, *((view.data_ptr(), view.dtype, view.shape, view.stride()) for view in views)
 
 
-def _watch(layout: str, views: Sequence[torch.Tensor], factors: Sequence[torch.Tensor], make: Callable[[], torch.Tensor]) -> None:
+def _watch(
+    layout: str,
+    views: Sequence[torch.Tensor],
+    factors: Sequence[torch.Tensor],
+    make: Callable[[], torch.Tensor],
+) -> None:
     """Let `make` serve for `views` of `factors`, unless a copy of theirs is there already."""
     if not _watchable(*factors):
         return

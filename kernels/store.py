@@ -20,8 +20,8 @@ def cache_folder() -> Path:
 class Store:
     """A dictionary of JSON values by string, read once and written at every `put`.
 
-    A file that cannot be read counts as empty, one that cannot be written is kept in memory only; both are logged, neither is an error:
-    everything in it can be measured again.
+    A file that cannot be read counts as empty, one that cannot be written is kept in memory only; both are
+    logged, neither is an error: everything in it can be measured again.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,16 +1,16 @@
 """mingle: merge fine-tuned models one after another, fast and without forgetting.
 
-layer = mingle.MingleLinear.from_linear(linear)          # a frozen linear layer that takes on gated low-rank experts
-merger = mingle.Merger(base_model, method="mingle")      # a whole continual merge
+layer = mingle.MingleLinear.from_linear(linear)          # a frozen linear layer that takes on gated low-rank
+experts merger = mingle.Merger(base_model, method="mingle")      # a whole continual merge
 """
 
 from mingle import functional, linalg
-from mingle.adapters import add_adapter, read_adapter
-from mingle.inject import inject, restore
-from mingle.layers import LowRankExpert, MingleLinear, count_parameters
-from mingle.merger import Merger
-from mingle.relaxation import RelaxedProjector
-from mingle.sharing import share_inputs
+from mingle.adaptation.projector import RelaxedProjector
+from mingle.merging.merger import Merger
+from mingle.nn.inject import inject, restore
+from mingle.nn.linear import LowRankExpert, MingleLinear, count_parameters
+from mingle.nn.peft import add_adapter, read_adapter
+from mingle.nn.sharing import share_inputs
 from mingle.version import __version__
 
 __all__ = [

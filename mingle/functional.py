@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mingle import dispatch, ops
-from mingle.dispatch import BACKENDS
-from mingle.kernels import reference
-from mingle.kernels.grouped import wide
+from mingle import ops
+from mingle.kernels.gated_experts import reference
+from mingle.kernels.gated_experts.grouped import wide
+from mingle.ops import dispatch
+from mingle.ops.dispatch import BACKENDS
 
 
 def gated_experts(
@@ -34,26 +35,33 @@ def gated_experts(
         y = x W₀ᵀ + b + Σ_i g_i(x) · (x A_iᵀ) B_iᵀ,    g_i(x) = w_i · x̄ + β_i
 
     Args:
-        x: input [..., N, d_in]; the last dimension but one counts tokens.  A two-dimensional x [N, d_in] holds N samples of one token.
+        x: input [..., N, d_in]; the last dimension but one counts tokens.  A two-dimensional x [N, d_in]
+            holds N samples of one token.
         weight: W₀ [d_out, d_in].
         bias: b [d_out] or None.
         A: down-projections [T, r, d_in], any strides.
         B: up-projections [T, d_out, r], any strides.
         gate_weight: w [T, d_in]; may be None where `gates` is given.
         gate_bias: β [T]; may be None where `gates` is given.
-        reduce: what x̄ is: ``"token"`` each token, ``"sample"`` the mean over the tokens of one sample, ``"batch"`` the mean over all.
-        mask: bool [..., N], true for valid tokens; the others stay out of the means.  Their outputs are computed all the same.  Padding
-            may hold anything; in a call that is differentiated, what is not finite there counts as 0.
-        gates: gate values from any other router instead of the linear gates: [T], one row per sample [..., T], or one per token
-            [..., N, T], where any dimension may be 1 that is shared.  Gates that are exactly 0 cost next to nothing where whole samples
-            or tiles of tokens share them and no gate or expert needs a gradient.
+        reduce: what x̄ is: ``"token"`` each token, ``"sample"`` the mean over the tokens of one sample,
+            ``"batch"`` the mean over all.
+        mask: bool [..., N], true for valid tokens; the others stay out of the means.  Their outputs are
+            computed all the same.  Padding may hold anything; in a call that is differentiated, what is not
+            finite there counts as 0.
+        gates: gate values from any other router instead of the linear gates: [T], one row per sample [...,
+            T], or one per token [..., N, T], where any dimension may be 1 that is shared.  Gates that are
+            exactly 0 cost next to nothing where whole samples or tiles of tokens share them and no gate or
+            expert needs a gradient.
         frozen_gates: the first so many gates get a gradient of 0, which is cheaper than computing it.
-        backend: ``"eager"`` expert by expert (the oracle), ``"grouped"`` a few dense products over concatenated experts, ``"triton"``
-            fused kernels, ``"auto"`` the fastest that can run (see `mingle.dispatch`).  Only ``"eager"`` is differentiable twice.
+        backend: ``"eager"`` expert by expert (the oracle), ``"grouped"`` a few dense products over
+            concatenated experts, ``"triton"`` fused kernels, ``"auto"`` the fastest that can run (see
+            `mingle.ops.dispatch`).  Only ``"eager"`` is differentiable twice.
 
-    x, weight, bias, A and B share a dtype: fp32, fp16, bf16 or, except for ``"triton"``, fp64; under autocast they are cast to its dtype.
-    Gates may be of that dtype or fp32, and are computed in fp32 or better.  Sums accumulate in fp32 or better; fp32 products are IEEE
-    unless TF32 is allowed in ``torch.backends.cuda.matmul``.  Equal inputs give equal bits.
+    x, weight, bias, A and B share a dtype: fp32, fp16, bf16 or, except for ``"triton"``, fp64; under autocast
+        they are cast to its dtype.
+    Gates may be of that dtype or fp32, and are computed in fp32 or better.  Sums accumulate in fp32 or
+    better; fp32 products are IEEE unless TF32 is allowed in ``torch.backends.cuda.matmul``.  Equal inputs
+    give equal bits.
 
     Returns:
         y [..., N, d_out] in x's dtype.  With T = 0 exactly ``F.linear(x, weight, bias)``.
@@ -73,7 +81,11 @@ def gated_experts(
     if backend == "eager":
         gate_weight, gate_bias = _freeze(gate_weight, frozen_gates, 0), _freeze(gate_bias, frozen_gates, 0)
         gates = _freeze(gates, frozen_gates, -1)
-        values = reference.gate_values(x, gate_weight, gate_bias, reduce, mask) if gates is None else _align_gates(gates, x)
+        if gates is None:
+            assert gate_weight is not None and gate_bias is not None
+            values = reference.gate_values(x, gate_weight, gate_bias, reduce, mask)
+        else:
+            values = _align_gates(gates, x)
         return reference.gated_experts(x, weight, bias, A, B, values)
     if not torch.is_autocast_enabled(x.device.type):
         return _matrix_form(x, layer, reduce, mask, gates, backend)
@@ -97,7 +109,12 @@ class Projection(NamedTuple):
 
 
 def _matrix_form(
-    x: torch.Tensor, layer: Projection, reduce: str, mask: torch.Tensor | None, gates: torch.Tensor | None, backend: str
+    x: torch.Tensor,
+    layer: Projection,
+    reduce: str,
+    mask: torch.Tensor | None,
+    gates: torch.Tensor | None,
+    backend: str,
 ) -> torch.Tensor:
     """All tokens in one dimension, and every `group` of them with one row of gates."""
     weight, _, A, B, *_, frozen_gates = layer
@@ -131,14 +148,20 @@ def _learns(*tensors: torch.Tensor | None) -> bool:
 
 
 def gated_experts_shared(
-    x: torch.Tensor, layers: Sequence[Projection], *, reduce: str = "sample", mask: torch.Tensor | None = None, backend: str = "auto"
+    x: torch.Tensor,
+    layers: Sequence[Projection],
+    *,
+    reduce: str = "sample",
+    mask: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> list[torch.Tensor]:
-    """`gated_experts` for several layers that read the same x, with one pass over x for all their A and gates.
+    """`gated_experts` for several layers that read the same x, with one pass over x for all their A and
+    gates.
 
     Args:
         x: input [..., N, d_in].
-        layers: their tensors.  Ranks must be equal, all or none must have a bias, and only x and gates may need gradients; otherwise, and
-            where folding pays, the layers are computed one by one.
+        layers: their tensors.  Ranks must be equal, all or none must have a bias, and only x and gates may
+            need gradients; otherwise, and where folding pays, the layers are computed one by one.
         reduce, mask, backend: as for `gated_experts`.
 
     Returns:
@@ -154,19 +177,38 @@ def gated_experts_shared(
     tokens = x.reshape(-1, x.shape[-1])
     group = _group(x, reduce)
     plans = {
-        dispatch.plan(backend, tokens, group, len(layer.weight), layer.A.shape[0] * layer.A.shape[1]) if backend != "eager" else None
+        dispatch.plan(backend, tokens, group, len(layer.weight), layer.A.shape[0] * layer.A.shape[1])
+        if backend != "eager"
+        else None
         for layer in layers
     }
     plan = plans.pop() if len(plans) == 1 else None
     if plan is None or plan.fold or torch.is_autocast_enabled(x.device.type) or not _stackable(layers):
         return [
-            gated_experts(x, *layer[:6], reduce=reduce, mask=mask, frozen_gates=layer.frozen_gates, backend=backend) for layer in layers
+            gated_experts(
+                x, *layer[:6], reduce=reduce, mask=mask, frozen_gates=layer.frozen_gates, backend=backend
+            )
+            for layer in layers
         ]
     weights, biases, As, Bs, gate_weights, gate_biases, frozen = map(list, zip(*layers, strict=True))
     save = _learns(x, *gate_weights, *gate_biases)
     biases = [bias for bias in biases if bias is not None]
     mask = None if mask is None or reduce == "token" else mask.reshape(-1)
-    ys = ops.SHARED(save, tokens, weights, biases, As, Bs, gate_weights, gate_biases, mask, group, frozen, save, plan.backend)[0]
+    ys = ops.SHARED(
+        save,
+        tokens,
+        weights,
+        biases,
+        As,
+        Bs,
+        gate_weights,
+        gate_biases,
+        mask,
+        group,
+        frozen,
+        save,
+        plan.backend,
+    )[0]
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
@@ -195,11 +237,15 @@ def _freeze(gates: torch.Tensor | None, count: int, dim: int) -> torch.Tensor | 
     """The same values, the first `count` along `dim` without a gradient."""
     if gates is None or count == 0:
         return gates
-    return torch.cat([gates.narrow(dim, 0, count).detach(), gates.narrow(dim, count, gates.shape[dim] - count)], dim)
+    return torch.cat(
+        [gates.narrow(dim, 0, count).detach(), gates.narrow(dim, count, gates.shape[dim] - count)], dim
+    )
 
 
 def _compact_gates(gates: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Gates that broadcast against x in the form that says what shares them: [T], [samples..., T] or [samples..., N, T]."""
+    """Gates that broadcast against x in the form that says what shares them: [T], [samples..., T] or
+    [samples..., N, T].
+    """
     if gates.dim() < x.dim() or gates.shape[:-1] == x.shape[:-1]:
         return gates
     if all(size == 1 for size in gates.shape[:-1]):
@@ -216,7 +262,14 @@ def _align_gates(gates: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return gates.unsqueeze(-2)
 
 
-def _check(x: torch.Tensor, layer: Projection, reduce: str, mask: torch.Tensor | None, gates: torch.Tensor | None, backend: str) -> None:
+def _check(
+    x: torch.Tensor,
+    layer: Projection,
+    reduce: str,
+    mask: torch.Tensor | None,
+    gates: torch.Tensor | None,
+    backend: str,
+) -> None:
     weight, bias, A, B, gate_weight, gate_bias, frozen_gates = layer
     if reduce not in reference.REDUCTIONS:
         raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(reference.REDUCTIONS)}")
@@ -235,7 +288,9 @@ def _check(x: torch.Tensor, layer: Projection, reduce: str, mask: torch.Tensor |
     if gates is None:
         if experts and (gate_weight is None or gate_bias is None):
             raise ValueError("gate_weight and gate_bias are needed unless gates is given")
-    elif gates.shape[-1] != experts or not (gates.shape[:-1] in ((), x.shape[:-2]) or _spans(gates.shape[:-1], leading)):
+    elif gates.shape[-1] != experts or not (
+        gates.shape[:-1] in ((), x.shape[:-2]) or _spans(gates.shape[:-1], leading)
+    ):
         raise ValueError(
             f"gates has shape {list(gates.shape)}; for x {list(x.shape)} and {experts} experts expected [{experts}], "
             f"{[*x.shape[:-2], experts]} or {[*leading, experts]}, there with 1 for any dimension that is shared"
@@ -260,16 +315,22 @@ def _check(x: torch.Tensor, layer: Projection, reduce: str, mask: torch.Tensor |
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}, expected torch.bool")
     dtype = weight.dtype
-    if (x.dtype == A.dtype == B.dtype == dtype and (bias is None or bias.dtype == dtype)) or torch.is_autocast_enabled(device.type):
+    if (
+        x.dtype == A.dtype == B.dtype == dtype and (bias is None or bias.dtype == dtype)
+    ) or torch.is_autocast_enabled(device.type):
         return
     for name, tensor in (("x", x), ("A", A), ("B", B), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, weight {dtype}: cast one of them, or use autocast")
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, weight {dtype}: cast one of them, or use autocast"
+            )
 
 
 def _spans(shape: torch.Size, leading: torch.Size) -> bool:
     """Whether `shape` is `leading` with 1 in some places."""
-    return len(shape) == len(leading) and all(size in (1, whole) for size, whole in zip(shape, leading, strict=True))
+    return len(shape) == len(leading) and all(
+        size in (1, whole) for size, whole in zip(shape, leading, strict=True)
+    )
 
 
 class _RelaxedProjection(torch.autograd.Function):
@@ -299,6 +360,8 @@ def relaxed_projection(weight: torch.Tensor, basis: torch.Tensor, lam: torch.Ten
         ValueError: shapes that do not fit.
     """
     if basis.dim() != 2 or weight.shape[-1] != basis.shape[0] or lam.shape != basis.shape[1:]:
-        raise ValueError(f"weight {list(weight.shape)}, basis {list(basis.shape)} and lam {list(lam.shape)}: expected [n, d], [d, K], [K]")
+        raise ValueError(
+            f"weight {list(weight.shape)}, basis {list(basis.shape)} and lam {list(lam.shape)}: expected [n, d], [d, K], [K]"
+        )
     result: torch.Tensor = _RelaxedProjection.apply(weight, basis, lam)
     return result

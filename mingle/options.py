@@ -1,4 +1,6 @@
-"""Options as dataclasses: unknown names are refused with the nearest known one, values are checked against the declared types."""
+"""Options as dataclasses: unknown names are refused with the nearest known one, values are checked against
+the declared types.
+"""
 
 from __future__ import annotations
 
@@ -65,11 +67,15 @@ def require_not_negative(options: object, *names: str) -> None:
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint` (int, float, str, bool, a Literal, a tuple of them, or a union), or an `OptionError`."""
+    """`value` as the type `hint` (int, float, str, bool, a Literal, a tuple of them, or a union), or an
+    `OptionError`.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in args:
-            raise OptionError(f"{where}: {value!r}{nearest(str(value), map(str, args))}; expected one of {', '.join(map(str, args))}")
+            raise OptionError(
+                f"{where}: {value!r}{nearest(str(value), map(str, args))}; expected one of {', '.join(map(str, args))}"
+            )
         return value
     if origin in (Union, UnionType):
         for arg in args:

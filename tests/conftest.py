@@ -10,8 +10,22 @@ from transformers import CLIPConfig, CLIPModel
 
 from mingle.tasks import TaskData
 
-TINY_VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
-TINY_TEXT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, max_position_embeddings=8)
+TINY_VISION = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=4,
+)
+TINY_TEXT = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    vocab_size=64,
+    max_position_embeddings=8,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +37,9 @@ def _reproducible() -> None:
 def base_model() -> CLIPModel:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return CLIPModel(CLIPConfig(text_config=TINY_TEXT, vision_config=TINY_VISION, projection_dim=16)).eval()
+        return CLIPModel(
+            CLIPConfig(text_config=TINY_TEXT, vision_config=TINY_VISION, projection_dim=16)
+        ).eval()
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +47,9 @@ def tuned_states(base_model: CLIPModel) -> list[dict[str, torch.Tensor]]:
     """Three fine-tuned vision towers under the tower's own names."""
     generator = torch.Generator().manual_seed(2)
     tower = base_model.vision_model.state_dict()
-    return [{k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in tower.items()} for _ in range(3)]
+    return [
+        {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in tower.items()} for _ in range(3)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +60,9 @@ def base_folder(base_model: CLIPModel, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def tuned_folders(base_model: CLIPModel, tuned_states: list[dict[str, torch.Tensor]], base_folder: Path) -> list[Path]:
+def tuned_folders(
+    base_model: CLIPModel, tuned_states: list[dict[str, torch.Tensor]], base_folder: Path
+) -> list[Path]:
     """The fine-tuned towers as hub folders, with the prefix that hub checkpoints carry."""
     from safetensors.torch import save_file
 
@@ -51,7 +71,9 @@ def tuned_folders(base_model: CLIPModel, tuned_states: list[dict[str, torch.Tens
         folder = base_folder.parent / f"tuned{i}"
         folder.mkdir()
         base_model.config.vision_config.save_pretrained(folder)
-        save_file({f"vision_model.{k}": v for k, v in state.items()}, folder / "model.safetensors", {"format": "pt"})
+        save_file(
+            {f"vision_model.{k}": v for k, v in state.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
         folders.append(folder)
     return folders
 

@@ -21,13 +21,22 @@ class Problem(NamedTuple):
     upstream: Tensor
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Problem:
-        return self._replace(tensors={name: change(tensor) for name, tensor in self.tensors.items()}, upstream=change(self.upstream))
+        return self._replace(
+            tensors={name: change(tensor) for name, tensor in self.tensors.items()},
+            upstream=change(self.upstream),
+        )
 
     def solve(self, backend: str) -> dict[str, Tensor]:
         """y and the gradients."""
-        leaves = {name: tensor.detach().requires_grad_(name in self.needs) for name, tensor in self.tensors.items()}
-        y = gated_experts(**({"gate_weight": None, "gate_bias": None} | leaves), **self.options, backend=backend)
-        gradients = torch.autograd.grad(y, [leaves[name] for name in self.needs], self.upstream) if self.needs else ()
+        leaves = {
+            name: tensor.detach().requires_grad_(name in self.needs) for name, tensor in self.tensors.items()
+        }
+        y = gated_experts(
+            **({"gate_weight": None, "gate_bias": None} | leaves), **self.options, backend=backend
+        )
+        gradients = (
+            torch.autograd.grad(y, [leaves[name] for name in self.needs], self.upstream) if self.needs else ()
+        )
         return {"y": y.detach(), **dict(zip(self.needs, gradients, strict=True))}
 
     def exact(self) -> dict[str, Tensor]:
@@ -45,7 +54,9 @@ class Problem(NamedTuple):
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """`tensor` with other strides; whatever lies between its elements is NaN.  Expanded: its first entry throughout."""
+    """`tensor` with other strides; whatever lies between its elements is NaN.  Expanded: its first entry
+    throughout.
+    """
     if layout == "expanded":
         return tensor[:1].expand(tensor.shape)
     if layout == "transposed" and tensor.dim() > 1:

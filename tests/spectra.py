@@ -1,4 +1,6 @@
-"""Matrices with given singular values, and the figures by which a truncated decomposition is judged against LAPACK in float64."""
+"""Matrices with given singular values, and the figures by which a truncated decomposition is judged against
+LAPACK in float64.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def _values(name: str, k: int, r: int) -> Tensor:
         "1/k": 1 / i,
         "1/sqrt(k)": i.rsqrt(),
         "flat": torch.ones(k, dtype=torch.float64),
-        "cluster across r": torch.where((i - r).abs() <= r / 4, 0.5 * (3 / 4 * r) ** -1.0, torch.where(i < r, 1 / i, 0.4 / i)),
+        "cluster across r": torch.where(
+            (i - r).abs() <= r / 4, 0.5 * (3 / 4 * r) ** -1.0, torch.where(i < r, 1 / i, 0.4 / i)
+        ),
         "low rank and noise": torch.where(i <= r / 2, 1 / i, 1e-3),
         "rank below r": torch.where(i <= 5 * r / 8, 1 / i, 0.0),
         "one": torch.where(i == 1, 1.0, 0.0),
@@ -28,18 +32,33 @@ def _values(name: str, k: int, r: int) -> Tensor:
     return table[name]
 
 
-SPECTRA = ("0.9^k", "0.98^k", "1/k", "1/sqrt(k)", "flat", "cluster across r", "low rank and noise", "rank below r", "one", "zero")
+SPECTRA = (
+    "0.9^k",
+    "0.98^k",
+    "1/k",
+    "1/sqrt(k)",
+    "flat",
+    "cluster across r",
+    "low rank and noise",
+    "rank below r",
+    "one",
+    "zero",
+)
 
 
 def matrix(spectrum: str, m: int, n: int, r: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A random matrix [m, n] with these singular values."""
     generator, k = torch.Generator().manual_seed(seed), min(m, n)
-    left, right = (torch.linalg.qr(torch.randn(size, k, generator=generator, dtype=torch.float64)).Q for size in (m, n))
+    left, right = (
+        torch.linalg.qr(torch.randn(size, k, generator=generator, dtype=torch.float64)).Q for size in (m, n)
+    )
     return (left * _values(spectrum, k, r) @ right.mT).to(dtype)
 
 
 class Figures(NamedTuple):
-    """Errors of a truncated decomposition; `excess` and `deficit` are None where the matrix has no more than r singular values."""
+    """Errors of a truncated decomposition; `excess` and `deficit` are None where the matrix has no more than
+    r singular values.
+    """
 
     excess: float | None  # ‖M − U S Vᵀ‖ over the least possible, less 1
     deficit: float | None  # energy that the best approximation has and this one lacks, over the whole

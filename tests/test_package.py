@@ -23,7 +23,9 @@ def test_the_wheel_holds_only_mingle_and_its_data(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mingle"}
     for expected in (
-        "mingle/kernels/reference.py",
+        "mingle/kernels/gated_experts/reference.py",
+        "mingle/kernels/relaxed_projection/triton.py",
+        "mingle/bench/run.py",
         "mingle/py.typed",
         "mingle/_build.json",
         "mingle/suites/glyphs/data/manifest.json",

@@ -1,4 +1,6 @@
-"""What is decomposed: the layers of one task, task vectors with a stated spectrum, and the experts of the tasks before."""
+"""What is decomposed: the layers of one task, task vectors with a stated spectrum, and the experts of the
+tasks before.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mingle.layers import LowRankExpert
+from mingle.nn.linear import LowRankExpert
 
 #: of every task vector, up to a factor
 SPECTRUM = "σ_k ∝ k^-½ (1 + 3 exp(−k/16)): a slow tail under a head of some sixteen directions; entries 1e-3 in root mean square, fp32"
@@ -47,7 +49,8 @@ class Case:
 CASES = {case.name: case for case in (
     Case("vit-b", "one ViT-B task", (Shape(768, 768, 48), Shape(3072, 768, 12), Shape(768, 3072, 12))),
     Case("vit-l", "one ViT-L task", (Shape(1024, 1024, 96), Shape(4096, 1024, 24), Shape(1024, 4096, 24))),
-    # two layers of 14336×4096 and one of 4096×14336, on which LAPACK takes longer: counted as a third tall one
+    # two layers of 14336×4096 and one of 4096×14336, on which LAPACK takes longer: counted as a third tall
+    # one
     Case("llm", "one block of a 4096-wide language model", (Shape(4096, 4096, 4), Shape(14336, 4096, 3))),
 )}
 # fmt: on
@@ -79,12 +82,15 @@ class Problem:
 
 
 def make(case: Case, shape: Shape, layers: int, device: torch.device, seed: int = 0) -> Problem:
-    """A task's Δ of this shape and what came before; the earlier experts are the best approximations of task vectors like it."""
+    """A task's Δ of this shape and what came before; the earlier experts are the best approximations of task
+    vectors like it.
+    """
     generator = torch.Generator().manual_seed(seed)
     pattern = _mixed(shape, generator, device)
     deltas = torch.stack([_shuffled(pattern, generator) for _ in range(layers)])
     earlier = [
-        tuple(LowRankExpert.from_dense(_shuffled(pattern, generator), case.rank) for _ in range(case.earlier)) for _ in range(layers)
+        tuple(LowRankExpert.from_dense(_shuffled(pattern, generator), case.rank) for _ in range(case.earlier))
+        for _ in range(layers)
     ]
     return Problem(shape, case.rank, deltas, tuple(earlier))
 
@@ -92,7 +98,8 @@ def make(case: Case, shape: Shape, layers: int, device: torch.device, seed: int 
 def _mixed(shape: Shape, generator: torch.Generator, device: torch.device) -> Tensor:
     """A matrix [m, n] in float64 with this spectrum and singular vectors without any structure.
 
-    Random orthogonal factors of 14336 rows take minutes; fast Hartley transforms of random signs, twice over, take seconds.
+    Random orthogonal factors of 14336 rows take minutes; fast Hartley transforms of random signs, twice over,
+    take seconds.
     """
     M = torch.zeros(shape.m, shape.n, dtype=torch.float64, device=device)
     M.diagonal().copy_(spectrum(shape.shorter) * _ENTRY * (shape.m * shape.n) ** 0.5)
@@ -109,7 +116,9 @@ def _hartley(rows: Tensor) -> Tensor:
 
 
 def _shuffled(M: Tensor, generator: torch.Generator) -> Tensor:
-    """M in fp32 with rows and columns permuted and their signs drawn anew: as many singular values, directions that know nothing of M's."""
+    """M in fp32 with rows and columns permuted and their signs drawn anew: as many singular values,
+    directions that know nothing of M's.
+    """
     m, n = M.shape
     rows, columns = (torch.randperm(size, generator=generator).to(M.device) for size in (m, n))
     left, right = (_signs(size, generator, M.device) for size in (m, n))

@@ -13,19 +13,22 @@ from torch import Tensor
 from mingle.bench.decomposition.cases import Problem
 from mingle.bench.decomposition.peers import Triplets
 from mingle.bench.decomposition.pipelines import Factors, effective_rank
-from mingle.projection import concatenated
+from mingle.methods.experts import concatenated
 
-# Beside the excess residual: max |UᵀU − I|, and of V, which LAPACK's fp32 keeps for 14336 rows, and the largest singular value, which
-# every sketch finds.  Of our orthogonality the specification asks for more.
+# Beside the excess residual: max |UᵀU − I|, and of V, which LAPACK's fp32 keeps for 14336 rows, and the
+# largest singular value, which every sketch finds.  Of our orthogonality the specification asks for more.
 _LIMITS = {"orthogonality": 2e-5, "leading value": 1e-2}
 _OUR_LIMITS = _LIMITS | {"orthogonality": 2e-6}
-#: a shorter side up to which singular values are LAPACK's own; beyond, the square roots of the Gram matrix's eigenvalues, ten times as fast
+#: a shorter side up to which singular values are LAPACK's own; beyond, the square roots of the Gram matrix's
+#: eigenvalues, ten times as fast
 _DIRECT = 1100
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best a rank allows for M [m, n]: the residual ‖M − M_r‖, and the leading singular values σ [r]; all in float64."""
+    """The best a rank allows for M [m, n]: the residual ‖M − M_r‖, and the leading singular values σ [r]; all
+    in float64.
+    """
 
     M: Tensor
     residual: float
@@ -51,7 +54,12 @@ class Optimum:
         identity = torch.eye(len(S), dtype=torch.float64, device=S.device)
         off = float(torch.maximum((U.mT @ U - identity).abs().max(), (Vh @ Vh.mT - identity).abs().max()))
         values = ((S - self.sigma) / self.sigma).abs()
-        return {"excess": self.excess(U * S @ Vh), "orthogonality": off, "leading value": float(values[0]), "values": float(values.max())}
+        return {
+            "excess": self.excess(U * S @ Vh),
+            "orthogonality": off,
+            "leading value": float(values[0]),
+            "values": float(values.max()),
+        }
 
 
 def optima(problem: Problem) -> dict[int, Optimum]:
@@ -60,7 +68,9 @@ def optima(problem: Problem) -> dict[int, Optimum]:
 
 
 def projected_optima(problem: Problem) -> tuple[dict[int, Optimum], dict[int, int]]:
-    """The same for Δ without the leading block of the earlier updates, found by LAPACK's QR and SVD in float64; and that block's size."""
+    """The same for Δ without the leading block of the earlier updates, found by LAPACK's QR and SVD in
+    float64; and that block's size.
+    """
     found, ranks = {}, {}
     for i in sorted({0, problem.layers - 1}):
         B, A = (part.double() for part in concatenated(problem.earlier[i]))
@@ -93,14 +103,24 @@ def expert_errors(result: Factors, expected: dict[int, Optimum]) -> dict[str, fl
             return math.inf
         return optimum.excess(B.double() @ A.double())
 
-    return _worst([{"excess": excess(i, optimum) if i < len(result) else math.inf} for i, optimum in expected.items()])
+    return _worst(
+        [{"excess": excess(i, optimum) if i < len(result) else math.inf} for i, optimum in expected.items()]
+    )
 
 
 def verdict(errors: dict[str, float], limit: float, ours: bool) -> dict[str, Any]:
-    """``status`` and ``errors`` of one result, and where it is wrong the ``reason``; `limit` bounds the excess residual on both sides."""
+    """``status`` and ``errors`` of one result, and where it is wrong the ``reason``; `limit` bounds the
+    excess residual on both sides.
+    """
     limits = {"excess": limit, **(_OUR_LIMITS if ours else _LIMITS)}
-    wrong = {name: error for name, error in errors.items() if name in limits and not -limits[name] <= error <= limits[name]}
-    finite = {name: error if error < math.inf else None for name, error in errors.items()}  # JSON knows no infinity
+    wrong = {
+        name: error
+        for name, error in errors.items()
+        if name in limits and not -limits[name] <= error <= limits[name]
+    }
+    finite = {
+        name: error if error < math.inf else None for name, error in errors.items()
+    }  # JSON knows no infinity
     if not wrong:
         return {"status": "ok", "errors": finite, "limit": limit}
     reason = "; ".join(f"{name} {error:.1e}, allowed {limits[name]:.1e}" for name, error in wrong.items())
@@ -109,4 +129,7 @@ def verdict(errors: dict[str, float], limit: float, ours: bool) -> dict[str, Any
 
 def _worst(layers: Sequence[dict[str, float]]) -> dict[str, float]:
     """Of each error the largest; infinite where one is not a number."""
-    return {name: max(layer[name] if layer[name] == layer[name] else math.inf for layer in layers) for name in layers[0]}
+    return {
+        name: max(layer[name] if layer[name] == layer[name] else math.inf for layer in layers)
+        for name in layers[0]
+    }

@@ -12,7 +12,9 @@ from mingle.bench.decomposition.pipelines import PUBLISHED, THIN
 
 @dataclass(frozen=True)
 class Target:
-    """On this device a peer should take at least `ratio` times as long as ours; for the whole task, or for one shape of it."""
+    """On this device a peer should take at least `ratio` times as long as ours; for the whole task, or for
+    one shape of it.
+    """
 
     case: str
     part: str  # "decompose" or "project"
@@ -38,18 +40,25 @@ TARGETS = (
 
 
 def totals(shapes: Sequence[Mapping[str, Any]], ours: str) -> dict[str, dict[str, Any]]:
-    """By peer the seconds of all layers together, as the sum over shapes of the measured seconds per layer times the count of layers.
+    """By peer the seconds of all layers together, as the sum over shapes of the measured seconds per layer
+    times the count of layers.
 
-    Percentiles are the sums of the shapes' percentiles, wider than those of a whole task; ratios to ours are weighted with our time.  A
-    peer that is missing for a shape, or wrong, has ``missing`` instead.
+    Percentiles are the sums of the shapes' percentiles, wider than those of a whole task; ratios to ours are
+    weighted with our time.  A peer that is missing for a shape, or wrong, has ``missing`` instead.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for measured in shapes for name in measured["peers"]):
-        rows = [(measured["shape"], measured["peers"].get(name, {}), measured["peers"].get(ours, {})) for measured in shapes]
+        rows = [
+            (measured["shape"], measured["peers"].get(name, {}), measured["peers"].get(ours, {}))
+            for measured in shapes
+        ]
         if missing := [f"{shape['m']}×{shape['n']}" for shape, peer, _ in rows if "median" not in peer]:
             found[name] = {"missing": missing}
             continue
-        found[name] = {f"{key}_seconds": sum(shape["count"] * peer[key] for shape, peer, _ in rows) for key in ("median", "p20", "p80")}
+        found[name] = {
+            f"{key}_seconds": sum(shape["count"] * peer[key] for shape, peer, _ in rows)
+            for key in ("median", "p20", "p80")
+        }
         found[name]["worst_excess"] = max(peer["errors"]["excess"] for _, peer, _ in rows)
         if all("median" in own for _, _, own in rows):
             weights = [shape["count"] * own["median"] for shape, _, own in rows]

@@ -49,11 +49,18 @@ def decompositions(problem: Problem, peers: Sequence[Peer], budget: Budget, seed
     found = _compared(problem, peers, call, errors, budget, seed)
     for peer in peers:
         curve, label = peer.curve or peer.method, peer.label or peer.setting
-        found["peers"][peer.name] |= {"method": peer.method, "setting": peer.setting, "curve": curve, "label": label}
+        found["peers"][peer.name] |= {
+            "method": peer.method,
+            "setting": peer.setting,
+            "curve": curve,
+            "label": label,
+        }
     return found
 
 
-def pipelines(problem: Problem, candidates: Sequence[Pipeline], budget: Budget, seed: int = 0) -> dict[str, Any]:
+def pipelines(
+    problem: Problem, candidates: Sequence[Pipeline], budget: Budget, seed: int = 0
+) -> dict[str, Any]:
     """Every pipeline from the problem's Δ and earlier experts to new experts; see `_compared`."""
     optima, ranks = check.projected_optima(problem)
     found = _compared(
@@ -81,7 +88,8 @@ def _compared(
     budget: Budget,
     seed: int,
 ) -> dict[str, Any]:
-    """By name: a ``status`` of ``ok``, ``wrong``, ``failed`` or ``left out``, with ``errors`` or a ``reason``.
+    """By name: a ``status`` of ``ok``, ``wrong``, ``failed`` or ``left out``, with ``errors`` or a
+    ``reason``.
 
     ``median``, ``p20`` and ``p80`` are seconds per layer, and ``layers`` says of how many in one call.
     """
@@ -92,8 +100,14 @@ def _compared(
     load = machine.Load()
     for candidate in candidates:
         part = problem if candidate.batched else single
-        found[candidate.name] = result = {"status": "failed", "layers": part.layers, "telling": candidate.telling}
-        reason = candidate.left_out(problem.shape) or ("no time was left for it" if time.monotonic() > budget.until else None)
+        found[candidate.name] = result = {
+            "status": "failed",
+            "layers": part.layers,
+            "telling": candidate.telling,
+        }
+        reason = candidate.left_out(problem.shape) or (
+            "no time was left for it" if time.monotonic() > budget.until else None
+        )
         if reason:
             result |= {"status": "left out", "reason": reason}
             continue
@@ -128,7 +142,9 @@ def _compared(
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds of one call, and its result.  On a GPU between events around it, the second of which is waited for."""
+    """Seconds of one call, and its result.  On a GPU between events around it, the second of which is waited
+    for.
+    """
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -143,14 +159,23 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], Any]], first: Mapping[str, float], ours: str, seconds: float, device: torch.device, seed: int = 0
+    steps: Mapping[str, Callable[[], Any]],
+    first: Mapping[str, float],
+    ours: str,
+    seconds: float,
+    device: torch.device,
+    seed: int = 0,
 ) -> dict[str, dict[int, float]]:
-    """Times of every step by round; a round calls each step once, in an order of its own, so that noise hits all alike.
+    """Times of every step by round; a round calls each step once, in an order of its own, so that noise hits
+    all alike.
 
-    Each takes part in as many rounds as last `seconds` by its time in `first`, but in a few at least, and ours in all.  One that is `SLOW`
-    takes part in none: it has the time from `first`, under −1.
+    Each takes part in as many rounds as last `seconds` by its time in `first`, but in a few at least, and
+    ours in all.  One that is `SLOW` takes part in none: it has the time from `first`, under −1.
     """
-    rounds = {name: 0 if taken > SLOW else min(_MOST, max(_FEWEST, math.ceil(seconds / taken))) for name, taken in first.items()}
+    rounds = {
+        name: 0 if taken > SLOW else min(_MOST, max(_FEWEST, math.ceil(seconds / taken)))
+        for name, taken in first.items()
+    }
     if ours in steps:
         rounds[ours] = max(rounds.values())
     times: dict[str, dict[int, float]] = {name: {} if rounds[name] else {-1: first[name]} for name in steps}
@@ -168,7 +193,12 @@ def interleaved(
     return times
 
 
-def _relative(series: Mapping[int, float], ours: Mapping[int, float], layers: int, our_layers: int) -> dict[str, Any]:
+def _relative(
+    series: Mapping[int, float], ours: Mapping[int, float], layers: int, our_layers: int
+) -> dict[str, Any]:
     """Times per layer relative to ours, round by round, or to our median where there were no rounds."""
     typical = statistics.median(ours.values())
-    return relative([taken / layers for taken in series.values()], [ours.get(number, typical) / our_layers for number in series])
+    return relative(
+        [taken / layers for taken in series.values()],
+        [ours.get(number, typical) / our_layers for number in series],
+    )

@@ -1,4 +1,6 @@
-"""Ways to the leading singular triplets of a matrix or a batch, each with the parameter that trades time for accuracy."""
+"""Ways to the leading singular triplets of a matrix or a batch, each with the parameter that trades time for
+accuracy.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ LARGE = 4096
 class Peer:
     """One method with one setting.
 
-    `run` takes M [b, m, n] and the rank r, and returns U [b, m, r], S [b, r], Vh [b, r, n].  A method that is not `batched` works matrix by
-    matrix, so that one tells the time of all.  `telling` settings are run on large matrices too.
+    `run` takes M [b, m, n] and the rank r, and returns U [b, m, r], S [b, r], Vh [b, r, n].  A method that is
+    not `batched` works matrix by matrix, so that one tells the time of all.  `telling` settings are run on
+    large matrices too.
     """
 
     method: str
@@ -64,7 +67,9 @@ def peers(device: torch.device) -> tuple[Peer, ...]:
 
 def _ours() -> tuple[Peer, ...]:
     """Named by the vectors that iterate for rank 64, and by the power iterations."""
-    curves = {oversample: f"{OURS}, {64 + oversample} vectors, by power iterations" for oversample in (64, 32)}
+    curves = {
+        oversample: f"{OURS}, {64 + oversample} vectors, by power iterations" for oversample in (64, 32)
+    }
 
     def setting(oversample: int, power_iters: int, telling: bool) -> Peer:
         def run(M: Tensor, r: int) -> Triplets:
@@ -88,7 +93,9 @@ def _sketches() -> tuple[Peer, ...]:
             return U[..., :r], S[..., :r], V[..., :r].mT
 
         curve = f"torch.svd_lowrank, q = {q}, by niter"
-        return Peer("torch.svd_lowrank", f"{q}/{niter}", run, SKETCH, telling=telling, curve=curve, label=str(niter))
+        return Peer(
+            "torch.svd_lowrank", f"{q}/{niter}", run, SKETCH, telling=telling, curve=curve, label=str(niter)
+        )
 
     return (
         *(setting(64, niter, niter == 2) for niter in (2, 8, 16)),
@@ -103,8 +110,12 @@ def _grams(device: torch.device) -> tuple[Peer, ...]:
     return tuple(found)
 
 
-def gram_eigh(M: Tensor, r: int, eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.eigh) -> Triplets:
-    """From the eigenvectors of the smaller Gram matrix in float64, as one would write it with a library's solver."""
+def gram_eigh(
+    M: Tensor, r: int, eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.eigh
+) -> Triplets:
+    """From the eigenvectors of the smaller Gram matrix in float64, as one would write it with a library's
+    solver.
+    """
     if M.shape[-2] < M.shape[-1]:
         V, S, Uh = gram_eigh(M.mT, r, eigh)
         return Uh.mT, S, V.mT
@@ -133,10 +144,19 @@ def _cupy_eigh() -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
 def _full(device: torch.device) -> tuple[Peer, ...]:
     if device.type == "cuda":
         thin = [
-            Peer("torch.linalg.svd", f"thin {driver}", full_svd(False, driver), EXACT, batched=driver == "gesvda")
+            Peer(
+                "torch.linalg.svd",
+                f"thin {driver}",
+                full_svd(False, driver),
+                EXACT,
+                batched=driver == "gesvda",
+            )
             for driver in ("gesvda", "gesvdj", "gesvd")
         ]
-        return (*thin, Peer("torch.linalg.svd", "full gesvd", full_svd(True, "gesvd"), EXACT, batched=False, full=True))
+        return (
+            *thin,
+            Peer("torch.linalg.svd", "full gesvd", full_svd(True, "gesvd"), EXACT, batched=False, full=True),
+        )
     return (
         Peer("torch.linalg.svd", "thin", full_svd(False), EXACT, batched=False),
         Peer("torch.linalg.svd", "full", full_svd(True), EXACT, batched=False, full=True),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mingle.bench.decomposition.cases import Problem, Shape
 from mingle.bench.decomposition.peers import EXACT, LARGE, OURS
-from mingle.layers import LowRankExpert
-from mingle.projection import concatenated, make_experts
+from mingle.methods.experts import concatenated, make_experts
+from mingle.nn.linear import LowRankExpert
 
 #: B [m, r] and A [r, n] by layer
 Factors = list[tuple[Tensor, Tensor]]
@@ -42,21 +42,37 @@ def pipelines(device: torch.device) -> tuple[Pipeline, ...]:
     driver = "gesvd" if device.type == "cuda" else None
     full, thin = decomposed_twice(True, driver), decomposed_twice(False, driver)
     return (
-        Pipeline(OURS, ours, EXACT, "mingle.projection.make_experts", batched=True),
-        Pipeline(LIBRARY, library, 1e-3, "thin factors all the way: QR of both, SVD of the core in fp64, then a sketch", batched=True),
+        Pipeline(OURS, ours, EXACT, "mingle.methods.experts.make_experts", batched=True),
+        Pipeline(
+            LIBRARY,
+            library,
+            1e-3,
+            "thin factors all the way: QR of both, SVD of the core in fp64, then a sketch",
+            batched=True,
+        ),
         Pipeline(THIN, thin, EXACT, "the published procedure with full_matrices=False"),
-        Pipeline(PUBLISHED, full, EXACT, "dense S = Σ B_i A_i and Δ', both decomposed with full_matrices=True", full=True),
+        Pipeline(
+            PUBLISHED,
+            full,
+            EXACT,
+            "dense S = Σ B_i A_i and Δ', both decomposed with full_matrices=True",
+            full=True,
+        ),
     )
 
 
 def ours(problem: Problem) -> Factors:
     names = [f"layers.{i}" for i in range(problem.layers)]
-    deltas, earlier = dict(zip(names, problem.deltas, strict=True)), dict(zip(names, problem.earlier, strict=True))
+    deltas, earlier = (
+        dict(zip(names, problem.deltas, strict=True)),
+        dict(zip(names, problem.earlier, strict=True)),
+    )
     return [(expert.B, expert.A) for expert in make_experts(deltas, earlier, problem.rank).values()]
 
 
 def decomposed_twice(full_matrices: bool, driver: str | None = None) -> Callable[[Problem], Factors]:
-    """Layer by layer: decompose the dense sum of the earlier updates, zero the leading block of Uᵀ Δ V, decompose what is left.
+    """Layer by layer: decompose the dense sum of the earlier updates, zero the leading block of Uᵀ Δ V,
+    decompose what is left.
 
     With thin factors Uᵀ Δ V does not hold all of Δ, and the block is subtracted instead.
     """
@@ -75,7 +91,9 @@ def decomposed_twice(full_matrices: bool, driver: str | None = None) -> Callable
         U, S, Vh = torch.linalg.svd(projected, full_matrices=full_matrices, driver=driver)
         return U[:, :r], S[:r, None] * Vh[:r]
 
-    return lambda problem: [expert(*layer, problem.rank) for layer in zip(problem.deltas, problem.earlier, strict=True)]
+    return lambda problem: [
+        expert(*layer, problem.rank) for layer in zip(problem.deltas, problem.earlier, strict=True)
+    ]
 
 
 def library(problem: Problem) -> Factors:

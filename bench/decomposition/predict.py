@@ -1,8 +1,10 @@
-"""What a task's experts take on a GPU by counting: launches, bytes and operations of every step, and the time below which nothing can run.
+"""What a task's experts take on a GPU by counting: launches, bytes and operations of every step, and the time
+below which nothing can run.
 
-The steps are those of `mingle.linalg` and `mingle.projection` for a batch of `b` equal layers [m, n], m ≥ n (others are transposed), with
-r directions kept, ℓ iterating and q power iterations, after R directions of earlier experts.  A multiply-add counts two operations.  Bytes
-are what a launch reads and writes at least, each tensor once.
+The steps are those of `mingle.linalg` and `mingle.methods.experts` for a batch of `b` equal layers [m, n], m
+≥ n (others are transposed), with r directions kept, ℓ iterating and q power iterations, after R directions of
+earlier experts.  A multiply-add counts two operations.  Bytes are what a launch reads and writes at least,
+each tensor once.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ _F32, _F64 = 4, 8
 
 @dataclass(frozen=True)
 class Hardware:
-    """Rates that a floor is computed from.  `eigh_per_column`: an estimate, of solvers that decompose one matrix after the other."""
+    """Rates that a floor is computed from.  `eigh_per_column`: an estimate, of solvers that decompose one
+    matrix after the other.
+    """
 
     name: str = "H100 SXM"
     fp32: float = 60e12  # operations per second, IEEE single precision without tensor cores
@@ -28,15 +32,19 @@ class Hardware:
     bytes: float = 3.0e12  # per second
     launch: float = 4e-6  # seconds of the host per launch
     multiprocessors: int = 132
-    fp64_block: float = 33.5e12 / 132  # of one multiprocessor without tensor cores, for kernels of one block per matrix
-    eigh_per_column: float = 25e-6  # 18 to 36 µs reported for torch 2.10's batched eigh above n = 32 (pytorch issues 174674, 175585)
+    fp64_block: float = (
+        33.5e12 / 132
+    )  # of one multiprocessor without tensor cores, for kernels of one block per matrix
+    # 18 to 36 µs reported for torch 2.10's batched eigh above n = 32 (pytorch issues 174674, 175585)
+    eigh_per_column: float = 25e-6
 
 
 @dataclass(frozen=True)
 class Step:
     """Counts of one step for the whole batch.
 
-    `block`: operations that one block does for one matrix, one after the other; `matrices` of them.  `library`: columns of matrices that a
+    `block`: operations that one block does for one matrix, one after the other; `matrices` of them.
+        `library`: columns of matrices that a
     library decomposes one after the other, whose time is an estimate and in no floor.
     """
 
@@ -52,17 +60,25 @@ class Step:
     def floor(self, hardware: Hardware) -> float:
         """Seconds: of launches, of memory, or of arithmetic, whichever takes longest."""
         waves = -(-self.matrices // hardware.multiprocessors)
-        arithmetic = self.fp32 / hardware.fp32 + self.fp64 / hardware.fp64 + waves * self.block / hardware.fp64_block
+        arithmetic = (
+            self.fp32 / hardware.fp32 + self.fp64 / hardware.fp64 + waves * self.block / hardware.fp64_block
+        )
         return max(self.launches * hardware.launch, self.bytes / hardware.bytes, arithmetic)
 
     def __add__(self, other: Step) -> Step:
         """Both under the first one's name; only steps without blocks, or with as many matrices each, add up."""
         matrices = self.matrices or other.matrices
-        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name not in ("name", "matrices")}
+        counts = {
+            f.name: getattr(self, f.name) + getattr(other, f.name)
+            for f in fields(self)
+            if f.name not in ("name", "matrices")
+        }
         return Step(self.name, matrices=matrices, **counts)
 
     def times(self, count: int) -> Step:
-        counts = {f.name: getattr(self, f.name) * count for f in fields(self) if f.name not in ("name", "matrices")}
+        counts = {
+            f.name: getattr(self, f.name) * count for f in fields(self) if f.name not in ("name", "matrices")
+        }
         return Step(self.name, matrices=self.matrices, **counts)
 
 
@@ -90,7 +106,9 @@ def decompose(shape: Shape, rank: int, mode: str = "accurate") -> list[Step]:
         _product("Q M in fp64", b, l, m, n, _F64),
         _gram("its Gram matrix", b, l, n),
         Step("eigenvectors (K2)", 1, 2 * b * l * l * _F64, block=_jacobi(l), matrices=b),
-        _product("leading triplets", b, r, l, m, _F64) + _product("", b, r, l, n, _F64) + Step("", 12, b * r * (m + 5 * n) * _F64),
+        _product("leading triplets", b, r, l, m, _F64)
+        + _product("", b, r, l, n, _F64)
+        + Step("", 12, b * r * (m + 5 * n) * _F64),
         _orthonormal("unit images", b, r, n),
         Step("verify", 11, 4 * b * r * r * _F64) + _gram("", b, r, m) + _gram("", b, r, n),
         Step("scale back, narrow, signs", 9, b * r * (m + n) * (_F64 + 5 * _F32)),
@@ -100,11 +118,20 @@ def decompose(shape: Shape, rank: int, mode: str = "accurate") -> list[Step]:
 
 
 def project(shape: Shape, rank: int, earlier: int) -> list[Step]:
-    """The steps of `project_out_experts` for all layers of a shape in one batch, after so many earlier experts."""
+    """The steps of `project_out_experts` for all layers of a shape in one batch, after so many earlier
+    experts.
+    """
     b, m, n, R = shape.count, shape.m, shape.n, rank * earlier
     if DENSE_SHARE * shape.shorter <= R:
-        raise ValueError(f"{shape.name}: after {earlier} experts the dense sum is decomposed, which is not counted")
-    cubes = Step("Cholesky and inverse of BᵀB, by a library", 2 * b + 8, 4 * b * R * R * _F64, fp64=b * (R**3 / 3 + R**3))
+        raise ValueError(
+            f"{shape.name}: after {earlier} experts the dense sum is decomposed, which is not counted"
+        )
+    cubes = Step(
+        "Cholesky and inverse of BᵀB, by a library",
+        2 * b + 8,
+        4 * b * R * R * _F64,
+        fp64=b * (R**3 / 3 + R**3),
+    )
     return [
         Step("concatenate and stack, two launches per layer", 2 * b + 3, (4 * R * (m + n) + 2 * m * n) * b * _F32),
         _gram("BᵀB", b, R, m) + Step("", 2, b * R * (m + n) * (_F32 + _F64)),
@@ -131,7 +158,10 @@ def predict(case: Case, hardware: Hardware | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"hardware": asdict(hardware)}
     for part, shapes in parts.items():
         found[part] = {
-            "steps": {name: [asdict(step) | {"floor": step.floor(hardware)} for step in steps] for name, steps in shapes.items()},
+            "steps": {
+                name: [asdict(step) | {"floor": step.floor(hardware)} for step in steps]
+                for name, steps in shapes.items()
+            },
             **_sum((step for steps in shapes.values() for step in steps), hardware),
         }
     return found
@@ -139,20 +169,30 @@ def predict(case: Case, hardware: Hardware | None = None) -> dict[str, Any]:
 
 def _sum(steps: Iterable[Step], hardware: Hardware) -> dict[str, float]:
     steps = list(steps)
-    total = {name: sum(getattr(step, name) for step in steps) for name in ("launches", "bytes", "fp32", "fp64")}
+    total = {
+        name: sum(getattr(step, name) for step in steps) for name in ("launches", "bytes", "fp32", "fp64")
+    }
     estimate = sum(step.library for step in steps) * hardware.eigh_per_column
-    return total | {"floor_seconds": sum(step.floor(hardware) for step in steps), "library_estimate_seconds": estimate}
+    return total | {
+        "floor_seconds": sum(step.floor(hardware) for step in steps),
+        "library_estimate_seconds": estimate,
+    }
 
 
 def _product(name: str, b: int, rows: int, inner: int, columns: int, item: int) -> Step:
     """[rows, inner] @ [inner, columns]."""
-    flop, moved = 2.0 * b * rows * inner * columns, float(item * b * (rows * inner + inner * columns + rows * columns))
+    flop, moved = (
+        2.0 * b * rows * inner * columns,
+        float(item * b * (rows * inner + inner * columns + rows * columns)),
+    )
     return Step(name, 1, moved, **{"fp32" if item == _F32 else "fp64": flop})
 
 
 def _gram(name: str, b: int, rows: int, columns: int) -> Step:
     """Y Yᵀ of Y [rows, columns] in fp64."""
-    return Step(name, 1, float(_F64 * b * (rows * columns + rows * rows)), fp64=2.0 * b * rows * rows * columns)
+    return Step(
+        name, 1, float(_F64 * b * (rows * columns + rows * rows)), fp64=2.0 * b * rows * rows * columns
+    )
 
 
 def _orthonormalized(b: int, rows: int, columns: int, item: int) -> Step:
@@ -163,7 +203,9 @@ def _orthonormalized(b: int, rows: int, columns: int, item: int) -> Step:
 
 
 def _orthonormal(name: str, b: int, rows: int, columns: int) -> Step:
-    """`orthonormal` on a GPU, which does not look whether one round was enough: six, and rows to replace lost ones."""
+    """`orthonormal` on a GPU, which does not look whether one round was enough: six, and rows to replace lost
+    ones.
+    """
     spare = _gaussian("", b, rows, columns) + Step("", 5, b * rows * columns * 7 * _F64)
     return Step(name, 0) + _orthonormalized(b, rows, columns, _F64).times(6) + spare
 

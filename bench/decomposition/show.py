@@ -32,7 +32,10 @@ def write(results: Mapping[str, Any]) -> None:
         mark = "[green]met[/]" if target["met"] else "[red]missed[/]"
         where = target["shape"] or "whole task"
         text = f"target {target['case']}, {where}, {target['part']}: {escape(target['peer'])} ≥ {target['ratio']:g}× ours"
-        console.print(f"{text}: found {target['found']:.2f}×, excess residual {target['excess']:.0e}: {mark}", highlight=False)
+        console.print(
+            f"{text}: found {target['found']:.2f}×, excess residual {target['excess']:.0e}: {mark}",
+            highlight=False,
+        )
 
 
 def _table(results: Mapping[str, Any], part: str, plain: bool) -> Table:
@@ -43,7 +46,9 @@ def _table(results: Mapping[str, Any], part: str, plain: bool) -> Table:
     out = _empty(title, f"{part}: shape and peer", columns, plain)
     for measured in results[part]:
         shape = measured["shape"]
-        out.add_row(f"[bold]{shape['m']}×{shape['n']}[/], {shape['count']} layers", *[""] * len(columns), style="cyan")
+        out.add_row(
+            f"[bold]{shape['m']}×{shape['n']}[/], {shape['count']} layers", *[""] * len(columns), style="cyan"
+        )
         peers = measured["peers"].items()
         # the other points of the curves are in the file and the picture
         timed = [(name, peer) for name, peer in peers if "median" in peer and peer["telling"]]
@@ -54,11 +59,21 @@ def _table(results: Mapping[str, Any], part: str, plain: bool) -> Table:
                 out.add_row(f"  {name}", peer["status"].upper(), *[""] * (len(columns) - 1), style="bold red")
         out.add_section()
     out.add_row("[bold]all layers[/]", *[""] * len(columns), style="cyan")
-    telling = {name for measured in results[part] for name, peer in measured["peers"].items() if peer["telling"]}
-    whole = {name: total for name, total in results["totals"][part].items() if name in telling and "median_seconds" in total}
+    telling = {
+        name for measured in results[part] for name, peer in measured["peers"].items() if peer["telling"]
+    }
+    whole = {
+        name: total
+        for name, total in results["totals"][part].items()
+        if name in telling and "median_seconds" in total
+    }
     for name, total in sorted(whole.items(), key=lambda item: item[1]["median_seconds"]):
         spread = f"{duration(total['p20_seconds'])} … {duration(total['p80_seconds'])}"
-        ratios = (f"{total['ratio']:.2f}", f"{total['ratio_p20']:.2f} … {total['ratio_p80']:.2f}") if "ratio" in total else ("–", "–")
+        ratios = (
+            (f"{total['ratio']:.2f}", f"{total['ratio_p20']:.2f} … {total['ratio_p80']:.2f}")
+            if "ratio" in total
+            else ("–", "–")
+        )
         cells = (duration(total["median_seconds"]), spread, *ratios, f"{total['worst_excess']:.0e}", "")
         out.add_row(f"  {name}", *cells, style="bold" if name in (OURS, ACCURATE) else None)
     return out
@@ -67,9 +82,18 @@ def _table(results: Mapping[str, Any], part: str, plain: bool) -> Table:
 def _cells(peer: Mapping[str, Any]) -> tuple[str, ...]:
     ratios = ("–", "–")
     if "round_ratio" in peer:
-        ratios = (f"{peer['round_ratio']:.2f}", f"{peer['round_ratio_p20']:.2f} … {peer['round_ratio_p80']:.2f}")
+        ratios = (
+            f"{peer['round_ratio']:.2f}",
+            f"{peer['round_ratio_p20']:.2f} … {peer['round_ratio_p80']:.2f}",
+        )
     spread = f"{duration(peer['p20'])} … {duration(peer['p80'])}"
-    return (duration(peer["median"]), spread, *ratios, f"{peer['errors']['excess']:.0e}", str(peer["repetitions"]))
+    return (
+        duration(peer["median"]),
+        spread,
+        *ratios,
+        f"{peer['errors']['excess']:.0e}",
+        str(peer["repetitions"]),
+    )
 
 
 def _notes(console: Console, results: Mapping[str, Any], part: str) -> None:
@@ -80,7 +104,9 @@ def _notes(console: Console, results: Mapping[str, Any], part: str) -> None:
             if "reason" in peer:
                 reasons.setdefault(f"{peer['status']}: {peer['reason']}", []).append(name)
         for reason, names in reasons.items():
-            console.print(f"{shape}: {escape(', '.join(names))}: {escape(reason)}", style="dim", highlight=False)
+            console.print(
+                f"{shape}: {escape(', '.join(names))}: {escape(reason)}", style="dim", highlight=False
+            )
         if (others := measured["cpus_used_by_others"] or 0) > machine.MUCH:
             text = f"{shape}: other processes kept {others:.1f} CPUs busy; take its times with care"
             console.print(text, style="yellow", highlight=False)
@@ -90,21 +116,39 @@ def _prediction(results: Mapping[str, Any], plain: bool) -> Table:
     """Steps by name, over all shapes."""
     prediction = results["prediction"]
     columns = ("launches", "GB", "fp32 GFLOP", "fp64 GFLOP", "floor")
-    out = _empty(f"{results['case']['title']} on one {prediction['hardware']['name']}, by counting", "step", columns, plain)
+    out = _empty(
+        f"{results['case']['title']} on one {prediction['hardware']['name']}, by counting",
+        "step",
+        columns,
+        plain,
+    )
     for part in PARTS:
-        shapes = sorted(prediction[part]["steps"].values(), key=len, reverse=True)  # the first has all steps, in order
+        shapes = sorted(
+            prediction[part]["steps"].values(), key=len, reverse=True
+        )  # the first has all steps, in order
         steps = [step for shape in shapes for step in shape]
         for name in dict.fromkeys(step["name"] for step in steps):
             alike = [step for step in steps if step["name"] == name]
-            total = {key: sum(step[key] for step in alike) for key in ("launches", "bytes", "fp32", "fp64", "floor")}
+            total = {
+                key: sum(step[key] for step in alike)
+                for key in ("launches", "bytes", "fp32", "fp64", "floor")
+            }
             out.add_row(f"  {name}", *_counts(total), duration(total["floor"]))
-        out.add_row(f"[bold]{part}[/]", *_counts(prediction[part]), duration(prediction[part]["floor_seconds"]), style="bold")
+        out.add_row(
+            f"[bold]{part}[/]",
+            *_counts(prediction[part]),
+            duration(prediction[part]["floor_seconds"]),
+            style="bold",
+        )
         out.add_section()
     return out
 
 
 def _counts(step: Mapping[str, Any]) -> tuple[str, ...]:
-    return (str(step["launches"]), *(f"{step[key] / 1e9:.2f}" if step[key] else "" for key in ("bytes", "fp32", "fp64")))
+    return (
+        str(step["launches"]),
+        *(f"{step[key] / 1e9:.2f}" if step[key] else "" for key in ("bytes", "fp32", "fp64")),
+    )
 
 
 def _prediction_notes(console: Console, prediction: Mapping[str, Any]) -> None:

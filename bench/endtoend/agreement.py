@@ -21,22 +21,37 @@ def gates(found: Gates, expected: Gates) -> dict[str, Any]:
     """The worst relative error of one task's gate in one layer, weight and bias together, and where it is."""
     worst, where = 0.0, ""
     for name, (weight, bias) in expected.items():
-        own = [torch.cat([w.double(), b.double()[:, None]], 1).cpu() for w, b in ((weight, bias), found[name])]
-        error = ((own[1] - own[0]).norm(dim=1) / own[0].norm(dim=1).clamp_min(1e-30)).max().item() if len(own[0]) else 0.0
+        own = [
+            torch.cat([w.double(), b.double()[:, None]], 1).cpu() for w, b in ((weight, bias), found[name])
+        ]
+        error = (
+            ((own[1] - own[0]).norm(dim=1) / own[0].norm(dim=1).clamp_min(1e-30)).max().item()
+            if len(own[0])
+            else 0.0
+        )
         if not error <= worst:  # NaN is worst
             worst, where = error, name
     limit = GATES[next(iter(expected.values()))[0].dtype]
-    return {"error": worst if math.isfinite(worst) else None, "tolerance": limit, "layer": where, "ok": worst <= limit}
+    return {
+        "error": worst if math.isfinite(worst) else None,
+        "tolerance": limit,
+        "layer": where,
+        "ok": worst <= limit,
+    }
 
 
 def experts(found: Experts, expected: Experts) -> dict[str, Any]:
     """The worst relative error of B A in the layers that `found` has."""
-    errors = {name: _relative((B @ A).double(), expected[name].delta().double()) for name, (A, B) in found.items()}
+    errors = {
+        name: _relative((B @ A).double(), expected[name].delta().double()) for name, (A, B) in found.items()
+    }
     return _verdict(errors, EXPERTS)
 
 
 def bases(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The sine of the largest angle between protected directions [d_in, K] in any layer; 1 where their numbers differ."""
+    """The sine of the largest angle between protected directions [d_in, K] in any layer; 1 where their
+    numbers differ.
+    """
     errors = {}
     for name, U in expected.items():
         V = found[name]
@@ -51,4 +66,9 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 def _verdict(errors: Mapping[str, float], limit: float) -> dict[str, Any]:
     name = max(errors, key=lambda key: errors[key] if math.isfinite(errors[key]) else math.inf)
     worst = errors[name]
-    return {"error": worst if math.isfinite(worst) else None, "tolerance": limit, "layer": name, "ok": worst <= limit}
+    return {
+        "error": worst if math.isfinite(worst) else None,
+        "tolerance": limit,
+        "layer": name,
+        "ok": worst <= limit,
+    }

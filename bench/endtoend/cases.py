@@ -1,4 +1,6 @@
-"""What is merged: the embedded suite with its own experts, or CLIP models of the published sizes with synthetic task vectors."""
+"""What is merged: the embedded suite with its own experts, or CLIP models of the published sizes with
+synthetic task vectors.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mingle.files import write_json
+from mingle.io.files import write_json
 from mingle.tasks import TaskData, TaskType, get
 
 #: a fine-tuned model: a folder, or its tower's tensors
@@ -32,7 +34,9 @@ _CLASSES, _SEEDS_PER_CLASS = 20, 5
 
 @dataclass(frozen=True)
 class Case:
-    """One base model and how its vision tower is built; None for the embedded suite.  `test_images` per task, where they are synthetic."""
+    """One base model and how its vision tower is built; None for the embedded suite.  `test_images` per task,
+    where they are synthetic.
+    """
 
     name: str
     title: str
@@ -43,7 +47,9 @@ class Case:
 
 
 def _vit(width: int, layers: int, heads: int, patch: int, image: int = 224) -> tuple[tuple[str, int], ...]:
-    sizes = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads)
+    sizes = dict(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads
+    )
     return tuple((sizes | dict(patch_size=patch, image_size=image)).items())
 
 
@@ -59,7 +65,9 @@ CASES = {case.name: case for case in (
 
 @dataclass(frozen=True)
 class Problem:
-    """A case with its data: the base, and by number of the task its expert, its seed samples and its test samples."""
+    """A case with its data: the base, and by number of the task its expert, its seed samples and its test
+    samples.
+    """
 
     case: Case
     task: TaskType
@@ -76,7 +84,9 @@ class Problem:
 
 @contextmanager
 def problem(case: Case, tasks: int, options: dict[str, Any], seed: int = 0) -> Iterator[Problem]:
-    """The case with its data; what has to be written for it is deleted at the end.  `options` overrule the case's own."""
+    """The case with its data; what has to be written for it is deleted at the end.  `options` overrule the
+    case's own.
+    """
     if case.vision is None:
         yield _glyphs(case, tasks, options, seed)
         return
@@ -104,7 +114,14 @@ def _glyphs(case: Case, tasks: int, options: dict[str, Any], seed: int) -> Probl
     )
 
 
-def _synthetic(case: Case, vision: tuple[tuple[str, int], ...], tasks: int, options: dict[str, Any], seed: int, folder: Path) -> Problem:
+def _synthetic(
+    case: Case,
+    vision: tuple[tuple[str, int], ...],
+    tasks: int,
+    options: dict[str, Any],
+    seed: int,
+    folder: Path,
+) -> Problem:
     base = random_clip(dict(vision), case.projection, seed)
     return Problem(
         case,
@@ -113,8 +130,12 @@ def _synthetic(case: Case, vision: tuple[tuple[str, int], ...], tasks: int, opti
         tasks,
         options,
         partial(_expert, base, folder, seed),
-        lambda i: images(dict(vision), case.projection, case.classes, case.classes * _SEEDS_PER_CLASS, seed + 1000 * i),
-        lambda i: images(dict(vision), case.projection, case.classes, case.test_images, seed + 1000 * i + 1, labelled=True),
+        lambda i: images(
+            dict(vision), case.projection, case.classes, case.classes * _SEEDS_PER_CLASS, seed + 1000 * i
+        ),
+        lambda i: images(
+            dict(vision), case.projection, case.classes, case.test_images, seed + 1000 * i + 1, labelled=True
+        ),
     )
 
 
@@ -124,18 +145,24 @@ def random_clip(vision: dict[str, int], projection: int, seed: int = 0) -> nn.Mo
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = CLIPModel(CLIPConfig(vision_config=vision, text_config=_TEXT, projection_dim=projection))
+        model: nn.Module = CLIPModel(
+            CLIPConfig(vision_config=vision, text_config=_TEXT, projection_dim=projection)
+        )
     return model.eval()
 
 
-def images(vision: dict[str, int], projection: int, classes: int, count: int, seed: int, *, labelled: bool = False) -> TaskData:
+def images(
+    vision: dict[str, int], projection: int, classes: int, count: int, seed: int, *, labelled: bool = False
+) -> TaskData:
     """Random images of one task; its classes depend on the thousands of `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     size = vision["image_size"]
     pixels = torch.zeros(count, 3, size, size)
     for octave in range(size.bit_length()):  # white noise alone has no leading directions, as photographs do
         side = min(2**octave, size)
-        pixels += nn.functional.interpolate(torch.randn(count, 3, side, side, generator=generator), size=(size, size))
+        pixels += nn.functional.interpolate(
+            torch.randn(count, 3, side, side, generator=generator), size=(size, size)
+        )
     pixels *= size.bit_length() ** -0.5
     head = torch.randn(classes, projection, generator=torch.Generator().manual_seed(seed // 1000))
     labels = torch.randint(classes, (count,), generator=generator) if labelled else None
@@ -160,13 +187,17 @@ def tuned_tower(base: nn.Module, index: int, seed: int = 0) -> dict[str, Tensor]
 
 
 def _expert(base: nn.Module, folder: Path, seed: int, index: int) -> Path:
-    """A folder in hub format with the expert of task `index`; the one made before is deleted, as twenty of them would fill a disk."""
+    """A folder in hub format with the expert of task `index`; the one made before is deleted, as twenty of
+    them would fill a disk.
+    """
     from safetensors.torch import save_file
 
     target = folder / "expert"
     target.mkdir(exist_ok=True)
     config: Any = base.config
     write_json(target / "config.json", config.vision_config.to_dict())
-    state = {f"vision_model.{name}": tensor.contiguous() for name, tensor in tuned_tower(base, index, seed).items()}
+    state = {
+        f"vision_model.{name}": tensor.contiguous() for name, tensor in tuned_tower(base, index, seed).items()
+    }
     save_file(state, target / "model.safetensors", {"format": "pt"})
     return target

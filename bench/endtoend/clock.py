@@ -48,7 +48,8 @@ class Stopwatch:
 class PeakMemory:
     """The most bytes held since its making, beyond what was held then.
 
-    On a GPU what PyTorch's allocator has handed out, on a CPU the process's resident memory; None where the system does not tell.
+    On a GPU what PyTorch's allocator has handed out, on a CPU the process's resident memory; None where the
+    system does not tell.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,7 +71,11 @@ class PeakMemory:
     def grown(self) -> int | None:
         if self.before is None:
             return None
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _size(_OWN, "VmHWM")
+        peak = (
+            torch.cuda.max_memory_allocated(self.device)
+            if self.device.type == "cuda"
+            else _size(_OWN, "VmHWM")
+        )
         return max(0, peak - self.before)
 
 
@@ -86,4 +91,9 @@ def available(device: torch.device) -> float:
 
 def _size(path: str, key: str) -> int:
     """A size in bytes from a file in which the system tells kilobytes by key."""
-    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{key}:")) * 1024
+    return (
+        next(
+            int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{key}:")
+        )
+        * 1024
+    )

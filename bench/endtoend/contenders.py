@@ -1,4 +1,6 @@
-"""Three ways to a merged model: this library, its plain formulas with full decompositions, and the published procedure."""
+"""Three ways to a merged model: this library, its plain formulas with full decompositions, and the published
+procedure.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,23 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mingle import linalg, projection
-from mingle.adapt import shuffled_batches
+from mingle import linalg
+from mingle.adaptation.train import shuffled_batches
 from mingle.bench.endtoend.cases import Problem, Tuned
 from mingle.bench.endtoend.clock import Stopwatch
 from mingle.bench.peers.published import Published
-from mingle.evaluate import accuracy
-from mingle.layers import GATE_INIT_STD, LowRankExpert
-from mingle.merger import MergedTask, Merger
-from mingle.methods import gated, mingle_experts
-from mingle.methods.mingle_experts import Mingle, MingleOptions
-from mingle.task_vector import task_vector
+from mingle.io.state_dicts import task_vector
+from mingle.merging.evaluate import accuracy
+from mingle.merging.merger import MergedTask, Merger
+from mingle.methods import experts, gated
+from mingle.methods import mingle as mingle_method
+from mingle.methods.mingle import Mingle, MingleOptions
+from mingle.nn.linear import GATE_INIT_STD, LowRankExpert
 from mingle.tasks import TaskData
 
 Experts = dict[str, LowRankExpert]
 Gates = dict[str, tuple[Tensor, Tensor]]
-#: what earlier tasks left, one mapping per task, as `mingle.methods.mingle_experts.Mingle.task_tensors` returns it
+#: what earlier tasks left, one mapping per task, as `mingle.methods.mingle.Mingle.task_tensors` returns it
 History = Sequence[Mapping[str, Tensor]]
 
 
@@ -40,8 +43,11 @@ class Contender(Protocol):
     def restore(self, history: History) -> None:
         """Take on the experts, gates and bases of earlier tasks."""
 
-    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None, *, protect: bool = True) -> list[float]:
-        """Merge one more task, with its experts `given` or made.  Returns the seconds of every adaptation step but the first.
+    def add(
+        self, expert: Tuned, seeds: TaskData, given: Experts | None = None, *, protect: bool = True
+    ) -> list[float]:
+        """Merge one more task, with its experts `given` or made.  Returns the seconds of every adaptation
+        step but the first.
 
         Without `protect` the last stage, its directions, is left out.
         """
@@ -65,7 +71,9 @@ class Contender(Protocol):
 class Ours:
     """`mingle.Merger`; with `full`, every decomposition is LAPACK's of the dense matrix in float64."""
 
-    def __init__(self, problem: Problem, clock: Stopwatch, options: Mapping[str, Any], full: bool = False) -> None:
+    def __init__(
+        self, problem: Problem, clock: Stopwatch, options: Mapping[str, Any], full: bool = False
+    ) -> None:
         self.clock, self.full, self._tasks = clock, full, problem.tasks
         with clock("load"):
             self.merger = Merger(problem.base, "mingle", problem.task.name, device=clock.device, **options)
@@ -78,12 +86,16 @@ class Ours:
 
     def restore(self, history: History) -> None:
         device = self.clock.device
-        self.method.restore([{name: tensor.to(device) for name, tensor in tensors.items()} for tensors in history], {})
+        self.method.restore(
+            [{name: tensor.to(device) for name, tensor in tensors.items()} for tensors in history], {}
+        )
         for i in range(len(history)):  # the next task's number decides its random gates and batches
             self.merger.merged.append(MergedTask(f"earlier {i}"))
             self.merger.matrix.append([None] * (i + 1))
 
-    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None, *, protect: bool = True) -> list[float]:
+    def add(
+        self, expert: Tuned, seeds: TaskData, given: Experts | None = None, *, protect: bool = True
+    ) -> list[float]:
         marks: list[float] = []
         steps: list[int] = []
 
@@ -101,7 +113,7 @@ class Ours:
         deltas = dict(zip(names, task_vector(self.method.base, tuned, weights).values(), strict=True))
         earlier = {name: self.method.layers[name].experts() for name in names}
         with self._watched():
-            return mingle_experts.make_experts(deltas, earlier, self.method.options.rank)
+            return mingle_method.make_experts(deltas, earlier, self.method.options.rank)
 
     def accuracy(self, tests: Sequence[TaskData]) -> float:
         return _accuracy(self.clock, self.merger.task, self.merger.model, tests)
@@ -121,24 +133,30 @@ class Ours:
 
     @contextmanager
     def _watched(self, given: Experts | None = None, protect: bool = True) -> Iterator[None]:
-        """While the block runs, the clock is told of every stage, and decompositions are replaced where that is asked for."""
+        """While the block runs, the clock is told of every stage, and decompositions are replaced where that
+        is asked for.
+        """
         with ExitStack() as stack:
 
             def replace(owner: Any, name: str, by: Callable[..., Any]) -> None:
                 stack.enter_context(mock.patch.object(owner, name, by))
 
             if self.full:
-                replace(linalg, "factored_svd", lambda B, A: torch.linalg.svd((B @ A).double(), full_matrices=False))
+                replace(
+                    linalg,
+                    "factored_svd",
+                    lambda B, A: torch.linalg.svd((B @ A).double(), full_matrices=False),
+                )
                 replace(linalg, "svd_lowrank", partial(linalg.svd_lowrank, backend="lapack"))
             if not protect:
                 replace(Mingle, "_protect", lambda method, *_: method.bases)
             if given is not None:
-                replace(mingle_experts, "make_experts", lambda *_, **__: given)
+                replace(mingle_method, "make_experts", lambda *_, **__: given)
             for owner, name, stage in (
                 (Merger, "_tower_tensors", "load"),
                 (gated, "task_vector", "load"),
-                (mingle_experts, "make_experts", "decompose"),
-                (projection, "project_out_experts", "project"),
+                (mingle_method, "make_experts", "decompose"),
+                (experts, "project_out_experts", "project"),
                 (Mingle, "_adapt", "adapt"),
                 (Mingle, "_protect", "subspace"),
             ):
@@ -169,12 +187,17 @@ class PublishedMerge:
     def restore(self, history: History) -> None:
         for tensors in history:
             for name, layer in self.peer.layers.items():
-                A, B, weight, bias, basis = (tensors[f"{name}.{key}"].clone() for key in ("A", "B", "gate_weight", "gate_bias", "basis"))
+                A, B, weight, bias, basis = (
+                    tensors[f"{name}.{key}"].clone()
+                    for key in ("A", "B", "gate_weight", "gate_bias", "basis")
+                )
                 layer.add_expert(A, B, weight, bias)
                 layer.basis = torch.cat([layer.basis, basis], 1)
         self.count += len(history)
 
-    def add(self, expert: Tuned, seeds: TaskData, given: Experts | None = None, *, protect: bool = True) -> list[float]:
+    def add(
+        self, expert: Tuned, seeds: TaskData, given: Experts | None = None, *, protect: bool = True
+    ) -> list[float]:
         tuned = self._load(expert)
         generator = torch.Generator().manual_seed(zlib.crc32(f"0/{self.count}".encode()))
         new_gates = {name: torch.zeros(layer.weight.shape[1]) for name, layer in self.peer.layers.items()}
@@ -189,7 +212,9 @@ class PublishedMerge:
         return [end - start for start, end in pairwise(marks[1:])]
 
     def make_experts(self, expert: Tuned, names: Sequence[str]) -> Experts:
-        return {name: LowRankExpert(A, B) for name, (A, B) in self.peer.experts(self._load(expert), names).items()}
+        return {
+            name: LowRankExpert(A, B) for name, (A, B) in self.peer.experts(self._load(expert), names).items()
+        }
 
     def _load(self, expert: Tuned) -> Mapping[str, Tensor]:
         from safetensors.torch import load_file
@@ -198,7 +223,11 @@ class PublishedMerge:
             return expert
         with self.clock("load"):
             tensors = load_file(expert / "model.safetensors", device=str(self.clock.device))
-            return {name.removeprefix(self.task.prefixes[0]): t for name, t in tensors.items() if not name.endswith("position_ids")}
+            return {
+                name.removeprefix(self.task.prefixes[0]): t
+                for name, t in tensors.items()
+                if not name.endswith("position_ids")
+            }
 
     def accuracy(self, tests: Sequence[TaskData]) -> float:
         return _accuracy(self.clock, self.task, self.peer.model, tests)

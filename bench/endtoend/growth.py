@@ -17,8 +17,8 @@ from mingle.bench.endtoend import cases, contenders, staged
 from mingle.bench.endtoend.cases import Case, Problem
 from mingle.bench.endtoend.clock import Stopwatch
 from mingle.bench.endtoend.contenders import OURS, PUBLISHED
-from mingle.layers import LowRankExpert
-from mingle.methods.mingle_experts import Mingle
+from mingle.methods.mingle import Mingle
+from mingle.nn.linear import LowRankExpert
 from mingle.tasks import TaskData, get
 
 _log = logging.getLogger("mingle.bench")
@@ -49,7 +49,9 @@ _METHOD = (
 )
 
 
-def run(device: torch.device, reduce: str, sweeps: Mapping[str, Sweep], tasks: int, steps: int, seed: int = 0) -> dict[str, Any]:
+def run(
+    device: torch.device, reduce: str, sweeps: Mapping[str, Sweep], tasks: int, steps: int, seed: int = 0
+) -> dict[str, Any]:
     """All curves, and what `tasks` merges leave behind, as plain data."""
     load = machine.Load()
     found: dict[str, Any] = {}
@@ -62,13 +64,27 @@ def run(device: torch.device, reduce: str, sweeps: Mapping[str, Sweep], tasks: i
                 curve = curves.setdefault(contender, {"seconds": [], "peak_bytes": []})
                 curve["seconds"].append(seconds)
                 curve["peak_bytes"].append(peak)
-            _log.info("growth with %s = %d: %s", name, value, {c: f"{curve['seconds'][-1] * 1e3:.1f} ms" for c, curve in curves.items()})
+            _log.info(
+                "growth with %s = %d: %s",
+                name,
+                value,
+                {c: f"{curve['seconds'][-1] * 1e3:.1f} ms" for c, curve in curves.items()},
+            )
         for curve in curves.values():
-            curve["exponents"] = {key: exponents(sweep.values, curve[key]) for key in ("seconds", "peak_bytes")}  # type: ignore[assignment]
+            curve["exponents"] = {
+                key: exponents(sweep.values, curve[key]) for key in ("seconds", "peak_bytes")
+            }  # type: ignore[assignment]
         found[name] = {"label": sweep.label, "values": list(sweep.values), "curves": curves}
     return {
         "method": _METHOD,
-        "sizes": {"width": WIDTH, "blocks": LAYERS, "tasks": TASKS, "rank": RANK, "batch": BATCH, "tokens": 50},
+        "sizes": {
+            "width": WIDTH,
+            "blocks": LAYERS,
+            "tasks": TASKS,
+            "rank": RANK,
+            "batch": BATCH,
+            "tokens": 50,
+        },
         "sweeps": found,
         "kept": kept(device, tasks, reduce, seed),
         "cpus_used_by_others": load.others(),
@@ -97,14 +113,29 @@ def small_problem(sizes: Mapping[str, int], reduce: str, steps: int, seed: int) 
         return cases.images(vision, 64, 10, SEEDS, seed + 1000 * i)
 
     case = Case("growth", f"{sizes['layers']} blocks of width {width}", tuple(vision.items()), 64)
-    return Problem(case, get("clip"), base, sizes["tasks"], options, lambda i: cases.tuned_tower(base, i, seed), data, data)
+    return Problem(
+        case,
+        get("clip"),
+        base,
+        sizes["tasks"],
+        options,
+        lambda i: cases.tuned_tower(base, i, seed),
+        data,
+        data,
+    )
 
 
-def _step(contender: str, sizes: Mapping[str, int], device: torch.device, reduce: str, steps: int, seed: int) -> tuple[float, int]:
+def _step(
+    contender: str, sizes: Mapping[str, int], device: torch.device, reduce: str, steps: int, seed: int
+) -> tuple[float, int]:
     """Median seconds of a step, and the most bytes that one adaptation holds."""
     problem = small_problem(sizes, reduce, steps, seed)
     *past, new = staged.history(problem, sizes["tasks"], seed)
-    given = {name.removesuffix(".A"): LowRankExpert(A, new[f"{name[:-2]}.B"]) for name, A in new.items() if name.endswith(".A")}
+    given = {
+        name.removesuffix(".A"): LowRankExpert(A, new[f"{name[:-2]}.B"])
+        for name, A in new.items()
+        if name.endswith(".A")
+    }
     expert, seeds = problem.expert(len(past)), problem.seeds(len(past))
     running, once = (contenders.start(contender, problem, Stopwatch(device), steps=n) for n in (steps, 2))
     running.restore(past)
@@ -115,9 +146,14 @@ def _step(contender: str, sizes: Mapping[str, int], device: torch.device, reduce
 
 
 def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[str, Any]:
-    """Bytes in living tensors after each of so many merges of ours, and how many of them are experts, gates and bases."""
+    """Bytes in living tensors after each of so many merges of ours, and how many of them are experts, gates
+    and bases.
+    """
     problem = small_problem({"tasks": tasks, "layers": LAYERS, "width": 64}, reduce, 2, seed)
-    expert, seeds = problem.expert(0), problem.seeds(0)  # the same for all: what they are does not matter here
+    expert, seeds = (
+        problem.expert(0),
+        problem.seeds(0),
+    )  # the same for all: what they are does not matter here
     running = contenders.start(OURS, problem, Stopwatch(device))
     assert isinstance(running, contenders.Ours)
     before = _held(device)

@@ -16,7 +16,9 @@ DROP = 0.5
 
 @dataclass(frozen=True)
 class Target:
-    """On this device `peer` should take at least `ratio` times as long as `ours`: for the whole merge, or for one stage of it."""
+    """On this device `peer` should take at least `ratio` times as long as `ours`: for the whole merge, or for
+    one stage of it.
+    """
 
     case: str
     tasks: int
@@ -37,10 +39,15 @@ TARGETS = tuple(
 def ratios(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """By one of ours and by peer: its seconds over ours, for the whole merge and for every stage.
 
-    Where there were rounds, the median of the rounds' ratios, with ``whole_spread`` and ``adapt_spread``, the smallest and largest.
+    Where there were rounds, the median of the rounds' ratios, with ``whole_spread`` and ``adapt_spread``, the
+    smallest and largest.
     """
     timed = {name: result for name, result in found.items() if "stages" in result}
-    return {ours: {peer: _ratios(timed[ours], timed[peer]) for peer in timed if peer != ours} for ours in (OURS, BF16) if ours in timed}
+    return {
+        ours: {peer: _ratios(timed[ours], timed[peer]) for peer in timed if peer != ours}
+        for ours in (OURS, BF16)
+        if ours in timed
+    }
 
 
 def _ratios(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,14 +67,18 @@ def _rounds(result: Mapping[str, Any]) -> list[dict[str, float]]:
 
 
 def targets(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the targets of this case ask for and what was found; those whose contenders have no times are left out.
+    """What the targets of this case ask for and what was found; those whose contenders have no times are left
+    out.
 
-    With bf16 products the ratio counts only where accuracy, if there is one, is unchanged; and none does where other processes disturbed.
+    With bf16 products the ratio counts only where accuracy, if there is one, is unchanged; and none does
+    where other processes disturbed.
     """
     judged = []
     case, device = results["case"], results["device"]["type"]
     for target in TARGETS:
-        if (target.case, target.tasks, target.device) != (case["name"], case["tasks"], device) or results["quick"]:
+        if (target.case, target.tasks, target.device) != (case["name"], case["tasks"], device) or results[
+            "quick"
+        ]:
             continue
         found = results["ratios"].get(target.ours, {}).get(target.peer, {}).get(target.part)
         if found is None:
@@ -77,5 +88,7 @@ def targets(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         drop = first["accuracy"] - here["accuracy"] if known else None
         disturbed = any((one.get("cpus_used_by_others") or 0.0) > machine.MUCH for one in (here, there))
         met = found >= target.ratio and (drop or 0.0) <= DROP and not disturbed
-        judged.append(asdict(target) | {"found": found, "accuracy_drop": drop, "disturbed": disturbed, "met": met})
+        judged.append(
+            asdict(target) | {"found": found, "accuracy_drop": drop, "disturbed": disturbed, "met": met}
+        )
     return judged

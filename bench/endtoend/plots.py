@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STAGE_COLORS = dict(zip(STAGES, ("#BBBBBB", "#AA3377", "#EE6677", "#4477AA", "#228833", "#CCBB44"), strict=True))
+_STAGE_COLORS = dict(
+    zip(STAGES, ("#BBBBBB", "#AA3377", "#EE6677", "#4477AA", "#228833", "#CCBB44"), strict=True)
+)
 _COLORS = {OURS: "#CC3311", BF16: "#EE9944", EAGER: "#44AA99", PUBLISHED: "#4477AA"}
 _MARKERS = {OURS: "o", PUBLISHED: "s"}
 
@@ -41,14 +43,23 @@ def _stages(results: Mapping[str, Any]) -> Figure | None:
         return None
     case = results["case"]
     figure = empty_figure(9.0, 1.9 + 0.42 * len(timed))
-    figure.suptitle(f"Merging {case['tasks']} tasks into {case['title']}, gates of a {case['options']['reduce']}")
+    figure.suptitle(
+        f"Merging {case['tasks']} tasks into {case['title']}, gates of a {case['options']['reduce']}"
+    )
     ax = figure.subplots()
     note = "" if results["mode"] == "whole" else "; extrapolated from a few steps"
     ax.set_title(f"{where(results)}{note}", color="#666666")
     for row, (name, result) in enumerate(timed.items()):
         left = 0.0
         for stage in STAGES:
-            ax.barh(row, result["stages"][stage], left=left, height=0.66, color=_STAGE_COLORS[stage], label=stage if row == 0 else None)
+            ax.barh(
+                row,
+                result["stages"][stage],
+                left=left,
+                height=0.66,
+                color=_STAGE_COLORS[stage],
+                label=stage if row == 0 else None,
+            )
             left += result["stages"][stage]
         ratio = results["ratios"].get(OURS, {}).get(name, {}).get("whole")
         text = duration(result["whole_seconds"]) + (f"   {ratio:.2f}×" if ratio and name != OURS else "")
@@ -77,7 +88,10 @@ def _growth(results: Mapping[str, Any]) -> Figure:
     )
     axes = figure.subplots(2, len(sweeps) + 1, squeeze=False)
     for column, sweep in enumerate(sweeps.values()):
-        for ax, key, scale, unit in ((axes[0][column], "seconds", 1e3, "step (ms)"), (axes[1][column], "peak_bytes", 1e-6, "peak (MB)")):
+        for ax, key, scale, unit in (
+            (axes[0][column], "seconds", 1e3, "step (ms)"),
+            (axes[1][column], "peak_bytes", 1e-6, "peak (MB)"),
+        ):
             for name, curve in sweep["curves"].items():
                 fitted = curve["exponents"][key]
                 label = f"{name}: {fitted['all']:.2f}, upper half {fitted['upper']:.2f}"
@@ -90,11 +104,26 @@ def _growth(results: Mapping[str, Any]) -> Figure:
             ax.legend(fontsize=7, title="exponent", title_fontsize=7, frameon=False, loc="upper left")
     over, left = axes[0][-1], axes[1][-1]
     megabytes = {key: [value / 1e6 for value in kept[key]] for key in ("held_bytes", "accounted_bytes")}
-    over.plot(kept["tasks"], megabytes["held_bytes"], color=_COLORS[OURS], linewidth=2.4, label="all tensors beyond the base")
-    over.plot(kept["tasks"], megabytes["accounted_bytes"], "--", color="black", linewidth=1, label="experts, gates, bases")
+    over.plot(
+        kept["tasks"],
+        megabytes["held_bytes"],
+        color=_COLORS[OURS],
+        linewidth=2.4,
+        label="all tensors beyond the base",
+    )
+    over.plot(
+        kept["tasks"],
+        megabytes["accounted_bytes"],
+        "--",
+        color="black",
+        linewidth=1,
+        label="experts, gates, bases",
+    )
     over.set(xlabel="tasks merged", ylabel="kept (MB)", ylim=(0, None), xlim=(0, None))
     over.legend(fontsize=7, frameon=False, loc="upper left")
-    rest = [(held - known) / 1e3 for held, known in zip(kept["held_bytes"], kept["accounted_bytes"], strict=True)]
+    rest = [
+        (held - known) / 1e3 for held, known in zip(kept["held_bytes"], kept["accounted_bytes"], strict=True)
+    ]
     left.plot(kept["tasks"], rest, color=_COLORS[OURS], linewidth=1.4)
     left.set(xlabel="tasks merged", ylabel="kept beyond these (kB)")
     left.set(xlim=(0, None), ylim=(min(0, *rest), max(1, *rest) * 1.3))

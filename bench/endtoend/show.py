@@ -26,7 +26,12 @@ def write(results: Mapping[str, Any]) -> None:
     case, device = results["case"], results["device"]
     threads = f", {device['threads']} threads" if device["type"] == "cpu" else ""
     title = f"{case['title']}, {case['tasks']} tasks, gates of a {case['options']['reduce']}; {device['name']}{threads}"
-    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    out = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD if console.is_terminal else None,
+        pad_edge=False,
+    )
     out.add_column("", no_wrap=True)
     for column in (*STAGES, "whole", "× ours", "step, last task", "peak MB", "accuracy"):
         out.add_column(column, justify="right", no_wrap=True)
@@ -41,13 +46,27 @@ def write(results: Mapping[str, Any]) -> None:
     for name, result in results["contenders"].items():
         if "reason" in result:
             console.print(f"{name}: {escape(result['reason'])}", style="red", highlight=False)
-        errors = [f"{what} {one['error']:.0e}" for what, one in result["agreement"].items() if one["error"] is not None]
+        errors = [
+            f"{what} {one['error']:.0e}"
+            for what, one in result["agreement"].items()
+            if one["error"] is not None
+        ]
         if errors and name != OURS:
             console.print(f"{name}: relative to ours: {', '.join(errors)}", style="dim", highlight=False)
         if (others := result.get("cpus_used_by_others") or 0) > machine.MUCH:
-            console.print(f"{name}: other processes kept {others:.1f} CPUs busy; take its times with care", style="yellow", highlight=False)
+            console.print(
+                f"{name}: other processes kept {others:.1f} CPUs busy; take its times with care",
+                style="yellow",
+                highlight=False,
+            )
     for target in results["targets"]:
-        mark = "[green]met[/]" if target["met"] else "[yellow]disturbed[/]" if target["disturbed"] else "[red]missed[/]"
+        mark = (
+            "[green]met[/]"
+            if target["met"]
+            else "[yellow]disturbed[/]"
+            if target["disturbed"]
+            else "[red]missed[/]"
+        )
         text = f"target: {target['peer']} ≥ {target['ratio']:g}× {target['ours']}, {target['part']}: found {target['found']:.2f}×"
         console.print(f"{text}: {mark}", highlight=False)
 
@@ -74,7 +93,11 @@ def write_growth(results: Mapping[str, Any]) -> None:
         for column in ("", *map(str, sweep["values"]), "exponent", "of the upper half"):
             out.add_column(column, justify="right", no_wrap=True)
         for contender, curve in sweep["curves"].items():
-            out.add_row(f"{contender}: step", *map(duration, curve["seconds"]), *_exponents(curve["exponents"]["seconds"]))
+            out.add_row(
+                f"{contender}: step",
+                *map(duration, curve["seconds"]),
+                *_exponents(curve["exponents"]["seconds"]),
+            )
             megabytes = [f"{b / 1e6:.1f} MB" for b in curve["peak_bytes"]]
             out.add_row(f"{contender}: memory", *megabytes, *_exponents(curve["exponents"]["peak_bytes"]))
         console.print(out)

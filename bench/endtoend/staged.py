@@ -1,4 +1,6 @@
-"""Large models on small machines: a few steps at several numbers of tasks, what a task does once, and the sum they make."""
+"""Large models on small machines: a few steps at several numbers of tasks, what a task does once, and the sum
+they make.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from mingle.bench.endtoend.cases import Problem, Tuned
 from mingle.bench.endtoend.clock import STAGES, PeakMemory, Stopwatch, available
 from mingle.bench.endtoend.contenders import BF16, LEFT_OUT, NOTES, OURS, PUBLISHED, Contender, Experts, Gates
 from mingle.bench.endtoend.whole import refuse
-from mingle.inject import find_targets
-from mingle.layers import MingleLinear
+from mingle.nn.inject import find_targets
+from mingle.nn.linear import MingleLinear
 
 _log = logging.getLogger("mingle.bench")
 
@@ -34,10 +36,17 @@ METHOD = (
 
 
 def measure(
-    problem: Problem, names: Sequence[str], device: torch.device, steps: int, at_tasks: Sequence[int], seed: int = 0
+    problem: Problem,
+    names: Sequence[str],
+    device: torch.device,
+    steps: int,
+    at_tasks: Sequence[int],
+    seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """By contender the stages of the whole merge as the sum that `METHOD` says, and what was measured for it."""
-    found: dict[str, dict[str, Any]] = {name: {"note": NOTES[name], "status": "ok", "at": {}, "agreement": {}} for name in names}
+    found: dict[str, dict[str, Any]] = {
+        name: {"note": NOTES[name], "status": "ok", "at": {}, "agreement": {}} for name in names
+    }
     if PUBLISHED in found and (needed := published_bytes(problem)) > (free := available(device)):
         reason = f"would take some {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are there"
         found[PUBLISHED] |= {"status": LEFT_OUT, "reason": reason}
@@ -57,13 +66,17 @@ def measure(
     for name, result in found.items():
         if result["status"] == "ok":
             if name == BF16:
-                result["at"][str(count)]["seconds"] = found[OURS]["at"][str(count)]["seconds"] | result["at"][str(count)]["seconds"]
+                result["at"][str(count)]["seconds"] = (
+                    found[OURS]["at"][str(count)]["seconds"] | result["at"][str(count)]["seconds"]
+                )
             result |= total(result["at"], problem.tasks, wanted)
     return found
 
 
 def published_bytes(problem: Problem) -> float:
-    """What the published procedure takes at its last task: beside five models, 2.3 times its dense experts, as measured at ViT-B/32."""
+    """What the published procedure takes at its last task: beside five models, 2.3 times its dense experts,
+    as measured at ViT-B/32.
+    """
     model = problem.module()
     dense = sum(layer.weight.nbytes for layer in _layers(problem, model).values())
     return 2.3 * problem.tasks * dense + 5 * sum(weight.nbytes for weight in model.parameters())
@@ -75,16 +88,23 @@ def _layers(problem: Problem, model: nn.Module) -> Mapping[str, nn.Linear | Ming
 
 
 def history(problem: Problem, count: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    """What `count` earlier tasks might have left in the layers: random experts as large as real ones, gates and bases."""
+    """What `count` earlier tasks might have left in the layers: random experts as large as real ones, gates
+    and bases.
+    """
     generator = torch.Generator().manual_seed(seed)
     rank, k = problem.options.get("rank", 64), problem.options.get("k", 3)
-    widths = {name: (layer.weight.shape, layer.weight.norm()) for name, layer in _layers(problem, problem.module()).items()}
+    widths = {
+        name: (layer.weight.shape, layer.weight.norm())
+        for name, layer in _layers(problem, problem.module()).items()
+    }
     tasks: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for name, ((outputs, inputs), size) in widths.items():
         columns = min(count * k, inputs)
         basis = torch.linalg.qr(torch.randn(inputs, columns, generator=generator)).Q
         for i, tensors in enumerate(tasks):
-            tensors[f"{name}.A"] = torch.randn(rank, inputs, generator=generator) * (0.02 * size / (inputs * rank) ** 0.5)
+            tensors[f"{name}.A"] = torch.randn(rank, inputs, generator=generator) * (
+                0.02 * size / (inputs * rank) ** 0.5
+            )
             tensors[f"{name}.B"] = torch.linalg.qr(torch.randn(outputs, rank, generator=generator)).Q
             tensors[f"{name}.gate_weight"] = 0.01 * torch.randn(inputs, generator=generator)
             tensors[f"{name}.gate_bias"] = torch.zeros(())
@@ -95,11 +115,19 @@ def history(problem: Problem, count: int, seed: int = 0) -> list[dict[str, Tenso
 class Task:
     """One task of one contender, measured behind `past`.
 
-    With `ours`, the experts are those that ours has made, and only one layer of each shape is decomposed, after the `last` task alone.
+    With `ours`, the experts are those that ours has made, and only one layer of each shape is decomposed,
+    after the `last` task alone.
     """
 
     def __init__(
-        self, problem: Problem, name: str, device: torch.device, past: contenders.History, steps: int, last: bool, ours: Task | None
+        self,
+        problem: Problem,
+        name: str,
+        device: torch.device,
+        past: contenders.History,
+        steps: int,
+        last: bool,
+        ours: Task | None,
     ) -> None:
         index = len(past)
         expert, seeds, tests = problem.expert(index), problem.seeds(index), problem.tests(index)
@@ -127,7 +155,11 @@ class Task:
         """What was measured, and what `steps` steps would take."""
         step, once = statistics.median(self.steps), self.seconds["adapt"] - sum(self.steps)
         return {
-            "seconds": {stage: taken for stage, taken in self.seconds.items() if self.last or stage in ("load", "adapt")},
+            "seconds": {
+                stage: taken
+                for stage, taken in self.seconds.items()
+                if self.last or stage in ("load", "adapt")
+            },
             "layers": self.layers,
             "steps_measured": len(self.steps) + 1,
             "step_seconds": step,
@@ -147,8 +179,12 @@ class Task:
         return verdicts
 
 
-def _decomposed(contender: Contender, clock: Stopwatch, expert: Tuned) -> tuple[Experts, dict[str, str], dict[str, float]]:
-    """The experts of one layer of each shape, which these are, and the seconds of project and decompose times the layers of each shape."""
+def _decomposed(
+    contender: Contender, clock: Stopwatch, expert: Tuned
+) -> tuple[Experts, dict[str, str], dict[str, float]]:
+    """The experts of one layer of each shape, which these are, and the seconds of project and decompose times
+    the layers of each shape.
+    """
     made: Experts = {}
     layers, seconds = {}, dict.fromkeys(("project", "decompose"), 0.0)
     for shape, names in contender.shapes().items():
@@ -166,7 +202,10 @@ def total(at: Mapping[str, Mapping[str, Any]], tasks: int, steps: int) -> dict[s
     numbers = np.arange(1, tasks + 1)
     adapt = np.interp(numbers, counts, [one["adapt_seconds"] for one in measured])
     last = measured[-1]["seconds"]
-    stages = {stage: tasks * last[stage] for stage in STAGES} | {"adapt": float(adapt.sum()), "project": (tasks - 1) * last["project"]}
+    stages = {stage: tasks * last[stage] for stage in STAGES} | {
+        "adapt": float(adapt.sum()),
+        "project": (tasks - 1) * last["project"],
+    }
     step = np.interp(numbers, counts, [one["step_seconds"] for one in measured])
     layers = "once" if measured[-1]["layers"] is None else "one layer of each shape"
     return {

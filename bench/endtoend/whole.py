@@ -20,13 +20,16 @@ _log = logging.getLogger("mingle.bench")
 
 MODE = "whole"
 METHOD = "Every stage of every task was run and timed.  Seconds are medians over rounds, in which the contenders take turns."
-#: of the merge whose gates are compared: long runs drift apart by rounding, as Adam divides by small gradients
+#: of the merge whose gates are compared: long runs drift apart by rounding, as Adam divides by small
+#: gradients
 _CHECK_TASKS, _CHECK_STEPS = 3, 6
 #: seconds that timing may take: no round is begun that would not fit
 _LONGEST = 200.0
 
 
-def measure(problem: Problem, names: Sequence[str], device: torch.device, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(
+    problem: Problem, names: Sequence[str], device: torch.device, rounds: int
+) -> dict[str, dict[str, Any]]:
     """By contender the seconds of every stage of the whole merge, of a step, peak memory and accuracy."""
     found: dict[str, dict[str, Any]] = {name: {"note": NOTES[name], "status": "ok"} for name in names}
     _check(problem, found, device)
@@ -63,7 +66,10 @@ def refuse(name: str, result: dict[str, Any], problem: Problem) -> None:
     wrong = {what: verdict for what, verdict in result["agreement"].items() if not verdict["ok"]}
     if wrong and name in EXACT:
         result["status"] = "wrong"
-        reasons = [f"{what} of {one['layer']} are off by {one['error']}, allowed {one['tolerance']}" for what, one in wrong.items()]
+        reasons = [
+            f"{what} of {one['layer']} are off by {one['error']}, allowed {one['tolerance']}"
+            for what, one in wrong.items()
+        ]
         result["reason"] = "; ".join(reasons)
         _log.warning("%s: %s is WRONG: %s", problem.case.name, name, result["reason"])
 
@@ -99,11 +105,17 @@ def summary(series: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "stages": stages,
         "measured": dict.fromkeys(STAGES, "whole"),
-        "rest_seconds": statistics.median(run["wall_seconds"] - sum(run["stages"].values()) for run in series),
+        "rest_seconds": statistics.median(
+            run["wall_seconds"] - sum(run["stages"].values()) for run in series
+        ),
         "whole_seconds": statistics.median(run["wall_seconds"] for run in series),
         "rounds": [dict(run) for run in series],
-        "step_seconds": [statistics.median(steps) for steps in zip(*(run["step_seconds"] for run in series), strict=True)],
-        "peak_bytes": max((run["peak_bytes"] for run in series if run["peak_bytes"] is not None), default=None),
+        "step_seconds": [
+            statistics.median(steps) for steps in zip(*(run["step_seconds"] for run in series), strict=True)
+        ],
+        "peak_bytes": max(
+            (run["peak_bytes"] for run in series if run["peak_bytes"] is not None), default=None
+        ),
         "accuracy": statistics.median(run["accuracy"] for run in series),
         "cpus_used_by_others": statistics.median(run["cpus_used_by_others"] or 0.0 for run in series),
     }

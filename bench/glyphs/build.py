@@ -1,6 +1,7 @@
 """Fine-tune the experts of the embedded suite that ship with the package, and write the manifest of its data.
 
-Run after ``pretrain.py``.  Deterministic for one machine and version of torch; about 40 seconds a task on 2 CPU cores.
+Run after ``pretrain.py``.  Deterministic for one machine and version of torch; about 40 seconds a task on 2
+CPU cores.
 
     python bench/glyphs/build.py [--suite glyphs8]
 """
@@ -14,8 +15,8 @@ from dataclasses import asdict
 
 import torch
 
-from mingle.files import sha256, write_json
-from mingle.storage import versions
+from mingle.io.files import sha256, write_json
+from mingle.io.merger_folder import versions
 from mingle.suites import glyphs
 from mingle.suites.glyphs.finetune import FinetuneConfig, finetune
 from mingle.suites.glyphs.tasks import SUITES
@@ -30,12 +31,17 @@ def main() -> None:
         began = time.perf_counter()
         finetune(glyphs.BASE, task, glyphs.DATA / "experts" / task.name, config)
         print(f"{task.name}: {time.perf_counter() - began:.0f} s", flush=True)
-    shipped = [path for path in sorted(glyphs.DATA.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    shipped = [
+        path for path in sorted(glyphs.DATA.rglob("*")) if path.is_file() and path.name != "manifest.json"
+    ]
     files = {str(path.relative_to(glyphs.DATA)): sha256(path) for path in shipped}
     write_json(
         glyphs.DATA / "manifest.json",
         {
-            "pretraining": {"command": "python bench/glyphs/pretrain.py mingle/suites/glyphs/data/base", "seed": 0},
+            "pretraining": {
+                "command": "python bench/glyphs/pretrain.py mingle/suites/glyphs/data/base",
+                "seed": 0,
+            },
             "fine-tuning": {
                 "command": f"python bench/glyphs/build.py --suite {args.suite}",
                 "seed": "crc32 of '<task>/train'",

@@ -1,10 +1,13 @@
-"""Which experts cost a merge its accuracy: the glyph suites, merged by MINGLE and tested again with some of the experts only.
+"""Which experts cost a merge its accuracy: the glyph suites, merged by MINGLE and tested again with some of
+the experts only.
 
-What newer experts take from a task is backward transfer.  What older ones take from it, whose frozen gates answer to inputs that they have
-never seen, is in no common measure.  Both are found by leaving experts out of the finished model: what a task's own expert and the older
-ones reach together is what was measured right after its merge.
+What newer experts take from a task is backward transfer.  What older ones take from it, whose frozen gates
+answer to inputs that they have never seen, is in no common measure.  Both are found by leaving experts out of
+the finished model: what a task's own expert and the older ones reach together is what was measured right
+after its merge.
 
-    python bench/glyphs/interference.py bench/results/cpu/glyphs-interference.json --suites glyphs8,glyphs20 --orders 2
+    python bench/glyphs/interference.py bench/results/cpu/glyphs-interference.json --suites glyphs8,glyphs20
+    --orders 2
 """
 
 from __future__ import annotations
@@ -22,14 +25,14 @@ from torch import Tensor
 
 from mingle import suites
 from mingle.bench.machine import describe
-from mingle.config import shuffled
-from mingle.evaluate import accuracy
-from mingle.experiment import FIRST_ORDER_SEED, options_for
-from mingle.files import write_json
-from mingle.kernels import reference
-from mingle.layers import MingleLinear
-from mingle.merger import Merger
-from mingle.methods.mingle_experts import Mingle
+from mingle.io.files import write_json
+from mingle.kernels.gated_experts import reference
+from mingle.merging.evaluate import accuracy
+from mingle.merging.merger import Merger
+from mingle.methods.mingle import Mingle
+from mingle.nn.linear import MingleLinear
+from mingle.runs.compare import FIRST_ORDER_SEED, options_for
+from mingle.runs.config import shuffled
 from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
 from mingle.tasks import TaskData
@@ -46,13 +49,23 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)  # better now than after an hour
     if args.threads:
         torch.set_num_threads(args.threads)
-    loaded = [suites.load(name, protocol=args.protocol) for name in args.suites.split(",")]  # every mistake before the first merge
+    loaded = [
+        suites.load(name, protocol=args.protocol) for name in args.suites.split(",")
+    ]  # every mistake before the first merge
     found: dict[str, Any] = {}
     for suite in loaded:
         seeds = range(FIRST_ORDER_SEED, FIRST_ORDER_SEED + args.orders)
         orders = {str(seed): measure(merged(suite, seed), suite) for seed in seeds}
-        found[suite.name] = {"mean": mean([row for rows in orders.values() for row in rows]), "orders": orders}
-        print(suite.name, *(f"{name} {value:.1f}" for name, value in found[suite.name]["mean"]["accuracy"].items()), sep="  ", flush=True)
+        found[suite.name] = {
+            "mean": mean([row for rows in orders.values() for row in rows]),
+            "orders": orders,
+        }
+        print(
+            suite.name,
+            *(f"{name} {value:.1f}" for name, value in found[suite.name]["mean"]["accuracy"].items()),
+            sep="  ",
+            flush=True,
+        )
     write_json(args.out, {"protocol": args.protocol, "suites": found, **describe(torch.device("cpu"))})
 
 
@@ -65,10 +78,12 @@ def merged(suite: Suite, order_seed: int) -> Merger:
 
 
 def measure(merger: Merger, suite: Mapping[str, TaskData]) -> list[dict[str, Any]]:
-    """Per task, in order of arrival: accuracies in per cent by what is left of the model, and what its samples meet there.
+    """Per task, in order of arrival: accuracies in per cent by what is left of the model, and what its
+    samples meet there.
 
-    ``gates`` are mean magnitudes over samples, layers and experts.  ``protected`` is the share of its layers' inputs, in energy, that lies
-    in directions which were protected before it arrived: there its gate can hardly move.
+    ``gates`` are mean magnitudes over samples, layers and experts.  ``protected`` is the share of its layers'
+    inputs, in energy, that lies in directions which were protected before it arrived: there its gate can
+    hardly move.
     """
     return [_task(merger, suite[name], place) for place, name in enumerate(merger.task_names)]
 
@@ -100,7 +115,9 @@ def _task(merger: Merger, data: TaskData, place: int) -> dict[str, Any]:
     return {
         "task": merger.task_names[place],
         "accuracy": accuracies,
-        "gates": {key: mean_magnitude[list(places)].mean().item() for key, places in experts.items() if places},
+        "gates": {
+            key: mean_magnitude[list(places)].mean().item() for key, places in experts.items() if places
+        },
         "protected": statistics.fmean(within / total for within, total in shares.values()),
     }
 
@@ -115,7 +132,9 @@ def gates_made_of(layers: Mapping[str, MingleLinear], make: Callable[[Tensor], T
     """Inside the block, every layer's gates [..., T] are what `make` makes of its own."""
 
     def hook(layer: MingleLinear, args: tuple[Tensor, ...]) -> None:
-        layer.given_gates = make(reference.gate_values(args[0], *layer.all_gates(), layer.reduce, layer.token_mask))
+        layer.given_gates = make(
+            reference.gate_values(args[0], *layer.all_gates(), layer.reduce, layer.token_mask)
+        )
 
     handles = [layer.register_forward_pre_hook(hook) for layer in layers.values()]
     try:
@@ -128,8 +147,11 @@ def gates_made_of(layers: Mapping[str, MingleLinear], make: Callable[[Tensor], T
 
 
 @contextmanager
-def energies(layers: Mapping[str, MingleLinear], bases: Mapping[str, Tensor]) -> Iterator[dict[str, list[float]]]:
-    """While the block runs, sum ‖Uᵀx‖² and ‖x‖² over every token x that a layer sees, U [d_in, K] its orthonormal basis.
+def energies(
+    layers: Mapping[str, MingleLinear], bases: Mapping[str, Tensor]
+) -> Iterator[dict[str, list[float]]]:
+    """While the block runs, sum ‖Uᵀx‖² and ‖x‖² over every token x that a layer sees, U [d_in, K] its
+    orthonormal basis.
 
     Yields:
         name → [‖Uᵀx‖², ‖x‖²].
@@ -153,7 +175,9 @@ def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     means: dict[str, Any] = {"protected": statistics.fmean(row["protected"] for row in rows)}
     for part in ("accuracy", "gates"):
         keys = dict.fromkeys(key for row in rows for key in row[part])
-        means[part] = {key: statistics.fmean(row[part][key] for row in rows if key in row[part]) for key in keys}
+        means[part] = {
+            key: statistics.fmean(row[part][key] for row in rows if key in row[part]) for key in keys
+        }
     return means
 
 

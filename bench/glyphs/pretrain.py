@@ -1,10 +1,13 @@
-"""Pre-train the base model of the glyph suites: a small CLIP that knows some six hundred characters by their Unicode names.
+"""Pre-train the base model of the glyph suites: a small CLIP that knows some six hundred characters by their
+Unicode names.
 
-The model is a `transformers.CLIPModel` with its own tokenizer and image processor, written as an ordinary hub folder.  It is trained with
-the full soft-max over the names of all characters; a contrastive loss over batches of 256 learns nothing in the same time.  First it
-sees plain black-on-white glyphs only; then, briefly and at a low learning rate, a fraction of the images comes in random domains, which
-makes zero-shot recognition in the task domains possible but poor.  (A quarter of the images from the start gives 95 % zero-shot: nothing
-is left to merge.)  Deterministic for one machine and one version of torch; about 17 minutes on 2 CPU cores.
+The model is a `transformers.CLIPModel` with its own tokenizer and image processor, written as an ordinary hub
+folder.  It is trained with the full soft-max over the names of all characters; a contrastive loss over
+batches of 256 learns nothing in the same time.  First it sees plain black-on-white glyphs only; then, briefly
+and at a low learning rate, a fraction of the images comes in random domains, which makes zero-shot
+recognition in the task domains possible but poor.  (A quarter of the images from the start gives 95 %
+zero-shot: nothing is left to merge.)  Deterministic for one machine and one version of torch; about 17
+minutes on 2 CPU cores.
 
     python bench/glyphs/pretrain.py mingle/suites/glyphs/data/base
 """
@@ -25,11 +28,31 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from mingle.suites.glyphs.alphabets import ALPHABETS, TEMPLATES
 from mingle.suites.glyphs.domains import DOMAINS, apply_domain
-from mingle.suites.glyphs.render import IMAGE_SIZE, TEST_FACES, TEST_PLACEMENT, TRAIN_FACES, TRAIN_PLACEMENT, view
+from mingle.suites.glyphs.render import (
+    IMAGE_SIZE,
+    TEST_FACES,
+    TEST_PLACEMENT,
+    TRAIN_FACES,
+    TRAIN_PLACEMENT,
+    view,
+)
 from mingle.suites.glyphs.tasks import GlyphTask
 
-VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=IMAGE_SIZE, patch_size=4)
-TEXT = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+VISION = dict(
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=IMAGE_SIZE,
+    patch_size=4,
+)
+TEXT = dict(
+    hidden_size=96,
+    intermediate_size=384,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+)
 PROJECTION = 96
 MERGES = 700
 MEAN, STD = 0.5, 0.35
@@ -37,7 +60,9 @@ FOREIGN = [domain for domain in DOMAINS if domain != "plain"]
 
 
 def learn_merges(texts: list[str], count: int) -> list[tuple[str, str]]:
-    """The `count` most useful byte-pair merges, ties broken by the alphabet (the tokenizers library breaks them at random)."""
+    """The `count` most useful byte-pair merges, ties broken by the alphabet (the tokenizers library breaks
+    them at random).
+    """
     words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower()))
     pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[tuple[str, str]] = []
@@ -63,7 +88,13 @@ def build_tokenizer(texts: list[str]) -> CLIPTokenizer:
     """A byte-pair tokenizer in CLIP's format, learnt from the prompts themselves."""
     merges = learn_merges(texts, MERGES)
     letters = string.ascii_lowercase + string.digits + string.punctuation
-    pieces = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    pieces = [
+        *letters,
+        *(c + "</w>" for c in letters),
+        *("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT["max_position_embeddings"])
 
@@ -103,15 +134,26 @@ class Corpus:
             first += len(source.characters)
         return torch.cat(outlines), torch.cat(labels)
 
-    def batch(self, size: int, foreign: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(
+        self, size: int, foreign: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`size` views, classes drawn uniformly; a fraction `foreign` of them in two random domains."""
         target = torch.randint(len(self.names), (size,), generator=generator)
-        index = torch.stack([self.by_class[c][torch.randint(len(self.by_class[c]), (), generator=generator)] for c in target.tolist()])
+        index = torch.stack(
+            [
+                self.by_class[c][torch.randint(len(self.by_class[c]), (), generator=generator)]
+                for c in target.tolist()
+            ]
+        )
         ink = view(self.train[0][index], TRAIN_PLACEMENT, generator)
         half = round(size * foreign / 2)
-        domains = [FOREIGN[int(torch.randint(len(FOREIGN), (), generator=generator))] for _ in range(2)] + ["plain"]
+        domains = [FOREIGN[int(torch.randint(len(FOREIGN), (), generator=generator))] for _ in range(2)] + [
+            "plain"
+        ]
         parts = ink.tensor_split([half, 2 * half])
-        return torch.cat([apply_domain(domain, part, generator) for domain, part in zip(domains, parts, strict=True)]), target
+        return torch.cat(
+            [apply_domain(domain, part, generator) for domain, part in zip(domains, parts, strict=True)]
+        ), target
 
 
 class Trainer:
@@ -122,14 +164,20 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.corpus = Corpus()
         self.tokenizer = build_tokenizer([text for texts in self.corpus.prompts for text in texts])
-        self.tokens = [self.tokenizer(texts, padding=True, return_tensors="pt") for texts in self.corpus.prompts]
+        self.tokens = [
+            self.tokenizer(texts, padding=True, return_tensors="pt") for texts in self.corpus.prompts
+        ]
         self.model = build_model(self.tokenizer)
 
     def logits(self, pictures: torch.Tensor, prompt: int) -> torch.Tensor:
         model = self.model
         text = model.text_projection(model.text_model(**self.tokens[prompt]).pooler_output)
-        image = model.visual_projection(model.vision_model((pictures.float() / 255 - MEAN) / STD).pooler_output)
-        return model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+        image = model.visual_projection(
+            model.vision_model((pictures.float() / 255 - MEAN) / STD).pooler_output
+        )
+        return (
+            model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+        )
 
     def train(self, steps: int, lr: float, foreign: float, batch_size: int) -> None:
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
@@ -145,7 +193,10 @@ class Trainer:
             optimizer.step()
             schedule.step()
             if step % 100 == 0:
-                print(f"step {step}/{steps}  loss {loss.item():.3f}  {time.perf_counter() - began:.0f} s", flush=True)
+                print(
+                    f"step {step}/{steps}  loss {loss.item():.3f}  {time.perf_counter() - began:.0f} s",
+                    flush=True,
+                )
         self.model.eval()
 
     @torch.inference_mode()
@@ -178,7 +229,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--foreign-steps", type=int, default=400, help="with a fraction of foreign images")
     parser.add_argument("--foreign-lr", type=float, default=6e-4)
-    parser.add_argument("--foreign", type=float, default=0.15, help="the fraction of images in a random domain")
+    parser.add_argument(
+        "--foreign", type=float, default=0.15, help="the fraction of images in a random domain"
+    )
     parser.add_argument("--batch-size", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

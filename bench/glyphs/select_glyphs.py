@@ -1,7 +1,7 @@
 """Pick the characters of every alphabet of the glyph suites: farthest-point selection over rendered outlines.
 
-Prints the table that stands in ``mingle/suites/glyphs/alphabets.py``.  Deterministic for one version of matplotlib's fonts; run it
-again only to design a new suite.
+Prints the table that stands in ``mingle/suites/glyphs/alphabets.py``.  Deterministic for one version of
+matplotlib's fonts; run it again only to design a new suite.
 
     python bench/glyphs/select_glyphs.py [--classes 20]
 """
@@ -27,7 +27,10 @@ POOLS: dict[str, tuple[range, str]] = {
     "georgian": (range(0x10D0, 0x10F1), r"GEORGIAN LETTER"),
     "armenian": (range(0x531, 0x557), r"ARMENIAN CAPITAL LETTER"),
     "arabic": (range(0xFE80, 0xFEF0), r"ARABIC LETTER \w+ ISOLATED FORM$"),
-    "box": (range(0x2500, 0x2580), r"BOX DRAWINGS (HEAVY|DOUBLE|LIGHT (DOWN|UP|VERTICAL|HORIZONTAL|ARC|DIAGONAL))"),
+    "box": (
+        range(0x2500, 0x2580),
+        r"BOX DRAWINGS (HEAVY|DOUBLE|LIGHT (DOWN|UP|VERTICAL|HORIZONTAL|ARC|DIAGONAL))",
+    ),
     "syllabics": (range(0x1401, 0x1500), r"CANADIAN SYLLABICS \w+$"),
     "lao": (range(0xE81, 0xEB0), r"LAO LETTER"),
     "braille": (range(0x2801, 0x2840), r"BRAILLE PATTERN"),
@@ -55,10 +58,16 @@ POOLS: dict[str, tuple[range, str]] = {
 
 
 def separable(name: str, pool: list[str], count: int) -> list[str]:
-    """`count` characters, each as far as possible from those already taken (greedy, cosine distance of blurred outlines)."""
+    """`count` characters, each as far as possible from those already taken (greedy, cosine distance of
+    blurred outlines).
+    """
     faces = TRAIN_FACES + TEST_FACES
-    stack = [np.mean([outline(c, f, cell=name in CELL_ALPHABETS) for f in faces_with(c, faces)], 0) for c in pool]
-    features = F.avg_pool2d(torch.tensor(np.stack(stack), dtype=torch.float32)[:, None], 5, stride=2, padding=2).flatten(1)
+    stack = [
+        np.mean([outline(c, f, cell=name in CELL_ALPHABETS) for f in faces_with(c, faces)], 0) for c in pool
+    ]
+    features = F.avg_pool2d(
+        torch.tensor(np.stack(stack), dtype=torch.float32)[:, None], 5, stride=2, padding=2
+    ).flatten(1)
     features = F.normalize(features - features.mean(0), dim=1)
     distance = 1 - features @ features.T
     taken = [int(distance.sum(1).argmax())]

@@ -1,4 +1,6 @@
-"""What is compared: this library, chains written by hand, other packages, and bounds that do less work than asked for."""
+"""What is compared: this library, chains written by hand, other packages, and bounds that do less work than
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ __all__ = ["OURS", "PEERS", "STRATEGIES", "Peer", "Unavailable"]
 OURS = "mingle"
 
 #: by name, in the order of tables
-PEERS: dict[str, Peer] = {peer.name: peer for module in (ours, handmade, captured, merged, library) for peer in module.PEERS}
+PEERS: dict[str, Peer] = {
+    peer.name: peer for module in (ours, handmade, captured, merged, library) for peer in module.PEERS
+}
 
 #: ways to compute a case among which `backend="auto"` chooses, or could have
 STRATEGIES = (OURS, *(f"mingle {backend}" for backend in ours.EXPLICIT), "grouped eager", "fold eager")

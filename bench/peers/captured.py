@@ -25,7 +25,9 @@ def build_compiled(inputs: Inputs) -> Step:
     torch._dynamo.reset()  # one peer at a time: earlier ones would count towards the limit of recompilations
     down, up = handmade.side_by_side(inputs)
     inputs.all_gates()  # joined before tracing
-    compiled = torch.compile(handmade.chain, dynamic=False, fullgraph=True, mode="max-autotune" if cuda else "default")
+    compiled = torch.compile(
+        handmade.chain, dynamic=False, fullgraph=True, mode="max-autotune" if cuda else "default"
+    )
 
     def forward() -> torch.Tensor:
         if cuda:
@@ -69,7 +71,10 @@ def build_graphed(inputs: Inputs, build: Callable[[Inputs], Step]) -> Step:
 PEERS = (
     Peer("grouped compiled", build_compiled, "three GEMMs by hand under torch.compile", captured=True),
     Peer(
-        "grouped CUDA graph", functools.partial(build_graphed, build=handmade.build_chain), "three GEMMs by hand, replayed", captured=True
+        "grouped CUDA graph",
+        functools.partial(build_graphed, build=handmade.build_chain),
+        "three GEMMs by hand, replayed",
+        captured=True,
     ),
     Peer("mingle CUDA graph", functools.partial(build_graphed, build=ours.build), "replayed", captured=True),
 )

@@ -1,4 +1,6 @@
-"""NUFILT's training as it was published: layer by layer, every product computed anew at each step, autograd and Adam over all layers."""
+"""NUFILT's training as it was published: layer by layer, every product computed anew at each step, autograd
+and Adam over all layers.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class FilterLora(nn.Module):
         delta, merged, old, new, _ = self.layer
         return sum(
             (
-                (target @ V - merged @ V - delta @ (V - old @ (old.mT @ V)) - delta @ (self.B @ (self.A @ V))).square().sum()
+                (target @ V - merged @ V - delta @ (V - old @ (old.mT @ V)) - delta @ (self.B @ (self.A @ V)))
+                .square()
+                .sum()
                 for target, V in ((delta, new), (merged, old))
             ),
             start=delta.new_zeros(()),

@@ -1,4 +1,6 @@
-"""The same sum as one would write it with PyTorch alone: expert by expert, as three large products, or folded for one gate vector."""
+"""The same sum as one would write it with PyTorch alone: expert by expert, as three large products, or folded
+for one gate vector.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 
 from mingle.bench.inputs import Inputs
 from mingle.bench.peers.peer import Peer, Step, Unavailable, step
-from mingle.kernels import reference
+from mingle.kernels.gated_experts import reference
 
 
 def build_loop(inputs: Inputs) -> Step:
@@ -17,7 +19,9 @@ def build_loop(inputs: Inputs) -> Step:
 
 
 def build_chain(inputs: Inputs) -> Step:
-    """Three GEMMs: all A side by side, the base, all B side by side added into y; gates multiplied in place where nothing is saved."""
+    """Three GEMMs: all A side by side, the base, all B side by side added into y; gates multiplied in place
+    where nothing is saved.
+    """
     down, up = side_by_side(inputs)
     return step(inputs, lambda: chain(inputs, down, up, in_place=not inputs.case.backward))
 
@@ -31,7 +35,10 @@ def chain(inputs: Inputs, down: torch.Tensor, up: torch.Tensor, in_place: bool) 
     case, gates = inputs.case, inputs.gate_values().unsqueeze(-1)  # [samples or 1, tokens or 1, T, 1]
     hidden = F.linear(inputs.x, down).unflatten(-1, (case.experts, case.rank))
     hidden = hidden.mul_(gates) if in_place else hidden * gates
-    y, hidden = F.linear(inputs.x, inputs.weight, inputs.bias).flatten(0, 1), hidden.reshape(case.rows, len(down))
+    y, hidden = (
+        F.linear(inputs.x, inputs.weight, inputs.bias).flatten(0, 1),
+        hidden.reshape(case.rows, len(down)),
+    )
     y = y.addmm_(hidden, up) if in_place else torch.addmm(y, hidden, up)
     return y.unflatten(0, (case.samples, case.tokens))
 
@@ -57,7 +64,12 @@ def _single_precision(inputs: Inputs) -> Inputs:
 
 PEERS = (
     Peer("eager loop", build_loop, "the eager reference, expert by expert"),
-    Peer("eager loop fp32", build_loop, "the eager reference on the same values in fp32", adapt=_single_precision),
+    Peer(
+        "eager loop fp32",
+        build_loop,
+        "the eager reference on the same values in fp32",
+        adapt=_single_precision,
+    ),
     Peer("grouped eager", build_chain, "three GEMMs by hand"),
     Peer("fold eager", build_fold, "fold, then one GEMM, by hand"),
 )

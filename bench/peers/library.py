@@ -18,7 +18,9 @@ from mingle.bench.peers.peer import Peer, Step, Unavailable, step
 
 
 def build_xlora(inputs: Inputs) -> Step:
-    """PEFT's own layer classes around one linear layer with T adapters, scaled by our gates instead of its classifier."""
+    """PEFT's own layer classes around one linear layer with T adapters, scaled by our gates instead of its
+    classifier.
+    """
     try:
         from peft import LoraConfig, XLoraConfig, get_peft_model
         from peft.tuners.xlora.layer import XLoraLinearLayer
@@ -35,9 +37,13 @@ def build_xlora(inputs: Inputs) -> Step:
             model.add_adapter(name, config)
         lora = model.base_model.model.layer
         lora.set_adapter(names)
-        xlora = XLoraConfig(hidden_size=case.d_in, adapters=dict.fromkeys(names, ""), global_scaling_weight=1.0)
+        xlora = XLoraConfig(
+            hidden_size=case.d_in, adapters=dict.fromkeys(names, ""), global_scaling_weight=1.0
+        )
     for name, A, B in zip(names, inputs.A, inputs.B, strict=True):
-        lora.lora_A[name].weight, lora.lora_B[name].weight = (nn.Parameter(t, requires_grad=False) for t in (A, B.contiguous()))
+        lora.lora_A[name].weight, lora.lora_B[name].weight = (
+            nn.Parameter(t, requires_grad=False) for t in (A, B.contiguous())
+        )
     layer = XLoraLinearLayer(SimpleNamespace(disabled=False), lora, lora.forward, 0, xlora)
 
     def forward() -> torch.Tensor:
@@ -81,5 +87,10 @@ def _seconds(run: Callable[[], torch.Tensor]) -> float:
 
 PEERS = (
     Peer("peft x-lora", build_xlora, "PEFT's X-LoRA layer, driven by our gates"),
-    Peer("gemms alone (best library)", build_products, "the low-rank path's products and nothing else", same=lambda case: False),
+    Peer(
+        "gemms alone (best library)",
+        build_products,
+        "the low-rank path's products and nothing else",
+        same=lambda case: False,
+    ),
 )

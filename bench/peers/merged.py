@@ -1,4 +1,6 @@
-"""Dense merged weights: the procedure of published reference code, and what one product with a finished weight would take."""
+"""Dense merged weights: the procedure of published reference code, and what one product with a finished
+weight would take.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,18 @@ def build_per_sample(inputs: Inputs) -> Step:
     """Every sample has a weight of its own, merged densely and used once."""
     case = inputs.case
     if case.reduce != "sample":
-        raise Unavailable("one weight for each token" if case.reduce == "token" else "one weight for the whole batch: see dense merge")
+        raise Unavailable(
+            "one weight for each token"
+            if case.reduce == "token"
+            else "one weight for the whole batch: see dense merge"
+        )
     _refuse_too_large(inputs, case.samples)
 
     def forward() -> torch.Tensor:
         gates = inputs.gate_values().flatten(0, 1)  # [samples, T]
-        return torch.stack([F.linear(x, merge(inputs, g), inputs.bias) for x, g in zip(inputs.x, gates, strict=True)])
+        return torch.stack(
+            [F.linear(x, merge(inputs, g), inputs.bias) for x, g in zip(inputs.x, gates, strict=True)]
+        )
 
     return step(inputs, forward)
 
@@ -39,7 +47,9 @@ def build_dense(inputs: Inputs) -> Step:
     if inputs.case.groups > 1:
         raise Unavailable("gates differ within the batch")
     _refuse_too_large(inputs, 1)
-    return step(inputs, lambda: F.linear(inputs.x, merge(inputs, inputs.gate_values().flatten()), inputs.bias))
+    return step(
+        inputs, lambda: F.linear(inputs.x, merge(inputs, inputs.gate_values().flatten()), inputs.bias)
+    )
 
 
 def _refuse_too_large(inputs: Inputs, weights: int) -> None:
@@ -73,7 +83,11 @@ def _linear(inputs: Inputs, weight: torch.Tensor) -> Step:
 
 
 PEERS = (
-    Peer("per-sample merge", build_per_sample, "the public reference procedure: a dense weight per sample, expert by expert"),
+    Peer(
+        "per-sample merge",
+        build_per_sample,
+        "the public reference procedure: a dense weight per sample, expert by expert",
+    ),
     Peer("dense merge", build_dense, "one dense weight for the batch, expert by expert"),
     Peer(
         "folded weight",

@@ -12,8 +12,9 @@ from mingle.bench.check import Outputs
 from mingle.bench.inputs import Inputs
 from mingle.bench.peers.peer import Peer, Step, Unavailable, step
 from mingle.kernels import gemm, prepack
+from mingle.ops import dispatch
 
-EXPLICIT = tuple(backend for backend in functional.BACKENDS if backend != "auto")
+EXPLICIT = tuple(backend for backend in dispatch.BACKENDS if backend != "auto")
 
 
 def build(inputs: Inputs, backend: str = "auto") -> Step:
@@ -46,7 +47,9 @@ def _build_explicit(inputs: Inputs, backend: str) -> Step:
 
 
 def build_prepacked(inputs: Inputs) -> Step:
-    """With frozen weights packed for the CPU, as `MingleLinear(…, prepack=True)` does, check for changes at every call included."""
+    """With frozen weights packed for the CPU, as `MingleLinear(…, prepack=True)` does, check for changes at
+    every call included.
+    """
     if inputs.case.routed or not gemm.packing_pays(inputs.x.flatten(0, 1), inputs.case.d_out):
         raise Unavailable("no packed product would be the fastest here")
     up = inputs.B.mT.clone()  # copies are found by memory: the other peers are to have none
@@ -68,7 +71,14 @@ def _one_expert(inputs: Inputs) -> Inputs:
 
 PEERS = (
     Peer("mingle", build, 'backend="auto"'),
-    *(Peer(f"mingle {name}", functools.partial(_build_explicit, backend=name), f'backend="{name}"') for name in EXPLICIT),
-    Peer("mingle prepacked", build_prepacked, "frozen weights packed for the CPU, which takes their memory again"),
+    *(
+        Peer(f"mingle {name}", functools.partial(_build_explicit, backend=name), f'backend="{name}"')
+        for name in EXPLICIT
+    ),
+    Peer(
+        "mingle prepacked",
+        build_prepacked,
+        "frozen weights packed for the CPU, which takes their memory again",
+    ),
     Peer("mingle one expert", build, "T = 1: what routed gates should cost", adapt=_one_expert),
 )

@@ -35,7 +35,8 @@ class Peer:
         build: makes the step; raises `Unavailable` with a reason.
         note: what it is, for people.
         adapt: the tensors it works on instead of the case's, with an oracle of their own.
-        same: whether it computes the case's function; otherwise it is a bound, never compared with the oracle.
+        same: whether it computes the case's function; otherwise it is a bound, never compared with the
+            oracle.
         captured: its memory belongs to a CUDA graph, so that peak memory says nothing.
     """
 

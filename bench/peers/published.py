@@ -1,6 +1,8 @@
-"""The published procedure, written a second time from the paper: every forward pass adds dense experts to the weight.
+"""The published procedure, written a second time from the paper: every forward pass adds dense experts to the
+weight.
 
-What it shares with this library is how a batch becomes logits and the names of the options; no kernel, no layer, no decomposition.
+What it shares with this library is how a batch becomes logits and the names of the options; no kernel, no
+layer, no decomposition.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mingle.methods.mingle_experts import MingleOptions
+from mingle.methods.mingle import MingleOptions
 from mingle.tasks import TaskData, TaskType
 
 #: stage → a block in which that stage's time is taken
@@ -60,10 +62,14 @@ class MergedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.gates:
             return F.linear(x, self.weight, self.bias)
-        gates = torch.cat([gate(x) for gate in self.gates], -1).mean(1)  # [n, T], means over each sample's tokens
+        gates = torch.cat([gate(x) for gate in self.gates], -1).mean(
+            1
+        )  # [n, T], means over each sample's tokens
         if self.per_batch:
             return F.linear(x, self.merged(gates.mean(0)), self.bias)
-        return torch.stack([F.linear(tokens, self.merged(row), self.bias) for tokens, row in zip(x, gates, strict=True)])
+        return torch.stack(
+            [F.linear(tokens, self.merged(row), self.bias) for tokens, row in zip(x, gates, strict=True)]
+        )
 
 
 class Published:
@@ -72,7 +78,7 @@ class Published:
     Args:
         base: the pre-trained model; copied.
         task: how its batches become logits.
-        options: of `mingle.methods.mingle_experts.Mingle`; only what was published is known.
+        options: of `mingle.methods.mingle.Mingle`; only what was published is known.
         suffixes: of the target layers.
         clock: told which stage is running.
 
@@ -80,9 +86,23 @@ class Published:
         ValueError: an option that the published procedure does not have.
     """
 
-    def __init__(self, base: nn.Module, task: TaskType, options: MingleOptions, suffixes: Iterable[str], clock: Clock = _no_clock) -> None:
-        if options.gates != "newest" or options.constraint == "none" or options.reduce == "token" or options.precision != "fp32":
-            raise ValueError("the published procedure trains the newest gate in fp32, constrained, with gates of a batch or a sample")
+    def __init__(
+        self,
+        base: nn.Module,
+        task: TaskType,
+        options: MingleOptions,
+        suffixes: Iterable[str],
+        clock: Clock = _no_clock,
+    ) -> None:
+        if (
+            options.gates != "newest"
+            or options.constraint == "none"
+            or options.reduce == "token"
+            or options.precision != "fp32"
+        ):
+            raise ValueError(
+                "the published procedure trains the newest gate in fp32, constrained, with gates of a batch or a sample"
+            )
         self.base, self.task, self.options, self.clock = base, task, options, clock
         self.gamma = options.gamma if options.constraint == "relaxed" else 0.0
         self.model = copy.deepcopy(base).eval().requires_grad_(False)
@@ -144,7 +164,9 @@ class Published:
         teacher = copy.deepcopy(self.base).eval()
         teacher.get_submodule(self.task.tower).load_state_dict(dict(tuned))
         device = next(teacher.parameters()).device
-        optimizer = torch.optim.Adam([p for layer in self.layers.values() for p in layer.gates[-1].parameters()], lr=self.options.lr)
+        optimizer = torch.optim.Adam(
+            [p for layer in self.layers.values() for p in layer.gates[-1].parameters()], lr=self.options.lr
+        )
         interference = {name: torch.zeros_like(layer.basis[0]) for name, layer in self.layers.items()}
         temperature = self.options.temperature
         for index in batches:
@@ -187,13 +209,18 @@ class Published:
     def gates(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By layer the weights [T, d_in] and biases [T] of all gates."""
         return {
-            name: (torch.cat([gate.weight.detach() for gate in layer.gates]), torch.cat([gate.bias.detach() for gate in layer.gates]))
+            name: (
+                torch.cat([gate.weight.detach() for gate in layer.gates]),
+                torch.cat([gate.bias.detach() for gate in layer.gates]),
+            )
             for name, layer in self.layers.items()
         }
 
 
 def _without_earlier(delta: Tensor, earlier: Tensor) -> Tensor:
-    """Δ without the block that the leading directions of the earlier update span, as many as its effective rank."""
+    """Δ without the block that the leading directions of the earlier update span, as many as its effective
+    rank.
+    """
     U, S, Vh = torch.linalg.svd(earlier, full_matrices=True)
     share = S / S.sum()
     rank = int(math.exp(-torch.xlogy(share, share).sum().item()))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mingle.kernels import gemm
 
-#: Eigenvalues of a Gram matrix in float64 under this fraction of the largest are rounding errors: singular values under 1e-7.
+#: Eigenvalues of a Gram matrix in float64 under this fraction of the largest are rounding errors: singular
+#: values under 1e-7.
 NOISE = 1e-14
 
 P = ParamSpec("P")
@@ -22,7 +23,9 @@ _TOGETHER = 2**27
 
 
 def ieee(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` without autograd, without autocast, and with fp32 products that are neither TF32 nor bf16 inside."""
+    """`function` without autograd, without autocast, and with fp32 products that are neither TF32 nor bf16
+    inside.
+    """
 
     @wraps(function)
     def exact(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -57,13 +60,16 @@ def gram(rows: Tensor) -> Tensor:
 
 
 def falling_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [..., k] in falling order and the eigenvectors as columns [..., k, k], in the matrix's dtype."""
+    """Eigenvalues [..., k] in falling order and the eigenvectors as columns [..., k, k], in the matrix's
+    dtype.
+    """
     values, vectors = torch.linalg.eigh(symmetric)
     return values.flip(-1), vectors.flip(-1)
 
 
 def buckets(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """The places of matrices that are worth stacking: equal in shape, dtype and device, on a GPU, and not too many entries at once.
+    """The places of matrices that are worth stacking: equal in shape, dtype and device, on a GPU, and not too
+    many entries at once.
 
     A CPU works matrix by matrix, each of which then stays in its caches.
     """

@@ -12,12 +12,17 @@ _GOLDEN = -7046029254386353131  # 2⁶⁴ / golden ratio as a signed integer: Sp
 _MIXERS = ((30, -4658895280553007687), (27, -7723592293110705685))  # and its finaliser's shifts and factors
 
 
-def gaussian(seed: int, keys: Sequence[str | int], rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers [len(keys), rows, columns], a function of (seed, key, place) by way of SplitMix64.
+def gaussian(
+    seed: int, keys: Sequence[str | int], rows: int, columns: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Standard normal numbers [len(keys), rows, columns], a function of (seed, key, place) by way of
+    SplitMix64.
 
     The integers behind them are the same on every device.
     """
-    starts = torch.tensor([_start(seed, key) for key in keys]).to(device, non_blocking=True)  # made there, it would wait for a GPU
+    starts = torch.tensor([_start(seed, key) for key in keys]).to(
+        device, non_blocking=True
+    )  # made there, it would wait for a GPU
     counters = torch.arange(1, rows * columns + 1, device=device) * _GOLDEN
     bits = _mixed(starts[:, None] + counters)
     uniform = (_shifted(bits, 12).double() + 0.5) * 2.0**-51 - 1  # 52 bits, symmetric in (−1, 1)

@@ -1,4 +1,6 @@
-"""The whole spectrum of a matrix, and taking the directions it spans out of another one.  Exact: a sketch misjudges the effective rank."""
+"""The whole spectrum of a matrix, and taking the directions it spans out of another one.  Exact: a sketch
+misjudges the effective rank.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from torch import Tensor
 from mingle.linalg.arithmetic import NOISE, falling_eigh, gram, ieee, product
 from mingle.ops import small_factorizations as small
 
-#: Pivots of a Cholesky factor under this fraction of the largest, squared, ask for an eigen-decomposition instead.
+#: Pivots of a Cholesky factor under this fraction of the largest, squared, ask for an eigen-decomposition
+#: instead.
 _DEPENDENT = 1e-12
 #: From this share of the shorter side on, as many factors are decomposed as the product they make.
 _DENSE_SHARE = 0.7
@@ -16,11 +19,13 @@ _DENSE_SHARE = 0.7
 
 @ieee
 def gram_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triplets of M [..., m, n] from the eigen-decomposition of the smaller Gram matrix, in float64.
+    """All singular triplets of M [..., m, n] from the eigen-decomposition of the smaller Gram matrix, in
+    float64.
 
     Returns:
-        U [..., m, k], S [..., k] in falling order, Vh [..., k, n] with k = min(m, n).  Values under 1e-7 of the largest are noise of this
-        method: they, their direction on the longer side, and nothing else, are set to zero.
+        U [..., m, k], S [..., k] in falling order, Vh [..., k, n] with k = min(m, n).  Values under 1e-7 of
+        the largest are noise of this method: they, their direction on the longer side, and nothing else, are
+        set to zero.
     """
     M = M.double()
     if M.shape[-2] > M.shape[-1]:
@@ -41,7 +46,8 @@ def factored_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         A: [..., R, n].
 
     Returns:
-        U [..., m, k], S [..., k] in falling order, Vh [..., k, n] in float64, with k = min(m, n, R); see `gram_svd` for values near zero.
+        U [..., m, k], S [..., k] in falling order, Vh [..., k, n] in float64, with k = min(m, n, R); see
+        `gram_svd` for values near zero.
     """
     B, A = B.double(), A.double()
     shorter, R = min(B.shape[-2], A.shape[-1]), B.shape[-1]
@@ -63,7 +69,9 @@ def _roots(squared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _square_root(squared: Tensor) -> tuple[Tensor, Tensor]:
-    """F and F⁻¹ with F Fᵀ = G [..., k, k]: Cholesky's, or where rows depend on each other the eigenvectors', with a pseudo-inverse."""
+    """F and F⁻¹ with F Fᵀ = G [..., k, k]: Cholesky's, or where rows depend on each other the eigenvectors',
+    with a pseudo-inverse.
+    """
     L, info = torch.linalg.cholesky_ex(squared)
     pivots = L.diagonal(0, -2, -1).square()
     if (info == 0).all() and (pivots > _DEPENDENT * pivots.amax(-1, keepdim=True)).all():
@@ -76,17 +84,23 @@ def _square_root(squared: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def effective_rank(singular_values: Tensor) -> int:
-    """int(exp(−Σ p ln p)) with p = σ / Σσ and 0 · ln 0 = 0, for σ [k], in float64; 0 where all values are zero."""
+    """int(exp(−Σ p ln p)) with p = σ / Σσ and 0 · ln 0 = 0, for σ [k], in float64; 0 where all values are
+    zero.
+    """
     return int(effective_ranks(singular_values))
 
 
 def effective_ranks(singular_values: Tensor) -> Tensor:
     """`effective_rank` for each row of σ [..., k]: int32 [...], without waiting for a GPU."""
-    return small.effective_rank(singular_values.double().view(-1, singular_values.shape[-1])).view(singular_values.shape[:-1])
+    return small.effective_rank(singular_values.double().view(-1, singular_values.shape[-1])).view(
+        singular_values.shape[:-1]
+    )
 
 
 @ieee
-def project_out(delta: Tensor, U: Tensor, S: Tensor, Vh: Tensor, leading: int | Tensor, *, drop_diagonal: bool = False) -> Tensor:
+def project_out(
+    delta: Tensor, U: Tensor, S: Tensor, Vh: Tensor, leading: int | Tensor, *, drop_diagonal: bool = False
+) -> Tensor:
     """Remove from Δ the block that the leading singular directions of another matrix span.
 
         Δ ← Δ − U_α (U_αᵀ Δ V_α) V_αᵀ
@@ -105,7 +119,9 @@ def project_out(delta: Tensor, U: Tensor, S: Tensor, Vh: Tensor, leading: int | 
     dtype = torch.promote_types(delta.dtype, torch.float32)
     wide, U, Vh = delta.to(dtype), U.to(dtype), Vh.to(dtype)
     core = product(product(U.mT, wide), Vh.mT)
-    inside = torch.arange(S.shape[-1], device=S.device) < torch.as_tensor(leading, device=S.device).unsqueeze(-1)
+    inside = torch.arange(S.shape[-1], device=S.device) < torch.as_tensor(leading, device=S.device).unsqueeze(
+        -1
+    )
     removed = torch.where(inside.unsqueeze(-1) & inside.unsqueeze(-2), core, 0)
     if drop_diagonal:
         real = S[..., :1] * max(delta.shape[-2:]) * torch.finfo(torch.float64).eps < S

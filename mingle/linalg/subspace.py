@@ -14,8 +14,9 @@ from mingle.linalg.sketch import gaussian
 #: From this width on a covariance is too large to keep, and a sketch of so many rows takes its place.
 WIDE = 8192
 _SKETCH_ROWS = 256
-# Of the block Krylov method: the residual, relative to the largest eigenvalue, at which it ends; the vectors in a block, where that is not
-# less than twice as many as are wanted; and the width below which a full decomposition takes no longer.
+# Of the block Krylov method: the residual, relative to the largest eigenvalue, at which it ends; the vectors
+# in a block, where that is not less than twice as many as are wanted; and the width below which a full
+# decomposition takes no longer.
 _RESIDUAL, _BLOCK, _SMALL = 1e-13, 8, 256
 #: Parts of the rows of a covariance, each computed up to its diagonal.
 _PANELS = 4
@@ -23,11 +24,13 @@ _PANELS = 4
 
 @dataclass(frozen=True, eq=False)
 class InputDirections:
-    """What is kept of a stream of vectors to find their leading directions: the top eigenvectors of Σ xᵀx, uncentred.
+    """What is kept of a stream of vectors to find their leading directions: the top eigenvectors of Σ xᵀx,
+    uncentred.
 
-    Up to 8192 dimensions the sum itself [d, d]; beyond, a sketch [256, d] by Frequent Directions (Ghashami et al., SIAM J. Comput. 45,
-    2016), whose directional energies err by less than Σ‖x‖² / 256.  Both are kept in float64.  Never changed: `including` makes a new one,
-    so that layers which have seen the same inputs can share one.
+    Up to 8192 dimensions the sum itself [d, d]; beyond, a sketch [256, d] by Frequent Directions (Ghashami et
+    al., SIAM J. Comput. 45, 2016), whose directional energies err by less than Σ‖x‖² / 256.  Both are kept in
+    float64.  Never changed: `including` makes a new one, so that layers which have seen the same inputs can
+    share one.
     """
 
     width: int
@@ -53,7 +56,9 @@ class InputDirections:
 
     @ieee
     def top(self, k: int) -> Tensor:
-        """The k leading directions as orthonormal columns [d, ≤ k] in float64; directions without any energy are left out."""
+        """The k leading directions as orthonormal columns [d, ≤ k] in float64; directions without any energy
+        are left out.
+        """
         if self.statistic is None:
             return torch.empty(self.width, 0, dtype=torch.float64)
         if self.width < WIDE:
@@ -65,8 +70,9 @@ class InputDirections:
 def _with_products(known: Tensor | None, x: Tensor) -> Tensor:
     """`known` + Σ xᵀx [d, d] in float64, for x [N, d].
 
-    fp32 vectors are multiplied in fp32, after their mean m is taken off, which is mostly the leading direction and would bury the others in
-    its rounding errors:  Σ xᵀx = Σ (x−m)ᵀ(x−m) + sᵀm + mᵀ(s − N m)  with s = Σ x, exact for any m.
+    fp32 vectors are multiplied in fp32, after their mean m is taken off, which is mostly the leading
+    direction and would bury the others in its rounding errors:  Σ xᵀx = Σ (x−m)ᵀ(x−m) + sᵀm + mᵀ(s − N m)
+    with s = Σ x, exact for any m.
     """
     if known is None:
         known = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
@@ -97,7 +103,9 @@ def _gram_of_columns(x: Tensor) -> Tensor:
 
 
 def _shrunk(rows: Tensor) -> Tensor:
-    """At most `_SKETCH_ROWS` rows whose Gram matrix is that of `rows` less the energy of the first direction that no longer fits."""
+    """At most `_SKETCH_ROWS` rows whose Gram matrix is that of `rows` less the energy of the first direction
+    that no longer fits.
+    """
     if len(rows) <= _SKETCH_ROWS:
         return rows
     values, vectors = falling_eigh(gram(rows))
@@ -108,10 +116,12 @@ def _shrunk(rows: Tensor) -> Tensor:
 
 @ieee
 def top_subspace(covariance: Tensor, k: int) -> Tensor:
-    """The eigenvectors of the `k` largest eigenvalues of a positive semidefinite matrix [d, d], as columns [d, ≤ k] in float64.
+    """The eigenvectors of the `k` largest eigenvalues of a positive semidefinite matrix [d, d], as columns
+    [d, ≤ k] in float64.
 
-    A block Krylov method until the residuals are rounding errors, or a full decomposition.  Directions without any energy (eigenvalue
-    ≤ 1e-14 of the largest) are left out.  Signs are such that the entry of largest magnitude in a column is positive.
+    A block Krylov method until the residuals are rounding errors, or a full decomposition.  Directions
+    without any energy (eigenvalue ≤ 1e-14 of the largest) are left out.  Signs are such that the entry of
+    largest magnitude in a column is positive.
 
     Raises:
         ValueError: a matrix that is not square, or has non-finite entries.
@@ -132,11 +142,13 @@ def _energetic(values: Tensor, vectors: Tensor, k: int) -> Tensor:
 
 
 def _iterated(covariance: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """(eigenvalues [k], eigenvectors [d, k]) by a block Krylov method, or None where a full decomposition is cheaper.
+    """(eigenvalues [k], eigenvectors [d, k]) by a block Krylov method, or None where a full decomposition is
+    cheaper.
 
-    The block, multiplied and made orthogonal to all before it, twice, joins the basis, from which the eigenvectors are taken: where
-    eigenvalues lie close together this needs far fewer products than iterating a block by itself, as their number grows with the root of
-    the inverse gap (Saad, Numerical Methods for Large Eigenvalue Problems, 6.6).
+    The block, multiplied and made orthogonal to all before it, twice, joins the basis, from which the
+    eigenvectors are taken: where eigenvalues lie close together this needs far fewer products than iterating
+    a block by itself, as their number grows with the root of the inverse gap (Saad, Numerical Methods for
+    Large Eigenvalue Problems, 6.6).
     """
     d, block = len(covariance), max(_BLOCK, 2 * k)
     if d < _SMALL:

@@ -1,4 +1,6 @@
-"""Truncated singular value decompositions of many matrices: block subspace iteration in their own precision, finished in float64."""
+"""Truncated singular value decompositions of many matrices: block subspace iteration in their own precision,
+finished in float64.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from mingle import extension
 from mingle.linalg.arithmetic import buckets, falling_eigh, gram, ieee, product
 from mingle.linalg.basis import ORTHONORMAL, defect, orthonormal, orthonormalized
 from mingle.linalg.sketch import gaussian
+from mingle.ops import extension, small_kernels
 from mingle.ops import small_factorizations as small
-from mingle.ops import small_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,9 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 #: Singular values below this fraction of the largest one are zero.
 NULL_SPACE_TOLERANCE = 1e-6
 BACKENDS = ("auto", "lapack", "library", "extension")
-#: mode → (oversample, power_iters): an excess residual under 1e-5 and under 1e-4 on every spectrum tried.  Eight rounds would do for the
-#: former, but where the singular values around r are close together they leave an error of 1e-4 in B A; ten, at 4 to 14 % more time, 2e-5.
+#: mode → (oversample, power_iters): an excess residual under 1e-5 and under 1e-4 on every spectrum tried.
+#: Eight rounds would do for the former, but where the singular values around r are close together they leave
+#: an error of 1e-4 in B A; ten, at 4 to 14 % more time, 2e-5.
 MODES = {"accurate": (64, 10), "fast": (32, 7)}
 
 #: Up to this width a library decomposes whole batches at once, and nothing else is faster.
@@ -64,32 +66,39 @@ def svd_lowrank(
     keys: Sequence[str | int] | None = None,
     backend: str = "auto",
 ) -> Triplets | tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The leading singular triplets M ≈ U diag(S) Vh of one matrix, a batch, or a list of matrices of any shapes.
+    """The leading singular triplets M ≈ U diag(S) Vh of one matrix, a batch, or a list of matrices of any
+    shapes.
 
-    Block subspace iteration (Halko, Martinsson and Tropp, SIAM Review 53, 2011) with ℓ = rank + oversample vectors, orthonormalised by
-    Cholesky QR with Gram matrices in float64.  fp32 matrices iterate in fp32 and finish with one round in float64; where one side is
-    much longer than the other, the iteration runs on the Gram matrix of the shorter one.  Where ℓ reaches half the shorter
-    side the Gram matrix is decomposed exactly.
+    Block subspace iteration (Halko, Martinsson and Tropp, SIAM Review 53, 2011) with ℓ = rank + oversample
+    vectors, orthonormalised by Cholesky QR with Gram matrices in float64.  fp32 matrices iterate in fp32 and
+    finish with one round in float64; where one side is much longer than the other, the iteration runs on the
+    Gram matrix of the shorter one.  Where ℓ reaches half the shorter side the Gram matrix is decomposed
+    exactly.
 
     Args:
         M: [..., m, n], or a sequence of [m, n], in a floating dtype.
         rank: r; at most min(m, n) triplets are returned.
-        mode: ``"accurate"``, whose residual exceeds the optimal one by less than a factor 1 + 1e-5, or ``"fast"`` with 1 + 1e-4.  Of a task
-            vector the leading part B A itself was within 1e-4 wherever tried, singular values a thousandth apart around r included.
-        oversample, power_iters: vectors beyond the rank, and applications of MᵀM in the iteration; they overrule `mode`.
+        mode: ``"accurate"``, whose residual exceeds the optimal one by less than a factor 1 + 1e-5, or
+            ``"fast"`` with 1 + 1e-4.  Of a task vector the leading part B A itself was within 1e-4 wherever
+            tried, singular values a thousandth apart around r included.
+        oversample, power_iters: vectors beyond the rank, and applications of MᵀM in the iteration; they
+            overrule `mode`.
         seed: of the random start.
-        keys: one name per matrix, which its random start depends on and errors mention.  Without keys all start alike.  The result for a
-            matrix depends on neither the batch it is in nor its place there, beyond a GPU library's own choice of kernels.
-        backend: ``"lapack"`` decomposes fully in float64; ``"library"`` iterates with PyTorch's own small factorisations, ``"extension"``
-            with the CUDA kernels of ``mingle._C``; ``"auto"`` iterates with what there is.
+        keys: one name per matrix, which its random start depends on and errors mention.  Without keys all
+            start alike.  The result for a matrix depends on neither the batch it is in nor its place there,
+            beyond a GPU library's own choice of kernels.
+        backend: ``"lapack"`` decomposes fully in float64; ``"library"`` iterates with PyTorch's own small
+            factorisations, ``"extension"`` with the CUDA kernels of ``mingle._C``; ``"auto"`` iterates with
+            what there is.
 
     Returns:
-        U [..., m, r] and Vh [..., r, n], both orthonormal, and S [..., r] in falling order, in M's dtype; for a sequence three lists.
-        Singular values under 1e-6 of the largest are exactly zero.  The entry of largest magnitude in every column of U is positive, so
-        the result is unique where S is.
+        U [..., m, r] and Vh [..., r, n], both orthonormal, and S [..., r] in falling order, in M's dtype; for
+        a sequence three lists. Singular values under 1e-6 of the largest are exactly zero.  The entry of
+        largest magnitude in every column of U is positive, so the result is unique where S is.
 
     Raises:
-        ValueError: a non-positive rank, an unknown mode or backend, or a matrix with non-finite entries, named by its key.
+        ValueError: a non-positive rank, an unknown mode or backend, or a matrix with non-finite entries,
+            named by its key.
         TypeError: a tensor that is no floating-point matrix.
         RuntimeError: ``backend="extension"`` where it cannot run; the message says why.
     """
@@ -103,7 +112,11 @@ def svd_lowrank(
     options = (rank, rank + oversample, power_iters, seed, backend)
     if isinstance(M, Tensor):
         U, S, Vh = _apply(M.reshape(count, *M.shape[-2:]), names, options)
-        return U.view(*M.shape[:-2], *U.shape[1:]), S.view(*M.shape[:-2], S.shape[1]), Vh.view(*M.shape[:-2], *Vh.shape[1:])
+        return (
+            U.view(*M.shape[:-2], *U.shape[1:]),
+            S.view(*M.shape[:-2], S.shape[1]),
+            Vh.view(*M.shape[:-2], *Vh.shape[1:]),
+        )
     results: list[Triplets] = [()] * len(matrices)  # type: ignore[list-item]
     for places in buckets(matrices):
         parts = _apply(torch.stack([matrices[i] for i in places]), [names[i] for i in places], options)
@@ -112,7 +125,9 @@ def svd_lowrank(
     return [U for U, _, _ in results], [S for _, S, _ in results], [Vh for _, _, Vh in results]
 
 
-def _check(M: Tensor | Sequence[Tensor], rank: int, mode: str, oversample: int, power_iters: int, backend: str) -> None:
+def _check(
+    M: Tensor | Sequence[Tensor], rank: int, mode: str, oversample: int, power_iters: int, backend: str
+) -> None:
     if rank < 1:
         raise ValueError(f"rank={rank}: expected a positive integer")
     if oversample < 0 or power_iters < 0:
@@ -125,7 +140,9 @@ def _check(M: Tensor | Sequence[Tensor], rank: int, mode: str, oversample: int, 
     for matrix in [M] if isinstance(M, Tensor) else M:
         if matrix.dim() < 2 or (matrix.dim() > 2 and not single) or not matrix.is_floating_point():
             expected = "[..., m, n]" if single else "[m, n] for every entry of a list"
-            raise TypeError(f"M has shape {list(matrix.shape)} and dtype {matrix.dtype}; expected a floating-point {expected}")
+            raise TypeError(
+                f"M has shape {list(matrix.shape)} and dtype {matrix.dtype}; expected a floating-point {expected}"
+            )
         if backend == "extension" and (reason := _without_extension(matrix, rank + oversample)):
             raise RuntimeError(f"backend='extension' cannot run: {reason}")
 
@@ -147,8 +164,12 @@ def _names(keys: Sequence[str | int] | None, count: int) -> list[str]:
 
 
 @ieee
-def _svd_lowrank(M: Tensor, rank: int, block: int, power_iters: int, seed: int, backend: str, names: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`svd_lowrank` of M [b, m, n] by block subspace iteration with `block` = ℓ vectors; one key per matrix, a line each in `names`."""
+def _svd_lowrank(
+    M: Tensor, rank: int, block: int, power_iters: int, seed: int, backend: str, names: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`svd_lowrank` of M [b, m, n] by block subspace iteration with `block` = ℓ vectors; one key per matrix,
+    a line each in `names`.
+    """
     keys = names.split("\n")
     b, m, n = M.shape
     plan = _Plan(rank, block, power_iters, seed)
@@ -180,7 +201,9 @@ _registered = torch.library.custom_op("mingle::svd_lowrank", _svd_lowrank, mutat
 
 
 @_registered.register_fake
-def _(M: Tensor, rank: int, block: int, power_iters: int, seed: int, backend: str, names: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    M: Tensor, rank: int, block: int, power_iters: int, seed: int, backend: str, names: str
+) -> tuple[Tensor, Tensor, Tensor]:
     b, m, n = M.shape
     r = min(rank, m, n)
     return M.new_empty(b, m, r), M.new_empty(b, r), M.new_empty(b, r, n)
@@ -196,7 +219,9 @@ def _refuse_nonfinite(M: Tensor, keys: list[str], count: Tensor, first: Tensor) 
         if wrong:
             name = repr(keys[i]) if keys[i] != "" else f"{i} of {len(M)}"
             entry = list(divmod(place, M.shape[2]))
-            raise ValueError(f"matrix {name} {list(M.shape[1:])} has non-finite entries: {wrong}, the first at {entry}")
+            raise ValueError(
+                f"matrix {name} {list(M.shape[1:])} has non-finite entries: {wrong}, the first at {entry}"
+            )
 
 
 def _full(M: Tensor, rank: int) -> Triplets:
@@ -209,7 +234,11 @@ def _repaired(parts: Triplets, M: Tensor, plan: _Plan, keys: list[str]) -> Tripl
     U, S, Vh = parts
     trust = (defect(U.mT) <= ORTHONORMAL) & (defect(Vh) <= ORTHONORMAL) & S.isfinite().all(-1)
     for i in (~trust).nonzero().flatten().tolist():
-        logger.warning("the subspace iteration failed for matrix %r %s; decomposed fully instead", keys[i] or i, list(M.shape[1:]))
+        logger.warning(
+            "the subspace iteration failed for matrix %r %s; decomposed fully instead",
+            keys[i] or i,
+            list(M.shape[1:]),
+        )
         U[i], S[i], Vh[i] = _full(M[i], plan.rank)
     return U, S, Vh
 
@@ -240,10 +269,11 @@ def _leading(scaled: Tensor, M: Tensor, plan: _Plan, keys: list[str]) -> Triplet
 
 
 def on_gram_side(m: int, n: int, block: int, power_iters: int) -> bool:
-    """Whether MᵀM [n, n] is formed and iterated with, for M [m, n] and m ≥ n: where that takes fewer operations and M is tall.
+    """Whether MᵀM [n, n] is formed and iterated with, for M [m, n] and m ≥ n: where that takes fewer
+    operations and M is tall.
 
-    m n² + q n² ℓ against 2 q m n ℓ multiply-adds.  Squares in fp32 lose the directions under 3e-4 of the largest, which a square matrix
-    should not risk for little.
+    m n² + q n² ℓ against 2 q m n ℓ multiply-adds.  Squares in fp32 lose the directions under 3e-4 of the
+    largest, which a square matrix should not risk for little.
     """
     return m >= 2 * n and n * (m + power_iters * block) < 2 * power_iters * m * block
 
@@ -256,7 +286,8 @@ def _leading_eigenvectors(squared: Tensor, r: int) -> Tensor:
 
 
 def _triplets(rows: Tensor, images: Tensor, plan: _Plan, keys: list[str]) -> Triplets:
-    """From orthonormal rows [..., r, k] and their images [..., r, l] under the matrix: S in falling order, the rows in it, unit images.
+    """From orthonormal rows [..., r, k] and their images [..., r, l] under the matrix: S in falling order,
+    the rows in it, unit images.
 
     The lengths are accurate where the eigenvalues, their squares, have drowned in rounding errors.
     """

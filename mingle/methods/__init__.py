@@ -1,7 +1,8 @@
 """The merging methods, by the names under which they are published and reported.
 
-A method takes in one fine-tuned model after another through `MergeMethod.add` and leaves the merged weights in the model.  Those that
-only compute new weights from old ones are pure functions behind `WeightMethod`; those that add gated experts are `GatedMethod`s.
+A method takes in one fine-tuned model after another through `MergeMethod.add` and leaves the merged weights
+in the model.  Those that only compute new weights from old ones are pure functions behind `WeightMethod`;
+those that add gated experts are `GatedMethod`s.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from mingle.methods.average import Average
 from mingle.methods.base import Arrival, MergeMethod, StepReport
 from mingle.methods.consensus_ta import ConsensusTa
 from mingle.methods.magmax import MagMax
-from mingle.methods.mingle_experts import Mingle, MingleLight
+from mingle.methods.mingle import Mingle, MingleLight
 from mingle.methods.mingle_seq import MingleSeq
 from mingle.methods.nufilt import Nufilt
 from mingle.methods.opcm import Opcm

@@ -1,4 +1,6 @@
-"""Continual layer-wise AdaMerging (Yang et al., 2024): a learnt coefficient for every tensor of a task vector."""
+"""Continual layer-wise AdaMerging (Yang et al., 2024): a learnt coefficient for every tensor of a task
+vector.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mingle.adapt import PATIENCE, AdaptationDiverged, AdaptTrace, StepProgress, entropy_loss, shuffled_batches
+from mingle.adaptation.train import (
+    PATIENCE,
+    AdaptationDiverged,
+    AdaptTrace,
+    StepProgress,
+    entropy_loss,
+    shuffled_batches,
+)
+from mingle.io.state_dicts import task_vector
 from mingle.methods.base import Arrival, PlainMethod, StepReport, Tensors
 from mingle.options import require_not_negative, require_positive
-from mingle.task_vector import task_vector
 from mingle.tasks import TaskData, TaskType
 
 
 @dataclass(frozen=True)
 class AdaMergingOptions:
-    """init: every coefficient's initial value; steps of Adam at learning rate lr over batches of batch_size seed samples."""
+    """init: every coefficient's initial value; steps of Adam at learning rate lr over batches of batch_size
+    seed samples.
+    """
 
     init: float = 0.3
     steps: int = 50
@@ -33,7 +44,9 @@ class AdaMergingOptions:
 
 
 class _Entropy(nn.Module):
-    """The loss of a batch as the forward pass of a module, of which `functional_call` can replace the model's weights."""
+    """The loss of a batch as the forward pass of a module, of which `functional_call` can replace the model's
+    weights.
+    """
 
     def __init__(self, task: TaskType, model: nn.Module) -> None:
         super().__init__()
@@ -41,12 +54,17 @@ class _Entropy(nn.Module):
 
     def forward(self, batch: TaskData) -> Tensor:
         logits = self.task.logits(self.model, batch)
-        return entropy_loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.task.valid(batch))
+        return entropy_loss(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), self.task.valid(batch)
+        )
 
 
 def combined(merged: Mapping[str, Tensor], delta: Mapping[str, Tensor], coefficients: Tensor) -> Tensors:
     """θ + c_n Δ_n for the n-th tensor, in θ's dtype; coefficients [number of tensors]."""
-    return {name: (tensor + c * delta[name]).to(tensor) for (name, tensor), c in zip(merged.items(), coefficients, strict=True)}
+    return {
+        name: (tensor + c * delta[name]).to(tensor)
+        for (name, tensor), c in zip(merged.items(), coefficients, strict=True)
+    }
 
 
 def learn_coefficients(
@@ -59,8 +77,8 @@ def learn_coefficients(
 ) -> tuple[Tensor, AdaptTrace]:
     """Minimise a loss over coefficients in [0, 1] with Adam.
 
-    Coefficients that a step takes out of the interval are put back to its end.  (Clamping them in the forward pass instead would leave
-    them without a gradient for ever.)
+    Coefficients that a step takes out of the interval are put back to its end.  (Clamping them in the forward
+    pass instead would leave them without a gradient for ever.)
 
     Args:
         loss: of (coefficients, the indices of a batch of samples).
@@ -71,12 +89,15 @@ def learn_coefficients(
         on_step: called after every step.
 
     Raises:
-        AdaptationDiverged: the loss or its gradient was not finite for three steps in a row; a single such step is left out.
+        AdaptationDiverged: the loss or its gradient was not finite for three steps in a row; a single such
+            step is left out.
     """
     learnt = coefficients.clone().requires_grad_()
     optimizer = torch.optim.Adam([learnt], options.lr)
     trace, bad_steps = AdaptTrace(), 0
-    for done, index in zip(range(1, options.steps + 1), shuffled_batches(count, options.batch_size, generator), strict=False):
+    for done, index in zip(
+        range(1, options.steps + 1), shuffled_batches(count, options.batch_size, generator), strict=False
+    ):
         value = loss(learnt, index)
         (learnt.grad,) = torch.autograd.grad(value, learnt)
         trace.loss.append(value.item())
@@ -88,17 +109,20 @@ def learn_coefficients(
         else:
             bad_steps += 1
             if bad_steps == PATIENCE:
-                raise AdaptationDiverged(f"the loss or its gradient was not finite for {PATIENCE} steps, last at step {done}")
+                raise AdaptationDiverged(
+                    f"the loss or its gradient was not finite for {PATIENCE} steps, last at step {done}"
+                )
         if on_step is not None:
             on_step(StepProgress(done, options.steps, trace.loss[-1], None, None))
     return learnt.detach(), trace
 
 
 class AdaMerging(PlainMethod):
-    """θ_t = θ_{t−1} + c_n Δ_n for every tensor n; the coefficients c minimise the entropy of the merged model's answers to the seeds.
+    """θ_t = θ_{t−1} + c_n Δ_n for every tensor n; the coefficients c minimise the entropy of the merged
+    model's answers to the seeds.
 
-    Tensors that the model ties together have one coefficient.  With each task only its own coefficients are learnt; those of earlier
-    tasks are in θ_{t−1}, as the earlier models are gone.
+    Tensors that the model ties together have one coefficient.  With each task only its own coefficients are
+    learnt; those of earlier tasks are in θ_{t−1}, as the earlier models are gone.
     """
 
     name = "adamerging"
@@ -115,11 +139,15 @@ class AdaMerging(PlainMethod):
 
         def loss(coefficients: Tensor, index: Tensor) -> Tensor:
             weights = combined(self.merged, delta, coefficients)
-            value: Tensor = functional_call(entropy, {places[name]: w for name, w in weights.items()}, (seeds.select(index.to(device)),))
+            value: Tensor = functional_call(
+                entropy, {places[name]: w for name, w in weights.items()}, (seeds.select(index.to(device)),)
+            )
             return value
 
         start = torch.full((len(delta),), self.options.init, device=device)
         generator = torch.Generator().manual_seed(arrival.seed)
-        coefficients, trace = learn_coefficients(loss, start, len(seeds), self.options, generator, arrival.on_step)
+        coefficients, trace = learn_coefficients(
+            loss, start, len(seeds), self.options, generator, arrival.on_step
+        )
         self.take(combined(self.merged, delta, coefficients), {})
         return StepReport(trace=trace)

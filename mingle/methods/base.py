@@ -1,4 +1,6 @@
-"""What every merging method shares: how a model arrives, what is kept between arrivals, and how weights get into the model."""
+"""What every merging method shares: how a model arrives, what is kept between arrivals, and how weights get
+into the model.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from mingle.adapt import AdaptTrace, StepProgress
-from mingle.task_vector import first_names, task_vector
+from mingle.adaptation.train import AdaptTrace, StepProgress
+from mingle.io.state_dicts import first_names, task_vector
 from mingle.tasks import TaskData, TaskType
 
 Tensors = dict[str, torch.Tensor]
@@ -83,14 +85,18 @@ class MergeMethod(ABC):
     name: ClassVar[str]
     Options: ClassVar[type] = NoOptions
     needs_seeds: ClassVar[bool] = False
-    #: whether seed samples come with the fine-tuned model's answers, where the task type compares models along these
+    #: whether seed samples come with the fine-tuned model's answers, where the task type compares models
+    #: along these
     needs_answers: ClassVar[bool] = True
-    #: whether each model was fine-tuned from the one before, and the seed samples are all of a task's training data
+    #: whether each model was fine-tuned from the one before, and the seed samples are all of a task's
+    #: training data
     sequential: ClassVar[bool] = False
     #: whether every task is served by a model of its own (only the reference row `individual`)
     per_task: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
+    ) -> None:
         self.model = model
         self.task = task
         self.tower = model.get_submodule(task.tower)
@@ -117,7 +123,8 @@ class MergeMethod(ABC):
         """Make the model the one that serves task `index`; the merged model serves all, so nothing to do."""
 
     def plain_tower(self) -> Tensors:
-        """The tower, under the base's names (of tied tensors the first), as plain weights that answer as the model does now.
+        """The tower, under the base's names (of tied tensors the first), as plain weights that answer as the
+        model does now.
 
         Raises:
             ValueError: the method leaves no such tower.
@@ -133,15 +140,20 @@ class PlainMethod(MergeMethod):
     """A method whose merged model is one plain tower.
 
     Attributes:
-        base: as given, but with one entry for tensors that the model ties together, so that none counts twice.
+        base: as given, but with one entry for tensors that the model ties together, so that none counts
+            twice.
         merged: the merged tower, under the names of `base`.
         state: what else the next step needs.
     """
 
-    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
+    ) -> None:
         #: every name of a tensor of the tower → the one under which it is kept
         self.kept_as = first_names(model.get_submodule(task.tower))
-        super().__init__(model, task, {name: base[name] for name, kept in self.kept_as.items() if name == kept}, options)
+        super().__init__(
+            model, task, {name: base[name] for name, kept in self.kept_as.items() if name == kept}, options
+        )
         self.merged: Tensors = {name: tensor.clone() for name, tensor in self.base.items()}
         self.state: Tensors = {}
 
@@ -157,7 +169,9 @@ class PlainMethod(MergeMethod):
         return {}
 
     def state_tensors(self) -> Tensors:
-        return {f"merged/{name}": t for name, t in self.merged.items()} | {f"state/{name}": t for name, t in self.state.items()}
+        return {f"merged/{name}": t for name, t in self.merged.items()} | {
+            f"state/{name}": t for name, t in self.state.items()
+        }
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         self.take(_under("merged/", state), _under("state/", state))
@@ -171,7 +185,9 @@ class WeightMethod(PlainMethod):
 
     @abstractmethod
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        """(new merged tower, new running state) from self.base, self.merged, self.state and the arrival; changes none of them."""
+        """(new merged tower, new running state) from self.base, self.merged, self.state and the arrival;
+        changes none of them.
+        """
 
     def add(self, arrival: Arrival) -> StepReport:
         self.take(*self.update(arrival))
@@ -182,7 +198,9 @@ class WeightMethod(PlainMethod):
         return task_vector(self.base, self.merged, self.base), task_vector(self.base, tuned, self.base)
 
 
-def shifted(tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor], scaling: float = 1.0) -> Tensors:
+def shifted(
+    tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor], scaling: float = 1.0
+) -> Tensors:
     """tensor + scaling · vector of each name, in the tensor's dtype."""
     return {name: (tensor + scaling * vectors[name]).to(tensor.dtype) for name, tensor in tensors.items()}
 

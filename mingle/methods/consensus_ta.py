@@ -20,9 +20,10 @@ class ConsensusTaOptions:
         scaling: λ.
         threshold: l of the TALL masks.
         min_masks: k, in how many masks an entry must be active.
-        masks: which masks are counted.  ``newest``: the first task's, all ones, and the newest task's, as in the code behind the published
-            figures, where k is 1 (keep everything) or 2 (keep what the newest task uses).  ``all``: those of all tasks so far, the first
-            all ones; then a k above 2 means something too.
+        masks: which masks are counted.  ``newest``: the first task's, all ones, and the newest task's, as in
+            the code behind the published figures, where k is 1 (keep everything) or 2 (keep what the newest
+            task uses).  ``all``: those of all tasks so far, the first all ones; then a k above 2 means
+            something too.
     """
 
     scaling: float = 0.1
@@ -37,20 +38,25 @@ class ConsensusTaOptions:
 
 
 def tall_mask(vector: torch.Tensor, delta: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Where the task is at work: |Δ_t| > l · |θ₀ + M + Δ_t − θ_t|, in which all but M cancels; bool, of Δ's shape."""
+    """Where the task is at work: |Δ_t| > l · |θ₀ + M + Δ_t − θ_t|, in which all but M cancels; bool, of Δ's
+    shape.
+    """
     return delta.abs() > threshold * vector.abs()
 
 
-def agreed(vector: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor], counts: Tensors, min_masks: int) -> Tensors:
+def agreed(
+    vector: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor], counts: Tensors, min_masks: int
+) -> Tensors:
     """M + Δ_t where at least `min_masks` masks are active, and 0 elsewhere."""
     return {name: torch.where(counts[name] >= min_masks, vector[name] + d, 0) for name, d in delta.items()}
 
 
 class ConsensusTa(WeightMethod):
-    """θ_t = θ_{t−1} + λ v with v = Δ_1 for the first task and, for later ones, M_{t−1} + Δ_t where at least k masks are active.
+    """θ_t = θ_{t−1} + λ v with v = Δ_1 for the first task and, for later ones, M_{t−1} + Δ_t where at least k
+    masks are active.
 
-    As in TIES, M takes part in v and is in θ_{t−1} already, so that with each task what was agreed on before grows by λ; the published
-    figures were made like this.
+    As in TIES, M takes part in v and is in θ_{t−1} already, so that with each task what was agreed on before
+    grows by λ; the published figures were made like this.
     """
 
     name = "consensus-ta"
@@ -62,6 +68,9 @@ class ConsensusTa(WeightMethod):
         if not arrival.index:
             counts = {name: torch.ones_like(d, dtype=torch.int16) for name, d in delta.items()}
             return shifted(self.merged, delta, options.scaling), counts if options.masks == "all" else {}
-        counts = {name: self.state.get(name, 1) + tall_mask(vector[name], d, options.threshold).short() for name, d in delta.items()}
+        counts = {
+            name: self.state.get(name, 1) + tall_mask(vector[name], d, options.threshold).short()
+            for name, d in delta.items()
+        }
         kept = agreed(vector, delta, counts, options.min_masks)
         return shifted(self.merged, kept, options.scaling), counts if options.masks == "all" else {}

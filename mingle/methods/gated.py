@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from mingle.inject import inject, present
-from mingle.layers import MingleLinear
+from mingle.io.state_dicts import task_vector
 from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
-from mingle.task_vector import task_vector
+from mingle.nn.inject import inject, present
+from mingle.nn.linear import MingleLinear
 from mingle.tasks import TaskType
 
 #: what one task leaves in a layer
@@ -22,19 +22,23 @@ EXPERT_TENSORS = ("A", "B", "gate_weight", "gate_bias")
 class GatedMethod(MergeMethod):
     """One gated expert per task and target layer.
 
-    Subclasses say how experts and gates are made.  Their `Options` have ``layers`` and ``backend``, and ``reduce`` where layers compute
-    their gates themselves.
+    Subclasses say how experts and gates are made.  Their `Options` have ``layers`` and ``backend``, and
+    ``reduce`` where layers compute their gates themselves.
     """
 
     needs_seeds = True
     #: the target layers where the options name none
     layer_set: ClassVar[str]
 
-    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
+    ) -> None:
         super().__init__(model, task, base, options)
         targets = options.layers or present(self.tower, task.layer_sets[self.layer_set])
         model.requires_grad_(False)
-        self.layers: dict[str, MingleLinear] = inject(self.tower, targets, getattr(options, "reduce", "token"), backend=options.backend)
+        self.layers: dict[str, MingleLinear] = inject(
+            self.tower, targets, getattr(options, "reduce", "token"), backend=options.backend
+        )
         for name, layer in self.layers.items():
             layer.reduce = task.reduce_for(name, layer.reduce)
         #: per task, its place among the experts, or None where it was skipped
@@ -44,7 +48,9 @@ class GatedMethod(MergeMethod):
         deltas = task_vector(self.start(), arrival.tuned, [f"{name}.weight" for name in self.layers])
         if not any(delta.any() for delta in deltas.values()):
             self._count(merged=False)
-            return StepReport(skipped=f"{arrival.name}: no target layer differs from the model it started from, no expert was added")
+            return StepReport(
+                skipped=f"{arrival.name}: no target layer differs from the model it started from, no expert was added"
+            )
         before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
         try:
             report = self._merge(arrival, {name: deltas[f"{name}.weight"] for name in self.layers})
@@ -62,10 +68,14 @@ class GatedMethod(MergeMethod):
 
     @abstractmethod
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
-        """Give every layer an expert from its Δ, and adapt.  Where it raises, `add` puts the layers back; all else is as before."""
+        """Give every layer an expert from its Δ, and adapt.  Where it raises, `add` puts the layers back; all
+        else is as before.
+        """
 
     @abstractmethod
-    def _append(self, name: str, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor) -> None:
+    def _append(
+        self, name: str, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor
+    ) -> None:
         """Give the layer an expert, and say which of its gates train from now on."""
 
     def _count(self, *, merged: bool) -> None:
@@ -80,7 +90,9 @@ class GatedMethod(MergeMethod):
         for name, layer in self.layers.items():
             weight, bias = layer.all_gates()
             values = (layer.A[place], layer.B[place], weight[place], bias[place])
-            tensors |= {f"{name}.{key}": value.detach() for key, value in zip(EXPERT_TENSORS, values, strict=True)}
+            tensors |= {
+                f"{name}.{key}": value.detach() for key, value in zip(EXPERT_TENSORS, values, strict=True)
+            }
         return tensors
 
     def state_tensors(self) -> Tensors:

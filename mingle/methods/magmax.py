@@ -1,4 +1,6 @@
-"""MagMax over independently fine-tuned models (Marczak et al., 2024): of all task vectors the entry of largest magnitude."""
+"""MagMax over independently fine-tuned models (Marczak et al., 2024): of all task vectors the entry of
+largest magnitude.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,19 @@ class MagMaxOptions:
 
     def __post_init__(self) -> None:
         if self.scaling <= 0:
-            raise ValueError(f"scaling={self.scaling}: expected a positive value, by which what was merged before is divided")
+            raise ValueError(
+                f"scaling={self.scaling}: expected a positive value, by which what was merged before is divided"
+            )
 
 
 def larger(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> Tensors:
-    """Entry by entry, the one of larger magnitude; of two equally large ones the first, which is what older tasks have."""
-    return {name: torch.where(second[name].abs() > tensor.abs(), second[name], tensor) for name, tensor in first.items()}
+    """Entry by entry, the one of larger magnitude; of two equally large ones the first, which is what older
+    tasks have.
+    """
+    return {
+        name: torch.where(second[name].abs() > tensor.abs(), second[name], tensor)
+        for name, tensor in first.items()
+    }
 
 
 class MagMax(WeightMethod):

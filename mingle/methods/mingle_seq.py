@@ -1,4 +1,6 @@
-"""MINGLE-Seq: MINGLE in conventional continual learning, where each model is fine-tuned from the one before (arXiv 2505.11883)."""
+"""MINGLE-Seq: MINGLE in conventional continual learning, where each model is fine-tuned from the one before
+(arXiv 2505.11883).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from mingle.methods.base import Arrival, StepReport, Tensors
-from mingle.methods.mingle_experts import Mingle, MingleOptions
+from mingle.methods.mingle import Mingle, MingleOptions
 from mingle.tasks import TaskType
 
 
@@ -19,9 +21,9 @@ class MingleSeqOptions(MingleOptions):
     """Settings of MINGLE-Seq: those of MINGLE, with more steps and the hard projector.
 
     Attributes:
-        start: the task vector is θ_t − θ_{t−1}, the change from the ``previous`` model, or θ_t − θ₀, all changes since the ``base``, as in
-            the published code.  On glyphs8 (strict, order of seed 42): ACC 66.9 and BWT −11.5 against 67.7 and −10.8; the last fine-tuned
-            model alone has ACC 45.2.
+        start: the task vector is θ_t − θ_{t−1}, the change from the ``previous`` model, or θ_t − θ₀, all
+            changes since the ``base``, as in the published code.  On glyphs8 (strict, order of seed 42): ACC
+            66.9 and BWT −11.5 against 67.7 and −10.8; the last fine-tuned model alone has ACC 45.2.
     """
 
     steps: int = 500
@@ -30,13 +32,17 @@ class MingleSeqOptions(MingleOptions):
 
 
 class MingleSeq(Mingle):
-    """MINGLE for models that were fine-tuned one from the other; the seed samples are a task's whole training data."""
+    """MINGLE for models that were fine-tuned one from the other; the seed samples are a task's whole training
+    data.
+    """
 
     name = "mingle-seq"
     Options = MingleSeqOptions
     sequential = True
 
-    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
+    ) -> None:
         super().__init__(model, task, base, options)
         #: the target weights of the model that arrived last, where task vectors count from it
         self.previous: Tensors = {}

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mingle import linalg
-from mingle.inject import find_targets, present
+from mingle.io.state_dicts import task_vector
 from mingle.linalg.arithmetic import buckets, ieee, product, stacked
 from mingle.linalg.sketch import gaussian
 from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
+from mingle.nn.inject import find_targets, present
 from mingle.options import require_not_negative, require_positive
-from mingle.task_vector import task_vector
 from mingle.tasks import TaskType
 
 #: standard deviation of A before training; B starts at 0
@@ -49,17 +49,21 @@ class NufiltOptions:
 
 
 @ieee
-def trained(delta: Tensor, merged: Tensor, old: Tensor, new: Tensor, A: Tensor, steps: int, lr: float) -> tuple[Tensor, Tensor]:
+def trained(
+    delta: Tensor, merged: Tensor, old: Tensor, new: Tensor, A: Tensor, steps: int, lr: float
+) -> tuple[Tensor, Tensor]:
     """A and B after `steps` of Adam on
 
         L = ‖ΔV_new − (M + Δ(P + BA))V_new‖² + ‖MV_old − (M + Δ(P + BA))V_old‖²,   P = I − V_old V_oldᵀ.
 
-    Because PV_old = 0, this is ‖[R | 0] − ΔBC‖² with C = A [V_new | V_old] and R = ΔV_old (V_oldᵀV_new) − MV_new, whose gradients are
+    Because PV_old = 0, this is ‖[R | 0] − ΔBC‖² with C = A [V_new | V_old] and R = ΔV_old (V_oldᵀV_new) −
+    MV_new, whose gradients are
 
-        ∂L/∂A = 2 (BᵀGB C − [BᵀS | 0]) [V_new | V_old]ᵀ,   ∂L/∂Bᵀ = 2 (CCᵀ BᵀG − C_new Sᵀ),   G = ΔᵀΔ,  S = ΔᵀR.
+        ∂L/∂A = 2 (BᵀGB C − [BᵀS | 0]) [V_new | V_old]ᵀ,   ∂L/∂Bᵀ = 2 (CCᵀ BᵀG − C_new Sᵀ),   G = ΔᵀΔ,  S =
+        ΔᵀR.
 
-    G and S are made once.  A step takes 2 r_l d_in (d_in + 2 (r_p + r_v) + 2 r_l) operations or little more, whatever d_out is; where
-    d_in > 2 d_out, Bᵀ goes through Δ twice instead of G.
+    G and S are made once.  A step takes 2 r_l d_in (d_in + 2 (r_p + r_v) + 2 r_l) operations or little more,
+    whatever d_out is; where d_in > 2 d_out, Bᵀ goes through Δ twice instead of G.
 
     Args:
         delta, merged: Δ and M [..., d_out, d_in].
@@ -90,16 +94,22 @@ def trained(delta: Tensor, merged: Tensor, old: Tensor, new: Tensor, A: Tensor, 
 
 @ieee
 def filtered(delta: Tensor, old: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Δ(P + BA) [..., d_out, d_in], for Δ [..., d_out, d_in], V_old [..., d_in, r_p], A [..., r_l, d_in] and B [..., d_in, r_l]."""
+    """Δ(P + BA) [..., d_out, d_in], for Δ [..., d_out, d_in], V_old [..., d_in, r_p], A [..., r_l, d_in] and
+    B [..., d_in, r_l].
+    """
     return delta + product(product(delta, B), A) - product(product(delta, old), old.mT)
 
 
-def updates(deltas: Mapping[str, Tensor], merged: Mapping[str, Tensor], options: NufiltOptions, seed: int) -> Tensors:
-    """What is added to every layer's weight for the task vectors Δ and the merged updates M, both [d_out, d_in] by layer.
+def updates(
+    deltas: Mapping[str, Tensor], merged: Mapping[str, Tensor], options: NufiltOptions, seed: int
+) -> Tensors:
+    """What is added to every layer's weight for the task vectors Δ and the merged updates M, both [d_out,
+    d_in] by layer.
 
-    Where M or Δ is zero that is Δ itself: nothing is in the way.  Where their rank is less than r_p or r_v, only the directions that
-    exist are singular vectors; the null space of M holds nothing that needs protection.  A starts from a function of `seed` and the
-    layer's name alone.
+    Where M or Δ is zero that is Δ itself: nothing is in the way.  Where their rank is less than r_p or r_v,
+        only the directions that
+    exist are singular vectors; the null space of M holds nothing that needs protection.  A starts from a
+    function of `seed` and the layer's name alone.
     """
     results = dict(deltas)
     names = [name for name in deltas if merged[name].any() and deltas[name].any()]
@@ -109,20 +119,29 @@ def updates(deltas: Mapping[str, Tensor], merged: Mapping[str, Tensor], options:
         delta, M, V_old, V_new = (stacked([part[i] for i in places]) for part in (matrices, before, old, new))
         r, width = min(options.r_l, *delta.shape[-2:]), delta.shape[-1]
         start = INIT_STD * gaussian(seed, [names[i] for i in places], r, width, delta.device, delta.dtype)
-        A, B = trained(delta, M, V_old, V_new, start.view(*delta.shape[:-2], r, width), options.steps, options.lr)
+        A, B = trained(
+            delta, M, V_old, V_new, start.view(*delta.shape[:-2], r, width), options.steps, options.lr
+        )
         parts = filtered(delta, V_old, A, B).view(len(places), *delta.shape[-2:])
         results |= {names[i]: part for i, part in zip(places, parts, strict=True)}
     return results
 
 
 def right_vectors(matrices: list[Tensor], rank: int, names: list[str]) -> list[Tensor]:
-    """Top right singular vectors [d_in, rank] of each matrix; columns that belong to no singular value are zero."""
+    """Top right singular vectors [d_in, rank] of each matrix; columns that belong to no singular value are
+    zero.
+    """
     _, S, Vh = linalg.svd_lowrank(matrices, rank, keys=names)
-    return [(torch.where(s > 0, 1, 0).to(vh).unsqueeze(1) * vh).mT.contiguous() for s, vh in zip(S, Vh, strict=True)]
+    return [
+        (torch.where(s > 0, 1, 0).to(vh).unsqueeze(1) * vh).mT.contiguous()
+        for s, vh in zip(S, Vh, strict=True)
+    ]
 
 
 class Nufilt(WeightMethod):
-    """W ← W + Δ(P + BA) in attention and first MLP layers; all other parameters, biases included, stay those of the base."""
+    """W ← W + Δ(P + BA) in attention and first MLP layers; all other parameters, biases included, stay those
+    of the base.
+    """
 
     name = "nufilt"
     Options = NufiltOptions

@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from mingle import linalg
-from mingle.layers import MingleLinear
 from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
+from mingle.nn.linear import MingleLinear
 
 
 @dataclass(frozen=True)
 class OpcmOptions:
     """alpha: the share of M's singular values whose directions are protected.
 
-    drop_diagonal: remove the remaining diagonal of UᵀΔV too, as the paper has it; the reference code's attempt has no effect.
+    drop_diagonal: remove the remaining diagonal of UᵀΔV too, as the paper has it; the reference code's
+        attempt has no effect.
     """
 
     alpha: float = 0.5
@@ -47,7 +48,8 @@ def total_norm(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def opcm_step(
     vector: Tensors, delta: Tensors, state: Tensors, step: int, linear: Collection[str], options: OpcmOptions
 ) -> tuple[Tensors, Tensors]:
-    """M_t and the running state from M_{t−1} (`vector`), Δ_t (`delta`) and the state of `step` models seen before.
+    """M_t and the running state from M_{t−1} (`vector`), Δ_t (`delta`) and the state of `step` models seen
+    before.
 
     M ← λ_{t−1} M + P(Δ), scaled so that ‖M‖ is the mean norm of the task vectors so far; λ_t is that scale.
     """
@@ -62,16 +64,27 @@ def opcm_step(
     }
     mean_norm = state["mean_norm"] + (norm - state["mean_norm"]) / (step + 1)
     scale = total_norm(raw) / mean_norm
-    return {name: (value / scale).to(delta[name].dtype) for name, value in raw.items()}, {"scale": scale, "mean_norm": mean_norm}
+    return {name: (value / scale).to(delta[name].dtype) for name, value in raw.items()}, {
+        "scale": scale,
+        "mean_norm": mean_norm,
+    }
 
 
 class Opcm(WeightMethod):
-    """Linear weights keep clear of the leading singular directions of what was merged before; the whole is rescaled at each step."""
+    """Linear weights keep clear of the leading singular directions of what was merged before; the whole is
+    rescaled at each step.
+    """
 
     name = "opcm"
     Options = OpcmOptions
 
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        linear = {f"{name}.weight" for name, module in self.tower.named_modules() if isinstance(module, nn.Linear | MingleLinear)}
-        vector, state = opcm_step(*self.vectors(arrival.tuned), self.state, arrival.index, linear, self.options)
+        linear = {
+            f"{name}.weight"
+            for name, module in self.tower.named_modules()
+            if isinstance(module, nn.Linear | MingleLinear)
+        }
+        vector, state = opcm_step(
+            *self.vectors(arrival.tuned), self.state, arrival.index, linear, self.options
+        )
         return shifted(self.base, vector), state

@@ -1,4 +1,6 @@
-"""The settings behind the published figures, by method, kind of task and number of tasks (arXiv 2505.11883 and its code)."""
+"""The settings behind the published figures, by method, kind of task and number of tasks (arXiv 2505.11883
+and its code).
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,26 @@ _ADAPTATION: dict[str, dict[str, Any]] = {
     "clip": {"steps": 50, "lr": 1e-4, "batch_size": 16},
     "t5": {"steps": 50, "lr": 1e-3, "batch_size": 8},
 }
-_MINGLE = {"rank": 64, "k": 3, "gamma": 1.0, "beta": 0.99, "temperature": 2.0, "gates": "newest", "constraint": "relaxed"}
+_MINGLE = {
+    "rank": 64,
+    "k": 3,
+    "gamma": 1.0,
+    "beta": 0.99,
+    "temperature": 2.0,
+    "gates": "newest",
+    "constraint": "relaxed",
+}
 
 
 def published(method: str, task_type: str, tasks: int) -> dict[str, Any]:
-    """The published settings of a method, as far as it has them as options; empty for a method or a task type without any.
+    """The published settings of a method, as far as it has them as options; empty for a method or a task type
+    without any.
 
     Args:
         method: a name in `mingle.methods.METHODS`.
         task_type: ``"clip"`` or ``"t5"``.
-        tasks: how many will be merged.  λ of task arithmetic and TIES is 0.3 for 8 tasks and 0.1 for 11, 14 and 20.
+        tasks: how many will be merged.  λ of task arithmetic and TIES is 0.3 for 8 tasks and 0.1 for 11, 14
+            and 20.
     """
     if method not in methods.METHODS or task_type not in _ADAPTATION:
         return {}
@@ -40,7 +52,9 @@ def _settings(method: str, task_type: str, tasks: int) -> dict[str, Any]:
         "consensus-ta": {"scaling": 0.1, "threshold": 0.2, "min_masks": 2},
         "opcm": {"alpha": 0.5},
         "adamerging": entropy,
-        "wemoe": {"rank": 64, "later_rank": 16} | entropy | ({"rank": 32, "later_rank": 32} if task_type == "t5" else {}),
+        "wemoe": {"rank": 64, "later_rank": 16}
+        | entropy
+        | ({"rank": 32, "later_rank": 32} if task_type == "t5" else {}),
         "nufilt": {"r_p": 128, "r_v": 8, "r_l": 64, "steps": 50, "lr": 1e-3},
         "mingle": _MINGLE | adaptation,
         "mingle-light": _MINGLE | adaptation,

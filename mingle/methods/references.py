@@ -42,7 +42,9 @@ class Individual(MergeMethod):
     name = "individual"
     per_task = True
 
-    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
+    ) -> None:
         super().__init__(model, task, base, options)
         self.towers: list[Tensors] = []
 

@@ -1,4 +1,6 @@
-"""Routed experts: one per task, chosen per sample by Gaussians over shallow features of the base model; nothing is trained."""
+"""Routed experts: one per task, chosen per sample by Gaussians over shallow features of the base model;
+nothing is trained.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mingle.adapt import TEACHER_BATCH
-from mingle.layers import MingleLinear
+from mingle.adaptation.train import TEACHER_BATCH
 from mingle.methods.base import Arrival, StepReport, Tensors
+from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
+from mingle.methods.router import FeatureStatistics, GaussianRouter
+from mingle.nn.linear import MingleLinear
 from mingle.options import require_positive
-from mingle.projection import make_experts
-from mingle.routing import FeatureStatistics, GaussianRouter
 from mingle.tasks import TaskType
 
 
@@ -30,12 +32,15 @@ class RoutedOptions:
         rank: r of every expert, the truncated SVD of its task vector.
         layers: target layers as exact suffixes; None takes all linear layers of the task type's tower.
         depths: after how many transformer blocks of the base hidden states are read; 0 are the embeddings.
-        gates: ``hard``, the likeliest task's expert alone, or ``soft``, all experts by their posterior probability.
-        own_covariance, shrinkage: see `mingle.routing.GaussianRouter`.
-        seniority: by how many nats a task is preferred to the one that arrived after it.  Where two tasks claim a sample, the older one
-            has users already: this keeps what it could do, at the newcomer's expense.
-        abstain: samples whose features are stranger than this to the likeliest task go to the base model, which keeps what it can do
-            without any task; see `mingle.routing.GaussianRouter.strangeness`.  None never.
+        gates: ``hard``, the likeliest task's expert alone, or ``soft``, all experts by their posterior
+            probability.
+        own_covariance, shrinkage: see `mingle.methods.router.GaussianRouter`.
+        seniority: by how many nats a task is preferred to the one that arrived after it.  Where two tasks
+            claim a sample, the older one has users already: this keeps what it could do, at the newcomer's
+            expense.
+        abstain: samples whose features are stranger than this to the likeliest task go to the base model,
+            which keeps what it can do without any task; see
+            `mingle.methods.router.GaussianRouter.strangeness`.  None never.
         backend: see `mingle.functional.gated_experts`.
     """
 
@@ -52,7 +57,9 @@ class RoutedOptions:
     def __post_init__(self) -> None:
         require_positive(self, "rank")
         if not self.depths or min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):
-            raise ValueError(f"depths={list(self.depths)}: expected one or more different numbers of blocks, from 0")
+            raise ValueError(
+                f"depths={list(self.depths)}: expected one or more different numbers of blocks, from 0"
+            )
         if not 0 <= self.own_covariance < 1:
             raise ValueError(f"own_covariance={self.own_covariance}: expected a value in [0, 1)")
         if not 0 < self.shrinkage <= 1:
@@ -64,11 +71,12 @@ class RoutedOptions:
 
 
 class Routed(GatedMethod):
-    """W₀ + Σ_i g_i(x) B_i A_i with the same gates g(x) [T] in all layers, from a router that sees the base model's hidden states.
+    """W₀ + Σ_i g_i(x) B_i A_i with the same gates g(x) [T] in all layers, from a router that sees the base
+    model's hidden states.
 
-    The features of a sample are mean and standard deviation of its tokens' hidden states, as the base model computes them, at a few
-    shallow depths.  Adding a task leaves the statistics of earlier ones as they are: these lose only what the new one claims.
-    Biases, norms and embeddings stay those of the base.
+    The features of a sample are mean and standard deviation of its tokens' hidden states, as the base model
+    computes them, at a few shallow depths.  Adding a task leaves the statistics of earlier ones as they are:
+    these lose only what the new one claims. Biases, norms and embeddings stay those of the base.
     """
 
     name = "routed"
@@ -82,8 +90,12 @@ class Routed(GatedMethod):
         self.encoder = self.tower.get_submodule(encoder)
         sequence: list[nn.Module] = list(self.encoder.get_submodule(blocks).children())
         if max(options.depths) >= len(sequence):
-            raise ValueError(f"depths={list(options.depths)}: the model has {len(sequence)} blocks, so {len(sequence) - 1} is the deepest")
-        self.router = LayerRouter(list(self.layers.values()), [sequence[depth] for depth in sorted(options.depths)], options)
+            raise ValueError(
+                f"depths={list(options.depths)}: the model has {len(sequence)} blocks, so {len(sequence) - 1} is the deepest"
+            )
+        self.router = LayerRouter(
+            list(self.layers.values()), [sequence[depth] for depth in sorted(options.depths)], options
+        )
         self.encoder.register_forward_pre_hook(self.router, with_kwargs=True)
         #: of the tasks that have an expert
         self.statistics: list[FeatureStatistics] = []
@@ -92,7 +104,13 @@ class Routed(GatedMethod):
         statistics = [*self.statistics, FeatureStatistics.of(self._features(arrival))]
         experts = make_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
         for name, layer in self.layers.items():
-            self._append(name, experts[name].A.to(layer.weight), experts[name].B.to(layer.weight), torch.zeros(layer.in_features), 0.0)
+            self._append(
+                name,
+                experts[name].A.to(layer.weight),
+                experts[name].B.to(layer.weight),
+                torch.zeros(layer.in_features),
+                0.0,
+            )
         self._route(statistics)
         return StepReport()
 
@@ -120,18 +138,26 @@ class Routed(GatedMethod):
 
     def _route(self, statistics: list[FeatureStatistics]) -> None:
         options = self.options
-        self.router.router = GaussianRouter(statistics, own=options.own_covariance, shrinkage=options.shrinkage)
+        self.router.router = GaussianRouter(
+            statistics, own=options.own_covariance, shrinkage=options.shrinkage
+        )
         self.statistics = statistics
 
     def task_tensors(self, index: int) -> Tensors:
         place = self.places[index]
         if place is None:
             return {}
-        return super().task_tensors(index) | {f"router.{key}": value for key, value in self.statistics[place]._asdict().items()}
+        return super().task_tensors(index) | {
+            f"router.{key}": value for key, value in self.statistics[place]._asdict().items()
+        }
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         super().restore(tasks, state)
-        kept = [FeatureStatistics(*(tensors[f"router.{key}"] for key in FeatureStatistics._fields)) for tensors in tasks if tensors]
+        kept = [
+            FeatureStatistics(*(tensors[f"router.{key}"] for key in FeatureStatistics._fields))
+            for tensors in tasks
+            if tensors
+        ]
         if kept:
             self._route(kept)
 
@@ -141,7 +167,8 @@ class _Reached(Exception):
 
 
 class LayerRouter:
-    """A forward pre-hook of an encoder that sets the gates of all layers from what the base model makes of the same input.
+    """A forward pre-hook of an encoder that sets the gates of all layers from what the base model makes of
+    the same input.
 
     Copied and pickled with the model.
 
@@ -199,7 +226,9 @@ class LayerRouter:
 
 
 def _moments(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [n, d] over the tokens of hidden states [n, N, d] that `mask` [n, N] counts."""
+    """Mean and standard deviation [n, d] over the tokens of hidden states [n, N, d] that `mask` [n, N]
+    counts.
+    """
     weight = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden)
     weight = (weight / weight.sum(1, keepdim=True)).unsqueeze(2)
     mean = (weight * hidden).sum(1)

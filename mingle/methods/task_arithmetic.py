@@ -18,7 +18,10 @@ class TaskArithmeticOptions:
 
 
 def add_task_vector(
-    merged: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], scaling: float
+    merged: Mapping[str, torch.Tensor],
+    base: Mapping[str, torch.Tensor],
+    tuned: Mapping[str, torch.Tensor],
+    scaling: float,
 ) -> Tensors:
     """θ + λ (θ_t − θ₀), per tensor."""
     return {name: tensor + scaling * (tuned[name] - base[name]) for name, tensor in merged.items()}

@@ -12,7 +12,9 @@ from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
 
 @dataclass(frozen=True)
 class TiesOptions:
-    """scaling: λ; published are 0.3 for 8 tasks and 0.1 for 14 and 20.  density: the share of entries that trimming keeps."""
+    """scaling: λ; published are 0.3 for 8 tasks and 0.1 for 14 and 20.  density: the share of entries that
+    trimming keeps.
+    """
 
     scaling: float = 0.3
     density: float = 0.2
@@ -23,7 +25,8 @@ class TiesOptions:
 
 
 def trim_threshold(vector: Mapping[str, torch.Tensor], density: float) -> float:
-    """The magnitude of the int(density · d)-th largest of all d entries of a vector, which are ranked together; infinite where that is 0.
+    """The magnitude of the int(density · d)-th largest of all d entries of a vector, which are ranked
+    together; infinite where that is 0.
 
     The published code keeps one entry more.
     """
@@ -33,14 +36,17 @@ def trim_threshold(vector: Mapping[str, torch.Tensor], density: float) -> float:
 
 
 def ties(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor], density: float) -> Tensors:
-    """TIES([first, second]): of each vector only its largest entries (all of equal magnitude at the threshold), and of these, entry by
-    entry, the sum of those that have the sign of their total.
+    """TIES([first, second]): of each vector only its largest entries (all of equal magnitude at the
+    threshold), and of these, entry by entry, the sum of those that have the sign of their total.
 
-    Where two entries cancel exactly no sign is elected and the result is 0; the published code takes the sign that is the more frequent
-    in the whole vector, by which an entry would depend on all others.
+    Where two entries cancel exactly no sign is elected and the result is 0; the published code takes the sign
+    that is the more frequent in the whole vector, by which an entry would depend on all others.
     """
     thresholds = [trim_threshold(vector, density) for vector in (first, second)]
-    return {name: _agreeing([_trimmed(v[name], t) for v, t in zip((first, second), thresholds, strict=True)]) for name in first}
+    return {
+        name: _agreeing([_trimmed(v[name], t) for v, t in zip((first, second), thresholds, strict=True)])
+        for name in first
+    }
 
 
 def _trimmed(tensor: torch.Tensor, threshold: float) -> torch.Tensor:

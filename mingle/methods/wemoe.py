@@ -1,4 +1,6 @@
-"""Continual LoRA-WEMoE: weight-ensembling mixtures of low-rank experts in the MLPs (Tang et al., arXiv 2402.00433, made continual)."""
+"""Continual LoRA-WEMoE: weight-ensembling mixtures of low-rank experts in the MLPs (Tang et al., arXiv
+2402.00433, made continual).
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mingle.adapt import AdaptConfig, adapt_gates
-from mingle.inject import find_targets
-from mingle.kernels import reference
-from mingle.layers import GATE_INIT_STD, MingleLinear
+from mingle.adaptation.train import AdaptConfig, adapt_gates
+from mingle.kernels.gated_experts import reference
 from mingle.methods.base import Arrival, StepReport, Tensors
+from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.task_arithmetic import add_task_vector
+from mingle.nn.inject import find_targets
+from mingle.nn.linear import GATE_INIT_STD, MingleLinear
 from mingle.options import require_not_negative, require_positive
-from mingle.projection import make_experts
 from mingle.tasks import TaskType
 
 
@@ -31,9 +33,9 @@ class WemoeOptions:
         layers: target layers as exact suffixes; None takes the MLP layers of the task type.
         reduce: what a router sees: each token, the mean of a sample, or of the batch.
         init: a new gate's bias, and λ of the task arithmetic in the attention layers.
-        steps, lr, batch_size: of the entropy minimisation, see `mingle.adapt.AdaptConfig`.
+        steps, lr, batch_size: of the entropy minimisation, see `mingle.adaptation.train.AdaptConfig`.
         backend: see `mingle.functional.gated_experts`.
-        precision: of the products during adaptation, see `mingle.adapt.AdaptConfig`.
+        precision: of the products during adaptation, see `mingle.adaptation.train.AdaptConfig`.
     """
 
     rank: int = 64
@@ -53,19 +55,25 @@ class WemoeOptions:
 
 
 class Wemoe(GatedMethod):
-    """W₀ + Σ_i g_i(x̄) B_i A_i in the MLPs, with B_i A_i ≈ Δ_i and one linear router per MLP, over the mean token of the MLP's input.
+    """W₀ + Σ_i g_i(x̄) B_i A_i in the MLPs, with B_i A_i ≈ Δ_i and one linear router per MLP, over the mean
+    token of the MLP's input.
 
-    All gates of all tasks train at every step, towards answers of low entropy.  Attention layers are merged by task arithmetic,
-    θ ← θ + λ Δ, biases included; the MLPs' biases, norms and embeddings stay those of the base.
+    All gates of all tasks train at every step, towards answers of low entropy.  Attention layers are merged
+    by task arithmetic, θ ← θ + λ Δ, biases included; the MLPs' biases, norms and embeddings stay those of the
+    base.
     """
 
     name = "wemoe"
     Options = WemoeOptions
     layer_set = "mlp"
 
-    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
+    ) -> None:
         super().__init__(model, task, base, options)
-        attention = [name for name in find_targets(self.tower, task.layer_sets["attention"]) if name not in self.layers]
+        attention = [
+            name for name in find_targets(self.tower, task.layer_sets["attention"]) if name not in self.layers
+        ]
         #: what task arithmetic merges
         self.attention = [key for name in attention for key in base if key.rpartition(".")[0] == name]
         #: the layers whose gates serve all target layers of their module
@@ -84,17 +92,27 @@ class Wemoe(GatedMethod):
         options = self.options
         generator = torch.Generator().manual_seed(arrival.seed)
         first = all(place is None for place in self.places)
-        experts = make_experts(deltas, dict.fromkeys(deltas, ()), options.rank if first else options.later_rank)
+        experts = make_experts(
+            deltas, dict.fromkeys(deltas, ()), options.rank if first else options.later_rank
+        )
         for name, layer in self.layers.items():
             gate = torch.zeros(layer.in_features)
             if name in self.routers:
                 gate.normal_(std=GATE_INIT_STD, generator=generator)
-            self._append(name, experts[name].A.to(layer.weight), experts[name].B.to(layer.weight), gate, options.init)
+            self._append(
+                name, experts[name].A.to(layer.weight), experts[name].B.to(layer.weight), gate, options.init
+            )
         config = AdaptConfig(options.steps, options.lr, options.batch_size, precision=options.precision)
         seeds = arrival.samples()
-        return StepReport(trace=adapt_gates(self.task, self.model, self.routers, seeds, None, config, generator, on_step=arrival.on_step))
+        return StepReport(
+            trace=adapt_gates(
+                self.task, self.model, self.routers, seeds, None, config, generator, on_step=arrival.on_step
+            )
+        )
 
-    def _append(self, name: str, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor) -> None:
+    def _append(
+        self, name: str, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor
+    ) -> None:
         layer = self.layers[name]
         layer.add_expert(A, B, gate_weight=gate, gate_bias=bias)
         layer.set_trainable_gates(layer.num_experts if name in self.routers else 0)
@@ -112,7 +130,8 @@ class Wemoe(GatedMethod):
 
 
 def route_by_module(layers: Mapping[str, MingleLinear]) -> dict[str, MingleLinear]:
-    """Let the gates of the first layer in every module serve the others in it too; returns those first layers.
+    """Let the gates of the first layer in every module serve the others in it too; returns those first
+    layers.
 
     The hooks that pass gates on are copied and pickled with the model.
     """

@@ -1,11 +1,14 @@
-"""The registered operators ``torch.ops.mingle.*``: what `torch.compile`, autograd and CUDA graphs see of the kernels.
+"""The registered operators ``torch.ops.mingle.*``: what `torch.compile`, autograd and CUDA graphs see of the
+kernels.
 
-Operators take matrices: the N tokens of all samples in one dimension, and `group`, the number of consecutive tokens that share a gate row
-(1 token, one sample, or all).  They are composed here, once for every backend, from the four operations that a backend offers: `shrink`,
-`expand`, `upstream` and `fold`.  `mingle.functional` is the public face.
+Operators take matrices: the N tokens of all samples in one dimension, and `group`, the number of consecutive
+    tokens that share a gate row
+(1 token, one sample, or all).  They are composed here, once for every backend, from the four operations that
+a backend offers: `shrink`, `expand`, `upstream` and `fold`.  `mingle.functional` is the public face.
 
-Each operator is a plain function, registered for tracing and wrapped in an autograd function for eager calls, which the dispatcher would
-burden with some thirty microseconds each; `common.Operator` takes the form that fits.
+Each operator is a plain function, registered for tracing and wrapped in an autograd function for eager calls,
+which the dispatcher would burden with some thirty microseconds each; `common.Operator` takes the form that
+fits.
 """
 
 from mingle.ops.folded import FOLDED, gated_experts_folded, gated_experts_folded_backward

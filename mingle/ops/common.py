@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from mingle.kernels import grouped
+from mingle.kernels.gated_experts import grouped
 
 
 class Operator(NamedTuple):
@@ -24,7 +24,11 @@ class Operator(NamedTuple):
 
     def __call__(self, save: bool, *arguments: Any) -> Any:
         """Apply the form that fits; `save` says that a backward may follow.  The first argument is a tensor."""
-        if torch.compiler.is_compiling() or type(arguments[0]) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+        if (
+            torch.compiler.is_compiling()
+            or type(arguments[0]) not in (Tensor, torch.nn.Parameter)
+            or torch._C._len_torch_dispatch_stack()
+        ):
             return self.registered(*arguments)
         return (self.differentiable if save else self.plain)(*arguments)
 
@@ -32,7 +36,7 @@ class Operator(NamedTuple):
 def kernels_of(backend: str) -> ModuleType:
     """The module whose `shrink`, `expand` and `upstream` compute."""
     # Triton is imported at its first use: it may be absent, and it is slow to load.
-    return grouped if backend == "grouped" else importlib.import_module("mingle.kernels.gated_experts")
+    return grouped if backend == "grouped" else importlib.import_module("mingle.kernels.gated_experts.triton")
 
 
 def share_of_a_token(dz: Tensor, mask: Tensor | None, group: int) -> Tensor:
@@ -43,12 +47,15 @@ def share_of_a_token(dz: Tensor, mask: Tensor | None, group: int) -> Tensor:
 
 
 def differentiable(plain: Callable[..., Any], gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """`plain` with a backward, past the dispatcher; `gradients` takes the context and dy, and its result cannot be differentiated again."""
+    """`plain` with a backward, past the dispatcher; `gradients` takes the context and dy, and its result
+    cannot be differentiated again.
+    """
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            # Without a `setup_context`, for which PyTorch binds the arguments to a signature at every call, 45 µs each time.
+            # Without a `setup_context`, for which PyTorch binds the arguments to a signature at every call,
+            # 45 µs each time.
             output = plain(*inputs)
             save_for_backward(ctx, inputs, output)
             return output
@@ -71,7 +78,9 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def gate_gradients(ctx: Any, dz: Tensor, frozen: int, seen: Tensor) -> list[Tensor | None]:
-    """Gradients of gate_weight, gate_bias and gates from dz [G, T − frozen] and what the gates saw [G, d_in]; 0 for the frozen ones."""
+    """Gradients of gate_weight, gate_bias and gates from dz [G, T − frozen] and what the gates saw [G, d_in];
+    0 for the frozen ones.
+    """
     need_weight, need_bias, need_gates = ctx.needs_input_grad[5:8]
     weight, bias, gates = ctx.gate_dtypes
     return [

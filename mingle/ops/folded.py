@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mingle.kernels import gemm, grouped
-from mingle.kernels.grouped import wide
+from mingle.kernels import gemm
+from mingle.kernels.gated_experts import grouped
+from mingle.kernels.gated_experts.grouped import wide
 from mingle.ops.common import Operator, differentiable, gate_gradients, save_for_backward, share_of_a_token
 
 
@@ -28,22 +29,27 @@ def _gated_experts_folded(
     frozen_gates: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same sum where all tokens share their gates: one weight W_eff = W₀ + Σ_i z_i B_i A_i, then one product.
+    """The same sum where all tokens share their gates: one weight W_eff = W₀ + Σ_i z_i B_i A_i, then one
+    product.
 
-    Arguments as for `gated_experts`, with N > 0 and one gate row.  Returns y [N, d_out], W_eff [d_out, d_in], z [1, T] and x̄ [1, d_in]
-    (no rows for given gates).
+    Arguments as for `gated_experts`, with N > 0 and one gate row.  Returns y [N, d_out], W_eff [d_out, d_in],
+    z [1, T] and x̄ [1, d_in] (no rows for given gates).
     """
     if gates is None:
         assert gate_weight is not None and gate_bias is not None
         z, pooled = grouped.pooled_gates(x, gate_weight, gate_bias, mask, len(x))
     else:
         pooled, z = x.new_empty(0, x.shape[1], dtype=wide(x)), gates.clone()
-    kernels = grouped if backend == "grouped" else importlib.import_module("mingle.kernels.fold")
+    kernels = (
+        grouped if backend == "grouped" else importlib.import_module("mingle.kernels.gated_experts.fold")
+    )
     folded = kernels.fold(weight, A, B, z[0])
     return gemm.linear(x, folded, bias), folded, z, pooled
 
 
-gated_experts_folded = torch.library.custom_op("mingle::gated_experts_folded", _gated_experts_folded, mutates_args=())
+gated_experts_folded = torch.library.custom_op(
+    "mingle::gated_experts_folded", _gated_experts_folded, mutates_args=()
+)
 
 
 @gated_experts_folded.register_fake
@@ -70,7 +76,8 @@ def _gated_experts_folded_backward(
     first: int,
     need_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx = dy W_eff + dz w / n [N, d_in] (no rows without `need_x`) and dz_i = ⟨dyᵀ x, B_i A_i⟩ [1, T − first].
+    """dx = dy W_eff + dz w / n [N, d_in] (no rows without `need_x`) and dz_i = ⟨dyᵀ x, B_i A_i⟩ [1, T −
+    first].
 
     dz takes the cheaper of two ways: u = dy B_catᵀ against H = x A_catᵀ token by token, or dyᵀ x once.
     """
@@ -89,7 +96,9 @@ def _gated_experts_folded_backward(
         return dy.new_empty(0, width), dz
     dx = gemm.linear(dy, folded.mT)
     if gate_weight is not None:
-        spread = (share_of_a_token(dz, mask, tokens).to(gate_weight.dtype) @ gate_weight).to(dx.dtype)  # [1, d_in]
+        spread = (share_of_a_token(dz, mask, tokens).to(gate_weight.dtype) @ gate_weight).to(
+            dx.dtype
+        )  # [1, d_in]
         dx += spread if mask is None else torch.where(mask[:, None], spread, 0)
     return dx, dz
 
@@ -101,12 +110,24 @@ gated_experts_folded_backward = torch.library.custom_op(
 
 @gated_experts_folded_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, folded: Tensor, A: Tensor, B: Tensor, gate_weight: Tensor | None, mask: Tensor | None, first: int, need_x: bool
+    dy: Tensor,
+    x: Tensor,
+    folded: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gate_weight: Tensor | None,
+    mask: Tensor | None,
+    first: int,
+    need_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    return dy.new_empty(dy.shape[0] if need_x else 0, A.shape[2]), dy.new_empty(1, A.shape[0] - first, dtype=wide(dy))
+    return dy.new_empty(dy.shape[0] if need_x else 0, A.shape[2]), dy.new_empty(
+        1, A.shape[0] - first, dtype=wide(dy)
+    )
 
 
-def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor | None, ...]:
     """The gradients of `gated_experts_folded` by its arguments; `core` is its backward, registered or plain."""
     grads: list[Tensor | None] = [None] * 11
     if dy is None:

@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mingle.kernels import grouped
-from mingle.kernels.grouped import wide
-from mingle.ops.common import Operator, differentiable, gate_gradients, kernels_of, save_for_backward, share_of_a_token
+from mingle.kernels.gated_experts import grouped
+from mingle.kernels.gated_experts.grouped import wide
+from mingle.ops.common import (
+    Operator,
+    differentiable,
+    gate_gradients,
+    kernels_of,
+    save_for_backward,
+    share_of_a_token,
+)
 
 
 def _gated_experts(
@@ -48,8 +55,8 @@ def _gated_experts(
         backend: ``"grouped"`` or ``"triton"``.
 
     Returns:
-        y [N, d_out]; and for the backward H = x A_catᵀ [N, T·r] (no rows with `skip` or without `save`), z [G, T], and what the gates
-        saw, x̄ [G, d_in] (no rows for given gates and for gates of single tokens).
+        y [N, d_out]; and for the backward H = x A_catᵀ [N, T·r] (no rows with `skip` or without `save`), z
+        [G, T], and what the gates saw, x̄ [G, d_in] (no rows for given gates and for gates of single tokens).
     """
     if x.shape[0] == 0:
         return (
@@ -59,7 +66,9 @@ def _gated_experts(
             x.new_empty(0, x.shape[1], dtype=wide(x)),
         )
     if gates is not None:
-        gates = gates.clone(memory_format=torch.contiguous_format)  # an operator's output may not be its input
+        gates = gates.clone(
+            memory_format=torch.contiguous_format
+        )  # an operator's output may not be its input
     if skip and gates is not None and _routed(gates, backend):
         y = grouped.routed(x, weight, bias, A, B.mT, gates, group)
         return y, x.new_empty(0, A.shape[0] * A.shape[1]), gates, x.new_empty(0, x.shape[1], dtype=wide(x))
@@ -70,7 +79,9 @@ def _gated_experts(
 
 
 def _routed(z: Tensor, backend: str) -> bool:
-    """Whether to go expert by expert over the gates that are not 0: on the CPU, where reading them costs nothing, and few are left."""
+    """Whether to go expert by expert over the gates that are not 0: on the CPU, where reading them costs
+    nothing, and few are left.
+    """
     return backend == "grouped" and z.device.type == "cpu" and 2 * int(z.count_nonzero()) <= z.numel()
 
 
@@ -111,14 +122,16 @@ def _gated_experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `gated_experts` that take a pass over the tokens.
 
-        u = dy B_catᵀ,  dz_i = Σ_{tokens of the group} Σ_{columns of i} u ⊙ H,  dx = dy W₀ + (z ⊙ u) A_cat + dz w (/ tokens in the mean)
+        u = dy B_catᵀ,  dz_i = Σ_{tokens of the group} Σ_{columns of i} u ⊙ H,  dx = dy W₀ + (z ⊙ u) A_cat +
+        dz w (/ tokens in the mean)
 
     Args:
-        first: the first expert whose gate or factors need a gradient; only with `need_x` are the others computed too.
+        first: the first expert whose gate or factors need a gradient; only with `need_x` are the others
+            computed too.
 
     Returns:
-        dx [N, d_in] (no rows without `need_x`), dz [G, T − first] and u [N, (T − first)·r] (no rows without `need_u`).
-        With `need_x`, `first` must be 0.
+        dx [N, d_in] (no rows without `need_x`), dz [G, T − first] and u [N, (T − first)·r] (no rows without
+        `need_u`). With `need_x`, `first` must be 0.
     """
     experts, rank, width = A.shape
     if len(dy) == 0 or first == experts:
@@ -136,11 +149,26 @@ def _gated_experts_backward(
     if not need_x:
         return dy.new_empty(0, width), dz, u if need_u else none
     share = None if gate_weight is None else share_of_a_token(dz, mask, group)
-    dx = kernels.expand(dy, weight.mT, None, u, A, z, group, skip, keep=need_u, share=share, gate_weight=gate_weight, mask=mask)
+    dx = kernels.expand(
+        dy,
+        weight.mT,
+        None,
+        u,
+        A,
+        z,
+        group,
+        skip,
+        keep=need_u,
+        share=share,
+        gate_weight=gate_weight,
+        mask=mask,
+    )
     return dx, dz, u if need_u else none
 
 
-gated_experts_backward = torch.library.custom_op("mingle::gated_experts_backward", _gated_experts_backward, mutates_args=())
+gated_experts_backward = torch.library.custom_op(
+    "mingle::gated_experts_backward", _gated_experts_backward, mutates_args=()
+)
 
 
 @gated_experts_backward.register_fake
@@ -156,8 +184,12 @@ def _(
     )
 
 
-def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
-    """The gradients of `gated_experts` by its arguments; `core` is `gated_experts_backward`, registered or plain."""
+def _gradients(
+    ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `gated_experts` by its arguments; `core` is `gated_experts_backward`, registered or
+    plain.
+    """
     grads: list[Tensor | None] = [None] * 14
     if dy is None:
         return tuple(grads)
@@ -166,10 +198,14 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
     need_x, need_weight, need_bias, need_A, need_B, *need_gates = ctx.needs_input_grad[:8]
     first = frozen_gates if any(need_gates) and not (need_x or need_A or need_B) else 0
     if need_x or need_A or need_B or any(need_gates):
-        dx, dz, u = core(dy, weight, A, B, gate_weight, mask, hidden, z, group, first, need_x, need_A, skip, backend)
+        dx, dz, u = core(
+            dy, weight, A, B, gate_weight, mask, hidden, z, group, first, need_x, need_A, skip, backend
+        )
         grads[0] = dx if need_x else None
         if any(need_gates):
-            grads[5:8] = gate_gradients(ctx, dz[:, frozen_gates - first :], frozen_gates, pooled if pooled.shape[0] else x)
+            grads[5:8] = gate_gradients(
+                ctx, dz[:, frozen_gates - first :], frozen_gates, pooled if pooled.shape[0] else x
+            )
         if need_A:
             grads[3] = (grouped.gate(u, z, group).mT @ x).view(A.shape)
         if need_B:
@@ -179,6 +215,12 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
     return tuple(grads)
 
 
-gated_experts.register_autograd(lambda ctx, dy, *_: _gradients(ctx, dy, gated_experts_backward), setup_context=save_for_backward)
+gated_experts.register_autograd(
+    lambda ctx, dy, *_: _gradients(ctx, dy, gated_experts_backward), setup_context=save_for_backward
+)
 
-LOW_RANK = Operator(gated_experts, differentiable(_gated_experts, partial(_gradients, core=_gated_experts_backward)), _gated_experts)
+LOW_RANK = Operator(
+    gated_experts,
+    differentiable(_gated_experts, partial(_gradients, core=_gated_experts_backward)),
+    _gated_experts,
+)

@@ -1,4 +1,6 @@
-"""Several layers that read the same x, such as q, k and v, with one shrink: ``mingle::gated_experts_shared`` and its backward."""
+"""Several layers that read the same x, such as q, k and v, with one shrink: ``mingle::gated_experts_shared``
+and its backward.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mingle.kernels.grouped import wide
+from mingle.kernels.gated_experts.grouped import wide
 from mingle.ops.common import Operator, gate_bias_gradient, gate_weight_gradient, kernels_of, share_of_a_token
 
 
 def adjacent(tensors: Sequence[Tensor]) -> bool:
     """Whether contiguous tensors lie one after the other in one storage."""
     storage = tensors[0].untyped_storage().data_ptr()
-    return all(tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == storage for tensor in tensors) and all(
-        after.storage_offset() == before.storage_offset() + before.numel() for before, after in pairwise(tensors)
+    return all(
+        tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == storage for tensor in tensors
+    ) and all(
+        after.storage_offset() == before.storage_offset() + before.numel()
+        for before, after in pairwise(tensors)
     )
 
 
@@ -51,13 +56,14 @@ def _gated_experts_shared(
 
     Args:
         x: [N, d_in].
-        weights, As, Bs, gate_weights, gate_biases: one tensor per layer, as for one layer; all ranks are equal, numbers of experts and
-            output widths need not be.
+        weights, As, Bs, gate_weights, gate_biases: one tensor per layer, as for one layer; all ranks are
+            equal, numbers of experts and output widths need not be.
         biases: one tensor per layer, or none at all.
         frozen_gates: per layer, how many of its first gates need no gradient.
 
     Returns:
-        y [N, d_out] per layer; H [N, ΣT·r] (no rows without `save`), z [G, ΣT] and x̄ [G, d_in], as for one layer.
+        y [N, d_out] per layer; H [N, ΣT·r] (no rows without `save`), z [G, ΣT] and x̄ [G, d_in], as for one
+        layer.
     """
     rank, experts = As[0].shape[1], [len(A) for A in As]
     none = x.new_empty(0, sum(experts) * rank)
@@ -69,7 +75,9 @@ def _gated_experts_shared(
             x.new_empty(0, x.shape[1], dtype=wide(x)),
         )
     kernels = kernels_of(backend)
-    hidden, z, pooled = kernels.shrink(x, stacked(As), stacked(gate_weights), stacked(gate_biases), None, mask, group, False)
+    hidden, z, pooled = kernels.shrink(
+        x, stacked(As), stacked(gate_weights), stacked(gate_biases), None, mask, group, False
+    )
     ys = [
         kernels.expand(
             x,
@@ -87,7 +95,9 @@ def _gated_experts_shared(
     return ys, hidden if save else none, z, pooled
 
 
-gated_experts_shared = torch.library.custom_op("mingle::gated_experts_shared", _gated_experts_shared, mutates_args=())
+gated_experts_shared = torch.library.custom_op(
+    "mingle::gated_experts_shared", _gated_experts_shared, mutates_args=()
+)
 
 
 @gated_experts_shared.register_fake
@@ -120,7 +130,9 @@ def _gated_experts_shared_backward(
     need_x: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """dx [N, d_in], the sum over the layers (no rows without `need_x`), and dz [G, ΣT]; 0 for gates before a layer's first."""
+    """dx [N, d_in], the sum over the layers (no rows without `need_x`), and dz [G, ΣT]; 0 for gates before a
+    layer's first.
+    """
     rank, width = As[0].shape[1:]
     dz = torch.zeros_like(z)
     if len(dys[0]) == 0:
@@ -139,7 +151,18 @@ def _gated_experts_shared_backward(
         if need_x:
             share = share_of_a_token(own, mask, group)
             part = kernels.expand(
-                dy, weight.mT, None, u, A, z[:, span], group, False, keep=False, share=share, gate_weight=gate_weight, mask=mask
+                dy,
+                weight.mT,
+                None,
+                u,
+                A,
+                z[:, span],
+                group,
+                False,
+                keep=False,
+                share=share,
+                gate_weight=gate_weight,
+                mask=mask,
             )
             dx = part if dx is None else dx.add_(part)
     return dys[0].new_empty(0, width) if dx is None else dx, dz
@@ -173,7 +196,9 @@ def _gradients(ctx: Any, dys: Sequence[Tensor], *_: Tensor | None) -> tuple[Any,
     group, frozen_gates, _, backend = ctx.options
     need_x = bool(ctx.needs_input_grad[0])
     firsts = [0] * layers if need_x else frozen_gates
-    dx, dz = gated_experts_shared_backward(dys, weights, As, Bs, gate_weights, mask, hidden, z, group, firsts, need_x, backend)
+    dx, dz = gated_experts_shared_backward(
+        dys, weights, As, Bs, gate_weights, mask, hidden, z, group, firsts, need_x, backend
+    )
     seen = pooled if pooled.shape[0] else x
     to_weights, to_biases = [], []
     for span, frozen in zip(_spans([A.shape[0] for A in As]), frozen_gates, strict=True):
@@ -181,7 +206,20 @@ def _gradients(ctx: Any, dys: Sequence[Tensor], *_: Tensor | None) -> tuple[Any,
         to_weights.append(gate_weight_gradient(own, frozen, seen, ctx.gate_dtypes[0]))
         to_biases.append(gate_bias_gradient(own, frozen, ctx.gate_dtypes[1]))
     none = [None] * layers
-    return dx if need_x else None, none, [None] * biases, none, none, to_weights, to_biases, None, None, None, None, None
+    return (
+        dx if need_x else None,
+        none,
+        [None] * biases,
+        none,
+        none,
+        to_weights,
+        to_biases,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 gated_experts_shared.register_autograd(_gradients, setup_context=_save)

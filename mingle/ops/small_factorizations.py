@@ -1,4 +1,5 @@
-"""Batched factorisations of small matrices, and what surrounds them in a truncated SVD: ``torch.ops.mingle.*``.
+"""Batched factorisations of small matrices, and what surrounds them in a truncated SVD:
+``torch.ops.mingle.*``.
 
     cholesky_inverse   G = RᵀR → R⁻¹, so that Y R⁻¹ has orthonormal columns where G = YᵀY
     small_eigh         G = W diag(λ) Wᵀ, λ falling
@@ -6,9 +7,10 @@
     fix_signs_         the largest entry of every left singular vector becomes positive
     effective_rank     the exponential of the entropy of normalised singular values
 
-Every function takes a batch on any device, runs without autograd, and returns what went wrong as numbers on that device: no function raises
-for the values it meets.  On a GPU the kernels of ``mingle._C`` compute, without waiting for the device; where they are missing, for Gram
-matrices wider than 128, and on a CPU, plain torch does, with equal meaning.  Eager calls go past the dispatcher.
+Every function takes a batch on any device, runs without autograd, and returns what went wrong as numbers on
+that device: no function raises for the values it meets.  On a GPU the kernels of ``mingle._C`` compute,
+without waiting for the device; where they are missing, for Gram matrices wider than 128, and on a CPU, plain
+torch does, with equal meaning.  Eager calls go past the dispatcher.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from mingle.ops import small_kernels as kernels
 
 #: How often a failed Cholesky factorisation is repeated, with a shift ten times the last one's.
 RETRIES = 6
-# Columns whose squared length is at most this count as zero.  In float32 the reciprocal of a length has to be representable, with room for
-# an R⁻¹ whose entries exceed it by the square root of the smallest accepted pivot.
+# Columns whose squared length is at most this count as zero.  In float32 the reciprocal of a length has to be
+# representable, with room for an R⁻¹ whose entries exceed it by the square root of the smallest accepted
+# pivot.
 _NEGLIGIBLE = {torch.float64: 0.0, torch.float32: 2.0**-200}
 # exp(H) of k equal values is the integer k but for roundings; this keeps them from costing a rank.
 _ROUNDING = 1 + 2.0**-40
@@ -32,13 +35,14 @@ _ROUNDING = 1 + 2.0**-40
 
 @torch.no_grad()
 def cholesky_inverse(gram: Tensor, shift: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """R⁻¹ of the Cholesky factor of Gram matrices, G = RᵀR, robust to columns of very different length and to missing rank.
+    """R⁻¹ of the Cholesky factor of Gram matrices, G = RᵀR, robust to columns of very different length and to
+    missing rank.
 
         S = D^-½ G D^-½ with D = diag(G);   S + τ I = LLᵀ;   R⁻¹ = D^-½ L^-ᵀ
 
-    τ = 0 at first.  A pivot of n + 16 ulp or less has lost all its digits: then τ = shift · tr S = shift · n, and ten times as much at
-    every further attempt.  A zero column of Y, that is a zero on the diagonal, gives a zero row and column of R⁻¹ and so a zero column of
-    Y R⁻¹.
+    τ = 0 at first.  A pivot of n + 16 ulp or less has lost all its digits: then τ = shift · tr S = shift · n,
+    and ten times as much at every further attempt.  A zero column of Y, that is a zero on the diagonal, gives
+    a zero row and column of R⁻¹ and so a zero column of Y R⁻¹.
 
     Args:
         gram: G [b, n, n] in float64, positive semidefinite; only the lower triangle is read.
@@ -46,41 +50,45 @@ def cholesky_inverse(gram: Tensor, shift: float, dtype: torch.dtype = torch.floa
         dtype: float64 or float32, of the result.  In float32, columns of Y shorter than 2⁻¹⁰⁰ count as zero.
 
     Returns:
-        R⁻¹ [b, n, n], upper triangular, in `dtype`, and int32 flags [b]: the number of shifts, or −1 where no shift helped, an entry is not
-        finite or the diagonal is negative; R⁻¹ is zero there.
+        R⁻¹ [b, n, n], upper triangular, in `dtype`, and int32 flags [b]: the number of shifts, or −1 where no
+        shift helped, an entry is not finite or the diagonal is negative; R⁻¹ is zero there.
     """
     return _apply(_cholesky_inverse, _registered_cholesky_inverse, gram, shift, dtype)
 
 
 @torch.no_grad()
 def eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """G = W diag(λ) Wᵀ for positive semidefinite G [b, n, n] in float64, of which only the lower triangle is read.
+    """G = W diag(λ) Wᵀ for positive semidefinite G [b, n, n] in float64, of which only the lower triangle is
+    read.
 
     Returns:
-        λ [b, n] ≥ 0 in falling order, W [b, n, n] with the eigenvectors as columns, orthonormal whatever the rank, and int32 flags [b]: the
-        number of sweeps (0 from a library's solver), or −1 where they did not converge or an entry is not finite.  In the latter case λ is
-        NaN and W the identity.
+        λ [b, n] ≥ 0 in falling order, W [b, n, n] with the eigenvectors as columns, orthonormal whatever the
+        rank, and int32 flags [b]: the number of sweeps (0 from a library's solver), or −1 where they did not
+        converge or an entry is not finite.  In the latter case λ is NaN and W the identity.
     """
     return _apply(_small_eigh, _registered_small_eigh, gram)
 
 
 @torch.no_grad()
 def rescale(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """2^-e M in contiguous float32 with the largest finite magnitude in [0.5, 1): the exponents of squares and sums stay in range.
+    """2^-e M in contiguous float32 with the largest finite magnitude in [0.5, 1): the exponents of squares
+    and sums stay in range.
 
     Args:
         M: [b, m, n] in float32 or float64, any strides.
 
     Returns:
-        2^-e M [b, m, n]; e int32 [b], 0 where all entries are zero; the number of non-finite entries, int64 [b]; and the linear index
-        i·n + j of the first of them, int64 [b], −1 where there is none.  Non-finite entries stay what they are.
+        2^-e M [b, m, n]; e int32 [b], 0 where all entries are zero; the number of non-finite entries, int64
+        [b]; and the linear index i·n + j of the first of them, int64 [b], −1 where there is none.  Non-finite
+        entries stay what they are.
     """
     return _apply(_rescale, _registered_rescale, M)
 
 
 @torch.no_grad()
 def fix_signs_(U: Tensor, Vh: Tensor) -> None:
-    """Flip columns of U [b, m, r] and the same rows of Vh [b, r, n], in place, so that the largest magnitude in a column is positive.
+    """Flip columns of U [b, m, r] and the same rows of Vh [b, r, n], in place, so that the largest magnitude
+    in a column is positive.
 
     The first one counts where several are equal.  Both in float32 or both in float64, any strides, finite.
     """
@@ -89,16 +97,23 @@ def fix_signs_(U: Tensor, Vh: Tensor) -> None:
 
 @torch.no_grad()
 def effective_rank(sigma: Tensor) -> Tensor:
-    """⌊exp(−Σ p ln p)⌋ with p = σ / Σσ and 0 · ln 0 = 0; 0 where all values are zero.  σ [b, k] ≥ 0 in float64 → int32 [b].
+    """⌊exp(−Σ p ln p)⌋ with p = σ / Σσ and 0 · ln 0 = 0; 0 where all values are zero.  σ [b, k] ≥ 0 in
+    float64 → int32 [b].
 
-    The exponential is raised by a relative 2⁻⁴⁰ first, so that k equal values have rank k whatever the roundings.
+    The exponential is raised by a relative 2⁻⁴⁰ first, so that k equal values have rank k whatever the
+    roundings.
     """
     return _apply(_effective_rank, _registered_effective_rank, sigma)
 
 
 def _apply(plain: Callable[..., Any], registered: Callable[..., Any], *arguments: Any) -> Any:
-    # The dispatcher costs a single small matrix as much as its factorisation; tracers and tensor subclasses need it.
-    if torch.compiler.is_compiling() or type(arguments[0]) is not Tensor or torch._C._len_torch_dispatch_stack():
+    # The dispatcher costs a single small matrix as much as its factorisation; tracers and tensor subclasses
+    # need it.
+    if (
+        torch.compiler.is_compiling()
+        or type(arguments[0]) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+    ):
         return registered(*arguments)
     return plain(*arguments)
 
@@ -138,7 +153,9 @@ def _factor(S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shift(S: Tensor, L: Tensor, failed: Tensor, tau: float, flags: Tensor) -> None:
-    """Replace L where `failed` by the factor of S + τ I with the first of τ, 10 τ, … that succeeds; count in `flags`, or set −1."""
+    """Replace L where `failed` by the factor of S + τ I with the first of τ, 10 τ, … that succeeds; count in
+    `flags`, or set −1.
+    """
     left = failed.nonzero().squeeze(1)
     for attempt in range(1, RETRIES + 1):
         shifted = S[left]
@@ -173,7 +190,9 @@ def _small_eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rescale(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if M.ndim != 3 or M.dtype not in _NEGLIGIBLE:
-        raise TypeError(f"rescale: expected M [b, m, n] in float32 or float64, got {list(M.shape)} in {M.dtype}")
+        raise TypeError(
+            f"rescale: expected M [b, m, n] in float32 or float64, got {list(M.shape)} in {M.dtype}"
+        )
     if kernels.serve(M):
         return kernels.rescale(M)
     scaled = M.new_empty(M.shape, dtype=torch.float32)
@@ -188,7 +207,8 @@ def _rescale(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         first = torch.where(count > 0, wrong.flatten(1).to(torch.uint8).argmax(1), -1)
         largest = M.abs().masked_fill_(wrong, 0).amax((1, 2))
     exponent = torch.frexp(largest).exponent
-    # One factor can be too large for its format where the entries are subnormal; then there are two, both exact.
+    # One factor can be too large for its format where the entries are subnormal; then there are two, both
+    # exact.
     smallest, greatest = (-128, 126) if M.dtype == torch.float32 else (-1022, 1022)
     factor = (-exponent).clamp(smallest, greatest)
     torch.mul(M, _power_of_two(factor, M.dtype), out=scaled)
@@ -199,15 +219,21 @@ def _rescale(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2^exponent exactly, [b, 1, 1], for −1022 ≤ exponent ≤ 1023: put together from its bits, as no power function promises exactness."""
+    """2^exponent exactly, [b, 1, 1], for −1022 ≤ exponent ≤ 1023: put together from its bits, as no power
+    function promises exactness.
+    """
     return ((exponent.long() + 1023) << 52).view(torch.float64).to(dtype)[:, None, None]
 
 
 def _fix_signs_(U: Tensor, Vh: Tensor) -> None:
     if U.ndim != 3 or Vh.ndim != 3 or (len(U), U.shape[2]) != Vh.shape[:2]:
-        raise ValueError(f"fix_signs_: expected U [b, m, r] and Vh [b, r, n], got {list(U.shape)} and {list(Vh.shape)}")
+        raise ValueError(
+            f"fix_signs_: expected U [b, m, r] and Vh [b, r, n], got {list(U.shape)} and {list(Vh.shape)}"
+        )
     if U.dtype not in _NEGLIGIBLE or Vh.dtype != U.dtype:
-        raise TypeError(f"fix_signs_: expected two tensors of float32 or two of float64, got {U.dtype} and {Vh.dtype}")
+        raise TypeError(
+            f"fix_signs_: expected two tensors of float32 or two of float64, got {U.dtype} and {Vh.dtype}"
+        )
     if U.device != Vh.device:
         raise ValueError(f"fix_signs_: U is on {U.device}, Vh on {Vh.device}")
     if kernels.serve(U):
@@ -223,7 +249,9 @@ def _fix_signs_(U: Tensor, Vh: Tensor) -> None:
 
 def _effective_rank(sigma: Tensor) -> Tensor:
     if sigma.ndim != 2 or sigma.dtype != torch.float64:
-        raise TypeError(f"effective_rank: expected σ [b, k] in float64, got {list(sigma.shape)} in {sigma.dtype}")
+        raise TypeError(
+            f"effective_rank: expected σ [b, k] in float64, got {list(sigma.shape)} in {sigma.dtype}"
+        )
     if kernels.serve(sigma):
         return kernels.effective_rank(sigma)
     total = sigma.sum(1, keepdim=True)
@@ -233,14 +261,20 @@ def _effective_rank(sigma: Tensor) -> Tensor:
 
 def _expect_gram(name: str, gram: Tensor) -> None:
     if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or gram.dtype != torch.float64:
-        raise TypeError(f"{name}: expected Gram matrices [b, n, n] in float64, got {list(gram.shape)} in {gram.dtype}")
+        raise TypeError(
+            f"{name}: expected Gram matrices [b, n, n] in float64, got {list(gram.shape)} in {gram.dtype}"
+        )
 
 
-_registered_cholesky_inverse = torch.library.custom_op("mingle::cholesky_inverse", _cholesky_inverse, mutates_args=())
+_registered_cholesky_inverse = torch.library.custom_op(
+    "mingle::cholesky_inverse", _cholesky_inverse, mutates_args=()
+)
 _registered_small_eigh = torch.library.custom_op("mingle::small_eigh", _small_eigh, mutates_args=())
 _registered_rescale = torch.library.custom_op("mingle::rescale", _rescale, mutates_args=())
 _registered_fix_signs_ = torch.library.custom_op("mingle::fix_signs_", _fix_signs_, mutates_args=("U", "Vh"))
-_registered_effective_rank = torch.library.custom_op("mingle::effective_rank", _effective_rank, mutates_args=())
+_registered_effective_rank = torch.library.custom_op(
+    "mingle::effective_rank", _effective_rank, mutates_args=()
+)
 
 
 @_registered_cholesky_inverse.register_fake
@@ -250,13 +284,22 @@ def _(gram: Tensor, shift: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @_registered_small_eigh.register_fake
 def _(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return gram.new_empty(gram.shape[:2]), gram.new_empty(gram.shape), gram.new_empty(gram.shape[0], dtype=torch.int32)
+    return (
+        gram.new_empty(gram.shape[:2]),
+        gram.new_empty(gram.shape),
+        gram.new_empty(gram.shape[0], dtype=torch.int32),
+    )
 
 
 @_registered_rescale.register_fake
 def _(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = M.new_empty(M.shape[0], dtype=torch.int64)
-    return M.new_empty(M.shape, dtype=torch.float32), count.new_empty(count.shape, dtype=torch.int32), count, torch.empty_like(count)
+    return (
+        M.new_empty(M.shape, dtype=torch.float32),
+        count.new_empty(count.shape, dtype=torch.int32),
+        count,
+        torch.empty_like(count),
+    )
 
 
 @_registered_fix_signs_.register_fake

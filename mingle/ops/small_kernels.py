@@ -1,7 +1,8 @@
-"""The kernels of ``mingle._C`` for torch's CUDA tensors: what they take, their outputs, and the current stream.
+"""The kernels of ``mingle._C`` for torch's CUDA tensors: what they take, their outputs, and the current
+stream.
 
-The functions mirror those of `small_factorizations`, which call them where `serve` says so.  None waits for the device, so that all can be
-captured in a CUDA graph.
+The functions mirror those of `small_factorizations`, which call them where `serve` says so.  None waits for
+the device, so that all can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mingle import extension
+from mingle.ops import extension
 
 #: The widest matrix that the kernels factorise.
 MAX_SIZE = 128
@@ -44,15 +45,23 @@ def cholesky_inverse(gram: Tensor, shift: float, dtype: torch.dtype) -> tuple[Te
     gram = gram.contiguous()
     inverse, flags = gram.new_empty(gram.shape, dtype=dtype), gram.new_empty(batch, dtype=torch.int32)
     single = dtype == torch.float32
-    _module(gram).cholesky_inverse(gram.data_ptr(), batch, n, shift, single, inverse.data_ptr(), flags.data_ptr(), *_queue(gram))
+    _module(gram).cholesky_inverse(
+        gram.data_ptr(), batch, n, shift, single, inverse.data_ptr(), flags.data_ptr(), *_queue(gram)
+    )
     return inverse, flags
 
 
 def small_eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, n, _ = gram.shape
     gram = gram.contiguous()
-    values, vectors, flags = gram.new_empty(batch, n), torch.empty_like(gram), gram.new_empty(batch, dtype=torch.int32)
-    _module(gram).small_eigh(gram.data_ptr(), batch, n, values.data_ptr(), vectors.data_ptr(), flags.data_ptr(), *_queue(gram))
+    values, vectors, flags = (
+        gram.new_empty(batch, n),
+        torch.empty_like(gram),
+        gram.new_empty(batch, dtype=torch.int32),
+    )
+    _module(gram).small_eigh(
+        gram.data_ptr(), batch, n, values.data_ptr(), vectors.data_ptr(), flags.data_ptr(), *_queue(gram)
+    )
     return values, vectors, flags
 
 
@@ -65,14 +74,25 @@ def rescale(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, first = M.new_empty(batch, dtype=torch.int64), M.new_empty(batch, dtype=torch.int64)
     workspace = M.new_empty(module.rescale_workspace(batch, m, n), dtype=torch.uint8)
     outputs = [tensor.data_ptr() for tensor in (workspace, scaled, exponent, count, first)]
-    module.rescale(M.data_ptr(), (M.stride(0), M.stride(1), 1), M.dtype == torch.float32, batch, m, n, *outputs, *_queue(M))
+    module.rescale(
+        M.data_ptr(),
+        (M.stride(0), M.stride(1), 1),
+        M.dtype == torch.float32,
+        batch,
+        m,
+        n,
+        *outputs,
+        *_queue(M),
+    )
     return scaled, exponent, count, first
 
 
 def fix_signs_(U: Tensor, Vh: Tensor) -> None:
     batch, m, r = U.shape
     single = U.dtype == torch.float32
-    _module(U).fix_signs(U.data_ptr(), U.stride(), Vh.data_ptr(), Vh.stride(), single, batch, m, r, Vh.shape[2], *_queue(U))
+    _module(U).fix_signs(
+        U.data_ptr(), U.stride(), Vh.data_ptr(), Vh.stride(), single, batch, m, r, Vh.shape[2], *_queue(U)
+    )
 
 
 def effective_rank(sigma: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mingle.hub import Revisions
+from mingle.io.hub import Revisions
 from mingle.options import OptionError, nearest
 from mingle.suites.protocol import PROTOCOLS, SeedRequest, split
 from mingle.tasks import TaskData
@@ -25,11 +25,14 @@ class Suite(Mapping[str, TaskData]):
         samples: name → all labelled test samples of the task, made on first use.
         experts: name → folder of the task's fine-tuned model, made on first use.
         request: how many seed samples to take, and under which protocol.
-        settings: by method, options that suit this suite's models.  A learning rate that suits one loss may ruin another.
-        continued: (name, names before it) → folder of the task's model, fine-tuned from that of the task before, and so on back to the
-            base; None where all fine-tuned models of the suite start from the base.
+        settings: by method, options that suit this suite's models.  A learning rate that suits one loss may
+            ruin another.
+        continued: (name, names before it) → folder of the task's model, fine-tuned from that of the task
+            before, and so on back to the base; None where all fine-tuned models of the suite start from the
+            base.
         training: name → all unlabelled training samples of the task; empty where the suite has none.
-        checks: name → finds what is wrong with the task's data without reading all of it; none where nothing can be.
+        checks: name → finds what is wrong with the task's data without reading all of it; none where nothing
+            can be.
         revisions: of what came from the hub, the commits in use; grows as the suite is used.
     """
 
@@ -74,12 +77,15 @@ class Suite(Mapping[str, TaskData]):
         return self._base if isinstance(self._base, Path) else self._base()
 
     def check(self, name: str) -> None:
-        """Find what is wrong with a task's data, as far as that takes no heavy work; whatever it raises names the data set."""
+        """Find what is wrong with a task's data, as far as that takes no heavy work; whatever it raises names
+        the data set.
+        """
         if name in self._checks:
             self._checks[name]()
 
     def seeds(self, name: str, *, whole: bool = False) -> TaskData:
-        """The task's seed samples, without labels; or, for sequential methods, its `whole` training data, none of which is a test sample.
+        """The task's seed samples, without labels; or, for sequential methods, its `whole` training data,
+        none of which is a test sample.
 
         Raises:
             OptionError: the whole training data of a suite that has none.
@@ -87,7 +93,8 @@ class Suite(Mapping[str, TaskData]):
         return self._whole(name)() if whole else self._parts(name)[0]
 
     def expert(self, name: str, after: Sequence[str] = ()) -> Path:
-        """The folder of the task's model: fine-tuned from the base, or one task `after` the other, each from the model before.
+        """The folder of the task's model: fine-tuned from the base, or one task `after` the other, each from
+        the model before.
 
         Raises:
             OptionError: tasks before it, in a suite whose fine-tuned models all start from the base.
@@ -111,7 +118,9 @@ class Suite(Mapping[str, TaskData]):
 
     def _whole(self, name: str) -> Callable[[], TaskData]:
         if name not in self._training:
-            raise OptionError(f"suite {self.name!r}: sequential methods adapt on all training samples, and it has none of {name!r}")
+            raise OptionError(
+                f"suite {self.name!r}: sequential methods adapt on all training samples, and it has none of {name!r}"
+            )
         return self._training[name]
 
     def _parts(self, name: str) -> tuple[TaskData, TaskData]:
@@ -135,16 +144,18 @@ def load(
     """A suite by name, or from a folder of images.
 
     Args:
-        name: ``glyphs4``, ``glyphs8``, ``glyphs20``, ``glyphs8-shared``, ``glyphs4-corrupted``, ``glyphs4-<corruption>``; of the papers'
-            suites, ``clip-b32-8`` (also ``b16``, ``l14``, and 14 or 20 tasks), ``mtil-11``, ``clip-b32-corrupted``,
-            ``clip-b32-<corruption>``, ``clip-b32-clean``, ``glue-8``, ``glue-8-lora``; or the path of a folder as
-            `mingle.suites.image_folder` describes it.
-        base: the folder of the base model whose image processor and tokenizer prepare the samples; None takes the suite's own.
+        name: ``glyphs4``, ``glyphs8``, ``glyphs20``, ``glyphs8-shared``, ``glyphs4-corrupted``,
+            ``glyphs4-<corruption>``; of the papers' suites, ``clip-b32-8`` (also ``b16``, ``l14``, and 14 or
+            20 tasks), ``mtil-11``, ``clip-b32-corrupted``, ``clip-b32-<corruption>``, ``clip-b32-clean``,
+            ``glue-8``, ``glue-8-lora``; or the path of a folder as `mingle.suites.image_folder` describes it.
+        base: the folder of the base model whose image processor and tokenizer prepare the samples; None takes
+            the suite's own.
         protocol: ``strict`` or ``official``, see `mingle.suites.protocol`.
         samples_per_class: how many seed samples a task may use, times its number of classes.
         seed: of the choice of seed samples.
         on_training: told when an expert that does not ship has to be trained.
-        revisions: the commits of hub repositories to keep to, see `mingle.hub`; those found are noted in it.
+        revisions: the commits of hub repositories to keep to, see `mingle.io.hub`; those found are noted in
+            it.
 
     Raises:
         OptionError: an unknown suite or protocol.
@@ -152,7 +163,9 @@ def load(
     from mingle.suites import fusionbench, glyphs, image_folder
 
     if protocol not in PROTOCOLS:
-        raise OptionError(f"protocol: {protocol!r}{nearest(protocol, PROTOCOLS)}; expected one of {', '.join(PROTOCOLS)}")
+        raise OptionError(
+            f"protocol: {protocol!r}{nearest(protocol, PROTOCOLS)}; expected one of {', '.join(PROTOCOLS)}"
+        )
     request = SeedRequest(protocol, samples_per_class, seed)
     if name in glyphs.NAMES:
         return glyphs.load(name, base, request, on_training)
@@ -163,4 +176,6 @@ def load(
             raise OptionError(f"suite {name!r}: a folder of images has no model of its own; name the base")
         return image_folder.load(Path(name), base, request)
     known = (*glyphs.NAMES, *fusionbench.NAMES)
-    raise OptionError(f"unknown suite {name!r}{nearest(name, known)}; known are {', '.join(known)}, or the path of a folder")
+    raise OptionError(
+        f"unknown suite {name!r}{nearest(name, known)}; known are {', '.join(known)}, or the path of a folder"
+    )

@@ -1,4 +1,5 @@
-"""A suite from your own images: one folder per task, in it one folder per class, named as the class is called in prompts.
+"""A suite from your own images: one folder per task, in it one folder per class, named as the class is called
+in prompts.
 
     <folder>/<task>/<class name>/*.png | *.jpg | …
     <folder>/<task>/templates.txt          optional: one prompt a line, with {} in the class name's place
@@ -26,7 +27,8 @@ def load(folder: Path, base: Path, request: SeedRequest) -> Suite:
     """The suite in `folder`, prepared with the image processor and tokenizer of `base`.
 
     Raises:
-        ValueError: a folder without tasks, a task without classes, or a class without images; the message names it.
+        ValueError: a folder without tasks, a task without classes, or a class without images; the message
+            names it.
     """
     tasks = _subfolders(folder)
     if not tasks:
@@ -37,7 +39,9 @@ def load(folder: Path, base: Path, request: SeedRequest) -> Suite:
         for class_folder in _subfolders(task):
             if not _images(class_folder):
                 raise ValueError(f"{class_folder}: no images in it")
-    return Suite(str(folder), "clip", base, {task.name: partial(_samples, task, base) for task in tasks}, {}, request)
+    return Suite(
+        str(folder), "clip", base, {task.name: partial(_samples, task, base) for task in tasks}, {}, request
+    )
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -63,7 +67,11 @@ def _samples(task: Path, base: Path) -> TaskData:
                 raise ValueError(f"{path}: not a readable image ({error})") from None
             labels.append(label)
     listed = task / "templates.txt"
-    templates = [line for line in listed.read_text().splitlines() if line.strip()] if listed.exists() else DEFAULT_TEMPLATES
+    templates = (
+        [line for line in listed.read_text().splitlines() if line.strip()]
+        if listed.exists()
+        else DEFAULT_TEMPLATES
+    )
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"{listed}: the prompt {template!r} has no {{}} for the class name")

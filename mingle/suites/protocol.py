@@ -1,9 +1,11 @@
 """Where seed samples come from: the two protocols, whose numbers must never be mixed.
 
-``official``, as the published code has it: so many samples of every class, picked with the labels of the test set and left in it; gates
+``official``, as the published code has it: so many samples of every class, picked with the labels of the test
+    set and left in it; gates
 see the mean of a batch.
 
-``strict``: the same number of samples drawn without looking at labels and taken out of the test set; gates see the mean of a sample, so
+``strict``: the same number of samples drawn without looking at labels and taken out of the test set; gates
+    see the mean of a sample, so
 predictions do not depend on what shares a batch.
 """
 
@@ -31,7 +33,8 @@ class SeedRequest:
         protocol: see above.
         samples_per_class: times the number of classes gives the number of seeds.
         seed: of the choice.
-        total: the number of seeds where there are no classes, as in tasks that are answered in words; not more than half of the samples.
+        total: the number of seeds where there are no classes, as in tasks that are answered in words; not
+            more than half of the samples.
     """
 
     protocol: str = "strict"
@@ -57,15 +60,24 @@ def split(name: str, samples: TaskData, request: SeedRequest) -> tuple[TaskData,
         chosen = order[: total or request.samples_per_class * classes]
         rest = order[len(chosen) :].sort().values
         if not len(rest):
-            raise ValueError(f"task {name!r}: {len(samples)} samples, all of them needed as seeds; none would be left for the test")
+            raise ValueError(
+                f"task {name!r}: {len(samples)} samples, all of them needed as seeds; none would be left for the test"
+            )
         test = samples.select(rest)
     elif total is not None:
         chosen = order[:total]
     else:
         shuffled = samples.labels[order]
-        chosen = torch.cat([order[(shuffled == label).nonzero().flatten()[: request.samples_per_class]] for label in range(classes)])
+        chosen = torch.cat(
+            [
+                order[(shuffled == label).nonzero().flatten()[: request.samples_per_class]]
+                for label in range(classes)
+            ]
+        )
         counts = torch.bincount(samples.labels[chosen], minlength=classes)
         short = (counts < request.samples_per_class).nonzero().flatten().tolist()
         if short:
-            logger.warning("task %s: fewer than %d samples of classes %s", name, request.samples_per_class, short)
+            logger.warning(
+                "task %s: fewer than %d samples of classes %s", name, request.samples_per_class, short
+            )
     return replace(samples.select(chosen).made(), labels=None), test

@@ -1,4 +1,6 @@
-"""Task types: how a batch becomes logits, and what counts as right.  The only code that knows about modalities lives below here."""
+"""Task types: how a batch becomes logits, and what counts as right.  The only code that knows about
+modalities lives below here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mingle.files import CheckpointError
+from mingle.io.files import CheckpointError
 from mingle.tasks.lazy import LazyInputs
 
 
@@ -19,9 +21,11 @@ class TaskData:
     """Samples of one task.
 
     Attributes:
-        inputs: tensors with one row per sample, by the model's own argument names; `LazyInputs` make them batch by batch.
+        inputs: tensors with one row per sample, by the model's own argument names; `LazyInputs` make them
+            batch by batch.
         shared: tensors that all samples share, such as the text embeddings of the classes.
-        labels: targets [n], or tokens of answers [n, L], or None where there are none; adaptation never reads them.
+        labels: targets [n], or tokens of answers [n, L], or None where there are none; adaptation never reads
+            them.
         metric: what is measured on them, ``accuracy`` or ``spearman``.
         decode: tokens [n, L] → n texts, for answers in words of which a metric needs the meaning.
     """
@@ -33,14 +37,18 @@ class TaskData:
     decode: Callable[[torch.Tensor], list[str]] | None = None
 
     def __len__(self) -> int:
-        return len(self.inputs.rows if isinstance(self.inputs, LazyInputs) else next(iter(self.inputs.values())))
+        return len(
+            self.inputs.rows if isinstance(self.inputs, LazyInputs) else next(iter(self.inputs.values()))
+        )
 
     def select(self, index: torch.Tensor | slice) -> TaskData:
         """The samples at `index`, a slice or an int64 tensor."""
         labels = None if self.labels is None else self.labels[index]
         if isinstance(self.inputs, LazyInputs):
             return replace(self, inputs=self.inputs.select(index), labels=labels)
-        return replace(self, inputs={name: tensor[index] for name, tensor in self.inputs.items()}, labels=labels)
+        return replace(
+            self, inputs={name: tensor[index] for name, tensor in self.inputs.items()}, labels=labels
+        )
 
     def made(self) -> TaskData:
         """The same samples, all of their inputs in memory."""
@@ -48,7 +56,10 @@ class TaskData:
 
     def to(self, device: torch.device) -> TaskData:
         """The same samples, in memory, on a device; labels stay where they are."""
-        inputs, shared = ({name: tensor.to(device) for name, tensor in part.items()} for part in (self.made().inputs, self.shared))
+        inputs, shared = (
+            {name: tensor.to(device) for name, tensor in part.items()}
+            for part in (self.made().inputs, self.shared)
+        )
         return replace(self, inputs=inputs, shared=shared)
 
     def batches(self, size: int) -> Iterator[TaskData]:
@@ -65,7 +76,8 @@ class TaskType(Protocol):
     tower: str
     #: what a fine-tuned checkpoint may put before the tower's own parameter names
     prefixes: tuple[str, ...]
-    #: named sets of target layers, as exact suffixes; of variants of the architecture those that a model has are meant
+    #: named sets of target layers, as exact suffixes; of variants of the architecture those that a model has
+    #: are meant
     layer_sets: Mapping[str, tuple[str, ...]]
     #: the transformer blocks that every input passes through first, as a dotted name inside the tower
     blocks: str
@@ -83,7 +95,9 @@ class TaskType(Protocol):
         """What the gates of a layer of the tower see, where `reduce` is asked for."""
 
     def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
-        """Seed samples with what adaptation needs besides the inputs and only the fine-tuned model can say, never taken from labels."""
+        """Seed samples with what adaptation needs besides the inputs and only the fine-tuned model can say,
+        never taken from labels.
+        """
 
     def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:
         """Class scores of a batch, [n, C], or [n, L, C] with one row per position of the answers."""
@@ -92,7 +106,10 @@ class TaskType(Protocol):
         """Which positions of the answers count, bool [n, L]; None where an answer has one."""
 
     def outcomes(self, model: nn.Module, data: TaskData) -> torch.Tensor:
-        """What came out for each sample: 1 or 0, right or wrong, [n]; or numbers given and wanted, [n, 2].  See `mingle.evaluate.score`."""
+        """What came out for each sample: 1 or 0, right or wrong, [n]; or numbers given and wanted, [n, 2].
+
+        See `mingle.merging.evaluate.score`.
+        """
 
 
 def get(name: str) -> TaskType:

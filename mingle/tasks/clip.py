@@ -1,4 +1,6 @@
-"""Zero-shot image classification with CLIP: a fine-tuned vision tower, the base's text tower as the classifier."""
+"""Zero-shot image classification with CLIP: a fine-tuned vision tower, the base's text tower as the
+classifier.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 class ClipTask(HubModel):
     """The task type ``clip``: any `transformers.CLIPModel`.
 
-    Samples are mappings with ``pixel_values`` [n, 3, H, W], as the model's image processor makes them, ``text_embeds`` [C, P], the
-    unit-length embeddings of the classes (see `zero_shot_head`), and for evaluation ``labels`` [n].
+    Samples are mappings with ``pixel_values`` [n, 3, H, W], as the model's image processor makes them,
+    ``text_embeds`` [C, P], the unit-length embeddings of the classes (see `zero_shot_head`), and for
+    evaluation ``labels`` [n].
     """
 
     name = "clip"
@@ -50,10 +53,16 @@ class ClipTask(HubModel):
             for key in ("pixel_values", "text_embeds"):
                 if key not in given:
                     raise ValueError(f"the samples of a clip task need {key!r}; got {', '.join(given)}")
-            given = TaskData({"pixel_values": given["pixel_values"]}, {"text_embeds": given["text_embeds"]}, given.get("labels"))
+            given = TaskData(
+                {"pixel_values": given["pixel_values"]},
+                {"text_embeds": given["text_embeds"]},
+                given.get("labels"),
+            )
         pixels, head = given.select(slice(0, 1)).inputs["pixel_values"], given.shared["text_embeds"]
         if pixels.dim() != 4 or head.dim() != 2:
-            raise ValueError(f"pixel_values {list(pixels.shape)} and text_embeds {list(head.shape)}: expected [n, 3, H, W] and [C, P]")
+            raise ValueError(
+                f"pixel_values {list(pixels.shape)} and text_embeds {list(head.shape)}: expected [n, 3, H, W] and [C, P]"
+            )
         if given.labels is not None and len(given.labels) != len(given):
             raise ValueError(f"{len(given.labels)} labels for {len(given)} images")
         return given
@@ -61,7 +70,9 @@ class ClipTask(HubModel):
     def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:
         """exp(s) · cos(image, text) [n, C], with the model's own logit scale s."""
         clip: Any = model
-        pooled = clip.vision_model(pixel_values=data.inputs["pixel_values"].to(clip.logit_scale.device)).pooler_output
+        pooled = clip.vision_model(
+            pixel_values=data.inputs["pixel_values"].to(clip.logit_scale.device)
+        ).pooler_output
         image = F.normalize(clip.visual_projection(pooled), dim=-1)
         return clip.logit_scale.exp() * image @ data.shared["text_embeds"].to(image).mT
 
@@ -84,8 +95,11 @@ class ClipTask(HubModel):
 
 
 @torch.no_grad()
-def zero_shot_head(model: Any, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
-    """The zero-shot classifier [C, P]: every template's text embedding normalised, averaged over templates, normalised again.
+def zero_shot_head(
+    model: Any, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str]
+) -> torch.Tensor:
+    """The zero-shot classifier [C, P]: every template's text embedding normalised, averaged over templates,
+    normalised again.
 
     Args:
         model: a `transformers.CLIPModel`.
@@ -96,7 +110,12 @@ def zero_shot_head(model: Any, tokenizer: Any, class_names: Sequence[str], templ
     device = model.logit_scale.device
     embeddings = []
     for template in templates:
-        tokens = tokenizer([template.format(name) for name in class_names], padding=True, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            [template.format(name) for name in class_names],
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+        )
         pooled = model.text_model(
             input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
         ).pooler_output
@@ -105,7 +124,9 @@ def zero_shot_head(model: Any, tokenizer: Any, class_names: Sequence[str], templ
 
 
 def processor_pixels(folder: str | Path, images: Sequence[Any]) -> torch.Tensor:
-    """Images (PIL, or uint8 arrays [3, H, W]) through the image processor of a local hub folder: float32 [n, 3, H, W]."""
+    """Images (PIL, or uint8 arrays [3, H, W]) through the image processor of a local hub folder: float32 [n,
+    3, H, W].
+    """
     from transformers import CLIPImageProcessorPil
 
     processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)

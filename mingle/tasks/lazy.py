@@ -16,7 +16,12 @@ class LazyInputs(Mapping[str, torch.Tensor]):
         rows: int64 [n], the samples in question.
     """
 
-    def __init__(self, names: Sequence[str], read: Callable[[list[int]], Mapping[str, torch.Tensor]], rows: torch.Tensor) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        read: Callable[[list[int]], Mapping[str, torch.Tensor]],
+        rows: torch.Tensor,
+    ) -> None:
         self.names, self.read, self.rows = tuple(names), read, rows
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle.checkpoint import CheckpointReader
-from mingle.files import CheckpointError, contained, read_json
-from mingle.task_vector import first_names
+from mingle.io.files import CheckpointError, contained, read_json
+from mingle.io.safetensors import CheckpointReader
+from mingle.io.state_dicts import first_names
 
 
 def model_type(folder: str | Path) -> str:
@@ -47,7 +47,9 @@ class HubModel(ABC):
         folder, wanted = Path(folder), config_class.model_type
         reader = CheckpointReader(folder)  # intact and inside the folder, before anything else opens it
         if model_type(folder) != wanted:
-            raise CheckpointError(f"{folder / 'config.json'}: model_type is {model_type(folder)!r}, expected {wanted!r}")
+            raise CheckpointError(
+                f"{folder / 'config.json'}: model_type is {model_type(folder)!r}, expected {wanted!r}"
+            )
         with torch.device("meta"):
             model: nn.Module = model_class(config_class.from_dict(read_json(folder / "config.json")))
         first = first_names(model)
@@ -56,7 +58,9 @@ class HubModel(ABC):
             if first[name] not in held:
                 raise CheckpointError(f"{folder}: the tensor {name!r} of a {model_class.__name__} is missing")
             if name in reader and reader.shape(name) != tuple(tensor.shape):
-                raise CheckpointError(f"{folder}: {name} has shape {list(reader.shape(name))}, config.json says {list(tensor.shape)}")
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {list(reader.shape(name))}, config.json says {list(tensor.shape)}"
+                )
         return model
 
     def load(self, folder: str | Path) -> nn.Module:
@@ -66,7 +70,9 @@ class HubModel(ABC):
             CheckpointError: as `skeleton`, and for weights that are NaN or infinite.
         """
         self.skeleton(folder)
-        model: nn.Module = self.classes()[0].from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        model: nn.Module = self.classes()[0].from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
         for name, tensor in model.state_dict().items():
             if not tensor.isfinite().all():
                 CheckpointReader(folder).tensor(name)  # raises, with the count and the first index

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mingle.layers import MingleLinear
+from mingle.nn.linear import MingleLinear
 from mingle.tasks import TaskData
 from mingle.tasks.loading import HubModel
 
@@ -25,15 +25,17 @@ _INNER = ("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wi")
 
 
 class T5Task(HubModel):
-    """The task type ``t5``: any `transformers.T5ForConditionalGeneration`, of Flan-T5 and of its predecessors.
+    """The task type ``t5``: any `transformers.T5ForConditionalGeneration`, of Flan-T5 and of its
+    predecessors.
 
-    Samples are mappings with ``input_ids`` and ``attention_mask`` [n, S], and for evaluation ``labels`` [n, L], the tokens of the answers
-    with pad tokens behind.  Adaptation compares models along the fine-tuned model's own answers, which `prepared` adds as
-    ``decoder_input_ids`` and ``decoder_attention_mask`` [n, L].
+    Samples are mappings with ``input_ids`` and ``attention_mask`` [n, S], and for evaluation ``labels`` [n,
+    L], the tokens of the answers with pad tokens behind.  Adaptation compares models along the fine-tuned
+    model's own answers, which `prepared` adds as ``decoder_input_ids`` and ``decoder_attention_mask`` [n, L].
 
-    Padding takes part in nothing: neither in the means that gates see, nor in input directions, nor in losses.  Layers that see the
-    decoder's tokens have ``token`` gates whatever is asked for: the mean over an answer would see tokens that are still to come, and
-    with a key-value cache it would be a mean over one.
+    Padding takes part in nothing: neither in the means that gates see, nor in input directions, nor in
+        losses.  Layers that see the
+    decoder's tokens have ``token`` gates whatever is asked for: the mean over an answer would see tokens that
+    are still to come, and with a key-value cache it would be a mean over one.
     """
 
     name = "t5"
@@ -64,13 +66,19 @@ class T5Task(HubModel):
             for key in ("input_ids", "attention_mask"):
                 if key not in given:
                     raise ValueError(f"the samples of a t5 task need {key!r}; got {', '.join(given)}")
-            given = TaskData({key: given[key] for key in ("input_ids", "attention_mask")}, {}, given.get("labels"))
+            given = TaskData(
+                {key: given[key] for key in ("input_ids", "attention_mask")}, {}, given.get("labels")
+            )
         first = given.select(slice(0, 1)).inputs
         ids, mask = first["input_ids"], first["attention_mask"]
         if ids.dim() != 2 or mask.shape != ids.shape:
-            raise ValueError(f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)}: expected [n, S] for both")
+            raise ValueError(
+                f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)}: expected [n, S] for both"
+            )
         if given.labels is not None and (given.labels.dim() != 2 or len(given.labels) != len(given)):
-            raise ValueError(f"labels {list(given.labels.shape)}: expected the tokens of {len(given)} answers, [{len(given)}, L]")
+            raise ValueError(
+                f"labels {list(given.labels.shape)}: expected the tokens of {len(given)} answers, [{len(given)}, L]"
+            )
         return given
 
     def reduce_for(self, layer: str, reduce: str) -> str:
@@ -82,13 +90,25 @@ class T5Task(HubModel):
         """The seed samples with the fine-tuned model's greedy answers as the decoder's inputs."""
         model: Any = teacher()
         seeds = seeds.to(model.device)
-        tokens = torch.cat(_padded([self._answers(model, batch) for batch in seeds.batches(_BATCH)], model.config.pad_token_id))
+        tokens = torch.cat(
+            _padded(
+                [self._answers(model, batch) for batch in seeds.batches(_BATCH)], model.config.pad_token_id
+            )
+        )
         given = tokens[:, :-1]
-        ended = (given == model.config.eos_token_id).cumsum(1) > 0  # what follows the end of an answer is predicted by nothing
-        return replace(seeds, inputs={**seeds.inputs, "decoder_input_ids": given, "decoder_attention_mask": (~ended).long()}, labels=None)
+        ended = (given == model.config.eos_token_id).cumsum(
+            1
+        ) > 0  # what follows the end of an answer is predicted by nothing
+        return replace(
+            seeds,
+            inputs={**seeds.inputs, "decoder_input_ids": given, "decoder_attention_mask": (~ended).long()},
+            labels=None,
+        )
 
     def logits(self, model: nn.Module, data: TaskData) -> Tensor:
-        """Scores of the vocabulary for every position of the decoder's inputs, [n, L, V]; without these, after the start token alone."""
+        """Scores of the vocabulary for every position of the decoder's inputs, [n, L, V]; without these,
+        after the start token alone.
+        """
         t5: Any = model
         inputs = {name: tensor.to(t5.device) for name, tensor in data.inputs.items()}
         decoder_ids = inputs.get("decoder_input_ids")
@@ -96,7 +116,10 @@ class T5Task(HubModel):
             decoder_ids = inputs["input_ids"].new_full((len(data), 1), t5.config.decoder_start_token_id)
         with _masked(model, inputs["attention_mask"].bool(), _counted(inputs)):
             result: Tensor = t5(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], decoder_input_ids=decoder_ids, use_cache=False
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                decoder_input_ids=decoder_ids,
+                use_cache=False,
             ).logits
         return result
 
@@ -105,24 +128,34 @@ class T5Task(HubModel):
         return _counted(data.inputs)
 
     def outcomes(self, model: nn.Module, data: TaskData) -> Tensor:
-        """Whether the generated tokens are those of the answer [n]; for ``spearman`` both as numbers [n, 2], 0 for what is none."""
+        """Whether the generated tokens are those of the answer [n]; for ``spearman`` both as numbers [n, 2],
+        0 for what is none.
+        """
         if data.labels is None:
             raise ValueError("these samples have no labels to compare with")
         config: Any = model.config
         answers = _padded([self._answers(model, data)[:, 1:].cpu(), data.labels.cpu()], config.pad_token_id)
-        given, wanted = (tokens.where((tokens == config.eos_token_id).cumsum(1) == 0, config.pad_token_id) for tokens in answers)
+        given, wanted = (
+            tokens.where((tokens == config.eos_token_id).cumsum(1) == 0, config.pad_token_id)
+            for tokens in answers
+        )
         if data.metric != "spearman":
             return (given == wanted).all(1).double()
         if data.decode is None:
             raise ValueError("answers that are numbers need `decode`, which makes text of tokens")
-        return torch.tensor([[_number(text) for text in data.decode(tokens)] for tokens in (given, wanted)], dtype=torch.float64).mT
+        return torch.tensor(
+            [[_number(text) for text in data.decode(tokens)] for tokens in (given, wanted)],
+            dtype=torch.float64,
+        ).mT
 
     def _answers(self, model: nn.Module, data: TaskData) -> Tensor:
         """Greedy answers [n, ≤ 10], the start token first."""
         t5: Any = model
         ids, mask = (data.inputs[name].to(t5.device) for name in ("input_ids", "attention_mask"))
         with _masked(model, mask.bool(), None):
-            answers: Tensor = t5.generate(input_ids=ids, attention_mask=mask, max_length=ANSWER_TOKENS, do_sample=False, num_beams=1)
+            answers: Tensor = t5.generate(
+                input_ids=ids, attention_mask=mask, max_length=ANSWER_TOKENS, do_sample=False, num_beams=1
+            )
         return answers
 
 
@@ -132,7 +165,9 @@ def _counted(inputs: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _sees_encoder(layer: str) -> bool:
-    """Whether a layer is given the encoder's tokens: all of the encoder, and the keys and values of cross-attention."""
+    """Whether a layer is given the encoder's tokens: all of the encoder, and the keys and values of
+    cross-attention.
+    """
     return layer.startswith("encoder.") or layer.endswith(("EncDecAttention.k", "EncDecAttention.v"))
 
 

@@ -19,7 +19,7 @@ from mingle.bench import breakdown, check, floor, inputs, judge, measure, plot, 
 from mingle.bench.peers import OURS, PEERS, Peer, Unavailable, handmade
 from mingle.bench.peers.peer import step
 from mingle.bench.registry import SLOW_TO_BUILD, Case, Selection
-from mingle.kernels import reference
+from mingle.kernels.gated_experts import reference
 
 CPU = torch.device("cpu")
 LIMITS = floor.Ceilings({"float32": 1e11, "bfloat16": 2e11, "float16": 1e11}, 1e10)
@@ -45,7 +45,9 @@ def test_counts_are_those_of_the_published_table(shape, giga_flop, base, mega_by
 
 
 def test_the_floor_of_the_large_case_on_an_h100():
-    seconds, bound = floor.floor(registry.case("vit-b16-token-bf16"), floor.Ceilings({"bfloat16": 798e12}, 3e12))
+    seconds, bound = floor.floor(
+        registry.case("vit-b16-token-bf16"), floor.Ceilings({"bfloat16": 798e12}, 3e12)
+    )
     assert bound == "arithmetic"
     assert seconds == pytest.approx(162e-6, rel=0.01)
 
@@ -62,7 +64,9 @@ def test_a_backward_pass_doubles_the_products_and_routing_counts_one_expert():
     case = tiny(backward=True)
     assert 1.9 < floor.count(case).flop / floor.count(tiny()).flop < 2.2
     assert floor.count(case).bytes > 2 * floor.count(tiny()).bytes
-    assert floor.forward_flop(tiny(routed=True)) == pytest.approx(floor.forward_flop(tiny(experts=1)), rel=0.02)
+    assert floor.forward_flop(tiny(routed=True)) == pytest.approx(
+        floor.forward_flop(tiny(experts=1)), rel=0.02
+    )
 
 
 def test_ceilings_are_the_work_over_the_shortest_time(monkeypatch):
@@ -109,7 +113,9 @@ def test_peers_agree_with_the_oracle(reduce, backward):
     pytest.importorskip("peft")
     folded = {"folded weight"} if reduce == "batch" and not backward else set()
     assert agreeing(tiny(reduce, backward=backward)) >= EVERYWHERE | ALSO[reduce] | folded
-    assert agreeing(tiny(reduce, backward=backward, dtype="bfloat16")) >= EVERYWHERE | ALSO[reduce] | folded | {"eager loop fp32"}
+    assert agreeing(tiny(reduce, backward=backward, dtype="bfloat16")) >= EVERYWHERE | ALSO[
+        reduce
+    ] | folded | {"eager loop fp32"}
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -138,12 +144,21 @@ def test_large_cases_are_checked_on_some_samples_without_losing_gradients(monkey
 def one_dropped(case_inputs: inputs.Inputs):
     """Leaves the second expert out."""
     t, keep = case_inputs, [0, 2, 3]
-    return step(t, lambda: reference.gated_experts(t.x, t.weight, t.bias, t.A[keep], t.B[keep], t.gate_values()[..., keep]))
+    return step(
+        t,
+        lambda: reference.gated_experts(
+            t.x, t.weight, t.bias, t.A[keep], t.B[keep], t.gate_values()[..., keep]
+        ),
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_peer_is_named_and_gets_no_time(dtype):
-    peers = [PEERS[OURS], Peer("careless", one_dropped, "one expert short"), Peer("broken", lambda t: lambda: 1 / 0, "raises")]
+    peers = [
+        PEERS[OURS],
+        Peer("careless", one_dropped, "one expert short"),
+        Peer("broken", lambda t: lambda: 1 / 0, "raises"),
+    ]
     result = measure.measure(tiny(dtype=dtype), peers, CPU, LIMITS, seconds=0)["peers"]
     assert result[OURS]["status"] == "ok" and result[OURS]["median"] > 0
     assert result["careless"]["status"] == "wrong" and result["careless"]["errors"]["y"] > 0.05
@@ -165,8 +180,12 @@ def test_every_round_times_every_peer_and_memory_is_what_was_allocated():
     steps = {name: lambda name=name: calls.append(name) or {} for name in "abc"}
     times = measure.interleaved(steps, CPU, seconds=0)
     rounds = [sorted(calls[i : i + 3]) for i in range(0, len(calls), 3)]
-    assert rounds == [["a", "b", "c"]] * len(rounds) and {len(series) for series in times.values()} == {len(rounds) - 1}
-    assert measure.peak_bytes(lambda: {"y": torch.empty(1000).add_(1) + 1}, CPU) == pytest.approx(8000, abs=200)
+    assert rounds == [["a", "b", "c"]] * len(rounds) and {len(series) for series in times.values()} == {
+        len(rounds) - 1
+    }
+    assert measure.peak_bytes(lambda: {"y": torch.empty(1000).add_(1) + 1}, CPU) == pytest.approx(
+        8000, abs=200
+    )
     assert measure.relative([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])["round_ratio"] == 2
 
 
@@ -188,11 +207,30 @@ def test_the_command_line_writes_results_and_plots(monkeypatch, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "eager loop" in printed and "× ours" in printed
     found = json.loads(out.read_text())
-    assert {"format", "date", "commit", "versions", "device", "seed", "seconds", "ceilings", "cases", "targets"} <= found.keys()
+    assert {
+        "format",
+        "date",
+        "commit",
+        "versions",
+        "device",
+        "seed",
+        "seconds",
+        "ceilings",
+        "cases",
+        "targets",
+    } <= found.keys()
     assert {"torch", "triton", "transformers", "mingle", "python"} <= found["versions"].keys()
     assert {"type", "name", "threads"} <= found["device"].keys()
     (case,) = found["cases"]
-    assert {"case", "count", "floor", "checked_samples", "peers", "dispatch", "cpus_used_by_others"} == case.keys()
+    assert {
+        "case",
+        "count",
+        "floor",
+        "checked_samples",
+        "peers",
+        "dispatch",
+        "cpus_used_by_others",
+    } == case.keys()
     assert set(case["peers"]) == {OURS, "eager loop", "nn.Linear"}
     ours = case["peers"][OURS]
     assert ours["repetitions"] == len(ours["seconds"]) >= 5
@@ -200,12 +238,18 @@ def test_the_command_line_writes_results_and_plots(monkeypatch, tmp_path, capsys
     assert ours["floor_fraction"] == pytest.approx(case["floor"]["seconds"] / ours["median"])
     assert ours["peak_bytes"] >= 3 * 5 * 40 * 4
     assert case["peers"]["nn.Linear"]["status"] == "bound" and case["peers"]["nn.Linear"]["errors"] is None
-    assert (tmp_path / "bars-tiny.png").stat().st_size > 10_000 and (tmp_path / "roofline.png").stat().st_size > 10_000
-    status = cli.main(["bench", *chosen, "--compare", str(out)])  # on so small a case noise may look like a regression
+    assert (tmp_path / "bars-tiny.png").stat().st_size > 10_000 and (
+        tmp_path / "roofline.png"
+    ).stat().st_size > 10_000
+    status = cli.main(
+        ["bench", *chosen, "--compare", str(out)]
+    )  # on so small a case noise may look like a regression
     assert ("takes" if status else "no regression") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("reduce", "forms"), [("token", ["low-rank"]), ("sample", ["low-rank"]), ("batch", ["folded"])])
+@pytest.mark.parametrize(
+    ("reduce", "forms"), [("token", ["low-rank"]), ("sample", ["low-rank"]), ("batch", ["folded"])]
+)
 def test_a_breakdown_makes_the_products_of_the_case(monkeypatch, tmp_path, capsys, reduce, forms):
     case = tiny(reduce, samples=20)  # 100 tokens: enough to fold, too few for a packed product
     monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
@@ -237,7 +281,9 @@ def test_the_parts_of_a_breakdown_make_the_layer(monkeypatch, reduce):
         elif ("prepacked", "x A_catᵀ") in pieces:
             for name in ("[x | …]", "[… | z ⊙ H]"):
                 pieces["prepacked", name].run()
-            torch.testing.assert_close(pieces["prepacked", "[x | z ⊙ H] [W₀ | B_cat]ᵀ + b"].run(), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                pieces["prepacked", "[x | z ⊙ H] [W₀ | B_cat]ᵀ + b"].run(), expected, rtol=1e-4, atol=1e-4
+            )
 
 
 def test_a_breakdown_is_of_the_cpu_alone(capsys):
@@ -270,9 +316,19 @@ def test_targets_and_dispatch(results):
     assert case["dispatch"]["best"] in ("mingle grouped", "grouped eager")
     case["case"]["name"], case["peers"]["eager loop"]["round_ratio"] = "square-sample-fp32", 1.5
     (target,) = judge.targets(results["cases"])
-    assert target == {"case": "square-sample-fp32", "peer": "eager loop", "ratio": 2, "ours": OURS, "found": 1.5, "met": False}
+    assert target == {
+        "case": "square-sample-fp32",
+        "peer": "eager loop",
+        "ratio": 2,
+        "ours": OURS,
+        "found": 1.5,
+        "met": False,
+    }
     case["peers"]["mingle prepacked"] = {"round_ratio": 0.6}
-    assert [(target["found"], target["met"]) for target in judge.targets(results["cases"])] == [(1.5, False), (2.5, True)]
+    assert [(target["found"], target["met"]) for target in judge.targets(results["cases"])] == [
+        (1.5, False),
+        (2.5, True),
+    ]
     for target in registry.TARGETS:
         assert target.case in registry.CASES and target.peer in PEERS and target.ours in PEERS
 
@@ -280,8 +336,14 @@ def test_targets_and_dispatch(results):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--case", "sqare-sample-fp32"], "no case is called 'sqare-sample-fp32'; did you mean 'square-sample-fp32'?"),
-        (["--case", "square-sample-fp32", "--peer", "eager lop"], "no peer is called 'eager lop'; did you mean 'eager loop'?"),
+        (
+            ["--case", "sqare-sample-fp32"],
+            "no case is called 'sqare-sample-fp32'; did you mean 'square-sample-fp32'?",
+        ),
+        (
+            ["--case", "square-sample-fp32", "--peer", "eager lop"],
+            "no peer is called 'eager lop'; did you mean 'eager loop'?",
+        ),
         (["--compare", "absent.json"], "absent.json"),
     ],
 )
@@ -297,19 +359,28 @@ def test_selections_and_the_script(tmp_path):
         assert selection.cases and selection.seconds > 0
     assert all(case.dtype != "float16" for case in registry.SELECTIONS["quick"].cases)
     script = Path(__file__).parents[2] / "bench" / "run.py"
-    listed = subprocess.run([sys.executable, str(script), "--list"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    listed = subprocess.run(
+        [sys.executable, str(script), "--list"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert '--peer "peft x-lora"' in listed.stdout and "--case square-sample-fp32" in listed.stdout
 
 
 def test_results_without_cases_draw_nothing(tmp_path):
-    empty = {"cases": [], "device": {"name": "x", "type": "cpu", "threads": 1}, "versions": {"torch": "2"}, "ceilings": {}}
+    empty = {
+        "cases": [],
+        "device": {"name": "x", "type": "cpu", "threads": 1},
+        "versions": {"torch": "2"},
+        "ceilings": {},
+    }
     assert plot.write_plots(empty, tmp_path) == []
 
 
 def test_the_handmade_chain_is_the_same_in_place_and_not():
     t = inputs.make(tiny("token"), CPU)
     down, up = handmade.side_by_side(t)
-    torch.testing.assert_close(handmade.chain(t, down, up, in_place=True), handmade.chain(t, down, up, in_place=False))
+    torch.testing.assert_close(
+        handmade.chain(t, down, up, in_place=True), handmade.chain(t, down, up, in_place=False)
+    )
 
 
 def test_a_search_tries_every_kernel_and_keeps_what_it_finds(tmp_path):
@@ -319,16 +390,18 @@ def test_a_search_tries_every_kernel_and_keeps_what_it_finds(tmp_path):
 import torch
 from mingle.bench import tune
 from mingle.bench.registry import Case
-from mingle.kernels import configs
-small, odd = configs.Tile(16, 16, 16, 4, 1), configs.Tile(16, 32, 32, 4, 1)
+from mingle.kernels import tiles
+small, odd = tiles.Tile(16, 16, 16, 4, 1), tiles.Tile(16, 32, 32, 4, 1)
 for reduce in ("sample", "batch"):
     case = Case("tiny", 2, 5, 24, 20, 2, rank=4, reduce=reduce, backward=True)
     print(*sorted({kernel for kernel, tile in tune.tune(case, torch.device("cpu"), [small, odd]) if tile in (small, odd)}))
 x = torch.zeros(10, 24)
-assert configs.choose("shrink", x, 10, 8, 24) in (small, odd)
+assert tiles.choose("shrink", x, 10, 8, 24) in (small, odd)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MINGLE_CACHE": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[:2] == ["expand shrink upstream", "expand fold shrink upstream"]
     assert len(list(tmp_path.glob("tiles-*.json"))) == 1

@@ -19,7 +19,10 @@ PLAN = Plan(NufiltOptions(r_p=6, r_v=3, r_l=4, steps=6), rounds=2, peer_steps=2)
 
 
 def test_the_layers_of_the_case():
-    assert [(shape.m, shape.n, shape.count) for shape in bench.CASE.shapes] == [(768, 768, 48), (3072, 768, 12)]
+    assert [(shape.m, shape.n, shape.count) for shape in bench.CASE.shapes] == [
+        (768, 768, 48),
+        (3072, 768, 12),
+    ]
 
 
 def test_a_run_is_plain_data_with_equal_rounds():
@@ -29,18 +32,26 @@ def test_a_run_is_plain_data_with_equal_rounds():
     for name, steps in ((OURS, 6), (PUBLISHED, 2)):
         found = results["contenders"][name]
         assert found["status"] == "ok" and found["repetitions"] == 2 and found["steps_in_a_row"] == steps
-        assert set(found["errors"]) == {"24×20", "40×20"} and max(found["errors"].values()) <= found["tolerance"]
+        assert (
+            set(found["errors"]) == {"24×20", "40×20"} and max(found["errors"].values()) <= found["tolerance"]
+        )
     (target,) = results["targets"]
     assert target["met"] == (results["contenders"][PUBLISHED]["round_ratio"] >= target["ratio"] == 10)
 
 
 def test_contenders_train_what_the_method_trains():
     layers, _ = bench.make(TOY, PLAN.options, CPU, seed=3)
-    deltas, merged = ({f"layer {i}": getattr(layer, part) for i, layer in enumerate(layers)} for part in ("delta", "merged"))
+    deltas, merged = (
+        {f"layer {i}": getattr(layer, part) for i, layer in enumerate(layers)} for part in ("delta", "merged")
+    )
     expected = nufilt.updates(deltas, merged, PLAN.options, 3)
     for contender in (bench.ours, bench.train):
-        for i, (layer, (A, B)) in enumerate(zip(layers, contender(layers, PLAN.options.steps, PLAN.options.lr), strict=True)):
-            torch.testing.assert_close(nufilt.filtered(layer.delta, layer.old, A, B), expected[f"layer {i}"], rtol=1e-4, atol=1e-8)
+        for i, (layer, (A, B)) in enumerate(
+            zip(layers, contender(layers, PLAN.options.steps, PLAN.options.lr), strict=True)
+        ):
+            torch.testing.assert_close(
+                nufilt.filtered(layer.delta, layer.old, A, B), expected[f"layer {i}"], rtol=1e-4, atol=1e-8
+            )
 
 
 @pytest.mark.parametrize("name", [OURS, PUBLISHED])

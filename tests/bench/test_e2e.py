@@ -1,4 +1,6 @@
-"""The end-to-end benchmark: that its published peer gives our gates, that a wrong one is refused, and that its accounts add up."""
+"""The end-to-end benchmark: that its published peer gives our gates, that a wrong one is refused, and that
+its accounts add up.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ def make(base_model, tuned_states, samples, folder, dtype=torch.float32, **optio
         (folder / str(i) / "config.json").write_text(json.dumps(base.config.vision_config.to_dict()))
 
     def data(i: int) -> TaskData:
-        inputs, shared = ({name: tensor.to(dtype) for name, tensor in part.items()} for part in (samples[i].inputs, samples[i].shared))
+        inputs, shared = (
+            {name: tensor.to(dtype) for name, tensor in part.items()}
+            for part in (samples[i].inputs, samples[i].shared)
+        )
         return TaskData(inputs, shared, samples[i].labels)
 
     case = replace(CASES["glyphs8"], name="tiny", title="tiny")
@@ -58,7 +63,9 @@ def make(base_model, tuned_states, samples, folder, dtype=torch.float32, **optio
 
 @pytest.mark.parametrize(("dtype", "gate_init"), [(torch.float32, "normal"), (torch.float64, "zeros")])
 @pytest.mark.parametrize("reduce", ["batch", "sample"])
-def test_the_published_procedure_gives_our_gates(reduce, gate_init, dtype, base_model, tuned_states, samples, tmp_path):
+def test_the_published_procedure_gives_our_gates(
+    reduce, gate_init, dtype, base_model, tuned_states, samples, tmp_path
+):
     problem = make(base_model, tuned_states, samples, tmp_path, dtype, reduce=reduce, gate_init=gate_init)
     merges = {name: contenders.start(name, problem, Stopwatch(CPU)) for name in (OURS, EAGER, PUBLISHED)}
     for merge in merges.values():
@@ -101,10 +108,17 @@ def test_a_whole_merge_is_accounted_for(problem):
     found = whole.measure(problem, [OURS, BF16, EAGER, PUBLISHED], CPU, rounds=1)
     assert {name: result["status"] for name, result in found.items()} == dict.fromkeys(found, "ok")
     for result in found.values():
-        assert set(result["stages"]) == set(STAGES) and all(seconds > 0 for seconds in result["stages"].values())
-        assert sum(result["stages"].values()) + result["rest_seconds"] == pytest.approx(result["whole_seconds"])
+        assert set(result["stages"]) == set(STAGES) and all(
+            seconds > 0 for seconds in result["stages"].values()
+        )
+        assert sum(result["stages"].values()) + result["rest_seconds"] == pytest.approx(
+            result["whole_seconds"]
+        )
         assert 0 <= result["rest_seconds"] < 0.3 * result["whole_seconds"]
-        assert len(result["step_seconds"]) == 3 and 0 < sum(result["step_seconds"]) * 5 < result["stages"]["adapt"]
+        assert (
+            len(result["step_seconds"]) == 3
+            and 0 < sum(result["step_seconds"]) * 5 < result["stages"]["adapt"]
+        )
         assert result["peak_bytes"] is None or result["peak_bytes"] >= 0
     assert found[OURS]["accuracy"] == pytest.approx(found[PUBLISHED]["accuracy"], abs=5)
     assert found[PUBLISHED]["agreement"]["gates"]["ok"] and found[BF16]["agreement"]["gates"]["error"] > 0
@@ -155,8 +169,12 @@ def test_a_sum_says_what_it_is_made_of(problem, tmp_path):
         assert result["whole_seconds"] == pytest.approx(sum(result["stages"].values()))
         assert last["adapt_seconds"] == pytest.approx(last["adapt_once_seconds"] + 49 * last["step_seconds"])
         assert result["measured"]["adapt"] == "3 of 50 steps"
-        assert result["measured"]["decompose"] == ("once" if name in (OURS, BF16) else "one layer of each shape")
-        assert last["layers"] == (None if name in (OURS, BF16) else {"32×32": "1 of 8", "64×32": "1 of 2", "32×64": "1 of 2"})
+        assert result["measured"]["decompose"] == (
+            "once" if name in (OURS, BF16) else "one layer of each shape"
+        )
+        assert last["layers"] == (
+            None if name in (OURS, BF16) else {"32×32": "1 of 8", "64×32": "1 of 2", "32×64": "1 of 2"}
+        )
     assert list(found[PUBLISHED]["agreement"]) == [
         *(f"gates after {count} tasks" for count in (1, 2, 3)),
         "bases after 3 tasks",
@@ -172,13 +190,22 @@ def test_between_measured_numbers_of_tasks_a_sum_is_linear():
                     cpus_used_by_others=None)  # fmt: skip
 
     found = staged.total({"1": at(10.0), "4": at(40.0)}, 4, 50)
-    assert found["stages"] == {"load": 4.0, "project": 3.0, "decompose": 4.0, "adapt": 100.0, "subspace": 4.0, "evaluate": 4.0}
+    assert found["stages"] == {
+        "load": 4.0,
+        "project": 3.0,
+        "decompose": 4.0,
+        "adapt": 100.0,
+        "subspace": 4.0,
+        "evaluate": 4.0,
+    }
     assert found["step_seconds"] == pytest.approx([0.2, 0.4, 0.6, 0.8])
 
 
 def test_exponents_are_slopes():
     values = [1, 2, 4, 8, 16]
-    assert growth.exponents(values, [3.0 * v**1.5 for v in values]) == pytest.approx({"all": 1.5, "upper": 1.5})
+    assert growth.exponents(values, [3.0 * v**1.5 for v in values]) == pytest.approx(
+        {"all": 1.5, "upper": 1.5}
+    )
     flat_then_linear = growth.exponents(values, [4.0, 4.0, 4.0, 8.0, 16.0])
     assert flat_then_linear["upper"] == pytest.approx(1.0) and 0 < flat_then_linear["all"] < 1
 
@@ -192,17 +219,33 @@ def test_many_merges_keep_experts_gates_and_bases_and_nothing_else():
 
 def test_a_leak_is_seen(monkeypatch):
     leaked, add = [], contenders.Ours.add
-    monkeypatch.setattr(contenders.Ours, "add", lambda self, *rest: (leaked.append(torch.zeros(10_000)), add(self, *rest))[1])
+    monkeypatch.setattr(
+        contenders.Ours, "add", lambda self, *rest: (leaked.append(torch.zeros(10_000)), add(self, *rest))[1]
+    )
     assert not growth.kept(CPU, 4, "batch")["ok"]
 
 
 def test_the_command_line_writes_what_it_found(tmp_path, capsys, monkeypatch, problem):
-    monkeypatch.setattr(e2e.cases, "problem", lambda case, tasks, options, seed: nullcontext(replace(problem, options=SETTINGS | options)))
+    monkeypatch.setattr(
+        e2e.cases,
+        "problem",
+        lambda case, tasks, options, seed: nullcontext(replace(problem, options=SETTINGS | options)),
+    )
     assert e2e.main(["--quick", "--precision", "bf16", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} >= {"glyphs8-2-batch.json", "glyphs8-2-batch.png"}
     results = json.loads((tmp_path / "glyphs8-2-batch.json").read_text())
     assert results["format"] == "mingle-e2e" and results["mode"] == "whole" and results["quick"]
-    assert {"device", "versions", "commit", "date", "case", "method", "contenders", "ratios", "targets"} <= set(results)
+    assert {
+        "device",
+        "versions",
+        "commit",
+        "date",
+        "case",
+        "method",
+        "contenders",
+        "ratios",
+        "targets",
+    } <= set(results)
     assert set(results["ratios"][OURS][PUBLISHED]) >= {"whole", *STAGES}
     assert PUBLISHED in capsys.readouterr().out
     assert e2e.main(["--quick", "--alone", "--out", str(tmp_path)]) == 0
@@ -213,9 +256,15 @@ def test_the_command_line_writes_what_it_found(tmp_path, capsys, monkeypatch, pr
 def test_a_peer_that_memory_does_not_suffice_for_is_left_out_and_said_so(problem, monkeypatch):
     needed = staged.published_bytes(problem)
     monkeypatch.setattr(staged, "available", lambda device: needed - 1)
-    found = staged.measure(replace(problem, options=problem.options | {"reduce": "batch"}), [OURS, PUBLISHED], CPU, 3, [1, 3])
+    found = staged.measure(
+        replace(problem, options=problem.options | {"reduce": "batch"}), [OURS, PUBLISHED], CPU, 3, [1, 3]
+    )
     assert found[OURS]["status"] == "ok" and "stages" in found[OURS]
-    assert found[PUBLISHED]["status"] == contenders.LEFT_OUT and "GB" in found[PUBLISHED]["reason"] and found[PUBLISHED]["at"] == {}
+    assert (
+        found[PUBLISHED]["status"] == contenders.LEFT_OUT
+        and "GB" in found[PUBLISHED]["reason"]
+        and found[PUBLISHED]["at"] == {}
+    )
     assert list(judge.ratios(found)[OURS]) == []
 
 
@@ -230,13 +279,22 @@ def test_targets_count_bf16_only_at_unchanged_accuracy():
         "case": {"name": "glyphs8", "tasks": 8},
         "device": {"type": "cpu"},
         "quick": False,
-        "ratios": {OURS: {PUBLISHED: {"whole": 3.5, "adapt": 2.0}}, BF16: {PUBLISHED: {"whole": 4.0, "adapt": 5.0}}},
-        "contenders": {OURS: {"accuracy": 80.0}, BF16: {"accuracy": 79.0}, PUBLISHED: {"cpus_used_by_others": 0.1}},
+        "ratios": {
+            OURS: {PUBLISHED: {"whole": 3.5, "adapt": 2.0}},
+            BF16: {PUBLISHED: {"whole": 4.0, "adapt": 5.0}},
+        },
+        "contenders": {
+            OURS: {"accuracy": 80.0},
+            BF16: {"accuracy": 79.0},
+            PUBLISHED: {"cpus_used_by_others": 0.1},
+        },
     }
     judged = {(target["ours"], target["part"]): target["met"] for target in judge.targets(results)}
     assert judged == {(OURS, "whole"): True, (OURS, "adapt"): False, (BF16, "adapt"): False}
     results["contenders"][BF16]["accuracy"] = 79.8
     assert judge.targets(results)[2]["met"]
     results["contenders"][PUBLISHED]["cpus_used_by_others"] = 0.5
-    assert [target["met"] for target in judge.targets(results)] == [False] * 3 and judge.targets(results)[0]["disturbed"]
+    assert [target["met"] for target in judge.targets(results)] == [False] * 3 and judge.targets(results)[0][
+        "disturbed"
+    ]
     assert judge.targets(results | {"quick": True}) == []

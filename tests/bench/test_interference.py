@@ -1,4 +1,6 @@
-"""The analysis of interference: parts of a merged model give what the whole gave when it had only these parts."""
+"""The analysis of interference: parts of a merged model give what the whole gave when it had only these
+parts.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import pytest
 import torch
 
 from mingle import suites
-from mingle.evaluate import accuracy
-from mingle.merger import Merger
+from mingle.merging.evaluate import accuracy
+from mingle.merging.merger import Merger
 
 SCRIPT = Path(__file__).parents[2] / "bench/glyphs/interference.py"
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from mingle.checkpoint import CheckpointReader, write_tensors
-from mingle.files import CheckpointError, clean_stale, lock
+from mingle.io.files import CheckpointError, clean_stale, lock
+from mingle.io.safetensors import CheckpointReader, write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -76,7 +76,9 @@ class Stepping(dict[str, torch.Tensor]):
 
 
 def write_until_killed(path: Path, value: float, steps: int) -> None:
-    """Write, but die of SIGKILL after so many steps: tensors taken, and the begin and end of each sync and rename."""
+    """Write, but die of SIGKILL after so many steps: tensors taken, and the begin and end of each sync and
+    rename.
+    """
     remaining = itertools.count(steps, -1)
 
     def step() -> None:
@@ -115,8 +117,8 @@ def test_kill_at_every_step_leaves_the_old_model_or_the_new(tmp_path: Path) -> N
         survivors.append(written(path))
         stale.append(len(clean_stale(tmp_path)))
         assert os.listdir(tmp_path) == [path.name]
-    # The last three steps follow the rename. Seven lie between the creation of the temporary file and the rename: four tensors
-    # taken, the file's sync begun and ended, the rename begun.
+    # The last three steps follow the rename. Seven lie between the creation of the temporary file and the
+    # rename: four tensors taken, the file's sync begun and ended, the rename begun.
     assert survivors == [1] * (len(survivors) - 3) + [2] * 3
     assert stale == [0] * (len(stale) - 10) + [1] * 7 + [0] * 3
 
@@ -141,7 +143,14 @@ def test_kill_at_random_moments_leaves_one_of_the_two_models(tmp_path: Path) -> 
 
 def test_only_our_temporary_files_are_stale(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     ours = tmp_path / ".mingle-tmp-123-0123456789abcdef-model.safetensors"
-    others = [".lock", ".mingle-tmp", ".mingle-tmp-x-0123456789abcdef-m", ".mingle-tmp-1-0123-m", ours.name[1:], "model.safetensors"]
+    others = [
+        ".lock",
+        ".mingle-tmp",
+        ".mingle-tmp-x-0123456789abcdef-m",
+        ".mingle-tmp-1-0123-m",
+        ours.name[1:],
+        "model.safetensors",
+    ]
     for name in (ours.name, *others):
         (tmp_path / name).write_bytes(b"")
     folder = tmp_path / ".mingle-tmp-123-0123456789abcdef-folder"

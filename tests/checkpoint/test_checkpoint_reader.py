@@ -18,10 +18,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mingle.checkpoint import CheckpointReader
-from mingle.files import CheckpointError
+from mingle.io.files import CheckpointError
+from mingle.io.safetensors import CheckpointReader
 
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]
+FLOATS = [
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.complex64,
+]
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"") -> Path:
@@ -70,14 +78,18 @@ def test_reads_a_file_by_itself_and_through_its_folder(tmp_path: Path, name: str
         assert len(reader) == 2 and "w" in reader and "x" not in reader
         assert (reader.shape("w"), reader.dtype("w")) == ((2, 3), torch.float32)
         assert (reader.shape("b"), reader.dtype("b")) == ((), torch.int64)
-        assert torch.equal(reader.tensor("w"), tensors["w"]) and torch.equal(reader.state_dict()["b"], tensors["b"])
+        assert torch.equal(reader.tensor("w"), tensors["w"]) and torch.equal(
+            reader.state_dict()["b"], tensors["b"]
+        )
 
 
 def test_reads_shards_and_only_what_the_index_lists(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     reader = CheckpointReader(tmp_path)
     assert reader.keys() == ["a", "b"]
-    assert torch.equal(reader.tensor("a"), torch.arange(3.0)) and torch.equal(reader.tensor("b"), torch.arange(4))
+    assert torch.equal(reader.tensor("a"), torch.arange(3.0)) and torch.equal(
+        reader.tensor("b"), torch.arange(4)
+    )
 
 
 def test_a_whole_model_is_preferred_to_shards_and_an_adapter(tmp_path: Path) -> None:
@@ -115,10 +127,15 @@ def test_a_file_truncated_while_open_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_unknown_tensor_is_named_with_the_closest_one(tmp_path: Path) -> None:
-    save_file({"layers.0.weight": torch.ones(1), "layers.0.bias": torch.ones(1)}, tmp_path / "model.safetensors")
+    save_file(
+        {"layers.0.weight": torch.ones(1), "layers.0.bias": torch.ones(1)}, tmp_path / "model.safetensors"
+    )
     reader = CheckpointReader(tmp_path)
     for ask in (reader.tensor, reader.shape, reader.dtype):
-        with pytest.raises(CheckpointError, match=r"model\.safetensors: no tensor 'layer\.0\.wieght'; did you mean 'layers\.0\.weight'"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"model\.safetensors: no tensor 'layer\.0\.wieght'; did you mean 'layers\.0\.weight'",
+        ):
             ask("layer.0.wieght")
     with pytest.raises(CheckpointError, match=r"no tensor '%%%'$"):
         reader.tensor("%%%")
@@ -128,12 +145,19 @@ def test_an_unknown_tensor_is_named_with_the_closest_one(tmp_path: Path) -> None
 def test_non_finite_values_are_counted_and_located(tmp_path: Path, dtype: torch.dtype) -> None:
     values = torch.ones(3, 4)
     values[1, 2] = values[2, 0] = float("nan")
-    tensors = {"bad": values.to(dtype), "scalar": torch.tensor(float("nan")).to(dtype), "good": torch.ones(3).to(dtype)}
+    tensors = {
+        "bad": values.to(dtype),
+        "scalar": torch.tensor(float("nan")).to(dtype),
+        "good": torch.ones(3).to(dtype),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     reader = CheckpointReader(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         reader.tensor("bad")
-    assert str(caught.value) == f"{tmp_path}/model.safetensors: tensor 'bad': 2 of 12 values are not finite, the first at (1, 2)"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}/model.safetensors: tensor 'bad': 2 of 12 values are not finite, the first at (1, 2)"
+    )
     with pytest.raises(CheckpointError, match=r"'scalar': 1 of 1 values are not finite, the first at \(\)"):
         reader.tensor("scalar")
     with pytest.raises(CheckpointError, match="'bad'"):
@@ -156,7 +180,13 @@ def test_infinities_are_not_finite(tmp_path: Path, value: float) -> None:
 def test_nothing_there_lists_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "runs.bin").mkdir()
-    refusal(tmp_path, str(tmp_path), "model.safetensors,", "model.safetensors.index.json", "adapter_model.safetensors")
+    refusal(
+        tmp_path,
+        str(tmp_path),
+        "model.safetensors,",
+        "model.safetensors.index.json",
+        "adapter_model.safetensors",
+    )
     refusal(tmp_path / "absent", f"{tmp_path}/absent: no such file or folder")
 
 
@@ -181,18 +211,24 @@ def test_pickles_are_refused_and_not_loaded(tmp_path: Path, name: str) -> None:
     fired = tmp_path / "fired"
     (tmp_path / name).write_bytes(pickle.dumps(Bomb(fired)))
     for source in (tmp_path, tmp_path / name):
-        refusal(source, str(source), "loading one runs code", "trusted environment", "weights_only=True", name)
+        refusal(
+            source, str(source), "loading one runs code", "trusted environment", "weights_only=True", name
+        )
     write_index(tmp_path, {"a": name})
     refusal(tmp_path, name, "loading one runs code")
     assert not fired.exists()
 
 
 def test_the_conversion_command_converts(tmp_path: Path) -> None:
-    """Sharded weights beside optimizer state, in a folder whose name needs quoting, with a transposed and a shared tensor."""
+    """Sharded weights beside optimizer state, in a folder whose name needs quoting, with a transposed and a
+    shared tensor.
+    """
     folder = tmp_path / "it's a model"
     folder.mkdir()
     tied = torch.randn(2)
-    torch.save({"a": torch.arange(6.0).reshape(2, 3).T, "tied": tied}, folder / "pytorch_model-00001-of-00002.bin")
+    torch.save(
+        {"a": torch.arange(6.0).reshape(2, 3).T, "tied": tied}, folder / "pytorch_model-00001-of-00002.bin"
+    )
     torch.save({"b": tied, "c": tied}, folder / "pytorch_model-00002-of-00002.bin")
     torch.save({"state": torch.zeros(1000)}, folder / "optimizer.pt")
     program, *arguments = shlex.split(refusal(folder).splitlines()[-1])
@@ -200,7 +236,9 @@ def test_the_conversion_command_converts(tmp_path: Path) -> None:
     subprocess.run([sys.executable, *arguments], check=True, timeout=60)
     reader = CheckpointReader(folder)
     assert reader.keys() == ["a", "b", "c", "tied"]
-    assert torch.equal(reader.tensor("a"), torch.arange(6.0).reshape(2, 3).T) and torch.equal(reader.tensor("c"), tied)
+    assert torch.equal(reader.tensor("a"), torch.arange(6.0).reshape(2, 3).T) and torch.equal(
+        reader.tensor("c"), tied
+    )
 
 
 def test_the_conversion_command_picks_the_weights(tmp_path: Path) -> None:
@@ -208,7 +246,9 @@ def test_the_conversion_command_picks_the_weights(tmp_path: Path) -> None:
     (tmp_path / "training_args.bin").write_bytes(bytes(10))
     assert "training_args.bin" not in refusal(tmp_path, f"{tmp_path}/big.pt", f"{tmp_path}/model.safetensors")
     (tmp_path / "adapter_model.bin").write_bytes(bytes(10))
-    assert "big.pt" not in refusal(tmp_path, f"{tmp_path}/adapter_model.bin", f"{tmp_path}/adapter_model.safetensors")
+    assert "big.pt" not in refusal(
+        tmp_path, f"{tmp_path}/adapter_model.bin", f"{tmp_path}/adapter_model.safetensors"
+    )
 
 
 # Shards
@@ -226,7 +266,9 @@ def test_a_tensor_missing_from_its_shard_is_named_with_both_files(tmp_path: Path
     refusal(tmp_path, f"{tmp_path}/model.safetensors.index.json", "tensor 'a'", f"{tmp_path}/two.safetensors")
 
 
-@pytest.mark.parametrize("weight_map", [None, [], "one.safetensors", {"a": 1}, {"a": ["one.safetensors"]}], ids=str)
+@pytest.mark.parametrize(
+    "weight_map", [None, [], "one.safetensors", {"a": 1}, {"a": ["one.safetensors"]}], ids=str
+)
 def test_a_malformed_weight_map_is_refused(tmp_path: Path, weight_map: Any) -> None:
     write_sharded(tmp_path)
     refusal(write_index(tmp_path, weight_map), "model.safetensors.index.json", "weight_map")
@@ -238,7 +280,15 @@ def test_an_index_without_a_weight_map_is_refused(tmp_path: Path, text: str) -> 
     refusal(tmp_path, "model.safetensors.index.json", "weight_map")
 
 
-OUTSIDE = ["../outside.safetensors", "{absolute}", "sub/../../outside.safetensors", "..\\outside.safetensors", "C:\\x", "link", "linked/x"]
+OUTSIDE = [
+    "../outside.safetensors",
+    "{absolute}",
+    "sub/../../outside.safetensors",
+    "..\\outside.safetensors",
+    "C:\\x",
+    "link",
+    "linked/x",
+]
 
 
 @pytest.mark.parametrize("shard", OUTSIDE)
@@ -273,7 +323,9 @@ def test_a_model_linked_from_outside_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "model.safetensors").symlink_to("../outside.safetensors")
     refusal(folder, f"{folder}/model.safetensors", f"{tmp_path}/outside.safetensors")
-    assert CheckpointReader(folder / "model.safetensors").keys() == ["a"], "a file named by the caller may be a link"
+    assert CheckpointReader(folder / "model.safetensors").keys() == ["a"], (
+        "a file named by the caller may be a link"
+    )
 
 
 def test_a_hub_cache_snapshot_is_read_through_its_links(tmp_path: Path) -> None:
@@ -300,7 +352,9 @@ NOT_BLOBS = [
 
 
 @pytest.mark.parametrize(("snapshot", "target"), NOT_BLOBS)
-def test_only_a_hub_cache_snapshot_reaches_blobs_and_only_its_own(tmp_path: Path, snapshot: str, target: str) -> None:
+def test_only_a_hub_cache_snapshot_reaches_blobs_and_only_its_own(
+    tmp_path: Path, snapshot: str, target: str
+) -> None:
     folder = tmp_path / snapshot
     for parent in (folder, (tmp_path / target).parent):
         parent.mkdir(parents=True, exist_ok=True)
@@ -365,7 +419,10 @@ INCONSISTENT = {
     "reversed offsets": (entry(offsets=[4, 0]), "expected 4 bytes for F32 of shape [1], found -4"),
     "terabytes": (entry(shape=[1 << 40]), f"expected {4 << 40} bytes"),
     "product overflow": (entry(shape=[1 << 31, 1 << 31]), "absurd shape [2147483648, 2147483648]"),
-    "product overflow in an empty tensor": (entry(shape=[0, 1 << 62, 1 << 62], offsets=[0, 0]), "absurd shape [0, "),
+    "product overflow in an empty tensor": (
+        entry(shape=[0, 1 << 62, 1 << 62], offsets=[0, 0]),
+        "absurd shape [0, ",
+    ),
     "hole before": (entry(offsets=[4, 8]), "expected its data at offset 0, found 4"),
 }
 
@@ -378,19 +435,29 @@ def test_an_inconsistent_entry_is_named(tmp_path: Path, value: Any, part: str) -
 
 @pytest.mark.parametrize(("second", "found"), [([2, 6], 2), ([6, 10], 6)], ids=["overlap", "hole"])
 def test_overlaps_and_holes_are_refused(tmp_path: Path, second: list[int], found: int) -> None:
-    path = write_raw(tmp_path / "model.safetensors", {"a": entry(), "b": entry(offsets=second)}, bytes(second[1]))
+    path = write_raw(
+        tmp_path / "model.safetensors", {"a": entry(), "b": entry(offsets=second)}, bytes(second[1])
+    )
     refusal(tmp_path, f"{path}: tensor 'b': expected its data at offset 4, found {found}")
 
 
 def test_data_beyond_the_end_of_the_file_is_refused(tmp_path: Path) -> None:
-    path = write_raw(tmp_path / "model.safetensors", {"w": entry(shape=[1 << 38], offsets=[0, 1 << 40])}, bytes(4))
+    path = write_raw(
+        tmp_path / "model.safetensors", {"w": entry(shape=[1 << 38], offsets=[0, 1 << 40])}, bytes(4)
+    )
     size = path.stat().st_size
     refusal(tmp_path, str(path), f"expected {size - 4 + (1 << 40)} bytes, found {size}")
 
 
 BAD_JSON = {
-    "duplicate tensor": (b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":{}}', "duplicate key 'w'"),
-    "duplicate field": (b'{"w":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "duplicate key 'dtype'"),
+    "duplicate tensor": (
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":{}}',
+        "duplicate key 'w'",
+    ),
+    "duplicate field": (
+        b'{"w":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        "duplicate key 'dtype'",
+    ),
     "syntax": (b'{"w":}', "line 1, column 6"),
     "not UTF-8": (b'{"\xff":{}}', "utf-8"),
     "nested too deep": (b"[" * 200_000, "recursion"),
@@ -415,11 +482,28 @@ def test_malformed_metadata_is_refused(tmp_path: Path, metadata: Any) -> None:
 # Fuzz
 
 
-TOKENS = [b'"', b"{", b"}", b"[", b"]", b",", b"0", b"9", b"-1", b"1e9", b"null", b"\\u0000", b"F64", b"\xff\xff\xff"]
+TOKENS = [
+    b'"',
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b"0",
+    b"9",
+    b"-1",
+    b"1e9",
+    b"null",
+    b"\\u0000",
+    b"F64",
+    b"\xff\xff\xff",
+]
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:
-    """`data` after one or two edits: a bit flipped, bytes cut, bytes inserted, or bytes replaced by a piece of JSON."""
+    """`data` after one or two edits: a bit flipped, bytes cut, bytes inserted, or bytes replaced by a piece
+    of JSON.
+    """
     result = bytearray(data)
     for _ in range(chance.randint(1, 2)):
         place = chance.randrange(len(result) + 1)
@@ -448,7 +532,10 @@ def outcome(path: Path) -> bool:
 
 def test_a_mutated_file_reads_or_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({"w": torch.ones(4, 5), "h": torch.ones(3).bfloat16(), "n": torch.arange(4), "s": torch.tensor(True)}, path)
+    save_file(
+        {"w": torch.ones(4, 5), "h": torch.ones(3).bfloat16(), "n": torch.arange(4), "s": torch.tensor(True)},
+        path,
+    )
     data = path.read_bytes()
     results = []
     for seed in range(400):
@@ -474,16 +561,26 @@ ENTRIES = st.one_of(
         {
             "dtype": st.sampled_from(["F32", "F16", "BOOL", "I64", "F4", "F8_E8M0", "f32", 1]),
             "shape": st.lists(NUMBERS, max_size=3),
-            "data_offsets": st.lists(NUMBERS, max_size=3) | st.sampled_from([[0, 4], [0, 8], [4, 8], [0, 0], [8, 8]]),
+            "data_offsets": st.lists(NUMBERS, max_size=3)
+            | st.sampled_from([[0, 4], [0, 8], [4, 8], [0, 0], [8, 8]]),
         }
     ),
-    st.recursive(st.none() | st.integers() | st.text(max_size=3), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)),
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=3),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ),
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
-    header=st.dictionaries(st.sampled_from(["a", "b", "", "__metadata__", "\ud800"]), ENTRIES, max_size=3), size=st.sampled_from([0, 4, 8])
+    header=st.dictionaries(st.sampled_from(["a", "b", "", "__metadata__", "\ud800"]), ENTRIES, max_size=3),
+    size=st.sampled_from([0, 4, 8]),
 )
 def test_any_header_reads_or_is_refused(tmp_path: Path, header: dict[str, Any], size: int) -> None:
     outcome(write_raw(tmp_path / "model.safetensors", header, bytes(size)))

@@ -16,12 +16,30 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mingle.checkpoint import CheckpointReader, write_tensors
-from mingle.files import CheckpointError, free_space, read_json, sha256, write_copy, write_json
+from mingle.io.files import CheckpointError, free_space, read_json, sha256, write_copy, write_json
+from mingle.io.safetensors import CheckpointReader, write_tensors
 
 DTYPES = [
-    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64),
-    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64),
+    *(
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.uint16,
+        torch.int32,
+        torch.uint32,
+        torch.int64,
+        torch.uint64,
+    ),
+    *(
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+    ),
 ]
 
 
@@ -56,7 +74,12 @@ class Notifying(dict[str, torch.Tensor]):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_round_trip_of_every_dtype_and_shape(tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "x.safetensors"
-    tensors = {"matrix": values(dtype, 3, 5), "scalar": values(dtype), "empty": values(dtype, 0, 3), "byte": torch.ones(1).byte()}
+    tensors = {
+        "matrix": values(dtype, 3, 5),
+        "scalar": values(dtype),
+        "empty": values(dtype, 0, 3),
+        "byte": torch.ones(1).byte(),
+    }
     write_tensors(path, tensors)
     reader = CheckpointReader(path)
     foreign = load_file(path)
@@ -109,7 +132,11 @@ def test_sha256_of_known_bytes(tmp_path: Path) -> None:
 
 def test_metadata_and_its_default(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    for given, expected in [(None, {"format": "pt"}), ({"a": "1"}, {"a": "1", "format": "pt"}), ({"format": "np"}, {"format": "np"})]:
+    for given, expected in [
+        (None, {"format": "pt"}),
+        ({"a": "1"}, {"a": "1", "format": "pt"}),
+        ({"format": "np"}, {"format": "np"}),
+    ]:
         write_tensors(path, model(1), given)
         with safe_open(path, "pt") as file:
             assert file.metadata() == expected
@@ -125,7 +152,10 @@ def test_tensors_start_at_multiples_of_their_item_size(tmp_path: Path) -> None:
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    assert all((start + header[name]["data_offsets"][0]) % tensor.element_size() == 0 for name, tensor in tensors.items())
+    assert all(
+        (start + header[name]["data_offsets"][0]) % tensor.element_size() == 0
+        for name, tensor in tensors.items()
+    )
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)], ids=oct)
@@ -148,7 +178,9 @@ UNWRITABLE = {
 
 
 @pytest.mark.parametrize(("name", "tensor"), UNWRITABLE.values(), ids=UNWRITABLE.keys())
-def test_a_tensor_without_a_safetensors_form_is_named(tmp_path: Path, name: str, tensor: torch.Tensor) -> None:
+def test_a_tensor_without_a_safetensors_form_is_named(
+    tmp_path: Path, name: str, tensor: torch.Tensor
+) -> None:
     path = tmp_path / "x.safetensors"
     write_tensors(path, model(1))
     with pytest.raises(CheckpointError, match=f"{path}: tensor '{name}' has no safetensors form"):
@@ -165,7 +197,10 @@ def test_json_round_trip(tmp_path: Path) -> None:
     value = {"b": [1, 2.5, None, True], "a": {"é": "\n"}}
     write_json(path, value)
     assert read_json(path) == value
-    assert path.read_text() == '{\n  "a": {\n    "é": "\\n"\n  },\n  "b": [\n    1,\n    2.5,\n    null,\n    true\n  ]\n}\n'
+    assert (
+        path.read_text()
+        == '{\n  "a": {\n    "é": "\\n"\n  },\n  "b": [\n    1,\n    2.5,\n    null,\n    true\n  ]\n}\n'
+    )
 
 
 def test_json_without_a_json_form_leaves_the_old_file(tmp_path: Path) -> None:
@@ -234,9 +269,13 @@ def old(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_noticed_before_writing(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     margin = 16 << 20
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=0, used=0, free=margin + 100))
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda folder: SimpleNamespace(total=0, used=0, free=margin + 100)
+    )
     free_space(old.parent, 100)
-    with pytest.raises(CheckpointError, match=f"{old.parent}: disk full: 101 bytes .* {margin + 100} are free"):
+    with pytest.raises(
+        CheckpointError, match=f"{old.parent}: disk full: 101 bytes .* {margin + 100} are free"
+    ):
         free_space(old.parent, 101)
     size = old.stat().st_size
     with pytest.raises(CheckpointError, match=f"disk full: {size} bytes"):
@@ -263,8 +302,12 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         write_tensors(tmp_path / "absent" / "x.safetensors", model(1))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()], ids=["OSError", "interrupt"])
-@pytest.mark.parametrize(("call", "number", "survivor"), [("fsync", 1, 1), ("replace", 1, 1), ("fsync", 2, 2)])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()], ids=["OSError", "interrupt"]
+)
+@pytest.mark.parametrize(
+    ("call", "number", "survivor"), [("fsync", 1, 1), ("replace", 1, 1), ("fsync", 2, 2)]
+)
 def test_a_failing_call_leaves_the_old_file_or_the_new(
     old: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, survivor: int, error: BaseException
 ) -> None:
@@ -292,7 +335,9 @@ def test_a_failing_call_leaves_the_old_file_or_the_new(
     assert_model(old, survivor)
 
 
-def test_all_bytes_are_with_the_kernel_when_the_file_is_synced(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_bytes_are_with_the_kernel_when_the_file_is_synced(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
     write_tensors(old, model(2))

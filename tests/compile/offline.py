@@ -1,7 +1,8 @@
 """Builds the Triton kernels for GPUs that are not here, exactly as the launchers would launch them.
 
-A layer is called on meta tensors while `JITFunction.run` only records its arguments; what the launcher passed is then specialised by
-Triton's rules and compiled for the target.  So tiles, constexprs and strides are the product's own, never a copy in the tests.
+A layer is called on meta tensors while `JITFunction.run` only records its arguments; what the launcher passed
+is then specialised by Triton's rules and compiled for the target.  So tiles, constexprs and strides are the
+product's own, never a copy in the tests.
 """
 
 from __future__ import annotations
@@ -22,26 +23,44 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from mingle import dispatch
+from mingle.adaptation.projector import RelaxedProjector
 from mingle.functional import gated_experts
-from mingle.kernels import configs
-from mingle.relaxation import RelaxedProjector
+from mingle.kernels import tiles
+from mingle.ops import dispatch
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
-_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1", torch.int64: "*i64"}
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+}
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.bool: "*i1",
+    torch.int64: "*i64",
+}
 
 
 class Target(NamedTuple):
-    """A GPU to build for, what `configs.rule` needs to know of it, and what its assembly calls matrix products."""
+    """A GPU to build for, what `configs.rule` needs to know of it, and what its assembly calls matrix
+    products.
+    """
 
     gpu: GPUTarget
-    chip: configs.Chip
+    chip: tiles.Chip
     fastest: str
     inexact: tuple[str, ...]  # not IEEE fp32 for fp32 operands
 
 
 TARGETS = {
-    name: Target(GPUTarget(kind, arch, 32 if kind == "cuda" else 64), configs.Chip(kind, f"some {chip}", *numbers), fastest, inexact)
+    name: Target(
+        GPUTarget(kind, arch, 32 if kind == "cuda" else 64),
+        tiles.Chip(kind, f"some {chip}", *numbers),
+        fastest,
+        inexact,
+    )
     for name, kind, arch, chip, numbers, fastest, inexact in (
         ("sm_80", "cuda", 80, "A100", (80, 108, 166_912), "mma.sync", ("mma.sync",)),
         ("sm_90", "cuda", 90, "H100", (90, 132, 232_448), "wgmma.mma_async", ("wgmma", "mma.sync")),
@@ -62,8 +81,9 @@ class Layer(NamedTuple):
     rank: int
 
 
-# A layer of ViT-B/16 at batch 128, one of ViT-B/32 at batch 16, and one image; then what Triton specialises differently: no row of H
-# that is a multiple of 16 elements, nothing at all that is one, and sizes of 1, which become constants.
+# A layer of ViT-B/16 at batch 128, one of ViT-B/32 at batch 16, and one image; then what Triton specialises
+# differently: no row of H that is a multiple of 16 elements, nothing at all that is one, and sizes of 1,
+# which become constants.
 LAYERS = {
     "large": Layer(128, 197, 768, 768, 20, 64),
     "middle": Layer(16, 50, 768, 3072, 8, 64),
@@ -81,7 +101,8 @@ FOLDED_LAYERS = {
     "single": Layer(1, 2, 1, 1, 1, 1),
 }
 
-# A variant of a kernel: the call that launches it, and which of the call's launches it is (shrink, expand, upstream, expand for dx).
+# A variant of a kernel: the call that launches it, and which of the call's launches it is (shrink, expand,
+# upstream, expand for dx).
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "shrink-token": ({}, 0),
     "shrink-pooled": ({"reduce": "sample"}, 0),
@@ -101,7 +122,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "fold": ({"reduce": "batch"}, 0),
 }
 
-# The launches of the relaxed projector: always in fp32, for a layer of width d_in and three directions of each expert's task.
+# The launches of the relaxed projector: always in fp32, for a layer of width d_in and three directions of
+# each expert's task.
 PROJECTOR = {"measure": 0, "project": 1}
 
 
@@ -128,14 +150,18 @@ class Launch(NamedTuple):
 class Build(NamedTuple):
     """What a compiled kernel says of itself."""
 
-    spills: int  # bytes stored and loaded on CUDA; vector registers on AMD, whose scalar registers spill into vector ones
+    # bytes stored and loaded on CUDA; vector registers on AMD, whose scalar registers spill into vector ones
+    spills: int
     registers: int
     shared: int  # bytes
     instructions: Counter[str]  # matrix instructions
-    loops: list[bool]  # for every innermost loop with a matrix product: whether it copies operands asynchronously
+    loops: list[
+        bool
+    ]  # for every innermost loop with a matrix product: whether it copies operands asynchronously
 
 
-# What `build` needs before Triton is imported, besides a cache of its own: a real compilation, and the log of ptxas.
+# What `build` needs before Triton is imported, besides a cache of its own: a real compilation, and the log of
+# ptxas.
 ENVIRONMENT = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -161,14 +187,20 @@ def record(call: Callable[[], object], target: Target, arithmetic: str) -> list[
 
     def run(self: JITFunction[..., None], *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
         arguments = dict(zip(self.arg_names, values, strict=False)) | named
-        launches.append(Launch(self, arguments, {name: arguments.pop(name) for name in named if name not in self.arg_names}))
+        launches.append(
+            Launch(
+                self, arguments, {name: arguments.pop(name) for name in named if name not in self.arg_names}
+            )
+        )
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(configs, "chip", return_value=target.chip),
-        mock.patch.object(configs, "precision", return_value="tf32" if arithmetic == "tf32" else "ieee"),
+        mock.patch.object(tiles, "chip", return_value=target.chip),
+        mock.patch.object(tiles, "precision", return_value="tf32" if arithmetic == "tf32" else "ieee"),
         mock.patch.object(dispatch, "without_triton", return_value=None),
-        mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # autocast does not know the meta device
+        mock.patch.object(
+            torch, "is_autocast_enabled", return_value=False
+        ),  # autocast does not know the meta device
     ):
         call()
     return launches
@@ -190,7 +222,8 @@ def step(
         arithmetic: a dtype's name or ``"tf32"``.
         reduce: as for `gated_experts`.
         masked: pass a mask.
-        gates: ``"linear"``; ``"given"`` per sample with a gradient; ``"constant"`` per sample without one, so that zeros are skipped.
+        gates: ``"linear"``; ``"given"`` per sample with a gradient; ``"constant"`` per sample without one, so
+            that zeros are skipped.
         gate_dtype: of the linear gates, if other than the layer's.
     """
     dtype = DTYPES[arithmetic]
@@ -200,7 +233,11 @@ def step(
 
     samples, tokens, d_in, d_out, experts, rank = layer
     x = tensor(samples, tokens, d_in).requires_grad_()
-    given = None if gates == "linear" else torch.empty(samples, experts, device="meta", requires_grad=gates == "given")
+    given = (
+        None
+        if gates == "linear"
+        else torch.empty(samples, experts, device="meta", requires_grad=gates == "given")
+    )
     gate_weight = tensor(experts, d_in, dtype=gate_dtype or dtype).requires_grad_() if given is None else None
     y = gated_experts(
         x,
@@ -221,7 +258,10 @@ def step(
 def projection(layer: Layer) -> None:
     """The relaxed projector on meta tensors: three layers, of which one has fewer directions."""
     widths = (layer.d_in, layer.d_in, 1)
-    projector = RelaxedProjector([torch.empty(width, min(width, 3 * layer.experts), device="meta") for width in widths], backend="triton")
+    projector = RelaxedProjector(
+        [torch.empty(width, min(width, 3 * layer.experts), device="meta") for width in widths],
+        backend="triton",
+    )
     layout = projector.layout(dict.fromkeys(projector.names, 1))
     projector.project_(torch.empty(layout.size, device="meta"), layout)
 
@@ -233,7 +273,11 @@ def source(launch: Launch, target: Target) -> ASTSource:
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
         special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and value is not True and isinstance(value, int) and value == 1):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (special and value is not True and isinstance(value, int) and value == 1)
+        ):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
@@ -246,14 +290,14 @@ def source(launch: Launch, target: Target) -> ASTSource:
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
 
 
-def find(case: Case, tile: configs.Tile | None = None) -> Launch:
+def find(case: Case, tile: tiles.Tile | None = None) -> Launch:
     """The launch that a case names; with `tile` instead of the rule's."""
     target = TARGETS[case.target]
     if case.variant in PROJECTOR:
         return record(lambda: projection(LAYERS[case.size]), target, case.arithmetic)[PROJECTOR[case.variant]]
     options, index = VARIANTS[case.variant]
     layer = (FOLDED_LAYERS if case.variant == "fold" else LAYERS)[case.size]
-    with contextlib.nullcontext() if tile is None else configs._forced(tile):
+    with contextlib.nullcontext() if tile is None else tiles._forced(tile):
         launches = record(lambda: step(layer, case.arithmetic, **options), target, case.arithmetic)
     return launches[index]
 
@@ -265,12 +309,14 @@ def key(case: Case) -> str:
     return f"{case.target} {code.name} {code.signature} {code.constants} {code.attrs} {launch.options}"
 
 
-def build(case: Case, tile: configs.Tile | None = None) -> Build:
+def build(case: Case, tile: tiles.Tile | None = None) -> Build:
     """Compile one case in an environment with `ENVIRONMENT`."""
     target, launch = TARGETS[case.target], find(case, tile)
     log = io.StringIO()
     with contextlib.redirect_stdout(log), warnings.catch_warnings():  # Triton prints what ptxas reports
-        warnings.simplefilter("error")  # nobody who merges models could do anything about a warning of the compiler
+        warnings.simplefilter(
+            "error"
+        )  # nobody who merges models could do anything about a warning of the compiler
         compiled = triton.compile(source(launch, target), target=target.gpu, options=launch.options)
     if target.gpu.backend == "cuda":
         text = compiled.asm["ptx"]
@@ -284,14 +330,20 @@ def build(case: Case, tile: configs.Tile | None = None) -> Build:
     (used,), spills = registers, [int(number) for number in spilled]
     assert spills  # a report that cannot be read is no kernel without spills
     instructions = Counter({name: text.count(name) for name in (target.fastest, *target.inexact)})
-    return Build(sum(spills), int(used), compiled.metadata.shared, instructions, _pipelined(compiled.asm["ttgir"]))
+    return Build(
+        sum(spills), int(used), compiled.metadata.shared, instructions, _pipelined(compiled.asm["ttgir"])
+    )
 
 
-_PRODUCT = re.compile(r"= (tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) |^ *ttng\.tc_gen5_mma ", re.MULTILINE)
+_PRODUCT = re.compile(
+    r"= (tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) |^ *ttng\.tc_gen5_mma ", re.MULTILINE
+)
 
 
 def _pipelined(ttgir: str) -> list[bool]:
-    """For every innermost loop that holds a matrix product, whether its body copies to shared memory asynchronously."""
+    """For every innermost loop that holds a matrix product, whether its body copies to shared memory
+    asynchronously.
+    """
     lines, found = ttgir.splitlines(), []
     for start, line in enumerate(lines):
         opening = re.match(r"( *)(?:%\S+ = )?scf\.for ", line)

@@ -1,4 +1,6 @@
-"""One build of csrc for the host, for all tests of a session, and one thread: small matrices are slower on several."""
+"""One build of csrc for the host, for all tests of a session, and one thread: small matrices are slower on
+several.
+"""
 
 from __future__ import annotations
 

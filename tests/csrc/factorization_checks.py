@@ -1,6 +1,8 @@
-"""What every implementation of the small factorisations has to satisfy: plain torch, csrc on the host, csrc on a GPU.
+"""What every implementation of the small factorisations has to satisfy: plain torch, csrc on the host, csrc
+on a GPU.
 
-A check takes an implementation, an object with the functions of `mingle.ops.small_factorizations`, and asserts.
+A check takes an implementation, an object with the functions of `mingle.ops.small_factorizations`, and
+asserts.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def factors(n: int) -> dict[str, Tensor]:
         "huge": Y * 2.0**500,
         "tiny": Y * 2.0**-500,
     }
-    kinds["one short"] = Y - Y.mean(1, keepdim=True)  # the null vector is as far from every unit vector as it can be
+    kinds["one short"] = Y - Y.mean(
+        1, keepdim=True
+    )  # the null vector is as far from every unit vector as it can be
     kinds["zero columns"] = Y * (fall % 3 != 1)
     return kinds
 
@@ -57,11 +61,22 @@ def grams(n: int) -> tuple[list[str], Tensor]:
     return list(kinds), torch.stack([Y.mT @ Y for Y in kinds.values()])
 
 
-WELL_CONDITIONED = ("plain", "graded columns", "orthonormal", "cluster", "zero", "huge", "tiny", "zero columns")
+WELL_CONDITIONED = (
+    "plain",
+    "graded columns",
+    "orthonormal",
+    "cluster",
+    "zero",
+    "huge",
+    "tiny",
+    "zero columns",
+)
 
 
 def cholesky(ops: Any, sizes: tuple[int, ...] = SIZES) -> None:
-    """Q = Y R⁻¹ is orthonormal whatever the lengths of columns; zero columns stay zero; missing rank costs a shift and stays bounded."""
+    """Q = Y R⁻¹ is orthonormal whatever the lengths of columns; zero columns stay zero; missing rank costs a
+    shift and stays bounded.
+    """
     for n in sizes:
         kinds = factors(n)
         G = torch.stack([Y.mT @ Y for Y in kinds.values()])
@@ -69,7 +84,10 @@ def cholesky(ops: Any, sizes: tuple[int, ...] = SIZES) -> None:
             inverse, flags = ops.cholesky_inverse(G, shift(2 * n + 3, n), dtype)
             assert inverse.dtype == dtype and torch.equal(inverse, inverse.triu())
             for (name, Y), R, flag in zip(kinds.items(), inverse.double(), flags.tolist(), strict=True):
-                if dtype == torch.float32 and name in ("tiny", "huge"):  # no float32 is the reciprocal of their length
+                if dtype == torch.float32 and name in (
+                    "tiny",
+                    "huge",
+                ):  # no float32 is the reciprocal of their length
                     continue
                 alive = Y.any(0)
                 assert flag >= 0 and R.isfinite().all() and torch.equal(R.diagonal() != 0, alive), (name, n)
@@ -79,7 +97,9 @@ def cholesky(ops: Any, sizes: tuple[int, ...] = SIZES) -> None:
                     assert (Q.mT @ Q - torch.diag(alive.double())).abs().max() < limit, (name, n, dtype)
                 elif name in ("rank one", "duplicates") and n > 3:
                     assert flag == 1, (name, n, flag)
-                if name != "rank deficient":  # where the noise in a late pivot may be large, and the pivot small by chance
+                if (
+                    name != "rank deficient"
+                ):  # where the noise in a late pivot may be large, and the pivot small by chance
                     assert torch.linalg.matrix_norm(Q, 2) < 3, (name, n)
 
 
@@ -89,7 +109,9 @@ def growing_shift(ops: Any) -> None:
         missing = torch.tensor([-1.0, 3e-12, 3e-11, 3e-9, 3e-8, 1e-3], dtype=F64)
         G = torch.eye(n, dtype=F64) - (1 + missing[:, None, None]) / n  # the smallest eigenvalue is −missing
         inverse, flags = ops.cholesky_inverse(G, 1e-12 / n)
-        assert flags.tolist() == [0, 2, 3, 5, 6, -1] and inverse[:-1].isfinite().all() and not inverse[-1].any()
+        assert (
+            flags.tolist() == [0, 2, 3, 5, 6, -1] and inverse[:-1].isfinite().all() and not inverse[-1].any()
+        )
 
 
 def two_rounds(ops: Any, sizes: tuple[int, ...] = (16, 64, 128)) -> None:
@@ -104,7 +126,11 @@ def two_rounds(ops: Any, sizes: tuple[int, ...] = (16, 64, 128)) -> None:
                 assert flags.item() >= 0
                 Q = Q @ inverse[0]
                 errors.append((Q.mT @ Q - torch.eye(n)).abs().max().item())
-            assert errors[0] < max(1.0 if condition > 1e6 else 0.1, 1e-15) and errors[1] < 1e-8 and errors[2] < 1e-14, (
+            assert (
+                errors[0] < max(1.0 if condition > 1e6 else 0.1, 1e-15)
+                and errors[1] < 1e-8
+                and errors[2] < 1e-14
+            ), (
                 n,
                 condition,
                 errors,
@@ -121,13 +147,19 @@ def eigh(ops: Any, sizes: tuple[int, ...] = SIZES) -> None:
             size = exact[0].item() or 1.0
             assert 0 <= flag <= (20 if name == "tight clusters" else 15), (name, n, flag)
             assert (lam >= 0).all() and (lam.diff() <= 0).all(), (name, n)
-            assert (W.mT @ W - torch.eye(n)).abs().max() < 1e-14, (name, n, (W.mT @ W - torch.eye(n)).abs().max())
+            assert (W.mT @ W - torch.eye(n)).abs().max() < 1e-14, (
+                name,
+                n,
+                (W.mT @ W - torch.eye(n)).abs().max(),
+            )
             assert (W.mT @ g @ W - torch.diag(lam)).abs().max() <= 1e-13 * size, (name, n)
             assert (lam - exact).abs().max() <= 1e-13 * size, (name, n)
 
 
 def not_finite(ops: Any) -> None:
-    """NaN and ±∞ anywhere in the lower triangle: −1, results that say so, and neighbours as if alone; indefinite matrices: −1."""
+    """NaN and ±∞ anywhere in the lower triangle: −1, results that say so, and neighbours as if alone;
+    indefinite matrices: −1.
+    """
     for n in (1, 5, 40, 128):
         Y = torch.randn(3, n + 2, n, dtype=F64)
         G = Y.mT @ Y
@@ -138,11 +170,21 @@ def not_finite(ops: Any) -> None:
                 wrong = G.clone()
                 wrong[1][place] = value
                 inverse, flags = ops.cholesky_inverse(wrong, 1e-9)
-                assert flags.tolist() == [0, -1, 0] and not inverse[1].any() and torch.equal(inverse[::2], R[::2])
+                assert (
+                    flags.tolist() == [0, -1, 0]
+                    and not inverse[1].any()
+                    and torch.equal(inverse[::2], R[::2])
+                )
                 values, vectors, flags = ops.eigh(wrong)
-                assert flags[1] == -1 and values[1].isnan().all() and torch.equal(vectors[1], torch.eye(n, dtype=F64))
+                assert (
+                    flags[1] == -1
+                    and values[1].isnan().all()
+                    and torch.equal(vectors[1], torch.eye(n, dtype=F64))
+                )
                 assert torch.equal(values[::2], lam[::2]) and torch.equal(vectors[::2], W[::2])
-    indefinite = torch.stack([torch.eye(3), torch.tensor([[1.0, 9, 0], [9, 1, 0], [0, 0, 1]]), -torch.eye(3)]).double()
+    indefinite = torch.stack(
+        [torch.eye(3), torch.tensor([[1.0, 9, 0], [9, 1, 0], [0, 0, 1]]), -torch.eye(3)]
+    ).double()
     inverse, flags = ops.cholesky_inverse(indefinite, 1e-12)
     assert flags.tolist() == [0, -1, -1] and not inverse[1:].any()
 
@@ -153,19 +195,31 @@ def lower_triangle(ops: Any) -> None:
         G = torch.randn(1, 2 * n, n, dtype=F64)
         G = G.mT @ G
         half = G.tril() + torch.full_like(G, math.nan).triu(1)
-        for a, b in zip(ops.cholesky_inverse(G, 1e-12) + ops.eigh(G), ops.cholesky_inverse(half, 1e-12) + ops.eigh(half), strict=True):
+        for a, b in zip(
+            ops.cholesky_inverse(G, 1e-12) + ops.eigh(G),
+            ops.cholesky_inverse(half, 1e-12) + ops.eigh(half),
+            strict=True,
+        ):
             assert torch.equal(a, b)
 
 
 def rescaling(ops: Any) -> None:
-    """2^-e M to the last bit from subnormal to huge, strided rows included; what is not finite is counted and kept."""
+    """2^-e M to the last bit from subnormal to huge, strided rows included; what is not finite is counted and
+    kept.
+    """
     for dtype in (torch.float32, F64):
         for size in (1e-45, 3e-39, 1e-20, 1.0, 3e38) + ((1e-320, 1e-200, 1e300) if dtype == F64 else ()):
             for rows in (1, 6):
                 unit = torch.rand(3, 7, 11, dtype=dtype) - 0.5
                 M = (unit / unit.abs().amax((1, 2), keepdim=True) * size)[:, :rows, 2:]
                 scaled, e, count, first = ops.rescale(M)
-                exact = torch.tensor([math.ldexp(x, -k) for m, k in zip(M, e.tolist(), strict=True) for x in m.flatten().tolist()])
+                exact = torch.tensor(
+                    [
+                        math.ldexp(x, -k)
+                        for m, k in zip(M, e.tolist(), strict=True)
+                        for x in m.flatten().tolist()
+                    ]
+                )
                 assert scaled.is_contiguous() and torch.equal(scaled.flatten(), exact.float())
                 peak = M.double().abs().amax((1, 2))
                 assert e.tolist() == [math.frexp(x)[1] for x in peak.tolist()]
@@ -173,8 +227,16 @@ def rescaling(ops: Any) -> None:
         M = torch.randn(4, 9, 40, dtype=dtype)
         M[1, 2, 3], M[1, 8, 39], M[2], M[3] = math.inf, math.nan, 0, -math.inf
         scaled, e, count, first = ops.rescale(M)
-        assert count.tolist() == [0, 2, 0, 360] and first.tolist() == [-1, 83, -1, 0] and e[2:].tolist() == [0, 0]
-        assert torch.equal(scaled.isfinite(), M.isfinite()) and scaled[1, 8, 39].isnan() and scaled[1, 2, 3] == math.inf
+        assert (
+            count.tolist() == [0, 2, 0, 360]
+            and first.tolist() == [-1, 83, -1, 0]
+            and e[2:].tolist() == [0, 0]
+        )
+        assert (
+            torch.equal(scaled.isfinite(), M.isfinite())
+            and scaled[1, 8, 39].isnan()
+            and scaled[1, 2, 3] == math.inf
+        )
         assert 0.5 <= scaled[1][scaled[1].isfinite()].abs().max() <= 1
 
 

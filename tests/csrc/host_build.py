@@ -1,4 +1,6 @@
-"""Builds csrc with g++ for one thread of the host, and calls it with torch tensors as `mingle.ops.small_factorizations` is called."""
+"""Builds csrc with g++ for one thread of the host, and calls it with torch tensors as
+`mingle.ops.small_factorizations` is called.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,19 @@ _SUFFIX = {torch.float64: "f64", torch.float32: "f32"}
 def compile_program(sources: Sequence[Path], output: Path, *options: str) -> Path:
     """`output`, compiled from `sources`; headers of csrc come last, after those next to the sources."""
     assert COMPILER is not None
-    command = [COMPILER, "-std=c++17", "-Wall", "-Wextra", "-Werror", *options, "-I", str(CSRC), *map(str, sources), "-o", str(output)]
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *options,
+        "-I",
+        str(CSRC),
+        *map(str, sources),
+        "-o",
+        str(output),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return output
@@ -33,15 +47,29 @@ class Host:
     def __init__(self, source: Path, library: Path, *options: str) -> None:
         self._library = ctypes.CDLL(str(compile_program([source], library, "-shared", "-fPIC", *options)))
 
-    def cholesky_inverse(self, gram: Tensor, shift: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    def cholesky_inverse(
+        self, gram: Tensor, shift: float, dtype: torch.dtype = torch.float64
+    ) -> tuple[Tensor, Tensor]:
         gram, (batch, n, _) = gram.contiguous(), gram.shape
         inverse, flags = _poisoned(gram.shape, dtype), _poisoned([batch], torch.int32)
-        self._call(f"cholesky_inverse_{_SUFFIX[dtype]}", gram, batch, ctypes.c_int(n), ctypes.c_double(shift), inverse, flags)
+        self._call(
+            f"cholesky_inverse_{_SUFFIX[dtype]}",
+            gram,
+            batch,
+            ctypes.c_int(n),
+            ctypes.c_double(shift),
+            inverse,
+            flags,
+        )
         return inverse, flags
 
     def eigh(self, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gram, (batch, n, _) = gram.contiguous(), gram.shape
-        values, vectors, flags = _poisoned([batch, n], gram.dtype), _poisoned(gram.shape, gram.dtype), _poisoned([batch], torch.int32)
+        values, vectors, flags = (
+            _poisoned([batch, n], gram.dtype),
+            _poisoned(gram.shape, gram.dtype),
+            _poisoned([batch], torch.int32),
+        )
         self._call("small_eigh", gram, batch, ctypes.c_int(n), values, vectors, flags)
         return values, vectors, flags
 

@@ -11,10 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mingle import extension
 from mingle.cli import main
+from mingle.ops import extension, small_kernels
 from mingle.ops import small_factorizations as small
-from mingle.ops import small_kernels
 
 GPU = torch.device("cuda", 0)
 
@@ -35,7 +34,9 @@ def write(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(extension, "RECORD", folder / "_build.json")
 
 
-def built(folder: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], problem: str | None = None) -> None:
+def built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], problem: str | None = None
+) -> None:
     """A module that claims to be built, and a GPU of this compute capability."""
 
     def check(device: int) -> None:
@@ -43,7 +44,11 @@ def built(folder: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, 
             raise RuntimeError(problem)
 
     write(folder, monkeypatch, json.dumps({"extension": "built"}))
-    monkeypatch.setitem(sys.modules, "mingle._C", SimpleNamespace(architectures=["80", "90", "100"], cuda_version="13.0.88", check=check))
+    monkeypatch.setitem(
+        sys.modules,
+        "mingle._C",
+        SimpleNamespace(architectures=["80", "90", "100"], cuda_version="13.0.88", check=check),
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -52,7 +57,10 @@ def built(folder: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, 
 
 def test_no_record(tmp_path, monkeypatch):
     monkeypatch.setattr(extension, "RECORD", tmp_path / "_build.json")
-    assert extension.why_not(GPU) == "mingle._C was not built: _build.json, which an installation writes, is missing"
+    assert (
+        extension.why_not(GPU)
+        == "mingle._C was not built: _build.json, which an installation writes, is missing"
+    )
     assert extension.load(GPU) is None
 
 
@@ -70,7 +78,9 @@ def test_left_out(tmp_path, monkeypatch):
 
 def test_a_corrupt_module(tmp_path, monkeypatch):
     """An import that fails is a reason, not an error."""
-    (tmp_path / f"_C{__import__('sysconfig').get_config_var('EXT_SUFFIX')}").write_bytes(b"\x7fELF and then nothing")
+    (tmp_path / f"_C{__import__('sysconfig').get_config_var('EXT_SUFFIX')}").write_bytes(
+        b"\x7fELF and then nothing"
+    )
     write(tmp_path, monkeypatch, json.dumps({"extension": "built"}))
     monkeypatch.setattr(sys.modules["mingle"], "__path__", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "mingle._C", raising=False)
@@ -99,7 +109,10 @@ def test_a_gpu_that_no_code_fits(tmp_path, monkeypatch):
 
 def test_a_driver_that_is_too_old(tmp_path, monkeypatch):
     built(tmp_path, monkeypatch, (9, 0), "mingle: device: CUDA driver version is insufficient")
-    assert extension.why_not(GPU) == "mingle._C cannot run on some GPU: mingle: device: CUDA driver version is insufficient"
+    assert (
+        extension.why_not(GPU)
+        == "mingle._C cannot run on some GPU: mingle: device: CUDA driver version is insufficient"
+    )
 
 
 def test_no_gpu_and_other_devices(tmp_path, monkeypatch):
@@ -119,7 +132,9 @@ def test_kernels_asked_for_and_missing_say_why(tmp_path, monkeypatch):
 def test_env_prints_it(tmp_path, monkeypatch, capsys):
     write(tmp_path, monkeypatch, json.dumps({"extension": "left out", "reason": "[no] nvcc"}))
     assert main(["env"]) == 0
-    assert "extension     mingle._C was left out when mingle was installed: [no] nvcc" in capsys.readouterr().out
+    assert (
+        "extension     mingle._C was left out when mingle was installed: [no] nvcc" in capsys.readouterr().out
+    )
 
 
 def test_the_kernels_receive_what_the_tensors_hold(monkeypatch):
@@ -143,7 +158,11 @@ def test_the_kernels_receive_what_the_tensors_hold(monkeypatch):
     M = torch.randn(2, 5, 9)[:, :, 1:7]
     outputs = [output.data_ptr() for output in small_kernels.rescale(M)]
     call = calls.pop()
-    assert call[:6] == (M.data_ptr(), (45, 9, 1), True, 2, 5, 6) and list(call[7:11]) == outputs and call[11:] == (3, 99)
+    assert (
+        call[:6] == (M.data_ptr(), (45, 9, 1), True, 2, 5, 6)
+        and list(call[7:11]) == outputs
+        and call[11:] == (3, 99)
+    )
     small_kernels.rescale(M.mT)
     assert calls.pop()[1:6] == ((30, 5, 1), True, 2, 6, 5)
     U, Vh = torch.randn(2, 7, 3), torch.randn(2, 8, 3).mT

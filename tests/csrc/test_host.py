@@ -41,10 +41,25 @@ def test_agrees_with_plain_torch(host: Host) -> None:
     for n in checks.SIZES:
         names, G = checks.grams(n)
         for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
-            ours, theirs = (ops.cholesky_inverse(G, checks.shift(2 * n + 3, n), dtype) for ops in (host, plain))
-            for name, a, b, flags in zip(names, ours[0], theirs[0], zip(ours[1], theirs[1], strict=True), strict=True):
-                assert flags[0] == flags[1] or name in ("rank deficient", "graded spectrum"), (name, n)  # pivots near the limit
-                if name in ("plain", "orthonormal", "cluster", "zero columns", "zero", "huge", "tiny"):  # of condition 1e4 at most
+            ours, theirs = (
+                ops.cholesky_inverse(G, checks.shift(2 * n + 3, n), dtype) for ops in (host, plain)
+            )
+            for name, a, b, flags in zip(
+                names, ours[0], theirs[0], zip(ours[1], theirs[1], strict=True), strict=True
+            ):
+                assert flags[0] == flags[1] or name in ("rank deficient", "graded spectrum"), (
+                    name,
+                    n,
+                )  # pivots near the limit
+                if name in (
+                    "plain",
+                    "orthonormal",
+                    "cluster",
+                    "zero columns",
+                    "zero",
+                    "huge",
+                    "tiny",
+                ):  # of condition 1e4 at most
                     assert (a - b).abs().max() <= limit * b.abs().max(), (name, n)
     for M in (torch.randn(3, 50, 70), torch.randn(2, 5, 6, dtype=torch.float64) * 1e-310):
         for a, b in zip(host.rescale(M), plain.rescale(M), strict=True):
@@ -74,7 +89,8 @@ def test_small_eigenvalues_of_graded_columns_are_relatively_accurate(host: Host)
     core = torch.randn(60, n, dtype=torch.float64)
     core = core.mT @ core / 60
     values = host.eigh((core * length * length[:, None])[None])[0][0]
-    # the determinant of leading blocks, in exact scaling, is a product of eigenvalues to first order; their ratio is compared
+    # the determinant of leading blocks, in exact scaling, is a product of eigenvalues to first order; their
+    # ratio is compared
     scaled = values / length.square()
     pivots = torch.linalg.cholesky(core).diagonal().square()
     assert ((scaled / pivots).log().abs() < 0.5).all()

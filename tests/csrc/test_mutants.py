@@ -14,7 +14,13 @@ from host_build import CSRC, MISSING, Host
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
-CHOLESKY, JACOBI, RESCALE, SIGNS, RANK = "cholesky_qr.cuh", "small_eigh.cuh", "rescale.cuh", "signs.cuh", "effective_rank.cuh"
+CHOLESKY, JACOBI, RESCALE, SIGNS, RANK = (
+    "cholesky_qr.cuh",
+    "small_eigh.cuh",
+    "rescale.cuh",
+    "signs.cuh",
+    "effective_rank.cuh",
+)
 
 
 class Fault(NamedTuple):
@@ -55,7 +61,13 @@ FAULTS = {
     "an integer missed by a rounding": Fault(RANK, "1.0 + 0x1p-40", "1.0"),
 }  # fmt: skip
 SEEN_BY = {
-    CHOLESKY: [checks.lower_triangle, checks.cholesky, checks.growing_shift, checks.two_rounds, checks.not_finite],
+    CHOLESKY: [
+        checks.lower_triangle,
+        checks.cholesky,
+        checks.growing_shift,
+        checks.two_rounds,
+        checks.not_finite,
+    ],
     JACOBI: [checks.eigh],
     RESCALE: [checks.rescaling],
     SIGNS: [checks.signs],

@@ -59,12 +59,19 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
     found = []
     for name, target, stores, loads, registers, rest in report.findall(done.stderr):
         static = re.search(r"(\d+) bytes smem", rest)
-        found.append(Kernel(name, target, int(stores) + int(loads), int(registers), int(static[1]) if static else 0))
+        found.append(
+            Kernel(name, target, int(stores) + int(loads), int(registers), int(static[1]) if static else 0)
+        )
     return found
 
 
 def test_every_kernel_is_built_for_every_target(kernels: list[Kernel]) -> None:
-    instances = {"cholesky_inverse_kernel": 2, "survey_kernel": 2, "rescale_kernel": 2, "fix_signs_kernel": 2}  # two types each
+    instances = {
+        "cholesky_inverse_kernel": 2,
+        "survey_kernel": 2,
+        "rescale_kernel": 2,
+        "fix_signs_kernel": 2,
+    }  # two types each
     for target in SHARED:
         names = sorted(kernel.name for kernel in kernels if kernel.target == target)
         assert names == sorted(name for name in LAUNCHES for _ in range(instances.get(name, 1)))
@@ -84,4 +91,7 @@ def test_two_factorisations_share_a_multiprocessor(kernels: list[Kernel]) -> Non
     threads, dynamic = LAUNCHES["cholesky_inverse_kernel"]
     for kernel in kernels:
         if kernel.name == "cholesky_inverse_kernel":
-            assert 2 * kernel.registers * threads <= REGISTERS and 2 * (kernel.shared + dynamic + 1024) <= 167_936
+            assert (
+                2 * kernel.registers * threads <= REGISTERS
+                and 2 * (kernel.shared + dynamic + 1024) <= 167_936
+            )

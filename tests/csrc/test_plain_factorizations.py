@@ -55,7 +55,11 @@ def test_what_is_not_finite_is_flagged_and_stays_alone(value, place):
     assert flags.tolist() == [0, -1, 0] and not inverse[1].any()
     assert torch.equal(inverse[::2], small.cholesky_inverse(G, shift(20, 5))[0][::2])
     values, vectors, flags = small.eigh(wrong)
-    assert flags.tolist() == [0, -1, 0] and values[1].isnan().all() and torch.equal(vectors[1], torch.eye(5, dtype=F64))
+    assert (
+        flags.tolist() == [0, -1, 0]
+        and values[1].isnan().all()
+        and torch.equal(vectors[1], torch.eye(5, dtype=F64))
+    )
     assert torch.equal(values[::2], small.eigh(G)[0][::2])
 
 
@@ -115,7 +119,9 @@ def test_signs():
 def test_effective_rank():
     falling = 0.9 ** torch.arange(64, dtype=F64)
     p = falling / falling.sum()
-    spectra = torch.stack([torch.ones(64, dtype=F64), torch.zeros(64, dtype=F64), torch.eye(64, dtype=F64)[5], falling])
+    spectra = torch.stack(
+        [torch.ones(64, dtype=F64), torch.zeros(64, dtype=F64), torch.eye(64, dtype=F64)[5], falling]
+    )
     assert small.effective_rank(spectra).tolist() == [64, 0, 1, int(math.exp(-(p * p.log()).sum()))]
     for k in range(1, 200):
         assert small.effective_rank(torch.full((1, k), 0.3, dtype=F64)).item() == k

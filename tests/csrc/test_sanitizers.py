@@ -1,4 +1,6 @@
-"""csrc under g++'s sanitizers: addresses, undefined behaviour, and data races between the phases of an algorithm."""
+"""csrc under g++'s sanitizers: addresses, undefined behaviour, and data races between the phases of an
+algorithm.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,21 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 HERE = Path(__file__).parent
 # Each is needed: without it two phases become one, in which a thread reads what another writes.
 BARRIERS = {
-    "after loading S": ("cholesky_qr.cuh", "        if (j == i) shared.at(i, i) = 1.0 + tau;\n    });\n    block.sync();"),
+    "after loading S": (
+        "cholesky_qr.cuh",
+        "        if (j == i) shared.at(i, i) = 1.0 + tau;\n    });\n    block.sync();",
+    ),
     "after a column": ("cholesky_qr.cuh", "1.0 / value;\n            });\n            block.sync();"),
-    "after the rows of M X": ("cholesky_qr.cuh", "            }\n        });\n        block.sync();\n        block.each(height"),
+    "after the rows of M X": (
+        "cholesky_qr.cuh",
+        "            }\n        });\n        block.sync();\n        block.each(height",
+    ),
     "after a pivot": ("small_eigh.cuh", "// done\n        });\n        block.sync();"),
     "after a round": ("small_eigh.cuh", "rotated = true;\n            });\n            block.sync();"),
-    "after the coefficients": ("small_eigh.cuh", "shared.lengths[c] = product; });\n        });\n        block.sync();"),
+    "after the coefficients": (
+        "small_eigh.cuh",
+        "shared.lengths[c] = product; });\n        });\n        block.sync();",
+    ),
     "after the peaks": ("signs.cuh", "shared.peaks[k] = peak;\n    });\n    block.sync();"),
 }
 
@@ -28,7 +39,9 @@ BARRIERS = {
 def run(program: Path) -> subprocess.CompletedProcess[str]:
     # the first race ends it: threads that disagree on a pivot might wait for each other for ever
     environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=60, env=environment)
+    return subprocess.run(
+        [str(program)], capture_output=True, text=True, check=False, timeout=60, env=environment
+    )
 
 
 def runs(folder: Path, *options: str) -> bool:

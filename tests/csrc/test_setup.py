@@ -23,7 +23,11 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("csrc", "mingle", "kernels", "bench"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_C*", "_build.json", "__pycache__", "data", "results"))
+        shutil.copytree(
+            ROOT / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("_C*", "_build.json", "__pycache__", "data", "results"),
+        )
     return folder
 
 
@@ -31,12 +35,19 @@ def build(folder: Path, *command: str, **environment: str) -> subprocess.Complet
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MINGLE_", "CUDA"))}
     command = command or ("build",)
     return subprocess.run(
-        [sys.executable, "setup.py", "-q", *command], cwd=folder, env=kept | environment, capture_output=True, text=True, check=False
+        [sys.executable, "setup.py", "-q", *command],
+        cwd=folder,
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 def record(folder: Path) -> dict[str, Any]:
-    (path,) = [path for path in folder.rglob("_build.json") if "build" in path.parts or path.parent.name == "mingle"]
+    (path,) = [
+        path for path in folder.rglob("_build.json") if "build" in path.parts or path.parent.name == "mingle"
+    ]
     return json.loads(path.read_text())
 
 
@@ -64,7 +75,10 @@ def test_left_out_on_demand(checkout: Path) -> None:
 
 def test_demanded_and_without_nvcc_it_fails(checkout: Path) -> None:
     done = build(checkout, MINGLE_BUILD_EXTENSION="1", CUDACXX="/nowhere/nvcc")
-    assert done.returncode != 0 and "MINGLE_BUILD_EXTENSION=1: no nvcc was found in CUDACXX=/nowhere/nvcc" in done.stderr
+    assert (
+        done.returncode != 0
+        and "MINGLE_BUILD_EXTENSION=1: no nvcc was found in CUDACXX=/nowhere/nvcc" in done.stderr
+    )
 
 
 def test_an_unknown_demand_fails(checkout: Path) -> None:
@@ -72,7 +86,9 @@ def test_an_unknown_demand_fails(checkout: Path) -> None:
     assert done.returncode != 0 and "MINGLE_BUILD_EXTENSION=yes: expected 0, 1 or auto" in done.stderr
 
 
-@pytest.mark.parametrize(("tool", "words"), [("cmake", "no cmake was found"), ("ninja", "no ninja was found")])
+@pytest.mark.parametrize(
+    ("tool", "words"), [("cmake", "no cmake was found"), ("ninja", "no ninja was found")]
+)
 def test_without_a_tool_it_is_left_out(tool: str, words: str, checkout: Path, tmp_path: Path) -> None:
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -86,7 +102,9 @@ def test_without_a_tool_it_is_left_out(tool: str, words: str, checkout: Path, tm
     assert words in record(checkout)["reason"]
 
 
-needs_cmake = pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("ninja"), reason="no cmake or ninja")
+needs_cmake = pytest.mark.skipif(
+    not shutil.which("cmake") or not shutil.which("ninja"), reason="no cmake or ninja"
+)
 
 
 @needs_cmake
@@ -95,7 +113,11 @@ def test_a_compiler_that_fails_costs_only_the_extension(checkout: Path, tmp_path
     done = build(checkout, CUDACXX=broken)
     assert done.returncode == 0, done.stderr
     facts = record(checkout)
-    assert facts["extension"] == "left out" and facts["reason"].startswith("the build failed: ") and "CMake Error" in facts["reason"]
+    assert (
+        facts["extension"] == "left out"
+        and facts["reason"].startswith("the build failed: ")
+        and "CMake Error" in facts["reason"]
+    )
     assert list((checkout / "build").glob("lib*/mingle/merger.py"))
     demanded = build(checkout, MINGLE_BUILD_EXTENSION="1", CUDACXX=broken)
     assert demanded.returncode != 0 and "MINGLE_BUILD_EXTENSION=1: the build failed" in demanded.stderr
@@ -114,13 +136,21 @@ def test_the_compiler_is_quoted(checkout: Path) -> None:
 @needs_cmake
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_it_is_built_in_place(checkout: Path) -> None:
-    done = build(checkout, "build_ext", "--inplace", MINGLE_CUDA_ARCHITECTURES="90", MINGLE_BUILD_EXTENSION="1")
+    done = build(
+        checkout, "build_ext", "--inplace", MINGLE_CUDA_ARCHITECTURES="90", MINGLE_BUILD_EXTENSION="1"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     facts = record(checkout)
     assert facts["extension"] == "built" and facts["architectures"] == ["90"] and facts["reason"] is None
     code = "import _C; print(_C.architectures, _C.cuda_version)"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=checkout / "mingle", capture_output=True, text=True, check=False)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout / "mingle", capture_output=True, text=True, check=False
+    )
     assert loaded.stdout.startswith(f"['90'] {facts['nvcc']}"), loaded.stderr
-    refused = "import _C\ntry: _C.small_eigh(0, 1, 129, 0, 0, 0, 0, 0)\nexcept ValueError as error: print(error)"
-    loaded = subprocess.run([sys.executable, "-c", refused], cwd=checkout / "mingle", capture_output=True, text=True, check=False)
+    refused = (
+        "import _C\ntry: _C.small_eigh(0, 1, 129, 0, 0, 0, 0, 0)\nexcept ValueError as error: print(error)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", refused], cwd=checkout / "mingle", capture_output=True, text=True, check=False
+    )
     assert loaded.stdout == "mingle: small_eigh: n = 129, expected 1 … 128\n", loaded.stderr

@@ -9,11 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from mingle import MingleLinear, adapt, inject
-from mingle.adapt import AdaptationDiverged, AdaptConfig, adapt_gates, entropy_loss, shuffled_batches, teacher_logits
-from mingle.gate_step import GateStep
-from mingle.prefix import frozen_prefix
-from mingle.relaxation import RelaxedProjector
+from mingle import MingleLinear
+from mingle.adaptation import train as adapt
+from mingle.adaptation.optimizer import GateStep
+from mingle.adaptation.prefix_cache import frozen_prefix
+from mingle.adaptation.projector import RelaxedProjector
+from mingle.adaptation.train import (
+    AdaptationDiverged,
+    AdaptConfig,
+    adapt_gates,
+    entropy_loss,
+    shuffled_batches,
+    teacher_logits,
+)
+from mingle.nn import inject
 from mingle.tasks.clip import ClipTask
 
 
@@ -35,7 +44,9 @@ def test_a_step_is_projection_and_adam(rows):
     bases = {name: torch.linalg.qr(torch.randn(layer.in_features, 2)).Q for name, layer in layers.items()}
     step = GateStep(layers, 0.01, RelaxedProjector(bases))
     projector = RelaxedProjector(bases, backend="eager")
-    adam = torch.optim.Adam([p for twin in twins.values() for p in (twin.gate_weight, twin.gate_bias)], lr=0.01, foreach=False)
+    adam = torch.optim.Adam(
+        [p for twin in twins.values() for p in (twin.gate_weight, twin.gate_bias)], lr=0.01, foreach=False
+    )
     for _ in range(30):
         x = {name: torch.randn(3, layer.in_features) for name, layer in layers.items()}
         step.zero_grad()
@@ -54,7 +65,11 @@ def test_a_step_is_projection_and_adam(rows):
 @pytest.mark.parametrize("where", ["weight", "bias", "loss"])
 def test_a_step_that_is_not_finite_changes_nothing(where):
     layers = layers_with_gates()
-    step = GateStep(layers, 0.1, RelaxedProjector({name: torch.eye(layer.in_features)[:, :2] for name, layer in layers.items()}))
+    step = GateStep(
+        layers,
+        0.1,
+        RelaxedProjector({name: torch.eye(layer.in_features)[:, :2] for name, layer in layers.items()}),
+    )
     loss = torch.ones(())
     step.gradients.fill_(1.0)
     step.step(loss)
@@ -68,8 +83,12 @@ def test_a_step_that_is_not_finite_changes_nothing(where):
     assert step.step(loss) == 1
     broken = [name for name, whole in zip(step.names, step.finite(), strict=True) if not whole]
     assert broken == (["layer1"] if where == "weight" else [])
-    assert all(torch.equal(a, b) for a, b in zip([*step.gates, step.projector.interferences], before, strict=True))
-    assert all(torch.equal(s["exp_avg"], m) for s, m in zip(step.optimizer.state.values(), moments, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip([*step.gates, step.projector.interferences], before, strict=True)
+    )
+    assert all(
+        torch.equal(s["exp_avg"], m) for s, m in zip(step.optimizer.state.values(), moments, strict=True)
+    )
     step.gradients.fill_(1.0)
     assert step.step(torch.ones(())) == 0
     assert not any(torch.equal(a, b) for a, b in zip(step.gates, before, strict=False))
@@ -83,7 +102,9 @@ def test_accumulated_gradients_advance_the_interference_once():
         loss = layer(torch.ones(2, 4)).sum()
         loss.backward()
     step.step(loss)
-    expected = 0.5 * layer.gate_weight.grad.new_ones(1) / 2  # |G u| / ‖G‖ = 1/2 for equal entries, whatever their size
+    expected = (
+        0.5 * layer.gate_weight.grad.new_ones(1) / 2
+    )  # |G u| / ‖G‖ = 1/2 for equal entries, whatever their size
     torch.testing.assert_close(step.projector.interferences, expected)
 
 
@@ -162,7 +183,9 @@ def test_what_belongs_to_positions_is_not_taken_for_samples(count):
         torch.testing.assert_close(model(x[index]), expected[index])
 
 
-def test_adapting_with_and_without_the_prefix_gives_the_same_gates(base_model, tuned_states, samples, monkeypatch):
+def test_adapting_with_and_without_the_prefix_gives_the_same_gates(
+    base_model, tuned_states, samples, monkeypatch
+):
     task, gates = ClipTask(), []
     for budget in (0, 2**30):
         monkeypatch.setattr(frozen_prefix.__wrapped__, "__defaults__", (budget,))
@@ -170,11 +193,21 @@ def test_adapting_with_and_without_the_prefix_gives_the_same_gates(base_model, t
         model = copy.deepcopy(base_model).requires_grad_(False)
         layers = inject(model.vision_model, ("layers.1.self_attn.q_proj", "layers.1.mlp.fc1"))
         for layer in layers.values():
-            layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1)
+            layer.add_expert(
+                torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1
+            )
         teacher = copy.deepcopy(base_model)
         teacher.vision_model.load_state_dict(tuned_states[0])
         targets = teacher_logits(task, teacher, samples[0], 24)
-        adapt_gates(task, model, layers, samples[0], targets, AdaptConfig(steps=10, lr=1e-2), torch.Generator().manual_seed(0))
+        adapt_gates(
+            task,
+            model,
+            layers,
+            samples[0],
+            targets,
+            AdaptConfig(steps=10, lr=1e-2),
+            torch.Generator().manual_seed(0),
+        )
         gates.append(torch.cat([layer.gate_weight.flatten() for layer in layers.values()]))
     torch.testing.assert_close(*gates, rtol=1e-4, atol=1e-6)
 
@@ -186,10 +219,14 @@ def test_bf16_products_with_fp32_gates(base_model, tuned_states, samples):
         model = copy.deepcopy(base_model).requires_grad_(False)
         layers = inject(model.vision_model, ("q_proj", "fc1"))
         for layer in layers.values():
-            layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1)
+            layer.add_expert(
+                torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1
+            )
         targets = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
         config = AdaptConfig(steps=10, lr=1e-2, precision=precision)
-        trace = adapt_gates(task, model, layers, samples[0], targets, config, torch.Generator().manual_seed(0))
+        trace = adapt_gates(
+            task, model, layers, samples[0], targets, config, torch.Generator().manual_seed(0)
+        )
         assert all(layer.gate_weight.dtype == torch.float32 for layer in layers.values())
         gates.append(trace.loss)
     assert gates[0] != gates[1]
@@ -199,7 +236,9 @@ def test_bf16_products_with_fp32_gates(base_model, tuned_states, samples):
 
 
 @pytest.mark.parametrize("interval", [1, 4, 8])
-def test_steps_that_are_skipped_between_two_looks_are_named(base_model, samples, monkeypatch, caplog, interval):
+def test_steps_that_are_skipped_between_two_looks_are_named(
+    base_model, samples, monkeypatch, caplog, interval
+):
     monkeypatch.setattr(adapt, "_INTERVALS", {"cpu": interval})
     model, layers = student(base_model)
     names, poisoned, steps = list(layers), {2: 0, 5: 1, 6: 0}, iter(range(1, 100))
@@ -212,12 +251,27 @@ def test_steps_that_are_skipped_between_two_looks_are_named(base_model, samples,
 
     monkeypatch.setattr(GateStep, "step", poison)
     targets = torch.randn(24, 5)
-    adapt_gates(ClipTask(), model, layers, samples[0], targets, AdaptConfig(steps=9), torch.Generator().manual_seed(0))
+    adapt_gates(
+        ClipTask(), model, layers, samples[0], targets, AdaptConfig(steps=9), torch.Generator().manual_seed(0)
+    )
     told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
-    assert told == [f"skipped step {i}: the gate gradient is not finite in {names[layer]}" for i, layer in poisoned.items()]
+    assert told == [
+        f"skipped step {i}: the gate gradient is not finite in {names[layer]}"
+        for i, layer in poisoned.items()
+    ]
     poisoned.update({11: 0, 12: 0, 13: 1, 14: 1})
-    with pytest.raises(AdaptationDiverged, match="3 steps, last at step 4"):  # the tenth call begins a new adaptation
-        adapt_gates(ClipTask(), model, layers, samples[0], targets, AdaptConfig(steps=9), torch.Generator().manual_seed(0))
+    with pytest.raises(
+        AdaptationDiverged, match="3 steps, last at step 4"
+    ):  # the tenth call begins a new adaptation
+        adapt_gates(
+            ClipTask(),
+            model,
+            layers,
+            samples[0],
+            targets,
+            AdaptConfig(steps=9),
+            torch.Generator().manual_seed(0),
+        )
 
 
 def student(base_model, targets=("q_proj", "fc1")):
@@ -246,13 +300,19 @@ def test_the_teacher_answers_only_for_samples_that_are_used(base_model, samples)
         gates.append(torch.cat([layer.gate_weight.flatten() for layer in layers.values()]))
     assert [len(seeds) for seeds in asked] == [15]
     assert torch.equal(*gates)
-    trace = adapt_gates(ClipTask(), model, layers, samples[0], teacher, AdaptConfig(steps=0), torch.Generator())
+    trace = adapt_gates(
+        ClipTask(), model, layers, samples[0], teacher, AdaptConfig(steps=0), torch.Generator()
+    )
     assert trace.loss == [] and len(asked) == 1
 
 
 def test_the_batches_are_those_that_all_samples_would_give(base_model, samples, monkeypatch):
     seen = []
-    monkeypatch.setattr(ClipTask, "logits", lambda self, model, data, real=ClipTask.logits: seen.append(data) or real(self, model, data))
+    monkeypatch.setattr(
+        ClipTask,
+        "logits",
+        lambda self, model, data, real=ClipTask.logits: seen.append(data) or real(self, model, data),
+    )
     model, layers = student(base_model)
     config = AdaptConfig(steps=3, batch_size=5)
     adapt_gates(ClipTask(), model, layers, samples[0], None, config, torch.Generator().manual_seed(3))
@@ -280,7 +340,11 @@ def test_without_a_teacher_the_entropy_falls(base_model, samples):
     layers = inject(model.vision_model, ("q_proj", "fc1"))
     for layer in layers.values():
         for _ in range(2):
-            layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1, gate_bias=0.3)
+            layer.add_expert(
+                torch.randn(4, layer.in_features) * 0.1,
+                torch.randn(layer.out_features, 4) * 0.1,
+                gate_bias=0.3,
+            )
         layer.set_trainable_gates(2)
     before = entropy_loss(ClipTask().logits(model, samples[0])).item()
     config = AdaptConfig(steps=20, lr=1e-2, batch_size=24)

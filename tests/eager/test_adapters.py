@@ -17,12 +17,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import mingle
 from mingle import LowRankExpert, MingleLinear
-from mingle.files import CheckpointError
+from mingle.io.files import CheckpointError
 
 peft = pytest.importorskip("peft")
 
 # peft warns about most of what is tried here.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning"
+)
 
 LAYERS = ["embed", "blocks.0.fc1", "blocks.0.fc2", "blocks.1.fc1", "blocks.1.fc2"]
 
@@ -57,7 +59,9 @@ def randomize(model: nn.Module, adapter: str = "default", seed: int = 5) -> None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_" in name and f".{adapter}" in name:
-                parameter.copy_(parameter + 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+                parameter.copy_(
+                    parameter + 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                )
 
 
 def adapted(base: nn.Module, folder: Path, **options: Any) -> nn.Module:
@@ -110,7 +114,8 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -
 
 
 PATTERNS: dict[str, Any] = dict(
-    rank_pattern={r"blocks\.1\.fc.": 2, "bed": 7, "fc1": 3, "^embed": 5}, alpha_pattern={"0.fc1": 2, "c1": 50, "fc1": 4, "fc2|embed": 3}
+    rank_pattern={r"blocks\.1\.fc.": 2, "bed": 7, "fc1": 3, "^embed": 5},
+    alpha_pattern={"0.fc1": 2, "c1": 50, "fc1": 4, "fc2|embed": 3},
 )
 
 
@@ -153,10 +158,17 @@ def test_mica_leaves_the_base_as_it_is(tmp_path):
 
 def test_on_a_transformers_model(tmp_path):
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=32
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=32,
     )
     base, tokens = LlamaForCausalLM(config).eval(), torch.randint(32, (2, 7))
-    model = adapted(base, tmp_path, target_modules="all-linear", task_type="CAUSAL_LM", rank_pattern={"q_proj": 2})
+    model = adapted(
+        base, tmp_path, target_modules="all-linear", task_type="CAUSAL_LM", rank_pattern={"q_proj": 2}
+    )
     expected = model(tokens).logits
     experts = mingle.read_adapter(tmp_path)
     assert len(experts) == 14
@@ -167,7 +179,9 @@ def test_on_a_transformers_model(tmp_path):
 
 def test_adapters_of_different_ranks_one_after_another(base, x, tmp_path):
     model = adapted(base, tmp_path, r=2, target_modules=["fc1", "embed"])
-    model.add_adapter("second", peft.LoraConfig(r=5, lora_alpha=3, target_modules=["fc1", "fc2"], use_rslora=True))
+    model.add_adapter(
+        "second", peft.LoraConfig(r=5, lora_alpha=3, target_modules=["fc1", "fc2"], use_rslora=True)
+    )
     randomize(model, "second", seed=6)
     model.base_model.set_adapter(["default", "second"])
     model.save_pretrained(tmp_path)
@@ -193,7 +207,10 @@ def test_factors_are_used_as_they_are(base, tmp_path):
 
 def test_half_precision_is_widened_before_it_is_scaled(base, tmp_path):
     adapted(base, tmp_path, r=3, lora_alpha=1)
-    edit_tensors(tmp_path, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}))
+    edit_tensors(
+        tmp_path,
+        lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}),
+    )
     expert = mingle.read_adapter(tmp_path)["embed"]
     stored = load_file(tmp_path / "adapter_model.safetensors")["base_model.model.embed.lora_B.weight"]
     assert expert.A.dtype == expert.B.dtype == torch.float32
@@ -213,22 +230,29 @@ def test_gate_bias(base, x, saved):
 def test_names_with_the_adapter_inside(base, saved):
     experts = mingle.read_adapter(saved)
     rename = lambda name: name.replace(".weight", ".default.weight")  # noqa: E731
-    edit_tensors(saved, lambda tensors: [tensors.update({rename(name): tensors.pop(name)}) for name in list(tensors)])
+    edit_tensors(
+        saved, lambda tensors: [tensors.update({rename(name): tensors.pop(name)}) for name in list(tensors)]
+    )
     assert all(torch.equal(expert.B, experts[name].B) for name, expert in mingle.read_adapter(saved).items())
 
 
 def test_a_converted_pissa_adapter(base, x, tmp_path):
     base, x = base.float(), x.float()
     model = peft.get_peft_model(
-        copy.deepcopy(base), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["fc1", "fc2"], init_lora_weights="pissa")
+        copy.deepcopy(base),
+        peft.LoraConfig(r=2, lora_alpha=3, target_modules=["fc1", "fc2"], init_lora_weights="pissa"),
     ).eval()
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
     model.peft_config["default"].init_lora_weights = "pissa"
     randomize(model)
     model.save_pretrained(tmp_path / "plain")
-    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
-    with pytest.raises(CheckpointError, match="init_lora_weights='pissa'.*path_initial_model_for_weight_conversion"):
+    model.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    with pytest.raises(
+        CheckpointError, match="init_lora_weights='pissa'.*path_initial_model_for_weight_conversion"
+    ):
         mingle.read_adapter(tmp_path / "plain")
     mingle.add_adapter(base, tmp_path / "converted")
     torch.testing.assert_close(base(x), model(x), rtol=1e-5, atol=1e-5)
@@ -239,7 +263,9 @@ def test_fan_in_fan_out_describes_the_base_only(tmp_path):
     model = adapted(base, tmp_path, target_modules=["c_attn"], fan_in_fan_out=True)
     name = "transformer.h.0.attn.c_attn"
     expert = mingle.read_adapter(tmp_path)[name]
-    torch.testing.assert_close(expert.delta().T, model.base_model.model.get_submodule(name).get_delta_weight("default"))
+    torch.testing.assert_close(
+        expert.delta().T, model.base_model.model.get_submodule(name).get_delta_weight("default")
+    )
     with pytest.raises(ValueError, match=f"'{name}' is a Conv1D, not a torch.nn.Linear"):
         mingle.add_adapter(base, tmp_path)
 
@@ -277,8 +303,14 @@ def test_an_ambiguous_alpha_is_reported_and_resolved_as_peft_does(base, x, saved
         (dict(megatron_config={"a": 1}), "megatron_config is set"),
         (dict(bias="all"), "bias='all'"),
         (dict(bias="lora_only"), "bias='lora_only'"),
-        *((dict(init_lora_weights=init), f"init_lora_weights='{init}'.*save it with") for init in ("pissa_niter_4", "olora", "corda")),
-        *((dict(init_lora_weights=init), f"init_lora_weights='?{init}'?.* as they are$") for init in ("loftq", "new", 3)),
+        *(
+            (dict(init_lora_weights=init), f"init_lora_weights='{init}'.*save it with")
+            for init in ("pissa_niter_4", "olora", "corda")
+        ),
+        *(
+            (dict(init_lora_weights=init), f"init_lora_weights='?{init}'?.* as they are$")
+            for init in ("loftq", "new", 3)
+        ),
         (dict(r=None), "r=None: expected a positive integer"),
         (dict(r=0), "r=0"),
         (dict(r=True), "r=True"),
@@ -297,8 +329,13 @@ def test_an_ambiguous_alpha_is_reported_and_resolved_as_peft_does(base, x, saved
 )
 def test_refused_options(saved, options, message):
     if options.get("lora_alpha") == 1.7e308:
-        edit_tensors(saved, lambda tensors: tensors.update({name: tensor.abs() + 10 for name, tensor in tensors.items()}))
-        edit_tensors(saved, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".embed." not in name])
+        edit_tensors(
+            saved,
+            lambda tensors: tensors.update({name: tensor.abs() + 10 for name, tensor in tensors.items()}),
+        )
+        edit_tensors(
+            saved, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".embed." not in name]
+        )
     configure(saved, **options)
     with pytest.raises(CheckpointError, match=message) as caught:
         mingle.read_adapter(saved)
@@ -309,7 +346,9 @@ def test_refused_options(saved, options, message):
 def test_variants_are_refused_by_their_tensors_too(base, tmp_path, option):
     adapted(base, tmp_path, **{option: True})
     configure(tmp_path, **{option: False})
-    with pytest.raises(CheckpointError, match=r"tensor '.*lora_(magnitude_vector|B.bias)' is no factor of a linear layer"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor '.*lora_(magnitude_vector|B.bias)' is no factor of a linear layer"
+    ):
         mingle.read_adapter(tmp_path)
 
 
@@ -339,13 +378,31 @@ FC1 = "base_model.model.blocks.1.fc1.lora_{}.weight"
         (lambda t: t.pop(FC1.format("B")), "layer 'blocks.1.fc1' has .*lora_A.weight' and no lora_B"),
         (lambda t: t.pop(FC1.format("A")), "layer 'blocks.1.fc1' has .*lora_B.weight' and no lora_A"),
         (lambda t: t.clear(), "no tensors"),
-        (lambda t: t.update({FC1.format("A"): torch.zeros(3, 8)}), r"lora_A.weight' \[3, 8\] and .*lora_B.weight' \[12, 4\]: expected \[4"),
-        (lambda t: t.update({FC1.format("B"): torch.zeros(12, 3)}), r"lora_B.weight' \[12, 3\]: expected \[4, d_in\] and \[d_out, 4\]"),
+        (
+            lambda t: t.update({FC1.format("A"): torch.zeros(3, 8)}),
+            r"lora_A.weight' \[3, 8\] and .*lora_B.weight' \[12, 4\]: expected \[4",
+        ),
+        (
+            lambda t: t.update({FC1.format("B"): torch.zeros(12, 3)}),
+            r"lora_B.weight' \[12, 3\]: expected \[4, d_in\] and \[d_out, 4\]",
+        ),
         (lambda t: t.update({FC1.format("B"): torch.zeros(12)}), r"lora_B.weight' \[12\]"),
-        (lambda t: t.update({FC1.format("B"): torch.zeros(12, 4).int()}), "blocks.1.fc1.lora_B.weight' is of torch.int32"),
-        (lambda t: t[FC1.format("B")][2:4, 1].fill_(torch.nan), r"blocks.1.fc1.lora_B.weight': 2 of 48 values .* first at \(2, 1\)"),
-        (lambda t: t.update({"blocks.0.fc1.weight": torch.zeros(2)}), "tensor 'blocks.0.fc1.weight' is no factor"),
-        (lambda t: t.update({FC1.format("A").replace("A.", "A.other."): torch.zeros(4, 8)}), "more than one adapter"),
+        (
+            lambda t: t.update({FC1.format("B"): torch.zeros(12, 4).int()}),
+            "blocks.1.fc1.lora_B.weight' is of torch.int32",
+        ),
+        (
+            lambda t: t[FC1.format("B")][2:4, 1].fill_(torch.nan),
+            r"blocks.1.fc1.lora_B.weight': 2 of 48 values .* first at \(2, 1\)",
+        ),
+        (
+            lambda t: t.update({"blocks.0.fc1.weight": torch.zeros(2)}),
+            "tensor 'blocks.0.fc1.weight' is no factor",
+        ),
+        (
+            lambda t: t.update({FC1.format("A").replace("A.", "A.other."): torch.zeros(4, 8)}),
+            "more than one adapter",
+        ),
     ],
 )
 def test_refused_tensors(saved, edit, message):
@@ -361,11 +418,15 @@ def test_refused_files(base, saved, tmp_path):
         mingle.read_adapter(tmp_path)
     outside = tmp_path / "outside.safetensors"
     weights.rename(outside)
-    (saved / "model.safetensors").write_bytes(outside.read_bytes())  # other weights beside it are not looked at
+    (saved / "model.safetensors").write_bytes(
+        outside.read_bytes()
+    )  # other weights beside it are not looked at
     with pytest.raises(CheckpointError, match=f"{saved}: no adapter_model.safetensors"):
         mingle.read_adapter(saved)
     (saved / "adapter_model.bin").write_bytes(b"never read")
-    with pytest.raises(CheckpointError, match="(?s)pickle checkpoints are refused.*convert it.*adapter_model.safetensors"):
+    with pytest.raises(
+        CheckpointError, match="(?s)pickle checkpoints are refused.*convert it.*adapter_model.safetensors"
+    ):
         mingle.read_adapter(saved)
     weights.symlink_to(outside)
     with pytest.raises(CheckpointError, match="refusing a symlink"):
@@ -391,15 +452,27 @@ def expert(d_out: int, d_in: int, rank: int = 2) -> LowRankExpert:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"blocks.0.fc3": expert(12, 8)}, "in 1 of 2 layers: 'blocks.0.fc3' is not in the model; did you mean 'blocks.0.fc[12]'"),
+        (
+            {"blocks.0.fc3": expert(12, 8)},
+            "in 1 of 2 layers: 'blocks.0.fc3' is not in the model; did you mean 'blocks.0.fc[12]'",
+        ),
         ({"fc1": expert(12, 8)}, "'fc1' is not in the model"),
         ({"": expert(12, 8)}, "'' is not in the model"),
         ({"conv": expert(8, 8)}, "'conv' is a Conv1d, not a torch.nn.Linear"),
         ({"blocks": expert(8, 8)}, "'blocks' is a ModuleList"),
-        ({"embed": expert(6, 8)}, r"'embed': A has shape \[2, 8\] and B \[6, 2\], expected \[r, 6\] and \[8, r\]"),
-        ({"embed": LowRankExpert(torch.randn(2, 6), torch.randn(8, 3))}, r"'embed': A has shape \[2, 6\] and B \[8, 3\]"),
+        (
+            {"embed": expert(6, 8)},
+            r"'embed': A has shape \[2, 8\] and B \[6, 2\], expected \[r, 6\] and \[8, r\]",
+        ),
+        (
+            {"embed": LowRankExpert(torch.randn(2, 6), torch.randn(8, 3))},
+            r"'embed': A has shape \[2, 6\] and B \[8, 3\]",
+        ),
         ({"embed": LowRankExpert(torch.randn(6), torch.randn(8, 6))}, r"'embed': A has shape \[6\]"),
-        ({"embed": LowRankExpert(torch.randn(2, 6), torch.full((8, 2), torch.inf))}, "'embed': B is not finite"),
+        (
+            {"embed": LowRankExpert(torch.randn(2, 6), torch.full((8, 2), torch.inf))},
+            "'embed': B is not finite",
+        ),
         ({f"blocks.{i}.fc1": expert(12, 8) for i in range(2, 10)}, "in 8 of 9 layers: .*; and 3 more"),
     ],
 )
@@ -413,7 +486,11 @@ def test_an_adapter_that_does_not_fit_changes_nothing(base, extra, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(dict(reduce="mean"), "reduce='mean'"), (dict(gate_bias=float("inf")), "gate_bias=inf"), (dict(adapter={}), "no experts")],
+    [
+        (dict(reduce="mean"), "reduce='mean'"),
+        (dict(gate_bias=float("inf")), "gate_bias=inf"),
+        (dict(adapter={}), "no experts"),
+    ],
     ids=str,
 )
 def test_wrong_arguments_change_nothing(base, options, message):
@@ -458,7 +535,9 @@ def test_layers_whose_owner_reads_their_weight_are_refused():
     with pytest.raises(ValueError, match="'0' is a Special, not a torch.nn.Linear"):
         mingle.add_adapter(nn.Sequential(Special(4, 4)), {"0": expert(4, 4)})
     encoder = nn.TransformerEncoderLayer(4, 2, 8)
-    with pytest.raises(ValueError, match="'linear1' cannot take experts: torch.nn.TransformerEncoderLayer reads its weight"):
+    with pytest.raises(
+        ValueError, match="'linear1' cannot take experts: torch.nn.TransformerEncoderLayer reads its weight"
+    ):
         mingle.add_adapter(encoder, {"linear1": expert(8, 4)})
 
 
@@ -472,7 +551,9 @@ def test_from_dense_is_the_truncated_svd(rank, dtype):
     assert factors.A.dtype == factors.B.dtype == dtype
     U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
     best = (U[:, :kept] * S[:kept]) @ Vh[:kept]
-    torch.testing.assert_close(factors.B.double() @ factors.A.double(), best, rtol=0, atol=20 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        factors.B.double() @ factors.A.double(), best, rtol=0, atol=20 * torch.finfo(dtype).eps
+    )
 
 
 def test_from_dense_in_a_layer():

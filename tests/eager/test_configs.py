@@ -1,4 +1,6 @@
-"""Which tile a Triton kernel runs with: the rule's invariants on several chips, and what takes precedence over the rule."""
+"""Which tile a Triton kernel runs with: the rule's invariants on several chips, and what takes precedence
+over the rule.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="kernels.configs belongs to the Triton kernels")
 
-from mingle.kernels import configs  # noqa: E402
-from mingle.kernels.configs import Chip, Tile  # noqa: E402
+from mingle.kernels import tiles  # noqa: E402
+from mingle.kernels.tiles import Chip, Tile  # noqa: E402
 
 H100 = Chip("cuda", "NVIDIA H100", 90, 132, 232_448)
 CHIPS = {
@@ -37,7 +39,7 @@ launches = given(
     kernel=st.sampled_from(KERNELS),
     chip=st.sampled_from(sorted(CHIPS)).map(CHIPS.__getitem__),
     arithmetic=st.sampled_from(sorted(ITEMSIZE)),
-    rows=st.integers(1, 1 << 20).map(configs.bucket),
+    rows=st.integers(1, 1 << 20).map(tiles.bucket),
     columns=st.integers(1, 20_000),
     strain=st.sampled_from(STRAINS),
 )
@@ -46,20 +48,20 @@ launches = given(
 @pytest.fixture(autouse=True)
 def _own_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("MINGLE_CACHE", str(tmp_path))
-    monkeypatch.setattr(configs, "COMMITTED", {})
+    monkeypatch.setattr(tiles, "COMMITTED", {})
     forget()
     yield
     forget()
 
 
 def forget() -> None:
-    configs._choose.cache_clear()
-    configs.store.cache_clear()
+    tiles._choose.cache_clear()
+    tiles.store.cache_clear()
 
 
 def on(monkeypatch: pytest.MonkeyPatch, chip: Chip) -> None:
     """Take every tensor for one on `chip`, in another process than before."""
-    monkeypatch.setattr(configs, "chip", lambda device: chip)
+    monkeypatch.setattr(tiles, "chip", lambda device: chip)
     forget()
 
 
@@ -78,7 +80,7 @@ def stage_bytes(tile: Tile, arithmetic: str) -> int:
 
 @given(st.integers(1, 1 << 31))
 def test_buckets_are_the_next_power_of_two_from_sixteen_on(tokens):
-    size = configs.bucket(tokens)
+    size = tiles.bucket(tokens)
     assert size >= 16 and size & (size - 1) == 0
     assert tokens <= size
     assert size == 16 or tokens > size // 2
@@ -86,8 +88,10 @@ def test_buckets_are_the_next_power_of_two_from_sixteen_on(tokens):
 
 @settings(deadline=None, derandomize=True)
 @launches
-def test_tiles_are_powers_of_two_that_a_matrix_instruction_takes(kernel, chip, arithmetic, rows, columns, strain):
-    tile = configs.rule(kernel, chip, arithmetic, rows, columns, strain)
+def test_tiles_are_powers_of_two_that_a_matrix_instruction_takes(
+    kernel, chip, arithmetic, rows, columns, strain
+):
+    tile = tiles.rule(kernel, chip, arithmetic, rows, columns, strain)
     assert all(size >= 16 and size & (size - 1) == 0 for size in tile[:3])
     assert tile.warps in (4, 8)
     assert tile.stages >= 2
@@ -96,24 +100,26 @@ def test_tiles_are_powers_of_two_that_a_matrix_instruction_takes(kernel, chip, a
 @settings(deadline=None, derandomize=True)
 @launches
 def test_all_stages_fit_in_shared_memory(kernel, chip, arithmetic, rows, columns, strain):
-    tile = configs.rule(kernel, chip, arithmetic, rows, columns, strain)
+    tile = tiles.rule(kernel, chip, arithmetic, rows, columns, strain)
     assert tile.stages * stage_bytes(tile, arithmetic) <= chip.shared_memory
 
 
 @settings(deadline=None, derandomize=True)
 @launches
 def test_the_grid_fills_the_chip_where_a_tile_can(kernel, chip, arithmetic, rows, columns, strain):
-    tile = configs.rule(kernel, chip, arithmetic, rows, columns, strain)
+    tile = tiles.rule(kernel, chip, arithmetic, rows, columns, strain)
     enough = 0.9 * chip.multiprocessors
     widest = max(32, 1 << (columns - 1).bit_length())
     allowed = [
         other
-        for other in configs._tiles(arithmetic, strain)
-        if configs._fits(kernel, chip, other) and other.rows <= rows and other.columns <= widest
+        for other in tiles._tiles(arithmetic, strain)
+        if tiles._fits(kernel, chip, other) and other.rows <= rows and other.columns <= widest
     ]
     if any(programs(other, rows, columns) >= enough for other in allowed):
         assert programs(tile, rows, columns) >= enough
-        assert all(programs(other, rows, columns) < enough for other in allowed if area(other) > area(tile)), "a larger tile would do"
+        assert all(
+            programs(other, rows, columns) < enough for other in allowed if area(other) > area(tile)
+        ), "a larger tile would do"
     else:
         assert area(tile) == min(map(area, allowed))
 
@@ -121,22 +127,30 @@ def test_the_grid_fills_the_chip_where_a_tile_can(kernel, chip, arithmetic, rows
 @settings(deadline=None, derandomize=True)
 @launches
 def test_more_tokens_never_get_a_smaller_tile(kernel, chip, arithmetic, rows, columns, strain):
-    few, many = (configs.rule(kernel, chip, arithmetic, tokens, columns, strain) for tokens in (rows, 2 * rows))
+    few, many = (tiles.rule(kernel, chip, arithmetic, tokens, columns, strain) for tokens in (rows, 2 * rows))
     assert area(few) <= area(many)
 
 
 @settings(deadline=None, derandomize=True)
 @launches
-def test_a_launch_that_strains_the_registers_never_gets_a_larger_tile(kernel, chip, arithmetic, rows, columns, strain):
-    strained, plain = (configs.rule(kernel, chip, arithmetic, rows, columns, which) for which in (strain, "plain"))
+def test_a_launch_that_strains_the_registers_never_gets_a_larger_tile(
+    kernel, chip, arithmetic, rows, columns, strain
+):
+    strained, plain = (
+        tiles.rule(kernel, chip, arithmetic, rows, columns, which) for which in (strain, "plain")
+    )
     assert area(strained) <= area(plain)
 
 
 @pytest.mark.parametrize("chip", [chip for chip in CHIPS if chip != "RTX 5090"])
 @pytest.mark.parametrize("arithmetic", ITEMSIZE)
 def test_the_published_cases_get_tiles_of_their_size(chip, arithmetic):
-    large, small = (configs.rule("expand", CHIPS[chip], arithmetic, configs.bucket(tokens), 768) for tokens in (25216, 50))
-    assert area(large) == max(area(tile) for tile in configs._tiles(arithmetic) if configs._fits("expand", CHIPS[chip], tile))
+    large, small = (
+        tiles.rule("expand", CHIPS[chip], arithmetic, tiles.bucket(tokens), 768) for tokens in (25216, 50)
+    )
+    assert area(large) == max(
+        area(tile) for tile in tiles._tiles(arithmetic) if tiles._fits("expand", CHIPS[chip], tile)
+    )
     assert (small.rows, small.columns) == (16, 32)
 
 
@@ -144,29 +158,40 @@ def test_the_published_cases_get_tiles_of_their_size(chip, arithmetic):
 def test_the_largest_tile_goes_only_where_registers_hold_it(chip):
     """128 × 256 takes Hopper's wgmma or the tensor memory of B200s, and no fold: elsewhere it spills."""
     for kernel, arithmetic in product(KERNELS, ITEMSIZE):
-        tile = configs.rule(kernel, CHIPS[chip], arithmetic, 1 << 17, 3072)
+        tile = tiles.rule(kernel, CHIPS[chip], arithmetic, 1 << 17, 3072)
         possible = chip in ("H100", "B200") and kernel != "fold" and arithmetic in ("float16", "bfloat16")
         assert (area(tile) == 128 * 256) == possible, (kernel, arithmetic)
 
 
 @pytest.mark.parametrize("arithmetic", ITEMSIZE)
 def test_the_interpreter_gets_tiles_that_small_tensors_span_several_of(arithmetic):
-    tile = configs.rule("expand", configs.INTERPRETER, arithmetic, 1 << 20, 1 << 20)
+    tile = tiles.rule("expand", tiles.INTERPRETER, arithmetic, 1 << 20, 1 << 20)
     assert max(tile[:3]) <= 32
 
 
 @pytest.mark.parametrize(
     ("rank", "limit", "block"),
-    [(1, 64, 16), (3, 64, 16), (16, 64, 16), (17, 64, 32), (64, 64, 64), (200, 64, 64), (200, 256, 256), (64, 32, 32)],
+    [
+        (1, 64, 16),
+        (3, 64, 16),
+        (16, 64, 16),
+        (17, 64, 32),
+        (64, 64, 64),
+        (200, 64, 64),
+        (200, 256, 256),
+        (64, 32, 32),
+    ],
 )
 def test_ranks_are_taken_in_powers_of_two_from_sixteen_to_the_limit(rank, limit, block):
-    assert configs.rank_block(rank, limit) == block
+    assert tiles.rank_block(rank, limit) == block
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_large_launches_that_strain_the_registers_get_smaller_tiles(chip):
     for arithmetic, strain in (("bfloat16", "special"), ("float16", "ragged"), ("tf32", "ragged")):
-        strained, plain = (configs.rule("expand", CHIPS[chip], arithmetic, 1 << 17, 3072, which) for which in (strain, "plain"))
+        strained, plain = (
+            tiles.rule("expand", CHIPS[chip], arithmetic, 1 << 17, 3072, which) for which in (strain, "plain")
+        )
         assert area(strained) < area(plain), (arithmetic, strain)
 
 
@@ -185,9 +210,9 @@ def test_large_launches_that_strain_the_registers_get_smaller_tiles(chip):
     ],
 )
 def test_rows_that_are_not_whole_pieces_strain_the_registers(tensor, strain):
-    assert configs.strain([tensor], [48], special=False) == strain
-    assert configs.strain([tensor], [48], special=True) == ("special" if strain == "plain" else "ragged")
-    assert configs.strain([tensor], [48, 40], special=False) == "ragged"
+    assert tiles.strain([tensor], [48], special=False) == strain
+    assert tiles.strain([tensor], [48], special=True) == ("special" if strain == "plain" else "ragged")
+    assert tiles.strain([tensor], [48, 40], special=False) == "ragged"
 
 
 @pytest.fixture
@@ -201,21 +226,27 @@ def _fp32_settings() -> Iterator[None]:
 def test_fp32_means_ieee_unless_the_user_allowed_tf32():
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
     matmul = torch.backends.cuda.matmul
-    assert configs.precision(on_gpu) == "ieee"
+    assert tiles.precision(on_gpu) == "ieee"
     for allow, forbid in (
-        (lambda: setattr(matmul, "fp32_precision", "tf32"), lambda: setattr(matmul, "fp32_precision", "ieee")),
+        (
+            lambda: setattr(matmul, "fp32_precision", "tf32"),
+            lambda: setattr(matmul, "fp32_precision", "ieee"),
+        ),
         (lambda: setattr(matmul, "allow_tf32", True), lambda: setattr(matmul, "allow_tf32", False)),
-        (lambda: torch.set_float32_matmul_precision("high"), lambda: torch.set_float32_matmul_precision("highest")),
+        (
+            lambda: torch.set_float32_matmul_precision("high"),
+            lambda: torch.set_float32_matmul_precision("highest"),
+        ),
     ):
         allow()
-        assert configs.precision(on_gpu) == "tf32"
-        assert configs._arithmetic(on_gpu) == "tf32"
-        assert configs._arithmetic(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)) == "bfloat16"
-        assert configs.precision(torch.zeros(1)) == "ieee"  # the setting speaks of CUDA products
-        assert configs._arithmetic(torch.zeros(1)) == "float32"
+        assert tiles.precision(on_gpu) == "tf32"
+        assert tiles._arithmetic(on_gpu) == "tf32"
+        assert tiles._arithmetic(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)) == "bfloat16"
+        assert tiles.precision(torch.zeros(1)) == "ieee"  # the setting speaks of CUDA products
+        assert tiles._arithmetic(torch.zeros(1)) == "float32"
         forbid()
-        assert configs.precision(on_gpu) == "ieee"
-        assert configs._arithmetic(on_gpu) == "float32"
+        assert tiles.precision(on_gpu) == "ieee"
+        assert tiles._arithmetic(on_gpu) == "float32"
 
 
 X = torch.zeros(1, dtype=torch.bfloat16)
@@ -226,24 +257,24 @@ FOUND, SHIPPED = Tile(32, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2)
 
 def test_the_rule_serves_what_nobody_measured(monkeypatch):
     on(monkeypatch, H100)
-    assert configs.choose(*LAUNCH) == configs.rule("expand", H100, "bfloat16", 1024, 3072)
+    assert tiles.choose(*LAUNCH) == tiles.rule("expand", H100, "bfloat16", 1024, 3072)
 
 
 def test_a_committed_tile_comes_before_the_rule_and_a_found_one_before_it(monkeypatch):
     on(monkeypatch, H100)
-    monkeypatch.setitem(configs.COMMITTED, KEY, SHIPPED)
-    assert configs.choose(*LAUNCH) == SHIPPED
-    configs.store().put(KEY, FOUND)
+    monkeypatch.setitem(tiles.COMMITTED, KEY, SHIPPED)
+    assert tiles.choose(*LAUNCH) == SHIPPED
+    tiles.store().put(KEY, FOUND)
     forget()
-    assert configs.choose(*LAUNCH) == FOUND
-    assert isinstance(configs.choose(*LAUNCH), Tile)  # JSON knows only lists
+    assert tiles.choose(*LAUNCH) == FOUND
+    assert isinstance(tiles.choose(*LAUNCH), Tile)  # JSON knows only lists
 
 
 def test_a_measured_tile_holds_for_its_own_launch_only(monkeypatch):
     on(monkeypatch, H100)
-    monkeypatch.setitem(configs.COMMITTED, KEY, SHIPPED)
+    monkeypatch.setitem(tiles.COMMITTED, KEY, SHIPPED)
     for tokens in (513, 800, 1024):  # one bucket
-        assert configs.choose("expand", X, tokens, 3072, 768) == SHIPPED
+        assert tiles.choose("expand", X, tokens, 3072, 768) == SHIPPED
     kernel, x, tokens, columns, depth = LAUNCH
     for other in (
         ("shrink", x, tokens, columns, depth),
@@ -252,19 +283,21 @@ def test_a_measured_tile_holds_for_its_own_launch_only(monkeypatch):
         (kernel, x, tokens, 768, depth),
         (kernel, x, tokens, columns, 3072),
     ):
-        assert configs.choose(*other) != SHIPPED
+        assert tiles.choose(*other) != SHIPPED
     for strain in ("special", "ragged"):
-        assert configs.choose(*LAUNCH, strain) == configs.rule("expand", H100, "bfloat16", 1024, 3072, strain)
+        assert tiles.choose(*LAUNCH, strain) == tiles.rule("expand", H100, "bfloat16", 1024, 3072, strain)
     on(monkeypatch, CHIPS["A100"])
-    assert configs.choose(*LAUNCH) != SHIPPED
+    assert tiles.choose(*LAUNCH) != SHIPPED
 
 
-def timer(seconds: Callable[[Tile], float]) -> tuple[Callable[[], object], Callable[[Callable[[], object]], float], list[Tile]]:
+def timer(
+    seconds: Callable[[Tile], float],
+) -> tuple[Callable[[], object], Callable[[Callable[[], object]], float], list[Tile]]:
     """A launch, a clock by which it takes `seconds` of the tile it was launched with, and the tiles it saw."""
     seen: list[Tile] = []
 
     def launch() -> None:
-        seen.append(configs.choose(*LAUNCH))
+        seen.append(tiles.choose(*LAUNCH))
 
     def time(call: Callable[[], object]) -> float:
         call()
@@ -279,17 +312,17 @@ TRIED = [Tile(128, 128, 64, 8, 3), FOUND, Tile(16, 32, 64, 4, 4)]
 def test_search_keeps_the_fastest_for_this_user_and_chip(monkeypatch, tmp_path):
     on(monkeypatch, H100)
     launch, time, seen = timer(lambda tile: 1.0 if tile == FOUND else 2.0)
-    assert configs.choose(*LAUNCH) != FOUND
-    assert configs.search(*LAUNCH, launch, time, TRIED) == FOUND
+    assert tiles.choose(*LAUNCH) != FOUND
+    assert tiles.search(*LAUNCH, launch, time, TRIED) == FOUND
     assert seen == TRIED
-    assert configs.choose(*LAUNCH) == FOUND
-    assert configs.choose("expand", X, 513, 3072, 768) == FOUND  # the same bucket
+    assert tiles.choose(*LAUNCH) == FOUND
+    assert tiles.choose("expand", X, 513, 3072, 768) == FOUND  # the same bucket
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text()) == {KEY: list(FOUND)}
     on(monkeypatch, CHIPS["A100"])
-    assert configs.choose(*LAUNCH) != FOUND
+    assert tiles.choose(*LAUNCH) != FOUND
     on(monkeypatch, H100)
-    assert configs.choose(*LAUNCH) == FOUND
+    assert tiles.choose(*LAUNCH) == FOUND
 
 
 @pytest.mark.parametrize(
@@ -309,57 +342,57 @@ def test_search_passes_over_tiles_that_cannot_be_launched(error, monkeypatch):
         return float(area(tile))
 
     launch, time, seen = timer(seconds)
-    assert configs.search(*LAUNCH, launch, time, TRIED) == TRIED[2]
+    assert tiles.search(*LAUNCH, launch, time, TRIED) == TRIED[2]
     assert seen == TRIED
 
 
 def test_search_that_launches_nothing_leaves_everything_as_it_was(monkeypatch, tmp_path):
     on(monkeypatch, H100)
-    before = configs.choose(*LAUNCH)
+    before = tiles.choose(*LAUNCH)
 
     def seconds(tile: Tile) -> float:
         raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
 
     launch, time, _ = timer(seconds)
     with pytest.raises(RuntimeError, match="expand: no tile could be launched on NVIDIA H100"):
-        configs.search(*LAUNCH, launch, time, TRIED)
-    assert configs.choose(*LAUNCH) == before
+        tiles.search(*LAUNCH, launch, time, TRIED)
+    assert tiles.choose(*LAUNCH) == before
     assert not any(tmp_path.iterdir())
 
 
 def test_an_error_of_the_launch_ends_the_search_and_its_tile(monkeypatch):
     on(monkeypatch, H100)
-    before = configs.choose(*LAUNCH)
+    before = tiles.choose(*LAUNCH)
 
     def seconds(tile: Tile) -> float:
         raise ValueError("x has shape")
 
     launch, time, _ = timer(seconds)
     with pytest.raises(ValueError, match="x has shape"):
-        configs.search(*LAUNCH, launch, time, TRIED)
-    assert configs.choose(*LAUNCH) == before
+        tiles.search(*LAUNCH, launch, time, TRIED)
+    assert tiles.choose(*LAUNCH) == before
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("arithmetic", ITEMSIZE)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_candidates_can_be_launched_and_hold_the_rules_tiles(chip, arithmetic, kernel):
-    tried = configs.candidates(kernel, CHIPS[chip], arithmetic)
+    tried = tiles.candidates(kernel, CHIPS[chip], arithmetic)
     assert len(tried) == len(set(tried))
     assert all(tile.stages * stage_bytes(tile, arithmetic) <= CHIPS[chip].shared_memory for tile in tried)
-    assert all(configs._fits(kernel, CHIPS[chip], tile) for tile in tried)
+    assert all(tiles._fits(kernel, CHIPS[chip], tile) for tile in tried)
     sizes = {(tile.rows, tile.columns) for tile in tried}
     for rows in (16, 1024, 1 << 17):
-        tile = configs.rule(kernel, CHIPS[chip], arithmetic, rows, 768)
+        tile = tiles.rule(kernel, CHIPS[chip], arithmetic, rows, 768)
         assert (tile.rows, tile.columns) in sizes
 
 
 def test_search_tries_the_candidates_unless_told_otherwise(monkeypatch):
     on(monkeypatch, H100)
     launch, time, seen = timer(lambda tile: float(area(tile)))
-    configs.search(*LAUNCH, launch, time)
-    assert seen == configs.candidates("expand", H100, "bfloat16")
+    tiles.search(*LAUNCH, launch, time)
+    assert seen == tiles.candidates("expand", H100, "bfloat16")
 
 
 def test_cpu_tensors_run_in_the_interpreter():
-    assert configs.chip(torch.device("cpu")) == configs.INTERPRETER
+    assert tiles.chip(torch.device("cpu")) == tiles.INTERPRETER

@@ -1,4 +1,6 @@
-"""Data-parallel adaptation: gradients are reduced before they are projected, so that all processes and a single one make the same step."""
+"""Data-parallel adaptation: gradients are reduced before they are projected, so that all processes and a
+single one make the same step.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ WORKER = """
 import sys, torch, torch.distributed as dist
 from torch import nn
 from mingle import MingleLinear
-from mingle.gate_step import GateStep
-from mingle.relaxation import RelaxedProjector
+from mingle.adaptation.optimizer import GateStep
+from mingle.adaptation.projector import RelaxedProjector
 
 rank, world, folder, broken = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "broken"
 if world > 1:
@@ -52,12 +54,17 @@ if world > 1:
 """
 
 
-@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="PyTorch without gloo")
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="PyTorch without gloo",
+)
 @pytest.mark.parametrize("case", ["sound", "broken"])
 def test_two_processes_make_the_step_of_one(case, tmp_path: Path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     runs = [(rank, world) for world in (1, 2) for rank in range(world)]
-    commands = [[sys.executable, "-c", WORKER, str(rank), str(world), str(tmp_path), case] for rank, world in runs]
+    commands = [
+        [sys.executable, "-c", WORKER, str(rank), str(world), str(tmp_path), case] for rank, world in runs
+    ]
     workers = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for command in commands]
     for worker in workers:
         _, errors = worker.communicate(timeout=100)

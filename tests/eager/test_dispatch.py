@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mingle import dispatch, ops
+from mingle import ops
 from mingle.functional import gated_experts
-from mingle.kernels import reference
+from mingle.kernels.gated_experts import reference
+from mingle.ops import dispatch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -51,7 +52,9 @@ def installed(monkeypatch: pytest.MonkeyPatch, triton: bool) -> None:
 # ---- folding
 
 
-@pytest.mark.parametrize(("d_in", "d_out", "most"), [(768, 768, 384), (768, 3072, 614), (3072, 768, 614), (8, 8, 4)])
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "most"), [(768, 768, 384), (768, 3072, 614), (3072, 768, 614), (8, 8, 4)]
+)
 def test_folding_pays_beyond_the_published_threshold(d_in, d_out, most):
     assert not dispatch.folding_pays(most, d_in, d_out)
     assert dispatch.folding_pays(most + 1, d_in, d_out)
@@ -77,7 +80,10 @@ def test_only_tokens_that_all_share_their_gates_are_folded(backend):
 def problem(*leading: int) -> dict[str, torch.Tensor]:
     """Eight inputs and outputs, so that folding pays for five tokens and more."""
     sizes = dict(weight=(8, 8), bias=(8,), A=(3, 2, 8), B=(3, 8, 2), gate_weight=(3, 8), gate_bias=(3,))
-    return {name: torch.randn(*size, dtype=torch.float64) for name, size in (sizes | dict(x=(*leading, 8))).items()}
+    return {
+        name: torch.randn(*size, dtype=torch.float64)
+        for name, size in (sizes | dict(x=(*leading, 8))).items()
+    }
 
 
 @pytest.fixture
@@ -96,11 +102,16 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("backend", ["auto", "grouped"])
-@pytest.mark.parametrize(("leading", "form"), [((2, 2), "LOW_RANK"), ((4,), "LOW_RANK"), ((5,), "FOLDED"), ((2, 3), "FOLDED")])
+@pytest.mark.parametrize(
+    ("leading", "form"), [((2, 2), "LOW_RANK"), ((4,), "LOW_RANK"), ((5,), "FOLDED"), ((2, 3), "FOLDED")]
+)
 def test_batch_gates_fold_above_the_threshold_and_only_there(backend, leading, form, used):
     p = problem(*leading)
     torch.testing.assert_close(
-        gated_experts(**p, reduce="batch", backend=backend), gated_experts(**p, reduce="batch", backend="eager"), rtol=1e-12, atol=1e-12
+        gated_experts(**p, reduce="batch", backend=backend),
+        gated_experts(**p, reduce="batch", backend="eager"),
+        rtol=1e-12,
+        atol=1e-12,
     )
     assert used == [f"{form} grouped"]
 
@@ -119,7 +130,10 @@ def test_batch_gates_fold_above_the_threshold_and_only_there(backend, leading, f
 def test_other_gates_fold_where_one_row_serves_all(leading, reduce, form, used):
     p = problem(*leading)
     torch.testing.assert_close(
-        gated_experts(**p, reduce=reduce), gated_experts(**p, reduce=reduce, backend="eager"), rtol=1e-12, atol=1e-12
+        gated_experts(**p, reduce=reduce),
+        gated_experts(**p, reduce=reduce, backend="eager"),
+        rtol=1e-12,
+        atol=1e-12,
     )
     assert used == [f"{form} grouped"]
 
@@ -135,8 +149,12 @@ def test_other_gates_fold_where_one_row_serves_all(leading, reduce, form, used):
     ],
 )
 def test_given_gates_fold_by_the_same_rule(shape, leading, form, used):
-    p = problem(*leading) | dict(gate_weight=None, gate_bias=None, gates=torch.randn(*shape, dtype=torch.float64))
-    torch.testing.assert_close(gated_experts(**p), gated_experts(**p, backend="eager"), rtol=1e-12, atol=1e-12)
+    p = problem(*leading) | dict(
+        gate_weight=None, gate_bias=None, gates=torch.randn(*shape, dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        gated_experts(**p), gated_experts(**p, backend="eager"), rtol=1e-12, atol=1e-12
+    )
     assert used == [f"{form} grouped"]
 
 
@@ -146,7 +164,9 @@ def test_both_forms_give_the_same_result_and_gradients(given_gates, masked, used
     p = problem(2, 6)
     mask = torch.arange(12).view(2, 6) % 3 > 0 if masked else None
     if given_gates:
-        p = {name: tensor for name, tensor in p.items() if not name.startswith("gate")} | dict(gates=torch.randn(3, dtype=torch.float64))
+        p = {name: tensor for name, tensor in p.items() if not name.startswith("gate")} | dict(
+            gates=torch.randn(3, dtype=torch.float64)
+        )
     upstream = torch.randn(2, 6, 8, dtype=torch.float64)
     results = []
     for folds in (True, False):
@@ -174,7 +194,9 @@ def test_folding_leaves_the_weight_bitwise_alone(used):
 def test_an_explicit_backend_is_taken_at_its_word(backend, used, monkeypatch):
     loops = []
     plain = reference.gated_experts
-    monkeypatch.setattr(reference, "gated_experts", lambda *arguments: (loops.append("eager"), plain(*arguments))[1])
+    monkeypatch.setattr(
+        reference, "gated_experts", lambda *arguments: (loops.append("eager"), plain(*arguments))[1]
+    )
     gated_experts(**problem(2, 9), backend=backend)
     assert (loops, used) == ((["eager"], []) if backend == "eager" else ([], ["LOW_RANK grouped"]))
 
@@ -197,7 +219,9 @@ def test_auto_is_grouped_on_the_cpu(dtype, monkeypatch):
 def test_auto_takes_the_cheaper_backend_on_a_gpu(monkeypatch):
     installed(monkeypatch, True)
     for winner in ("triton", "grouped"):
-        monkeypatch.setattr(dispatch, "seconds", lambda backend, *_, winner=winner: 1.0 if backend == winner else 2.0)
+        monkeypatch.setattr(
+            dispatch, "seconds", lambda backend, *_, winner=winner: 1.0 if backend == winner else 2.0
+        )
         assert dispatch.plan("auto", OnGpu((50, 768)), 1, 768, 1280).backend == winner
         assert dispatch.plan("auto", OnGpu((50, 768), torch.float64), 1, 768, 1280).backend == "grouped"
     installed(monkeypatch, False)
@@ -231,7 +255,11 @@ def test_what_keeps_the_kernels_from_running_is_said(device, dtype, reason, monk
     said = dispatch.without_triton(device, dtype)
     assert said is None if reason is None else reason in said
     if reason is not None:
-        x = torch.empty(1, 4, dtype=dtype, device="meta") if device.type != "cpu" else torch.empty(1, 4, dtype=dtype)
+        x = (
+            torch.empty(1, 4, dtype=dtype, device="meta")
+            if device.type != "cpu"
+            else torch.empty(1, 4, dtype=dtype)
+        )
         with pytest.raises(RuntimeError, match="backend='triton' cannot run: "):
             dispatch.plan("triton", OnGpu((1, 4), dtype, device) if device == CUDA else x, 1, 4, 2)
 
@@ -250,7 +278,9 @@ def test_a_missing_package_is_named_before_anything_else(monkeypatch):
     installed(monkeypatch, False)
     for device, dtype in ((CUDA, torch.float32), (CPU, torch.float64)):
         assert dispatch.without_triton(device, dtype) == "the package triton is not installed"
-    with pytest.raises(RuntimeError, match="backend='triton' cannot run: the package triton is not installed"):
+    with pytest.raises(
+        RuntimeError, match="backend='triton' cannot run: the package triton is not installed"
+    ):
         gated_experts(**problem(2, 3), backend="triton")
 
 
@@ -268,28 +298,43 @@ sizes = st.fixed_dictionaries(
 
 
 @settings(deadline=None, derandomize=True)
-@given(sizes, st.sampled_from(["tokens", "d_in", "d_out", "columns", "itemsize"]), st.sampled_from(["grouped", "triton"]))
+@given(
+    sizes,
+    st.sampled_from(["tokens", "d_in", "d_out", "columns", "itemsize"]),
+    st.sampled_from(["grouped", "triton"]),
+)
 def test_more_work_never_costs_less(size, grown, backend):
-    assert dispatch.seconds(backend, **(size | {grown: 2 * size[grown]})) >= dispatch.seconds(backend, **size) > 0
+    assert (
+        dispatch.seconds(backend, **(size | {grown: 2 * size[grown]}))
+        >= dispatch.seconds(backend, **size)
+        > 0
+    )
 
 
 @pytest.mark.parametrize(
-    ("tokens", "d_in", "d_out", "experts"), [(800, 768, 3072, 8), (50, 768, 768, 20), (1, 768, 768, 1)], ids=["b", "c", "one token"]
+    ("tokens", "d_in", "d_out", "experts"),
+    [(800, 768, 3072, 8), (50, 768, 768, 20), (1, 768, 768, 1)],
+    ids=["b", "c", "one token"],
 )
 def test_fewer_launches_win_where_launches_are_the_cost(tokens, d_in, d_out, experts, monkeypatch):
     installed(monkeypatch, True)
-    costs = [dispatch.seconds(backend, tokens, d_in, d_out, 64 * experts, 2) for backend in ("triton", "grouped")]
+    costs = [
+        dispatch.seconds(backend, tokens, d_in, d_out, 64 * experts, 2) for backend in ("triton", "grouped")
+    ]
     assert costs[0] < costs[1]
     assert dispatch.plan("auto", OnGpu((tokens, d_in)), 1, d_out, 64 * experts).backend == "triton"
 
 
 def test_the_vendors_products_win_where_arithmetic_is_all():
-    assert dispatch.seconds("grouped", 1 << 17, 8192, 8192, 8192, 2) < dispatch.seconds("triton", 1 << 17, 8192, 8192, 8192, 2)
+    assert dispatch.seconds("grouped", 1 << 17, 8192, 8192, 8192, 2) < dispatch.seconds(
+        "triton", 1 << 17, 8192, 8192, 8192, 2
+    )
 
 
 @pytest.mark.parametrize("backend", ["grouped", "triton"])
 @pytest.mark.parametrize(
-    ("floor", "size"), [(162e-6, (25216, 768, 768, 1280, 2)), (9e-6, (800, 768, 3072, 512, 2)), (2e-6, (50, 768, 768, 1280, 2))]
+    ("floor", "size"),
+    [(162e-6, (25216, 768, 768, 1280, 2)), (9e-6, (800, 768, 3072, 512, 2)), (2e-6, (50, 768, 768, 1280, 2))],
 )
 def test_no_modelled_time_is_below_the_hardware_limit(backend, floor, size):
     assert floor <= dispatch.seconds(backend, *size) < 10 * floor

@@ -42,7 +42,9 @@ def by_hand(p, reduce, mask=None):
                 seen = chosen.mean(0) if len(chosen) else torch.zeros_like(x[s, n])
             out = p["weight"] @ x[s, n] + p["bias"]
             for i in range(len(p["A"])):
-                out = out + (p["gate_weight"][i] @ seen + p["gate_bias"][i]) * (p["B"][i] @ (p["A"][i] @ x[s, n]))
+                out = out + (p["gate_weight"][i] @ seen + p["gate_bias"][i]) * (
+                    p["B"][i] @ (p["A"][i] @ x[s, n])
+                )
             y[s, n] = out
     return y
 
@@ -55,9 +57,16 @@ BACKENDS = ("auto", "eager", "grouped")
 @pytest.mark.parametrize("masked", [False, True])
 def test_matches_the_formula(backend, reduce, masked):
     p = problem()
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool) if masked else None
+    mask = (
+        torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
+        if masked
+        else None
+    )
     torch.testing.assert_close(
-        gated_experts(**p, reduce=reduce, mask=mask, backend=backend), by_hand(p, reduce, mask), rtol=1e-12, atol=1e-12
+        gated_experts(**p, reduce=reduce, mask=mask, backend=backend),
+        by_hand(p, reduce, mask),
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 
@@ -74,7 +83,10 @@ def test_padding_may_hold_nan():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     ("gates", "shared"),
-    [*product(("token", "sample", "batch"), (False, True)), *product(("given token", "given sample", "given batch"), (False,))],
+    [
+        *product(("token", "sample", "batch"), (False, True)),
+        *product(("given token", "given sample", "given batch"), (False,)),
+    ],
 )
 def test_padding_that_is_not_finite_reaches_no_gradient(backend, gates, bad, shared):
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
@@ -84,7 +96,11 @@ def test_padding_that_is_not_finite_reaches_no_gradient(backend, gates, bad, sha
         p["x"][~mask] = padding
         if gates.startswith("given"):
             rows = {"token": (3, 5), "sample": (3,), "batch": ()}[gates.removeprefix("given ")]
-            p |= dict(gate_weight=None, gate_bias=None, gates=torch.linspace(-1, 1, 4, dtype=torch.float64).expand(*rows, 4).clone())
+            p |= dict(
+                gate_weight=None,
+                gate_bias=None,
+                gates=torch.linspace(-1, 1, 4, dtype=torch.float64).expand(*rows, 4).clone(),
+            )
             reduce = "sample"
         leaves = {name: tensor.requires_grad_() for name, tensor in p.items() if tensor is not None}
         if shared:
@@ -94,10 +110,15 @@ def test_padding_that_is_not_finite_reaches_no_gradient(backend, gates, bad, sha
             y = sum(gated_experts_shared(x, [Projection(**p)] * 2, reduce=reduce, mask=mask, backend=backend))
         else:
             y = gated_experts(**p, reduce=reduce, mask=mask, backend=backend)
-        results.append(dict(zip(leaves, torch.autograd.grad(y[mask].square().sum(), list(leaves.values())), strict=True)))
+        results.append(
+            dict(zip(leaves, torch.autograd.grad(y[mask].square().sum(), list(leaves.values())), strict=True))
+        )
     for name, expected in results[0].items():
         for other in results[1:]:
-            assert torch.equal(other[name], expected) or (other[name] - expected).norm() <= 1e-14 * expected.norm(), name
+            assert (
+                torch.equal(other[name], expected)
+                or (other[name] - expected).norm() <= 1e-14 * expected.norm()
+            ), name
 
 
 def test_only_padding_may_be_anything():
@@ -111,11 +132,16 @@ def test_only_padding_may_be_anything():
 
 def test_padding_that_is_finite_has_its_gradient():
     """Its outputs are computed all the same, and whoever reads them is told the truth."""
-    p = {name: tensor.requires_grad_() for name, tensor in problem(shape=(2, 3), d_in=4, d_out=3, experts=2, rank=2).items()}
+    p = {
+        name: tensor.requires_grad_()
+        for name, tensor in problem(shape=(2, 3), d_in=4, d_out=3, experts=2, rank=2).items()
+    }
     mask = torch.tensor([[1, 0, 0], [1, 1, 0]], dtype=torch.bool)
     for backend in BACKENDS:
         torch.autograd.gradcheck(
-            lambda *values, backend=backend: gated_experts(**dict(zip(p, values, strict=True)), mask=mask, backend=backend),
+            lambda *values, backend=backend: gated_experts(
+                **dict(zip(p, values, strict=True)), mask=mask, backend=backend
+            ),
             list(p.values()),
         )
 
@@ -130,15 +156,22 @@ def test_a_fully_padded_sample_sees_only_the_gate_bias():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
 def test_gradients(backend, reduce):
-    p = {name: tensor.requires_grad_() for name, tensor in problem(shape=(2, 3), d_in=4, d_out=3, experts=2, rank=2).items()}
+    p = {
+        name: tensor.requires_grad_()
+        for name, tensor in problem(shape=(2, 3), d_in=4, d_out=3, experts=2, rank=2).items()
+    }
     names = list(p)
     torch.autograd.gradcheck(
-        lambda *values: gated_experts(**dict(zip(names, values, strict=True)), reduce=reduce, backend=backend), list(p.values())
+        lambda *values: gated_experts(
+            **dict(zip(names, values, strict=True)), reduce=reduce, backend=backend
+        ),
+        list(p.values()),
     )
 
 
 def test_gradient_reaches_x_through_every_gate():
-    # Leaving out Σ dz_i w_i gives wrong gradients in the layers below; with zero experts' weight it would be easy to miss.
+    # Leaving out Σ dz_i w_i gives wrong gradients in the layers below; with zero experts' weight it would be
+    # easy to miss.
     p = problem(experts=3)
     x = p["x"].requires_grad_()
     dy = torch.randn(3, 5, 6, dtype=torch.float64)
@@ -159,7 +192,9 @@ def test_given_gates_replace_the_linear_ones(backend):
     sample, batch = token[:, 0], token[0, 0]
     y = gated_experts(**p, gates=sample)
     torch.testing.assert_close(y, gated_experts(**p, gates=sample[:, None].expand(3, 5, 4)))
-    torch.testing.assert_close(gated_experts(**p, gates=batch), gated_experts(**p, gates=batch.expand(3, 5, 4)))
+    torch.testing.assert_close(
+        gated_experts(**p, gates=batch), gated_experts(**p, gates=batch.expand(3, 5, 4))
+    )
     assert not torch.allclose(y, gated_experts(**(p | {"gate_weight": linear[0], "gate_bias": linear[1]})))
     with pytest.raises(ValueError, match="gates has shape"):
         gated_experts(**p, gates=token[:2])
@@ -169,7 +204,9 @@ def test_given_gates_replace_the_linear_ones(backend):
 @pytest.mark.parametrize("shape", list(product((1, 2), (1, 3), (1, 5))))
 def test_given_gates_may_be_shared_along_any_dimension(backend, shape):
     p = problem(shape=(2, 3, 5)) | {"gate_weight": None, "gate_bias": None, "backend": backend}
-    gates = torch.randn(*shape, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    gates = torch.randn(
+        *shape, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
     y, expected = gated_experts(**p, gates=gates), gated_experts(**p, gates=gates.expand(2, 3, 5, 4))
     torch.testing.assert_close(y, expected)
     (grad,), (expected_grad,) = (torch.autograd.grad(value.square().sum(), gates) for value in (y, expected))
@@ -211,7 +248,9 @@ def test_grouped_agrees_with_eager(experts, rank, d_in, d_out, layout, reduce, d
         "sliced": torch.cat([x, x], -1)[..., ::2][..., :d_in] if d_in > 1 else x,
     }[layout]
     exact = gated_experts(**{k: v.double() for k, v in p.items()}, reduce=reduce, backend="eager")
-    error = (gated_experts(**p, reduce=reduce, backend="grouped").double() - exact).norm() / exact.norm().clamp_min(1e-30)
+    error = (
+        gated_experts(**p, reduce=reduce, backend="grouped").double() - exact
+    ).norm() / exact.norm().clamp_min(1e-30)
     assert error < (2e-6 if dtype == torch.float32 else 1e-13)
 
 
@@ -272,10 +311,14 @@ def test_relaxed_projection_is_the_identity_forward_and_projects_backward():
         relaxed_projection(weight, basis, lam[:2])
 
 
-@pytest.mark.parametrize("chosen", [[3, 0, 2, 4], [1, 1, 4, 4], [2, 2, 2, 2]], ids=["one expert each", "pairs", "one for all"])
+@pytest.mark.parametrize(
+    "chosen", [[3, 0, 2, 4], [1, 1, 4, 4], [2, 2, 2, 2]], ids=["one expert each", "pairs", "one for all"]
+)
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_one_hot_gates_take_the_chosen_expert(chosen, tokens):
-    """Sparse gates are computed differently for many and few tokens, for experts of one sample and of several."""
+    """Sparse gates are computed differently for many and few tokens, for experts of one sample and of
+    several.
+    """
     p = problem(shape=(4, tokens), experts=5)
     gates = torch.nn.functional.one_hot(torch.tensor(chosen), 5).double() * 0.7
     given = p | dict(gate_weight=None, gate_bias=None, gates=gates)

@@ -1,4 +1,6 @@
-"""Dense CPU products: either library gives the product for any strides, and which one is used is decided once and kept."""
+"""Dense CPU products: either library gives the product for any strides, and which one is used is decided once
+and kept.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ import torch.nn.functional as F
 
 from mingle.kernels import gemm
 
-SHAPES = ((5, 7, 9), (1, 7, 9), (5, 7, 1), (5, 1, 9), (1, 1, 1), (33, 65, 31), (64, 100, 48))  # rows, width, outputs
+SHAPES = (
+    (5, 7, 9),
+    (1, 7, 9),
+    (5, 7, 1),
+    (5, 1, 9),
+    (1, 1, 1),
+    (33, 65, 31),
+    (64, 100, 48),
+)  # rows, width, outputs
 LAYOUTS = ("contiguous", "transposed", "sliced", "every other", "expanded rows", "expanded columns")
 UNIT = 2.0**-23
 
@@ -42,7 +52,9 @@ def onednn() -> None:
 
 
 def laid_out(matrix: torch.Tensor, layout: str) -> torch.Tensor:
-    """`matrix` with other strides; whatever lies between its elements is NaN.  Expanded ones repeat the first row or column."""
+    """`matrix` with other strides; whatever lies between its elements is NaN.  Expanded ones repeat the first
+    row or column.
+    """
     rows, columns = matrix.shape
     if layout == "transposed":
         return matrix.T.contiguous().T
@@ -62,7 +74,9 @@ def laid_out(matrix: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def worst(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None) -> float:
-    """The distance to the exact product relative to |x| |W|ᵀ + |addend|, which unlike the product itself cannot cancel."""
+    """The distance to the exact product relative to |x| |W|ᵀ + |addend|, which unlike the product itself
+    cannot cancel.
+    """
     factors = [x.double(), weight.double(), torch.zeros(()).double() if addend is None else addend.double()]
     exact, size = (a @ b.mT + c for a, b, c in (factors, [factor.abs() for factor in factors]))
     assert got.shape == exact.shape
@@ -76,7 +90,10 @@ def worst(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, addend: torc
 def test_both_libraries_multiply_matrices_of_any_strides(library, x_layout, weight_layout, monkeypatch):
     monkeypatch.setenv("MINGLE_CPU_GEMM", library)
     for (rows, width, outputs), added in product(SHAPES, ("nothing", "bias", "onto")):
-        x, weight = laid_out(torch.randn(rows, width), x_layout), laid_out(torch.randn(outputs, width), weight_layout)
+        x, weight = (
+            laid_out(torch.randn(rows, width), x_layout),
+            laid_out(torch.randn(outputs, width), weight_layout),
+        )
         addend = {"nothing": None, "bias": torch.randn(outputs), "onto": torch.randn(rows, outputs)}[added]
         if added == "onto":
             got, plain = gemm.linear(x, weight, onto=addend.clone()), torch.addmm(addend, x, weight.mT)
@@ -115,7 +132,12 @@ def test_a_bias_may_be_strided_or_expanded(library, monkeypatch):
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(0, 3, 4), (3, 0, 4), (3, 4, 0)])
 def test_empty_products(library, rows, width, outputs, monkeypatch):
     monkeypatch.setenv("MINGLE_CPU_GEMM", library)
-    x, weight, bias, onto = torch.randn(rows, width), torch.randn(outputs, width), torch.randn(outputs), torch.randn(rows, outputs)
+    x, weight, bias, onto = (
+        torch.randn(rows, width),
+        torch.randn(outputs, width),
+        torch.randn(outputs),
+        torch.randn(rows, outputs),
+    )
     assert torch.equal(gemm.linear(x, weight, bias), F.linear(x, weight, bias))
     assert torch.equal(gemm.linear(x, weight, onto=onto.clone()), torch.addmm(onto, x, weight.mT))
 
@@ -165,14 +187,18 @@ def wrong_dtype(x, weight, bias, onto=None):
 
 
 def wrong_where_strided(x, weight, bias, onto=None):
-    return F.linear(x, torch.as_strided(weight, weight.shape, (weight.shape[1], 1)), bias) + (0 if onto is None else onto)
+    return F.linear(x, torch.as_strided(weight, weight.shape, (weight.shape[1], 1)), bias) + (
+        0 if onto is None else onto
+    )
 
 
 def addend_lost(x, weight, bias, onto=None):
     return F.linear(x, weight, bias)
 
 
-@pytest.mark.parametrize("operator", [missing, refusing, garbage, wrong_shape, wrong_dtype, wrong_where_strided, addend_lost])
+@pytest.mark.parametrize(
+    "operator", [missing, refusing, garbage, wrong_shape, wrong_dtype, wrong_where_strided, addend_lost]
+)
 def test_an_operator_that_is_missing_or_wrong_is_passed_over_in_silence(operator, monkeypatch, caplog):
     monkeypatch.setenv("MINGLE_CPU_GEMM", "onednn")
     asked = []
@@ -263,7 +289,8 @@ def test_small_products_are_never_timed(clock, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "expected"), [(0.4, "mkl"), (1.0, "mkl"), (1.19, "mkl"), (1.2, "mkl"), (1.21, "onednn"), (2.0, "onednn")]
+    ("ratio", "expected"),
+    [(0.4, "mkl"), (1.0, "mkl"), (1.19, "mkl"), (1.2, "mkl"), (1.21, "onednn"), (2.0, "onednn")],
 )
 def test_onednn_must_be_a_fifth_faster(ratio, expected, clock):
     clock.ratio = ratio

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mingle
-from mingle.layers import MingleLinear, count_parameters
+from mingle.nn.linear import MingleLinear, count_parameters
 
 
 def grown(experts=3, d_in=8, d_out=6, rank=2, reduce="sample") -> MingleLinear:
@@ -130,7 +130,12 @@ def test_strided_factors_are_accepted():
 
 
 def model() -> nn.Module:
-    return nn.ModuleDict({"a": nn.ModuleDict({"fc1": nn.Linear(4, 4), "xfc1": nn.Linear(4, 4)}), "fc1": nn.Linear(4, 3, bias=False)})
+    return nn.ModuleDict(
+        {
+            "a": nn.ModuleDict({"fc1": nn.Linear(4, 4), "xfc1": nn.Linear(4, 4)}),
+            "fc1": nn.Linear(4, 3, bias=False),
+        }
+    )
 
 
 def test_inject_takes_exact_suffixes_and_restore_puts_the_base_back():
@@ -156,7 +161,9 @@ def test_inject_errors_name_the_nearest_layer_and_change_nothing():
     attention = nn.MultiheadAttention(4, 1)
     with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
         mingle.inject(attention, ("out_proj",))
-    with pytest.raises(ValueError, match="'linear1' cannot take experts: torch.nn.TransformerEncoderLayer reads its weight"):
+    with pytest.raises(
+        ValueError, match="'linear1' cannot take experts: torch.nn.TransformerEncoderLayer reads its weight"
+    ):
         mingle.inject(nn.TransformerEncoderLayer(8, 2), ("linear1",))
 
 

@@ -7,20 +7,27 @@ import math
 import pytest
 import torch
 
-from mingle import linalg, projection
-from mingle.layers import LowRankExpert
+from mingle import linalg
+from mingle.adaptation.input_directions import extend, input_directions
 from mingle.linalg import basis, sketch, spectrum, subspace
-from mingle.projection import concatenated, make_experts, project_out_experts
-from mingle.subspace import extend, input_directions
+from mingle.methods import experts
+from mingle.methods.experts import concatenated, make_experts, project_out_experts
+from mingle.nn.linear import LowRankExpert
 
 
 def orthonormal(rows, columns, seed=0):
-    return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).Q
+    return torch.linalg.qr(
+        torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    ).Q
 
 
 def with_spectrum(m, n, sigma):
     k = len(sigma)
-    return orthonormal(m, k, 1) @ torch.diag(torch.as_tensor(sigma, dtype=torch.float64)) @ orthonormal(n, k, 2).T
+    return (
+        orthonormal(m, k, 1)
+        @ torch.diag(torch.as_tensor(sigma, dtype=torch.float64))
+        @ orthonormal(n, k, 2).T
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12), (2, 3, 6, 4)])
@@ -59,7 +66,8 @@ def test_factored_svd(m, n, R):
 
 
 @pytest.mark.parametrize(
-    ("sigma", "rank"), [([1.0], 1), ([1.0, 0.0, 0.0], 1), ([2.0, 2.0, 1e-30], 2), ([0.0, 0.0], 0), ([4.0, 2.0, 1.0], 2)]
+    ("sigma", "rank"),
+    [([1.0], 1), ([1.0, 0.0, 0.0], 1), ([2.0, 2.0, 1e-30], 2), ([0.0, 0.0], 0), ([4.0, 2.0, 1.0], 2)],
 )
 def test_effective_rank(sigma, rank):
     assert linalg.effective_rank(torch.tensor(sigma)) == rank
@@ -73,7 +81,10 @@ def test_effective_rank_is_the_exponential_of_the_entropy():
 
 @pytest.mark.parametrize("drop_diagonal", [False, True])
 def test_projection_of_equation_3(drop_diagonal):
-    experts = [LowRankExpert(torch.randn(3, 14, dtype=torch.float64), torch.randn(10, 3, dtype=torch.float64)) for _ in range(2)]
+    experts = [
+        LowRankExpert(torch.randn(3, 14, dtype=torch.float64), torch.randn(10, 3, dtype=torch.float64))
+        for _ in range(2)
+    ]
     delta = torch.randn(10, 14, dtype=torch.float64)
     U, S, Vh = torch.linalg.svd(sum(e.delta() for e in experts), full_matrices=True)
     alpha = linalg.effective_rank(S)
@@ -107,7 +118,9 @@ def test_make_experts():
 
 
 def test_top_subspace():
-    tokens = torch.randn(500, 12, dtype=torch.float64) @ torch.diag(torch.linspace(3, 0.1, 12, dtype=torch.float64))
+    tokens = torch.randn(500, 12, dtype=torch.float64) @ torch.diag(
+        torch.linspace(3, 0.1, 12, dtype=torch.float64)
+    )
     basis = linalg.top_subspace(tokens.T @ tokens, 3)
     exact = torch.linalg.svd(tokens, full_matrices=False).Vh[:3].T
     torch.testing.assert_close(basis @ basis.T, exact @ exact.T, atol=1e-9, rtol=0)
@@ -132,7 +145,9 @@ def test_extend_basis_reveals_the_rank():
 def test_extend_basis_is_a_qr_factorisation_where_nothing_is_dropped():
     old, new = orthonormal(12, 4), torch.randn(12, 3, dtype=torch.float64)
     exact = torch.linalg.qr(torch.cat([old, new], 1)).Q
-    torch.testing.assert_close((linalg.extend_basis(old, new) * exact).sum(0).abs(), torch.ones(7, dtype=torch.float64))
+    torch.testing.assert_close(
+        (linalg.extend_basis(old, new) * exact).sum(0).abs(), torch.ones(7, dtype=torch.float64)
+    )
 
 
 def test_extend_basis_ignores_scale_and_stops_at_the_whole_space():
@@ -202,7 +217,12 @@ def test_projecting_a_batch_equals_one_by_one(drop_diagonal):
     delta = torch.randn(3, 20, 25, dtype=torch.float64)
     at_once = project_out_experts(delta, B, A, drop_diagonal=drop_diagonal)
     for i in range(3):
-        torch.testing.assert_close(at_once[i], project_out_experts(delta[i], B[i], A[i], drop_diagonal=drop_diagonal), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            at_once[i],
+            project_out_experts(delta[i], B[i], A[i], drop_diagonal=drop_diagonal),
+            rtol=0,
+            atol=1e-9,
+        )
 
 
 def test_projecting_in_single_precision():
@@ -217,9 +237,12 @@ def test_projecting_in_single_precision():
 def test_make_experts_groups_layers_as_a_gpu_does(monkeypatch):
     shapes = {"q": (20, 20), "k": (20, 20), "fc1": (40, 20), "fc2": (20, 40)}
     deltas = {name: torch.randn(shape) for name, shape in shapes.items()}
-    earlier = {name: [LowRankExpert(torch.randn(3, shape[1]), torch.randn(shape[0], 3))] for name, shape in shapes.items()}
+    earlier = {
+        name: [LowRankExpert(torch.randn(3, shape[1]), torch.randn(shape[0], 3))]
+        for name, shape in shapes.items()
+    }
     expected = make_experts(deltas, earlier, rank=4)
-    monkeypatch.setattr(projection, "buckets", lambda matrices: iter([[0, 1], [2], [3]]))
+    monkeypatch.setattr(experts, "buckets", lambda matrices: iter([[0, 1], [2], [3]]))
     grouped = make_experts(deltas, earlier, rank=4)
     for name in shapes:
         torch.testing.assert_close(grouped[name].delta(), expected[name].delta(), rtol=1e-5, atol=1e-5)
@@ -227,7 +250,11 @@ def test_make_experts_groups_layers_as_a_gpu_does(monkeypatch):
 
 def test_make_experts_names_the_layer_with_nan():
     with pytest.raises(ValueError, match=r"'fc2' \[3, 4\] has non-finite entries: 1"):
-        make_experts({"fc1": torch.ones(3, 4), "fc2": torch.tensor([torch.nan] + 11 * [0.0]).view(3, 4)}, {"fc1": [], "fc2": []}, 2)
+        make_experts(
+            {"fc1": torch.ones(3, 4), "fc2": torch.tensor([torch.nan] + 11 * [0.0]).view(3, 4)},
+            {"fc1": [], "fc2": []},
+            2,
+        )
 
 
 # --- orthonormal rows and random starts ---
@@ -270,7 +297,9 @@ def test_random_starts_are_standard_normal_and_independent_of_the_batch():
 
 def stream(d, count=600, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, d, generator=generator) @ torch.diag(torch.arange(1, d + 1, dtype=torch.float32) ** -0.7)
+    return torch.randn(count, d, generator=generator) @ torch.diag(
+        torch.arange(1, d + 1, dtype=torch.float32) ** -0.7
+    )
 
 
 def test_top_subspace_of_a_wide_covariance_iterates_to_the_eigenvectors():
@@ -279,7 +308,9 @@ def test_top_subspace_of_a_wide_covariance_iterates_to_the_eigenvectors():
     assert subspace._iterated(covariance, 3) is not None
     found = linalg.top_subspace(covariance, 3)
     exact = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :3]
-    torch.testing.assert_close((found * exact).sum(0).abs(), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        (found * exact).sum(0).abs(), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12
+    )
     rank_one = torch.outer(x[0], x[0])
     assert linalg.top_subspace(rank_one, 3).shape == (320, 1)
     assert linalg.top_subspace(torch.zeros(320, 320), 3).shape == (320, 0)
@@ -293,7 +324,9 @@ def test_top_subspace_converges_where_eigenvalues_lie_close_together():
     assert iterated is not None
     torch.testing.assert_close(iterated[0], values[:3], rtol=1e-12, atol=0)
     found = linalg.top_subspace(covariance, 3)
-    torch.testing.assert_close((found * vectors[:, :3]).sum(0).abs(), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        (found * vectors[:, :3]).sum(0).abs(), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("width", [1, 3, 4, 30, 257])
@@ -318,7 +351,9 @@ def test_top_subspace_refuses_what_is_no_covariance():
         linalg.top_subspace(torch.full((3, 3), torch.nan), 2)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-6)]
+)
 @pytest.mark.parametrize("offset", [0.0, 1.0, 30.0])
 def test_input_directions_are_those_of_all_vectors_together(dtype, limit, offset):
     x = (stream(20) + offset).to(dtype)  # with a mean that outweighs all else by up to 1e4
@@ -343,7 +378,10 @@ def test_a_wide_stream_is_sketched(monkeypatch):
     torch.testing.assert_close(found.mT @ found, torch.eye(3, dtype=torch.float64))
     assert torch.linalg.svdvals(exact.mT @ found).min() > 1 - 1e-4
     lost = x.double().mT @ x.double() - directions.statistic.mT @ directions.statistic
-    assert torch.linalg.eigvalsh(lost).min() > -1e-9 and torch.linalg.matrix_norm(lost, 2) < x.double().square().sum() / 256
+    assert (
+        torch.linalg.eigvalsh(lost).min() > -1e-9
+        and torch.linalg.matrix_norm(lost, 2) < x.double().square().sum() / 256
+    )
     few = linalg.InputDirections(400).including(x[:2])
     assert few.top(3).shape == (400, 2)
 

@@ -1,4 +1,6 @@
-"""Packed copies of frozen weights: the same results, never a stale one, and nothing left once the layer is gone."""
+"""Packed copies of frozen weights: the same results, never a stale one, and nothing left once the layer is
+gone.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import mingle
-from mingle.kernels import gemm, grouped, prepack
-from mingle.layers import MingleLinear
+from mingle.kernels import gemm, prepack
+from mingle.kernels.gated_experts import grouped
+from mingle.nn.linear import MingleLinear
 
 LIMITS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 REDUCTIONS = ("token", "sample", "batch")
@@ -47,11 +50,15 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def grown(reduce: str = "sample", dtype: torch.dtype = torch.float32, bias: bool = True, packed: bool = True) -> MingleLinear:
+def grown(
+    reduce: str = "sample", dtype: torch.dtype = torch.float32, bias: bool = True, packed: bool = True
+) -> MingleLinear:
     torch.manual_seed(0)
     layer = MingleLinear.from_linear(nn.Linear(24, 20, bias=bias), reduce, prepack=packed)
     for i in range(3):
-        layer.add_expert(torch.randn(4, 24) / 5, torch.randn(20, 4) / 2, gate_weight=torch.randn(24), gate_bias=0.5 * i)
+        layer.add_expert(
+            torch.randn(4, 24) / 5, torch.randn(20, 4) / 2, gate_weight=torch.randn(24), gate_bias=0.5 * i
+        )
     return layer.to(dtype)
 
 
@@ -83,7 +90,11 @@ def test_equals_the_formula(dtype, reduce, bias, shape, used):
 @pytest.mark.parametrize("layout", ["transposed", "every other", "expanded rows"])
 def test_any_strides_of_x(layout):
     layer, x = grown(), torch.randn(6, 48)
-    x = {"transposed": x[:, :24].T.contiguous().T, "every other": x[:, ::2], "expanded rows": x[:1, :24].expand(6, 24)}[layout]
+    x = {
+        "transposed": x[:, :24].T.contiguous().T,
+        "every other": x[:, ::2],
+        "expanded rows": x[:1, :24].expand(6, 24),
+    }[layout]
     with torch.no_grad():
         check(layer, x)
 
@@ -95,7 +106,14 @@ def test_gradients_are_those_of_the_layer_without(reduce, used):
     for layer in (plain, packed):
         x = torch.linspace(-1, 1, 3 * 5 * 24).view(3, 5, 24).requires_grad_()
         y = layer(x)
-        results.append((y, *torch.autograd.grad(y, [x, layer.gate_weight, layer.gate_bias], torch.linspace(1, 2, y.numel()).view_as(y))))
+        results.append(
+            (
+                y,
+                *torch.autograd.grad(
+                    y, [x, layer.gate_weight, layer.gate_bias], torch.linspace(1, 2, y.numel()).view_as(y)
+                ),
+            )
+        )
     assert used
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -139,7 +157,10 @@ def changes() -> dict[str, object]:
         layer.add_expert(torch.randn(6, 24), torch.randn(20, 6), gate_bias=1.0)
 
     return {
-        **{f"{name} in place": lambda layer, name=name: in_place(layer, name) for name in ("weight", "A", "B_transposed", "bias")},
+        **{
+            f"{name} in place": lambda layer, name=name: in_place(layer, name)
+            for name in ("weight", "A", "B_transposed", "bias")
+        },
         "a view in place": through_a_view,
         "load_state_dict": another_state,
         "in inference mode": inferred,
@@ -179,7 +200,9 @@ def test_operators_see_through_a_change_that_no_layer_has_noticed():
     assert len(prepack._copies) == 1
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
 def test_copies_of_the_layer_pack_for_themselves(clone, used):
     layer, x = grown(), torch.randn(3, 5, 24)
     with torch.no_grad():
@@ -190,7 +213,10 @@ def test_copies_of_the_layer_pack_for_themselves(clone, used):
         twin.A.zero_()
         check(twin, x)
         assert torch.equal(layer(x), y)
-    assert size == len(pickle.dumps(grown())) and layer.state_dict().keys() == grown(packed=False).state_dict().keys()
+    assert (
+        size == len(pickle.dumps(grown()))
+        and layer.state_dict().keys() == grown(packed=False).state_dict().keys()
+    )
 
 
 def test_nothing_is_left_of_a_layer_that_is_gone():
@@ -209,7 +235,11 @@ def test_only_what_is_used_is_packed():
     low_rank, folded = grown("sample"), grown("batch")
     with torch.no_grad():
         low_rank(torch.randn(3, 5, 24)), folded(torch.randn(3, 5, 24))
-    assert [key[0] for key, found in prepack._copies.items() if found._tensor is not None] == ["joined", "shrink", "rows"]
+    assert [key[0] for key, found in prepack._copies.items() if found._tensor is not None] == [
+        "joined",
+        "shrink",
+        "rows",
+    ]
 
 
 def test_asked_for_by_inject_and_only_then():
@@ -217,7 +247,9 @@ def test_asked_for_by_inject_and_only_then():
         model = nn.Sequential(nn.Linear(24, 20))
         (layer,) = mingle.inject(model, "0", prepack=asked).values()
         x = torch.randn(2, 3, 24)
-        assert torch.equal(model(x), F.linear(x, layer.weight, layer.bias))  # no experts: the base, bit for bit
+        assert torch.equal(
+            model(x), F.linear(x, layer.weight, layer.bias)
+        )  # no experts: the base, bit for bit
         layer.add_expert(torch.randn(2, 24), torch.randn(20, 2))
         model(x)
         assert bool(prepack._copies) == asked
@@ -273,7 +305,9 @@ def test_layers_that_share_their_input_pack_what_they_share(used):
         for _ in range(2):
             used.clear()
             for name in ("q", "k", "v"):
-                torch.testing.assert_close(getattr(module, name)(x), getattr(alone, name)(x), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    getattr(module, name)(x), getattr(alone, name)(x), rtol=1e-5, atol=1e-5
+                )
             assert used.count("shrink") == 1 + 3 and used.count("joined") == 3 + 3
             module.k.A.mul_(2), alone.k.A.mul_(2)
 

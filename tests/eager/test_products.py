@@ -1,4 +1,6 @@
-"""Products while only gates change: the faster library and bf16 copies give the same results, and leave no trace."""
+"""Products while only gates change: the faster library and bf16 copies give the same results, and leave no
+trace.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mingle import MingleLinear, products
+from mingle import MingleLinear
+from mingle.adaptation import fast_forward
 from mingle.kernels import gemm
 
 
@@ -35,7 +38,7 @@ def test_fast_linears_give_the_same_outputs_and_gradients(library, monkeypatch):
     model, results = Block(), []
     x = torch.randn(3, 5, 6, requires_grad=True)
     for fast in (False, True):
-        with products.fast_linears(model if fast else nn.Module()):
+        with fast_forward.fast_linears(model if fast else nn.Module()):
             y = model(x)
             results.append((y, *torch.autograd.grad(y.square().sum(), [x, model.expert.gate_weight])))
         assert bool(calls) == fast
@@ -44,9 +47,11 @@ def test_fast_linears_give_the_same_outputs_and_gradients(library, monkeypatch):
 
 
 def test_layers_that_train_stay_as_they_are(monkeypatch):
-    monkeypatch.setattr(gemm, "linear", lambda *_: pytest.fail("the faster library has no gradient of the weight"))
+    monkeypatch.setattr(
+        gemm, "linear", lambda *_: pytest.fail("the faster library has no gradient of the weight")
+    )
     layer, x = nn.Linear(4, 3), torch.randn(2, 4)
-    with products.fast_linears(layer):
+    with fast_forward.fast_linears(layer):
         layer(x).sum().backward()
     assert layer.weight.grad is not None
 
@@ -54,7 +59,7 @@ def test_layers_that_train_stay_as_they_are(monkeypatch):
 def test_what_a_forward_was_replaced_by_is_left_alone():
     layer = nn.Linear(4, 3)
     layer.forward = lambda x: x
-    with products.fast_linears(layer):
+    with fast_forward.fast_linears(layer):
         assert layer(1) == 1
     assert layer(2) == 2
 
@@ -69,7 +74,7 @@ def test_frozen_factors_are_lowered_and_put_back():
         assert lowered == {name for name in before if "gate" not in name}
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), products.lowered(model, torch.bfloat16):
+    with pytest.raises(RuntimeError, match="stop"), fast_forward.lowered(model, torch.bfloat16):
         stop()
     after = dict(model.named_parameters())
     assert all(after[name] is p and torch.equal(p, values[name]) for name, p in before.items())
@@ -77,8 +82,8 @@ def test_frozen_factors_are_lowered_and_put_back():
 
 def test_bf16_passes_with_and_without_lowered_factors_are_equal():
     model, x, found = Block(), torch.randn(3, 5, 6), []
-    for context in (products.prepared(model, "bf16"), products.fast_linears(model)):
-        with context, products.running("bf16", x.device):
+    for context in (fast_forward.prepared(model, "bf16"), fast_forward.fast_linears(model)):
+        with context, fast_forward.running("bf16", x.device):
             y = model(x)
         found.append((y, *torch.autograd.grad(y.float().square().sum(), model.expert.gate_weight)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -87,7 +92,7 @@ def test_bf16_passes_with_and_without_lowered_factors_are_equal():
 
 def test_attention_is_in_fp32_while_a_cpu_runs_in_bf16():
     q = torch.randn(2, 3, 7, 8).bfloat16()
-    with products.running("bf16", q.device):
+    with fast_forward.running("bf16", q.device):
         y = F.scaled_dot_product_attention(q, q, value=q)
         assert (q @ q.mT).dtype == F.linear(q, q[0, 0]).dtype == torch.bfloat16
     torch.testing.assert_close(y, F.scaled_dot_product_attention(*3 * [q.float()]), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,6 @@
-"""The grouped backend against the formula in float64: random shapes, strides, dtypes, masks and gates, forward and every gradient."""
+"""The grouped backend against the formula in float64: random shapes, strides, dtypes, masks and gates,
+forward and every gradient.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from problems import Problem, laid_out
 from torch import Tensor
 
 from mingle.functional import Projection, gated_experts, gated_experts_shared
-from mingle.kernels import gemm, grouped
+from mingle.kernels import gemm
+from mingle.kernels.gated_experts import grouped
 
 # ‖error‖/‖exact‖ that a tensor may have
 LIMITS = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
@@ -51,7 +54,8 @@ def make(
     """A random problem whose outputs are of order 1.
 
     Args:
-        gates: ``"token"``, ``"sample"`` or ``"batch"``: linear gates so reduced; ``"given …"``: values in that shape.
+        gates: ``"token"``, ``"sample"`` or ``"batch"``: linear gates so reduced; ``"given …"``: values in
+            that shape.
         layouts: by tensor name, ``"upstream"`` included.
         needs: names of the tensors that need gradients; all of them where None.
     """
@@ -72,14 +76,21 @@ def make(
     options: dict[str, Any] = dict(frozen_gates=frozen)
     if gates.startswith("given"):
         shape = {"batch": (), "sample": leading[:-1], "token": leading}[gates.removeprefix("given ")]
-        tensors["gates"] = zeros_in(normal("gates", *shape, experts, dtype=gate_dtype or dtype), zeros, generator)
+        tensors["gates"] = zeros_in(
+            normal("gates", *shape, experts, dtype=gate_dtype or dtype), zeros, generator
+        )
     else:
         tensors["gate_weight"] = normal("gate_weight", experts, d_in, terms=d_in, dtype=gate_dtype or dtype)
         tensors["gate_bias"] = normal("gate_bias", experts, dtype=gate_dtype or dtype)
         options["reduce"] = gates
     if masked:
         options["mask"] = torch.rand(leading, generator=generator) < 0.6
-    return Problem(tensors, options, [name for name in tensors if needs is None or name in needs], normal("upstream", *leading, d_out))
+    return Problem(
+        tensors,
+        options,
+        [name for name in tensors if needs is None or name in needs],
+        normal("upstream", *leading, d_out),
+    )
 
 
 GATES = ("token", "sample", "batch", "given token", "given sample", "given batch")
@@ -112,7 +123,11 @@ def problems(draw: st.DrawFn) -> Problem:
         gate_dtype=draw(st.sampled_from([None, torch.promote_types(dtype, torch.float32)])),
         masked=draw(st.booleans()),
         frozen=draw(st.integers(0, experts)),
-        layouts=draw(st.dictionaries(st.sampled_from(["x", "weight", "bias", "A", "B", "upstream"]), st.sampled_from(LAYOUTS))),
+        layouts=draw(
+            st.dictionaries(
+                st.sampled_from(["x", "weight", "bias", "A", "B", "upstream"]), st.sampled_from(LAYOUTS)
+            )
+        ),
         needs=draw(st.sampled_from(NEEDS)),
         seed=draw(st.integers(0, 1 << 20)),
     )
@@ -121,13 +136,18 @@ def problems(draw: st.DrawFn) -> Problem:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(problems(), st.sampled_from(["auto", "grouped"]))
 def test_outputs_and_gradients_are_the_formulas(problem, backend):
-    exact, sizes, got, dtype = problem.exact(), problem.sizes(), problem.solve(backend), problem.tensors["x"].dtype
+    exact, sizes, got, dtype = (
+        problem.exact(),
+        problem.sizes(),
+        problem.solve(backend),
+        problem.tensors["x"].dtype,
+    )
     for name, value in exact.items():
         tensor = problem.tensors.get(name, problem.tensors["x"])
         assert got[name].dtype == tensor.dtype, name
         assert got[name].shape == value.shape, name
-        # a term of dx is rounded four times (u, its gate, their product, the sum so far), each by half an eps at most, and with the few
-        # terms of these tensors nothing averages out
+        # a term of dx is rounded four times (u, its gate, their product, the sum so far), each by half an eps
+        # at most, and with the few terms of these tensors nothing averages out
         allowed = max(LIMITS[dtype] * float(value.norm()), 2 * torch.finfo(dtype).eps * sizes[name])
         assert (got[name].double() - value).norm() <= allowed, name
 
@@ -136,13 +156,17 @@ def test_outputs_and_gradients_are_the_formulas(problem, backend):
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_errors_are_within_the_limits_and_twice_those_of_the_formula_in_the_same_dtype(dtype, gates, masked):
-    """The ratio counts over several problems and many independent sums: that of two single rounding errors says nothing."""
+    """The ratio counts over several problems and many independent sums: that of two single rounding errors
+    says nothing.
+    """
     errors: dict[str, list[tuple[float, float]]] = {}
     for seed in range(6):
         problem = make((4, 25), 48, 40, 5, 8, dtype, gates, masked=masked, seed=seed)
         exact, eager, got = problem.exact(), problem.solve("eager"), problem.solve("grouped")
         for name, value in exact.items():
-            own, other = (float((result[name].double() - value).norm() / value.norm()) for result in (got, eager))
+            own, other = (
+                float((result[name].double() - value).norm() / value.norm()) for result in (got, eager)
+            )
             assert own <= LIMITS[dtype], name
             if value.numel() >= 40 and (gates.endswith("token") or not name.startswith("gate")):
                 errors.setdefault(name, []).append((own, other))
@@ -172,13 +196,19 @@ def test_experts_alone_are_as_exact_as_with_the_base(dtype, gates):
     ids=["samples", "few tokens", "many tokens", "one rank", "matrix", "four dimensions"],
 )
 def test_gradcheck(gates, masked, leading, experts, rank):
-    """With d_in = 5 and d_out = 4, gates that all tokens share fold from three tokens on; both ways to their gradient are taken."""
-    problem = make(leading, 5, 4, experts, rank, torch.float64, gates, masked=masked, layouts=dict(B="transposed"))
+    """With d_in = 5 and d_out = 4, gates that all tokens share fold from three tokens on; both ways to their
+    gradient are taken.
+    """
+    problem = make(
+        leading, 5, 4, experts, rank, torch.float64, gates, masked=masked, layouts=dict(B="transposed")
+    )
     names = list(problem.tensors)
 
     def call(*values: Tensor) -> Tensor:
         return gated_experts(
-            **({"gate_weight": None, "gate_bias": None} | dict(zip(names, values, strict=True))), **problem.options, backend="grouped"
+            **({"gate_weight": None, "gate_bias": None} | dict(zip(names, values, strict=True))),
+            **problem.options,
+            backend="grouped",
         )
 
     torch.autograd.gradcheck(call, [tensor.requires_grad_() for tensor in problem.tensors.values()])
@@ -200,21 +230,48 @@ def test_frozen_gates_get_exactly_nothing_and_the_others_what_they_would(gates, 
 
 @pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
 @pytest.mark.parametrize("frozen", [(0, 0), (1, 2), (3, 0), (3, 2)])
-@pytest.mark.parametrize("needs", [{"x"}, {"gate_weight", "gate_bias"}, {"x", "gate_weight", "gate_bias"}], ids=["x", "gates", "both"])
+@pytest.mark.parametrize(
+    "needs",
+    [{"x"}, {"gate_weight", "gate_bias"}, {"x", "gate_weight", "gate_bias"}],
+    ids=["x", "gates", "both"],
+)
 def test_layers_that_share_their_input_give_what_each_alone_gives(reduce, frozen, needs):
     problems = [
-        make((3, 2), 16, d_out, experts, 2, torch.float64, reduce, masked=True, frozen=old, needs=needs, seed=seed)
+        make(
+            (3, 2),
+            16,
+            d_out,
+            experts,
+            2,
+            torch.float64,
+            reduce,
+            masked=True,
+            frozen=old,
+            needs=needs,
+            seed=seed,
+        )
         for seed, (d_out, experts, old) in enumerate(zip((14, 15), (3, 2), frozen, strict=True))
     ]
     x, mask = problems[0].tensors["x"].requires_grad_("x" in needs), problems[0].options["mask"]
     layers = [
         Projection(
-            *(problem.tensors[name].requires_grad_(name in needs) for name in ("weight", "bias", "A", "B", "gate_weight", "gate_bias")), old
+            *(
+                problem.tensors[name].requires_grad_(name in needs)
+                for name in ("weight", "bias", "A", "B", "gate_weight", "gate_bias")
+            ),
+            old,
         )
         for problem, old in zip(problems, frozen, strict=True)
     ]
-    leaves = [tensor for tensor in (x, *(tensor for layer in layers for tensor in layer[4:6])) if tensor.requires_grad]
-    alone = [gated_experts(x, *layer[:6], reduce=reduce, mask=mask, frozen_gates=layer.frozen_gates) for layer in layers]
+    leaves = [
+        tensor
+        for tensor in (x, *(tensor for layer in layers for tensor in layer[4:6]))
+        if tensor.requires_grad
+    ]
+    alone = [
+        gated_experts(x, *layer[:6], reduce=reduce, mask=mask, frozen_gates=layer.frozen_gates)
+        for layer in layers
+    ]
     shared = gated_experts_shared(x, layers, reduce=reduce, mask=mask)
     torch.testing.assert_close(shared, alone, rtol=1e-12, atol=1e-12)
     upstream = [problem.upstream for problem in problems]
@@ -228,36 +285,54 @@ def test_layers_that_share_their_input_give_what_each_alone_gives(reduce, frozen
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(problems(), st.floats(-3, 3), st.floats(-3, 3))
 def test_the_update_is_linear_in_the_gates(problem, a, b):
-    tensors = {name: tensor.double() for name, tensor in problem.tensors.items() if not name.startswith("gate")}
+    tensors = {
+        name: tensor.double() for name, tensor in problem.tensors.items() if not name.startswith("gate")
+    }
     shape = (*tensors["x"].shape[:-1], len(tensors["A"]))
     first, second = torch.randn(2, *shape, dtype=torch.float64)
 
     def update(gates: Tensor) -> Tensor:
-        return gated_experts(**tensors, gate_weight=None, gate_bias=None, gates=gates, backend="grouped") - base
+        return (
+            gated_experts(**tensors, gate_weight=None, gate_bias=None, gates=gates, backend="grouped") - base
+        )
 
     base = torch.nn.functional.linear(tensors["x"], tensors["weight"], tensors["bias"])
-    torch.testing.assert_close(update(a * first + b * second), a * update(first) + b * update(second), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        update(a * first + b * second), a * update(first) + b * update(second), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("gates", GATES)
 def test_the_order_of_the_experts_does_not_matter(gates):
     problem = make((3, 4), 7, 6, 9, 3, torch.float64, gates, zeros="many")
     order = torch.randperm(9)
-    moved = {name: tensor[order] for name, tensor in problem.tensors.items() if name in ("A", "B", "gate_weight", "gate_bias")}
+    moved = {
+        name: tensor[order]
+        for name, tensor in problem.tensors.items()
+        if name in ("A", "B", "gate_weight", "gate_bias")
+    }
     if "gates" in problem.tensors:
         moved["gates"] = problem.tensors["gates"][..., order]
     permuted = problem._replace(tensors=problem.tensors | moved)
-    torch.testing.assert_close(permuted.solve("grouped")["y"], problem.solve("grouped")["y"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        permuted.solve("grouped")["y"], problem.solve("grouped")["y"], rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("gates", GATES)
 def test_an_expert_is_the_sum_of_its_ranks(gates):
     whole = make((3, 4), 7, 6, 4, 3, torch.float64, gates)
-    split = {name: tensor.repeat_interleave(3, -1 if name == "gates" else 0) for name, tensor in whole.tensors.items() if "gate" in name}
+    split = {
+        name: tensor.repeat_interleave(3, -1 if name == "gates" else 0)
+        for name, tensor in whole.tensors.items()
+        if "gate" in name
+    }
     split["A"] = whole.tensors["A"].reshape(12, 1, 7)
     split["B"] = whole.tensors["B"].mT.reshape(12, 6, 1)
     ranks = whole._replace(tensors=whole.tensors | split)
-    torch.testing.assert_close(ranks.solve("grouped")["y"], whole.solve("grouped")["y"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        ranks.solve("grouped")["y"], whole.solve("grouped")["y"], rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("gates", ["token", "given token"])
@@ -312,7 +387,18 @@ def routed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("layout", ["plain", "transposed", "samples last", "sliced"])
 def test_sparse_gates_are_routed_and_exact(dtype, gates, zeros, layout, routed):
     for needs, calls in ((set(), 1), ({"x"}, 2)):
-        problem = make((6, 5), 24, 20, 7, 3, dtype, gates, zeros=zeros, needs=needs, layouts=dict(x=layout, upstream=layout))
+        problem = make(
+            (6, 5),
+            24,
+            20,
+            7,
+            3,
+            dtype,
+            gates,
+            zeros=zeros,
+            needs=needs,
+            layouts=dict(x=layout, upstream=layout),
+        )
         exact, got = problem.exact(), problem.solve("grouped")
         assert len(routed) == calls
         routed.clear()
@@ -359,7 +445,9 @@ def test_gates_of_zero_leave_the_base(gates, needs):
     problem = make((6, 5), 24, 20, 7, 3, torch.float32, gates, needs=needs)
     problem.tensors["gates"].zero_()
     got, tensors = problem.solve("grouped"), problem.tensors
-    torch.testing.assert_close(got["y"], torch.nn.functional.linear(tensors["x"], tensors["weight"], tensors["bias"]))
+    torch.testing.assert_close(
+        got["y"], torch.nn.functional.linear(tensors["x"], tensors["weight"], tensors["bias"])
+    )
     if needs:
         torch.testing.assert_close(got["x"], problem.upstream @ tensors["weight"])
 
@@ -389,8 +477,13 @@ def test_rows_lie_beyond_two_to_the_thirty_one_elements(library, gates, tmp_path
         assert view[-1, -1].data_ptr() - view.data_ptr() > values.element_size() << 31
         return view.copy_(values)
 
-    near = make((samples, tokens), 24, 20, 3, 4, torch.float32, gates, needs={"x", "gate_weight", "gate_bias"})
-    far = near._replace(tensors=near.tensors | dict(x=far_apart("x", near.tensors["x"])), upstream=far_apart("dy", near.upstream))
+    near = make(
+        (samples, tokens), 24, 20, 3, 4, torch.float32, gates, needs={"x", "gate_weight", "gate_bias"}
+    )
+    far = near._replace(
+        tensors=near.tensors | dict(x=far_apart("x", near.tensors["x"])),
+        upstream=far_apart("dy", near.upstream),
+    )
     exact, got = near.exact(), far.solve("grouped")
     for name, value in exact.items():
         assert (got[name] - value).norm() <= 2e-6 * value.norm(), name

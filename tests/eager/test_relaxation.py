@@ -9,9 +9,16 @@ import math
 import pytest
 import torch
 
-from mingle import inject
-from mingle.adapt import AdaptationDiverged, AdaptConfig, adapt_gates, distillation_loss, shuffled_batches, teacher_logits
-from mingle.relaxation import RelaxedProjector
+from mingle.adaptation.projector import RelaxedProjector
+from mingle.adaptation.train import (
+    AdaptationDiverged,
+    AdaptConfig,
+    adapt_gates,
+    distillation_loss,
+    shuffled_batches,
+    teacher_logits,
+)
+from mingle.nn import inject
 from mingle.tasks.clip import ClipTask
 
 D64 = dict(dtype=torch.float64)
@@ -101,7 +108,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(caplog):
 def test_layers_together_and_layer_by_layer_agree_over_hundreds_of_steps(gamma):
     shapes = [(9, 3), (6, 1), (9, 3), (6, 0), (5, 5)]
     U, rows = bases(*shapes), (2, 1, 2, 3, 1)
-    together, apart = (RelaxedProjector(U, gamma=gamma, beta=0.9, backend=backend) for backend in ("auto", "eager"))
+    together, apart = (
+        RelaxedProjector(U, gamma=gamma, beta=0.9, backend=backend) for backend in ("auto", "eager")
+    )
     for step in range(200):
         grads = [torch.randn(n, d, **D64) for n, (d, _) in zip(rows, shapes, strict=True)]
         if step % 17 == 5:
@@ -111,7 +120,9 @@ def test_layers_together_and_layer_by_layer_agree_over_hundreds_of_steps(gamma):
         for grad, expected in zip(grads, other, strict=True):
             torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
     assert together.skipped_steps == 12
-    for (name, s), expected in zip(together.interference().items(), apart.interference().values(), strict=True):
+    for (name, s), expected in zip(
+        together.interference().items(), apart.interference().values(), strict=True
+    ):
         torch.testing.assert_close(s, expected, msg=name)
 
 
@@ -122,7 +133,9 @@ def test_the_flat_gradients_are_views_in_the_projectors_order():
     views = layout.views(flat)
     assert {name: view.shape for name, view in views.items()} == {"a": (1, 4), "b": (2, 3), "c": (1, 4)}
     assert sorted(entry for view in views.values() for entry in view.flatten().tolist()) == list(range(14))
-    assert all(view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for view in views.values())
+    assert all(
+        view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for view in views.values()
+    )
     assert projector.layout({"a": 1, "b": 2, "c": 1}) is layout
 
 
@@ -190,14 +203,28 @@ def test_adaptation_brings_the_student_closer_and_touches_only_gates(base_model,
     targets = teacher_logits(task, teacher, samples[0], 10)
     torch.testing.assert_close(targets, task.logits(teacher, samples[0]))
     frozen = {n: p.clone() for n, p in model.named_parameters() if "gate" not in n}
-    projector = RelaxedProjector({name: torch.linalg.qr(torch.randn(layer.in_features, 2)).Q for name, layer in layers.items()})
+    projector = RelaxedProjector(
+        {name: torch.linalg.qr(torch.randn(layer.in_features, 2)).Q for name, layer in layers.items()}
+    )
     seen = []
     config = AdaptConfig(steps=30, lr=1e-2)
-    trace = adapt_gates(task, model, layers, samples[0], targets, config, torch.Generator().manual_seed(0), projector, seen.append)
+    trace = adapt_gates(
+        task,
+        model,
+        layers,
+        samples[0],
+        targets,
+        config,
+        torch.Generator().manual_seed(0),
+        projector,
+        seen.append,
+    )
     assert sum(trace.loss[-5:]) < sum(trace.loss[:5])
     assert [progress.step for progress in seen] == list(range(1, 31))
     assert seen[-1].loss == trace.loss[-1] and seen[-1].steps == 30
-    assert seen[-1].strength == pytest.approx(sum(series[-1] for series in trace.strength.values()) / len(trace.strength))
+    assert seen[-1].strength == pytest.approx(
+        sum(series[-1] for series in trace.strength.values()) / len(trace.strength)
+    )
     assert set(trace.interference) == set(layers)
     assert all(len(series) == 30 for series in trace.strength.values())
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)

@@ -11,7 +11,7 @@ from torch import nn
 
 import mingle
 from mingle import functional
-from mingle.layers import MingleLinear
+from mingle.nn.linear import MingleLinear
 
 
 class Attention(nn.Module):
@@ -19,7 +19,9 @@ class Attention(nn.Module):
 
     def __init__(self, width=8, bias=True):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, out, bias=bias) for out in (width, width, width - 2))
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, out, bias=bias) for out in (width, width, width - 2)
+        )
         self.memory = None
 
     def forward(self, x):
@@ -31,7 +33,9 @@ class Attention(nn.Module):
 def attention(reduce="sample", experts=(2, 2, 2), rank=3, bias=True) -> Attention:
     torch.manual_seed(0)
     module = Attention(bias=bias).double()  # a softmax enlarges what fp32 rounds
-    for layer, count in zip(mingle.inject(module, ("q_proj", "k_proj", "v_proj"), reduce).values(), experts, strict=True):
+    for layer, count in zip(
+        mingle.inject(module, ("q_proj", "k_proj", "v_proj"), reduce).values(), experts, strict=True
+    ):
         for _ in range(count):
             layer.add_expert(torch.randn(rank, 8), torch.randn(layer.out_features, rank), gate_bias=0.3)
     return module
@@ -141,7 +145,9 @@ def test_experts_added_later_are_shared_too():
     torch.testing.assert_close(together(x), alone(x))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
+)
 def test_copies_share_among_themselves(copied):
     module = attention()
     mingle.share_inputs(module)
@@ -205,5 +211,6 @@ def test_opcheck():
         from mingle import ops
 
         torch.library.opcheck(
-            ops.gated_experts_shared, (x, weights, biases, As, Bs, gate_weights, gate_biases, mask, 3, frozen, True, "grouped")
+            ops.gated_experts_shared,
+            (x, weights, biases, As, Bs, gate_weights, gate_biases, mask, 3, frozen, True, "grouped"),
         )

@@ -1,4 +1,6 @@
-"""`svd_lowrank` against float64 LAPACK: the accepted errors on every spectrum, and what must not change a result."""
+"""`svd_lowrank` against float64 LAPACK: the accepted errors on every spectrum, and what must not change a
+result.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ R = 16  # with ℓ = 80, so that 200 columns iterate
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize(
-    ("mode", "shape"), [("accurate", (240, 200)), ("accurate", (180, 420)), ("fast", (200, 240)), ("fast", (500, 180))]
+    ("mode", "shape"),
+    [("accurate", (240, 200)), ("accurate", (180, 420)), ("fast", (200, 240)), ("fast", (500, 180))],
 )
 def test_the_accepted_errors_on_every_spectrum(spectrum, mode, shape):
     for seed in range(20):
@@ -48,7 +51,9 @@ def test_fine_tuning_deltas():
 
     from mingle.suites.glyphs import BASE, DATA
 
-    base, tuned = (load_file(folder / "model.safetensors") for folder in (BASE, DATA / "experts" / "greek-inverted"))
+    base, tuned = (
+        load_file(folder / "model.safetensors") for folder in (BASE, DATA / "experts" / "greek-inverted")
+    )
     deltas = {name: tuned[name].float() - base[name].float() for name in tuned if name.endswith("fc1.weight")}
     triplets = linalg.svd_lowrank(list(deltas.values()), R, oversample=32, keys=list(deltas))
     for delta, *triplet in zip(deltas.values(), *triplets, strict=True):
@@ -57,14 +62,21 @@ def test_fine_tuning_deltas():
 
 def test_duplicated_rows_and_columns():
     generator = torch.Generator().manual_seed(0)
-    M = torch.randint(-3, 4, (100, 5), generator=generator).float() @ torch.randint(-3, 4, (5, 110), generator=generator).float()
-    M = torch.cat([torch.cat([M, M], 1), torch.cat([M, M], 1)])  # exact dependence, without any rounding noise
+    M = (
+        torch.randint(-3, 4, (100, 5), generator=generator).float()
+        @ torch.randint(-3, 4, (5, 110), generator=generator).float()
+    )
+    M = torch.cat(
+        [torch.cat([M, M], 1), torch.cat([M, M], 1)]
+    )  # exact dependence, without any rounding noise
     check(M, *linalg.svd_lowrank(M, R), LIMITS["accurate"])
 
 
 def test_angles_where_there_is_a_gap():
     generator = torch.Generator().manual_seed(1)
-    left, right = (torch.linalg.qr(torch.randn(n, 200, generator=generator, dtype=torch.float64)).Q for n in (240, 200))
+    left, right = (
+        torch.linalg.qr(torch.randn(n, 200, generator=generator, dtype=torch.float64)).Q for n in (240, 200)
+    )
     sigma = torch.cat([torch.linspace(2, 1, R), torch.linspace(0.9, 0.1, 200 - R)]).double()
     U, _, Vh = linalg.svd_lowrank((left * sigma @ right.mT).float(), R)
     for found, true in ((U.double(), left[:, :R]), (Vh.mT.double(), right[:, :R])):
@@ -75,7 +87,11 @@ def test_angles_where_there_is_a_gap():
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_leading_part_itself_where_there_is_no_gap(seed):
     generator = torch.Generator().manual_seed(seed)
-    structure = torch.randn(512, 192, generator=generator) * torch.arange(1, 193).rsqrt() @ torch.randn(192, 512, generator=generator)
+    structure = (
+        torch.randn(512, 192, generator=generator)
+        * torch.arange(1, 193).rsqrt()
+        @ torch.randn(192, 512, generator=generator)
+    )
     noise = torch.randn(512, 512, generator=generator)
     M = structure / structure.norm() + 0.6 * noise / noise.norm()
     U, S, Vh = linalg.svd_lowrank(M, 64)
@@ -106,7 +122,12 @@ def test_the_transpose_has_the_transposed_triplets():
 
 
 def test_neither_the_batch_nor_the_place_in_it_matters():
-    matrices = [matrix("1/k", 240, 200, R, 0), matrix("flat", 90, 100, R, 1), matrix("0.9^k", 240, 200, R, 2), matrix("1/k", 90, 100, R, 3)]
+    matrices = [
+        matrix("1/k", 240, 200, R, 0),
+        matrix("flat", 90, 100, R, 1),
+        matrix("0.9^k", 240, 200, R, 2),
+        matrix("1/k", 90, 100, R, 3),
+    ]
     keys = ["a", "b", "c", "d"]
     together = linalg.svd_lowrank(matrices, R, keys=keys)
     turned = linalg.svd_lowrank(matrices[::-1], R, keys=keys[::-1])
@@ -147,20 +168,28 @@ def test_global_settings_neither_matter_nor_change():
 @pytest.mark.parametrize("shape", [(3, 240, 200), (3, 100, 320), (2, 40, 30)])
 def test_a_batch_at_once_equals_one_by_one(shape):
     """The form in which GPUs compute."""
-    M = torch.stack([matrix(spectrum, *shape[1:], R, 0) for spectrum in ("1/k", "rank below r", "zero")[: shape[0]]]).double()
+    M = torch.stack(
+        [matrix(spectrum, *shape[1:], R, 0) for spectrum in ("1/k", "rank below r", "zero")[: shape[0]]]
+    ).double()
     plan, keys = svd._Plan(R, R + 64, 8, 0), ["a", "b", "c"][: shape[0]]
     at_once = svd._leading(M.float(), M, plan, keys)
     for i, key in enumerate(keys):
         U, S, Vh = svd._leading(M[i].float(), M[i], plan, [key])
         torch.testing.assert_close(at_once[1][i], S, rtol=1e-7, atol=1e-9)
-        torch.testing.assert_close((at_once[0][i] * at_once[1][i].unsqueeze(-2)) @ at_once[2][i], U * S @ Vh, rtol=0, atol=1e-6)
-        torch.testing.assert_close(at_once[0][i].mT @ at_once[0][i], torch.eye(len(S), dtype=torch.float64), rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            (at_once[0][i] * at_once[1][i].unsqueeze(-2)) @ at_once[2][i], U * S @ Vh, rtol=0, atol=1e-6
+        )
+        torch.testing.assert_close(
+            at_once[0][i].mT @ at_once[0][i], torch.eye(len(S), dtype=torch.float64), rtol=0, atol=1e-10
+        )
 
 
 # --- inputs of every kind ---
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float64, 1e-9), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
+)
 def test_dtypes(dtype, atol):
     M = matrix("0.9^k", 240, 200, R, 0, dtype)
     U, S, Vh = linalg.svd_lowrank(M, R)
@@ -175,15 +204,25 @@ def test_strides_and_extremes_of_magnitude():
     padded = torch.full((240, 3, 200), torch.nan)
     padded[:, 1] = M
     torch.testing.assert_close(linalg.svd_lowrank(padded[:, 1], R)[1], expected)
-    assert linalg.svd_lowrank(torch.ones(1, 1).expand(300, 200), R)[1].tolist()[0] == pytest.approx((300 * 200) ** 0.5)
+    assert linalg.svd_lowrank(torch.ones(1, 1).expand(300, 200), R)[1].tolist()[0] == pytest.approx(
+        (300 * 200) ** 0.5
+    )
     assert linalg.svd_lowrank(M * 1e38, R)[1].isfinite().all()
     tiny = linalg.svd_lowrank(M * 1e-38, R)  # entries are subnormal
     check(M * 1e-38, *tiny, LIMITS["accurate"]._replace(values=1e-3, excess=1.0, deficit=1e-3))
 
 
 def test_empty_batches_lists_and_matrices():
-    assert [part.shape for part in linalg.svd_lowrank(torch.empty(0, 5, 4), 3)] == [(0, 5, 3), (0, 3), (0, 3, 4)]
-    assert [part.shape for part in linalg.svd_lowrank(torch.empty(2, 5, 0), 3)] == [(2, 5, 0), (2, 0), (2, 0, 0)]
+    assert [part.shape for part in linalg.svd_lowrank(torch.empty(0, 5, 4), 3)] == [
+        (0, 5, 3),
+        (0, 3),
+        (0, 3, 4),
+    ]
+    assert [part.shape for part in linalg.svd_lowrank(torch.empty(2, 5, 0), 3)] == [
+        (2, 5, 0),
+        (2, 0),
+        (2, 0, 0),
+    ]
     assert linalg.svd_lowrank([], 3) == ([], [], [])
     U, S, Vh = linalg.svd_lowrank(torch.randn(2, 3, 6, 4), 2)
     assert (U.shape, S.shape, Vh.shape) == ((2, 3, 6, 2), (2, 3, 2), (2, 3, 2, 4))
@@ -213,7 +252,9 @@ def test_errors_name_the_argument(arguments, error, message):
 def test_a_matrix_with_nan_is_named_with_its_first_bad_entry():
     good, bad = torch.ones(3, 4), torch.ones(3, 4)
     bad[1, 2], bad[2, 0] = torch.nan, -torch.inf
-    with pytest.raises(ValueError, match=r"matrix 'layers.7.fc1' \[3, 4\] has non-finite entries: 2, the first at \[1, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"matrix 'layers.7.fc1' \[3, 4\] has non-finite entries: 2, the first at \[1, 2\]"
+    ):
         linalg.svd_lowrank([good, bad], 2, keys=["layers.6.fc1", "layers.7.fc1"])
     with pytest.raises(ValueError, match=r"matrix 1 of 2 \[3, 4\]"):
         linalg.svd_lowrank(torch.stack([good, bad]), 2)

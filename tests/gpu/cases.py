@@ -1,4 +1,6 @@
-"""What the tests on a GPU share: arithmetics, shapes, random problems, and the comparison with the formula in float64."""
+"""What the tests on a GPU share: arithmetics, shapes, random problems, and the comparison with the formula in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ DEVICE = torch.device("cuda")
 
 
 class Arithmetic(NamedTuple):
-    """What products run in: the tensors' dtype, ‖error‖/‖exact‖ that a result may have, and the size of one rounding."""
+    """What products run in: the tensors' dtype, ‖error‖/‖exact‖ that a result may have, and the size of one
+    rounding.
+    """
 
     dtype: torch.dtype
     limit: float
@@ -80,7 +84,8 @@ def make(
     """A random problem whose outputs are of order 1, the same on every machine.
 
     Args:
-        gates: ``"token"``, ``"sample"`` or ``"batch"``: linear gates so reduced; ``"given …"``: values in that shape.
+        gates: ``"token"``, ``"sample"`` or ``"batch"``: linear gates so reduced; ``"given …"``: values in
+            that shape.
         zeros: all given gates but one of each row are 0.
         base: False sets W₀ and b to 0, so that nothing hides behind them.
         layouts: by tensor name, ``"upstream"`` included.
@@ -113,7 +118,12 @@ def make(
         options["reduce"] = gates
     if masked:
         options["mask"] = (torch.rand(leading, generator=generator) < 0.6).to(DEVICE)
-    return Problem(tensors, options, [name for name in tensors if needs is None or name in needs], normal("upstream", *leading, d_out))
+    return Problem(
+        tensors,
+        options,
+        [name for name in tensors if needs is None or name in needs],
+        normal("upstream", *leading, d_out),
+    )
 
 
 def distance(got: Tensor, exact: Tensor) -> float:
@@ -148,8 +158,13 @@ def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 def layer(backend: str, dtype: torch.dtype = torch.bfloat16) -> mingle.MingleLinear:
     torch.manual_seed(0)
-    grown = mingle.MingleLinear.from_linear(nn.Linear(96, 72, device=DEVICE, dtype=dtype), "sample", backend=backend)
+    grown = mingle.MingleLinear.from_linear(
+        nn.Linear(96, 72, device=DEVICE, dtype=dtype), "sample", backend=backend
+    )
     for _ in range(3):
-        A, B = torch.randn(8, 96, device=DEVICE, dtype=dtype) / 96**0.5, torch.randn(72, 8, device=DEVICE, dtype=dtype) / 8**0.5
+        A, B = (
+            torch.randn(8, 96, device=DEVICE, dtype=dtype) / 96**0.5,
+            torch.randn(72, 8, device=DEVICE, dtype=dtype) / 8**0.5,
+        )
         grown.add_expert(A, B, gate_bias=0.5)
     return grown

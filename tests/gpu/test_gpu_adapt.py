@@ -1,4 +1,6 @@
-"""The relaxed projector, the gate step and whole adaptations on a GPU, against the same on the CPU and in float64."""
+"""The relaxed projector, the gate step and whole adaptations on a GPU, against the same on the CPU and in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,13 @@ from unittest import mock
 import pytest
 import torch
 
-from mingle import adapt, gate_step, inject
-from mingle.adapt import AdaptConfig, AdaptTrace, adapt_gates
-from mingle.gate_step import Advance, GateStep
-from mingle.kernels import reference
-from mingle.relaxation import RelaxedProjector
+from mingle.adaptation import optimizer as gate_step
+from mingle.adaptation import train as adapt
+from mingle.adaptation.optimizer import Advance, GateStep
+from mingle.adaptation.projector import RelaxedProjector
+from mingle.adaptation.train import AdaptConfig, AdaptTrace, adapt_gates
+from mingle.kernels.relaxed_projection import reference
+from mingle.nn import inject
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
 
@@ -70,19 +74,25 @@ def test_equal_bits_fifty_times_and_no_waiting() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def adapted(base_model: torch.nn.Module, seeds: TaskData, device: str, **config: object) -> tuple[AdaptTrace, torch.Tensor]:
+def adapted(
+    base_model: torch.nn.Module, seeds: TaskData, device: str, **config: object
+) -> tuple[AdaptTrace, torch.Tensor]:
     """Ten steps on a tiny model: what was recorded, and all gates."""
     torch.manual_seed(0)
     model = copy.deepcopy(base_model).requires_grad_(False)
     layers = inject(model.vision_model, ("q_proj", "fc1"))
     for layer in layers.values():
         layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1)
-    projector = RelaxedProjector({name: torch.linalg.qr(torch.randn(layer.in_features, 2)).Q for name, layer in layers.items()})
+    projector = RelaxedProjector(
+        {name: torch.linalg.qr(torch.randn(layer.in_features, 2)).Q for name, layer in layers.items()}
+    )
     model.to(device)
     projector.to(device)
     targets = torch.randn(len(seeds), 5, generator=torch.Generator().manual_seed(1))
     settings = AdaptConfig(steps=10, lr=1e-2, **config)  # type: ignore[arg-type]
-    trace = adapt_gates(ClipTask(), model, layers, seeds, targets, settings, torch.Generator().manual_seed(0), projector)
+    trace = adapt_gates(
+        ClipTask(), model, layers, seeds, targets, settings, torch.Generator().manual_seed(0), projector
+    )
     return trace, torch.cat([layer.gate_weight.detach().flatten().cpu() for layer in layers.values()])
 
 
@@ -98,7 +108,9 @@ def test_an_adaptation_equals_that_on_the_cpu_and_is_captured(base_model, sample
         trace, gates = adapted(base_model, samples[0], "cuda")
     assert replayed == [True]
     expected_trace, expected = adapted(base_model, samples[0], "cpu")
-    torch.testing.assert_close(torch.tensor(trace.loss), torch.tensor(expected_trace.loss), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(trace.loss), torch.tensor(expected_trace.loss), rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(gates, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -107,7 +119,9 @@ def test_captured_and_single_steps_give_the_same_gates(base_model, samples) -> N
     with mock.patch.object(adapt, "captured", lambda advance, *_: advance):
         single_trace, single = adapted(base_model, samples[0], "cuda")
     torch.testing.assert_close(gates, single, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(torch.tensor(trace.loss), torch.tensor(single_trace.loss), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        torch.tensor(trace.loss), torch.tensor(single_trace.loss), rtol=1e-5, atol=1e-7
+    )
     again = adapted(base_model, samples[0], "cuda")
     assert torch.equal(again[1], gates) and again[0].loss == trace.loss
 

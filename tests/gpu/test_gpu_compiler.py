@@ -30,14 +30,19 @@ def test_compiled_layers_agree_and_have_no_graph_break(training, mode, backend):
     compiled = torch.compile(copy.deepcopy(plain), fullgraph=True, mode=mode)
     for seed in range(4):  # to warm up, to record a CUDA graph and to replay it
         generator = torch.Generator(DEVICE).manual_seed(seed)
-        x, dy = (torch.randn(6, 50, width, generator=generator, device=DEVICE, dtype=torch.bfloat16) for width in (96, 72))
+        x, dy = (
+            torch.randn(6, 50, width, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+            for width in (96, 72)
+        )
         results = []
         for module in (plain, compiled):
             torch.compiler.cudagraph_mark_step_begin()
             leaf = x.clone().requires_grad_(training)
             with torch.set_grad_enabled(training):
                 y = module(leaf)
-            gradients = torch.autograd.grad(y, [leaf, module.gate_weight, module.gate_bias], dy) if training else ()
+            gradients = (
+                torch.autograd.grad(y, [leaf, module.gate_weight, module.gate_bias], dy) if training else ()
+            )
             results.append([tensor.detach().clone() for tensor in (y, *gradients)])
         for expected, got in zip(*results, strict=True):
             assert distance(got, expected) <= 1e-2 * expected.norm()

@@ -14,7 +14,9 @@ pytestmark = needs_gpu
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-@pytest.mark.parametrize(("gates", "zeros"), [("token", False), ("sample", False), ("batch", False), ("given sample", True)])
+@pytest.mark.parametrize(
+    ("gates", "zeros"), [("token", False), ("sample", False), ("batch", False), ("given sample", True)]
+)
 @pytest.mark.parametrize("backward", [False, True])
 def test_captured_graphs_replay_with_other_inputs(gates, zeros, backward, backend):
     """Capturing also shows that nothing is read on the host."""
@@ -30,7 +32,9 @@ def test_captured_graphs_replay_with_other_inputs(gates, zeros, backward, backen
         torch.cuda.synchronize()
         exact, sizes = other.exact(), other.sizes()
         for name, value in exact.items():
-            assert distance(captured[name], value) <= max(1e-2 * float(value.norm()), 2.0**-7 * sizes[name]), name
+            assert distance(captured[name], value) <= max(
+                1e-2 * float(value.norm()), 2.0**-7 * sizes[name]
+            ), name
 
 
 def test_kernels_run_on_the_current_stream():
@@ -40,14 +44,18 @@ def test_kernels_run_on_the_current_stream():
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         x = torch.full_like(problem.tensors["x"], math.nan)
-        torch.cuda._sleep(20_000_000)  # cycles, some ten milliseconds: a kernel on another stream would come before the copy
+        torch.cuda._sleep(
+            20_000_000
+        )  # cycles, some ten milliseconds: a kernel on another stream would come before the copy
         x.copy_(problem.tensors["x"])
         got = problem._replace(tensors=problem.tensors | dict(x=x)).solve("triton")
     torch.cuda.current_stream().wait_stream(side)
     assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU: no tensor can be elsewhere than on the current device")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="one GPU: no tensor can be elsewhere than on the current device"
+)
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @pytest.mark.parametrize("gates", ["sample", "batch", "given sample"])
 def test_tensors_need_not_be_on_the_current_device(gates, backend):

@@ -1,4 +1,6 @@
-"""The kernels of ``mingle._C`` on a GPU: the checks of tests/csrc, equal bits, streams, devices, CUDA graphs, compute-sanitizer."""
+"""The kernels of ``mingle._C`` on a GPU: the checks of tests/csrc, equal bits, streams, devices, CUDA graphs,
+compute-sanitizer.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mingle import extension
+from mingle.ops import extension, small_kernels
 from mingle.ops import small_factorizations as small
-from mingle.ops import small_kernels
 
 CHECKS = Path(__file__).parents[1] / "csrc"
 sys.path.append(str(CHECKS))
@@ -39,7 +40,9 @@ class Gpu:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            moved = [uploaded(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
+            moved = [
+                uploaded(argument) if isinstance(argument, Tensor) else argument for argument in arguments
+            ]
             results = getattr(small, name)(*moved)
             if results is None:  # in place
                 for argument, copy in zip(arguments, moved, strict=True):
@@ -58,7 +61,9 @@ def batch(count: int = 200, n: int = 128) -> Tensor:
 
 OPERATIONS: dict[str, Callable[[torch.device], tuple[Tensor, ...]]] = {
     "cholesky_inverse": lambda device: small.cholesky_inverse(batch(8).to(device), 1e-9),
-    "cholesky_inverse in float32": lambda device: small.cholesky_inverse(batch(8).to(device), 1e-9, torch.float32),
+    "cholesky_inverse in float32": lambda device: small.cholesky_inverse(
+        batch(8).to(device), 1e-9, torch.float32
+    ),
     "eigh": lambda device: small.eigh(batch(8).to(device)),
     "rescale": lambda device: small.rescale(torch.randn(3, 500, 700).to(device)),
     "effective_rank": lambda device: (small.effective_rank(torch.rand(5, 300, dtype=F64).to(device)),),
@@ -95,7 +100,11 @@ def test_two_hundred_matrices_agree_with_plain_torch() -> None:
 
 
 def test_large_matrices_and_long_rows() -> None:
-    for M in (torch.randn(2, 4096, 3000), torch.randn(1, 3, 2_000_001), torch.randn(2, 300, 5000)[:, :, 7:4000]):
+    for M in (
+        torch.randn(2, 4096, 3000),
+        torch.randn(1, 3, 2_000_001),
+        torch.randn(2, 300, 5000)[:, :, 7:4000],
+    ):
         for a, b in zip(small.rescale(uploaded(M)), small.rescale(M), strict=True):
             assert torch.equal(a.cpu(), b)
 
@@ -135,7 +144,11 @@ def test_the_current_stream_is_used() -> None:
 
 def test_no_operation_waits_for_the_device() -> None:
     U, Vh = torch.randn(2, 300, 40, device=DEVICE), torch.randn(2, 40, 200, device=DEVICE)
-    G, M, sigma = batch(4), torch.randn(2, 300, 500, device=DEVICE), torch.rand(3, 50, dtype=F64, device=DEVICE)
+    G, M, sigma = (
+        batch(4),
+        torch.randn(2, 300, 500, device=DEVICE),
+        torch.rand(3, 50, dtype=F64, device=DEVICE),
+    )
     torch.cuda.set_sync_debug_mode("error")
     try:
         small.cholesky_inverse(G, 1e-9)
@@ -155,17 +168,31 @@ def test_another_device_than_the_current_one(name: str) -> None:
     torch.manual_seed(0)
     results = OPERATIONS[name](torch.device("cuda", 1))
     assert torch.cuda.current_device() == 0
-    assert all(result.device.index == 1 and torch.equal(result.cpu(), e.cpu()) for result, e in zip(results, expected, strict=True))
+    assert all(
+        result.device.index == 1 and torch.equal(result.cpu(), e.cpu())
+        for result, e in zip(results, expected, strict=True)
+    )
 
 
 def test_a_cuda_graph_replays_them_on_new_values() -> None:
-    G, M, sigma = batch(6), torch.randn(2, 300, 500, device=DEVICE), torch.rand(3, 50, dtype=F64, device=DEVICE)
+    G, M, sigma = (
+        batch(6),
+        torch.randn(2, 300, 500, device=DEVICE),
+        torch.rand(3, 50, dtype=F64, device=DEVICE),
+    )
     U, Vh = torch.randn(2, 300, 40, device=DEVICE), torch.randn(2, 40, 200, device=DEVICE)
 
     def everything() -> tuple[Tensor, ...]:
         left, right = U.clone(), Vh.clone()
         small.fix_signs_(left, right)
-        return (*small.cholesky_inverse(G, 1e-9), *small.eigh(G), *small.rescale(M), left, right, small.effective_rank(sigma))
+        return (
+            *small.cholesky_inverse(G, 1e-9),
+            *small.eigh(G),
+            *small.rescale(M),
+            left,
+            right,
+            small.effective_rank(sigma),
+        )
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -187,8 +214,13 @@ def test_registered_operators() -> None:
     torch.library.opcheck(torch.ops.mingle.cholesky_inverse.default, (batch(2, 9), 1e-13, torch.float32))
     torch.library.opcheck(torch.ops.mingle.small_eigh.default, (batch(2, 9),))
     torch.library.opcheck(torch.ops.mingle.rescale.default, (torch.randn(2, 5, 3, device=DEVICE).mT,))
-    torch.library.opcheck(torch.ops.mingle.fix_signs_.default, (torch.randn(2, 5, 3, device=DEVICE), torch.randn(2, 3, 4, device=DEVICE)))
-    torch.library.opcheck(torch.ops.mingle.effective_rank.default, (torch.rand(2, 5, dtype=F64, device=DEVICE),))
+    torch.library.opcheck(
+        torch.ops.mingle.fix_signs_.default,
+        (torch.randn(2, 5, 3, device=DEVICE), torch.randn(2, 3, 4, device=DEVICE)),
+    )
+    torch.library.opcheck(
+        torch.ops.mingle.effective_rank.default, (torch.rand(2, 5, dtype=F64, device=DEVICE),)
+    )
 
 
 def test_wider_matrices_and_no_matrices_go_to_torch() -> None:

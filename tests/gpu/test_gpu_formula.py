@@ -2,8 +2,8 @@
 
     pytest tests/gpu
 
-The first run compiles some two hundred kernels, which takes minutes; Triton keeps them in its cache.  Under NVIDIA's compute-sanitizer,
-where the caching allocator would hide reads and writes past the end of a tensor:
+The first run compiles some two hundred kernels, which takes minutes; Triton keeps them in its cache.  Under
+NVIDIA's compute-sanitizer, where the caching allocator would hide reads and writes past the end of a tensor:
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool memcheck pytest tests/gpu -k "exact and triton"
@@ -26,7 +26,10 @@ from mingle.functional import Projection, gated_experts, gated_experts_shared
 pytestmark = needs_gpu
 
 # TF32 and fp16 run the same code as fp32 and bf16 but for the instruction: three shapes are enough
-CASES = [*product(SHAPES, ("float32", "bfloat16")), *product(("ViT-B/16, four images", "one image", "ragged"), ("tf32", "float16"))]
+CASES = [
+    *product(SHAPES, ("float32", "bfloat16")),
+    *product(("ViT-B/16, four images", "one image", "ragged"), ("tf32", "float16")),
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -48,7 +51,13 @@ def test_exact_for_ragged_sizes_and_gates_of_any_kind(arithmetic, gates, masked,
 def test_exact_for_gates_of_fp32_beside_bf16(gates, backend):
     arithmetic = ARITHMETIC["bfloat16"]
     check(make(RAGGED, torch.bfloat16, gates, gate_dtype=torch.float32), backend, arithmetic)
-    check(make(SHAPES["one image"], torch.bfloat16, gates, gate_dtype=torch.float32, needs={"x", "gate_weight"}), backend, arithmetic)
+    check(
+        make(
+            SHAPES["one image"], torch.bfloat16, gates, gate_dtype=torch.float32, needs={"x", "gate_weight"}
+        ),
+        backend,
+        arithmetic,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -66,7 +75,11 @@ def test_exact_without_the_base(arithmetic, gates, backend):
 @pytest.mark.parametrize("needs", [set(), {"x"}], ids=["nothing", "x"])
 def test_exact_for_ragged_sizes_and_gates_that_are_mostly_zero(arithmetic, gates, experts, needs, backend):
     """Samples of 37 tokens straddle the tiles; gates are read as the bits of words of 32."""
-    check(make(RAGGED._replace(experts=experts), arithmetic.dtype, gates, zeros=True, needs=needs), backend, arithmetic)
+    check(
+        make(RAGGED._replace(experts=experts), arithmetic.dtype, gates, zeros=True, needs=needs),
+        backend,
+        arithmetic,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -109,7 +122,9 @@ def test_no_tokens(shape, reduce, backend):
 def test_no_experts_are_bitwise_the_base(backend):
     problem = make(RAGGED._replace(experts=0), torch.bfloat16, "sample", needs=set())
     tensors = problem.tensors
-    assert torch.equal(problem.solve(backend)["y"], nn.functional.linear(tensors["x"], tensors["weight"], tensors["bias"]))
+    assert torch.equal(
+        problem.solve(backend)["y"], nn.functional.linear(tensors["x"], tensors["weight"], tensors["bias"])
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,14 +160,22 @@ def test_padding_that_is_not_finite_reaches_no_gradient(gates, backend):
 @pytest.mark.parametrize("reduce", ["token", "sample"])
 def test_layers_that_share_their_input_give_what_each_alone_gives(reduce, backend):
     problems = [
-        make(RAGGED._replace(experts=experts), torch.float32, reduce, needs={"x", "gate_weight"}, seed=experts) for experts in (2, 5)
+        make(
+            RAGGED._replace(experts=experts), torch.float32, reduce, needs={"x", "gate_weight"}, seed=experts
+        )
+        for experts in (2, 5)
     ]
     names = ("weight", "bias", "A", "B", "gate_weight", "gate_bias")
     x = problems[0].tensors["x"].requires_grad_()
-    layers = [Projection(*(problem.tensors[name].requires_grad_(name == "gate_weight") for name in names)) for problem in problems]
+    layers = [
+        Projection(*(problem.tensors[name].requires_grad_(name == "gate_weight") for name in names))
+        for problem in problems
+    ]
     leaves = [x, *(layer.gate_weight for layer in layers)]
     alone = [gated_experts(x, *layer[:6], reduce=reduce, backend="eager") for layer in layers]
     shared = gated_experts_shared(x, layers, reduce=reduce, backend=backend)
-    gradients = [torch.autograd.grad(ys, leaves, [problem.upstream for problem in problems]) for ys in (shared, alone)]
+    gradients = [
+        torch.autograd.grad(ys, leaves, [problem.upstream for problem in problems]) for ys in (shared, alone)
+    ]
     for got, expected in zip((*shared, *gradients[0]), (*alone, *gradients[1]), strict=True):
         assert distance(got, expected) <= 4e-6 * expected.norm()

@@ -11,10 +11,11 @@ import torch
 from cases import DEVICE, needs_gpu
 from spectra import LIMITS, SPECTRA, check, matrix
 
-from mingle import extension, linalg
-from mingle.layers import LowRankExpert
+from mingle import linalg
 from mingle.linalg import svd
-from mingle.projection import make_experts
+from mingle.methods.experts import make_experts
+from mingle.nn.linear import LowRankExpert
+from mingle.ops import extension
 
 pytestmark = needs_gpu
 
@@ -44,7 +45,14 @@ def product(U, S, Vh):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize(
-    ("mode", "shape"), [("accurate", (240, 200)), ("accurate", (180, 420)), ("fast", (200, 240)), ("fast", (500, 180)), ("fast", (100, 90))]
+    ("mode", "shape"),
+    [
+        ("accurate", (240, 200)),
+        ("accurate", (180, 420)),
+        ("fast", (200, 240)),
+        ("fast", (500, 180)),
+        ("fast", (100, 90)),
+    ],
 )
 def test_the_accepted_errors_on_every_spectrum(spectrum, mode, shape, backend):
     """Twenty seeds in one batch, each with a start of its own."""
@@ -71,7 +79,9 @@ def test_blocks_wider_than_the_kernels_take():
         linalg.svd_lowrank(M.to(DEVICE), 100, backend="extension")
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float64, 1e-9), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
+)
 def test_dtypes(dtype, atol):
     M = matrix("0.9^k", 240, 200, R, 0, dtype)
     U, S, Vh = linalg.svd_lowrank(M.to(DEVICE), R)
@@ -96,7 +106,11 @@ def test_powers_of_two_strides_and_empty_batches():
     padded[:, 1] = M
     torch.testing.assert_close(linalg.svd_lowrank(padded[:, 1], R)[1], S)
     torch.testing.assert_close(linalg.svd_lowrank(M.mT, R)[1], S, rtol=1e-6, atol=0)
-    assert [part.shape for part in linalg.svd_lowrank(torch.empty(0, 50, 40, device=DEVICE), 3)] == [(0, 50, 3), (0, 3), (0, 3, 40)]
+    assert [part.shape for part in linalg.svd_lowrank(torch.empty(0, 50, 40, device=DEVICE), 3)] == [
+        (0, 50, 3),
+        (0, 3),
+        (0, 3, 40),
+    ]
 
 
 # --- what must not matter ---
@@ -110,7 +124,9 @@ def test_a_batch_equals_its_matrices_alone(backend):
     for i, key in enumerate("abcd"):
         U, S, Vh = linalg.svd_lowrank(M[i], R, keys=[key], backend=backend)
         torch.testing.assert_close(together[1][i], S, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(product(*(part[i] for part in together)), product(U, S, Vh), rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            product(*(part[i] for part in together)), product(U, S, Vh), rtol=0, atol=2e-6
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -130,10 +146,16 @@ def test_a_list_of_mixed_shapes_in_any_order(backend):
 def test_the_kernels_agree_with_plain_torch_and_with_the_cpu(backend):
     M = layers()
     found = linalg.svd_lowrank(M, R, backend=backend)
-    for other in (linalg.svd_lowrank(M, R, backend="library"), linalg.svd_lowrank(M.cpu(), R), linalg.svd_lowrank(M, R, backend="lapack")):
+    for other in (
+        linalg.svd_lowrank(M, R, backend="library"),
+        linalg.svd_lowrank(M.cpu(), R),
+        linalg.svd_lowrank(M, R, backend="lapack"),
+    ):
         U, S, Vh = (part.to(DEVICE) for part in other)
         torch.testing.assert_close(found[1], S, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(product(*found)[:2], product(U, S, Vh)[:2], rtol=0, atol=2e-5)  # those with a gap after r
+        torch.testing.assert_close(
+            product(*found)[:2], product(U, S, Vh)[:2], rtol=0, atol=2e-5
+        )  # those with a gap after r
 
 
 def test_tf32_and_autocast_neither_matter_nor_change():
@@ -184,7 +206,9 @@ def test_everything_runs_on_the_current_stream(backend):
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         late = torch.full_like(M, torch.nan)
-        torch.cuda._sleep(20_000_000)  # cycles, some ten milliseconds: a kernel on another stream would come before the copy
+        torch.cuda._sleep(
+            20_000_000
+        )  # cycles, some ten milliseconds: a kernel on another stream would come before the copy
         late.copy_(M)
         found = linalg.svd_lowrank(late, R, backend=backend)
     torch.cuda.current_stream().wait_stream(side)
@@ -196,7 +220,9 @@ def test_a_matrix_with_nan_is_named_with_its_first_bad_entry(backend):
     M = layers()
     M[2, 100, 7], M[2, 150, 3] = torch.inf, torch.nan
     keys = [f"layers.{i}.fc1" for i in range(4)]
-    with pytest.raises(ValueError, match=r"'layers.2.fc1' \[240, 200\] has non-finite entries: 2, the first at \[100, 7\]"):
+    with pytest.raises(
+        ValueError, match=r"'layers.2.fc1' \[240, 200\] has non-finite entries: 2, the first at \[100, 7\]"
+    ):
         linalg.svd_lowrank(M, R, keys=keys, backend=backend)
     with pytest.raises(ValueError, match="'layers.2.fc1'"):
         make_experts(dict(zip(keys, M, strict=True)), dict.fromkeys(keys, ()), R)
@@ -205,7 +231,8 @@ def test_a_matrix_with_nan_is_named_with_its_first_bad_entry(backend):
 def test_disabled_kernels_are_replaced_by_plain_torch():
     program = f"""
 import torch
-from mingle import extension, linalg
+from mingle import linalg
+from mingle.ops import extension
 M = torch.randn(240, 200, generator=torch.Generator().manual_seed(0)).cuda()
 assert "MINGLE_EXTENSION=0" in extension.why_not(M.device), extension.why_not(M.device)
 U, S, Vh = linalg.svd_lowrank(M, {R})
@@ -217,7 +244,12 @@ except RuntimeError as error:
 else:
     raise SystemExit("backend='extension' ran although it is disabled")
 """
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"MINGLE_EXTENSION": "0"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"MINGLE_EXTENSION": "0"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -228,7 +260,9 @@ def test_a_list_may_lie_on_several_devices():
     torch.testing.assert_close(S[1].cpu(), S[0], rtol=1e-6, atol=0)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU: no tensor can be elsewhere than on the current device")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="one GPU: no tensor can be elsewhere than on the current device"
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matrices_need_not_be_on_the_current_device(backend):
     M = layers()
@@ -236,7 +270,9 @@ def test_matrices_need_not_be_on_the_current_device(backend):
         found = linalg.svd_lowrank(M.to("cuda:1"), R, backend=backend)
         assert torch.cuda.current_device() == 0
     assert found[0].device == torch.device("cuda:1")
-    torch.testing.assert_close(found[1].to(DEVICE), linalg.svd_lowrank(M, R, backend=backend)[1], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        found[1].to(DEVICE), linalg.svd_lowrank(M, R, backend=backend)[1], rtol=1e-6, atol=1e-7
+    )
 
 
 # --- experts and bases ---
@@ -249,12 +285,20 @@ def test_experts_are_those_of_the_cpu(tasks, drop_diagonal):
     shapes = [(240, 200), (240, 200), (180, 420), (420, 180)]
     deltas = {f"layers.{i}": matrix("0.9^k", *shape, R, i) for i, shape in enumerate(shapes)}
     earlier = {
-        name: [LowRankExpert.from_dense(matrix("0.9^k", *delta.shape, R, 100 * (task + 1) + i), R) for task in range(tasks)]
+        name: [
+            LowRankExpert.from_dense(matrix("0.9^k", *delta.shape, R, 100 * (task + 1) + i), R)
+            for task in range(tasks)
+        ]
         for i, (name, delta) in enumerate(deltas.items())
     }
     expected = make_experts(deltas, earlier, R, drop_diagonal=drop_diagonal)
-    moved = {name: [LowRankExpert(A.to(DEVICE), B.to(DEVICE)) for A, B in experts] for name, experts in earlier.items()}
-    found = make_experts({name: delta.to(DEVICE) for name, delta in deltas.items()}, moved, R, drop_diagonal=drop_diagonal)
+    moved = {
+        name: [LowRankExpert(A.to(DEVICE), B.to(DEVICE)) for A, B in experts]
+        for name, experts in earlier.items()
+    }
+    found = make_experts(
+        {name: delta.to(DEVICE) for name, delta in deltas.items()}, moved, R, drop_diagonal=drop_diagonal
+    )
     for name, expert in found.items():
         assert expert.A.is_cuda and expert.B.is_cuda
         torch.testing.assert_close(expert.delta().cpu(), expected[name].delta(), rtol=0, atol=2e-5, msg=name)
@@ -278,8 +322,12 @@ def test_bases_are_those_of_the_cpu():
     covariance = vectors.mT @ vectors
     found, expected = linalg.top_subspace(covariance.to(DEVICE), 3), linalg.top_subspace(covariance, 3)
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-7)
-    grown = linalg.extend_basis(found, torch.cat([found[:, :1], torch.randn(500, 4, dtype=torch.float64, device=DEVICE)], 1))
+    grown = linalg.extend_basis(
+        found, torch.cat([found[:, :1], torch.randn(500, 4, dtype=torch.float64, device=DEVICE)], 1)
+    )
     assert grown.is_cuda and grown.shape == (500, 7)
-    torch.testing.assert_close(grown.mT @ grown, torch.eye(7, dtype=torch.float64, device=DEVICE), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        grown.mT @ grown, torch.eye(7, dtype=torch.float64, device=DEVICE), rtol=0, atol=1e-10
+    )
     directions = linalg.InputDirections(500).including(vectors.to(DEVICE)).top(3)
     torch.testing.assert_close(directions.cpu(), expected, rtol=0, atol=1e-7)

@@ -1,4 +1,6 @@
-"""The kernels on a GPU: equal bits every time, every element written, tensors of more than two to the thirty-one elements."""
+"""The kernels on a GPU: equal bits every time, every element written, tensors of more than two to the
+thirty-one elements.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def _poisoned() -> Iterator[None]:
     """Fresh memory holds NaN."""
     mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS asks for an environment variable; only the filling is wanted here
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # cuBLAS asks for an environment variable; only the filling is wanted here
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -10,21 +10,25 @@ import torch
 from cases import DEVICE, SHAPES, Shape, capture, make, needs_gpu
 from torch import nn
 
-from mingle import dispatch
+from mingle.ops import dispatch
 
 pytestmark = needs_gpu
 
 
 def test_another_number_of_tokens_compiles_nothing(monkeypatch):
-    """Sizes that share a tile share the code; Triton would by itself make new code for the values 1 and multiples of 16."""
+    """Sizes that share a tile share the code; Triton would by itself make new code for the values 1 and
+    multiples of 16.
+    """
     triton = pytest.importorskip("triton")
-    from mingle.kernels import fold
-    from mingle.kernels import gated_experts as kernels
+    from mingle.kernels.gated_experts import fold
+    from mingle.kernels.gated_experts import triton as kernels
 
     compiled: list[str] = []
     for kernel in (kernels.shrink_kernel, kernels.expand_kernel, kernels.upstream_kernel, fold.fold_kernel):
         kernel.device_caches.clear()  # what other tests compiled
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **found: compiled.append(found["repr"]))
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **found: compiled.append(found["repr"])
+    )
 
     def steps(*sizes: tuple[int, int]) -> None:
         for reduce, leading in product(("token", "sample", "batch"), sizes):
@@ -55,13 +59,18 @@ def seconds(*graphs: torch.cuda.CUDAGraph, rounds: int = 40, replays: int = 5) -
 
 def test_the_cost_of_one_expert_per_sample_hardly_depends_on_how_many_there_are():
     many, one = (
-        make(Shape((128, 197), 768, 768, experts, 64), torch.bfloat16, "given sample", zeros=True, needs=set()) for experts in (64, 1)
+        make(
+            Shape((128, 197), 768, 768, experts, 64), torch.bfloat16, "given sample", zeros=True, needs=set()
+        )
+        for experts in (64, 1)
     )
     chosen = torch.arange(128, device=DEVICE) // 2
     many.tensors["gates"].copy_(nn.functional.one_hot(chosen, 64))
     one.tensors["gates"].fill_(1)
     with torch.no_grad():
-        (long_graph, _), (short_graph, _) = (capture(lambda problem=problem: problem.solve("triton")) for problem in (many, one))
+        (long_graph, _), (short_graph, _) = (
+            capture(lambda problem=problem: problem.solve("triton")) for problem in (many, one)
+        )
     long, short = seconds(long_graph, short_graph)
     assert long <= 1.3 * short, f"{long * 1e6:.0f} µs with 64 experts, {short * 1e6:.0f} µs with one"
 

@@ -1,4 +1,6 @@
-"""What the Triton kernels must satisfy, as functions that raise AssertionError: for the kernels, and for mutants that must be caught."""
+"""What the Triton kernels must satisfy, as functions that raise AssertionError: for the kernels, and for
+mutants that must be caught.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,14 @@ import torch
 from guards import LAUNCHES, guard_bands
 from torch import Tensor
 
+from mingle.adaptation.projector import RelaxedProjector
 from mingle.functional import gated_experts
-from mingle.kernels import reference
-from mingle.relaxation import RelaxedProjector
+from mingle.kernels.gated_experts import reference
+from mingle.kernels.relaxed_projection.reference import relaxed_projection
 
-# ‖error‖ / ‖exact‖ of a tensor, as published, and what is no worse than luck: fp16 results are rounded once, from fp32 sums; fp32 sums are
-# rounded at every term, and eager PyTorch's order of the terms may happen to be the better one for a handful of numbers.
+# ‖error‖ / ‖exact‖ of a tensor, as published, and what is no worse than luck: fp16 results are rounded once,
+# from fp32 sums; fp32 sums are rounded at every term, and eager PyTorch's order of the terms may happen to be
+# the better one for a handful of numbers.
 LIMITS = {torch.float32: 2e-6, torch.float16: 1.5e-3}
 FLOORS = {torch.float32: 2.0**-23, torch.float16: 2.0**-11}
 
@@ -35,7 +39,9 @@ def problem(
     base: bool = True,
     seed: int = 0,
 ) -> Problem:
-    """The tensors of one layer, B stored as the layers store it; without `base` W₀ = 0 and no bias, so that the experts stand alone."""
+    """The tensors of one layer, B stored as the layers store it; without `base` W₀ = 0 and no bias, so that
+    the experts stand alone.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int, fan: int = 1, dtype: torch.dtype = dtype) -> Tensor:
@@ -64,7 +70,9 @@ def random_mask(*shape: int) -> Tensor:
     return mask
 
 
-def run(p: Problem, backend: str, dy: Tensor | None, needs: tuple[str, ...] | None = None, **options: Any) -> dict[str, Tensor]:
+def run(
+    p: Problem, backend: str, dy: Tensor | None, needs: tuple[str, ...] | None = None, **options: Any
+) -> dict[str, Tensor]:
     """y and the gradients of one call by name.
 
     Args:
@@ -75,7 +83,10 @@ def run(p: Problem, backend: str, dy: Tensor | None, needs: tuple[str, ...] | No
         options: further arguments of `gated_experts`.
     """
     wanted = [name for name, value in p.items() if value is not None and (needs is None or name in needs)]
-    leaves = {name: value if value is None else value.detach().requires_grad_(name in wanted) for name, value in p.items()}
+    leaves = {
+        name: value if value is None else value.detach().requires_grad_(name in wanted)
+        for name, value in p.items()
+    }
     y = gated_experts(**leaves, backend=backend, **options)  # type: ignore[arg-type]
     if wanted:
         y.sum().backward() if dy is None else y.backward(dy)
@@ -83,14 +94,22 @@ def run(p: Problem, backend: str, dy: Tensor | None, needs: tuple[str, ...] | No
 
 
 def accurate(
-    p: Problem, dy: Tensor | str | None = "random", needs: tuple[str, ...] | None = None, times: float = 2.0, **options: Any
+    p: Problem,
+    dy: Tensor | str | None = "random",
+    needs: tuple[str, ...] | None = None,
+    times: float = 2.0,
+    **options: Any,
 ) -> None:
-    """y and every gradient agree with the float64 formula on the rounded inputs, as closely as `compare` asks."""
+    """y and every gradient agree with the float64 formula on the rounded inputs, as closely as `compare`
+    asks.
+    """
     x = p["x"]
     assert x is not None
     if isinstance(dy, str):
         outputs = p["weight"].shape[0]  # type: ignore[union-attr]
-        dy = torch.randn(*x.shape[:-1], outputs, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(x.dtype)
+        dy = torch.randn(
+            *x.shape[:-1], outputs, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+        ).to(x.dtype)
     wide = {name: None if value is None else value.double() for name, value in p.items()}
     wide_dy = None if dy is None else dy.double()
     exact = run(wide, "eager", wide_dy, needs, **options)
@@ -100,11 +119,13 @@ def accurate(
         compare(name, result, exact[name], eager[name], x.dtype, scales.get(name), times)
 
 
-def gate_gradient_scales(p: Problem, dy: Tensor | None, reduce: str = "sample", mask: Tensor | None = None, **_: Any) -> dict[str, float]:
+def gate_gradient_scales(
+    p: Problem, dy: Tensor | None, reduce: str = "sample", mask: Tensor | None = None, **_: Any
+) -> dict[str, float]:
     """The norms that the gradients of the gates would have if no term of their sums cancelled another.
 
-    dz_i = Σ u ⊙ H is a sum of signed products over ranks and, for shared gates, tokens; a single number may come out near 0, with an error
-    that has nothing to do with its own size.
+    dz_i = Σ u ⊙ H is a sum of signed products over ranks and, for shared gates, tokens; a single number may
+    come out near 0, with an error that has nothing to do with its own size.
     """
     x, A, B = p["x"], p["A"], p["B"]
     assert x is not None and A is not None and B is not None
@@ -124,12 +145,20 @@ def gate_gradient_scales(p: Problem, dy: Tensor | None, reduce: str = "sample", 
 
 
 def compare(
-    name: str, result: Tensor, exact: Tensor, eager: Tensor, arithmetic: torch.dtype, scale: float | None = None, times: float = 2.0
+    name: str,
+    result: Tensor,
+    exact: Tensor,
+    eager: Tensor,
+    arithmetic: torch.dtype,
+    scale: float | None = None,
+    times: float = 2.0,
 ) -> None:
-    """The error of `result` is within the published limit and at most `times` that of eager PyTorch in the same dtype.
+    """The error of `result` is within the published limit and at most `times` that of eager PyTorch in the
+    same dtype.
 
-    Limits are those of `arithmetic`, the layer's dtype.  Errors are relative to `scale`, by default the norm of `exact`; the worst row's to
-    its norm or that of an average row, whichever is larger, for a row, too, may cancel to almost nothing.
+    Limits are those of `arithmetic`, the layer's dtype.  Errors are relative to `scale`, by default the norm
+    of `exact`; the worst row's to its norm or that of an average row, whichever is larger, for a row, too,
+    may cancel to almost nothing.
     """
     assert (result.dtype, result.shape) == (eager.dtype, eager.shape), name
     if exact.numel() == 0:
@@ -150,8 +179,12 @@ def one_hot(tokens: int, experts: int) -> Tensor:
 
 
 def _cancelling_sum() -> None:
-    """x W₀ᵀ in fp16 where the second half of the products cancels most of the first: sums in fp16 would lose what remains."""
-    p = given(problem((1, 3), d_in=128, d_out=16, experts=1, dtype=torch.float16), torch.zeros(1)) | {"bias": None}
+    """x W₀ᵀ in fp16 where the second half of the products cancels most of the first: sums in fp16 would lose
+    what remains.
+    """
+    p = given(problem((1, 3), d_in=128, d_out=16, experts=1, dtype=torch.float16), torch.zeros(1)) | {
+        "bias": None
+    }
     x, weight = p["x"], p["weight"]
     assert x is not None and weight is not None
     x[..., 64:] = 0.05 * x[..., 64:] - x[..., :64]
@@ -164,10 +197,14 @@ COMPACT: dict[str, Callable[[], None]] = {
     "linear gates of samples": lambda: accurate(problem((3, 6), rank=40), reduce="sample"),
     "masked samples": lambda: accurate(problem((3, 6)), reduce="sample", mask=random_mask(3, 6)),
     "fold": lambda: accurate(problem((3, 7)), reduce="batch"),
-    "experts alone in fp16": lambda: accurate(problem((2, 9), dtype=torch.float16, base=False), reduce="sample"),
+    "experts alone in fp16": lambda: accurate(
+        problem((2, 9), dtype=torch.float16, base=False), reduce="sample"
+    ),
     "a cancelling sum in fp16": _cancelling_sum,
     # each is the last expert with columns in its tile of H, and two are at the ends of the words of gate bits
-    "one expert per sample": lambda: accurate(given(problem((6, 3), experts=40, rank=2), torch.eye(40)[[15, 31, 39] * 2]), needs=("x",)),
+    "one expert per sample": lambda: accurate(
+        given(problem((6, 3), experts=40, rank=2), torch.eye(40)[[15, 31, 39] * 2]), needs=("x",)
+    ),
 } | {f"guard bands of {name}": partial(guard_bands, name) for name in LAUNCHES}
 
 
@@ -180,7 +217,7 @@ def projected_steps(shapes: list[tuple[int, int]], rows: int, gamma: float, step
         grads = [torch.randn(rows, width) for width, _ in shapes]
         expected = []
         for i, (grad, basis) in enumerate(zip(grads, bases, strict=True)):
-            projected, S[i], _ = reference.relaxed_projection(grad.double(), basis.double(), S[i], gamma, 0.8)
+            projected, S[i], _ = relaxed_projection(grad.double(), basis.double(), S[i], gamma, 0.8)
             expected.append(projected)
         assert projector.apply_(grads)
         for grad, want in zip(grads, expected, strict=True):

@@ -1,7 +1,8 @@
 """Runs the tests of this folder under Triton's interpreter.
 
-TRITON_INTERPRET must be set before Triton is imported, so one subprocess of pytest runs all selected tests and each test here reports
-what became of it there.  Under TRITON_INTERPRET=1 the tests run in the process itself, for a debugger.
+TRITON_INTERPRET must be set before Triton is imported, so one subprocess of pytest runs all selected tests
+and each test here reports what became of it there.  Under TRITON_INTERPRET=1 the tests run in the process
+itself, for a debugger.
 """
 
 from __future__ import annotations
@@ -42,7 +43,16 @@ def _run(session: pytest.Session) -> None:
     path = factory.mktemp("interpret") / "reports"
     names = [item.nodeid for item in session.items if Path(__file__).parent in item.path.parents]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={session.config.rootpath}", *names],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--rootdir={session.config.rootpath}",
+            *names,
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1", "MINGLE_TEST_REPORTS": str(path), "OMP_NUM_THREADS": "1"},
         cwd=session.config.rootpath,
         capture_output=True,

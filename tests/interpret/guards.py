@@ -14,7 +14,9 @@ from torch import Tensor
 
 
 class Guard:
-    """Tensors inside larger buffers of NaN (of True for masks), and a check that nothing happened around them."""
+    """Tensors inside larger buffers of NaN (of True for masks), and a check that nothing happened around
+    them.
+    """
 
     BAND = 4096  # elements before and behind: more than a tile of the interpreter reaches, or a fault would end the process
     MARGIN = 3  # elements at both ends of every dimension
@@ -24,10 +26,14 @@ class Guard:
         self.outputs: list[Tensor] = []
 
     def around(self, tensor: Tensor, dense: bool = False) -> Tensor:
-        """A copy of `tensor` with guards before and behind and, unless it must be `dense`, at both ends of every row."""
+        """A copy of `tensor` with guards before and behind and, unless it must be `dense`, at both ends of
+        every row.
+        """
         dense = dense or tensor.dim() < 2
         sizes = list(tensor.shape) if dense else [size + 2 * self.MARGIN for size in tensor.shape]
-        buffer = torch.full((math.prod(sizes) + 2 * self.BAND,), tensor.dtype == torch.bool or math.nan, dtype=tensor.dtype)
+        buffer = torch.full(
+            (math.prod(sizes) + 2 * self.BAND,), tensor.dtype == torch.bool or math.nan, dtype=tensor.dtype
+        )
         inner = buffer[self.BAND : -self.BAND].view(sizes)
         if not dense:
             inner = inner[tuple(slice(self.MARGIN, -self.MARGIN) for _ in sizes)]
@@ -51,12 +57,18 @@ class Guard:
             yield
 
     def check(self) -> None:
-        """Outputs are complete; around them, and in the inputs, everything is as it was.  Overwrites the outputs."""
+        """Outputs are complete; around them, and in the inputs, everything is as it was.  Overwrites the
+        outputs.
+        """
         for output in self.outputs:
-            assert not output.isnan().any(), "an element of an output was not written, or a NaN from outside an input reached it"
+            assert not output.isnan().any(), (
+                "an element of an output was not written, or a NaN from outside an input reached it"
+            )
             output.fill_(math.nan)
         for buffer, before in self.buffers:
-            assert torch.equal(buffer.nan_to_num(7.5), before.nan_to_num(7.5)), "an input was changed, or something outside an output"
+            assert torch.equal(buffer.nan_to_num(7.5), before.nan_to_num(7.5)), (
+                "an input was changed, or something outside an output"
+            )
 
 
 class Launch(NamedTuple):
@@ -77,8 +89,18 @@ def _launches() -> dict[str, Launch]:
 
     tokens = groups * group
     x, dy, hidden = normal(tokens, width), normal(tokens, outputs), normal(tokens, experts * rank)
-    weight, bias, A, up = normal(outputs, width), normal(outputs), normal(experts, rank, width), normal(experts, rank, outputs)
-    gate_weight, gate_bias, z, token_z = normal(experts, width), normal(experts), normal(groups, experts), normal(tokens, experts)
+    weight, bias, A, up = (
+        normal(outputs, width),
+        normal(outputs),
+        normal(experts, rank, width),
+        normal(experts, rank, outputs),
+    )
+    gate_weight, gate_bias, z, token_z = (
+        normal(experts, width),
+        normal(experts),
+        normal(groups, experts),
+        normal(tokens, experts),
+    )
     mask = torch.rand(tokens, generator=generator) > 0.4
     sparse = z * torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 0]])
     active = (sparse != 0).repeat_interleave(group, 0).repeat_interleave(rank, 1)  # [N, T·r]
@@ -94,7 +116,9 @@ def _launches() -> dict[str, Launch]:
         "expand-token": Launch("expand", (x, weight, None, hidden, up, token_z, 1, False), {}),
         "expand-skip": Launch("expand", (x, weight, bias, hidden, up, sparse, group, True), {}),
         "dx": Launch("expand", (dy, weight.mT, None, hidden, A, z, group, False), share),
-        "dx-masked": Launch("expand", (dy, weight.mT, None, hidden, A, z, group, False), share | {"mask": mask}),
+        "dx-masked": Launch(
+            "expand", (dy, weight.mT, None, hidden, A, z, group, False), share | {"mask": mask}
+        ),
         "upstream": Launch("upstream", (dy, up.mT, hidden, z, group, False), {}),
         "upstream-skip": Launch("upstream", (dy, up.mT, hidden, sparse, group, True), {}, active),
         "fold": Launch("fold", (weight, A, up.mT, z[0]), {}),
@@ -105,13 +129,22 @@ LAUNCHES = _launches()
 
 
 def guard_bands(name: str) -> None:
-    """One launch on guarded tensors gives what the dense products of `grouped` give, and touches nothing else."""
+    """One launch on guarded tensors gives what the dense products of `grouped` give, and touches nothing
+    else.
+    """
     launcher, arguments, named, defined = LAUNCHES[name]
-    kernels = importlib.import_module("mingle.kernels.fold" if launcher == "fold" else "mingle.kernels.gated_experts")
-    grouped = importlib.import_module("mingle.kernels.grouped")
+    kernels = importlib.import_module(
+        "mingle.kernels.gated_experts.fold" if launcher == "fold" else "mingle.kernels.gated_experts.triton"
+    )
+    grouped = importlib.import_module("mingle.kernels.gated_experts.grouped")
     guard = Guard()
-    gates = {"shrink": 4, "expand": 5, "upstream": 3, "fold": 3}[launcher]  # the position of z, which must be contiguous
-    inside = [guard.around(value, dense=i == gates) if isinstance(value, Tensor) else value for i, value in enumerate(arguments)]
+    gates = {"shrink": 4, "expand": 5, "upstream": 3, "fold": 3}[
+        launcher
+    ]  # the position of z, which must be contiguous
+    inside = [
+        guard.around(value, dense=i == gates) if isinstance(value, Tensor) else value
+        for i, value in enumerate(arguments)
+    ]
     named_inside = {key: guard.around(value, dense=key == "share") for key, value in named.items()}
     with guard.allocating():
         results = getattr(kernels, launcher)(*inside, **named_inside)
@@ -120,7 +153,13 @@ def guard_bands(name: str) -> None:
         results, expected = (results,), (expected,)
     for result, right in zip(results, expected, strict=True):
         if result.numel():  # without gate gradients there are no sums of u ⊙ H
-            keep = torch.ones_like(right, dtype=torch.bool) if defined is None or defined.shape != right.shape else defined
+            keep = (
+                torch.ones_like(right, dtype=torch.bool)
+                if defined is None or defined.shape != right.shape
+                else defined
+            )
             tolerance = 1e-2 if result.dtype == torch.float16 else 1e-4
-            torch.testing.assert_close(result[keep], right[keep].to(result.dtype), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                result[keep], right[keep].to(result.dtype), rtol=tolerance, atol=tolerance
+            )
     guard.check()

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 
 class Mutation(NamedTuple):
-    """`old` becomes `new` in `module`, where it stands `times` times; `seen_by` names the compact check that must fail."""
+    """`old` becomes `new` in `module`, where it stands `times` times; `seen_by` names the compact check that
+    must fail.
+    """
 
     module: str
     old: str
@@ -27,7 +29,9 @@ def applied(mutation: Mutation, folder: Path) -> Iterator[None]:
     original = importlib.import_module(mutation.module)
     assert original.__file__ is not None
     text = Path(original.__file__).read_text()
-    assert text.count(mutation.old) == mutation.times, f"{mutation.old!r} stands {text.count(mutation.old)} times in {mutation.module}"
+    assert text.count(mutation.old) == mutation.times, (
+        f"{mutation.old!r} stands {text.count(mutation.old)} times in {mutation.module}"
+    )
     path = folder / Path(original.__file__).name  # Triton reads the source of a kernel from its file
     path.write_text(text.replace(mutation.old, mutation.new))
     spec = importlib.util.spec_from_file_location(mutation.module, path)
@@ -36,11 +40,17 @@ def applied(mutation: Mutation, folder: Path) -> Iterator[None]:
     spec.loader.exec_module(mutant)
 
     replaced = {
-        id(value): getattr(mutant, name) for name, value in vars(original).items() if getattr(value, "__module__", None) == mutation.module
+        id(value): getattr(mutant, name)
+        for name, value in vars(original).items()
+        if getattr(value, "__module__", None) == mutation.module
     }
     replaced[id(original)] = mutant
     undo = []
-    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "mingle" and module is not mutant]:
+    for module in [
+        module
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] == "mingle" and module is not mutant
+    ]:
         for name, value in list(vars(module).items()):
             if id(value) in replaced:
                 undo.append((module, name, value))

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime import interpreter
 
-from mingle import dispatch
 from mingle.functional import Projection, gated_experts_shared
-from mingle.kernels import fold, gated_experts
+from mingle.kernels.gated_experts import fold
+from mingle.kernels.gated_experts import triton as gated_experts
+from mingle.ops import dispatch
 
 DTYPES = [torch.float32, torch.float16]
 REDUCTIONS = ["token", "sample", "batch"]
@@ -94,17 +95,23 @@ def test_padding_that_is_not_finite_reaches_no_gradient(dtype: torch.dtype, redu
 @dtypes
 @reductions
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0,)], ids=str)
-def test_no_tokens_give_no_output_and_zero_gradients(dtype: torch.dtype, reduce: str, shape: tuple[int, ...]) -> None:
+def test_no_tokens_give_no_output_and_zero_gradients(
+    dtype: torch.dtype, reduce: str, shape: tuple[int, ...]
+) -> None:
     p = problem(shape, dtype=dtype)
     results = run(p, "triton", None, reduce=reduce)
     assert results["y"].shape == (*shape, 20)
     assert results["x"].shape == (*shape, 33)
-    assert all((results[name] == 0).all() for name in ("weight", "bias", "A", "B", "gate_weight", "gate_bias"))
+    assert all(
+        (results[name] == 0).all() for name in ("weight", "bias", "A", "B", "gate_weight", "gate_bias")
+    )
 
 
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1, 21)], ids=str)
-def test_a_summed_output_sends_back_a_gradient_with_strides_of_zero(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_a_summed_output_sends_back_a_gradient_with_strides_of_zero(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     for reduce in REDUCTIONS:
         accurate(problem(shape, dtype=dtype), dy=None, reduce=reduce)
 
@@ -138,12 +145,16 @@ def test_layouts_differ_from_the_plain_one() -> None:
     rank=st.integers(1, 20),
     strides=st.fixed_dictionaries(dict.fromkeys(("x", "dy", "weight", "A", "B", "gate_weight"), layouts)),
 )
-def test_strides_and_shapes_do_not_matter(reduce, dtype, masked, base, shape, widths, experts, rank, strides) -> None:
+def test_strides_and_shapes_do_not_matter(
+    reduce, dtype, masked, base, shape, widths, experts, rank, strides
+) -> None:
     p = problem(shape, *widths, experts, rank, dtype, base=base)
     dy = torch.randn(*shape, widths[1], generator=torch.Generator().manual_seed(4)).to(dtype)
     p |= {name: LAYOUTS[strides[name]](p[name]) for name in strides if name != "dy"}
     # Four times: among many small problems some come out of eager's order of summation better by chance.
-    accurate(p, LAYOUTS[strides["dy"]](dy), times=4, reduce=reduce, mask=random_mask(*shape) if masked else None)
+    accurate(
+        p, LAYOUTS[strides["dy"]](dy), times=4, reduce=reduce, mask=random_mask(*shape) if masked else None
+    )
 
 
 GATES = {
@@ -165,7 +176,9 @@ def test_given_gates_get_their_gradient_and_so_do_zeros(dtype: torch.dtype, rows
 @dtypes
 @pytest.mark.parametrize("rows", GATES)
 @pytest.mark.parametrize("needs", [(), ("x",), ("x", "weight", "bias")], ids=["forward", "x", "base"])
-def test_constant_gates_with_zeros_are_skipped_rightly(dtype: torch.dtype, rows: str, needs: tuple[str, ...]) -> None:
+def test_constant_gates_with_zeros_are_skipped_rightly(
+    dtype: torch.dtype, rows: str, needs: tuple[str, ...]
+) -> None:
     gates = torch.randn(GATES[rows], generator=torch.Generator().manual_seed(6))
     accurate(given(problem((2, 9), experts=5, dtype=dtype), torch.where(gates < 0, 0.0, gates)), needs=needs)
 
@@ -184,7 +197,9 @@ def test_one_expert_of_forty_crosses_the_word_of_gate_bits(dtype, shape, needs, 
 
 @pytest.mark.parametrize("expert", [0, 31, 32, 39])
 def test_experts_with_gates_of_zero_are_not_even_read(expert: int) -> None:
-    p = given(problem((3, 5), experts=40, rank=2), torch.zeros(3, 40).index_fill(1, torch.tensor(expert), 0.5))
+    p = given(
+        problem((3, 5), experts=40, rank=2), torch.zeros(3, 40).index_fill(1, torch.tensor(expert), 0.5)
+    )
     right = run(p, "eager", None, needs=("x",))
     for name in ("A", "B"):
         others = torch.arange(40) != expert
@@ -209,8 +224,12 @@ def test_gates_may_be_expanded_or_in_half_precision(rows: str) -> None:
 @reductions
 @pytest.mark.parametrize("shape", [(2, 5), (3, 7)], ids=["low-rank", "folded batch"])
 @pytest.mark.parametrize("frozen", [1, 3, 4])
-@pytest.mark.parametrize("needs", [("gate_weight", "gate_bias"), ("x", "gate_weight", "gate_bias")], ids=["gates", "gates and x"])
-def test_the_first_gates_may_be_frozen(reduce: str, shape: tuple[int, ...], frozen: int, needs: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "needs", [("gate_weight", "gate_bias"), ("x", "gate_weight", "gate_bias")], ids=["gates", "gates and x"]
+)
+def test_the_first_gates_may_be_frozen(
+    reduce: str, shape: tuple[int, ...], frozen: int, needs: tuple[str, ...]
+) -> None:
     p = problem(shape, experts=4)
     right = run(p, "triton", None, reduce=reduce)
     for name, value in run(p, "triton", None, needs, reduce=reduce, frozen_gates=frozen).items():
@@ -222,8 +241,12 @@ def test_the_first_gates_may_be_frozen(reduce: str, shape: tuple[int, ...], froz
 
 @dtypes
 @reductions
-@pytest.mark.parametrize("needs", [("gate_weight", "gate_bias"), ("x",), ("A",), ("B",), ("weight", "bias")], ids="+".join)
-def test_only_the_wanted_gradients_are_computed_and_right(dtype: torch.dtype, reduce: str, needs: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "needs", [("gate_weight", "gate_bias"), ("x",), ("A",), ("B",), ("weight", "bias")], ids="+".join
+)
+def test_only_the_wanted_gradients_are_computed_and_right(
+    dtype: torch.dtype, reduce: str, needs: tuple[str, ...]
+) -> None:
     accurate(problem(dtype=dtype), needs=needs, reduce=reduce)
 
 
@@ -231,14 +254,25 @@ def test_only_the_wanted_gradients_are_computed_and_right(dtype: torch.dtype, re
 @pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 @pytest.mark.parametrize("need_x", [False, True], ids=["gates", "gates and x"])
-def test_layers_that_share_a_shrink_are_each_right(reduce: str, masked: bool, frozen: int, need_x: bool) -> None:
-    problems = [problem((3, 6), d_out=outputs, experts=experts, seed=seed) for seed, (outputs, experts) in enumerate([(20, 3), (35, 2)])]
+def test_layers_that_share_a_shrink_are_each_right(
+    reduce: str, masked: bool, frozen: int, need_x: bool
+) -> None:
+    problems = [
+        problem((3, 6), d_out=outputs, experts=experts, seed=seed)
+        for seed, (outputs, experts) in enumerate([(20, 3), (35, 2)])
+    ]
     mask = random_mask(3, 6) if masked else None
 
     def together(backend: str, dtype: torch.dtype) -> list[Tensor]:
         x = problems[0]["x"].detach().to(dtype).requires_grad_(need_x)
         layers = [
-            Projection(*(p[name].clone().to(dtype) for name in ("weight", "bias", "A", "B", "gate_weight", "gate_bias")), frozen)
+            Projection(
+                *(
+                    p[name].clone().to(dtype)
+                    for name in ("weight", "bias", "A", "B", "gate_weight", "gate_bias")
+                ),
+                frozen,
+            )
             for p in problems
         ]
         for layer in layers:
@@ -249,7 +283,9 @@ def test_layers_that_share_a_shrink_are_each_right(reduce: str, masked: bool, fr
         gates = [gate.grad[frozen:] for layer in layers for gate in (layer.gate_weight, layer.gate_bias)]
         return [*(y.detach() for y in ys), *gates, *([x.grad] if need_x else [])]
 
-    for result, exact in zip(together("triton", torch.float32), together("eager", torch.float64), strict=True):
+    for result, exact in zip(
+        together("triton", torch.float32), together("eager", torch.float64), strict=True
+    ):
         assert (result - exact).norm() <= 1e-5 * exact.norm()
 
 
@@ -262,9 +298,13 @@ def test_gates_may_be_fp32_where_the_layer_is_fp16(reduce: str, masked: bool) ->
 
 @dtypes
 @pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
-@pytest.mark.parametrize(("tokens", "folds"), [(6, False), (7, True)])  # × 2 samples; 33 → 20 folds from 12.5 tokens on
+@pytest.mark.parametrize(
+    ("tokens", "folds"), [(6, False), (7, True)]
+)  # × 2 samples; 33 → 20 folds from 12.5 tokens on
 @pytest.mark.parametrize(("experts", "rank"), [(1, 3), (5, 17)], ids=["dz by tokens", "dz by weights"])
-def test_one_gate_for_the_whole_batch_folds_where_that_pays(dtype, masked, tokens, folds, experts, rank) -> None:
+def test_one_gate_for_the_whole_batch_folds_where_that_pays(
+    dtype, masked, tokens, folds, experts, rank
+) -> None:
     p = problem((2, tokens), experts=experts, rank=rank, dtype=dtype)
     with mock.patch.object(fold, "fold", wraps=fold.fold) as folding:
         accurate(p, reduce="batch", mask=random_mask(2, tokens) if masked else None)
@@ -304,7 +344,8 @@ def test_rows_may_be_further_apart_than_32_bits_count(tmp_path: Path) -> None:
     near = p["x"]
     far = buffer.as_strided(near.shape, (0, stride, 1))
     far.copy_(near)
-    # The interpreter copies arguments back from where they were computed, here onto themselves: the whole file.
+    # The interpreter copies arguments back from where they were computed, here onto themselves: the whole
+    # file.
     with mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", autospec=True):
         result = gated_experts.shrink(far[0], p["A"], p["gate_weight"], p["gate_bias"], None, None, 1, False)
         y = gated_experts.expand(far[0], p["weight"], p["bias"], result[0], p["B"].mT, result[1], 1, False)
@@ -313,7 +354,9 @@ def test_rows_may_be_further_apart_than_32_bits_count(tmp_path: Path) -> None:
     assert torch.equal(result[0], right[0])
     assert torch.equal(result[1], right[1])
     assert torch.equal(u, right[0])
-    assert torch.equal(y, gated_experts.expand(near[0], p["weight"], p["bias"], *right[:1], p["B"].mT, right[1], 1, False))
+    assert torch.equal(
+        y, gated_experts.expand(near[0], p["weight"], p["bias"], *right[:1], p["B"].mT, right[1], 1, False)
+    )
 
 
 def test_nan_in_one_token_stays_in_that_token() -> None:
@@ -323,7 +366,9 @@ def test_nan_in_one_token_stays_in_that_token() -> None:
         p["x"][1, 4] = 0.0 if backward else math.nan
         dy[1, 4] = math.nan if backward else 1.0
         results = run(p, "triton", dy, needs=("x",), reduce="token")
-        affected = torch.zeros(2, 9, dtype=torch.bool).index_put((torch.tensor(1), torch.tensor(4)), torch.tensor(True))
+        affected = torch.zeros(2, 9, dtype=torch.bool).index_put(
+            (torch.tensor(1), torch.tensor(4)), torch.tensor(True)
+        )
         for name in ("x",) if backward else ("y", "x"):
             assert torch.equal(results[name].isnan().any(-1), affected), name
 
@@ -353,7 +398,12 @@ def test_equal_inputs_give_equal_bits(dtype: torch.dtype, reduce: str) -> None:
     dy = torch.randn(2, 5, 20).to(dtype)
     first = run(p, "triton", dy, reduce=reduce)
     for _ in range(5):
-        again = run({name: None if value is None else value.clone() for name, value in p.items()}, "triton", dy.clone(), reduce=reduce)
+        again = run(
+            {name: None if value is None else value.clone() for name, value in p.items()},
+            "triton",
+            dy.clone(),
+            reduce=reduce,
+        )
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 

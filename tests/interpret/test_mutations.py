@@ -1,4 +1,6 @@
-"""The checks of the kernels fail where they should: one fault at a time is put into the source, and a check must see it."""
+"""The checks of the kernels fail where they should: one fault at a time is put into the source, and a check
+must see it.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,28 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from checks import COMPACT
 from mutants import Mutation, applied
 
-KERNELS, FOLD, OPS = "mingle.kernels.gated_experts", "mingle.kernels.fold", "mingle.ops.common"
+KERNELS, FOLD, OPS = (
+    "mingle.kernels.gated_experts.triton",
+    "mingle.kernels.gated_experts.fold",
+    "mingle.ops.common",
+)
 
 MUTATIONS = {
     "the last expert dropped": Mutation(
-        KERNELS, "for step in range(T * CHUNKS):", "for step in range((T - 1) * CHUNKS):", "linear gates of tokens"
+        KERNELS,
+        "for step in range(T * CHUNKS):",
+        "for step in range((T - 1) * CHUNKS):",
+        "linear gates of tokens",
     ),
     "the last expert dropped in half precision": Mutation(
-        KERNELS, "for step in range(T * CHUNKS):", "for step in range((T - 1) * CHUNKS):", "experts alone in fp16"
+        KERNELS,
+        "for step in range(T * CHUNKS):",
+        "for step in range((T - 1) * CHUNKS):",
+        "experts alone in fp16",
     ),
-    "the last expert not folded": Mutation(FOLD, "for step in range(T * CHUNKS):", "for step in range((T - 1) * CHUNKS):", "fold"),
+    "the last expert not folded": Mutation(
+        FOLD, "for step in range(T * CHUNKS):", "for step in range((T - 1) * CHUNKS):", "fold"
+    ),
     "a rank lost going up": Mutation(
         KERNELS,
         "mask=row_in[:, None] & (j < r)[None, :]",
@@ -28,10 +42,17 @@ MUTATIONS = {
         "linear gates of tokens",
     ),
     "a rank lost going down": Mutation(
-        KERNELS, "(columns % r) * stride_ar", "tl.minimum(columns % r, r - 2) * stride_ar", "linear gates of tokens"
+        KERNELS,
+        "(columns % r) * stride_ar",
+        "tl.minimum(columns % r, r - 2) * stride_ar",
+        "linear gates of tokens",
     ),
-    "a rank lost in the fold": Mutation(FOLD, "mask=(j < r)[:, None] & column_ok", "mask=(j < r - 1)[:, None] & column_ok", "fold"),
-    "only the last ranks in the gradient of a gate": Mutation(KERNELS, "dz += tl.sum(acc", "dz = tl.sum(acc", "linear gates of samples"),
+    "a rank lost in the fold": Mutation(
+        FOLD, "mask=(j < r)[:, None] & column_ok", "mask=(j < r - 1)[:, None] & column_ok", "fold"
+    ),
+    "only the last ranks in the gradient of a gate": Mutation(
+        KERNELS, "dz += tl.sum(acc", "dz = tl.sum(acc", "linear gates of samples"
+    ),
     "1 % too much gate bias for tokens": Mutation(
         KERNELS,
         "acc += tl.load(beta_ptr + experts, mask=experts < T, other=0.0)",
@@ -44,13 +65,23 @@ MUTATIONS = {
         "z += 1.01 * tl.load(beta_ptr + experts, mask=experts < T, other=0.0)",
         "linear gates of samples",
     ),
-    "no gradient of x through the gates": Mutation(KERNELS, "    if HAS_SHARE:", "    if False:", "linear gates of tokens"),
-    "the gradient of a gate not divided among its tokens": Mutation(OPS, "return dz / group", "return dz", "linear gates of samples"),
+    "no gradient of x through the gates": Mutation(
+        KERNELS, "    if HAS_SHARE:", "    if False:", "linear gates of tokens"
+    ),
+    "the gradient of a gate not divided among its tokens": Mutation(
+        OPS, "return dz / group", "return dz", "linear gates of samples"
+    ),
     "the gradient of a gate divided among padding too": Mutation(
-        OPS, "return dz / mask.view(-1, group).sum(1, keepdim=True).clamp_min(1)", "return dz / group", "masked samples"
+        OPS,
+        "return dz / mask.view(-1, group).sum(1, keepdim=True).clamp_min(1)",
+        "return dz / group",
+        "masked samples",
     ),
     "the gradient of a gate given to padding": Mutation(
-        KERNELS, "counted = counted & (tl.load(mask_ptr + rows, mask=rows < N, other=0) != 0)[:, None]", "pass", "masked samples"
+        KERNELS,
+        "counted = counted & (tl.load(mask_ptr + rows, mask=rows < N, other=0) != 0)[:, None]",
+        "pass",
+        "masked samples",
     ),
     "gates of the neighbouring group": Mutation(
         KERNELS,
@@ -58,9 +89,14 @@ MUTATIONS = {
         "groups = tl.maximum(rows // group - 1, 0).to(tl.int64)",
         "linear gates of samples",
     ),
-    "gates of the neighbouring expert in the fold": Mutation(FOLD, "tl.load(g_ptr + expert)", "tl.load(g_ptr + (expert ^ 1) % T)", "fold"),
+    "gates of the neighbouring expert in the fold": Mutation(
+        FOLD, "tl.load(g_ptr + expert)", "tl.load(g_ptr + (expert ^ 1) % T)", "fold"
+    ),
     "padding in the mean": Mutation(
-        KERNELS, "valid = valid & (tl.load(mask_ptr + start + tokens, mask=valid, other=0) != 0)", "pass", "masked samples"
+        KERNELS,
+        "valid = valid & (tl.load(mask_ptr + start + tokens, mask=valid, other=0) != 0)",
+        "pass",
+        "masked samples",
     ),
     "padding counted in the mean": Mutation(
         KERNELS,
@@ -100,7 +136,9 @@ MUTATIONS = {
         "(acc + w.to(tl.float32)).to(y_ptr.dtype.element_ty), mask=row_ok",
         "guard bands of fold",
     ),
-    "tiles never computed": Mutation(KERNELS, "rows = min(row_tiles - first, BAND)", "rows = BAND", "guard bands of expand"),
+    "tiles never computed": Mutation(
+        KERNELS, "rows = min(row_tiles - first, BAND)", "rows = BAND", "guard bands of expand"
+    ),
     "the base accumulated in half precision": Mutation(
         KERNELS,
         "acc = tl.dot(x, w, acc, input_precision=PRECISION)",
@@ -114,10 +152,16 @@ MUTATIONS = {
         "one expert per sample",
     ),
     "a word of gates too many skipped": Mutation(
-        KERNELS, "for first in range(0, T, 32):", "for first in range(0, T // 32 * 32, 32):", "one expert per sample"
+        KERNELS,
+        "for first in range(0, T, 32):",
+        "for first in range(0, T // 32 * 32, 32):",
+        "one expert per sample",
     ),
     "tiles of H skipped that have an active expert": Mutation(
-        KERNELS, "column_tile * BLOCK_C // r, last // r, 16)", "column_tile * BLOCK_C // r, last // r - 1, 16)", "one expert per sample"
+        KERNELS,
+        "column_tile * BLOCK_C // r, last // r, 16)",
+        "column_tile * BLOCK_C // r, last // r - 1, 16)",
+        "one expert per sample",
     ),
     "u gated twice": Mutation(
         KERNELS,
@@ -137,7 +181,8 @@ def test_a_fault_is_seen(name: str, tmp_path: Path) -> None:
 def test_without_a_fault_the_same_machinery_passes(tmp_path: Path) -> None:
     # Otherwise a mutant could be seen only because it was loaded in this way.
     harmless = [
-        Mutation(module, "from __future__ import annotations", "from __future__ import annotations  #", "") for module in (KERNELS, OPS)
+        Mutation(module, "from __future__ import annotations", "from __future__ import annotations  #", "")
+        for module in (KERNELS, OPS)
     ]
     for mutation in harmless:
         with applied(mutation, tmp_path):

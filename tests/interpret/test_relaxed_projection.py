@@ -1,4 +1,6 @@
-"""The projector's Triton kernels against the formula, step by step, on the CPU; see conftest.py for how these tests run."""
+"""The projector's Triton kernels against the formula, step by step, on the CPU; see conftest.py for how these
+tests run.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from checks import projected_steps
 from guards import Guard
 from mutants import Mutation, applied
 
-from mingle.kernels import relaxed_projection
-from mingle.relaxation import RelaxedProjector
+from mingle.adaptation.projector import RelaxedProjector
+from mingle.kernels.relaxed_projection import triton as relaxed_projection
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -28,7 +30,9 @@ def test_one_layer_with_more_directions_than_a_tile_has_rows() -> None:
 
 
 def test_nothing_is_read_or_written_beyond_the_tensors() -> None:
-    projector = RelaxedProjector([torch.linalg.qr(torch.randn(d, k)).Q for d, k in ((20, 3), (37, 5), (37, 1))])
+    projector = RelaxedProjector(
+        [torch.linalg.qr(torch.randn(d, k)).Q for d, k in ((20, 3), (37, 5), (37, 1))]
+    )
     layout = projector.layout({"0": 2, "1": 1, "2": 3})
     guard, flat = Guard(), torch.randn(layout.size)
     expected, S = flat.clone(), projector.interferences.clone()
@@ -36,7 +40,9 @@ def test_nothing_is_read_or_written_beyond_the_tensors() -> None:
     projector.project_(expected, layout)
     guarded = [guard.around(tensor, dense=True) for tensor in (flat, projector.bases, S)]
     with guard.allocating():
-        flags = relaxed_projection.project_(guarded[0], layout.table(flat.device), *guarded[1:], 1.0, 0.99, layout.rows, layout.directions)
+        flags = relaxed_projection.project_(
+            guarded[0], layout.table(flat.device), *guarded[1:], 1.0, 0.99, layout.rows, layout.directions
+        )
     assert not flags.any()
     torch.testing.assert_close(guarded[0], expected)
     torch.testing.assert_close(guarded[2], projector.interferences)
@@ -51,14 +57,19 @@ def test_one_bad_entry_anywhere_stops_all_layers(bad: float) -> None:
     grads[1][1, 29] = bad
     kept = [grad.clone() for grad in grads]
     assert not projector.apply_(grads)
-    assert all(torch.equal(grad, before) for grad, before in zip(grads, kept, strict=True) if before.isfinite().all())
+    assert all(
+        torch.equal(grad, before) for grad, before in zip(grads, kept, strict=True) if before.isfinite().all()
+    )
     assert not projector.interferences.any()
     grads[1] = torch.randn(2, 30)
     assert projector.apply_(grads) and projector.interferences.all()
 
 
 MUTATIONS = {
-    "λ and 1 − λ swapped": ("strength = tl.exp(-gamma * advanced)", "strength = 1 - tl.exp(-gamma * advanced)"),
+    "λ and 1 − λ swapped": (
+        "strength = tl.exp(-gamma * advanced)",
+        "strength = 1 - tl.exp(-gamma * advanced)",
+    ),
     "the memory's order swapped": (
         "beta * tl.load(s, mask=known, other=0.0) + (1 - beta) * ratio",
         "(1 - beta) * tl.load(s, mask=known, other=0.0) + beta * ratio",
@@ -77,5 +88,8 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_fault_is_seen(name: str, tmp_path: Path) -> None:
     old, new = MUTATIONS[name]
-    with applied(Mutation("mingle.kernels.relaxed_projection", old, new, ""), tmp_path), pytest.raises(AssertionError):
+    with (
+        applied(Mutation("mingle.kernels.relaxed_projection.triton", old, new, ""), tmp_path),
+        pytest.raises(AssertionError),
+    ):
         projected_steps([(700, 13), (17, 2)], 2, 1.7)

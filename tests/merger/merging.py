@@ -24,7 +24,9 @@ def merge(base_model, tuned, samples, count=3, method="mingle", **options):
 
 
 def everything(merger):
-    return {f"model/{k}": v for k, v in merger.model.state_dict().items()} | {f"basis/{k}": v for k, v in merger.method.bases.items()}
+    return {f"model/{k}": v for k, v in merger.model.state_dict().items()} | {
+        f"basis/{k}": v for k, v in merger.method.bases.items()
+    }
 
 
 def same_bits(a, b):

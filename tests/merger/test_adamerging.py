@@ -10,7 +10,7 @@ import torch
 from merging import NAMES, add
 
 import mingle
-from mingle.adapt import AdaptationDiverged, shuffled_batches
+from mingle.adaptation.train import AdaptationDiverged, shuffled_batches
 from mingle.methods.adamerging import AdaMergingOptions, learn_coefficients
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
@@ -52,13 +52,17 @@ def plain_coefficients(model, theta, delta, data, seed, steps, lr, batch_size, i
 def test_against_a_plain_recomputation(base_model, tuned_states, samples, init):
     # In float64: key biases have no gradient but rounding errors, which Adam would take for one in float32.
     model = copy.deepcopy(base_model).double()
-    samples = [TaskData({"pixel_values": data.inputs["pixel_values"].double()}, data.shared) for data in samples]
+    samples = [
+        TaskData({"pixel_values": data.inputs["pixel_values"].double()}, data.shared) for data in samples
+    ]
     merger = merger_of(model, tuned_states, samples, 3, init=init)
     base = {k: v.clone() for k, v in model.vision_model.state_dict().items()}
     theta, ends = base, 0
     for i, state in enumerate(tuned_states):
         delta = {k: state[k].double() - base[k] for k in base}
-        learnt = plain_coefficients(model, theta, delta, samples[i], zlib.crc32(f"0/{i}".encode()), **SETTINGS, init=init)
+        learnt = plain_coefficients(
+            model, theta, delta, samples[i], zlib.crc32(f"0/{i}".encode()), **SETTINGS, init=init
+        )
         assert len(set(learnt.values())) > 10
         ends += sum(c == 1 for c in learnt.values())
         theta = {k: theta[k] + learnt[k] * delta[k] for k in base}
@@ -73,7 +77,9 @@ def test_it_lowers_the_entropy_and_leaves_all_else_alone(base_model, tuned_state
     assert report.trace.loss == []
     merger = merger_of(base_model, tuned_states, samples, 1, steps=60, batch_size=24)
     seen = []
-    report = merger.add("two", tuned_states[1], TaskData(samples[1].inputs, samples[1].shared), on_step=seen.append)
+    report = merger.add(
+        "two", tuned_states[1], TaskData(samples[1].inputs, samples[1].shared), on_step=seen.append
+    )
     assert report.trace.loss[-1] < report.trace.loss[0]
     assert [progress.step for progress in seen] == list(range(1, 61))
     assert [progress.loss for progress in seen] == report.trace.loss
@@ -117,7 +123,9 @@ def test_single_steps_that_are_not_finite_are_left_out():
         return (coefficients * (torch.nan if len(calls) in (2, 3) else 1.0)).sum()
 
     options = AdaMergingOptions(steps=5, lr=0.1)
-    learnt, trace = learn_coefficients(loss, torch.tensor([0.3, 0.9]), 4, options, torch.Generator().manual_seed(0))
+    learnt, trace = learn_coefficients(
+        loss, torch.tensor([0.3, 0.9]), 4, options, torch.Generator().manual_seed(0)
+    )
     assert torch.equal(calls[1], calls[3])
     assert not torch.equal(calls[0], calls[1])
     assert sum(value != value for value in trace.loss) == 2

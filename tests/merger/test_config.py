@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mingle import config
 from mingle.options import OptionError
+from mingle.runs import config
 
 MINIMAL = "base: base\nexperts: [{name: a, model: m}]\n"
 

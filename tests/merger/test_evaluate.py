@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mingle.evaluate import score, spearman
+from mingle.merging.evaluate import score, spearman
 
 
 def test_accuracy_is_the_mean_of_right_answers():

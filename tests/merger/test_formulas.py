@@ -13,14 +13,25 @@ from mingle.tasks import TaskData
 
 
 def test_a_whole_merge_by_a_plain_second_implementation(base_model, tuned_states, samples):
-    """Projection, experts, gates, adaptation, relaxation and subspaces, written again without the library's parts."""
+    """Projection, experts, gates, adaptation, relaxation and subspaces, written again without the library's
+    parts.
+    """
     torch.set_default_dtype(torch.float64)
     try:
         base = CLIPModel(base_model.config).double().eval()
         base.load_state_dict(base_model.state_dict())
         tuned = [{k: v.double() for k, v in state.items()} for state in tuned_states]
-        data = [TaskData({k: v.double() for k, v in s.inputs.items()}, {k: v.double() for k, v in s.shared.items()}) for s in samples]
-        merger = mingle.Merger(base, "mingle", **(SETTINGS | dict(gate_init="zeros", batch_size=24, layers=("mlp.fc1", "q_proj"))))
+        data = [
+            TaskData(
+                {k: v.double() for k, v in s.inputs.items()}, {k: v.double() for k, v in s.shared.items()}
+            )
+            for s in samples
+        ]
+        merger = mingle.Merger(
+            base,
+            "mingle",
+            **(SETTINGS | dict(gate_init="zeros", batch_size=24, layers=("mlp.fc1", "q_proj"))),
+        )
         plain = PlainMingle(base, ("mlp.fc1", "self_attn.q_proj"), rank=4, steps=6, lr=5e-3)
         for i in range(3):
             merger.add(NAMES[i], tuned[i], data[i])
@@ -29,14 +40,18 @@ def test_a_whole_merge_by_a_plain_second_implementation(base_model, tuned_states
         torch.set_default_dtype(torch.float32)
     for name, layer in merger.method.layers.items():
         weight, bias = layer.all_gates()
-        torch.testing.assert_close(weight, torch.stack([w for w, _ in plain.gates[name]]), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            weight, torch.stack([w for w, _ in plain.gates[name]]), rtol=1e-6, atol=1e-9
+        )
         torch.testing.assert_close(bias, torch.stack([b for _, b in plain.gates[name]]), rtol=1e-6, atol=1e-9)
         U, V = merger.method.bases[name], plain.bases[name]
         torch.testing.assert_close(U @ U.T, V @ V.T, rtol=0, atol=1e-7)
 
 
 class PlainMingle:
-    """The method as the paper's formulas read: dense experts, hooks for the gated sum, Adam and projection by hand."""
+    """The method as the paper's formulas read: dense experts, hooks for the gated sum, Adam and projection by
+    hand.
+    """
 
     def __init__(self, base, suffixes, rank, steps, lr, k=3, gamma=1.0, beta=0.99, temperature=2.0):
         self.base, self.rank, self.steps, self.lr = base, rank, steps, lr
@@ -92,7 +107,9 @@ class PlainMingle:
         second = {id(p): torch.zeros_like(p) for _, gate in parameters for p in gate}
         S_all = {n: torch.zeros(self.bases[n].shape[1]) for n in self.linears}
         for step in range(1, self.steps + 1):
-            loss = -(target * torch.log_softmax(self.logits(pixels, head) / self.temperature, -1)).sum(-1).mean()
+            loss = (
+                -(target * torch.log_softmax(self.logits(pixels, head) / self.temperature, -1)).sum(-1).mean()
+            )
             grads = torch.autograd.grad(loss, [p for _, gate in parameters for p in gate])
             with torch.no_grad():
                 for i, (n, gate) in enumerate(parameters):
@@ -102,7 +119,11 @@ class PlainMingle:
                     for p, gradient in zip(gate, (g, grads[2 * i + 1]), strict=True):
                         first[id(p)] = 0.9 * first[id(p)] + 0.1 * gradient
                         second[id(p)] = 0.999 * second[id(p)] + 0.001 * gradient**2
-                        p -= self.lr * (first[id(p)] / (1 - 0.9**step)) / ((second[id(p)] / (1 - 0.999**step)).sqrt() + 1e-8)
+                        p -= (
+                            self.lr
+                            * (first[id(p)] / (1 - 0.9**step))
+                            / ((second[id(p)] / (1 - 0.999**step)).sqrt() + 1e-8)
+                        )
         inputs = {}
         with torch.no_grad():
             for n, gate in parameters:

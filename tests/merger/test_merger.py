@@ -10,15 +10,17 @@ from merging import NAMES, add, everything, merge, same_bits
 from transformers import CLIPModel
 
 import mingle
-from mingle.adapt import AdaptationDiverged
-from mingle.layers import MingleLinear
-from mingle.storage import state_hash
+from mingle.adaptation.train import AdaptationDiverged
+from mingle.io.merger_folder import state_hash
+from mingle.nn.linear import MingleLinear
 from mingle.tasks import TaskData
 
 
 def test_older_gates_experts_and_base_stay_bitwise(base_model, tuned_states, samples):
     merger = merge(base_model, tuned_states, samples, count=2)
-    before = {n: (layer.A.clone(), layer.B.clone(), *layer.all_gates()) for n, layer in merger.method.layers.items()}
+    before = {
+        n: (layer.A.clone(), layer.B.clone(), *layer.all_gates()) for n, layer in merger.method.layers.items()
+    }
     add(merger, 2, tuned_states, samples)
     for name, (A, B, weight, bias) in before.items():
         layer = merger.method.layers[name]
@@ -73,7 +75,8 @@ def test_the_same_task_twice_adds_no_junk_directions(base_model, tuned_states, s
     sizes = {n: b.shape[1] for n, b in merger.method.bases.items()}
     merger.add("again", tuned_states[0], TaskData(samples[0].inputs, samples[0].shared))
     assert set(sizes.values()) == {3}
-    # lr = 0 and a first expert with random gates: the inputs of the first layer are the very same, so its basis must not grow
+    # lr = 0 and a first expert with random gates: the inputs of the first layer are the very same, so its
+    # basis must not grow
     first = "encoder.layers.0.self_attn.q_proj"
     assert merger.method.bases[first].shape[1] == 3
 
@@ -119,11 +122,13 @@ def test_parameter_counts_of_the_paper():
     """83.0 K trainable and 173.1 M in total for ViT-B/32, 8 tasks, rank 64, all layers."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    from mingle.inject import inject
+    from mingle.nn.inject import inject
     from mingle.tasks.clip import ClipTask
 
     with torch.device("meta"):
-        tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, patch_size=32))
+        tower = CLIPVisionModel(
+            CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, patch_size=32)
+        )
         tower.requires_grad_(False)
         layers = inject(tower, ClipTask.layer_sets["full"])
         for layer in layers.values():
@@ -149,12 +154,20 @@ def test_evaluate_fills_the_matrix_and_computes_acc_and_bwt(base_model, tuned_st
         model.load_state_dict(base_model.state_dict())
         model.vision_model.load_state_dict(tuned_states[i])
         image = model.visual_projection(model.vision_model(**samples[i].inputs).pooler_output)
-        expected.append(100 * (((image @ samples[i].shared["text_embeds"].T).argmax(1)) == samples[i].labels).double().mean().item())
+        expected.append(
+            100
+            * (((image @ samples[i].shared["text_embeds"].T).argmax(1)) == samples[i].labels)
+            .double()
+            .mean()
+            .item()
+        )
     assert result.matrix[1] == pytest.approx(expected)
     assert result.acc == pytest.approx(sum(expected) / 2)
-    from mingle.evaluate import Result
+    from mingle.merging.evaluate import Result
 
-    assert Result(["a", "b", "c"], [[80.0], [70.0, 60.0], [65.0, 62.0, 50.0]]).bwt == pytest.approx((-15 + 2) / 2)
+    assert Result(["a", "b", "c"], [[80.0], [70.0, 60.0], [65.0, 62.0, 50.0]]).bwt == pytest.approx(
+        (-15 + 2) / 2
+    )
     with pytest.raises(ValueError, match="no samples for the merged tasks two"):
         merger.evaluate({"one": samples[0]})
 
@@ -169,7 +182,9 @@ def test_bad_tasks_are_refused_before_anything_happens(base_model, tuned_states,
     with pytest.raises(ValueError, match="need 'text_embeds'"):
         merger.add("two", tuned_states[1], {"pixel_values": samples[1].inputs["pixel_values"]})
     renamed = {k.replace("q_proj", "query"): v for k, v in tuned_states[1].items()}
-    with pytest.raises(ValueError, match=r"(?s)'two'.*4 missing.*4 extra.*may be 'encoder.layers.0.self_attn.query"):
+    with pytest.raises(
+        ValueError, match=r"(?s)'two'.*4 missing.*4 extra.*may be 'encoder.layers.0.self_attn.query"
+    ):
         merger.add("two", renamed, seeds)
     cut = dict(tuned_states[1])
     cut["post_layernorm.weight"] = torch.zeros(31)
@@ -186,7 +201,13 @@ def test_models_come_as_modules_states_or_folders(base_model, tuned_states, tune
     whole = CLIPModel(base_model.config)
     whole.load_state_dict(base_model.state_dict())
     whole.vision_model.load_state_dict(tuned_states[0])
-    given = [whole, whole.vision_model, tuned_states[0], {f"vision_model.{k}": v for k, v in tuned_states[0].items()}, tuned_folders[0]]
+    given = [
+        whole,
+        whole.vision_model,
+        tuned_states[0],
+        {f"vision_model.{k}": v for k, v in tuned_states[0].items()},
+        tuned_folders[0],
+    ]
     hashes = set()
     for model in given:
         merger = mingle.Merger(base_model, "average")

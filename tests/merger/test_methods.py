@@ -56,7 +56,9 @@ def assert_same(got, expected, tolerance=2e-6):
 
 def test_average(base_model, tuned_states):
     states = [wide(s) for s in tuned_states]
-    assert_same(run(base_model, "average", tuned_states), {k: sum(s[k] for s in states) / 3 for k in states[0]})
+    assert_same(
+        run(base_model, "average", tuned_states), {k: sum(s[k] for s in states) / 3 for k in states[0]}
+    )
 
 
 def test_task_arithmetic(base_model, tuned_states):
@@ -135,14 +137,19 @@ def test_consensus_ta(base_model, tuned_states, masks, min_masks):
 
 
 def test_consensus_ta_masks_of_the_newest_task_and_of_all_differ(base_model, tuned_states):
-    of = [run(base_model, "consensus-ta", tuned_states, scaling=0.5, threshold=0.9, masks=masks) for masks in ("newest", "all")]
+    of = [
+        run(base_model, "consensus-ta", tuned_states, scaling=0.5, threshold=0.9, masks=masks)
+        for masks in ("newest", "all")
+    ]
     assert any(not torch.equal(of[0][k], of[1][k]) for k in of[0])
 
 
 @pytest.mark.parametrize("drop_diagonal", [False, True])
 def test_opcm(base_model, tuned_states, drop_diagonal):
     base, states = wide(base_model.vision_model.state_dict()), [wide(s) for s in tuned_states]
-    linear = {f"{n}.weight" for n, m in base_model.vision_model.named_modules() if isinstance(m, torch.nn.Linear)}
+    linear = {
+        f"{n}.weight" for n, m in base_model.vision_model.named_modules() if isinstance(m, torch.nn.Linear)
+    }
     assert len(linear) == 12
     M, scale, norms = None, 1.0, []
     for state in states:
@@ -166,7 +173,9 @@ def test_opcm(base_model, tuned_states, drop_diagonal):
         mean = sum(norms) / len(norms)
         scale = math.sqrt(sum(float(r.square().sum()) for r in raw.values())) / mean
         M = {k: r / scale for k, r in raw.items()}
-    assert_same(run(base_model, "opcm", tuned_states, drop_diagonal=drop_diagonal), {k: base[k] + M[k] for k in base})
+    assert_same(
+        run(base_model, "opcm", tuned_states, drop_diagonal=drop_diagonal), {k: base[k] + M[k] for k in base}
+    )
 
 
 def test_opcm_split_rank():
@@ -177,7 +186,9 @@ def test_opcm_split_rank():
 
 @pytest.mark.parametrize("method", DATA_FREE)
 def test_a_task_equal_to_the_base_and_an_interruption(base_model, tuned_states, method, tmp_path):
-    """The same bits whether the merge stops after two tasks, one of them equal to the base, or not; all of them finite."""
+    """The same bits whether the merge stops after two tasks, one of them equal to the base, or not; all of
+    them finite.
+    """
     arrivals = [tuned_states[0], base_model.vision_model.state_dict(), tuned_states[1]]
     whole = run(base_model, method, arrivals)
     assert all(tensor.isfinite().all() for tensor in whole.values())
@@ -268,6 +279,11 @@ def test_unknown_names_and_options_are_refused_with_the_nearest_known_one(base_m
         mingle.Merger(base_model, "mingle", rank="many")
     with pytest.raises(ValueError, match="rank=0"):
         mingle.Merger(base_model, "mingle", rank=0)
-    for method, option in (("ties", "density"), ("magmax", "scaling"), ("consensus-ta", "min_masks"), ("adamerging", "batch_size")):
+    for method, option in (
+        ("ties", "density"),
+        ("magmax", "scaling"),
+        ("consensus-ta", "min_masks"),
+        ("adamerging", "batch_size"),
+    ):
         with pytest.raises(ValueError, match=f"method '{method}': {option}=0"):
             mingle.Merger(base_model, method, **{option: 0})

@@ -57,7 +57,11 @@ def assert_close(found, expected, tolerance=2e-5):
 def test_a_merge_is_the_formula(base_model, tuned_states):
     merger = mingle.Merger(base_model, "nufilt", seed=5, **OPTIONS)
     base = {name: tensor.double() for name, tensor in base_model.vision_model.state_dict().items()}
-    linear = [n for n, m in base_model.vision_model.named_modules() if isinstance(m, nn.Linear) and n.endswith(TARGETS)]
+    linear = [
+        n
+        for n, m in base_model.vision_model.named_modules()
+        if isinstance(m, nn.Linear) and n.endswith(TARGETS)
+    ]
     assert len(linear) == 10
     expected = {n: torch.zeros_like(base[f"{n}.weight"]) for n in linear}
     for i, state in enumerate(tuned_states):
@@ -73,7 +77,9 @@ def test_a_merge_is_the_formula(base_model, tuned_states):
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (40, 10), (6, 20), (5, 8)], ids=str)
-@pytest.mark.parametrize("ranks", [dict(r_p=3, r_v=2, r_l=4), dict(r_p=128, r_v=8, r_l=64)], ids=["small", "clamped"])
+@pytest.mark.parametrize(
+    "ranks", [dict(r_p=3, r_v=2, r_l=4), dict(r_p=128, r_v=8, r_l=64)], ids=["small", "clamped"]
+)
 def test_any_shape_and_rank(shape, ranks):
     delta, merged = layers(shape), layers(shape)
     options = OPTIONS | ranks
@@ -121,7 +127,9 @@ def test_a_batch_is_its_layers(shape):
     torch.set_default_dtype(torch.float64)
     try:
         deltas, merged = torch.randn(3, *shape), torch.randn(3, *shape)
-        old, new = (torch.linalg.svd(part, full_matrices=False).Vh[:, :k].mT for part, k in ((merged, 2), (deltas, 1)))
+        old, new = (
+            torch.linalg.svd(part, full_matrices=False).Vh[:, :k].mT for part, k in ((merged, 2), (deltas, 1))
+        )
         start = 0.02 * torch.randn(3, 3, shape[1])
         parts = deltas, merged, old, new, start
         together = nufilt.trained(*parts, 10, 1e-2)
@@ -137,13 +145,17 @@ def test_the_base_again_and_again(base_model, tuned_states):
     base = base_model.vision_model.state_dict()
     merger, twin = (mingle.Merger(base_model, "nufilt", **OPTIONS) for _ in range(2))
     merger.add("nothing", base)
-    assert all(torch.equal(base[name], tensor) for name, tensor in merger.model.vision_model.state_dict().items())
+    assert all(
+        torch.equal(base[name], tensor) for name, tensor in merger.model.vision_model.state_dict().items()
+    )
     merger.add("something", tuned_states[0])
     twin.add("something", tuned_states[0])
     merged = merger.model.vision_model.state_dict()
     merger.add("nothing again", base)
     for name, tensor in merger.model.vision_model.state_dict().items():
-        assert torch.equal(tensor, merged[name]) and torch.equal(tensor, twin.model.vision_model.state_dict()[name])
+        assert torch.equal(tensor, merged[name]) and torch.equal(
+            tensor, twin.model.vision_model.state_dict()[name]
+        )
 
 
 def test_a_saved_merge_goes_on_bit_for_bit(base_model, tuned_states, tmp_path):
@@ -165,7 +177,10 @@ def test_half_precision_towers(base_model, tuned_states):
     merger = mingle.Merger(half, "nufilt", **OPTIONS)
     for i, state in enumerate(tuned_states):
         merger.add(f"task{i}", state)
-    assert all(t.dtype == torch.bfloat16 and t.isfinite().all() for t in merger.model.vision_model.state_dict().values())
+    assert all(
+        t.dtype == torch.bfloat16 and t.isfinite().all()
+        for t in merger.model.vision_model.state_dict().values()
+    )
 
 
 def test_options():

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from mingle import config, session
-from mingle.experiment import options_for
+from mingle.io.merger_folder import load
 from mingle.methods import METHODS, get, published
 from mingle.methods.published import _settings
 from mingle.options import build
-from mingle.storage import load
+from mingle.runs import config, merge
+from mingle.runs.compare import options_for
 
 
 @pytest.mark.parametrize("task_type", ["clip", "t5"])
@@ -25,7 +25,13 @@ def test_every_published_setting_is_an_option_the_method_takes(method, task_type
 
 def test_the_figures():
     for method in ("task-arithmetic", "ties"):
-        assert [published(method, "clip", tasks)["scaling"] for tasks in (4, 8, 11, 14, 20)] == [0.3, 0.3, 0.1, 0.1, 0.1]
+        assert [published(method, "clip", tasks)["scaling"] for tasks in (4, 8, 11, 14, 20)] == [
+            0.3,
+            0.3,
+            0.1,
+            0.1,
+            0.1,
+        ]
     assert published("magmax", "clip", 8) == {"scaling": 0.5}
     vision, text = (published("mingle", task_type, 8) for task_type in ("clip", "t5"))
     assert (vision["lr"], vision["batch_size"], vision["steps"], vision["rank"]) == (1e-4, 16, 50, 64)
@@ -58,19 +64,31 @@ class Suite(dict):
 def test_a_suite_and_then_explicit_options_win_over_published_settings():
     suite = Suite.fromkeys(f"task{i}" for i in range(9))
     options = options_for("mingle", suite, {"rank": 16, "scaling": 0.7})
-    assert (options["rank"], options["lr"], options["batch_size"], options["reduce"]) == (16, 4e-3, 8, "batch")
+    assert (options["rank"], options["lr"], options["batch_size"], options["reduce"]) == (
+        16,
+        4e-3,
+        8,
+        "batch",
+    )
     assert "scaling" not in options
-    assert options_for("wemoe", suite, {}).items() >= {"rank": 32, "later_rank": 32, "lr": 1e-3, "steps": 100}.items()
+    assert (
+        options_for("wemoe", suite, {}).items()
+        >= {"rank": 32, "later_rank": 32, "lr": 1e-3, "steps": 100}.items()
+    )
     assert options_for("nufilt", suite, {})["lr"] == 1e-3  # the suite's is that of another loss
     assert options_for("ties", suite, {})["scaling"] == 0.1
     assert options_for("ties", suite, {"scaling": 0.7})["scaling"] == 0.7
 
 
-@pytest.mark.parametrize(("tasks", "options", "scaling"), [(3, {}, 0.3), (9, {}, 0.1), (9, {"scaling": 0.7}, 0.7)])
-def test_a_config_takes_the_published_settings_for_its_tasks(base_folder, tuned_folders, tmp_path, tasks, options, scaling):
+@pytest.mark.parametrize(
+    ("tasks", "options", "scaling"), [(3, {}, 0.3), (9, {}, 0.1), (9, {"scaling": 0.7}, 0.7)]
+)
+def test_a_config_takes_the_published_settings_for_its_tasks(
+    base_folder, tuned_folders, tmp_path, tasks, options, scaling
+):
     experts = [{"name": f"task{i}", "model": str(tuned_folders[i % 3])} for i in range(tasks)]
     content = {"base": str(base_folder), "experts": experts, "method": "task-arithmetic", "options": options}
     out = tmp_path / "merged"
     for _ in range(2):  # the second time everything is there already
-        list(session.check(config.parse(content, "test"), out).run())
+        list(merge.check(config.parse(content, "test"), out).run())
         assert load(out).manifest["options"] == {"scaling": scaling}

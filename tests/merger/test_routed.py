@@ -10,7 +10,7 @@ import torch
 from merging import NAMES, same_bits
 
 import mingle
-from mingle.routing import FeatureStatistics, GaussianRouter
+from mingle.methods.router import FeatureStatistics, GaussianRouter
 from mingle.tasks import TaskData
 
 OPTIONS = dict(rank=6, depths=(0, 1))
@@ -39,7 +39,9 @@ def own_expert(base_model, tuned, rank):
     model = copy.deepcopy(base_model)
     for name, module in model.vision_model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            U, S, Vh = torch.linalg.svd(tuned[f"{name}.weight"].double() - module.weight.double(), full_matrices=False)
+            U, S, Vh = torch.linalg.svd(
+                tuned[f"{name}.weight"].double() - module.weight.double(), full_matrices=False
+            )
             module.weight.data += ((U[:, :rank] * S[:rank]) @ Vh[:rank]).float()
     return model
 
@@ -47,7 +49,10 @@ def own_expert(base_model, tuned, rank):
 @pytest.fixture
 def clouds():
     """Features [n, 7] of three tasks of different sizes; the last feature never varies."""
-    sets = [torch.randn(n, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64) + 2 * i for i, n in enumerate((5, 30, 12))]
+    sets = [
+        torch.randn(n, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64) + 2 * i
+        for i, n in enumerate((5, 30, 12))
+    ]
     for features in sets:
         features[:, 6] = 4.0
     return sets
@@ -83,7 +88,9 @@ def test_statistics_refuse_what_says_nothing(clouds):
 def test_features_that_never_vary_say_nothing(clouds):
     router = GaussianRouter([FeatureStatistics.of(torch.ones(4, 3)), FeatureStatistics.of(torch.zeros(4, 3))])
     assert torch.equal(*router.scores(torch.ones(2, 3)).unbind(1))
-    assert torch.equal(router.strangeness(torch.ones(2, 3), torch.tensor([0, 1])), torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(
+        router.strangeness(torch.ones(2, 3), torch.tensor([0, 1])), torch.zeros(2, dtype=torch.float64)
+    )
 
 
 def test_every_sample_is_answered_by_its_tasks_expert(base_model, tuned_states, samples):
@@ -96,7 +103,10 @@ def test_every_sample_is_answered_by_its_tasks_expert(base_model, tuned_states, 
 def test_a_mixed_batch_is_answered_as_pure_ones(base_model, tuned_states, samples):
     merger = merge(base_model, tuned_states, samples)
     data = [shifted(samples, i) for i in range(3)]
-    mixed = TaskData({"pixel_values": torch.cat([d.inputs["pixel_values"] for d in data])[torch.randperm(72)]}, samples[0].shared)
+    mixed = TaskData(
+        {"pixel_values": torch.cat([d.inputs["pixel_values"] for d in data])[torch.randperm(72)]},
+        samples[0].shared,
+    )
     one_by_one = torch.cat([logits(merger, mixed.select(slice(k, k + 1))) for k in range(72)])
     torch.testing.assert_close(logits(merger, mixed), one_by_one, rtol=1e-4, atol=1e-4)
 
@@ -105,7 +115,9 @@ def test_a_later_task_changes_nothing_for_samples_it_does_not_claim(base_model, 
     two, three = (merge(base_model, tuned_states, samples, count) for count in (2, 3))
     for key, value in two.method.task_tensors(0).items():
         assert torch.equal(value, three.method.task_tensors(0)[key]), key
-    torch.testing.assert_close(logits(two, shifted(samples, 0)), logits(three, shifted(samples, 0)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(two, shifted(samples, 0)), logits(three, shifted(samples, 0)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_seniority_gives_contested_samples_to_the_older_task(base_model, tuned_states, samples):
@@ -136,7 +148,12 @@ def test_resuming_copying_and_pickling_keep_the_router(base_model, tuned_states,
     merge(base_model, tuned_states, samples, 2).save_pretrained(tmp_path / "two")
     resumed = mingle.Merger.from_pretrained(tmp_path / "two")
     resumed.add(NAMES[2], tuned_states[2], TaskData(shifted(samples, 2).inputs, samples[2].shared))
-    same_bits(*({f"{i}.{k}": v for i in range(3) for k, v in m.method.task_tensors(i).items()} for m in (whole, resumed)))
+    same_bits(
+        *(
+            {f"{i}.{k}": v for i in range(3) for k, v in m.method.task_tensors(i).items()}
+            for m in (whole, resumed)
+        )
+    )
     expected = logits(whole, shifted(samples, 1))
     for model in (resumed.model, copy.deepcopy(whole.model), pickle.loads(pickle.dumps(whole.model))):
         with torch.no_grad():

@@ -7,18 +7,26 @@ import torch
 from merging import NAMES, SETTINGS, add, everything, same_bits
 
 import mingle
-from mingle.experiment import Observer, merge_all
+from mingle.runs.compare import Observer, merge_all
 
 
 def chain(tuned_states):
     """Each tower goes on from the one before."""
     base = tuned_states[0]
-    return [base] + [{k: base[k] + 0.3 * (state[k] - tuned_states[0][k]) for k in base} for state in tuned_states[1:]]
+    return [base] + [
+        {k: base[k] + 0.3 * (state[k] - tuned_states[0][k]) for k in base} for state in tuned_states[1:]
+    ]
 
 
 def test_published_settings(base_model):
     options = mingle.Merger(base_model, "mingle-seq").options
-    assert (options.steps, options.constraint, options.rank, options.k, options.lr) == (500, "hard", 64, 3, 1e-4)
+    assert (options.steps, options.constraint, options.rank, options.k, options.lr) == (
+        500,
+        "hard",
+        64,
+        3,
+        1e-4,
+    )
 
 
 @pytest.mark.parametrize("start", ["previous", "base"])
@@ -60,7 +68,10 @@ def test_the_model_before_once_more_is_skipped(base_model, tuned_states, samples
     merger = mingle.Merger(base_model, "mingle-seq", start="previous", **SETTINGS)
     tuned = chain(tuned_states)
     assert add(merger, 0, tuned, samples).skipped is None
-    assert "no target layer differs from the model it started from" in add(merger, 1, [None, tuned[0]], samples).skipped
+    assert (
+        "no target layer differs from the model it started from"
+        in add(merger, 1, [None, tuned[0]], samples).skipped
+    )
     assert add(merger, 2, tuned, samples).skipped is None
 
 

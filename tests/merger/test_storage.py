@@ -11,12 +11,14 @@ from merging import NAMES, SETTINGS, add, everything, merge, same_bits
 from transformers import CLIPConfig, CLIPModel
 
 import mingle
-from mingle.files import CheckpointError
+from mingle.io.files import CheckpointError
 
 
 @pytest.mark.parametrize("method", ["mingle", "mingle-light", "opcm", "average", "individual"])
 @pytest.mark.parametrize("include_base", [True, False])
-def test_stopping_and_going_on_gives_the_same_bits(base_model, tuned_states, samples, tmp_path, method, include_base):
+def test_stopping_and_going_on_gives_the_same_bits(
+    base_model, tuned_states, samples, tmp_path, method, include_base
+):
     options = SETTINGS if method.startswith("mingle") else {}
     merger = mingle.Merger(base_model, method, seed=7, **options)
     for i in range(2):
@@ -31,7 +33,10 @@ def test_stopping_and_going_on_gives_the_same_bits(base_model, tuned_states, sam
     same_bits(merger.model.state_dict(), resumed.model.state_dict())
     merger.save_pretrained(tmp_path / "a")
     resumed.save_pretrained(tmp_path / "b")
-    names = [sorted(str(p.relative_to(tmp_path / d)) for p in (tmp_path / d).rglob("*") if p.is_file()) for d in "ab"]
+    names = [
+        sorted(str(p.relative_to(tmp_path / d)) for p in (tmp_path / d).rglob("*") if p.is_file())
+        for d in "ab"
+    ]
     assert names[0] == names[1]  # files are named by their content
     if method.startswith("mingle"):
         same_bits(everything(merger), everything(resumed))
@@ -55,7 +60,10 @@ def test_broken_base_folders_are_refused(base_folder, tmp_path):
     def copy(name, change=lambda tensors: None, config=lambda values: None):
         folder = tmp_path / name
         folder.mkdir()
-        tensors, values = load_file(base_folder / "model.safetensors"), json.loads((base_folder / "config.json").read_text())
+        tensors, values = (
+            load_file(base_folder / "model.safetensors"),
+            json.loads((base_folder / "config.json").read_text()),
+        )
         change(tensors)
         config(values)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -63,13 +71,21 @@ def test_broken_base_folders_are_refused(base_folder, tmp_path):
         return folder
 
     mingle.Merger(copy("whole"), "average")
-    with pytest.raises(CheckpointError, match=r"visual_projection.weight.*1 of 512 values are not finite, the first at \(3, 5\)"):
-        mingle.Merger(copy("nan", lambda tensors: tensors["visual_projection.weight"][3, 5].fill_(float("nan"))), "average")
+    with pytest.raises(
+        CheckpointError,
+        match=r"visual_projection.weight.*1 of 512 values are not finite, the first at \(3, 5\)",
+    ):
+        mingle.Merger(
+            copy("nan", lambda tensors: tensors["visual_projection.weight"][3, 5].fill_(float("nan"))),
+            "average",
+        )
     with pytest.raises(CheckpointError, match="'logit_scale' of a CLIPModel is missing"):
         mingle.Merger(copy("cut", lambda tensors: tensors.pop("logit_scale")), "average")
     with pytest.raises(CheckpointError, match=r"has shape \[16, 32\], config.json says \[24, 32\]"):
         mingle.Merger(copy("wide", config=lambda values: values.update(projection_dim=24)), "average")
-    with pytest.raises(CheckpointError, match="config.json: unknown task type 'siglip': expected one of clip, t5"):
+    with pytest.raises(
+        CheckpointError, match="config.json: unknown task type 'siglip': expected one of clip, t5"
+    ):
         mingle.Merger(copy("other", config=lambda values: values.update(model_type="siglip")), "average")
     with pytest.raises(CheckpointError, match="nowhere"):
         mingle.Merger(tmp_path / "nowhere", "average")
@@ -82,7 +98,10 @@ def saved(base_model, tuned_states, samples, tmp_path):
 
 
 def test_nothing_is_pickled(saved):
-    assert {p.suffix for p in saved.rglob("*") if p.is_file() and not p.name.startswith(".")} == {".json", ".safetensors"}
+    assert {p.suffix for p in saved.rglob("*") if p.is_file() and not p.name.startswith(".")} == {
+        ".json",
+        ".safetensors",
+    }
 
 
 def test_another_base_is_refused(saved, base_model):
@@ -121,8 +140,12 @@ def test_damaged_folders_are_refused_with_the_file_named(saved, damage):
 
 
 @pytest.mark.parametrize("stop", range(1, 9))
-def test_an_interrupted_save_leaves_the_old_merge_or_the_new_one(base_model, tuned_states, samples, saved, monkeypatch, stop):
-    """Whatever rename the save stops at, the folder loads, and going on gives the bits of the uninterrupted merge."""
+def test_an_interrupted_save_leaves_the_old_merge_or_the_new_one(
+    base_model, tuned_states, samples, saved, monkeypatch, stop
+):
+    """Whatever rename the save stops at, the folder loads, and going on gives the bits of the uninterrupted
+    merge.
+    """
     merger = mingle.Merger.from_pretrained(saved)
     add(merger, 2, tuned_states, samples)
     calls, replace = 0, os.replace
@@ -147,4 +170,7 @@ def test_an_interrupted_save_leaves_the_old_merge_or_the_new_one(base_model, tun
     manifest = json.loads((saved / "manifest.json").read_text())
     named = {task["tensors"]["file"] for task in manifest["tasks"]}
     found = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
-    assert {name for name in found if not name.startswith(manifest["base"]["folder"])} == named | {"manifest.json", ".lock"}
+    assert {name for name in found if not name.startswith(manifest["base"]["folder"])} == named | {
+        "manifest.json",
+        ".lock",
+    }

@@ -10,14 +10,14 @@ from merging import same_bits
 from transformers import T5Config, T5ForConditionalGeneration
 
 import mingle
-from mingle import subspace
-from mingle.adapt import distillation_loss
-from mingle.evaluate import accuracy
-from mingle.files import CheckpointError
-from mingle.finetuned import check_tower
-from mingle.layers import MingleLinear
+from mingle.adaptation import input_directions
+from mingle.adaptation.train import distillation_loss
+from mingle.io.files import CheckpointError
+from mingle.io.state_dicts import IncompatibleModel, first_names
+from mingle.merging.evaluate import accuracy
+from mingle.merging.finetuned import check_tower
 from mingle.methods import METHODS
-from mingle.task_vector import IncompatibleModel, first_names
+from mingle.nn.linear import MingleLinear
 from mingle.tasks import TaskData
 from mingle.tasks.t5 import T5Task
 
@@ -64,7 +64,11 @@ def prompts(n, seed=3, width=9):
 
 def wider(data, extra):
     """The same samples with more padding."""
-    inputs = {name: torch.nn.functional.pad(tensor, (0, extra)) for name, tensor in data.inputs.items() if not name.startswith("decoder")}
+    inputs = {
+        name: torch.nn.functional.pad(tensor, (0, extra))
+        for name, tensor in data.inputs.items()
+        if not name.startswith("decoder")
+    }
     for name in ("decoder_input_ids", "decoder_attention_mask"):
         if name in data.inputs:
             inputs[name] = torch.nn.functional.pad(data.inputs[name], (0, 2))
@@ -72,7 +76,11 @@ def wider(data, extra):
 
 
 def merge(base, tuned, method="mingle", count=2, **options):
-    known = {name: value for name, value in (CHEAP | options).items() if name in METHODS[method].Options.__dataclass_fields__}
+    known = {
+        name: value
+        for name, value in (CHEAP | options).items()
+        if name in METHODS[method].Options.__dataclass_fields__
+    }
     merger = mingle.Merger(base, method, "t5", **known)
     for i in range(count):
         merger.add(f"task{i}", tuned[i], prompts(8, seed=10 + i))
@@ -85,12 +93,14 @@ def test_padding_changes_neither_logits_nor_gradients_nor_directions(base, tuned
     runs = []
     for data in (seeds, wider(seeds, 5)):
         merger.model.zero_grad()
-        with subspace.input_directions(merger.method.layers) as seen:
+        with input_directions.input_directions(merger.method.layers) as seen:
             logits = TASK.logits(merger.model, data)
         valid, length = TASK.valid(data), seeds.inputs["decoder_input_ids"].shape[1]
         distillation_loss(logits, torch.zeros_like(logits), 2.0, valid).backward()
         gradients = {name: layer.gate_weight.grad.clone() for name, layer in merger.method.layers.items()}
-        statistics = {name: directions.statistic / directions.statistic.norm() for name, directions in seen.items()}
+        statistics = {
+            name: directions.statistic / directions.statistic.norm() for name, directions in seen.items()
+        }
         runs.append((torch.where(valid.unsqueeze(2), logits, 0)[:, :length], gradients, statistics))
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-3, atol=1e-5)
 
@@ -107,14 +117,18 @@ def test_what_is_injected_sees_tokens_in_decoders_and_samples_in_encoders(base, 
 def test_the_first_t5_has_one_inner_matrix(method):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=PAD)
+        config = T5Config(
+            vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=PAD
+        )
         base = T5ForConditionalGeneration(config).eval()
     tuned, inner = copy.deepcopy(base), "decoder.block.0.layer.2.DenseReluDense.wi"
     with torch.no_grad():
         tuned.get_submodule(inner).weight.add_(0.05)
     merger = merge(base, [tuned], method, count=1)
     if method == "nufilt":  # the first task is just added
-        torch.testing.assert_close(merger.model.get_submodule(inner).weight, tuned.get_submodule(inner).weight)
+        torch.testing.assert_close(
+            merger.model.get_submodule(inner).weight, tuned.get_submodule(inner).weight
+        )
     else:
         expert = merger.method.layers[inner].experts()[0].delta()
         torch.testing.assert_close(expert, torch.full_like(expert, 0.05), rtol=1e-3, atol=1e-5)
@@ -191,7 +205,9 @@ def test_numbers_are_correlated_and_what_is_none_is_zero(tuned):
     data = prompts(4)
     texts = {False: ["1.5", "nonsense", "3", "nan"], True: ["1", "0.5", "2", "0.1"]}
     calls = iter([False, True])
-    labelled = TaskData(data.inputs, {}, torch.full((4, 2), 5), metric="spearman", decode=lambda tokens: texts[next(calls)])
+    labelled = TaskData(
+        data.inputs, {}, torch.full((4, 2), 5), metric="spearman", decode=lambda tokens: texts[next(calls)]
+    )
     outcomes = TASK.outcomes(tuned[0], labelled)
     assert outcomes.tolist() == [[1.5, 1.0], [0.0, 0.5], [3.0, 2.0], [0.0, 0.1]]
     with pytest.raises(ValueError, match="need `decode`"):
@@ -209,14 +225,18 @@ def test_every_method_merges_saves_and_resumes(base, tuned, method, tmp_path):
         data = TASK.prepared(lambda: tuned[0], prompts(4))
         assert torch.equal(TASK.logits(whole.model, data), TASK.logits(resumed.model, data))
     if method not in ("pre-trained", "routed"):
-        assert any(not torch.equal(v, base.state_dict()[k]) for k, v in whole.model.state_dict().items() if k in base.state_dict()) or any(
-            isinstance(m, MingleLinear) and m.num_experts == 2 for m in whole.model.modules()
-        )
+        assert any(
+            not torch.equal(v, base.state_dict()[k])
+            for k, v in whole.model.state_dict().items()
+            if k in base.state_dict()
+        ) or any(isinstance(m, MingleLinear) and m.num_experts == 2 for m in whole.model.modules())
 
 
 def test_methods_that_only_read_prompts_have_no_answers_generated(base, tuned, monkeypatch):
     asked, answers = [], T5Task._answers
-    monkeypatch.setattr(T5Task, "_answers", lambda self, model, data: (asked.append(len(data)), answers(self, model, data))[1])
+    monkeypatch.setattr(
+        T5Task, "_answers", lambda self, model, data: (asked.append(len(data)), answers(self, model, data))[1]
+    )
     merge(base, tuned, "routed")
     assert asked == []
     merge(base, tuned, "mingle")
@@ -232,18 +252,24 @@ def test_a_lora_adapter_is_a_fine_tuned_model(base, tmp_path):
     merger.add("lora", tmp_path / "lora")
     expected = adapted.merge_and_unload()
     with torch.no_grad():
-        torch.testing.assert_close(TASK.logits(merger.model, prompts(3)), TASK.logits(expected, prompts(3)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            TASK.logits(merger.model, prompts(3)), TASK.logits(expected, prompts(3)), rtol=1e-4, atol=1e-4
+        )
     expert = mingle.Merger(base, "mingle", "t5", rank=4, gates="static", static_coefficient=1.0)
     expert.add("lora", tmp_path / "lora", prompts(4))
     with torch.no_grad():
-        torch.testing.assert_close(TASK.logits(expert.model, prompts(3)), TASK.logits(expected, prompts(3)), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            TASK.logits(expert.model, prompts(3)), TASK.logits(expected, prompts(3)), rtol=1e-3, atol=1e-3
+        )
 
 
 def test_a_lora_adapter_of_other_layers_is_refused(base, base_model, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["fc1"], init_lora_weights=False)
     peft.get_peft_model(copy.deepcopy(base_model), config).save_pretrained(tmp_path / "lora")
-    with pytest.raises(IncompatibleModel, match=r"task 'x': .*the adapter's layer '.*fc1' is not in the base"):
+    with pytest.raises(
+        IncompatibleModel, match=r"task 'x': .*the adapter's layer '.*fc1' is not in the base"
+    ):
         mingle.Merger(base, "average", "t5").add("x", tmp_path / "lora")
     with pytest.raises(IncompatibleModel, match="is not in the base"):
         check_tower(tmp_path / "lora", base.state_dict(), first_names(base), ())
@@ -265,7 +291,10 @@ def test_folders_in_hub_format(base, tuned, tmp_path):
     [
         ({"input_ids": torch.ones(2, 3)}, "need 'attention_mask'"),
         ({"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 4)}, "expected \\[n, S\\] for both"),
-        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3), "labels": torch.ones(2)}, "tokens of 2 answers"),
+        (
+            {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3), "labels": torch.ones(2)},
+            "tokens of 2 answers",
+        ),
     ],
 )
 def test_bad_samples_are_refused(given, message):

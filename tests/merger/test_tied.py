@@ -1,4 +1,6 @@
-"""Models whose whole is the tower and whose tensors are tied: each tensor counts once, wherever its names are."""
+"""Models whose whole is the tower and whose tensors are tied: each tensor counts once, wherever its names
+are.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class WholeModel:
     name, tower, layer_sets = "whole", "", {"nufilt": ("SelfAttention.q",)}
 
     def logits(self, model, data):
-        return model(input_ids=data.inputs["input_ids"], decoder_input_ids=data.inputs["decoder_input_ids"]).logits.flatten(0, 1)
+        return model(
+            input_ids=data.inputs["input_ids"], decoder_input_ids=data.inputs["decoder_input_ids"]
+        ).logits.flatten(0, 1)
 
     def valid(self, data):
         return None
@@ -34,7 +38,9 @@ class WholeModel:
 def base():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0)
+        config = T5Config(
+            vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0
+        )
         return T5ForConditionalGeneration(config).eval()
 
 
@@ -55,7 +61,9 @@ def merged(base, tuned, name, options=None):
     state = {name: tensor.detach() for name, tensor in base.state_dict().items()}
     method = get(name)(model, WholeModel(), state, options or get(name).Options())
     generator = torch.Generator().manual_seed(2)
-    seeds = TaskData({key: torch.randint(40, (6, 5), generator=generator) for key in ("input_ids", "decoder_input_ids")})
+    seeds = TaskData(
+        {key: torch.randint(40, (6, 5), generator=generator) for key in ("input_ids", "decoder_input_ids")}
+    )
     for i, part in enumerate(tuned):
         method.add(Arrival(i, f"task{i}", part, seeds if method.needs_seeds else None, lambda: model, seed=i))
     return method
@@ -67,12 +75,19 @@ def test_tied_tensors_count_once(base, tuned):
     distinct = {id(parameter): parameter for parameter in base.parameters()}
     assert sum(tensor.numel() for tensor in method.base.values()) == sum(p.numel() for p in distinct.values())
     _, delta = method.vectors(tuned[0])
-    entries = torch.cat([(tuned[0][name] - base.state_dict()[name]).flatten() for name, _ in base.named_parameters()])
+    entries = torch.cat(
+        [(tuned[0][name] - base.state_dict()[name]).flatten() for name, _ in base.named_parameters()]
+    )
     assert float(total_norm(delta)) == pytest.approx(float(entries.double().norm()), rel=1e-12)
-    assert trim_threshold(delta, 0.2) == sorted(entries.abs().tolist(), reverse=True)[math.floor(0.2 * len(entries)) - 1]
+    assert (
+        trim_threshold(delta, 0.2)
+        == sorted(entries.abs().tolist(), reverse=True)[math.floor(0.2 * len(entries)) - 1]
+    )
 
 
-@pytest.mark.parametrize("name", ["average", "task-arithmetic", "ties", "magmax", "consensus-ta", "opcm", "adamerging"])
+@pytest.mark.parametrize(
+    "name", ["average", "task-arithmetic", "ties", "magmax", "consensus-ta", "opcm", "adamerging"]
+)
 def test_every_method_moves_all_names_of_a_tied_tensor_together(base, tuned, name):
     method = merged(base, tuned, name)
     state = method.model.state_dict()
@@ -80,7 +95,9 @@ def test_every_method_moves_all_names_of_a_tied_tensor_together(base, tuned, nam
         assert torch.equal(state[alias], method.merged["shared.weight"])
     assert not torch.equal(state["shared.weight"], base.state_dict()["shared.weight"])
     embeddings = [
-        module.weight for module in method.model.modules() if isinstance(module, torch.nn.Embedding) and module.weight.shape[0] == 40
+        module.weight
+        for module in method.model.modules()
+        if isinstance(module, torch.nn.Embedding) and module.weight.shape[0] == 40
     ]
     assert len({id(weight) for weight in embeddings}) == 1
     again = copy.deepcopy(method)

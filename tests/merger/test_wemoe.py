@@ -12,8 +12,8 @@ from merging import NAMES, add
 from transformers import CLIPModel
 
 import mingle
-from mingle.layers import LowRankExpert, MingleLinear
 from mingle.methods.wemoe import route_by_module
+from mingle.nn.linear import LowRankExpert, MingleLinear
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
 
@@ -34,7 +34,9 @@ class Plain:
 
     def forward(self, name, x):
         mlp, (weight, bias) = self.mlps[name], self.routers[name]
-        gates = (x.mean(1) if self.reduce == "sample" else x.mean((0, 1)).expand(len(x), -1)) @ weight.T + bias
+        gates = (
+            x.mean(1) if self.reduce == "sample" else x.mean((0, 1)).expand(len(x), -1)
+        ) @ weight.T + bias
         rows = []
         for tokens, row in zip(x, gates, strict=True):
             fc1 = mlp.fc1.weight + sum(g * D1 for g, (D1, _) in zip(row, self.experts[name], strict=True))
@@ -73,7 +75,12 @@ def test_a_whole_merge_by_a_plain_second_implementation(base_model, tuned_states
     try:
         base = CLIPModel(base_model.config).double().eval()
         base.load_state_dict(base_model.state_dict())
-        data = [TaskData({k: v.double() for k, v in s.inputs.items()}, {k: v.double() for k, v in s.shared.items()}) for s in samples]
+        data = [
+            TaskData(
+                {k: v.double() for k, v in s.inputs.items()}, {k: v.double() for k, v in s.shared.items()}
+            )
+            for s in samples
+        ]
         merger = mingle.Merger(base, "wemoe", seed=4, reduce=reduce, **OPTIONS)
         plain = Plain(base, 4, reduce)
         for i in range(3):
@@ -82,7 +89,10 @@ def test_a_whole_merge_by_a_plain_second_implementation(base_model, tuned_states
             plain.add(i, tuned, data[i])
         for sample in data:
             torch.testing.assert_close(
-                ClipTask().logits(merger.model, sample), ClipTask().logits(plain.model, sample), rtol=1e-6, atol=1e-9
+                ClipTask().logits(merger.model, sample),
+                ClipTask().logits(plain.model, sample),
+                rtol=1e-6,
+                atol=1e-9,
             )
     finally:
         torch.set_default_dtype(torch.float32)
@@ -98,14 +108,21 @@ def test_what_trains_and_what_stays(base_model, tuned_states, samples):
     for i in range(2):
         report = add(merger, i, tuned_states, samples)
         assert len(report.trace.loss) == OPTIONS["steps"]
-        gates.append({name: [p.clone() for p in router.all_gates()] for name, router in merger.method.routers.items()})
+        gates.append(
+            {name: [p.clone() for p in router.all_gates()] for name, router in merger.method.routers.items()}
+        )
     assert len(merger.method.layers) == 4 and [name[-3:] for name in merger.method.routers] == ["fc1", "fc1"]
     for name, (weight, bias) in gates[1].items():
-        assert (weight[0] != gates[0][name][0][0]).any() and bias[0] != gates[0][name][1][0]  # older gates train on
+        assert (weight[0] != gates[0][name][0][0]).any() and bias[0] != gates[0][name][1][
+            0
+        ]  # older gates train on
     trainable = {name for name, p in merger.model.named_parameters() if p.requires_grad}
     routers = ("mlp.fc1.gate_weight", "mlp.fc1.gate_bias")
     assert len(trainable) == 4 and all(name.endswith(routers) for name in trainable)
-    ranks = [[int((expert.A.abs().sum(1) > 0).sum()) for expert in layer.experts()] for layer in merger.method.layers.values()]
+    ranks = [
+        [int((expert.A.abs().sum(1) > 0).sum()) for expert in layer.experts()]
+        for layer in merger.method.layers.values()
+    ]
     assert ranks == [[6, 3]] * 4
     for name, tensor in merger.model.vision_model.state_dict().items():
         if "self_attn" in name:
@@ -137,7 +154,9 @@ def test_a_failed_task_leaves_everything_as_it_was(base_model, tuned_states, sam
     with pytest.raises(RuntimeError):
         add(merger, 1, [None, broken], samples)
     after = merger.model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
     add(merger, 1, tuned_states, samples)
 
 
@@ -147,7 +166,9 @@ def test_a_model_whose_mlps_are_the_base_adds_its_attention_alone(base_model, tu
     half = {name: tuned_states[0][name] if "self_attn" in name else tensor for name, tensor in base.items()}
     assert "no expert was added" in add(merger, 0, [half], samples).skipped
     assert add(merger, 1, tuned_states, samples).skipped is None
-    assert all(layer.rank == OPTIONS["rank"] for layer in merger.method.layers.values())  # it is the first expert
+    assert all(
+        layer.rank == OPTIONS["rank"] for layer in merger.method.layers.values()
+    )  # it is the first expert
     name = "encoder.layers.0.self_attn.q_proj.weight"
     expected = base[name] + 0.3 * (half[name] - base[name]) + 0.3 * (tuned_states[1][name] - base[name])
     torch.testing.assert_close(merger.model.vision_model.state_dict()[name], expected)
@@ -156,17 +177,23 @@ def test_a_model_whose_mlps_are_the_base_adds_its_attention_alone(base_model, tu
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second = (MingleLinear.from_linear(torch.nn.Linear(*shape)) for shape in ((6, 4), (4, 6)))
+        self.first, self.second = (
+            MingleLinear.from_linear(torch.nn.Linear(*shape)) for shape in ((6, 4), (4, 6))
+        )
         for layer in (self.first, self.second):
             for _ in range(2):
-                layer.add_expert(*LowRankExpert.from_dense(torch.randn(layer.out_features, layer.in_features), 2))
+                layer.add_expert(
+                    *LowRankExpert.from_dense(torch.randn(layer.out_features, layer.in_features), 2)
+                )
             layer.set_trainable_gates(2)
 
     def forward(self, x):
         return self.second(self.first(x))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))], ids=["deepcopy", "pickle"]
+)
 def test_routers_follow_their_copies(copied):
     block = Block()
     assert list(route_by_module({"mlp.first": block.first, "mlp.second": block.second})) == ["mlp.first"]

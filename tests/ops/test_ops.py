@@ -19,7 +19,17 @@ def _forget_compiled_code():
 
 
 def arguments(
-    tokens=6, group=3, d_in=5, d_out=4, experts=3, rank=2, dtype=torch.float32, grad=True, given=False, masked=False, strided=False
+    tokens=6,
+    group=3,
+    d_in=5,
+    d_out=4,
+    experts=3,
+    rank=2,
+    dtype=torch.float32,
+    grad=True,
+    given=False,
+    masked=False,
+    strided=False,
 ):
     g = torch.Generator().manual_seed(0)
 
@@ -59,7 +69,9 @@ CASES = {
 def test_opcheck_gated_experts(case):
     options = CASES[case]
     grad = options.get("grad", True)
-    torch.library.opcheck(ops.gated_experts, (*arguments(**options), options.get("group", 3), 1, False, grad, "grouped"))
+    torch.library.opcheck(
+        ops.gated_experts, (*arguments(**options), options.get("group", 3), 1, False, grad, "grouped")
+    )
 
 
 def test_opcheck_gated_experts_with_sparse_gates():
@@ -81,10 +93,13 @@ def test_opcheck_the_backwards(need_x, tokens):
     first = 0 if need_x else 2
     dy, hidden, z = torch.randn(tokens, 4), torch.randn(tokens, 6), torch.randn(tokens // 3, 3)
     torch.library.opcheck(
-        ops.gated_experts_backward, (dy, weight, A, B, gate_weight, None, hidden, z, 3, first, need_x, need_x, False, "grouped")
+        ops.gated_experts_backward,
+        (dy, weight, A, B, gate_weight, None, hidden, z, 3, first, need_x, need_x, False, "grouped"),
     )
     if tokens:
-        torch.library.opcheck(ops.gated_experts_folded_backward, (dy, x, weight, A, B, gate_weight, None, first, need_x))
+        torch.library.opcheck(
+            ops.gated_experts_folded_backward, (dy, x, weight, A, B, gate_weight, None, first, need_x)
+        )
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -97,7 +112,11 @@ def test_eager_calls_and_the_dispatcher_agree_bitwise(folded):
     assert torch.equal(direct, registered)
     upstream = torch.randn(direct.shape, generator=torch.Generator().manual_seed(1))
     needed = [tensor for tensor in args if tensor is not None and tensor.requires_grad]
-    for a, b in zip(torch.autograd.grad(direct, needed, upstream), torch.autograd.grad(registered, needed, upstream), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(direct, needed, upstream),
+        torch.autograd.grad(registered, needed, upstream),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -160,7 +179,9 @@ def test_gate_weights_may_be_wider_than_the_layer():
     gate_weight, gate_bias = torch.randn(2, 8, requires_grad=True), torch.randn(2, requires_grad=True)
     for reduce in ("token", "sample", "batch"):
         y = gated_experts(*half, gate_weight, gate_bias, reduce=reduce)
-        exact = gated_experts(*(tensor.double() for tensor in half), gate_weight.double(), gate_bias.double(), reduce=reduce)
+        exact = gated_experts(
+            *(tensor.double() for tensor in half), gate_weight.double(), gate_bias.double(), reduce=reduce
+        )
         assert y.dtype == torch.bfloat16
         assert (y - exact).norm() < 1e-2 * exact.norm()
         y.float().sum().backward()

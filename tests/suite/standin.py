@@ -1,5 +1,6 @@
-"""A small hub: repositories with the names, files and columns of the real ones, in the layout of the hub's own cache; and a stand-in of
-the package `fusion_bench`, of which nothing but the modules with names and prompts can be imported."""
+"""A small hub: repositories with the names, files and columns of the real ones, in the layout of the hub's
+own cache; and a stand-in of the package `fusion_bench`, of which nothing but the modules with names and
+prompts can be imported."""
 
 from __future__ import annotations
 
@@ -22,8 +23,22 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, T5Confi
 from mingle.suites import glyphs
 from mingle.suites.fusionbench.datasets import GLUE_TASKS
 
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
-TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=838, max_position_embeddings=32)
+VISION = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=4,
+)
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    vocab_size=838,
+    max_position_embeddings=32,
+)
 TEXT |= dict(bos_token_id=836, eos_token_id=837, pad_token_id=837)
 
 
@@ -43,7 +58,9 @@ class Hub:
     def add(self, repo: str, files: Mapping[str, bytes], kind: str = "model", ref: str = "main") -> str:
         """A commit with these files, which the branch `ref` then points to."""
         storage = self.storage(repo, kind)
-        commit = hashlib.sha1(repr(sorted((name, hashlib.sha256(data).digest()) for name, data in files.items())).encode()).hexdigest()
+        commit = hashlib.sha1(
+            repr(sorted((name, hashlib.sha256(data).digest()) for name, data in files.items())).encode()
+        ).hexdigest()
         for name, data in files.items():
             blob = storage / "blobs" / hashlib.sha256(data).hexdigest()
             link = storage / "snapshots" / commit / name
@@ -59,7 +76,9 @@ class Hub:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def clip(seed: int = 0) -> CLIPModel:
@@ -82,7 +101,10 @@ def clip_expert(folder: Path, model: CLIPModel, seed: int) -> dict[str, bytes]:
     """A fine-tuned vision tower as the hub holds it."""
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
-    tower = {f"vision_model.{k}": v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in model.vision_model.state_dict().items()}
+    tower = {
+        f"vision_model.{k}": v + 0.05 * torch.randn(v.shape, generator=generator)
+        for k, v in model.vision_model.state_dict().items()
+    }
     save_file(tower, folder / "model.safetensors", {"format": "pt"})
     model.config.vision_config.save_pretrained(folder)
     return contents(folder)
@@ -91,14 +113,26 @@ def clip_expert(folder: Path, model: CLIPModel, seed: int) -> dict[str, bytes]:
 def t5_base(folder: Path) -> dict[str, bytes]:
     """A small Flan-T5: every byte a token, and the tokens of T5 that mean something."""
     specials = ["<pad>", "</s>", "<unk>"]
-    vocabulary = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
     torch.manual_seed(0)
-    shape = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=len(vocabulary), feed_forward_proj="gated-gelu")
+    shape = dict(
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        vocab_size=len(vocabulary),
+        feed_forward_proj="gated-gelu",
+    )
     T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)).save_pretrained(folder)
     wrapped.save_pretrained(folder)
     return contents(folder)
@@ -114,10 +148,14 @@ def picture(colour: int, noise: int = 0, form: str = "PNG") -> bytes:
     return encoded.getvalue()
 
 
-def table(columns: Mapping[str, Sequence[Any]], classes: Mapping[str, Sequence[str]] | None = None, group: int = 4) -> bytes:
+def table(
+    columns: Mapping[str, Sequence[Any]], classes: Mapping[str, Sequence[str]] | None = None, group: int = 4
+) -> bytes:
     """A Parquet file as `datasets` writes it, with the names of classes where a column has some."""
     made = arrow.table(dict(columns))
-    features = {name: {"names": list(names), "_type": "ClassLabel"} for name, names in (classes or {}).items()}
+    features = {
+        name: {"names": list(names), "_type": "ClassLabel"} for name, names in (classes or {}).items()
+    }
     if features:
         made = made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     stream = io.BytesIO()
@@ -127,15 +165,23 @@ def table(columns: Mapping[str, Sequence[Any]], classes: Mapping[str, Sequence[s
 
 def glue_files(**changed: Mapping[str, Sequence[Any]]) -> dict[str, bytes]:
     """GLUE as the hub holds it, some tasks with other rows."""
-    files = {f"{task}/{GLUE_TASKS[task].split}-00000-of-00001.parquet": table(columns) for task, columns in (GLUE | changed).items()}
+    files = {
+        f"{task}/{GLUE_TASKS[task].split}-00000-of-00001.parquet": table(columns)
+        for task, columns in (GLUE | changed).items()
+    }
     return files | {"mnli/validation_mismatched-00000-of-00001.parquet": table(GLUE["mnli"])}
 
 
-def images(count: int, classes: int, image: str = "image", label: str = "label", first: int = 0) -> dict[str, list[Any]]:
+def images(
+    count: int, classes: int, image: str = "image", label: str = "label", first: int = 0
+) -> dict[str, list[Any]]:
     """Columns of `count` pictures whose colour tells their class, numbered from `first`."""
     numbers = range(first, first + count)
     return {
-        image: [{"bytes": picture(i % classes, i, "JPEG" if i % 2 else "PNG"), "path": f"{i}.png"} for i in numbers],
+        image: [
+            {"bytes": picture(i % classes, i, "JPEG" if i % 2 else "PNG"), "path": f"{i}.png"}
+            for i in numbers
+        ],
         label: [i % classes for i in numbers],
     }
 
@@ -144,7 +190,12 @@ def images(count: int, classes: int, image: str = "image", label: str = "label",
 GLUE = {
     "cola": {"sentence": ["Dogs bark.", "Bark dogs the.", "It rains."], "label": [1, 0, 1], "idx": [0, 1, 2]},
     "mnli": {"premise": ["A", "B b"], "hypothesis": ["C", "D"], "label": [2, 0], "idx": [0, 1]},
-    "qqp": {"question1": [f"Is {i}?" for i in range(260)], "question2": ["Or?"] * 260, "label": [0, 1] * 130, "idx": list(range(260))},
+    "qqp": {
+        "question1": [f"Is {i}?" for i in range(260)],
+        "question2": ["Or?"] * 260,
+        "label": [0, 1] * 130,
+        "idx": list(range(260)),
+    },
     "stsb": {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [4.96, 0.0], "idx": [0, 1]},
 }
 
@@ -169,7 +220,9 @@ glue_prompt_templates = {"cola": cola, "mnli": mnli, "qqp": qqp, "stsb": stsb}
 
 
 def fusion_bench(root: Path) -> Path:
-    """A package whose `__init__` modules fail, as the real ones do where their dependencies are missing; returns what goes on the path."""
+    """A package whose `__init__` modules fail, as the real ones do where their dependencies are missing;
+    returns what goes on the path.
+    """
     files = {
         "__init__.py": "raise ImportError('lightning is not installed')\n",
         "tasks/__init__.py": "",

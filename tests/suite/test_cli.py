@@ -15,10 +15,10 @@ import torch
 import yaml
 
 import mingle
-from mingle import session
 from mingle.cli import main
-from mingle.config import Expert
-from mingle.experiment import Experiment, Observer, run
+from mingle.runs import merge
+from mingle.runs.compare import Experiment, Observer, run
+from mingle.runs.config import Expert
 from mingle.suites import glyphs
 from mingle.suites.glyphs.tasks import SUITES
 
@@ -29,7 +29,24 @@ TASKS = [task.name for task in SUITES["glyphs4"]]
 def demo(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("demo")
     methods = "pre-trained,individual,average,mingle"
-    assert main(["demo", "--suite", "glyphs4", "--methods", methods, "--set", "steps=10", "--orders", "2", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "demo",
+                "--suite",
+                "glyphs4",
+                "--methods",
+                methods,
+                "--set",
+                "steps=10",
+                "--orders",
+                "2",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -50,7 +67,9 @@ def test_demo_results_follow_the_schema(demo):
         assert set(row) == {"acc", "bwt", "matrix", "order", "seconds"}
         for acc, bwt, matrix, order in zip(row["acc"], row["bwt"], row["matrix"], row["order"], strict=True):
             assert sorted(order) == sorted(TASKS)
-            assert all((cell is None) == (j > i) for i, line in enumerate(matrix) for j, cell in enumerate(line))
+            assert all(
+                (cell is None) == (j > i) for i, line in enumerate(matrix) for j, cell in enumerate(line)
+            )
             assert acc == pytest.approx(sum(matrix[-1]) / 4)
             assert bwt == pytest.approx(sum(matrix[-1][j] - matrix[j][j] for j in range(3)) / 3)
     for reference in ("pre-trained", "individual"):
@@ -101,7 +120,9 @@ def write_config(tmp_path, names=TASKS[:3], **changes) -> Path:
 def test_merge_add_eval_and_inspect(tmp_path, capsys):
     out = tmp_path / "merged"
     assert main(["merge", str(write_config(tmp_path)), "--out", str(out)]) == 0
-    assert main(["add", str(out), "--name", TASKS[3], "--model", str(glyphs.DATA / "experts" / TASKS[3])]) == 0
+    assert (
+        main(["add", str(out), "--name", TASKS[3], "--model", str(glyphs.DATA / "experts" / TASKS[3])]) == 0
+    )
     added = json.loads((out / "manifest.json").read_text())
     assert [task["name"] for task in added["tasks"]] == TASKS
     assert [task["seed_samples"] for task in added["tasks"]] == [20] * 4
@@ -119,7 +140,9 @@ def test_merge_add_eval_and_inspect(tmp_path, capsys):
 
 def test_several_orders_make_several_merges(tmp_path):
     out = tmp_path / "merged"
-    config = write_config(tmp_path, method="average", rank=None, adapt=None, order={"shuffle": True, "seeds": [42, 43]})
+    config = write_config(
+        tmp_path, method="average", rank=None, adapt=None, order={"shuffle": True, "seeds": [42, 43]}
+    )
     assert main(["merge", str(config), "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"order-42", "order-43"}
 
@@ -129,7 +152,9 @@ def test_a_killed_merge_resumes_bit_for_bit(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["merge", str(config), "--out", str(whole)]) == 0
     process = subprocess.Popen(
-        [sys.executable, "-m", "mingle", "merge", str(config), "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "mingle", "merge", str(config), "--out", str(killed)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while not (killed / "manifest.json").exists() and process.poll() is None and time.monotonic() < deadline:
@@ -156,7 +181,9 @@ def test_merge_refuses_before_anything_is_written(tmp_path, capsys):
     assert "unknown option 'rnak'; did you mean 'rank'" in message(rnak=3)
     assert "did you mean 'fc1'" in message(layers=["fc3"]) or "nearest is 'fc" in message(layers=["fc3"])
     assert "no such folder" in message(base="./nowhere")
-    assert "has no task 'greek'" in message(experts=[{"name": "greek", "model": str(glyphs.DATA / "experts" / TASKS[0])}])
+    assert "has no task 'greek'" in message(
+        experts=[{"name": "greek", "model": str(glyphs.DATA / "experts" / TASKS[0])}]
+    )
     assert "unknown suite 'glyphs5'" in message(eval={"suite": "glyphs5"})
     assert "adapts on seed samples" in message(eval={})
     pickled = tmp_path / "pickled"
@@ -169,7 +196,11 @@ def test_merge_refuses_before_anything_is_written(tmp_path, capsys):
 
 def test_merge_refuses_another_architecture(tmp_path, capsys, tuned_folders):
     text = fails(
-        capsys, "merge", write_config(tmp_path, experts=[{"name": TASKS[0], "model": str(tuned_folders[0])}]), "--out", tmp_path / "x"
+        capsys,
+        "merge",
+        write_config(tmp_path, experts=[{"name": TASKS[0], "model": str(tuned_folders[0])}]),
+        "--out",
+        tmp_path / "x",
     )
     assert f"expert {TASKS[0]!r}" in text
     assert "missing" in text
@@ -217,7 +248,9 @@ def test_a_suite_of_own_images(tmp_path, capsys):
 
 
 def test_unknown_methods_and_options(capsys, tmp_path):
-    assert "unknown method 'mingel'; did you mean 'mingle'" in fails(capsys, "demo", "--methods", "mingel", "--out", tmp_path)
+    assert "unknown method 'mingel'; did you mean 'mingle'" in fails(
+        capsys, "demo", "--methods", "mingel", "--out", tmp_path
+    )
     assert "no method has this option" in fails(capsys, "demo", "--set", "gama=1", "--out", tmp_path)
     assert "holds no saved merge" in fails(capsys, "inspect", tmp_path)
     assert main(["env"]) == 0
@@ -234,6 +267,6 @@ def test_a_merger_saved_by_hand_evaluates_with_a_suite_named(tmp_path, capsys):
 def test_session_api_adds_and_evaluates(tmp_path):
     out = tmp_path / "merged"
     assert main(["merge", str(write_config(tmp_path, TASKS[:1])), "--out", str(out)]) == 0
-    result = session.add(out, Expert(TASKS[1], str(glyphs.DATA / "experts" / TASKS[1])), {}, Observer())
+    result = merge.add(out, Expert(TASKS[1], str(glyphs.DATA / "experts" / TASKS[1])), {}, Observer())
     assert result.tasks == TASKS[:2]
-    assert session.evaluate(out, {}, 128).matrix == result.matrix
+    assert merge.evaluate(out, {}, 128).matrix == result.matrix

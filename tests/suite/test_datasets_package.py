@@ -17,7 +17,9 @@ from mingle.suites.fusionbench.loading import Split
 
 def test_rows_labels_and_class_names_are_those_of_datasets(hub, tmp_path):
     datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["crop", "forest", "river"])})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["crop", "forest", "river"])}
+    )
     path = tmp_path / "test.parquet"
     datasets.Dataset.from_dict(images(30, 3), features=features).to_parquet(path, batch_size=7)
     hub.add("org/data", {"data/test-00000-of-00001.parquet": path.read_bytes()}, "dataset")
@@ -26,7 +28,14 @@ def test_rows_labels_and_class_names_are_those_of_datasets(hub, tmp_path):
     assert ours.class_labels(3).tolist() == list(theirs["label"])
     assert ours.declared_classes() == theirs.features["label"].names
     base = tmp_path / "base"
-    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(base)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        base
+    )
     processor = CLIPImageProcessorPil.from_pretrained(base)
-    expected = torch.cat([processor(images=[row["image"].convert("RGB")], return_tensors="pt")["pixel_values"] for row in theirs])
+    expected = torch.cat(
+        [
+            processor(images=[row["image"].convert("RGB")], return_tensors="pt")["pixel_values"]
+            for row in theirs
+        ]
+    )
     assert torch.equal(_Pixels([ours], base)(list(range(30)))["pixel_values"], expected)

@@ -1,4 +1,6 @@
-"""The package `fusion_bench` itself, where it is installed: its class names and prompts are found, and nothing else of it is imported."""
+"""The package `fusion_bench` itself, where it is installed: its class names and prompts are found, and
+nothing else of it is imported.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ import pytest
 from mingle.suites.fusionbench import prompts
 from mingle.suites.fusionbench.datasets import GLUE_TASKS, IMAGE_TASKS
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("fusion_bench") is None, reason="fusion_bench is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("fusion_bench") is None, reason="fusion_bench is not installed"
+)
 
 CLASSES = dict(
     zip(

@@ -1,4 +1,6 @@
-"""The suites of the papers on a stand-in of the hub: images, heads, prompts, seeds, models; and as a user runs them."""
+"""The suites of the papers on a stand-in of the hub: images, heads, prompts, seeds, models; and as a user
+runs them.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,20 @@ import standin
 import yaml
 from PIL import Image
 from standin import images, table
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    T5ForConditionalGeneration,
+)
 
 import mingle
 from mingle import suites
-from mingle.checkpoint import CheckpointReader
 from mingle.cli import main
-from mingle.evaluate import accuracy
-from mingle.files import CheckpointError
+from mingle.io.files import CheckpointError
+from mingle.io.safetensors import CheckpointReader
+from mingle.merging.evaluate import accuracy
 from mingle.options import OptionError
 from mingle.suites.fusionbench import clip, prompts
 from mingle.suites.fusionbench.datasets import CORRUPTIONS, IMAGE_SUITES, IMAGE_TASKS, ImageSuite
@@ -46,12 +54,19 @@ def image_hub(hub, tmp_path):
     base = standin.clip()
     hub.add(BASE, standin.clip_base(tmp_path / "models/base", base, shard="100KB"))
     for seed, task in enumerate(("eurosat", "svhn")):
-        hub.add(f"tanganke/clip-vit-base-patch32_{task}", standin.clip_expert(tmp_path / "models" / task, base, seed))
+        hub.add(
+            f"tanganke/clip-vit-base-patch32_{task}",
+            standin.clip_expert(tmp_path / "models" / task, base, seed),
+        )
     shards = {
-        f"data/test-{i:05d}-of-00002-ab.parquet": table(images(count, 3, first=first)) for i, count, first in ((0, 14, 0), (1, 11, 14))
+        f"data/test-{i:05d}-of-00002-ab.parquet": table(images(count, 3, first=first))
+        for i, count, first in ((0, 14, 0), (1, 11, 14))
     }
     hub.add(EUROSAT, shards, "dataset")
-    digits = {f"{config}/test-00000-of-00001.parquet": table(images(count, 3)) for config, count in (("cropped_digits", 20), ("full", 2))}
+    digits = {
+        f"{config}/test-00000-of-00001.parquet": table(images(count, 3))
+        for config, count in (("cropped_digits", 20), ("full", 2))
+    }
     hub.add(SVHN, digits, "dataset")
     return hub
 
@@ -63,9 +78,17 @@ def test_orders_and_models_are_those_of_the_papers():
             assert list(suites.load(f"clip-{size}-{count}")) == names[:count]
     domains = "aircraft caltech101 cifar100 dtd eurosat flowers food101 mnist pets cars sun397"
     assert list(suites.load("mtil-11")) == domains.split()
-    assert list(suites.load("glue-8")) == list(suites.load("glue-8-lora")) == ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
+    assert (
+        list(suites.load("glue-8"))
+        == list(suites.load("glue-8-lora"))
+        == ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
+    )
     assert IMAGE_SUITES["clip-l14-20"].base == "openai/clip-vit-large-patch14"
-    for name in ("clip-b32-corrupted", "clip-b32-clean", *(f"clip-b32-{corruption}" for corruption in CORRUPTIONS)):
+    for name in (
+        "clip-b32-corrupted",
+        "clip-b32-clean",
+        *(f"clip-b32-{corruption}" for corruption in CORRUPTIONS),
+    ):
         assert list(suites.load(name)) == ["stanford-cars", "eurosat", "resisc45", "gtsrb"]
 
 
@@ -93,7 +116,10 @@ def test_samples_are_the_images_through_the_base_s_own_processor(image_hub):
     assert data.labels.tolist() == [i % 3 for i in range(25)]
     processor = CLIPImageProcessorPil.from_pretrained(image_hub.snapshot(BASE))
     encoded = [row["bytes"] for row in images(25, 3)["image"]]
-    expected = [processor(images=[Image.open(io.BytesIO(e)).convert("RGB")], return_tensors="pt")["pixel_values"] for e in encoded]
+    expected = [
+        processor(images=[Image.open(io.BytesIO(e)).convert("RGB")], return_tensors="pt")["pixel_values"]
+        for e in encoded
+    ]
     found = [batch.inputs["pixel_values"] for batch in data.batches(7)]
     assert [len(batch) for batch in found] == [7, 7, 7, 4]
     assert torch.equal(torch.cat(found), torch.cat(expected))
@@ -102,7 +128,9 @@ def test_samples_are_the_images_through_the_base_s_own_processor(image_hub):
 def test_images_are_decoded_batch_by_batch(image_hub, monkeypatch):
     decoded: list[int] = []
     made = clip._Pixels.__call__
-    monkeypatch.setattr(clip._Pixels, "__call__", lambda self, rows: decoded.append(len(rows)) or made(self, rows))
+    monkeypatch.setattr(
+        clip._Pixels, "__call__", lambda self, rows: decoded.append(len(rows)) or made(self, rows)
+    )
     suite = suites.load("clip-b32-8", samples_per_class=1)
     data = ClipTask().data(suite["eurosat"])
     assert max(decoded) <= 3  # the seeds, and one image to see its shape
@@ -122,7 +150,10 @@ def test_the_head_is_the_mean_of_the_templates(image_hub):
     for number, name in enumerate(("annual crop land", "forest", "river")):
         texts = [f"a photo of {name}.", f"a {name}."]
         with torch.no_grad():
-            embeddings = [model.text_projection(model.text_model(**tokenizer([t], return_tensors="pt")).pooler_output) for t in texts]
+            embeddings = [
+                model.text_projection(model.text_model(**tokenizer([t], return_tensors="pt")).pooler_output)
+                for t in texts
+            ]
         expected = F.normalize(torch.stack([F.normalize(e, dim=-1) for e in embeddings]).mean(0), dim=-1)[0]
         torch.testing.assert_close(found[number], expected)
 
@@ -147,7 +178,9 @@ def test_seeds_come_from_the_test_images_as_the_protocol_says(image_hub, protoco
     assert seeds.labels is None and seeds.inputs["pixel_values"].shape == (6, 3, 16, 16)
     rows = test.inputs.rows.tolist()
     pixels = suites.load("clip-b32-8", protocol="official")["eurosat"].made().inputs["pixel_values"]
-    chosen = [next(i for i in range(25) if torch.equal(pixels[i], seed)) for seed in seeds.inputs["pixel_values"]]
+    chosen = [
+        next(i for i in range(25) if torch.equal(pixels[i], seed)) for seed in seeds.inputs["pixel_values"]
+    ]
     if protocol == "strict":
         assert sorted(rows + chosen) == list(range(25))
     else:
@@ -159,10 +192,15 @@ def test_the_config_of_a_data_set_with_several_is_the_published_one(image_hub):
 
 
 def test_corrupted_images_are_splits_of_the_same_data_sets(image_hub):
-    files = {f"data/{split}-00000-of-00001.parquet": table(images(i + 3, 3)) for i, split in enumerate(CORRUPTIONS)}
+    files = {
+        f"data/{split}-00000-of-00001.parquet": table(images(i + 3, 3)) for i, split in enumerate(CORRUPTIONS)
+    }
     image_hub.add(EUROSAT, files | {TEST_FILE: table(images(2, 2))}, "dataset")
     for i, split in enumerate(CORRUPTIONS):
-        assert len(suites.load(f"clip-b32-{split}", protocol="official", samples_per_class=1)["eurosat"]) == i + 3
+        assert (
+            len(suites.load(f"clip-b32-{split}", protocol="official", samples_per_class=1)["eurosat"])
+            == i + 3
+        )
     everything = suites.load("clip-b32-corrupted", protocol="official")["eurosat"]
     assert everything.labels.tolist() == [row % 3 for i in range(len(CORRUPTIONS)) for row in range(i + 3)]
     assert everything.select(torch.tensor([0, 41])).made().inputs["pixel_values"].shape == (2, 3, 16, 16)
@@ -172,8 +210,20 @@ def test_corrupted_images_are_splits_of_the_same_data_sets(image_hub):
 @pytest.mark.parametrize(
     ("suite", "task", "repo", "file", "columns"),
     [
-        ("clip-b32-14", "fer2013", "clip-benchmark/wds_fer2013", "default/test/0000.parquet", images(4, 2, "jpg", "cls")),
-        ("clip-b32-14", "cifar100", "tanganke/cifar100", TEST_FILE, images(4, 2, label="fine_label") | {"coarse_label": [9] * 4}),
+        (
+            "clip-b32-14",
+            "fer2013",
+            "clip-benchmark/wds_fer2013",
+            "default/test/0000.parquet",
+            images(4, 2, "jpg", "cls"),
+        ),
+        (
+            "clip-b32-14",
+            "cifar100",
+            "tanganke/cifar100",
+            TEST_FILE,
+            images(4, 2, label="fine_label") | {"coarse_label": [9] * 4},
+        ),
         ("clip-b32-20", "food101", "ethz/food101", "data/validation-00000-of-00001.parquet", images(4, 2)),
     ],
 )
@@ -185,7 +235,9 @@ def test_columns_and_splits_that_are_called_otherwise(image_hub, suite, task, re
 
 def test_tasks_outside_the_package_take_the_class_names_of_the_data_set(image_hub, tmp_path):
     image_hub.add("openai/clip-vit-base-patch16", standin.clip_base(tmp_path / "models/b16", standin.clip()))
-    image_hub.add("tanganke/aircraft", {TEST_FILE: table(images(4, 2), {"label": ["707", "A380"]})}, "dataset")
+    image_hub.add(
+        "tanganke/aircraft", {TEST_FILE: table(images(4, 2), {"label": ["707", "A380"]})}, "dataset"
+    )
     data = suites.load("mtil-11", protocol="official")["aircraft"]
     assert data.shared["text_embeds"].shape == (2, 16)
 
@@ -196,8 +248,14 @@ def test_every_commit_that_was_used_is_noted_and_kept(image_hub):
     assert revisions == {}
     suite.check("eurosat")
     suite.expert("eurosat")
-    repos = {BASE: "model", "tanganke/clip-vit-base-patch32_eurosat": "model", f"datasets/{EUROSAT}": "dataset"}
-    assert revisions == {repo: image_hub.snapshot(repo.removeprefix("datasets/"), kind).name for repo, kind in repos.items()}
+    repos = {
+        BASE: "model",
+        "tanganke/clip-vit-base-patch32_eurosat": "model",
+        f"datasets/{EUROSAT}": "dataset",
+    }
+    assert revisions == {
+        repo: image_hub.snapshot(repo.removeprefix("datasets/"), kind).name for repo, kind in repos.items()
+    }
     before = len(suite["eurosat"])
     image_hub.add(EUROSAT, {TEST_FILE: table(images(90, 3))}, "dataset")
     assert len(suites.load("clip-b32-8", revisions=revisions)["eurosat"]) == before
@@ -219,7 +277,9 @@ def test_an_image_that_cannot_be_decoded_is_named_with_file_and_row(image_hub, b
     columns = images(9, 3)
     columns["image"][6] = {"bytes": broken, "path": "6.png"}
     image_hub.add(EUROSAT, {TEST_FILE: table(columns)}, "dataset")
-    with pytest.raises(DatasetError, match=rf"{EUROSAT}, split 'test': not a readable image: .*{TEST_FILE}, row 6"):
+    with pytest.raises(
+        DatasetError, match=rf"{EUROSAT}, split 'test': not a readable image: .*{TEST_FILE}, row 6"
+    ):
         suites.load("clip-b32-8", protocol="official")["eurosat"].made()
 
 
@@ -243,7 +303,12 @@ def test_a_missing_package_is_named_with_the_extra(image_hub, monkeypatch):
 @pytest.mark.parametrize(
     ("task", "texts", "answers", "metric"),
     [
-        ("cola", ['Correct: "Bark dogs the."?', 'Correct: "Dogs bark."?'], ["unacceptable", "acceptable"], "accuracy"),
+        (
+            "cola",
+            ['Correct: "Bark dogs the."?', 'Correct: "Dogs bark."?'],
+            ["unacceptable", "acceptable"],
+            "accuracy",
+        ),
         ("mnli", ["B b implies D?", "A implies C?"], ["entailment", "contradiction"], "accuracy"),
         ("stsb", ["b and d?", "a and c?"], ["0.0", "5.0"], "spearman"),
     ],
@@ -264,7 +329,9 @@ def test_glue_samples_are_prompts_and_answers(glue_hub, task, texts, answers, me
 def test_glue_prompts_are_padded_per_batch(glue_hub):
     data = suites.load("glue-8", protocol="official")["qqp"]
     assert isinstance(data.inputs, LazyInputs)
-    assert [batch.inputs["input_ids"].shape[1] for batch in data.batches(130)] == [len("Is 100? or Or??") + 1] * 2
+    assert [batch.inputs["input_ids"].shape[1] for batch in data.batches(130)] == [
+        len("Is 100? or Or??") + 1
+    ] * 2
     assert data.select(slice(0, 10)).made().inputs["input_ids"].shape[1] == len("Is 1? or Or??") + 1
 
 
@@ -273,15 +340,24 @@ def test_a_hundred_seeds_of_every_glue_task(glue_hub):
         suite = suites.load("glue-8", protocol=protocol)
         assert (suite.task_type, len(suite.seeds("qqp")), len(suite["qqp"])) == ("t5", 100, left)
         assert suite.seeds("qqp").labels is None
-    assert [len(part) for part in (suites.load("glue-8").seeds("cola"), suites.load("glue-8")["cola"])] == [1, 2]
+    assert [len(part) for part in (suites.load("glue-8").seeds("cola"), suites.load("glue-8")["cola"])] == [
+        1,
+        2,
+    ]
 
 
 def test_glue_labels_and_texts_are_checked(glue_hub):
     def add(**changes):
-        glue_hub.add("glue", {"cola/validation-00000-of-00001.parquet": table(standin.GLUE["cola"] | changes)}, "dataset")
+        glue_hub.add(
+            "glue",
+            {"cola/validation-00000-of-00001.parquet": table(standin.GLUE["cola"] | changes)},
+            "dataset",
+        )
 
     add(label=[1, -1, 0])
-    with pytest.raises(DatasetError, match=r"glue .cola., split 'validation': row 1 has label -1, expected one of 0, 1"):
+    with pytest.raises(
+        DatasetError, match=r"glue .cola., split 'validation': row 1 has label -1, expected one of 0, 1"
+    ):
         suites.load("glue-8").check("cola")
     add(sentence=["a", None, "b"])
     with pytest.raises(DatasetError, match="row 1 has no text in the column 'sentence'"):
@@ -291,11 +367,15 @@ def test_glue_labels_and_texts_are_checked(glue_hub):
 @pytest.mark.parametrize("suite", ["glue-8", "glue-8-lora"])
 def test_glue_is_merged_and_evaluated(glue_hub, tmp_path, suite):
     """With whole fine-tuned models, and with adapters."""
-    peft = pytest.importorskip("peft", reason="adapters are made with PEFT") if suite == "glue-8-lora" else None
+    peft = (
+        pytest.importorskip("peft", reason="adapters are made with PEFT") if suite == "glue-8-lora" else None
+    )
     for task in ("cola", "stsb"):
         model = T5ForConditionalGeneration.from_pretrained(glue_hub.snapshot("google/flan-t5-base"))
         if peft is not None:
-            model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False))
+            model = peft.get_peft_model(
+                model, peft.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)
+            )
         model.save_pretrained(tmp_path / task)
         name = f"tanganke/flan-t5-base_glue-{task}{'' if peft is None else '_lora-16'}"
         glue_hub.add(name, standin.contents(tmp_path / task))
@@ -310,8 +390,19 @@ def test_glue_is_merged_and_evaluated(glue_hub, tmp_path, suite):
 def user(hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A command as a user runs it, offline, with nothing but the environment to say where the hub's cache is."""
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    environment |= {"HF_HOME": str(hub.home), "PYTHONPATH": str(tmp_path / "packages"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run([sys.executable, "-m", "mingle", *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    environment |= {
+        "HF_HOME": str(hub.home),
+        "PYTHONPATH": str(tmp_path / "packages"),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "mingle", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
 
 
 def write_config(tmp_path: Path, tasks=("eurosat", "svhn"), **changes) -> str:
@@ -358,7 +449,10 @@ def test_resuming_adding_and_evaluating_keep_to_the_commits_of_the_beginning(ima
     assert f"begun with {model} at commit {first}, not {second}" in capsys.readouterr().out
     assert main(["eval", str(out)]) == 0
     assert main(["add", str(out), "--name", "mnist", "--model", model, "--revision", second]) == 2
-    assert f"{model}: revision '{second}' is commit {second}, but commit {first} is in use" in capsys.readouterr().out
+    assert (
+        f"{model}: revision '{second}' is commit {second}, but commit {first} is in use"
+        in capsys.readouterr().out
+    )
 
 
 def test_commits_can_be_named_in_the_config(image_hub, tmp_path):
@@ -377,7 +471,16 @@ def two_tasks(image_hub, monkeypatch):
 
 
 def test_demo_on_a_suite_of_the_papers(two_tasks, tmp_path):
-    arguments = ["--suite", "clip-b32-8", "--methods", "individual,average,mingle", "--set", "steps=2", "--set", "rank=2"]
+    arguments = [
+        "--suite",
+        "clip-b32-8",
+        "--methods",
+        "individual,average,mingle",
+        "--set",
+        "steps=2",
+        "--set",
+        "rank=2",
+    ]
     assert main(["demo", *arguments, "--out", str(tmp_path / "demo"), "--offline"]) == 0
     results = json.loads((tmp_path / "demo/results.json").read_text())
     assert all(None not in rows["matrix"][0][-1] for rows in results["methods"].values())
@@ -386,7 +489,16 @@ def test_demo_on_a_suite_of_the_papers(two_tasks, tmp_path):
 
 
 def test_a_table_keeps_to_the_commits_of_its_beginning(two_tasks, tmp_path):
-    table_of = ["reproduce", "main", "--suite", "clip-b32-8", "--out", str(tmp_path / "table"), "--offline", "--methods"]
+    table_of = [
+        "reproduce",
+        "main",
+        "--suite",
+        "clip-b32-8",
+        "--out",
+        str(tmp_path / "table"),
+        "--offline",
+        "--methods",
+    ]
     assert main([*table_of, "average"]) == 0
     noted = json.loads((tmp_path / "table/revisions.json").read_text())
     assert noted[f"datasets/{EUROSAT}"] == two_tasks.snapshot(EUROSAT, "dataset").name and len(noted) == 5
@@ -396,15 +508,37 @@ def test_a_table_keeps_to_the_commits_of_its_beginning(two_tasks, tmp_path):
 
 
 def test_the_demo_names_what_is_not_cached(image_hub, tmp_path, capsys):
-    assert main(["demo", "--suite", "clip-b32-8", "--methods", "average", "--out", str(tmp_path / "demo"), "--offline"]) == 2
+    assert (
+        main(
+            [
+                "demo",
+                "--suite",
+                "clip-b32-8",
+                "--methods",
+                "average",
+                "--out",
+                str(tmp_path / "demo"),
+                "--offline",
+            ]
+        )
+        == 2
+    )
     assert "tanganke/sun397: not in the hub's cache" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("repo", "kind", "message"),
     [
-        (BASE, "model", f"{BASE}: not in the hub's cache .* and offline; fetch it where there is a network: hf download {BASE}"),
-        (EUROSAT, "dataset", f"{EUROSAT}: not in the hub's cache .*hf download {EUROSAT} --repo-type dataset"),
+        (
+            BASE,
+            "model",
+            f"{BASE}: not in the hub's cache .* and offline; fetch it where there is a network: hf download {BASE}",
+        ),
+        (
+            EUROSAT,
+            "dataset",
+            f"{EUROSAT}: not in the hub's cache .*hf download {EUROSAT} --repo-type dataset",
+        ),
     ],
 )
 def test_what_is_not_cached_is_named_to_the_user(image_hub, tmp_path, repo, kind, message, capsys):
@@ -423,9 +557,9 @@ def test_adapters_of_the_lora_suite_are_folders_as_they_are(hub, tmp_path):
     peft = pytest.importorskip("peft", reason="adapters are made with PEFT")
     hub.add("google/flan-t5-base", standin.t5_base(tmp_path / "t5"))
     model = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5")
-    peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")).save_pretrained(
-        tmp_path / "lora"
-    )
+    peft.get_peft_model(
+        model, peft.LoraConfig(r=16, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    ).save_pretrained(tmp_path / "lora")
     hub.add("tanganke/flan-t5-base_glue-cola_lora-16", standin.contents(tmp_path / "lora"))
     folder = suites.load("glue-8-lora").expert("cola")
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 16
@@ -433,10 +567,16 @@ def test_adapters_of_the_lora_suite_are_folders_as_they_are(hub, tmp_path):
 
 
 def test_lazy_inputs_are_a_mapping():
-    lazy = LazyInputs(("a", "b"), lambda rows: {"a": torch.tensor(rows), "b": -torch.tensor(rows)}, torch.arange(9))
+    lazy = LazyInputs(
+        ("a", "b"), lambda rows: {"a": torch.tensor(rows), "b": -torch.tensor(rows)}, torch.arange(9)
+    )
     data = TaskData(lazy, {}, torch.arange(9) * 10, metric="spearman").select(torch.tensor([8, 2, 5]))
     assert len(data) == 3 and list(data.inputs) == ["a", "b"] and len(data.inputs) == 2
     assert data.inputs["b"].tolist() == [-8, -2, -5]
     moved = data.to(torch.device("cpu"))
-    assert (moved.inputs["a"].tolist(), moved.labels.tolist(), moved.metric) == ([8, 2, 5], [80, 20, 50], "spearman")
+    assert (moved.inputs["a"].tolist(), moved.labels.tolist(), moved.metric) == (
+        [8, 2, 5],
+        [80, 20, 50],
+        "spearman",
+    )
     assert [batch.inputs["a"].tolist() for batch in data.batches(2)] == [[8, 2], [5]]

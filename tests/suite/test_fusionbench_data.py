@@ -1,4 +1,6 @@
-"""Data sets from Parquet: which files, columns and rows, and what a user is told of a data set that is not as expected."""
+"""Data sets from Parquet: which files, columns and rows, and what a user is told of a data set that is not as
+expected.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ pytest.importorskip("pyarrow", reason="the suites of the papers read Parquet fil
 
 from standin import images, table
 
-from mingle.files import CheckpointError
+from mingle.io.files import CheckpointError
 from mingle.suites.fusionbench.datasets import Source
 from mingle.suites.fusionbench.layout import DatasetError
 from mingle.suites.fusionbench.loading import Split
@@ -41,7 +43,10 @@ def labels(source=SOURCE, classes=3) -> list[int]:
 
 
 def test_shards_and_row_groups_are_one_sequence_of_rows(hub):
-    shards = {f"data/test-{i:05d}-of-00003-0a1b.parquet": table(images(count, 3, first=10 * i)) for i, count in enumerate((5, 9, 1))}
+    shards = {
+        f"data/test-{i:05d}-of-00003-0a1b.parquet": table(images(count, 3, first=10 * i))
+        for i, count in enumerate((5, 9, 1))
+    }
     add(hub, {**shards, "data/train-00000-of-00001-0a1b.parquet": table(images(2, 3))})
     split = Split(SOURCE)
     assert len(split) == 15
@@ -58,9 +63,18 @@ def test_shards_and_row_groups_are_one_sequence_of_rows(hub):
         (SOURCE, ["data/test-00000-of-00001.parquet", "data/test_contrast-00000-of-00001.parquet"]),
         (SOURCE, ["test.parquet", "train.parquet", "latest.parquet"]),
         (SOURCE, ["default/test/0000.parquet", "default/train/0000.parquet"]),
-        (Source(REPO, config="cropped_digits"), ["cropped_digits/test-00000-of-00001.parquet", "full/test-00000-of-00001.parquet"]),
-        (Source(REPO, "validation_matched"), ["validation_matched-00000-of-00001.parquet", "validation_mismatched-00000-of-00001.parquet"]),
-        (Source(REPO, "contrast"), ["data/contrast-00000-of-00001-ab.parquet", "data/test-00000-of-00001-ab.parquet"]),
+        (
+            Source(REPO, config="cropped_digits"),
+            ["cropped_digits/test-00000-of-00001.parquet", "full/test-00000-of-00001.parquet"],
+        ),
+        (
+            Source(REPO, "validation_matched"),
+            ["validation_matched-00000-of-00001.parquet", "validation_mismatched-00000-of-00001.parquet"],
+        ),
+        (
+            Source(REPO, "contrast"),
+            ["data/contrast-00000-of-00001-ab.parquet", "data/test-00000-of-00001-ab.parquet"],
+        ),
     ],
 )
 def test_files_are_found_by_their_names(hub, source, names):
@@ -69,15 +83,25 @@ def test_files_are_found_by_their_names(hub, source, names):
 
 
 def test_the_card_says_which_files_are_a_split(hub):
-    files = {"data/held-out-0.parquet": 3, "more/test.parquet": 4, "data/test-00000-of-00001.parquet": 5, "other/x.parquet": 6}
+    files = {
+        "data/held-out-0.parquet": 3,
+        "more/test.parquet": 4,
+        "data/test-00000-of-00001.parquet": 5,
+        "other/x.parquet": 6,
+    }
     add(hub, {"README.md": CARD.encode(), **{name: table(images(count, 3)) for name, count in files.items()}})
     assert len(Split(SOURCE)) == 7
     assert len(Split(Source(REPO, config="other"))) == 6
-    with pytest.raises(DatasetError, match=f"{REPO}, split 'tset': no files of this split at .*it has train, test"):
+    with pytest.raises(
+        DatasetError, match=f"{REPO}, split 'tset': no files of this split at .*it has train, test"
+    ):
         Split(Source(REPO, "tset"))
 
 
-@pytest.mark.parametrize("card", [b"# no head", b"---\nconfigs: [\n---\n", b"---\nconfigs: 3\n---\n", b"---\na: 1\n---\n", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "card",
+    [b"# no head", b"---\nconfigs: [\n---\n", b"---\nconfigs: 3\n---\n", b"---\na: 1\n---\n", b"\xff\xfe"],
+)
 def test_a_card_that_says_nothing_leaves_it_to_the_names(hub, card):
     add(hub, {"README.md": card, "data/test-00000-of-00001.parquet": table(images(3, 3))})
     assert len(Split(SOURCE)) == 3
@@ -86,9 +110,16 @@ def test_a_card_that_says_nothing_leaves_it_to_the_names(hub, card):
 def test_a_data_set_of_another_form_is_read_from_the_hub_s_own_copy(hub):
     source = Source("clip-benchmark/wds_fer2013", columns=("jpg",), labels=("cls",))
     add(hub, {"test/0.tar": b"", "README.md": b""}, source.repo)
-    with pytest.raises(DatasetError, match="no Parquet files at .*nor under refs/convert/parquet.*hf download"):
+    with pytest.raises(
+        DatasetError, match="no Parquet files at .*nor under refs/convert/parquet.*hf download"
+    ):
         Split(source)
-    commit = add(hub, {"default/test/0000.parquet": table(images(4, 2, "jpg", "cls"))}, source.repo, "refs/convert/parquet")
+    commit = add(
+        hub,
+        {"default/test/0000.parquet": table(images(4, 2, "jpg", "cls"))},
+        source.repo,
+        "refs/convert/parquet",
+    )
     revisions: dict[str, str] = {}
     assert Split(source, revisions).class_labels(2).tolist() == [0, 1, 0, 1]
     assert revisions == {f"datasets/{source.repo}": commit}
@@ -105,14 +136,23 @@ def test_the_noted_commit_is_read(hub):
 
 
 def test_a_wrong_split_names_those_that_are_there(hub):
-    add(hub, {f"data/{split}-00000-of-00001.parquet": table(images(3, 3)) for split in ("train", "validation")})
-    with pytest.raises(DatasetError, match=f"{REPO}, split 'test': no files of this split.*it has train, validation.*hf download {REPO}"):
+    add(
+        hub,
+        {f"data/{split}-00000-of-00001.parquet": table(images(3, 3)) for split in ("train", "validation")},
+    )
+    with pytest.raises(
+        DatasetError,
+        match=f"{REPO}, split 'test': no files of this split.*it has train, validation.*hf download {REPO}",
+    ):
         Split(SOURCE)
 
 
 def test_a_missing_shard_is_named(hub):
     add(hub, {f"data/test-{i:05d}-of-00004-ab.parquet": table(images(3, 3)) for i in (0, 3)})
-    with pytest.raises(DatasetError, match=f"{REPO}, split 'test': shards 00001-of-00004, 00002-of-00004 are missing.*hf download"):
+    with pytest.raises(
+        DatasetError,
+        match=f"{REPO}, split 'test': shards 00001-of-00004, 00002-of-00004 are missing.*hf download",
+    ):
         Split(SOURCE)
 
 
@@ -120,14 +160,23 @@ def test_a_missing_shard_is_named(hub):
 def test_a_renamed_column_is_named_with_those_that_are_there(hub, column, renamed):
     columns = {renamed if name == column else name: values for name, values in images(3, 3).items()}
     add(hub, {"data/test-00000-of-00001.parquet": table(columns)})
-    with pytest.raises(DatasetError, match=rf"{REPO}, split 'test': no column '{column}'.*test-00000-of-00001.parquet; it has .*{renamed}"):
+    with pytest.raises(
+        DatasetError,
+        match=rf"{REPO}, split 'test': no column '{column}'.*test-00000-of-00001.parquet; it has .*{renamed}",
+    ):
         Split(SOURCE)
 
 
 def test_a_column_missing_in_one_shard_only_is_found_before_any_row_is_read(hub):
     whole, lacking = images(3, 3), images(3, 3)
     del lacking["label"]
-    add(hub, {"data/test-00000-of-00002.parquet": table(whole), "data/test-00001-of-00002.parquet": table(lacking)})
+    add(
+        hub,
+        {
+            "data/test-00000-of-00002.parquet": table(whole),
+            "data/test-00001-of-00002.parquet": table(lacking),
+        },
+    )
     with pytest.raises(DatasetError, match="no column 'label' in test-00001-of-00002.parquet"):
         Split(SOURCE)
 
@@ -142,20 +191,36 @@ def test_labels_of_other_names_are_taken_in_the_order_given(hub):
 @pytest.mark.parametrize("wrong", [3, -1, "forest", None, 1.5])
 def test_a_label_that_is_no_class_is_named_with_its_row(hub, wrong):
     given = [0, 1, wrong, 2] if isinstance(wrong, int | None) else [wrong] * 4
-    add(hub, {"data/test-00000-of-00001.parquet": table({"image": images(4, 3)["image"], "label": given}, group=2)})
+    add(
+        hub,
+        {
+            "data/test-00000-of-00001.parquet": table(
+                {"image": images(4, 3)["image"], "label": given}, group=2
+            )
+        },
+    )
     with pytest.raises(DatasetError, match=f"{REPO}, split 'test': row {given.index(wrong)} has .*label"):
         labels()
 
 
 def test_truth_values_are_classes(hub):
-    add(hub, {"data/test-00000-of-00001.parquet": table({"image": images(3, 2)["image"], "label": [True, False, True]})})
+    add(
+        hub,
+        {
+            "data/test-00000-of-00001.parquet": table(
+                {"image": images(3, 2)["image"], "label": [True, False, True]}
+            )
+        },
+    )
     found = Split(SOURCE).class_labels(2)
     assert found.tolist() == [1, 0, 1] and found.dtype == torch.int64
 
 
 def test_an_empty_split_is_refused(hub):
     add(hub, {"data/test-00000-of-00001.parquet": table({"image": [], "label": []})})
-    with pytest.raises(DatasetError, match=f"{REPO}, split 'test': no rows in data/test-00000-of-00001.parquet"):
+    with pytest.raises(
+        DatasetError, match=f"{REPO}, split 'test': no rows in data/test-00000-of-00001.parquet"
+    ):
         Split(SOURCE)
 
 

@@ -35,7 +35,9 @@ def taught(base: Path, folder: Path, lines: dict[str, str]) -> Path:
     """A model that has learned to answer these lines."""
     torch.manual_seed(1)
     tokenizer, model = AutoTokenizer.from_pretrained(base), T5ForConditionalGeneration.from_pretrained(base)
-    prompts, answers = (tokenizer(list(texts), padding=True, return_tensors="pt") for texts in (lines, lines.values()))
+    prompts, answers = (
+        tokenizer(list(texts), padding=True, return_tensors="pt") for texts in (lines, lines.values())
+    )
     labels = answers.input_ids.masked_fill(answers.attention_mask == 0, -100)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(60):
@@ -47,29 +49,46 @@ def taught(base: Path, folder: Path, lines: dict[str, str]) -> Path:
     return folder
 
 
-def adapter(folder: Path, base: Path, suffixes: tuple[str, ...] = ("SelfAttention.q", "EncDecAttention.v"), seed: int = 0) -> Path:
+def adapter(
+    folder: Path,
+    base: Path,
+    suffixes: tuple[str, ...] = ("SelfAttention.q", "EncDecAttention.v"),
+    seed: int = 0,
+) -> Path:
     """A LoRA adapter of rank 2 as PEFT writes it."""
     generator = torch.Generator().manual_seed(seed)
-    weights = {name.removesuffix(".weight"): tensor for name, tensor in load_file(base / "model.safetensors").items()}
+    weights = {
+        name.removesuffix(".weight"): tensor for name, tensor in load_file(base / "model.safetensors").items()
+    }
     factors = {}
     for name, tensor in weights.items():
         if name.endswith(suffixes):
             for half, shape in (("A", (2, tensor.shape[1])), ("B", (tensor.shape[0], 2))):
-                factors[f"base_model.model.{name}.lora_{half}.weight"] = torch.randn(shape, generator=generator)
+                factors[f"base_model.model.{name}.lora_{half}.weight"] = torch.randn(
+                    shape, generator=generator
+                )
     folder.mkdir()
     save_file(factors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"})
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, dict[str, bytes]]:
-    """What the hub holds: the base, two models that have learned their tasks, and an adapter that has learned nothing."""
+    """What the hub holds: the base, two models that have learned their tasks, and an adapter that has learned
+    nothing.
+    """
     folder = tmp_path_factory.mktemp("models")
     base = folder / "base"
     files = {BASE: standin.t5_base(base)}
     paraphrases = {f"Is {i}? or Or??": ("no", "yes")[i % 2] for i in range(40)}
-    scores = {f"{a} and {b}?": score for b in "xyz" for a, score in zip("abcd", ("0.2", "1.4", "3.0", "5.0"), strict=True)}
+    scores = {
+        f"{a} and {b}?": score
+        for b in "xyz"
+        for a, score in zip("abcd", ("0.2", "1.4", "3.0", "5.0"), strict=True)
+    }
     files[QQP] = standin.contents(taught(base, folder / "qqp", paraphrases))
     files[STSB] = standin.contents(taught(base, folder / "stsb", scores))
     files[COLA] = standin.contents(adapter(folder / "cola", base))
@@ -118,7 +137,10 @@ def test_check_merge_resume_eval_and_add(taught_hub, tmp_path, capsys):
     assert manifest(begun)["tasks"] == manifest(out)["tasks"]
     assert main(["add", str(out), "--name", "stsb", "--model", STSB]) == 0
     merged = manifest(out)
-    assert (merged["task_type"], [task["name"] for task in merged["tasks"]]) == ("t5", ["qqp", "cola", "stsb"])
+    assert (merged["task_type"], [task["name"] for task in merged["tasks"]]) == (
+        "t5",
+        ["qqp", "cola", "stsb"],
+    )
     assert [task["seed_samples"] for task in merged["tasks"]] == [20, 1, 6]
     assert {name: merged["options"][name] for name in ("lr", "batch_size", "steps", "reduce")} == dict(
         lr=1e-3, batch_size=8, steps=3, reduce="sample"
@@ -137,7 +159,10 @@ def test_answers_are_generated_and_scored(taught_hub, tmp_path, protocol):
     matrices = {}
     for method in ("individual", "average"):
         out, config = tmp_path / method, {"rank": None, "method": method, "adapt": {"protocol": protocol}}
-        assert main(["merge", write_config(tmp_path, {"qqp": QQP, "stsb": STSB}, **config), "--out", str(out)]) == 0
+        assert (
+            main(["merge", write_config(tmp_path, {"qqp": QQP, "stsb": STSB}, **config), "--out", str(out)])
+            == 0
+        )
         matrices[method] = manifest(out)["matrix"]
     assert matrices["individual"] == [[100.0], [100.0, pytest.approx(100.0)]]
     assert matrices["average"][0] == [100.0]
@@ -146,7 +171,17 @@ def test_answers_are_generated_and_scored(taught_hub, tmp_path, protocol):
 
 def test_the_demo_measures_gates_along_the_answers(taught_hub, tmp_path, monkeypatch):
     monkeypatch.setattr(fusionbench, "GLUE_TASKS", {name: fusionbench.GLUE_TASKS[name] for name in ROWS})
-    arguments = ["--suite", "glue-8", "--methods", "individual,mingle", "--set", "steps=2", "--set", "rank=4", "--offline"]
+    arguments = [
+        "--suite",
+        "glue-8",
+        "--methods",
+        "individual,mingle",
+        "--set",
+        "steps=2",
+        "--set",
+        "rank=4",
+        "--offline",
+    ]
     assert main(["demo", *arguments, "--out", str(tmp_path / "demo")]) == 0
     results = json.loads((tmp_path / "demo/results.json").read_text())
     assert results["methods"]["individual"]["acc"] == [pytest.approx(100)]
@@ -158,7 +193,9 @@ def test_the_demo_measures_gates_along_the_answers(taught_hub, tmp_path, monkeyp
 
 def test_what_folds_is_exported_as_a_plain_model(taught_hub, tmp_path):
     out = tmp_path / "merged"
-    config = write_config(tmp_path, {"cola": COLA}, method="task-arithmetic", rank=None, adapt=None, options={"scaling": 1.0})
+    config = write_config(
+        tmp_path, {"cola": COLA}, method="task-arithmetic", rank=None, adapt=None, options={"scaling": 1.0}
+    )
     assert main(["merge", config, "--out", str(out)]) == 0
     assert main(["export", str(out), "--out", str(tmp_path / "plain")]) == 0
     plain = T5ForConditionalGeneration.from_pretrained(tmp_path / "plain").state_dict()
@@ -182,17 +219,29 @@ def test_models_and_samples_of_another_kind_are_refused(taught_hub, tmp_path, ca
     assert "suite 'glyphs4' is for clip models, but" in message(eval={"suite": "glyphs4"})
     assert "images' is for clip models, but" in message(eval={"suite": str(images.parents[1])})
     other = glyphs.DATA / "experts" / "greek-inverted"
-    assert "suite 'glue-8' is for t5 models, but" in message(base=str(glyphs.BASE), experts={"qqp": str(other)})
-    assert f"expert 'qqp' ({other}): not a fine-tuned version of the base" in message(experts={"qqp": str(other)})
+    assert "suite 'glue-8' is for t5 models, but" in message(
+        base=str(glyphs.BASE), experts={"qqp": str(other)}
+    )
+    assert f"expert 'qqp' ({other}): not a fine-tuned version of the base" in message(
+        experts={"qqp": str(other)}
+    )
     base = taught_hub.snapshot(BASE)
     wrong = adapter(tmp_path / "wrong", base, ("DenseReluDense.wi_0",))
-    renamed = {name.replace("wi_0", "wi"): tensor for name, tensor in load_file(wrong / "adapter_model.safetensors").items()}
+    renamed = {
+        name.replace("wi_0", "wi"): tensor
+        for name, tensor in load_file(wrong / "adapter_model.safetensors").items()
+    }
     save_file(renamed, wrong / "adapter_model.safetensors", {"format": "pt"})
     text = message(experts={"qqp": str(wrong)})
-    assert "the adapter's layer 'decoder.block.0.layer.2.DenseReluDense.wi' is not in the base; did you mean" in text
+    assert (
+        "the adapter's layer 'decoder.block.0.layer.2.DenseReluDense.wi' is not in the base; did you mean"
+        in text
+    )
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
-    assert "bert/config.json: unknown task type 'bert': expected one of clip, t5" in message(base=str(tmp_path / "bert"))
+    assert "bert/config.json: unknown task type 'bert': expected one of clip, t5" in message(
+        base=str(tmp_path / "bert")
+    )
     assert "method 'mingle': no Linear layer's name ends in 'fc1'" in message(layers=["fc1"])
 
 

@@ -1,4 +1,6 @@
-"""The embedded suite: what ships is whole, the pictures are the same every time, and protocols keep their promises."""
+"""The embedded suite: what ships is whole, the pictures are the same every time, and protocols keep their
+promises.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import pytest
 import torch
 
 from mingle import suites
-from mingle.checkpoint import CheckpointReader
-from mingle.evaluate import accuracy
-from mingle.experiment import Experiment, run
-from mingle.files import sha256
+from mingle.io.files import sha256
+from mingle.io.safetensors import CheckpointReader
+from mingle.merging.evaluate import accuracy
 from mingle.options import OptionError
+from mingle.runs.compare import Experiment, run
 from mingle.suites import glyphs
 from mingle.suites.glyphs.alphabets import ALPHABETS, class_name
 from mingle.suites.glyphs.corruptions import CORRUPTIONS, corrupt
@@ -27,7 +29,11 @@ from mingle.tasks.clip import ClipTask
 
 def test_what_ships_is_what_the_manifest_says():
     manifest = json.loads((glyphs.DATA / "manifest.json").read_text())
-    found = {str(p.relative_to(glyphs.DATA)): sha256(p) for p in glyphs.DATA.rglob("*") if p.is_file() and p.name != "manifest.json"}
+    found = {
+        str(p.relative_to(glyphs.DATA)): sha256(p)
+        for p in glyphs.DATA.rglob("*")
+        if p.is_file() and p.name != "manifest.json"
+    }
     assert found == manifest["files"]
     assert sum(p.stat().st_size for p in glyphs.DATA.rglob("*") if p.is_file()) <= 16_000_000
     assert {p.name for p in (glyphs.DATA / "experts").iterdir()} == {task.name for task in SUITES["glyphs8"]}
@@ -44,7 +50,12 @@ def test_alphabets():
 
 
 def test_in_every_suite_half_of_the_tasks_share_their_domain():
-    assert {name: len(tasks) for name, tasks in SUITES.items()} == {"glyphs4": 4, "glyphs8": 8, "glyphs20": 20, "glyphs8-shared": 8}
+    assert {name: len(tasks) for name, tasks in SUITES.items()} == {
+        "glyphs4": 4,
+        "glyphs8": 8,
+        "glyphs20": 20,
+        "glyphs8-shared": 8,
+    }
     for tasks in SUITES.values():
         counts = collections.Counter(task.domain for task in tasks)
         assert sum(counts[task.domain] > 1 for task in tasks) >= len(tasks) / 2
@@ -54,7 +65,9 @@ def test_in_every_suite_half_of_the_tasks_share_their_domain():
     assert not used & {task.alphabet for task in TUNING_TASKS}
 
 
-@pytest.mark.parametrize("task", [GlyphTask("greek", domain) for domain in DOMAINS], ids=lambda task: task.domain)
+@pytest.mark.parametrize(
+    "task", [GlyphTask("greek", domain) for domain in DOMAINS], ids=lambda task: task.domain
+)
 def test_pictures_are_reproducible_and_not_blank(task):
     pictures, labels = task.test_set(3)
     assert pictures.shape == (3 * len(task.characters), 3, 28, 28)
@@ -86,7 +99,9 @@ def test_quality_without_which_the_suite_proves_nothing():
         zero_shot.append(accuracy(clip, base, suite[name]))
     for name in suite:
         state = load_file(suite.expert(name) / "model.safetensors")
-        base.vision_model.load_state_dict({k.removeprefix("vision_model."): v.float() for k, v in state.items()})
+        base.vision_model.load_state_dict(
+            {k.removeprefix("vision_model."): v.float() for k, v in state.items()}
+        )
         tuned.append(accuracy(clip, base, suite[name]))
     assert 25 <= sum(zero_shot) / 8 <= 65
     assert sum(tuned) / 8 >= 90
@@ -151,14 +166,24 @@ def test_chains_of_models_are_trained_once_and_kept_by_order(tmp_path, monkeypat
     chain = suite.expert(names[2], names[:2])
     assert trained == names[1:]  # the first one ships
     assert suite.expert(names[2], names[:2]) == chain
-    assert suite.expert(names[1], names[:1]).parent == chain.parent and suite.expert(names[0]).parent != chain.parent
+    assert (
+        suite.expert(names[1], names[:1]).parent == chain.parent
+        and suite.expert(names[0]).parent != chain.parent
+    )
     assert trained == names[1:]
     state = {
         key: CheckpointReader(folder).state_dict()
-        for key, folder in (("chain", chain), ("start", suite.expert(names[1], names[:1])), ("alone", suite.expert(names[2])))
+        for key, folder in (
+            ("chain", chain),
+            ("start", suite.expert(names[1], names[:1])),
+            ("alone", suite.expert(names[2])),
+        )
     }
     distance = {
-        key: sum((t.float() - state["chain"][name].float()).square().sum() for name, t in state[key].items()).sqrt() for key in state
+        key: sum(
+            (t.float() - state["chain"][name].float()).square().sum() for name, t in state[key].items()
+        ).sqrt()
+        for key in state
     }
     assert 0 < distance["start"] < distance["alone"] / 2  # one step away from where it started
     others = suite.expert(names[2], names[:1]), suite.expert(names[2], names[1::-1])
@@ -191,11 +216,16 @@ def test_training_samples_are_no_test_samples():
 
 
 def test_suites_without_chains_or_training_samples_say_so(monkeypatch, tmp_path):
-    plain = suites.Suite("plain", "clip", glyphs.BASE, {"one": list}, {"one": lambda: glyphs.BASE}, SeedRequest())
+    plain = suites.Suite(
+        "plain", "clip", glyphs.BASE, {"one": list}, {"one": lambda: glyphs.BASE}, SeedRequest()
+    )
     assert plain.expert("one") == glyphs.BASE
     with pytest.raises(OptionError, match="suite 'plain': its fine-tuned models all start from the base"):
         plain.expert("one", ("two",))
-    with pytest.raises(OptionError, match="suite 'plain': sequential methods adapt on all training samples, and it has none of 'one'"):
+    with pytest.raises(
+        OptionError,
+        match="suite 'plain': sequential methods adapt on all training samples, and it has none of 'one'",
+    ):
         plain.seeds("one", whole=True)
     monkeypatch.setattr(suites, "load", lambda *_, **__: plain)
     with pytest.raises(OptionError, match="all start from the base"):

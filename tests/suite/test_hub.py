@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mingle import hub as hubs
-from mingle.files import CheckpointError
+from mingle.io import hub as hubs
+from mingle.io.files import CheckpointError
 
 
 def test_a_model_is_found_in_the_cache_and_its_commit_noted(hub):
@@ -23,7 +23,9 @@ def test_the_noted_commit_is_kept_when_the_branch_moves_on(hub):
     assert hubs.resolve("org/model", None, revisions) == before
     assert hubs.resolve("org/model").name == second
     assert hubs.resolve("org/model", first).name == first
-    with pytest.raises(CheckpointError, match=f"org/model: revision 'main' is commit {second}, but commit {first} is in use"):
+    with pytest.raises(
+        CheckpointError, match=f"org/model: revision 'main' is commit {second}, but commit {first} is in use"
+    ):
         hubs.resolve("org/model", "main", revisions)
 
 
@@ -35,7 +37,14 @@ def test_a_tag_stands_for_its_commit(hub):
 def test_what_is_not_cached_is_named_with_the_command_that_fetches_it(hub):
     with pytest.raises(CheckpointError) as caught:
         hubs.resolve("org/model", "0123456789012345678901234567890123456789")
-    for part in ("org/model", str(hub.cache), "offline", "hf download org/model", "*.safetensors", "--revision 0123456789"):
+    for part in (
+        "org/model",
+        str(hub.cache),
+        "offline",
+        "hf download org/model",
+        "*.safetensors",
+        "--revision 0123456789",
+    ):
         assert part in str(caught.value)
     with pytest.raises(CheckpointError, match="hf download org/data --repo-type dataset"):
         hubs.snapshot("org/data", "dataset")
@@ -72,7 +81,9 @@ class Api:
     def model_info(self, repo: str, revision: str):
         from types import SimpleNamespace
 
-        return SimpleNamespace(sha=self.commit, siblings=[SimpleNamespace(rfilename=name) for name in self.files])
+        return SimpleNamespace(
+            sha=self.commit, siblings=[SimpleNamespace(rfilename=name) for name in self.files]
+        )
 
 
 def test_only_data_is_fetched_and_at_the_commit_that_was_found(hub, monkeypatch, tmp_path):
@@ -90,14 +101,20 @@ def test_only_data_is_fetched_and_at_the_commit_that_was_found(hub, monkeypatch,
     ]
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Api("c" * 40, files))
     asked, fetched = {}, tmp_path / ("c" * 40)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **given: asked.update(given, repo=repo) or str(fetched))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda repo, **given: asked.update(given, repo=repo) or str(fetched),
+    )
     revisions: dict[str, str] = {}
     assert hubs.resolve("org/model", "v1", revisions) == fetched
     wanted = ["model-00001-of-00002.safetensors", "config.json", "merges.txt", "spiece.model", "a[[]1].json"]
     assert asked == {"repo": "org/model", "repo_type": "model", "revision": "v1", "allow_patterns": wanted}
     assert revisions == {"org/model": "c" * 40}
     fetched = tmp_path / ("d" * 40)
-    with pytest.raises(CheckpointError, match=f"org/model: 'v1' moved from commit {'c' * 40} to {'d' * 40} meanwhile"):
+    with pytest.raises(
+        CheckpointError, match=f"org/model: 'v1' moved from commit {'c' * 40} to {'d' * 40} meanwhile"
+    ):
         hubs.resolve("org/model", "v1")
 
 
@@ -112,5 +129,7 @@ def test_without_a_network_what_is_cached_is_taken_with_a_warning(hub, monkeypat
     monkeypatch.setattr(huggingface_hub, "HfApi", unreachable)
     assert hubs.resolve("org/model").name == commit
     assert "org/model" in caplog.text and commit in caplog.text and "no route" in caplog.text
-    with pytest.raises(CheckpointError, match="org/other: no such local folder, and not to be had from the hub .no route"):
+    with pytest.raises(
+        CheckpointError, match="org/other: no such local folder, and not to be had from the hub .no route"
+    ):
         hubs.resolve("org/other")

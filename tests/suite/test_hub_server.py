@@ -69,16 +69,23 @@ class Handler(BaseHTTPRequestHandler):
                 return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, head)
             if "/tree/" in path:
                 found: object = [
-                    {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for file, data in files.items()
+                    {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for file, data in files.items()
                 ]
             else:
-                found = {"id": name.partition("/")[2], "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+                found = {
+                    "id": name.partition("/")[2],
+                    "sha": COMMIT,
+                    "siblings": [{"rfilename": file} for file in files],
+                }
             return self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, head)
         name, _, file = path.partition(f"/resolve/{COMMIT}/")
         data = REPOS[name if name.startswith("datasets/") else f"models/{name}"][file]
         if not head:
             self.server.fetched.append(file)
-        return self._send(200, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}, head)
+        return self._send(
+            200, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}, head
+        )
 
     def _send(self, status: int, data: bytes, headers: dict[str, str], head: bool) -> None:
         self.send_response(status)
@@ -100,9 +107,19 @@ def server() -> Iterator[Server]:
 
 
 def user(server: Server, home: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and not key.lower().endswith("_proxy")}
-    kept |= {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment, timeout=120)
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("HF_") and not key.lower().endswith("_proxy")
+    }
+    kept |= {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment, timeout=120
+    )
 
 
 MODEL = "from mingle import hub; r = {}; f = hub.resolve('org/model', None, r); print(sorted(p.name for p in f.iterdir()), r)"
@@ -128,7 +145,11 @@ def test_of_a_data_set_only_the_split_is_fetched(server, tmp_path):
     done = user(server, tmp_path, DATA)
     assert done.stdout == f"7 {{'datasets/tanganke/eurosat': '{COMMIT}'}}\n", done.stderr
     assert user(server, tmp_path, DATA, HF_HUB_OFFLINE="1").stdout == done.stdout
-    assert sorted(server.fetched) == ["README.md", "data/test-00000-of-00002.parquet", "data/test-00001-of-00002.parquet"]
+    assert sorted(server.fetched) == [
+        "README.md",
+        "data/test-00000-of-00002.parquet",
+        "data/test-00001-of-00002.parquet",
+    ]
 
 
 def test_a_repository_that_does_not_exist_is_named(server, tmp_path):

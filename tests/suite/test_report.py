@@ -1,4 +1,6 @@
-"""The report of a finished run: numbers in the table and the CSV file to the letter, plots that exist and show something."""
+"""The report of a finished run: numbers in the table and the CSV file to the letter, plots that exist and
+show something.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mingle import report
-from mingle.report import canvas, plots
+from mingle.runs import report
+from mingle.runs.report import canvas, plots
 
 TASKS = ["digits", "letters", "rings", "stripes"]
 LAYERS = [f"encoder.layers.{block}.{leaf}" for block in range(2) for leaf in ("self_attn.q_proj", "mlp.fc1")]
@@ -22,8 +24,19 @@ STEPS = 6
 ALL_PLOTS = ["accuracy_matrix", "accuracy_over_tasks", "gate_activation", "interference", "loss"]
 
 
-def method(acc: list[float | None], bwt: list[float | None], matrices: list[list[list[float | None]]], tasks: list[str]) -> dict[str, Any]:
-    return {"acc": acc, "bwt": bwt, "matrix": matrices, "order": [tasks] * len(acc), "seconds": [1.5] * len(acc)}
+def method(
+    acc: list[float | None],
+    bwt: list[float | None],
+    matrices: list[list[list[float | None]]],
+    tasks: list[str],
+) -> dict[str, Any]:
+    return {
+        "acc": acc,
+        "bwt": bwt,
+        "matrix": matrices,
+        "order": [tasks] * len(acc),
+        "seconds": [1.5] * len(acc),
+    }
 
 
 @pytest.fixture
@@ -32,7 +45,12 @@ def small() -> dict[str, Any]:
     pair = TASKS[:2]
     matrix = [[90.0, None], [80.0, 70.25]]
     methods = {
-        "average": method([60.0, 61.0], [-4.0, -3.0], [[[70.0, None], [None, 60.0]], [[70.0, None], [62.0, float("nan")]]], pair),
+        "average": method(
+            [60.0, 61.0],
+            [-4.0, -3.0],
+            [[[70.0, None], [None, 60.0]], [[70.0, None], [62.0, float("nan")]]],
+            pair,
+        ),
         "individual": method([95.0, 95.0], [0.0, -0.0], [matrix, matrix], pair),
         "mingle": method([75.0, 77.0], [-1.0, 0.5], [matrix, matrix], pair),
         "opcm": method([99.0, None], [float("nan"), -2.0], [matrix, matrix], pair),
@@ -47,17 +65,26 @@ def fabricate(orders: int = 2) -> tuple[dict[str, Any], dict[str, Any]]:
     count, methods = len(TASKS), {}
     for name in ("pre-trained", "individual", "average", "mingle", "mingle-light"):
         cells = rng.uniform(40, 95, (orders, count, count))
-        matrices = [[[row[j] if j <= i else None for j in range(count)] for i, row in enumerate(matrix)] for matrix in cells.tolist()]
+        matrices = [
+            [[row[j] if j <= i else None for j in range(count)] for i, row in enumerate(matrix)]
+            for matrix in cells.tolist()
+        ]
         methods[name] = method(cells[:, -1].mean(1).tolist(), [-1.0] * orders, matrices, TASKS)
     traces = {}
     for name in ("mingle-light", "mingle"):
-        series = [{layer: np.geomspace(1e-4, rng.uniform(0.01, 0.4), STEPS).tolist() for layer in LAYERS} for _ in TASKS[1:]]
+        series = [
+            {layer: np.geomspace(1e-4, rng.uniform(0.01, 0.4), STEPS).tolist() for layer in LAYERS}
+            for _ in TASKS[1:]
+        ]
         traces[name] = {
             "order": TASKS,
             "layers": LAYERS,
             "loss": rng.uniform(1, 3, (count, STEPS)).tolist(),
             "interference": [{}, *series],
-            "strength": [{}, *({layer: np.exp(-np.array(s)).tolist() for layer, s in task.items()} for task in series)],
+            "strength": [
+                {},
+                *({layer: np.exp(-np.array(s)).tolist() for layer, s in task.items()} for task in series),
+            ],
             "gates": rng.normal(0, 0.2, (count, len(LAYERS), count)).tolist(),
         }
     results = {"suite": "glyphs4", "protocol": "strict", "seed": 0, "versions": {}, "methods": methods}
@@ -71,7 +98,9 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def render(results: dict[str, Any]) -> str:
-    console = Console(record=True, width=120, force_terminal=True, color_system="standard", file=io.StringIO())
+    console = Console(
+        record=True, width=120, force_terminal=True, color_system="standard", file=io.StringIO()
+    )
     console.print(report.table(results))
     return console.export_text(styles=True)
 
@@ -170,9 +199,21 @@ def test_plots_of_one_task_and_of_many(count: int, tmp_path: Path) -> None:
     tasks = [f"task {i}" for i in range(count)]
     matrix = [[50.0 + j if j <= i else None for j in range(count)] for i in range(count)]
     series = [{layer: [0.1, 0.2] for layer in LAYERS} if i else {} for i in range(count)]
-    trace = {"order": tasks, "layers": LAYERS, "loss": [[2.0, 1.0]] * count, "interference": series, "strength": series}
+    trace = {
+        "order": tasks,
+        "layers": LAYERS,
+        "loss": [[2.0, 1.0]] * count,
+        "interference": series,
+        "strength": series,
+    }
     trace["gates"] = np.full((count, len(LAYERS), count), 0.5).tolist()
-    results = {"suite": "s", "protocol": "strict", "seed": 0, "versions": {}, "methods": {"new": method([50.0], [0.0], [matrix], tasks)}}
+    results = {
+        "suite": "s",
+        "protocol": "strict",
+        "seed": 0,
+        "versions": {},
+        "methods": {"new": method([50.0], [0.0], [matrix], tasks)},
+    }
     written = [path.stem for path in report.write_plots(results, {"new": trace}, tmp_path)]
     assert written == [name for name in ALL_PLOTS if count > 1 or name != "interference"]
 
@@ -188,7 +229,12 @@ def test_gate_maps_skip_the_task_that_left_no_expert() -> None:
     np.testing.assert_allclose(overview, gates.mean(1))
     np.testing.assert_allclose(selectivity[:, 1], gates[2, :, 1] - gates[2][:, [0, 2]].mean(1))
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["digits", "rings", "stripes"]
-    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["0 q_proj", "0 fc1", "1 q_proj", "1 fc1"]
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == [
+        "0 q_proj",
+        "0 fc1",
+        "1 q_proj",
+        "1 fc1",
+    ]
 
 
 def test_label_heights_keep_their_distance_and_order() -> None:
@@ -207,5 +253,5 @@ def test_colours_tell_methods_apart() -> None:
 
 
 def test_import_loads_no_matplotlib() -> None:
-    code = "import sys, mingle.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, mingle.runs.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mingle import reproduce, suites
+from mingle import suites
 from mingle.cli import main
-from mingle.config import shuffled
-from mingle.experiment import Observer
-from mingle.files import lock
-from mingle.merger import Merger
-from mingle.reproduce import Request, summary, tables
-from mingle.reproduce.expected import expected
+from mingle.io.files import lock
+from mingle.merging.merger import Merger
+from mingle.runs import reproduce
+from mingle.runs.compare import Observer
+from mingle.runs.config import shuffled
+from mingle.runs.reproduce import Request, summary, tables
+from mingle.runs.reproduce.expected import expected
 from mingle.suites import Suite
 from mingle.suites.fusionbench import published
 from mingle.suites.protocol import SeedRequest
@@ -67,7 +68,11 @@ def results(out: Path) -> dict[str, dict]:
     """result.json by folder, without seconds."""
     found = {}
     for path in sorted(out.glob("cells/*/result.json")):
-        found[path.parent.name] = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("seconds", "steps")}
+        found[path.parent.name] = {
+            key: value
+            for key, value in json.loads(path.read_text()).items()
+            if key not in ("seconds", "steps")
+        }
     return found
 
 
@@ -97,7 +102,11 @@ class Recorder(Observer):
 @pytest.mark.parametrize("method", ["individual", "opcm", "consensus-ta", "mingle", "routed"])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, method):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    changes = {"keep_models": True, "methods": (method,), "options": {"mingle": QUICK, "routed": (("depths", (0, 1)),)}.get(method, ())}
+    changes = {
+        "keep_models": True,
+        "methods": (method,),
+        "options": {"mingle": QUICK, "routed": (("depths", (0, 1)),)}.get(method, ()),
+    }
     measure(whole, **changes)
     with pytest.raises(Killed):
         measure(broken, KillAt(method, 2), **changes)
@@ -106,8 +115,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, method):
     measure(broken, seen, **changes)
     assert seen.merged_tasks == [(method, 0, 2)]
     assert results(whole) == results(broken) != {}
-    models = [json.loads(next(out.glob("cells/*/merger/manifest.json")).read_text()) for out in (whole, broken)]
-    assert [task["tensors"] for task in models[0]["tasks"]] == [task["tensors"] for task in models[1]["tasks"]]
+    models = [
+        json.loads(next(out.glob("cells/*/merger/manifest.json")).read_text()) for out in (whole, broken)
+    ]
+    assert [task["tensors"] for task in models[0]["tasks"]] == [
+        task["tensors"] for task in models[1]["tasks"]
+    ]
     assert models[0]["state"] == models[1]["state"]
     traces = [path.read_text() for out in (whole, broken) for path in out.glob("cells/*/trace.json")]
     assert traces[0] == traces[1]
@@ -132,30 +145,55 @@ def test_a_cell_is_what_a_merger_measures(tmp_path, samples, tuned_folders):
 
 
 def test_ends_measures_what_acc_and_bwt_need(tmp_path):
-    every, ends = measure(tmp_path / "every", evaluate="every", orders=2), measure(tmp_path / "ends", evaluate="ends", orders=2)
+    every, ends = (
+        measure(tmp_path / "every", evaluate="every", orders=2),
+        measure(tmp_path / "ends", evaluate="ends", orders=2),
+    )
     for a, b in zip(every["tables"][0]["rows"], ends["tables"][0]["rows"], strict=True):
         assert a["cells"]["stub"]["acc"] == b["cells"]["stub"]["acc"]
         assert a["cells"]["stub"]["bwt"] == b["cells"]["stub"]["bwt"]
     for found in results(tmp_path / "ends").values():
-        assert [[value is not None for value in row] for row in found["matrix"]] == [[True], [False, True], [True] * 3]
+        assert [[value is not None for value in row] for row in found["matrix"]] == [
+            [True],
+            [False, True],
+            [True] * 3,
+        ]
 
 
 def test_the_table_s_numbers_and_schema(tmp_path):
     out = measure(tmp_path, orders=3)
     assert json.loads((tmp_path / "table.json").read_text()) == json.loads(json.dumps(out))
-    assert set(out) == {"table", "title", "axis", "orders", "set", "samples_per_class", "seed", "versions", "tables"}
+    assert set(out) == {
+        "table",
+        "title",
+        "axis",
+        "orders",
+        "set",
+        "samples_per_class",
+        "seed",
+        "versions",
+        "tables",
+    }
     (table,) = out["tables"]
     assert (table["protocol"], table["suites"]) == ("strict", ["stub"])
     assert [row["label"] for row in table["rows"]] == list(METHODS)
     for row in table["rows"]:
         cell = row["cells"]["stub"]
-        measured = [json.loads((tmp_path / "cells" / name / "result.json").read_text()) for name in cell["folders"]]
+        measured = [
+            json.loads((tmp_path / "cells" / name / "result.json").read_text()) for name in cell["folders"]
+        ]
         assert [one["settings"]["order"] for one in measured] == cell["finished"] == [42, 43, 44]
         assert [one["order"] for one in measured] == [shuffled(list(NAMES), seed) for seed in (42, 43, 44)]
         for key in ("acc", "bwt"):
             values = [one[key] for one in measured]
-            assert cell[key] == {"mean": statistics.fmean(values), "std": statistics.stdev(values), "values": values}
-        assert cell["seconds"] == pytest.approx(statistics.fmean(sum(step["merge"] for step in one["steps"]) for one in measured))
+            assert cell[key] == {
+                "mean": statistics.fmean(values),
+                "std": statistics.stdev(values),
+                "values": values,
+            }
+        assert cell["seconds"] == pytest.approx(
+            statistics.fmean(sum(step["merge"] for step in one["steps"]) for one in measured)
+        )
         assert {"versions", "commit", "device"} <= set(measured[0])
     mean, std = (table["rows"][1]["cells"]["stub"]["acc"][key] for key in ("mean", "std"))
     text = (tmp_path / "table.md").read_text()
@@ -166,7 +204,9 @@ def test_the_table_s_numbers_and_schema(tmp_path):
 
 
 def test_measured_stands_beside_published_with_the_difference(tmp_path, monkeypatch):
-    monkeypatch.setattr(published, "METHODS", {("mingle", "stub"): (50.0, None), ("average", "other"): (40.0, -2.0)})
+    monkeypatch.setattr(
+        published, "METHODS", {("mingle", "stub"): (50.0, None), ("average", "other"): (40.0, -2.0)}
+    )
     plan = reproduce.plan(request(suites=("stub", "other")))
     reproduce.run(plan, tmp_path, device=torch.device("cpu"))
     rows = {row["label"]: row["cells"] for row in summary.write(plan, tmp_path)["tables"][0]["rows"]}
@@ -174,7 +214,10 @@ def test_measured_stands_beside_published_with_the_difference(tmp_path, monkeypa
     mingle, average = rows["mingle"]["stub"], rows["average"]["other"]
     assert mingle["published"] == {"acc": 50.0, "bwt": None}
     assert mingle["difference"] == {"acc": mingle["acc"]["mean"] - 50.0, "bwt": None}
-    assert average["difference"] == {"acc": average["acc"]["mean"] - 40.0, "bwt": average["bwt"]["mean"] + 2.0}
+    assert average["difference"] == {
+        "acc": average["acc"]["mean"] - 40.0,
+        "bwt": average["bwt"]["mean"] + 2.0,
+    }
     text = (tmp_path / "table.md").read_text()
     headers = [line for line in text.splitlines() if line.startswith("| row")]
     assert headers == [  # too wide for one table
@@ -228,7 +271,10 @@ def test_protocols_make_two_tables_of_different_cells(tmp_path):
     assert [table["protocol"] for table in out["tables"]] == ["strict", "official"]
     folders = [set(table["rows"][0]["cells"]["stub"]["folders"]) for table in out["tables"]]
     assert folders[0].isdisjoint(folders[1])
-    reduces = {found["settings"]["protocol"]: found["settings"]["options"]["reduce"] for found in results(tmp_path).values()}
+    reduces = {
+        found["settings"]["protocol"]: found["settings"]["options"]["reduce"]
+        for found in results(tmp_path).values()
+    }
     assert reduces == {"strict": "sample", "official": "batch"}
     text = (tmp_path / "table.md").read_text()
     assert text.count("protocol strict") == text.count("protocol official") == 1
@@ -258,7 +304,9 @@ def test_a_held_cell_is_passed_over_and_looked_at_again(tmp_path, monkeypatch):
 
 
 def test_a_diverged_cell_is_a_result(tmp_path):
-    rows = measure(tmp_path, options=(("steps", 6), ("rank", 4), ("lr", 1e30)), methods=("mingle",))["tables"][0]["rows"]
+    rows = measure(tmp_path, options=(("steps", 6), ("rank", 4), ("lr", 1e30)), methods=("mingle",))[
+        "tables"
+    ][0]["rows"]
     cell = rows[0]["cells"]["stub"]
     assert cell["finished"] == []
     assert "not finite" in cell["failed"]["42"]
@@ -273,7 +321,10 @@ def test_a_diverged_cell_is_a_result(tmp_path):
         ({"protocols": ("strickt",), "suites": ("glyphs4",)}, "did you mean 'strict'"),
         ({"methods": ("mingel",)}, "unknown method 'mingel'; did you mean 'mingle'"),
         ({"methods": ("mingle-seq", "mingle")}, "sequential methods"),
-        ({"options": (("alpha", 0.3),), "methods": ("mingle",)}, "option 'alpha': no method of this table has it"),
+        (
+            {"options": (("alpha", 0.3),), "methods": ("mingle",)},
+            "option 'alpha': no method of this table has it",
+        ),
         ({"options": (("rank", "many"),)}, "rank"),
         ({"options": (("gamma", 2.0),), "table": "gamma", "methods": ()}, "varies it itself"),
         ({"table": "gamma", "methods": ("average",), "options": ()}, "unknown option 'gamma'"),
@@ -287,7 +338,12 @@ def test_mistakes_are_refused_before_anything_is_made(tmp_path, changes, message
 
 
 def test_the_commands_refuse_with_a_message(tmp_path, capsys):
-    for arguments in (["mian"], ["main", "--suite", "glyphs5"], ["main", "--methods", "mingel"], ["main", "--set", "gama=1"]):
+    for arguments in (
+        ["mian"],
+        ["main", "--suite", "glyphs5"],
+        ["main", "--methods", "mingel"],
+        ["main", "--set", "gama=1"],
+    ):
         assert main(["reproduce", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().out.count("error:") == 4
     assert not (tmp_path / "out").exists()
@@ -296,14 +352,19 @@ def test_the_commands_refuse_with_a_message(tmp_path, capsys):
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_every_table_can_be_planned(name):
     plan = reproduce.plan(Request(name, suites=("glyphs4",), protocols=("strict", "official"), orders=2))
-    labels = [entry.row.label for entry in plan.entries if entry.protocol == "strict" and entry.suite == "glyphs4"]
+    labels = [
+        entry.row.label for entry in plan.entries if entry.protocol == "strict" and entry.suite == "glyphs4"
+    ]
     assert len(set(labels)) == len(labels)
     assert len(plan.cells) == len({cell.folder_name for cell in plan.cells}) <= 2 * len(plan.entries)
 
 
 def test_rows_of_the_tables_are_what_they_say():
     def cells(name):
-        return {entry.row.label: entry.cells[0] for entry in reproduce.plan(Request(name, suites=("glyphs4",))).entries}
+        return {
+            entry.row.label: entry.cells[0]
+            for entry in reproduce.plan(Request(name, suites=("glyphs4",))).entries
+        }
 
     ablation = cells("ablation")
     assert [(c.options["gates"], c.options["constraint"]) for c in ablation.values()] == [
@@ -337,11 +398,17 @@ def command(out: Path) -> list[str]:
 
 
 def test_processes_share_the_work_and_survive_a_kill(tmp_path, capsys):
-    """One process is killed in the middle of a cell; two others end the table, each cell measured once, as one process would."""
+    """One process is killed in the middle of a cell; two others end the table, each cell measured once, as
+    one process would.
+    """
     out, whole = tmp_path / "shared", tmp_path / "whole"
     victim = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(out.glob("cells/*/merger/manifest.json")) and victim.poll() is None and time.monotonic() < deadline:
+    while (
+        not list(out.glob("cells/*/merger/manifest.json"))
+        and victim.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()

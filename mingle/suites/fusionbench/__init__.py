@@ -1,7 +1,8 @@
 """The evaluation suites of the papers: CLIP on up to twenty image tasks, and Flan-T5 on GLUE.
 
-Base models, fine-tuned models and data sets are those of the hub, at commits that are noted when they are first used; class names and
-prompts are those of the package `fusion_bench`.  Nothing is fetched or read before it is needed.
+Base models, fine-tuned models and data sets are those of the hub, at commits that are noted when they are
+first used; class names and prompts are those of the package `fusion_bench`.  Nothing is fetched or read
+before it is needed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from mingle import hub
+from mingle.io import hub
 from mingle.suites import Suite
 from mingle.suites.fusionbench.clip import ImageSamples
 from mingle.suites.fusionbench.datasets import GLUE_BASE, GLUE_SUITES, GLUE_TASKS, IMAGE_SUITES, NAMES

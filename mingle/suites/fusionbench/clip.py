@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from mingle.checkpoint import CheckpointReader, write_tensors
-from mingle.files import CheckpointError, sha256
-from mingle.hub import Revisions
+from mingle.io.files import CheckpointError, sha256
+from mingle.io.hub import Revisions
+from mingle.io.safetensors import CheckpointReader, write_tensors
 from mingle.kernels.store import cache_folder
 from mingle.suites.fusionbench import prompts
 from mingle.suites.fusionbench.datasets import ImageTask
@@ -38,10 +38,12 @@ class ImageSamples:
         task: which.
         splits: instead of the task's own test split, one after another.
         base: makes the folder of the base model, whose image processor and tokenizer prepare the samples.
-        revisions: the commits to keep to, see `mingle.hub`.
+        revisions: the commits to keep to, see `mingle.io.hub`.
     """
 
-    def __init__(self, task: ImageTask, splits: Sequence[str], base: Callable[[], Path], revisions: Revisions) -> None:
+    def __init__(
+        self, task: ImageTask, splits: Sequence[str], base: Callable[[], Path], revisions: Revisions
+    ) -> None:
         self.task, self.base, self.revisions = task, base, revisions
         self.sources = [replace(task.source, split=split) for split in splits or (task.source.split,)]
 
@@ -90,8 +92,14 @@ class _Pixels:
         of_split: dict[Split, list[int]] = {}
         for split, row in places:
             of_split.setdefault(split, []).append(row)
-        stored = {split: dict(zip(numbers, split.rows(numbers), strict=True)) for split, numbers in of_split.items()}
-        return {"pixel_values": torch.cat([self._decoded(split, row, stored[split][row]) for split, row in places])}
+        stored = {
+            split: dict(zip(numbers, split.rows(numbers), strict=True)) for split, numbers in of_split.items()
+        }
+        return {
+            "pixel_values": torch.cat(
+                [self._decoded(split, row, stored[split][row]) for split, row in places]
+            )
+        }
 
     def _decoded(self, split: Split, row: int, stored: Mapping[str, Any]) -> torch.Tensor:
         from PIL import Image
@@ -104,13 +112,17 @@ class _Pixels:
             with Image.open(io.BytesIO(encoded)) as image:
                 rgb = image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DatasetError(f"{split.source}: not a readable image: {split.place(row)} ({error})") from None
+            raise DatasetError(
+                f"{split.source}: not a readable image: {split.place(row)} ({error})"
+            ) from None
         pixels: torch.Tensor = self.processor(images=[rgb], return_tensors="pt")["pixel_values"]
         return pixels
 
 
 def head(base: Path, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
-    """The zero-shot classifier [C, P] of these class names, kept in the user's cache by the base's content, the names and the templates."""
+    """The zero-shot classifier [C, P] of these class names, kept in the user's cache by the base's content,
+    the names and the templates.
+    """
     from transformers import CLIPTokenizer
 
     files = tuple(sorted(path for path in base.iterdir() if path.suffix in (".safetensors", ".json", ".txt")))
@@ -120,7 +132,9 @@ def head(base: Path, class_names: Sequence[str], templates: Sequence[str]) -> to
     if not path.exists():
         tokenizer = CLIPTokenizer.from_pretrained(base, local_files_only=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"text_embeds": zero_shot_head(ClipTask().load(base), tokenizer, class_names, templates)})
+        write_tensors(
+            path, {"text_embeds": zero_shot_head(ClipTask().load(base), tokenizer, class_names, templates)}
+        )
     return CheckpointReader(path).tensor("text_embeds")
 
 

@@ -1,4 +1,6 @@
-"""The tasks and suites by name: which data set, columns and split of the hub a task is, and which tasks make a suite."""
+"""The tasks and suites by name: which data set, columns and split of the hub a task is, and which tasks make
+a suite.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ class ImageTask:
         name: in suites.
         source: of its test images.
         model: how the hub's fine-tuned models, and `fusion_bench`, call it.
-        templates: prompts with ``{}`` in the class name's place, for tasks that are not in `fusion_bench`, whose class names then are
-            those that the data set itself declares.
+        templates: prompts with ``{}`` in the class name's place, for tasks that are not in `fusion_bench`,
+            whose class names then are those that the data set itself declares.
     """
 
     name: str
@@ -84,7 +86,9 @@ def _alias(name: str, known: str) -> ImageTask:
 #: eleven tasks of different domains, in the published, alphabetical order
 MTIL_TASKS: tuple[ImageTask, ...] = (
     ImageTask("aircraft", Source("tanganke/aircraft"), "aircraft", ("a photo of a {}, a type of aircraft.",)),
-    ImageTask("caltech101", Source("tanganke/caltech101"), "caltech101", ("a photo of a {}.", "a photo of the {}.")),
+    ImageTask(
+        "caltech101", Source("tanganke/caltech101"), "caltech101", ("a photo of a {}.", "a photo of the {}.")
+    ),
     *(_BY_NAME[name] for name in ("cifar100", "dtd", "eurosat")),
     _alias("flowers", "oxford_flowers102"),
     *(_BY_NAME[name] for name in ("food101", "mnist")),
@@ -94,7 +98,15 @@ MTIL_TASKS: tuple[ImageTask, ...] = (
 )
 
 #: splits of corrupted test images, of these tasks
-CORRUPTIONS = ("contrast", "gaussian_noise", "impulse_noise", "jpeg_compression", "motion_blur", "pixelate", "spatter")
+CORRUPTIONS = (
+    "contrast",
+    "gaussian_noise",
+    "impulse_noise",
+    "jpeg_compression",
+    "motion_blur",
+    "pixelate",
+    "spatter",
+)
 CORRUPTED_TASKS = tuple(_BY_NAME[name] for name in ("stanford-cars", "eurosat", "resisc45", "gtsrb"))
 
 BASES = {
@@ -106,7 +118,9 @@ BASES = {
 
 @dataclass(frozen=True)
 class ImageSuite:
-    """A suite of image tasks: base is the hub id of the pre-trained model; splits replace the tasks' own test splits, one after another."""
+    """A suite of image tasks: base is the hub id of the pre-trained model; splits replace the tasks' own test
+    splits, one after another.
+    """
 
     base: str
     tasks: tuple[ImageTask, ...]
@@ -114,7 +128,11 @@ class ImageSuite:
 
 
 IMAGE_SUITES: Mapping[str, ImageSuite] = {
-    **{f"{size}-{count}": ImageSuite(base, IMAGE_TASKS[:count]) for size, base in BASES.items() for count in (8, 14, 20)},
+    **{
+        f"{size}-{count}": ImageSuite(base, IMAGE_TASKS[:count])
+        for size, base in BASES.items()
+        for count in (8, 14, 20)
+    },
     "mtil-11": ImageSuite(BASES["clip-b16"], MTIL_TASKS),
     "clip-b32-clean": ImageSuite(BASES["clip-b32"], CORRUPTED_TASKS),
     "clip-b32-corrupted": ImageSuite(BASES["clip-b32"], CORRUPTED_TASKS, CORRUPTIONS),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mingle.hub import Revisions
+from mingle.io.hub import Revisions
 from mingle.suites.fusionbench import prompts
 from mingle.suites.fusionbench.datasets import GLUE_TASKS
 from mingle.suites.fusionbench.layout import DatasetError
@@ -29,7 +29,7 @@ class GlueSamples:
     Args:
         name: of the task.
         base: makes the folder of the base model, whose tokenizer prepares the samples.
-        revisions: the commits to keep to, see `mingle.hub`.
+        revisions: the commits to keep to, see `mingle.io.hub`.
     """
 
     def __init__(self, name: str, base: Callable[[], Path], revisions: Revisions) -> None:
@@ -51,7 +51,9 @@ class GlueSamples:
                 answers.append(form[str(label)])
             else:
                 known = f"one of {', '.join(form)}" if isinstance(form, dict) else "a number"
-                raise DatasetError(f"{self.split.source}: row {row} has {self.split.label} {label!r}, expected {known}")
+                raise DatasetError(
+                    f"{self.split.source}: row {row} has {self.split.label} {label!r}, expected {known}"
+                )
         return answers
 
     def check(self) -> None:
@@ -59,15 +61,23 @@ class GlueSamples:
         _ = self.answers
 
     def __call__(self) -> TaskData:
-        """The samples, their prompts yet to be tokenised; labels are the tokens of the answers, int64 [n, L], with the pad token behind."""
+        """The samples, their prompts yet to be tokenised; labels are the tokens of the answers, int64 [n, L],
+        with the pad token behind.
+        """
         from transformers import AutoTokenizer
 
         answers = self.answers
         tokenizer = AutoTokenizer.from_pretrained(self.base(), local_files_only=True, trust_remote_code=False)
         labels = tokenizer(answers, padding=True, return_tensors="pt")["input_ids"]
-        inputs = LazyInputs(("input_ids", "attention_mask"), _Prompts(self.name, self.split, tokenizer), torch.arange(len(answers)))
+        inputs = LazyInputs(
+            ("input_ids", "attention_mask"),
+            _Prompts(self.name, self.split, tokenizer),
+            torch.arange(len(answers)),
+        )
         metric = "spearman" if isinstance(prompts.glue(self.name)["target_text"], str) else "accuracy"
-        return TaskData(inputs, {}, labels, metric, decode=partial(tokenizer.batch_decode, skip_special_tokens=True))
+        return TaskData(
+            inputs, {}, labels, metric, decode=partial(tokenizer.batch_decode, skip_special_tokens=True)
+        )
 
 
 class _Prompts:
@@ -81,7 +91,11 @@ class _Prompts:
         for row, sample in zip(rows, samples, strict=True):
             for column, text in sample.items():
                 if not isinstance(text, str):
-                    raise DatasetError(f"{self.split.source}: {self.split.place(row)} has no text in the column {column!r}")
+                    raise DatasetError(
+                        f"{self.split.source}: {self.split.place(row)} has no text in the column {column!r}"
+                    )
         texts = [self.form.format(**sample) for sample in samples]
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        tokens = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        )
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}

@@ -1,4 +1,6 @@
-"""Which files of a data set's repository make up a split: by the card of the data set, or else by the names of the files."""
+"""Which files of a data set's repository make up a split: by the card of the data set, or else by the names
+of the files.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from mingle import hub
-from mingle.files import CheckpointError, contained
+from mingle.io import hub
+from mingle.io.files import CheckpointError, contained
 from mingle.suites.fusionbench.datasets import Source
 
 #: where the hub keeps its own Parquet copy of a data set that was uploaded in another form
@@ -20,7 +22,9 @@ _SPLIT_OF_FILE = re.compile(r"([^/]+?)(?:-\d{5}-of-\d{5}[^/]*)?\.parquet$")
 
 
 class DatasetError(ValueError):
-    """A data set that is not what its task needs; the message names the data set, the split and the column or file."""
+    """A data set that is not what its task needs; the message names the data set, the split and the column or
+    file.
+    """
 
 
 def split_files(source: Source, revisions: hub.Revisions | None) -> tuple[Path, list[str]]:
@@ -43,7 +47,9 @@ def _converted(original: hub.Snapshot, source: Source, revisions: hub.Revisions 
     try:
         found = hub.snapshot(source.repo, "dataset", CONVERTED)
     except CheckpointError as error:
-        raise DatasetError(f"{source.repo}: no Parquet files at {original.commit}, nor under {CONVERTED}: {error}") from None
+        raise DatasetError(
+            f"{source.repo}: no Parquet files at {original.commit}, nor under {CONVERTED}: {error}"
+        ) from None
     if revisions is not None:
         revisions[f"datasets/{source.repo}"] = found.commit
     return found
@@ -55,7 +61,11 @@ def _of_split(source: Source, found: hub.Snapshot) -> list[str]:
     declared = _declared(source, found)
     if declared is not None:
         splits = declared
-        names = [name for name in parquets if any(fnmatch(name, pattern) for pattern in declared.get(source.split, ()))]
+        names = [
+            name
+            for name in parquets
+            if any(fnmatch(name, pattern) for pattern in declared.get(source.split, ()))
+        ]
     else:
         own = [name for name in parquets if source.config in Path(name).parts[:-1]] if source.config else []
         splits = {_split_of(name): () for name in own or parquets}
@@ -68,7 +78,9 @@ def _of_split(source: Source, found: hub.Snapshot) -> list[str]:
 
 
 def _declared(source: Source, found: hub.Snapshot) -> dict[str, tuple[str, ...]] | None:
-    """Split → patterns of its files, by the YAML head of the data set's card; None where it says nothing of this config."""
+    """Split → patterns of its files, by the YAML head of the data set's card; None where it says nothing of
+    this config.
+    """
     if "README.md" not in found.files:
         return None
     text = contained(found.fetch(["README.md"]), "README.md").read_text(errors="replace")
@@ -80,18 +92,28 @@ def _declared(source: Source, found: hub.Snapshot) -> dict[str, tuple[str, ...]]
     configs = card.get("configs") if isinstance(card, dict) else None
     if not isinstance(configs, list):
         return None
-    known = {config["config_name"]: config for config in configs if isinstance(config, dict) and "config_name" in config}
-    chosen = source.config or next((name for name, config in known.items() if config.get("default") or name == "default"), None)
+    known = {
+        config["config_name"]: config
+        for config in configs
+        if isinstance(config, dict) and "config_name" in config
+    }
+    chosen = source.config or next(
+        (name for name, config in known.items() if config.get("default") or name == "default"), None
+    )
     chosen = chosen or (next(iter(known)) if len(known) == 1 else None)
     files = known.get(chosen, {}).get("data_files")
-    if not isinstance(files, list) or not all(isinstance(entry, dict) and "split" in entry and "path" in entry for entry in files):
+    if not isinstance(files, list) or not all(
+        isinstance(entry, dict) and "split" in entry and "path" in entry for entry in files
+    ):
         return None
     paths = {str(entry["split"]): entry["path"] for entry in files}
     return {split: tuple(path) if isinstance(path, list) else (str(path),) for split, path in paths.items()}
 
 
 def _split_of(name: str) -> str:
-    """``data/test-00000-of-00001-<hash>.parquet`` and ``default/test/0000.parquet`` are of the split ``test``."""
+    """``data/test-00000-of-00001-<hash>.parquet`` and ``default/test/0000.parquet`` are of the split
+    ``test``.
+    """
     stem = _SPLIT_OF_FILE.search(name)
     own = stem.group(1) if stem else name
     return Path(name).parent.name if own.isdigit() else own
@@ -105,4 +127,6 @@ def _check_shards(names: Sequence[str], found: hub.Snapshot, source: Source) -> 
     if missing:
         listed = ", ".join(f"{i}-of-{total}" for i, total in missing)
         patterns = [f"*-{i}-of-{total}*.parquet" for i, total in missing]
-        raise DatasetError(f"{source}: shards {listed} are missing beside {names[0]}; {found.how_to_fetch(*patterns)}")
+        raise DatasetError(
+            f"{source}: shards {listed} are missing beside {names[0]}; {found.how_to_fetch(*patterns)}"
+        )

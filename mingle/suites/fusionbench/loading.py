@@ -1,4 +1,6 @@
-"""The rows of a labelled split of a data set on the hub: checked before anything heavy, read when they are needed."""
+"""The rows of a labelled split of a data set on the hub: checked before anything heavy, read when they are
+needed.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from typing import Any
 
 import torch
 
-from mingle import hub
-from mingle.files import contained
+from mingle.io import hub
+from mingle.io.files import contained
 from mingle.options import OptionError
 from mingle.suites.fusionbench.datasets import Source
 from mingle.suites.fusionbench.layout import DatasetError, split_files
@@ -23,7 +25,7 @@ class Split:
 
     Args:
         source: the split.
-        revisions: the commits to keep to, see `mingle.hub`.
+        revisions: the commits to keep to, see `mingle.io.hub`.
 
     Raises:
         OptionError: pyarrow is not installed.
@@ -36,7 +38,9 @@ class Split:
             import pyarrow as arrow
             import pyarrow.parquet as parquet
         except ImportError:
-            raise OptionError("this suite reads Parquet files: pip install 'mingle-merge[suites]', or pip install pyarrow") from None
+            raise OptionError(
+                "this suite reads Parquet files: pip install 'mingle-merge[suites]', or pip install pyarrow"
+            ) from None
         self.source = source
         folder, names = split_files(source, revisions)
         self._paths = [contained(folder, name) for name in names]
@@ -46,7 +50,9 @@ class Split:
             try:
                 footer = parquet.read_metadata(path)
             except (OSError, arrow.ArrowException) as error:
-                raise DatasetError(f"{self.source}: {path} is not a readable Parquet file ({error})") from None
+                raise DatasetError(
+                    f"{self.source}: {path} is not a readable Parquet file ({error})"
+                ) from None
             self._check_columns(footer.schema.to_arrow_schema().names, path)
             self._groups += [(number, group) for group in range(footer.num_row_groups)]
             for group in range(footer.num_row_groups):
@@ -62,7 +68,9 @@ class Split:
         self.label = next((name for name in self.source.labels if name in found), self.source.labels[0])
         for name in (*self.source.columns, self.label):
             if name not in found:
-                raise DatasetError(f"{self.source}: no column {name!r} in {path.name}; it has {', '.join(found)}")
+                raise DatasetError(
+                    f"{self.source}: no column {name!r} in {path.name}; it has {', '.join(found)}"
+                )
 
     def declared_classes(self) -> list[str]:
         """The class names that the data set itself declares.
@@ -87,7 +95,11 @@ class Split:
         Raises:
             DatasetError: a row without one.
         """
-        found = [label for number in range(len(self._groups)) for label in self._group(number, [self.label])[self.label].to_pylist()]
+        found = [
+            label
+            for number in range(len(self._groups))
+            for label in self._group(number, [self.label])[self.label].to_pylist()
+        ]
         if None in found:
             raise DatasetError(f"{self.source}: row {found.index(None)} has no {self.label!r}")
         return found
@@ -101,14 +113,18 @@ class Split:
         found = self.labels()
         for row, label in enumerate(found):
             if not isinstance(label, int) or not 0 <= label < classes:
-                raise DatasetError(f"{self.source}: row {row} has {self.label} {label!r}, but there are {classes} classes, from 0 on")
+                raise DatasetError(
+                    f"{self.source}: row {row} has {self.label} {label!r}, but there are {classes} classes, from 0 on"
+                )
         return torch.tensor(found, dtype=torch.int64)
 
     def rows(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
         """The sample columns of these rows, in this order."""
         numbers = list(numbers)
         found: dict[int, dict[str, Any]] = {}
-        for group, members in groupby(sorted(set(numbers)), key=lambda row: bisect_right(self._starts, row) - 1):
+        for group, members in groupby(
+            sorted(set(numbers)), key=lambda row: bisect_right(self._starts, row) - 1
+        ):
             ordered = list(members)
             table = self._table(group).take([row - self._starts[group] for row in ordered])
             found |= dict(zip(ordered, table.to_pylist(), strict=True))

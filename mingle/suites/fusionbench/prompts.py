@@ -1,7 +1,7 @@
 """Class names, prompt templates and GLUE prompts, read from the installed package `fusion_bench`.
 
-Only the modules that hold them are run, by their place in the package: importing the package itself would import Lightning, Hydra and
-more, which are not needed here and need not be installed.
+Only the modules that hold them are run, by their place in the package: importing the package itself would
+import Lightning, Hydra and more, which are not needed here and need not be installed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,21 @@ def classes(task: str) -> tuple[list[str], list[str]]:
     if task not in registry:
         raise OptionError(f"fusion_bench has no class names of the task {task!r}")
     entry = registry[task]
-    entry = entry if isinstance(entry, dict) else {"module": entry, "classnames": "classnames", "templates": "templates"}
+    entry = (
+        entry
+        if isinstance(entry, dict)
+        else {"module": entry, "classnames": "classnames", "templates": "templates"}
+    )
     module = _module(f"{_CLASSIFICATION}/{entry['module'].removeprefix('.')}.py")
-    return list(getattr(module, entry["classnames"])), [template("{}") for template in getattr(module, entry["templates"])]
+    return list(getattr(module, entry["classnames"])), [
+        template("{}") for template in getattr(module, entry["templates"])
+    ]
 
 
 @cache
 def glue(task: str) -> dict[str, Any]:
-    """The prompt of a GLUE task: ``input_text`` with its columns in braces, and ``target_text``, by label or a format of it.
+    """The prompt of a GLUE task: ``input_text`` with its columns in braces, and ``target_text``, by label or
+    a format of it.
 
     Raises:
         OptionError: `fusion_bench` is not installed, or has no such task.
@@ -49,10 +56,14 @@ def glue(task: str) -> dict[str, Any]:
 
 
 def _dataset_mapping() -> dict[str, Any]:
-    """Which module holds the class names of which task: a literal in the package, read without running the module it stands in."""
+    """Which module holds the class names of which task: a literal in the package, read without running the
+    module it stands in.
+    """
     path = _file(f"{_CLASSIFICATION}/__init__.py")
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Assign) and any(getattr(target, "id", None) == "_dataset_mapping" for target in node.targets):
+        if isinstance(node, ast.Assign) and any(
+            getattr(target, "id", None) == "_dataset_mapping" for target in node.targets
+        ):
             return dict(ast.literal_eval(node.value))
     raise OptionError(f"{path}: no _dataset_mapping in it; this version of fusion_bench is not known here")
 

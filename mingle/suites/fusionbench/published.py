@@ -1,6 +1,7 @@
 """Published results, in per cent and points: the expected column of reproduced tables.
 
-Sources: the MINGLE paper (arXiv 2505.11883) and, for the methods it does not list, theirs.  Nothing here was measured by this package.
+Sources: the MINGLE paper (arXiv 2505.11883) and, for the methods it does not list, theirs.  Nothing here was
+    measured by this package.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ PER_TASK: Mapping[str, Mapping[str, tuple[float, float]]] = {
 _COUNTS = (8, 14, 20)
 
 
-def _suites(base: str, acc: tuple[float | None, ...], bwt: tuple[float | None, ...] = (None, None, None)) -> dict[str, Scores]:
+def _suites(
+    base: str, acc: tuple[float | None, ...], bwt: tuple[float | None, ...] = (None, None, None)
+) -> dict[str, Scores]:
     """The base's three suites that have a published ACC."""
     rows = zip(_COUNTS, acc, bwt, strict=True)
     return {f"{base}-{count}": (mean, transfer) for count, mean, transfer in rows if mean is not None}
@@ -110,5 +113,6 @@ ABLATION: Mapping[str, Mapping[str, Scores]] = {
 #: suite → seconds of MINGLE's adaptations on an RTX 4090
 COST: Mapping[str, float] = {"clip-b32-8": 78.0, "clip-b32-14": 138.0, "clip-b32-20": 211.0}
 
-#: of a CLIP ViT-B/32 with eight tasks, rank 64 and experts in all layers: parameters of the newest gates, and all of the model's
+#: of a CLIP ViT-B/32 with eight tasks, rank 64 and experts in all layers: parameters of the newest gates, and
+#: all of the model's
 TRAINABLE_PARAMETERS, TOTAL_PARAMETERS = 83.0e3, 173.1e6

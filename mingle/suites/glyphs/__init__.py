@@ -1,8 +1,10 @@
-"""The embedded suite: recognise printed characters in unseen type faces, eight or twenty tasks in foreign visual domains.
+"""The embedded suite: recognise printed characters in unseen type faces, eight or twenty tasks in foreign
+visual domains.
 
-A small CLIP, pre-trained on some six hundred characters and their Unicode names, is the base; each task is an alphabet seen in a domain
-(inverted, on a chessboard, in noise, …).  The base and the experts of `glyphs8` ship with the package; further experts, and chains of
-models fine-tuned one from the other, are trained on first use into the user's cache, about 40 seconds each.
+A small CLIP, pre-trained on some six hundred characters and their Unicode names, is the base; each task is an
+alphabet seen in a domain (inverted, on a chessboard, in noise, …).  The base and the experts of `glyphs8`
+ship with the package; further experts, and chains of models fine-tuned one from the other, are trained on
+first use into the user's cache, about 40 seconds each.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ BASE = DATA / "base"
 TEST_IMAGES_PER_CLASS = 25
 TRAINING_IMAGES_PER_CLASS = 50
 
-#: Chosen on the tuning tasks, which are in no suite, by ``bench/glyphs/tuning.py``; the published settings are for larger models.
+#: Chosen on the tuning tasks, which are in no suite, by ``bench/glyphs/tuning.py``; the published settings
+#: are for larger models.
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"rank": 32, "lr": 4e-3, "gamma": 0.1} for name in ("mingle", "mingle-light")},
     "mingle-seq": {"rank": 32, "lr": 4e-3},
@@ -63,7 +66,9 @@ def load(name: str, base: Path | None, request: SeedRequest, on_training: OnTrai
         {task.name: partial(expert_folder, task, on_training) for task in tasks},
         request,
         SETTINGS,
-        continued=lambda name, after: continued_folder(*(_named(tasks, task) for task in (*after, name)), on_training=on_training),
+        continued=lambda name, after: continued_folder(
+            *(_named(tasks, task) for task in (*after, name)), on_training=on_training
+        ),
         training={task.name: partial(_training, task, base) for task in tasks},
     )
 
@@ -79,7 +84,11 @@ def _samples(task: GlyphTask, corruptions: tuple[str, ...], base: Path) -> TaskD
     if corruptions:
         pictures = torch.cat([corrupt(name, pictures) for name in corruptions])
         labels = labels.repeat(len(corruptions))
-    return TaskData({"pixel_values": finetune.pixels(base, pictures)}, {"text_embeds": finetune.head(base, _model(base), task)}, labels)
+    return TaskData(
+        {"pixel_values": finetune.pixels(base, pictures)},
+        {"text_embeds": finetune.head(base, _model(base), task)},
+        labels,
+    )
 
 
 @cache
@@ -88,7 +97,10 @@ def _training(task: GlyphTask, base: Path) -> TaskData:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{task.name}/training set".encode()))
     size = TRAINING_IMAGES_PER_CLASS * len(task.characters)
     pictures, _ = task.training_batch(task.outlines(TRAIN_FACES), size, generator)
-    return TaskData({"pixel_values": finetune.pixels(base, pictures)}, {"text_embeds": finetune.head(base, _model(base), task)})
+    return TaskData(
+        {"pixel_values": finetune.pixels(base, pictures)},
+        {"text_embeds": finetune.head(base, _model(base), task)},
+    )
 
 
 @cache
@@ -97,7 +109,9 @@ def _model(base: Path) -> nn.Module:
 
 
 def expert_folder(task: GlyphTask, on_training: OnTraining | None = None) -> Path:
-    """Where the task's fine-tuned tower is: in the package, or in the user's cache, where it is trained first if need be."""
+    """Where the task's fine-tuned tower is: in the package, or in the user's cache, where it is trained first
+    if need be.
+    """
     shipped = DATA / "experts" / task.name
     return shipped if shipped.is_dir() else _trained(cache_folder() / task.name, task, None, on_training)
 
@@ -105,7 +119,8 @@ def expert_folder(task: GlyphTask, on_training: OnTraining | None = None) -> Pat
 def continued_folder(*chain: GlyphTask, on_training: OnTraining | None = None) -> Path:
     """Where the last task's tower is, fine-tuned from that of the task before it, and so on back to the base.
 
-    Towers are kept under all tasks of their chain, in order; a chain that begins like another one shares the towers of the beginning.
+    Towers are kept under all tasks of their chain, in order; a chain that begins like another one shares the
+    towers of the beginning.
     """
     *before, task = chain
     if not before:
@@ -122,7 +137,13 @@ def _trained(cached: Path, task: GlyphTask, start: Path | None, on_training: OnT
         # Trained beside its place and moved there whole: an interrupted training leaves no half expert.
         scratch = Path(tempfile.mkdtemp(prefix=f".{task.name}-", dir=cached.parent))
         try:
-            finetune.finetune(BASE, task, scratch, start=start, on_step=partial(on_training, task.name) if on_training else None)
+            finetune.finetune(
+                BASE,
+                task,
+                scratch,
+                start=start,
+                on_step=partial(on_training, task.name) if on_training else None,
+            )
             scratch.chmod(0o755)
             try:
                 scratch.replace(cached)
@@ -135,6 +156,12 @@ def _trained(cached: Path, task: GlyphTask, start: Path | None, on_training: OnT
 
 
 def cache_folder() -> Path:
-    """``$MINGLE_CACHE`` or ``~/.cache/mingle``, by the base model's content: another base makes other experts."""
+    """``$MINGLE_CACHE`` or ``~/.cache/mingle``, by the base model's content: another base makes other
+    experts.
+    """
     files = json.loads((DATA / "manifest.json").read_text())["files"]
-    return store.cache_folder() / "glyphs" / hashlib.sha256(files["base/model.safetensors"].encode()).hexdigest()[:12]
+    return (
+        store.cache_folder()
+        / "glyphs"
+        / hashlib.sha256(files["base/model.safetensors"].encode()).hexdigest()[:12]
+    )

@@ -69,7 +69,8 @@ def spatter(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 CORRUPTIONS: dict[str, Corruption] = {
-    f.__name__: f for f in (contrast, gaussian_noise, impulse_noise, jpeg_compression, motion_blur, pixelate, spatter)
+    f.__name__: f
+    for f in (contrast, gaussian_noise, impulse_noise, jpeg_compression, motion_blur, pixelate, spatter)
 }
 
 

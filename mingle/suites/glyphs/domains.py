@@ -1,7 +1,8 @@
 """Visual domains: how a glyph's ink becomes a picture.
 
-Each domain maps ink in [0, 1] of shape [n, 1, 28, 28] to RGB in [0, 1] of shape [n, 3, 28, 28].  `plain` is what the base model mostly
-saw; every other domain is foreign enough to spoil zero-shot recognition, as street numbers or traffic signs are for CLIP.
+Each domain maps ink in [0, 1] of shape [n, 1, 28, 28] to RGB in [0, 1] of shape [n, 3, 28, 28].  `plain` is
+what the base model mostly saw; every other domain is foreign enough to spoil zero-shot recognition, as street
+numbers or traffic signs are for CLIP.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 Domain = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
-def _uniform(ink: torch.Tensor, channels: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+def _uniform(
+    ink: torch.Tensor, channels: int, low: float, high: float, generator: torch.Generator
+) -> torch.Tensor:
     """One value per image and channel, [n, channels, 1, 1]."""
     return low + (high - low) * torch.rand(len(ink), channels, 1, 1, generator=generator)
 
@@ -31,7 +34,9 @@ def _wave(ink: torch.Tensor, low: float, high: float, generator: torch.Generator
     angle = _uniform(ink, 1, 0, math.pi, generator)
     period = _uniform(ink, 1, low, high, generator)
     phase = _uniform(ink, 1, 0, 2 * math.pi, generator)
-    return torch.sin(2 * math.pi / period * (axis[None, :] * torch.cos(angle) + axis[:, None] * torch.sin(angle)) + phase)
+    return torch.sin(
+        2 * math.pi / period * (axis[None, :] * torch.cos(angle) + axis[:, None] * torch.sin(angle)) + phase
+    )
 
 
 def _gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -114,7 +119,8 @@ def stripes(ink: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 DOMAINS: dict[str, Domain] = {
-    f.__name__: f for f in (plain, inverted, checker, noise, mirrored, colour, texture, blur, faint, contour, stripes)
+    f.__name__: f
+    for f in (plain, inverted, checker, noise, mirrored, colour, texture, blur, faint, contour, stripes)
 }
 
 

@@ -1,8 +1,8 @@
 """Glyph images from the fonts that ship inside matplotlib, rendered and augmented deterministically.
 
-Rendering has two stages.  `outline` draws one character of one face into a 56-pixel mask, once; `view` turns masks into randomly
-placed 28-pixel glyphs, a whole batch at a time.  Train and test use different faces: accuracy on a test set is generalisation to type
-faces never seen in training.
+Rendering has two stages.  `outline` draws one character of one face into a 56-pixel mask, once; `view` turns
+masks into randomly placed 28-pixel glyphs, a whole batch at a time.  Train and test use different faces:
+accuracy on a test set is generalisation to type faces never seen in training.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def _face_path(face: str) -> Path:
 
 @cache
 def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
-    # The BASIC layout: raqm, where it is installed, reorders or drops some right-to-left and combining glyphs.
+    # The BASIC layout: raqm, where it is installed, reorders or drops some right-to-left and combining
+    # glyphs.
     return ImageFont.truetype(str(_face_path(face)), size, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -73,7 +74,8 @@ def faces_with(character: str, faces: tuple[str, ...]) -> list[str]:
 def outline(character: str, face: str, *, cell: bool) -> np.ndarray:
     """Coverage mask of one glyph, uint8 [56, 56], 255 = ink.
 
-    `cell=False` scales the glyph's ink to a common size and centres it; `cell=True` keeps the size and place the font gives it.
+    `cell=False` scales the glyph's ink to a common size and centres it; `cell=True` keeps the size and place
+    the font gives it.
     """
     if cell:
         probe = _font(face, 64)
@@ -115,12 +117,20 @@ def view(outlines: torch.Tensor, placement: Placement, generator: torch.Generato
         bolder = F.max_pool2d(ink, 3, stride=1, padding=1)
         lighter = -F.max_pool2d(-ink, 3, stride=1, padding=1)
         coin = (uniform[:, 5].abs())[:, None, None, None]
-        ink = torch.where(coin < placement.weight, bolder, torch.where(coin > 1 - placement.weight, lighter, ink))
+        ink = torch.where(
+            coin < placement.weight, bolder, torch.where(coin > 1 - placement.weight, lighter, ink)
+        )
     angle = torch.deg2rad(uniform[:, 0] * placement.rotation)
     scale = 1 / (1 + uniform[:, 1] * placement.scale)
     shift = uniform[:, 2:4] * (2 * placement.shift / IMAGE_SIZE)  # in grid units: the image spans [-1, 1]
     shear = uniform[:, 4] * placement.shear
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    rows = torch.stack([torch.stack([cos, shear * cos - sin, shift[:, 0]], 1), torch.stack([sin, shear * sin + cos, shift[:, 1]], 1)], 1)
+    rows = torch.stack(
+        [
+            torch.stack([cos, shear * cos - sin, shift[:, 0]], 1),
+            torch.stack([sin, shear * sin + cos, shift[:, 1]], 1),
+        ],
+        1,
+    )
     grid = F.affine_grid(rows, [n, 1, _CANVAS, _CANVAS], align_corners=False)
     return F.avg_pool2d(F.grid_sample(ink, grid, align_corners=False), 2)

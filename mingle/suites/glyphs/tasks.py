@@ -10,7 +10,16 @@ import torch
 
 from mingle.suites.glyphs.alphabets import ALPHABETS, CELL_ALPHABETS, class_name
 from mingle.suites.glyphs.domains import apply_domain
-from mingle.suites.glyphs.render import TEST_FACES, TEST_PLACEMENT, TRAIN_FACES, TRAIN_PLACEMENT, Placement, faces_with, outline, view
+from mingle.suites.glyphs.render import (
+    TEST_FACES,
+    TEST_PLACEMENT,
+    TRAIN_FACES,
+    TRAIN_PLACEMENT,
+    Placement,
+    faces_with,
+    outline,
+    view,
+)
 
 
 @dataclass(frozen=True)
@@ -35,17 +44,27 @@ class GlyphTask:
     def outlines(self, faces: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Every character in every face that has it: uint8 [n, 56, 56], labels int64 [n]."""
         cell = self.alphabet in CELL_ALPHABETS
-        pairs = [(outline(c, face, cell=cell), i) for i, c in enumerate(self.characters) for face in faces_with(c, faces)]
-        return torch.from_numpy(np.stack([mask for mask, _ in pairs])), torch.tensor([label for _, label in pairs])
+        pairs = [
+            (outline(c, face, cell=cell), i)
+            for i, c in enumerate(self.characters)
+            for face in faces_with(c, faces)
+        ]
+        return torch.from_numpy(np.stack([mask for mask, _ in pairs])), torch.tensor(
+            [label for _, label in pairs]
+        )
 
-    def render(self, outlines: torch.Tensor, placement: Placement, generator: torch.Generator) -> torch.Tensor:
+    def render(
+        self, outlines: torch.Tensor, placement: Placement, generator: torch.Generator
+    ) -> torch.Tensor:
         """Pictures in this task's domain: uint8 [n, 56, 56] → uint8 [n, 3, 28, 28]."""
         return apply_domain(self.domain, view(outlines, placement, generator), generator)
 
     def test_set(self, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The fixed test set in faces never trained on: uint8 [n, 3, 28, 28], labels int64 [n], `per_class` images a class.
+        """The fixed test set in faces never trained on: uint8 [n, 3, 28, 28], labels int64 [n], `per_class`
+        images a class.
 
-        The faces that have a character take turns, and every image is placed anew.  Always the same pictures for the same task.
+        The faces that have a character take turns, and every image is placed anew.  Always the same pictures
+        for the same task.
         """
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.name}/test".encode()))
         outlines, labels = self.outlines(TEST_FACES)
@@ -92,8 +111,8 @@ _TWENTY = _tasks(
     "signs-stripes",
 )
 
-#: Suites by name.  In every suite at least half of the tasks share their domain with another one, so the domain alone does not give
-#: the task away; in `glyphs8-shared` it says nothing at all.
+#: Suites by name.  In every suite at least half of the tasks share their domain with another one, so the
+#: domain alone does not give the task away; in `glyphs8-shared` it says nothing at all.
 SUITES: dict[str, tuple[GlyphTask, ...]] = {
     "glyphs4": _TWENTY[:4],
     "glyphs8": _TWENTY[:8],
@@ -102,6 +121,8 @@ SUITES: dict[str, tuple[GlyphTask, ...]] = {
 }
 
 #: Tasks for choosing settings, in no suite.
-TUNING_TASKS = _tasks("capitals-inverted", "apl-checker", "blackboard-noise", "nko-mirrored", "digits-colour", "blocks-inverted")
+TUNING_TASKS = _tasks(
+    "capitals-inverted", "apl-checker", "blackboard-noise", "nko-mirrored", "digits-colour", "blocks-inverted"
+)
 
 __all__ = ["SUITES", "TRAIN_FACES", "TUNING_TASKS", "GlyphTask"]

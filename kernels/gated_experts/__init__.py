@@ -1,0 +1,8 @@
+"""The gated sum of low-rank experts: y = x W₀ᵀ + b + Σ_i g_i(x) · (x A_iᵀ) B_iᵀ (MINGLE Eqs. 2 and 5).
+
+reference   the formula, expert by expert: the oracle of the tests, backend "eager"
+grouped     dense products over concatenated experts, for any device: backend "grouped"
+triton      the fused kernels shrink, expand and upstream, and their launchers: backend "triton"
+fold        one weight W_eff for tokens that share their gates, in Triton; `grouped.fold` is the same in dense
+            products
+"""

@@ -1,0 +1,190 @@
+"""The gated sum of experts as a few dense products over concatenated experts: any device, any floating dtype,
+the CPU's default.
+
+The same four operations as the Triton kernels, with the same arguments: `shrink`, `expand`, `upstream`,
+`fold`.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from mingle.kernels import prepack
+from mingle.kernels.gemm import linear, linear_packed
+
+
+def wide(x: torch.Tensor) -> torch.dtype:
+    """The dtype of gate values, of means and of their gradients: fp32, or fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def group_mean(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> torch.Tensor:
+    """The mean over the valid tokens of each group: x [N, K], mask bool [N] → [G, K], in fp32 or, for fp64,
+    fp64.  No valid token: 0.
+    """
+    dtype = wide(x)
+    members = x.view(-1, group, x.shape[1])
+    if mask is None:
+        return members.mean(1, dtype=dtype)
+    valid = mask.view(-1, group, 1)
+    # where, not a product: padding may hold anything, NaN included
+    return torch.where(valid, members, 0).sum(1, dtype=dtype) / valid.sum(1).clamp_min(1)
+
+
+def pooled_gates(
+    x: torch.Tensor, gate_weight: torch.Tensor, gate_bias: torch.Tensor, mask: torch.Tensor | None, group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z = x̄ wᵀ + β [G, T] and x̄ [G, K], the `group_mean`, both in the dtype of `wide`."""
+    pooled = group_mean(x, mask, group)
+    return torch.addmm(gate_bias.to(pooled.dtype), pooled, gate_weight.to(pooled.dtype).mT), pooled
+
+
+def shrink(
+    x: torch.Tensor,
+    A: torch.Tensor,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    gates: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    group: int,
+    skip: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `mingle.kernels.gated_experts.triton.shrink`; gate values and means are fp64 where x is."""
+    packed = prepack.find("shrink", A, x=x)
+    hidden = linear(x, A.flatten(0, 1)) if packed is None else linear_packed(x, packed)
+    if gates is None:
+        assert gate_weight is not None and gate_bias is not None
+        if group > 1 or mask is not None:
+            return hidden, *pooled_gates(x, gate_weight, gate_bias, mask, group)
+        dtype = wide(x)
+        narrow = (
+            torch.nn.functional.linear(x, gate_weight)
+            if gate_weight.dtype == x.dtype
+            else x.to(dtype) @ gate_weight.to(dtype).mT
+        )
+        gates = narrow.to(dtype) + gate_bias.to(dtype)
+    return hidden, gates, x.new_empty(0, x.shape[1], dtype=wide(x))
+
+
+def gate(hidden: torch.Tensor, z: torch.Tensor, group: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """z ⊙ H [N, T·r] in H's dtype, written to `out`, which may be H itself, where given; z [G, T] with N = G
+    · group.
+    """
+    (groups, experts), columns = z.shape, hidden.shape[1]
+    shape = (groups, group, experts, columns // experts)
+    factors = z.to(hidden.dtype).view(groups, 1, experts, 1)
+    if out is None:
+        return torch.mul(hidden.view(shape), factors).view(-1, columns)
+    torch.mul(hidden.view(shape), factors, out=out.view(shape))
+    return out
+
+
+def expand(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    hidden: torch.Tensor,
+    up: torch.Tensor,
+    z: torch.Tensor,
+    group: int,
+    skip: bool,
+    *,
+    keep: bool = True,
+    share: torch.Tensor | None = None,
+    gate_weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `mingle.kernels.gated_experts.triton.expand`."""
+    packed = None if share is not None else prepack.find("joined", weight, up, x=x)
+    if packed is not None:
+        joined = x.new_empty(len(x), x.shape[1] + hidden.shape[1])  # [x | z ⊙ H]
+        joined[:, : x.shape[1]] = x
+        gate(hidden, z, group, out=joined[:, x.shape[1] :])
+        return linear_packed(joined, packed, bias)
+    y = linear(
+        gate(hidden, z, group, out=None if keep else hidden),
+        up.flatten(0, 1).mT,
+        onto=linear(x, weight, bias),
+    )
+    if share is not None:
+        assert gate_weight is not None
+        spread = (share.to(gate_weight.dtype) @ gate_weight).unsqueeze(1).to(y.dtype)  # [G, 1, O]
+        if mask is not None:
+            spread = torch.where(mask.view(-1, group, 1), spread, 0)
+        y.view(-1, group, y.shape[1]).add_(spread)
+    return y
+
+
+def upstream(
+    dy: torch.Tensor, B: torch.Tensor, hidden: torch.Tensor, z: torch.Tensor, group: int, skip: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `mingle.kernels.gated_experts.triton.upstream`."""
+    u = linear(dy, B.mT.flatten(0, 1))
+    if skip:
+        return u, z.new_empty(0, len(B))
+    products = u.to(wide(u)) * hidden
+    return u, products.view(len(dy), len(B), B.shape[2]).sum(-1)
+
+
+def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """See `mingle.kernels.fold.fold`."""
+    gates, rows = gates.to(B.dtype), prepack.find("rows", B.mT)
+    gated = (
+        (B * gates.view(-1, 1, 1)).mT.flatten(0, 1).mT
+        if rows is None
+        else rows * gates.repeat_interleave(B.shape[2])
+    )
+    return linear(gated, A.flatten(0, 1).mT).add_(weight)  # [O, T·r] @ [T·r, K]
+
+
+def _one_each(pairs: list[list[int]], groups: int) -> bool:
+    """Whether every group has one expert, and few share theirs: otherwise larger products expert by expert
+    are faster.
+    """
+    return (
+        len(pairs) == groups == len({row for _, row in pairs})
+        and 2 * len({expert for expert, _ in pairs}) > groups
+    )
+
+
+def routed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    z: torch.Tensor,
+    group: int,
+) -> torch.Tensor:
+    """x Wᵀ + b + Σ_i z_i ⊙ (x down_iᵀ) up_i at the cost of the gates that are not 0: for sparse gates of
+    another router.
+
+    x [N, K], weight [O, K], down [T, r, K], up [T, r, O], z [G, T] → [N, O].  Reads the gates on the host:
+    for the CPU.
+    """
+    y = linear(x, weight, bias)
+    members, outputs = x.unflatten(0, (-1, group)), y.view(-1, group, y.shape[1])
+    pairs = z.mT.nonzero().tolist()  # (expert, group), sorted by expert
+    if _one_each(pairs, len(z)) and group >= 16:
+        # as many products as groups in one call; for single tokens the gathered factors would outweigh x
+        experts = z.ne(0).int().argmax(1)
+        hidden = torch.bmm(members, down[experts].mT)
+        hidden.mul_(z.gather(1, experts[:, None])[:, :, None].to(hidden.dtype))
+        outputs.baddbmm_(hidden, up[experts])
+        return y
+    for expert, rows in groupby(pairs, key=itemgetter(0)):
+        chosen = [row for _, row in rows]
+        first, count = chosen[0], len(chosen)
+        together = chosen[-1] - first + 1 == count  # samples sorted by expert need no gathering
+        index: Any = slice(first, first + count) if together else torch.tensor(chosen)
+        hidden = linear(members[index].flatten(0, 1), down[expert])
+        hidden.view(count, group, -1).mul_(z[index, expert, None, None].to(hidden.dtype))
+        if together:
+            outputs[index].flatten(0, 1).addmm_(hidden, up[expert])
+        else:
+            outputs.index_add_(0, index, linear(hidden, up[expert].mT).view(count, group, -1))
+    return y

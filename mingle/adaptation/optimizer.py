@@ -1,0 +1,128 @@
+"""One optimizer step for the gates of all layers: check, projection and Adam on flat gradients, without
+waiting for a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from mingle.adaptation.projector import RelaxedProjector
+from mingle.nn.linear import MingleLinear
+
+logger = logging.getLogger(__name__)
+
+Advance = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class GateStep:
+    """Adam on the trainable gates of `layers`, behind the relaxed projector.
+
+    The gates' gradients are views of one flat tensor, which backward passes fill; weights are projected,
+    biases are not.  A step whose loss or gradient is not finite changes nothing: neither gates, nor Adam's
+    moments, nor S.  Under data-parallel training all-reduce `gradients`, and the loss, before `step`: all
+    processes then project, skip and step alike.
+
+    Args:
+        layers: the injected layers by name.
+        lr: Adam's learning rate.
+        projector: of the same layers; None trains unconstrained.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, MingleLinear], lr: float, projector: RelaxedProjector | None = None
+    ) -> None:
+        if projector is None:
+            projector = RelaxedProjector(
+                {name: layer.gate_weight.new_empty(layer.in_features, 0) for name, layer in layers.items()}
+            )
+        self.projector = projector
+        biases = sum(layer.gate_bias.numel() for layer in layers.values())
+        self.layout = projector.layout(
+            {name: len(layer.gate_weight) for name, layer in layers.items()}, loose=biases + 1
+        )
+        self.gates = [gate for layer in layers.values() for gate in (layer.gate_weight, layer.gate_bias)]
+        self.gradients = self.gates[0].new_zeros(self.layout.size)
+        self.views = self.layout.views(self.gradients)
+        *bias_views, self._loss = self.layout.loose(self.gradients).split(
+            [*(len(layer.gate_bias) for layer in layers.values()), 1]
+        )
+        for (name, layer), view in zip(layers.items(), bias_views, strict=True):
+            layer.gate_weight.grad, layer.gate_bias.grad = self.views[name], view
+        self.optimizer = torch.optim.Adam(self.gates, lr=lr, fused=True, capturable=self.gradients.is_cuda)
+
+    def zero_grad(self) -> None:
+        self.gradients.zero_()
+
+    def step(self, loss: Tensor) -> Tensor:
+        """Project and step, after `loss` [] was differentiated; float32 []: 1 where the step was skipped for
+        what is not finite, else 0.
+        """
+        self._loss.copy_(loss.detach())  # checked together with the gradients
+        skipped = self.projector.project_(self.gradients, self.layout).float()
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.step()
+        return skipped
+
+    def finite(self) -> Tensor:
+        """Of the gradient of each layer's weight, in the order of `names`, whether all is finite: bool [L]."""
+        parts = [block.gradients(self.gradients).isfinite().flatten(1).all(1) for block in self.layout.blocks]
+        return torch.cat(parts)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for block in self.layout.blocks for name in block.names]
+
+    def state(self) -> list[Tensor]:
+        """What a step changes, but for Adam's moments: the gates and S."""
+        return [*(gate.detach() for gate in self.gates), self.projector.interferences]
+
+
+def captured(advance: Advance, step: GateStep, batch_size: int, device: torch.device) -> Advance:
+    """`advance`, a whole step from sample indices to new gates, as one CUDA graph, or itself where it cannot
+    be captured.
+
+    Args:
+        advance: index [batch_size] → the loss and whether the step was skipped, both []; calls `step` once.
+        step: what it changes; back at its present state when this returns.
+        batch_size: of every batch to come.
+        device: where all of it runs.
+    """
+    index = torch.arange(batch_size, device=device)
+    before = [tensor.clone() for tensor in step.state()]
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                advance(index)
+        torch.cuda.current_stream(device).wait_stream(side)
+        with torch.cuda.graph(graph):
+            results = advance(index)
+    except RuntimeError as error:
+        logger.info("steps run one by one: they cannot be captured in a CUDA graph: %s", error)
+        torch.cuda.synchronize(device)
+        return advance
+    finally:
+        _reset(step, before)
+
+    def replay(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        index.copy_(chosen)
+        graph.replay()
+        return results
+
+    return replay
+
+
+@torch.no_grad()
+def _reset(step: GateStep, before: list[Tensor]) -> None:
+    """Undo what warming up has changed; Adam had no moments before its first step."""
+    for state in step.optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+    for tensor, value in zip(step.state(), before, strict=True):
+        tensor.copy_(value)

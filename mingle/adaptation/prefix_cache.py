@@ -1,0 +1,156 @@
+"""What a model computes before its first expert: the same at every step of an adaptation, so computed once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+#: What is kept of all samples together may take so many bytes.
+BUDGET = 2**30
+
+
+class _Reached(Exception):
+    """The first expert was reached."""
+
+
+@contextmanager
+def frozen_prefix(
+    model: nn.Module,
+    experts: Iterable[nn.Module],
+    run: Callable[[slice], Any],
+    count: int,
+    batch_size: int,
+    budget: int = BUDGET,
+) -> Iterator[Callable[[Tensor], None]]:
+    """Inside the block, modules that finish before the first of `experts` begins answer from memory.
+
+    Only modules are replaced whose result is one tensor with a row per sample, computed once per pass.  The
+    model must be in evaluation mode, and nothing in front of the experts may train.
+
+    Args:
+        model: what `run` calls.
+        experts: the modules that change; what comes before all of them is the prefix.
+        run: passes the samples of a slice through the model.
+        count: how many samples there are.
+        batch_size: of the passes that fill the memory.
+        budget: in bytes; where all results together would take more, nothing is kept.
+
+    Yields:
+        a function to be called with the indices [n] of the samples in the next pass.
+    """
+    experts = list(experts)
+    own: dict[nn.Module, Any] = {}  # what the instances had in place of their class's `forward`
+    modules = _per_sample(_candidates(model, set(experts)), run)
+    results = _recorded(modules, experts, run, count, batch_size, budget)
+    index = torch.zeros(0, dtype=torch.long)
+
+    def select(chosen: Tensor) -> None:
+        nonlocal index
+        index = chosen
+
+    def recall(kept: Tensor) -> Callable[..., Tensor]:
+        return lambda *_args, **_kwargs: kept[index]
+
+    try:
+        for module, kept in results.items():
+            own[module] = vars(module).get("forward")
+            module.forward = recall(kept)
+        yield select
+    finally:
+        for module, forward in own.items():
+            del module.forward  # the class has it
+            if forward is not None:
+                module.forward = forward
+
+
+def _candidates(model: nn.Module, experts: set[nn.Module]) -> list[nn.Module]:
+    """The largest modules without an expert inside that can be called."""
+    if not any(module in experts for module in model.modules()) and not isinstance(
+        model, nn.ModuleList | nn.ModuleDict
+    ):
+        return [model]
+    return [
+        found for child in model.children() if child not in experts for found in _candidates(child, experts)
+    ]
+
+
+def _per_sample(modules: list[nn.Module], run: Callable[[slice], Any]) -> list[nn.Module]:
+    """Those of `modules` that a pass of one sample calls exactly once, and that give one row then.
+
+    A second call, perhaps behind an expert, has another input; and what belongs to positions, such as a bias
+    of attention, has as many rows for one sample as for all.
+    """
+    rows: dict[nn.Module, list[bool]] = {module: [] for module in modules}
+
+    def note(module: nn.Module, _args: Any, result: Any) -> None:
+        rows[module].append(isinstance(result, Tensor) and result.shape[:1] == (1,))
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        with torch.no_grad():
+            run(slice(0, 1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [module for module in modules if rows[module] == [True]]
+
+
+def _recorded(
+    modules: list[nn.Module],
+    experts: Iterable[nn.Module],
+    run: Callable[[slice], Any],
+    count: int,
+    batch_size: int,
+    budget: int,
+) -> dict[nn.Module, Tensor]:
+    """For every module of the prefix its results for all samples [count, ...]."""
+    parts: dict[nn.Module, list[Any]] = {module: [] for module in modules}
+
+    def keep(module: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
+        parts[module].append(result)
+
+    def stop(*_: Any) -> None:
+        raise _Reached
+
+    handles: list[Any] = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
+    handles += [expert.register_forward_pre_hook(stop) for expert in experts]
+    passes = 0
+    try:
+        with torch.no_grad():
+            for start in range(0, count, batch_size):
+                rows = min(batch_size, count - start)
+                try:
+                    run(slice(start, start + rows))
+                except _Reached:
+                    pass
+                else:
+                    return {}  # no expert takes part
+                passes += 1
+                for module in list(parts):
+                    results = parts[module]
+                    if (
+                        len(results) != passes
+                        or not isinstance(results[-1], Tensor)
+                        or results[-1].shape[:1] != (rows,)
+                    ):
+                        del parts[module]
+                taken = sum(
+                    part.numel() * part.element_size() for results in parts.values() for part in results
+                )
+                if taken * count > budget * (start + rows):
+                    logger.info(
+                        "the results before the first expert are not kept: they take more than %d MiB",
+                        budget >> 20,
+                    )
+                    return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {module: torch.cat(results) for module, results in parts.items()}

@@ -1,0 +1,137 @@
+"""A merged model as a plain Hugging Face folder, without anything of mingle in it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mingle.io.files import (
+    CheckpointError,
+    contained,
+    lock,
+    naming,
+    read_json,
+    rename,
+    write_copy,
+    write_json,
+)
+from mingle.io.safetensors import write_tensors
+from mingle.io.state_dicts import first_names
+
+#: Larger models are written in several files.
+SHARD_BYTES = 5_000_000_000
+#: What a hub folder may hold beside weights: configurations, tokenizers and processors.
+_DATA_SUFFIXES = (".json", ".txt", ".model")
+
+Tensors = dict[str, torch.Tensor]
+
+
+def whole_model(base: nn.Module, tower: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """The base's state with the tower's tensors replaced; tensors that the model ties together once, under
+    their first name.
+
+    Args:
+        base: the whole base model.
+        tower: the tower's dotted name in it; empty where it is the whole.
+        tensors: the new tensors under the tower's own names.
+    """
+    prefix, state = f"{tower}." if tower else "", base.state_dict()
+    return {
+        name: tensors[name.removeprefix(prefix)] if name.startswith(prefix) else state[name]
+        for name in dict.fromkeys(first_names(base).values())
+    }
+
+
+def hub_config(base: nn.Module, source: Path | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The base's configuration, which names the dtype of the weights, as `from_pretrained` loads them in the
+    dtype it names.
+
+    Raises:
+        CheckpointError: the base has none.
+    """
+    own: Any = getattr(base, "config", None)
+    if source is not None:
+        config = read_json(source / "config.json")
+    elif own is not None:
+        config = own.to_dict() | {"architectures": [type(base).__name__]}
+    else:
+        raise CheckpointError(
+            f"the base {type(base).__name__} has no config, without which a hub folder cannot be loaded"
+        )
+    config.pop("torch_dtype", None)
+    return config | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def write_model(
+    folder: Path,
+    state: Mapping[str, torch.Tensor],
+    config: dict[str, Any],
+    source: Path | None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a hub folder: weights, configuration, and whatever else of this kind the base's folder has.
+
+    Everything is written beside the folder and moved there whole: an interruption leaves no folder, and the
+        next export to it clears away
+    what was left behind.
+
+    Raises:
+        CheckpointError: the folder is in use, another process is writing it, or the disk is full.
+    """
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(
+            f"{folder}: there already, and not an empty folder; an export overwrites nothing"
+        )
+    staging = folder.parent / f".mingle-export-{folder.name}"
+    with naming(staging):
+        staging.mkdir(parents=True, exist_ok=True)
+    with lock(staging):
+        try:
+            for left in staging.iterdir():
+                if left.name != ".lock":
+                    left.unlink()
+            for file in sorted(source.iterdir()) if source is not None else ():
+                if (
+                    file.is_file()
+                    and file.suffix in _DATA_SUFFIXES
+                    and file.name != "config.json"
+                    and ".safetensors" not in file.name
+                ):
+                    write_copy(contained(file.parent, file.name), staging / file.name)
+            write_json(staging / "config.json", config)
+            _write_weights(staging, state, shard_bytes)
+            (staging / ".lock").unlink()
+            with naming(folder):
+                rename(staging, folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def _write_weights(folder: Path, state: Mapping[str, torch.Tensor], shard_bytes: int) -> None:
+    """One safetensors file, or several and their index, under the hub's names."""
+    shards: list[Tensors] = [{}]
+    filled = 0
+    for name, tensor in state.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0])
+        return
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        write_tensors(folder / file, shard)
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    total = sum(tensor.nbytes for tensor in state.values())
+    write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )

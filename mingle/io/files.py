@@ -1,0 +1,235 @@
+"""Files that survive a crash: atomic writes, strict JSON, names that stay inside their folder, and one writer
+at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+_log = logging.getLogger(__name__)
+
+MAX_JSON_BYTES = 100_000_000
+_SPARE_BYTES = 16 << 20
+_TEMPORARY = re.compile(r"\.mingle-tmp-\d+-[0-9a-f]{16}-.+")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint, or a file beside it, cannot be read or written; the message names the file, and the
+    tensor where there is one.
+    """
+
+
+class Locked(CheckpointError):
+    """Another process is the writer of a folder."""
+
+
+def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
+    """Write `value` as indented JSON, atomically; NaN and infinities raise `CheckpointError`."""
+    try:
+        data = (
+            json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False) + "\n"
+        ).encode()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not written: {error}") from error
+    with replacing(path, len(data)) as file:
+        file.write(data)
+
+
+def without_nan(value: Any) -> Any:
+    """Plain data with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_copy(source: Path, target: Path) -> None:
+    """Copy a file's bytes atomically; the copy's mode follows the umask."""
+    with (
+        naming(source),
+        open(source, "rb") as original,
+        replacing(target, os.fstat(original.fileno()).st_size) as file,
+    ):
+        shutil.copyfileobj(original, file)
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Parse a UTF-8 JSON file; a duplicate key, a syntax error (with its line) or a larger file raises
+    `CheckpointError`.
+    """
+    with naming(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise CheckpointError(f"{path}: expected at most {max_bytes} bytes of JSON, found {size}")
+        return parse_json(file.read(size), str(path))
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex, streamed."""
+    with naming(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def contained(folder: Path, name: str) -> Path:
+    """`folder / name`, once it is sure that opening it stays inside `folder`; nothing is opened, and it need
+    not exist.
+
+    Raises `CheckpointError` for an absolute path, a `..` and a symlink that leads outside. One way out is
+    allowed: a hub cache keeps the files of `models--x/snapshots/<rev>` as symlinks to
+    `models--x/blobs/<hash>`, and those of `datasets--x` alike.
+    """
+    # The Windows flavour splits at both slashes and knows drives, so one check covers an index written on any
+    # system.
+    parts = PureWindowsPath(name)
+    if parts.anchor or ".." in parts.parts:
+        raise CheckpointError(f"{folder}: refusing {name!r}, which points outside the folder")
+    path = folder / name
+    try:
+        root, target = (Path(os.path.realpath(place)) for place in (folder, path))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {name!r} is not a file name: {error}") from error
+    snapshots, repository = root.parent, root.parent.parent
+    of_hub = snapshots.name == "snapshots" and repository.name.startswith(("models--", "datasets--"))
+    cached = of_hub and target.parent == repository / "blobs"
+    if not (target.is_relative_to(root) or cached):
+        raise CheckpointError(f"{path}: refusing a symlink to {target}, outside the folder")
+    return path
+
+
+@contextmanager
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Be the only writer of `folder`, an existing one; while another holds it, `wait` or raise `Locked`
+    naming the holder.
+
+    The lock is the kernel's, on `.lock` in the folder: a killed holder releases it, and the file itself stays
+    behind.
+    """
+    path = folder / ".lock"
+    with naming(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with naming(path):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise Locked(f"{folder}: being written by {_holder(os.pread(descriptor, 4096, 0))}") from None
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            os.ftruncate(descriptor, 0)
+            os.pwrite(
+                descriptor,
+                json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(),
+                0,
+            )
+        try:
+            yield
+        finally:
+            # Closing would not be enough: a child forked meanwhile shares the lock and would keep it.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
+def clean_stale(folder: Path) -> list[Path]:
+    """Remove the temporary files that killed writers left in `folder` and below; return their paths, sorted.
+
+    Call it while holding `lock`, as a living writer's file looks the same.
+    """
+    stale = sorted(
+        path for path in folder.rglob(".mingle-tmp-*") if _TEMPORARY.fullmatch(path.name) and path.is_file()
+    )
+    for path in stale:
+        path.unlink(missing_ok=True)
+        _log.info("removed %s, left by a killed writer", path)
+    return stale
+
+
+def free_space(folder: Path, needed: int) -> None:
+    """Raise `CheckpointError` unless the disk of `folder` has room for `needed` bytes and a margin of 16 MiB."""
+    with naming(folder):
+        free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE_BYTES:
+        raise CheckpointError(
+            f"{folder}: disk full: {needed} bytes and {_SPARE_BYTES} spare are needed, {free} are free"
+        )
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+@contextmanager
+def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
+    """A binary file of `size` bytes to come that replaces `path` when the block ends, and is removed when the
+    block raises.
+    """
+    free_space(path.parent, size)
+    temporary = path.with_name(f".mingle-tmp-{os.getpid()}-{secrets.token_hex(8)}-{path.name}")
+    try:
+        with naming(path):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Move a file or folder within one folder; done is done, even if the power fails."""
+    os.replace(source, target)
+    # The rename itself survives a power cut only once the folder is on disk.
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{where}: bad JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: bad JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"duplicate key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r}")
+    return value
+
+
+def _holder(text: bytes) -> str:
+    """Who a lock file says holds it; the holder may not have written it yet."""
+    try:
+        holder = json.loads(text)
+        return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,206 @@
+"""Where a model or a data set is: a local folder, or a pinned snapshot of a hub repository in the hub's own
+cache.
+
+A repository is resolved to a commit when it is first used, and that commit is what a merge keeps to
+(`Revisions`).  Only files that hold data are fetched: safetensors, JSON, text and vocabularies of models,
+Parquet of data sets; never code, never pickles.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import logging
+import os
+import shlex
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mingle.io.files import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+#: what is fetched of a model's repository
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
+
+#: repository → the commit in use; a data set's stands under ``datasets/<id>``, as in the hub's addresses
+Revisions = MutableMapping[str, str]
+
+Kind = Literal["model", "dataset"]
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def resolve(model: str, revision: str | None = None, revisions: Revisions | None = None) -> Path:
+    """The local folder of `model`.
+
+    A folder is taken as it is.  Anything else is a hub id, whose files are fetched into the hub's cache or
+    found there.
+
+    Args:
+        model: a folder or a hub id.
+        revision: a commit, branch or tag of the hub model; None takes what `revisions` holds, or else
+            ``main``.
+        revisions: the commits to keep to; the one found is noted in it.
+
+    Raises:
+        CheckpointError: neither a folder nor a hub model that can be had, or one at another commit than
+            noted.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{folder}: a local folder has no revision {revision!r}")
+        return folder
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"{model}: no such folder")
+    found = snapshot(model, "model", revision, revisions)
+    wanted = [name for name in found.files if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)]
+    if not wanted:
+        raise CheckpointError(
+            f"{model}: none of {', '.join(MODEL_FILES)} at {found.commit}; {found.how_to_fetch(*MODEL_FILES)}"
+        )
+    return found.fetch(wanted)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One commit of a hub repository.
+
+    Attributes:
+        repo: the hub id.
+        kind: ``model`` or ``dataset``.
+        commit: its hash.
+        files: the names of what it holds; of the cached part alone, where the hub was not asked.
+        folder: in the hub's cache; None where the hub was asked.
+        revision: what was asked for, so that the cache notes what a branch was and finds it offline.
+    """
+
+    repo: str
+    kind: Kind
+    commit: str
+    files: tuple[str, ...]
+    folder: Path | None
+    revision: str
+
+    def fetch(self, names: Sequence[str]) -> Path:
+        """The folder that holds these files, fetched where they are not in it yet."""
+        if self.folder is not None:
+            return self.folder
+        from huggingface_hub import snapshot_download
+
+        patterns = [glob.escape(name) for name in names]
+        try:
+            folder = Path(
+                snapshot_download(
+                    self.repo, repo_type=self.kind, revision=self.revision, allow_patterns=patterns
+                )
+            )
+        except Exception as error:
+            raise CheckpointError(f"{self.repo}: not to be had from the hub ({_first_line(error)})") from None
+        if folder.name != self.commit:
+            raise CheckpointError(
+                f"{self.repo}: {self.revision!r} moved from commit {self.commit} to {folder.name} meanwhile; start again"
+            )
+        return folder
+
+    def how_to_fetch(self, *patterns: str) -> str:
+        """Advice for a message about files that are not there."""
+        return (
+            _how_to_fetch(self.repo, self.kind, patterns, self.commit)
+            if self.folder is not None
+            else "the hub has no more of it"
+        )
+
+
+def snapshot(
+    repo: str, kind: Kind, revision: str | None = None, revisions: Revisions | None = None
+) -> Snapshot:
+    """The commit of a hub repository that is, or from now on will be, in use.
+
+    Raises:
+        CheckpointError: it is neither to be had nor cached, or `revision` is another commit than `revisions`
+            has noted.
+    """
+    key = repo if kind == "model" else f"datasets/{repo}"
+    noted = None if revisions is None else revisions.get(key)
+    found = _find(repo, kind, revision or noted or "main")
+    if noted is not None and found.commit != noted:
+        raise CheckpointError(
+            f"{repo}: revision {revision!r} is commit {found.commit}, but commit {noted} is in use"
+        )
+    if revisions is not None:
+        revisions[key] = found.commit
+    return found
+
+
+def _find(repo: str, kind: Kind, revision: str) -> Snapshot:
+    from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants
+
+    if offline():
+        found = _cached(repo, kind, revision)
+        if found is None:
+            where = f"not in the hub's cache ({constants.HF_HUB_CACHE}) at revision {revision!r}, and offline"
+            patterns = MODEL_FILES if kind == "model" else ()
+            raise CheckpointError(
+                f"{repo}: {where}; {_how_to_fetch(repo, kind, patterns, None if revision == 'main' else revision)}"
+            )
+        return found
+    try:
+        api = HfApi()
+        info: ModelInfo | DatasetInfo = (api.model_info if kind == "model" else api.dataset_info)(
+            repo, revision=revision
+        )
+    # the hub's client lets the errors of its HTTP library through, and has changed that library twice
+    except Exception as error:
+        found = _cached(repo, kind, revision)
+        if found is None:
+            elsewhere = "no such local folder, and " if kind == "model" else ""
+            raise CheckpointError(
+                f"{repo}: {elsewhere}not to be had from the hub ({_first_line(error)})"
+            ) from None
+        logger.warning(
+            "%s: the hub cannot be asked (%s); taking commit %s from the cache",
+            repo,
+            _first_line(error),
+            found.commit,
+        )
+        return found
+    return Snapshot(
+        repo, kind, str(info.sha), tuple(file.rfilename for file in info.siblings or ()), None, revision
+    )
+
+
+def _cached(repo: str, kind: Kind, revision: str) -> Snapshot | None:
+    """What the hub's cache holds of a repository at a commit, or at what was the branch or tag when it was
+    last asked for.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    storage = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
+    reference = storage / "refs" / revision
+    commit = (
+        reference.read_text().strip() if ".." not in reference.parts and reference.is_file() else revision
+    )
+    folder = storage / "snapshots" / commit
+    if "/" in commit or commit in ("", ".", "..") or not folder.is_dir():
+        return None
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return Snapshot(repo, kind, commit, tuple(files), folder, revision)
+
+
+def _how_to_fetch(repo: str, kind: Kind, patterns: Sequence[str], revision: str | None) -> str:
+    command = ["hf", "download", repo, *(("--repo-type", "dataset") if kind == "dataset" else ())]
+    command += [word for pattern in patterns for word in ("--include", pattern)]
+    command += ["--revision", revision] if revision else []
+    return f"fetch it where there is a network: {shlex.join(command)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,267 @@
+"""The folder a merger lives in: one safetensors file per task, one for the common state, the base, and a JSON
+manifest.
+
+    manifest.json                      what the folder holds, with sizes and hashes; always written last
+    base-<hash>/                       the base model in hub format
+    tasks/000-<name>-<hash>.safetensors
+    state-<hash>.safetensors           only for methods that keep merged weights
+
+Files are named by their content and never overwritten: whatever interrupts a save, the manifest on disk names
+    files that are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mingle.io.files import (
+    CheckpointError,
+    clean_stale,
+    contained,
+    lock,
+    read_json,
+    sha256,
+    write_copy,
+    write_json,
+)
+from mingle.io.safetensors import CheckpointReader, write_tensors
+from mingle.version import __version__
+
+FORMAT = "mingle-merge"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_REQUIRED: dict[str, type] = {
+    "method": str,
+    "task_type": str,
+    "seed": int,
+    "dtype": str,
+    "options": dict,
+    "tasks": list,
+    "matrix": list,
+    "metadata": dict,
+    "base": dict,
+}
+
+_OWN_NAME = re.compile(r"base-[0-9a-f]{12}|(state|tasks/\d{3}-.*)-[0-9a-f]{12}\.safetensors")
+
+Tensors = dict[str, torch.Tensor]
+
+
+def state_hash(source: nn.Module | Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors, in the order of their names."""
+    tensors = source.state_dict() if isinstance(source, nn.Module) else source
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base to put beside the merged state: a module, and the hub folder it came from where there is one."""
+
+    model: nn.Module
+    folder: Path | None
+
+    def write(self, target: Path) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None:
+            for source in sorted(self.folder.iterdir()):
+                if source.suffix in (".json", ".safetensors", ".txt", ".model") and source.is_file():
+                    write_copy(contained(self.folder, source.name), target / source.name)
+            return
+        config = getattr(self.model, "config", None)
+        if config is None:
+            raise CheckpointError(
+                f"{target}: the base {type(self.model).__name__} has no config to save it with; use include_base=False and give "
+                "the base to from_pretrained"
+            )
+        write_json(target / "config.json", config.to_dict())
+        write_tensors(target / "model.safetensors", self.model.state_dict(), {"format": "pt"})
+
+
+def save(
+    folder: Path,
+    manifest: dict[str, Any],
+    base_hash: str,
+    base: BaseModel | None,
+    tasks: list[Tensors],
+    state: Tensors,
+) -> None:
+    """Write what changed and then the manifest; remove what the new manifest no longer names.
+
+    Raises:
+        CheckpointError: another process is writing to the folder, the disk is full, or the folder holds
+            something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        clean_stale(folder)
+        old = _read_manifest(folder) if (folder / MANIFEST).exists() else None
+        known = {entry["file"]: entry for entry in _files(old)} if old else {}
+        base_name = f"base-{base_hash[:12]}"
+        has_base = old is not None and old["base"]["folder"] == base_name
+        if base is not None and not has_base:
+            base.write(folder / base_name)
+            has_base = True
+        (folder / "tasks").mkdir(exist_ok=True)
+        entries = [
+            task | {"tensors": _write(folder, f"tasks/{i:03d}-{_slug(task['name'])}", tensors, known)}
+            for i, (task, tensors) in enumerate(zip(manifest["tasks"], tasks, strict=True))
+        ]
+        new = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **manifest,
+            "base": {"sha256": base_hash, "folder": base_name if has_base else None},
+            "tasks": entries,
+            "state": _write(folder, "state", state, known),
+            "versions": versions(),
+        }
+        write_json(folder / MANIFEST, new)
+        _sweep(folder, {entry["file"] for entry in _files(new)} | {base_name})
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A merger's folder whose manifest and files were checked."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def base_folder(self) -> Path:
+        """Where the base is.
+
+        Raises:
+            CheckpointError: the folder was saved without it.
+        """
+        name = self.manifest["base"]["folder"]
+        if name is None:
+            raise CheckpointError(
+                f"{self.folder}: saved without its base model; give it as base= (SHA-256 {self._base_hash[:12]}…)"
+            )
+        return contained(self.folder, name)
+
+    def check_base(self, found: str) -> None:
+        """Refuse another base than the one the tasks were merged into."""
+        if found != self._base_hash:
+            raise CheckpointError(
+                f"{self.folder}: merged into another base model (SHA-256 {self._base_hash[:12]}…, the given one has {found[:12]}…)"
+            )
+
+    @property
+    def _base_hash(self) -> str:
+        return str(self.manifest["base"]["sha256"])
+
+    def task_tensors(self) -> list[Tensors]:
+        return [_read(self.folder, task["tensors"]) for task in self.manifest["tasks"]]
+
+    def state_tensors(self) -> Tensors:
+        return _read(self.folder, self.manifest["state"])
+
+
+def load(folder: Path) -> Saved:
+    """The manifest of a merger's folder, with every file it names checked for presence, size and hash before
+    any tensor is read.
+
+    Raises:
+        CheckpointError: no manifest, another format or version, a missing, truncated or changed file; the
+            message names it.
+    """
+    manifest = _read_manifest(folder)
+    for entry in _files(manifest):
+        path = contained(folder, entry["file"])
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, the manifest names it")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path}: expected {entry['bytes']} bytes, found {size}")
+        if sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path}: its content is not what the manifest says (SHA-256 differs)")
+    return Saved(folder, manifest)
+
+
+def versions() -> dict[str, str]:
+    """Of mingle and what its numbers depend on."""
+    import transformers
+
+    return {
+        "mingle": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not there; {folder} holds no saved merge")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not the manifest of a {FORMAT} folder")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {manifest.get('format_version')}, this mingle reads {FORMAT_VERSION}"
+        )
+    for key, kind in _REQUIRED.items():
+        if not isinstance(manifest.get(key), kind):
+            raise CheckpointError(f"{path}: {key!r} is missing or no {kind.__name__}")
+    try:
+        for entry in _files(manifest):
+            _ = Path(entry["file"]), int(entry["bytes"]), str(entry["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: a task or file entry is malformed ({error!r})") from None
+    return manifest
+
+
+def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    entries = [task["tensors"] for task in manifest["tasks"]] + [manifest["state"]]
+    return [entry for entry in entries if entry is not None]
+
+
+def _write(
+    folder: Path, stem: str, tensors: Tensors, known: dict[str, dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Write tensors to a file named by their content, unless it is there; its manifest entry."""
+    if not tensors:
+        return None
+    name = f"{stem}-{state_hash(tensors)[:12]}.safetensors"
+    if name in known and (folder / name).is_file():
+        return known[name]
+    digest = write_tensors(folder / name, tensors)
+    return {"file": name, "bytes": (folder / name).stat().st_size, "sha256": digest}
+
+
+def _sweep(folder: Path, kept: set[str]) -> None:
+    """Remove our files that no manifest names any more: those of the last save, and what an interrupted one
+    left behind.
+    """
+    for path in [*folder.glob("base-*"), *folder.glob("state-*"), *folder.glob("tasks/*")]:
+        name = path.relative_to(folder).as_posix()
+        if name in kept or not _OWN_NAME.fullmatch(name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _read(folder: Path, entry: dict[str, Any] | None) -> Tensors:
+    return {} if entry is None else CheckpointReader(contained(folder, entry["file"])).state_dict()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:48]

@@ -1,0 +1,329 @@
+"""Lazy safetensors in, crash-safe safetensors out.
+
+Reading executes no code and opens nothing outside the named folder: every header is checked in full, against
+the size of its file, before any tensor is allocated. Writing goes through a temporary file in the target's
+folder and a rename, so whoever looks, whenever the writer is killed, finds the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from mingle.io.files import (
+    MAX_JSON_BYTES,
+    CheckpointError,
+    contained,
+    naming,
+    parse_json,
+    read_json,
+    replacing,
+)
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_NAMES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+_MAX_RANK = 64
+
+
+@dataclass(frozen=True)
+class _Entry:
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint by name, each read from disk when asked for.
+
+    Accepts one `.safetensors` file, an index of shards, or a folder that holds `model.safetensors`,
+    `model.safetensors.index.json` or `adapter_model.safetensors` (looked for in this order). Every shard's
+    header is checked here, so a missing, truncated or inconsistent file raises `CheckpointError` before any
+    tensor is read. With an index, only the tensors it lists are part of the checkpoint. The files stay open:
+    a rename over one of them does not change the reader.
+    """
+
+    def __init__(self, folder_or_file: str | Path) -> None:
+        source = _find(Path(folder_or_file))
+        if source.suffix == ".json":
+            shard_of = _read_index(source)
+            headers = {shard: _read_header(shard) for shard in sorted(set(shard_of.values()))}
+            for name, shard in shard_of.items():
+                if name not in headers[shard]:
+                    raise CheckpointError(f"{source}: tensor {name!r} is not in its shard {shard}")
+            entries = {name: headers[shard][name] for name, shard in shard_of.items()}
+        else:
+            entries = _read_header(source)
+        self._source = source
+        self._entries = dict(sorted(entries.items()))
+        self._files = {path: _open(path) for path in {entry.path for entry in entries.values()}}
+
+    def keys(self) -> list[str]:
+        """All tensor names, sorted."""
+        return list(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, from the header alone."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The tensor's dtype, from the header alone."""
+        return self._entry(name).dtype
+
+    def tensor(self, name: str, *, check_finite: bool = True) -> torch.Tensor:
+        """Read one tensor into fresh CPU memory, in its stored shape and dtype.
+
+        Raises `CheckpointError` for an unknown name, for a file that shrank since it was opened and, unless
+        `check_finite` is off, for a NaN or infinity in a floating-point or complex tensor.
+        """
+        entry = self._entry(name)
+        with naming(entry.path):
+            tensor: torch.Tensor = self._files[entry.path].get_tensor(name)
+        if check_finite and (entry.dtype.is_floating_point or entry.dtype.is_complex):
+            _check_finite(tensor, f"{entry.path}: tensor {name!r}")
+        return tensor
+
+    def state_dict(self, *, check_finite: bool = True) -> dict[str, torch.Tensor]:
+        """Read every tensor, in the order of `keys`; see `tensor`."""
+        return {name: self.tensor(name, check_finite=check_finite) for name in self}
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            closest = difflib.get_close_matches(name, self._entries, n=1)
+            hint = f"; did you mean {closest[0]!r}?" if closest else ""
+            raise CheckpointError(f"{self._source}: no tensor {name!r}{hint}")
+        return self._entries[name]
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write a safetensors file atomically and return the SHA-256 of its bytes, in hex.
+
+    The bytes depend only on the tensors and the metadata, to which `format: pt` is added where absent, so the
+    hash can name the content. Tensors may be strided in any way and on any device; those that share memory
+    are each written in full. Raises `CheckpointError`, with the old file untouched, where a tensor has no
+    safetensors form or the disk lacks the space.
+    """
+    # Widest dtype first: behind a header of a multiple of 8 bytes, every tensor then starts at a multiple of
+    # its item size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header, size = _header(
+        path, {name: tensors[name] for name in order}, {"format": "pt", **(metadata or {})}
+    )
+    digest = hashlib.sha256()
+    with replacing(path, size) as file:
+        chunks: Iterable[bytes | memoryview] = chain([header], (_bytes(tensors[name]) for name in order))
+        for data in chunks:
+            file.write(data)
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _header(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> tuple[bytes, int]:
+    """The bytes before the data, with the tensors laid out in the order given, and the size of the whole
+    file.
+    """
+    if not all(isinstance(text, str) for item in metadata.items() for text in item):
+        raise CheckpointError(f"{path}: metadata must map strings to strings")
+    # safetensors' own writer emits the metadata in random order, so that equal content would hash differently
+    # each time.
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name, tensor in tensors.items():
+        if (
+            name == "__metadata__"
+            or tensor.dtype not in _CODES
+            or tensor.layout != torch.strided
+            or tensor.is_meta
+        ):
+            form = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise CheckpointError(f"{path}: tensor {name!r} has no safetensors form ({form})")
+        end = position + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + position
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements in row-major order; a copy only where the tensor is not already so on the CPU."""
+    flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _find(path: Path) -> Path:
+    """The safetensors file or index that `path`, a file or a folder, stands for."""
+    if os.path.isfile(path):
+        return path
+    if not os.path.isdir(path):
+        raise CheckpointError(f"{path}: no such file or folder")
+    for name in _NAMES:
+        if os.path.isfile(file := contained(path, name)):
+            return file
+    with naming(path):
+        pickles = sorted(
+            file for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES and file.is_file()
+        )
+    if not pickles:
+        raise CheckpointError(f"{path}: no checkpoint; looked for {', '.join(_NAMES)}")
+    models = [file for file in pickles if file.name.startswith("pytorch_model")]
+    adapters = [file for file in pickles if file.name.startswith("adapter_model")]
+    # With no conventional name, the weights are by far the largest file: the rest is optimizer state or
+    # training arguments.
+    weights = models or adapters or [max(pickles, key=os.path.getsize)]
+    raise _pickle_error(path, weights, path / (_NAMES[2] if weights == adapters else _NAMES[0]))
+
+
+def _pickle_error(path: Path, weights: list[Path], target: Path) -> CheckpointError:
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"parts = [torch.load(file, map_location='cpu', weights_only=True) for file in {[str(file) for file in weights]}]; "
+        "tensors = {name: value.contiguous().clone() for part in parts for name, value in part.items()}; "
+        f"save_file(tensors, {str(target)!r}, metadata={{'format': 'pt'}})"
+    )
+    return CheckpointError(
+        f"{path}: pickle checkpoints are refused, because loading one runs code. "
+        f"If you trust its source, convert it in a trusted environment:\n{shlex.join(['python', '-c', code])}"
+    )
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """The shard of each tensor; every shard is inside the index's folder and exists."""
+    value = read_json(index)
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: 'weight_map' must map tensor names to shard names")
+    shards = {shard: contained(index.parent, shard) for shard in sorted(set(weight_map.values()))}
+    for shard, path in shards.items():
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{index}: shard {shard!r} is missing")
+    return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """The tensors of one safetensors file, once its header is sure to describe exactly the bytes that are
+    there.
+    """
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise _pickle_error(path, [path], path.with_suffix(".safetensors"))
+    with naming(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
+            raise CheckpointError(
+                f"{path}: truncated, or not safetensors: expected at least {start} bytes, found {size}"
+            )
+        if start > 8 + MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path}: expected a header of at most {MAX_JSON_BYTES} bytes, found {start - 8}"
+            )
+        header = parse_json(file.read(start - 8), f"{path}: header")
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: header: expected a JSON object")
+    header.pop("__metadata__", None)
+    entries = {}
+    spans = []
+    for name, value in header.items():
+        entries[name], begin, end = _parse_entry(path, name, value)
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise CheckpointError(
+                f"{path}: tensor {name!r}: expected its data at offset {position}, found {begin}"
+            )
+        position = end
+    if start + position != size:
+        raise CheckpointError(f"{path}: truncated or padded: expected {start + position} bytes, found {size}")
+    return entries
+
+
+def _parse_entry(path: Path, name: str, value: Any) -> tuple[_Entry, int, int]:
+    """A header's entry and the begin and end of its data, as offsets into the data."""
+    where = f"{path}: tensor {name!r}"
+    match value:
+        case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]}:
+            sane = len(shape) <= _MAX_RANK and all(
+                type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end)
+            )
+        case _:
+            sane = False
+    if not sane:
+        raise CheckpointError(f"{where}: malformed header entry")
+    if code not in _DTYPES:
+        raise CheckpointError(f"{where}: unknown dtype {code!r}")
+    dtype = _DTYPES[code]
+    # Without its zeros: strides overflow even in an empty tensor.
+    if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 2**63:
+        raise CheckpointError(f"{where}: absurd shape {shape}")
+    expected = math.prod(shape) * dtype.itemsize
+    if end - begin != expected:
+        raise CheckpointError(
+            f"{where}: expected {expected} bytes for {code} of shape {shape}, found {end - begin}"
+        )
+    return _Entry(path, tuple(shape), dtype), begin, end
+
+
+def _open(path: Path) -> Any:
+    # Read rather than mapped: a file truncated under a map kills the process, and two reads of a tensor would
+    # share memory.
+    with naming(path):
+        return safe_open(path, "pt", backend="pread")
+
+
+def _check_finite(tensor: torch.Tensor, where: str) -> None:
+    # torch.isfinite has no float8 kernels.
+    bad = ~torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    if bad.any():
+        first = torch.unravel_index(bad.flatten().byte().argmax(), tensor.shape)
+        index = tuple(int(coordinate) for coordinate in first)
+        raise CheckpointError(
+            f"{where}: {int(bad.sum())} of {tensor.numel()} values are not finite, the first at {index}"
+        )

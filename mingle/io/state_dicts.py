@@ -1,0 +1,93 @@
+"""What fine-tuning changed: the difference of two checkpoints of one architecture."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+
+class IncompatibleModel(ValueError):
+    """A fine-tuned model whose parameters are not those of the base."""
+
+
+def align(
+    base: Mapping[str, torch.Tensor],
+    tuned: Mapping[str, torch.Tensor],
+    prefixes: Iterable[str] = (),
+    first: Mapping[str, str] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The tensors of `tuned` under the names of `base`, in base's order.
+
+    Args:
+        base: the reference state, by name.
+        tuned: another state of the same architecture; further tensors under other prefixes are ignored when a
+            prefix matches.
+        prefixes: what `tuned` may put before base's names, most specific first (for example
+            ``vision_model.``); no prefix is tried last.
+        first: what `first_names` says of the base; of tensors that it ties together, `tuned` needs to hold
+            one.
+
+    Raises:
+        IncompatibleModel: missing, extra or differently shaped tensors, with the lists of each and the
+            closest match.
+    """
+    stripped = dict(tuned)
+    for prefix in prefixes:
+        inside = {
+            name.removeprefix(prefix): tensor for name, tensor in tuned.items() if name.startswith(prefix)
+        }
+        if inside:
+            stripped = inside
+            break
+    # Older checkpoints store this counter as a tensor; it is no parameter.
+    stripped = {name: tensor for name, tensor in stripped.items() if not name.endswith("position_ids")}
+    if first is not None:
+        held = {first[name]: tensor for name, tensor in stripped.items() if name in first}
+        stripped = {name: held[first[name]] for name in base if first[name] in held} | stripped
+    missing = [name for name in base if name not in stripped]
+    extra = [name for name in stripped if name not in base]
+    differing = [
+        f"{name} {list(stripped[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in base.items()
+        if name in stripped and stripped[name].shape != tensor.shape
+    ]
+    if missing or extra or differing:
+        raise IncompatibleModel(
+            "not a fine-tuned version of the base: " + "; ".join(_differences(missing, extra, differing))
+        )
+    return {name: stripped[name] for name in base}
+
+
+def _differences(missing: list[str], extra: list[str], differing: list[str], shown: int = 5) -> Iterable[str]:
+    for label, names in (("missing", missing), ("extra", extra), ("of another shape", differing)):
+        if names:
+            rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+            yield f"{len(names)} {label}: {', '.join(names[:shown])}{rest}"
+    if missing and extra:
+        near = difflib.get_close_matches(missing[0], extra, 1)
+        if near:
+            yield f"{missing[0]!r} may be {near[0]!r}"
+
+
+def first_names(module: nn.Module) -> dict[str, str]:
+    """Every name in the module's state → the first name of the same tensor, another one only where tensors
+    are tied.
+    """
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(tensor), name) for name, tensor in module.state_dict(keep_vars=True).items()
+    }
+
+
+def task_vector(
+    base: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], names: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Δ = θ_t − θ₀ of the named tensors, in float32 or wider."""
+    return {name: _wide(tuned[name]) - _wide(base[name]) for name in names}
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

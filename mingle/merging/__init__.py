@@ -1,0 +1,1 @@
+"""`mingle.Merger`: fine-tuned models arrive one after another, and one model serves all of their tasks."""

@@ -1,0 +1,118 @@
+"""Accuracy after every merge, and the two numbers of continual learning: ACC and BWT."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mingle.kernels.gated_experts import reference
+from mingle.nn.linear import MingleLinear
+from mingle.tasks import TaskData, TaskType
+
+
+@dataclass(frozen=True)
+class Result:
+    """Accuracies in per cent.
+
+    Attributes:
+        tasks: names in order of arrival.
+        matrix: matrix[i][j] is the accuracy on task j after merging task i; None where it was not measured
+            and above the diagonal.
+    """
+
+    tasks: list[str]
+    matrix: list[list[float | None]]
+
+    @property
+    def acc(self) -> float:
+        """Mean accuracy over all tasks after the last merge; NaN where that was not measured."""
+        return _mean(self.matrix[-1] if self.matrix else [])
+
+    @property
+    def bwt(self) -> float:
+        """Backward transfer: the mean over earlier tasks of a[T][j] − a[j][j].  0 for one task, NaN where
+        rows are missing.
+        """
+        if len(self.matrix) == 1:
+            return 0.0
+        last = self.matrix[-1] if self.matrix else []
+        now, then = last[:-1], [row[j] for j, row in enumerate(self.matrix[:-1])]
+        return _mean([None if a is None or b is None else a - b for a, b in zip(now, then, strict=True)])
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else float("nan")
+
+
+@torch.no_grad()
+def accuracy(task: TaskType, model: nn.Module, data: TaskData, batch_size: int = 128) -> float:
+    """The score of the model on the samples, taken in order and in batches of `batch_size`; see `score`."""
+    model.eval()
+    return score(torch.cat([task.outcomes(model, batch) for batch in data.batches(batch_size)]), data.metric)
+
+
+def score(outcomes: torch.Tensor, metric: str) -> float:
+    """In per cent: the mean of `outcomes` [n] for ``accuracy``, the rank correlation of the columns of
+    `outcomes` [n, 2] for ``spearman``.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+    outcomes = outcomes.double()
+    if metric == "accuracy":
+        return 100 * outcomes.mean().item()
+    if metric == "spearman":
+        return 100 * spearman(*outcomes.unbind(1))
+    raise ValueError(f"metric={metric!r}: expected accuracy or spearman")
+
+
+def spearman(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Spearman's rank correlation of x [n] and y [n], equal values sharing their mean rank; 0 where one of
+    them never varies.
+    """
+    a, b = (ranks - ranks.mean() for ranks in (_ranks(x), _ranks(y)))
+    norm = (a.norm() * b.norm()).item()
+    return (a @ b).item() / norm if norm else 0.0
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks from 0, float64 [n]."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts + 1) / 2)[inverse].double()
+
+
+@torch.no_grad()
+def gate_activation(
+    task: TaskType,
+    model: nn.Module,
+    layers: Mapping[str, MingleLinear],
+    data: TaskData,
+    batch_size: int = 128,
+) -> torch.Tensor:
+    """The mean gate value of every expert in every layer over the samples: [L, T]."""
+    sums = [torch.zeros(layer.num_experts) for layer in layers.values()]
+
+    def hook(i: int) -> Callable[..., None]:
+        def observe(layer: MingleLinear, args: tuple[Any, ...]) -> None:
+            x, mask = args[0], layer.token_mask
+            values = reference.gate_values(x, *layer.all_gates(), layer.reduce, mask)
+            counted = mask if mask is not None and layer.reduce == "token" else x.new_ones(values.shape[:-1])
+            weight = counted / counted.sum() * len(x)
+            sums[i] += (values * weight.unsqueeze(-1)).flatten(0, -2).sum(0).cpu()
+
+        return observe
+
+    handles = [layer.register_forward_pre_hook(hook(i)) for i, layer in enumerate(layers.values())]
+    try:
+        for batch in data.batches(batch_size):
+            task.logits(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(sums) / max(len(data), 1)

@@ -1,0 +1,318 @@
+"""`Merger`: takes in fine-tuned models one after another and keeps one model that serves all of their tasks."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mingle import methods, tasks
+from mingle.adaptation.train import StepProgress
+from mingle.io import export, merger_folder
+from mingle.io.state_dicts import first_names
+from mingle.merging.evaluate import Result, accuracy
+from mingle.merging.finetuned import Model, tower_tensors
+from mingle.methods import Arrival, StepReport
+from mingle.options import build
+from mingle.tasks import TaskData
+
+
+@dataclass
+class MergedTask:
+    """One task the merged model serves: its name, how many seed samples it was merged with, and why it was
+    skipped, if it was.
+    """
+
+    name: str
+    seed_samples: int = 0
+    skipped: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Merger:
+    """Merges fine-tuned models into one, in the order in which they arrive.
+
+        merger = mingle.Merger("clip-vit-base-patch32", method="mingle")
+        merger.add("svhn", "clip-vit-base-patch32_svhn", {"pixel_values": pixels, "text_embeds": head})
+        merger.save_pretrained("merged")                       # and next month:
+        merger = mingle.Merger.from_pretrained("merged")
+        merger.add("gtsrb", "clip-vit-base-patch32_gtsrb", ...)
+
+    Args:
+        base_model: the common pre-trained model, a module or a local folder in hub format.  A module is
+            copied, never changed.
+        method: a name in `mingle.methods.METHODS`.
+        task_type: how batches become logits, ``"clip"`` or ``"t5"``; None takes what the base's configuration
+            says.
+        seed: of everything random.  Step t depends on (seed, t) and the merged state only, so an interrupted
+            merge resumes bit for bit.
+        device: where the merged model lives; None leaves the base where it is.
+        options: the method's own, see its ``Options``.
+
+    Raises:
+        ValueError: an unknown method, task type or option.
+        CheckpointError: a folder that holds no intact model.
+    """
+
+    def __init__(
+        self,
+        base_model: nn.Module | str | Path,
+        method: str = "mingle",
+        task_type: str | None = None,
+        *,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> None:
+        self.task = tasks.of(base_model) if task_type is None else tasks.get(task_type)
+        method_class = methods.get(method)
+        self.options: Any = build(method_class.Options, options, f"method {method!r}")
+        self.seed = seed
+        self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
+        self.base = base_model if isinstance(base_model, nn.Module) else self.task.load(base_model)
+        if device is not None:
+            self.base = copy.deepcopy(self.base).to(device)
+        self.model = copy.deepcopy(self.base).eval()
+        self._first_names = first_names(self.base.get_submodule(self.task.tower))
+        self._base_tower = {
+            name: t.detach() for name, t in self.base.get_submodule(self.task.tower).state_dict().items()
+        }
+        self.method = method_class(self.model, self.task, self._base_tower, self.options)
+        self.merged: list[MergedTask] = []
+        self.matrix: list[list[float | None]] = []
+        #: anything JSON can hold, saved with the merger
+        self.metadata: dict[str, Any] = {}
+
+    @property
+    def task_names(self) -> list[str]:
+        """The merged tasks in order of arrival."""
+        return [task.name for task in self.merged]
+
+    def add(
+        self,
+        name: str,
+        finetuned_model: Model,
+        seed_data: TaskData | Mapping[str, Any] | None = None,
+        on_step: Callable[[StepProgress], None] | None = None,
+    ) -> StepReport:
+        """Merge one more fine-tuned model.
+
+        Args:
+            name: the task's name, new to this merger.
+            finetuned_model: a module, a state dict or a local folder; the whole model, its tower alone, or a
+                folder with a LoRA adapter.
+            seed_data: a few unlabelled samples of the task, for methods that adapt (others never look at
+                them); see the task type for the keys.
+            on_step: called during adaptation, see `mingle.adaptation.train.adapt_gates`.
+
+        Raises:
+            ValueError: a known name, missing seed samples, or a model that is no fine-tuned version of the
+                base.
+            CheckpointError: a broken checkpoint, or one with NaN or infinite weights.
+            AdaptationDiverged: the loss stayed non-finite.  Whatever is raised, the merger is as it was
+                before.
+        """
+        if not name or name in self.task_names:
+            raise ValueError(f"task {name!r} is merged already" if name else "a task needs a name")
+        seeds = self.task.data(seed_data) if seed_data is not None and self.method.needs_seeds else None
+        if self.method.needs_seeds and not seeds:
+            raise ValueError(
+                f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given"
+            )
+        tuned = self._tower_tensors(name, finetuned_model)
+        index = len(self.merged)
+        teacher = partial(self._teacher, tuned)
+        if seeds is not None and self.method.needs_answers:
+            seeds = self.task.prepared(teacher, seeds)
+        arrival = Arrival(
+            index=index,
+            name=name,
+            tuned=tuned,
+            seeds=seeds,
+            teacher=teacher,
+            seed=zlib.crc32(f"{self.seed}/{index}".encode()),
+            on_step=on_step,
+        )
+        report = self.method.add(arrival)
+        self.merged.append(MergedTask(name, len(seeds) if seeds else 0, report.skipped, report.notes))
+        self.matrix.append([None] * len(self.merged))
+        return report
+
+    def model_for(self, name: str) -> nn.Module:
+        """The model that serves a merged task: the merged model, but for the reference row ``individual`` the
+        task's own.
+        """
+        if name not in self.task_names:
+            raise ValueError(
+                f"task {name!r} is not among the merged ones: {', '.join(self.task_names) or 'none'}"
+            )
+        self.method.select(self.task_names.index(name))
+        return self.model
+
+    def evaluate(
+        self,
+        suite: Mapping[str, TaskData | Mapping[str, Any]],
+        batch_size: int = 128,
+        tasks: Collection[str] | None = None,
+    ) -> Result:
+        """Accuracy on every merged task, or on some, kept as the accuracy matrix's row of the present state.
+
+        Args:
+            suite: labelled test samples by task name; a `mingle.suites.Suite` or any mapping that has the
+                merged tasks.
+            batch_size: samples per batch.  With ``batch`` gates predictions depend on it.
+            tasks: which merged tasks to measure; None measures all.
+
+        Returns:
+            Everything measured so far, with `.acc`, `.bwt` and `.matrix`.
+        """
+        wanted = self.task_names if tasks is None else tasks
+        missing = [name for name in wanted if name not in suite]
+        if missing:
+            raise ValueError(f"the suite has no samples for the merged tasks {', '.join(missing)}")
+        row: list[float | None] = [
+            accuracy(self.task, self.model_for(name), self.task.data(suite[name]), batch_size)
+            if name in wanted
+            else None
+            for name in self.task_names
+        ]
+        if row:
+            self.matrix[-1] = row
+        return self.result()
+
+    def result(self) -> Result:
+        """Everything measured so far."""
+        return Result(self.task_names, [list(row) for row in self.matrix])
+
+    def save_pretrained(self, folder: str | Path, *, include_base: bool = True) -> None:
+        """Write the merger to a folder: safetensors and a JSON manifest, nothing pickled.
+
+        Files are written beside the old ones and the manifest last, so an interruption leaves the old state
+        or the new one.  Only what changed since the last save to the same folder is written.
+
+        Args:
+            folder: made where it does not exist.
+            include_base: put the base model into the folder too, which makes it self-contained; without it,
+                `from_pretrained` needs `base`.
+        """
+        manifest = {
+            "method": self.method.name,
+            "task_type": self.task.name,
+            "seed": self.seed,
+            "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
+            "options": asdict(self.options),
+            "tasks": [asdict(task) for task in self.merged],
+            "matrix": self.matrix,
+            "metadata": self.metadata,
+        }
+        task_tensors = [self.method.task_tensors(i) for i in range(len(self.merged))]
+        base = merger_folder.BaseModel(self.base, self.base_folder) if include_base else None
+        merger_folder.save(
+            Path(folder),
+            manifest,
+            merger_folder.state_hash(self.base),
+            base,
+            task_tensors,
+            self.method.state_tensors(),
+        )
+
+    def export(self, folder: str | Path, task: str | None = None) -> None:
+        """Write the merged model to a new folder as a plain Hugging Face model, which `transformers` loads
+        with `from_pretrained`.
+
+        Args:
+            folder: not there yet, or empty.
+            task: whose model to write, for the reference row ``individual``, which has one per task.
+
+        Raises:
+            ValueError: a method whose model is not plain weights, see
+                `mingle.methods.MergeMethod.plain_tower`; a task that is not merged, is missing, or is given
+                where one model serves all.
+            CheckpointError: a folder in use, or a full disk.
+        """
+        if self.method.per_task:
+            if task is None:
+                raise ValueError(
+                    f"method {self.method.name!r} keeps one model per task; say which task: {', '.join(self.task_names)}"
+                )
+            self.model_for(task)
+        elif task is not None:
+            raise ValueError(
+                f"task {task!r}: with method {self.method.name!r} one model serves all tasks; leave the task out"
+            )
+        state = export.whole_model(self.base, self.task.tower, self.method.plain_tower())
+        config = export.hub_config(self.base, self.base_folder, next(self.base.parameters()).dtype)
+        export.write_model(Path(folder), state, config, self.base_folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        base: nn.Module | str | Path | None = None,
+        *,
+        device: str | torch.device | None = None,
+    ) -> Merger:
+        """A merger as it was when `save_pretrained` wrote it; the next `add` gives the same bits as if it had
+        never stopped.
+
+        Args:
+            folder: what `save_pretrained` wrote.  Nothing outside it is read.
+            base: the base model, where the folder does not hold it.
+            device: where the merged model shall live.
+
+        Raises:
+            CheckpointError: a missing, truncated or changed file, another format version, or another base
+                model.
+        """
+        folder = Path(folder)
+        saved = merger_folder.load(folder)
+        manifest = saved.manifest
+        model = base if base is not None else saved.base_folder()
+        if not isinstance(model, nn.Module):
+            model = tasks.get(manifest["task_type"]).load(model).to(getattr(torch, manifest["dtype"]))
+        merger = cls(
+            model,
+            manifest["method"],
+            manifest["task_type"],
+            seed=manifest["seed"],
+            device=device,
+            **manifest["options"],
+        )
+        merger.base_folder = None if isinstance(base, nn.Module) else Path(base or saved.base_folder())
+        saved.check_base(merger_folder.state_hash(merger.base))
+        place = next(merger.base.parameters()).device
+        moved = [
+            {name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved.task_tensors()
+        ]
+        merger.method.restore(
+            moved, {name: tensor.to(place) for name, tensor in saved.state_tensors().items()}
+        )
+        merger.merged = [
+            MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__})
+            for task in manifest["tasks"]
+        ]
+        merger.matrix, merger.metadata = manifest["matrix"], manifest["metadata"]
+        return merger
+
+    def _tower_tensors(self, name: str, model: Model) -> dict[str, torch.Tensor]:
+        """The fine-tuned tower on the base's device and in its dtype, under the base tower's names."""
+        try:
+            aligned = tower_tensors(model, self._base_tower, self._first_names, self.task.prefixes)
+        except ValueError as error:
+            raise type(error)(f"task {name!r}: {error}") from None
+        broken = [key for key, tensor in aligned.items() if not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(f"task {name!r}: {broken[0]} has NaN or infinite values")
+        return {key: tensor.detach().to(self._base_tower[key], copy=True) for key, tensor in aligned.items()}
+
+    def _teacher(self, tuned: Mapping[str, torch.Tensor]) -> nn.Module:
+        teacher = copy.deepcopy(self.base).eval()
+        teacher.get_submodule(self.task.tower).load_state_dict(dict(tuned))
+        return teacher

@@ -1,0 +1,69 @@
+"""From a task vector to an expert: keep clear of what earlier experts do, then keep the leading directions
+(MINGLE Eqs. 3–4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mingle import linalg
+from mingle.linalg.arithmetic import buckets, stacked
+from mingle.nn.linear import LowRankExpert
+
+
+def project_out_experts(delta: Tensor, B: Tensor, A: Tensor, *, drop_diagonal: bool = False) -> Tensor:
+    """Δ without the block of the effective-rank leading singular directions of the update B A that earlier
+    experts make together.
+
+    Args:
+        delta: Δ [..., m, n].
+        B: [..., m, R], the experts' own side by side.
+        A: [..., R, n], the experts' own one above the other.
+        drop_diagonal: see `mingle.linalg.project_out`.  The paper's formula has it, its published numbers do
+            not.
+    """
+    U, S, Vh = linalg.factored_svd(B, A)
+    leading = linalg.effective_rank(S) if S.dim() == 1 else linalg.effective_ranks(S)
+    return linalg.project_out(delta, U, S, Vh, leading, drop_diagonal=drop_diagonal)
+
+
+def concatenated(experts: Sequence[LowRankExpert]) -> tuple[Tensor, Tensor]:
+    """B [d_out, R] and A [R, d_in] with B A = Σ_i B_i A_i; of one expert or more."""
+    return torch.cat([expert.B for expert in experts], 1), torch.cat([expert.A for expert in experts], 0)
+
+
+def make_experts(
+    deltas: Mapping[str, Tensor],
+    earlier: Mapping[str, Sequence[LowRankExpert]],
+    rank: int,
+    *,
+    drop_diagonal: bool = False,
+) -> dict[str, LowRankExpert]:
+    """The rank-`rank` experts of a task, all layers together: Δ, projected, ≈ Ũ Σ̃ Ṽᵀ with B = Ũ [d_out, r]
+    and A = Σ̃ Ṽᵀ [r, d_in].
+
+    Args:
+        deltas: Δ [d_out, d_in] by layer.
+        earlier: the experts of earlier tasks by layer, as many in each.
+        rank: r; at most min(d_out, d_in) is used.
+        drop_diagonal: see `project_out_experts`.
+
+    Raises:
+        ValueError: a Δ with non-finite entries; the message names the layer.
+    """
+    names, matrices = list(deltas), list(deltas.values())
+    projected = list(matrices)
+    for places in buckets(matrices):
+        if not earlier[names[places[0]]]:
+            continue
+        B, A = map(stacked, zip(*(concatenated(earlier[names[i]]) for i in places), strict=True))
+        parts = project_out_experts(stacked([matrices[i] for i in places]), B, A, drop_diagonal=drop_diagonal)
+        for i, part in zip(places, parts.view(len(places), *matrices[places[0]].shape), strict=True):
+            projected[i] = part
+    triplets = linalg.svd_lowrank(projected, rank, keys=names)
+    return {
+        name: LowRankExpert(S.unsqueeze(1) * Vh, U) for name, U, S, Vh in zip(names, *triplets, strict=True)
+    }

@@ -1,0 +1,200 @@
+"""MINGLE: null-space gated low-rank experts, merged at test time (Qiu et al., arXiv 2505.11883)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from mingle.adaptation import input_directions
+from mingle.adaptation.fast_forward import fast_linears
+from mingle.adaptation.projector import RelaxedProjector
+from mingle.adaptation.train import (
+    TEACHER_BATCH,
+    AdaptationDiverged,
+    AdaptConfig,
+    AdaptTrace,
+    adapt_gates,
+    teacher_logits,
+)
+from mingle.kernels.gated_experts import reference
+from mingle.methods.base import Arrival, StepReport, Tensors
+from mingle.methods.experts import make_experts
+from mingle.methods.gated import GatedMethod
+from mingle.nn.linear import GATE_INIT_STD
+from mingle.options import require_not_negative, require_positive
+from mingle.tasks import TaskData, TaskType
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MingleOptions:
+    """Settings of MINGLE; the defaults are the paper's for vision.
+
+    Attributes:
+        rank: r of every expert.
+        layers: target layers as exact suffixes; None takes the method's own set of the task type.
+        reduce: what the gates see: each token, the mean of a sample, or of the batch.
+        k: how many input directions of every task are protected per layer.
+        gamma, beta: relaxation strength and memory of S.
+        steps, lr, batch_size, temperature: adaptation, see `mingle.adaptation.train.AdaptConfig`.
+        gates: which gates train: the newest one, all, or none at all (``static``, all gates constant).
+        constraint: ``relaxed``, ``hard`` (λ = 1) or ``none``.
+        static_coefficient: the constant gate of ``gates="static"``.
+        gate_init: new gate weights from N(0, 0.01²) as in the reference code, or ``zeros`` as in the paper's
+            Algorithm 1.
+        drop_diagonal: see `mingle.linalg.project_out`.
+        backend: see `mingle.functional.gated_experts`.
+        precision: of the products during adaptation, see `mingle.adaptation.train.AdaptConfig`.
+    """
+
+    rank: int = 64
+    layers: tuple[str, ...] | None = None
+    reduce: Literal["token", "sample", "batch"] = "sample"
+    k: int = 3
+    gamma: float = 1.0
+    beta: float = 0.99
+    steps: int = 50
+    lr: float = 1e-4
+    batch_size: int = 16
+    temperature: float = 2.0
+    gates: Literal["newest", "all", "static"] = "newest"
+    constraint: Literal["relaxed", "hard", "none"] = "relaxed"
+    static_coefficient: float = 0.3
+    gate_init: Literal["normal", "zeros"] = "normal"
+    drop_diagonal: bool = False
+    backend: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank", "batch_size")
+        require_not_negative(self, "k", "steps", "gamma", "lr")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}: expected a positive value")
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta={self.beta}: expected a value in [0, 1)")
+
+
+class Mingle(GatedMethod):
+    """One gated expert per task and target layer; biases, norms and embeddings stay those of the base."""
+
+    name = "mingle"
+    Options = MingleOptions
+    layer_set: ClassVar[str] = "full"
+
+    def __init__(
+        self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
+    ) -> None:
+        super().__init__(model, task, base, options)
+        self.bases: Tensors = {
+            name: layer.gate_weight.new_empty(layer.in_features, 0) for name, layer in self.layers.items()
+        }
+        #: per task, how many basis columns each layer had before it
+        self.offsets: list[dict[str, int]] = []
+
+    def add(self, arrival: Arrival) -> StepReport:
+        before = self._widths()
+        report = super().add(arrival)
+        self.offsets.append(before)
+        return report
+
+    def _widths(self) -> dict[str, int]:
+        return {name: basis.shape[1] for name, basis in self.bases.items()}
+
+    def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
+        options, report = self.options, StepReport()
+        generator = torch.Generator().manual_seed(arrival.seed)
+        earlier = {name: layer.experts() for name, layer in self.layers.items()}
+        experts = make_experts(deltas, earlier, options.rank, drop_diagonal=options.drop_diagonal)
+        for name, layer in self.layers.items():
+            gate = torch.zeros(layer.in_features)
+            if options.gates != "static" and options.gate_init == "normal":
+                gate.normal_(std=GATE_INIT_STD, generator=generator)
+            bias = options.static_coefficient if options.gates == "static" else 0.0
+            self._append(name, experts[name].A.to(layer.weight), experts[name].B.to(layer.weight), gate, bias)
+        if options.gates != "static":
+            report.trace = self._adapt(arrival, generator)
+        self.bases = self._protect(arrival, report)
+        return report
+
+    def _append(
+        self, name: str, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor
+    ) -> None:
+        layer = self.layers[name]
+        layer.add_expert(A, B, gate_weight=gate, gate_bias=bias)
+        layer.set_trainable_gates({"newest": 1, "all": layer.num_experts, "static": 0}[self.options.gates])
+
+    def _adapt(self, arrival: Arrival, generator: torch.Generator) -> AdaptTrace:
+        options, seeds = self.options, arrival.samples()
+        projector = None
+        if options.constraint != "none":
+            gamma = options.gamma if options.constraint == "relaxed" else 0.0
+            projector = RelaxedProjector(self.bases, gamma=gamma, beta=options.beta, backend=options.backend)
+        config = AdaptConfig(
+            options.steps, options.lr, options.batch_size, options.temperature, options.precision
+        )
+
+        def targets(samples: TaskData) -> torch.Tensor:
+            return teacher_logits(self.task, arrival.teacher(), samples, TEACHER_BATCH)
+
+        return adapt_gates(
+            self.task, self.model, self.layers, seeds, targets, config, generator, projector, arrival.on_step
+        )
+
+    def _protect(self, arrival: Arrival, report: StepReport) -> Tensors:
+        """The bases with this task's dominant input directions, as the merged model now sees its seed
+        samples.
+        """
+        options = self.options
+        if options.constraint == "none" or options.gates == "static" or options.k == 0:
+            return self.bases
+        seeds = arrival.samples()
+        with (
+            torch.no_grad(),
+            fast_linears(self.model),
+            input_directions.input_directions(self.layers) as seen,
+        ):
+            for batch in seeds.batches(TEACHER_BATCH):
+                if not self.task.logits(self.model, batch).isfinite().all():
+                    raise AdaptationDiverged("the adapted model's answers to the seed samples are not finite")
+        bases = input_directions.extend(self.bases, seen, options.k)
+        full = input_directions.saturated(bases)
+        if full:
+            report.notes.append(f"the protected directions fill the whole input space of {', '.join(full)}")
+            logger.warning("%s: %s", arrival.name, report.notes[-1])
+        return bases
+
+    def plain_tower(self) -> Tensors:
+        if self.options.gates != "static":
+            return super().plain_tower()
+        folded = {
+            f"{n}.weight": reference.fold(layer.weight, layer.A, layer.B, layer.all_gates()[1])
+            for n, layer in self.layers.items()
+        }
+        return dict(self.base) | {name: tensor.to(self.base[name]) for name, tensor in folded.items()}
+
+    def task_tensors(self, index: int) -> Tensors:
+        tensors = super().task_tensors(index)
+        for name in self.layers if tensors else ():
+            last = self.offsets[index + 1][name] if index + 1 < len(self.offsets) else None
+            tensors[f"{name}.basis"] = self.bases[name][:, self.offsets[index][name] : last]
+        return tensors
+
+    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+        super().restore(tasks, state)
+        for tensors in tasks:
+            self.offsets.append(self._widths())
+            for name in self.layers if tensors else ():
+                self.bases[name] = torch.cat([self.bases[name], tensors[f"{name}.basis"]], 1)
+
+
+class MingleLight(Mingle):
+    """MINGLE*: experts on the attention inputs and the first MLP layer only."""
+
+    name = "mingle-light"
+    layer_set = "light"

@@ -1,0 +1,1 @@
+"""Layers that take on experts: `MingleLinear`, how it gets into a model, and adapters of other libraries."""

@@ -1,0 +1,110 @@
+"""Swap the target Linears of a model for `MingleLinear`, and back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from torch import nn
+
+from mingle.nn.linear import MingleLinear
+
+
+def matches(name: str, suffix: str) -> bool:
+    """Whether the dotted module name ends in exactly these components: ``fc1`` matches ``mlp.fc1``, never
+    ``mlp.xfc1``.
+    """
+    return name == suffix or name.endswith("." + suffix)
+
+
+def refusal(module: nn.Module, parent: nn.Module) -> str:
+    """Why `module`, a child of `parent`, cannot take experts; empty where it can."""
+    # Subclasses are refused: torch.nn.MultiheadAttention, for one, reads its out_proj's weight and never
+    # calls the layer.
+    if type(module) is not nn.Linear and not isinstance(module, MingleLinear):
+        return f"is a {type(module).__name__}, not a torch.nn.Linear: it cannot take experts"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "cannot take experts: torch.nn.TransformerEncoderLayer reads its weight in inference and would skip them"
+    return ""
+
+
+def present(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:
+    """Those of `suffixes` that the model has, in sets that cover the variants of an architecture; all where
+    it has none of them.
+    """
+    suffixes = tuple(suffixes)
+    names = [name for name, _ in model.named_modules()]
+    return tuple(suffix for suffix in suffixes if any(matches(name, suffix) for name in names)) or suffixes
+
+
+def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear | MingleLinear]:
+    """The Linear (or already injected) layers whose names end in one of `targets`, in model order.
+
+    Raises:
+        ValueError: a target that no layer matches (names the nearest one), or that matches something other
+            than a plain Linear.
+    """
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    modules = dict(model.named_modules())
+    found: dict[str, nn.Linear | MingleLinear] = {}
+    for name, module in modules.items():
+        if not any(matches(name, target) for target in targets):
+            continue
+        if reason := refusal(module, modules[name.rpartition(".")[0]]):
+            raise ValueError(f"layer {name!r} {reason}")
+        assert isinstance(module, nn.Linear | MingleLinear)
+        found[name] = module
+    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear | MingleLinear)}
+    for target in targets:
+        if not any(matches(name, target) for name in found):
+            suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear} | linear)
+            near = difflib.get_close_matches(target, suffixes, 1)
+            raise ValueError(
+                f"no Linear layer's name ends in {target!r}"
+                + (f"; the nearest is {near[0]!r}" if near else "")
+            )
+    return found
+
+
+def inject(
+    model: nn.Module,
+    targets: Iterable[str],
+    reduce: str = "sample",
+    *,
+    backend: str = "auto",
+    prepack: bool = False,
+) -> dict[str, MingleLinear]:
+    """Replace, in place, every Linear whose name ends in one of `targets` by a `MingleLinear` that shares its
+    weight.
+
+    Args:
+        model: any module.
+        targets: exact dotted suffixes, such as ``("q_proj", "mlp.fc1")``, or one of them.
+        reduce: what the gates see; see `mingle.functional.gated_experts`.
+        backend: see `mingle.functional.gated_experts`.
+        prepack: see `MingleLinear`.
+
+    Returns:
+        The injected layers by name, in model order.  Layers that are injected already stay as they are.
+
+    Raises:
+        ValueError: a target that matches nothing, or something other than a plain Linear.  The model is then
+            unchanged.
+    """
+    layers: dict[str, MingleLinear] = {}
+    for name, module in find_targets(model, targets).items():
+        if isinstance(module, nn.Linear):
+            module = MingleLinear.from_linear(module, reduce, backend=backend, prepack=prepack)
+            model.set_submodule(name, module)
+        layers[name] = module
+    return layers
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Put the base Linear back in place of every `MingleLinear`, in place; experts and gates are dropped.
+    Returns their names.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MingleLinear)}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.to_linear())
+    return list(layers)

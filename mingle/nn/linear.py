@@ -1,0 +1,302 @@
+"""`MingleLinear`: a frozen linear layer that takes on gated low-rank experts, one task after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mingle import functional, linalg
+from mingle.kernels import prepack as prepacked
+from mingle.kernels.gated_experts.reference import REDUCTIONS
+
+if TYPE_CHECKING:
+    from mingle.nn.sharing import SharedInput
+
+GATE_INIT_STD = 0.01
+
+
+class LowRankExpert(NamedTuple):
+    """The low-rank update B A of one task: A [r, d_in], B [d_out, r]."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+    def delta(self) -> torch.Tensor:
+        """The dense update [d_out, d_in]."""
+        return self.B @ self.A
+
+    @classmethod
+    def from_dense(cls, delta: torch.Tensor, rank: int) -> LowRankExpert:
+        """The best rank-`rank` approximation of a dense update: Δ ≈ U Σ Vᵀ with B = U and A = Σ Vᵀ.
+
+        Args:
+            delta: Δ [d_out, d_in], of any floating dtype, which is that of the factors; decomposed in
+                float64.
+            rank: r; at most min(d_out, d_in) is used.
+
+        Raises:
+            ValueError: a Δ that is no floating-point matrix or has non-finite entries, or a non-positive
+                rank.
+        """
+        if delta.dim() != 2 or not delta.is_floating_point():
+            raise ValueError(
+                f"delta has shape {list(delta.shape)} and dtype {delta.dtype}; expected a floating-point [d_out, d_in]"
+            )
+        U, S, Vh = linalg.svd_lowrank(delta, rank)
+        return cls(A=S.unsqueeze(-1) * Vh, B=U)
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+class MingleLinear(nn.Module):
+    """Drop-in for `torch.nn.Linear`: y = x W₀ᵀ + b + Σ_i g_i(x) · (x A_iᵀ) B_iᵀ (MINGLE Eq. 2).
+
+    With no experts it is bitwise the layer it was made from.  Only the gates of the newest expert train;
+    base, experts and older gates are frozen parameters, and all of them are part of the `state_dict`.
+    Experts of lower rank are padded with zeros to the highest one.
+
+    Attributes:
+        weight, bias: W₀ [d_out, d_in] and b [d_out] or None, shared with the original layer.
+        A, B: [T, r, d_in] and [T, d_out, r].
+        gate_weight, gate_bias: the trainable gates, [n, d_in] and [n], in fp32 or better; n is 1 after
+            `add_expert`.
+        frozen_gate_weight, frozen_gate_bias: the other gates, [T − n, d_in] and [T − n]; they come first.
+        reduce: what the gates see, ``"token"``, ``"sample"`` or ``"batch"``; see
+            `mingle.functional.gated_experts`.
+        backend: passed on to `mingle.functional.gated_experts`.
+        prepack: keep the frozen weights a second time, in the layout that CPU products are fastest in (see
+            `mingle.kernels.prepack`). Made anew after every change, never saved; results differ by rounding.
+        shared: set by `mingle.share_inputs`: what computes this layer together with its siblings, and its
+            place among them.
+        token_mask: bool [..., N], true for tokens that count in the gates' means, where `forward` is not
+            given one; set around a call by who knows the padding, and no part of the state.
+        given_gates: gates of a router, which replace the layer's own; set around a call, and no part of the
+            state.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    A: nn.Parameter
+    gate_weight: nn.Parameter
+    gate_bias: nn.Parameter
+    frozen_gate_weight: nn.Parameter
+    frozen_gate_bias: nn.Parameter
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        reduce: str = "sample",
+        backend: str = "auto",
+        prepack: bool = False,
+    ) -> None:
+        super().__init__()
+        if reduce not in REDUCTIONS:
+            raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(REDUCTIONS)}")
+        self.reduce = reduce
+        self.backend = backend
+        self.prepack = prepack
+        self.out_features, self.in_features = weight.shape
+        self.weight = _frozen(weight)
+        self.register_parameter("bias", None if bias is None else _frozen(bias))
+        self.A = _frozen(weight.new_empty(0, 0, self.in_features))
+        # Stored transposed, so that all experts lie side by side for one product; `B` is a view.
+        self.B_transposed = _frozen(weight.new_empty(0, 0, self.out_features))
+        gate_dtype = torch.promote_types(
+            weight.dtype, torch.float32
+        )  # steps of Adam are lost in half precision
+        self._set_gates(
+            weight.new_empty(0, self.in_features, dtype=gate_dtype),
+            weight.new_empty(0, dtype=gate_dtype),
+            trainable=0,
+        )
+        self._base_trainable = False
+        self.shared: tuple[SharedInput, int] | None = None
+        self.token_mask: torch.Tensor | None = None
+        self.given_gates: torch.Tensor | None = None
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, reduce: str = "sample", *, backend: str = "auto", prepack: bool = False
+    ) -> MingleLinear:
+        """Wrap `linear` without copying its weight.  The original layer is left as it is."""
+        layer = cls(linear.weight, linear.bias, reduce=reduce, backend=backend, prepack=prepack)
+        layer._base_trainable = linear.weight.requires_grad
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The base layer again, without experts, sharing W₀ and b."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight.detach(), requires_grad=self._base_trainable)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach(), requires_grad=self._base_trainable)
+        return linear.train(self.training)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.A)
+
+    @property
+    def rank(self) -> int:
+        """The highest rank among the experts; 0 without any."""
+        return self.A.shape[1]
+
+    @property
+    def B(self) -> torch.Tensor:
+        """Up-projections [T, d_out, r], a view."""
+        return self.B_transposed.mT
+
+    def experts(self) -> list[LowRankExpert]:
+        return [LowRankExpert(a, b) for a, b in zip(self.A, self.B, strict=True)]
+
+    def all_gates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [T, d_in] and biases [T] of all gates, oldest first; gradients flow to the trainable ones."""
+        if len(self.frozen_gate_weight) == 0:
+            return self.gate_weight, self.gate_bias
+        return torch.cat([self.frozen_gate_weight, self.gate_weight]), torch.cat(
+            [self.frozen_gate_bias, self.gate_bias]
+        )
+
+    def add_expert(
+        self,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        *,
+        gate_weight: torch.Tensor | None = None,
+        gate_bias: float | torch.Tensor = 0.0,
+    ) -> None:
+        """Append an expert, freeze all older gates and make its gate the trainable one.
+
+        Args:
+            A: [r, d_in], any strides.
+            B: [d_out, r], any strides.
+            gate_weight: the new gate's initial weight [d_in]; drawn from N(0, 0.01²) where None.
+            gate_bias: the new gate's initial bias.
+
+        Raises:
+            ValueError: shapes that do not fit this layer.
+        """
+        rank = len(A)
+        if A.shape != (rank, self.in_features) or B.shape != (self.out_features, rank):
+            raise ValueError(
+                f"A has shape {list(A.shape)} and B {list(B.shape)}; expected [r, {self.in_features}] and [{self.out_features}, r]"
+            )
+        if gate_weight is None:
+            gate_weight = (
+                torch.randn(self.in_features, dtype=self.gate_weight.dtype, device=self.weight.device)
+                * GATE_INIT_STD
+            )
+        elif gate_weight.shape != (self.in_features,):
+            raise ValueError(
+                f"gate_weight has shape {list(gate_weight.shape)}, expected [{self.in_features}]"
+            )
+        self.A = _append(self.A, A)
+        self.B_transposed = _append(self.B_transposed, B.mT)
+        older_weight, older_bias = self.all_gates()
+        self._set_gates(
+            torch.cat([older_weight, gate_weight.to(older_weight)[None]]),
+            torch.cat([older_bias, torch.as_tensor(gate_bias).to(older_bias).reshape(1)]),
+            trainable=1,
+        )
+
+    def set_trainable_gates(self, count: int) -> None:
+        """Make the newest `count` gates the trainable ones; 0 freezes all."""
+        if not 0 <= count <= self.num_experts:
+            raise ValueError(f"count={count}: this layer has {self.num_experts} experts")
+        self._set_gates(*self.all_gates(), trainable=count)
+
+    def _set_gates(self, weight: torch.Tensor, bias: torch.Tensor, trainable: int) -> None:
+        split = len(weight) - trainable
+        weight, bias = weight.detach(), bias.detach()
+        self.frozen_gate_weight, self.frozen_gate_bias = (
+            _frozen(weight[:split].clone()),
+            _frozen(bias[:split].clone()),
+        )
+        self.gate_weight = nn.Parameter(weight[split:].clone(), requires_grad=trainable > 0)
+        self.gate_bias = nn.Parameter(bias[split:].clone(), requires_grad=trainable > 0)
+
+    def projection(self) -> functional.Projection:
+        """This layer's tensors as `mingle.functional` takes them."""
+        return functional.Projection(
+            self.weight, self.bias, self.A, self.B, *self.all_gates(), self.frozen_gate_weight.shape[0]
+        )
+
+    def keep_packed(self) -> None:
+        """Where `prepack` asks for it, see that the copies are those of the present weights."""
+        if self.prepack and len(self.A) and not torch.compiler.is_compiling():
+            prepacked.keep(self.weight, self.A, self.B_transposed)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., N, d_in] → [..., N, d_out]; `mask` [..., N] is true for tokens that count in the gates'
+        means.
+        """
+        mask = self.token_mask if mask is None else mask
+        if self.given_gates is not None:
+            self.keep_packed()
+            experts = (self.weight, self.bias, self.A, self.B)
+            return functional.gated_experts(
+                x, *experts, None, None, reduce=self.reduce, gates=self.given_gates, backend=self.backend
+            )
+        if self.shared is not None:
+            group, position = self.shared
+            y = group.forward(position, x, mask)
+            if y is not None:
+                return y
+        self.keep_packed()
+        own = self.projection()
+        return functional.gated_experts(
+            x, *own[:6], reduce=self.reduce, mask=mask, frozen_gates=own.frozen_gates, backend=self.backend
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MingleLinear:
+        moved = super()._apply(fn, recurse)
+        prepacked.drop_stale()
+        return moved
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A saved layer may hold another number of experts than this one: take on its shapes before the strict
+        # load compares them.
+        for name in (
+            "A",
+            "B_transposed",
+            "frozen_gate_weight",
+            "frozen_gate_bias",
+            "gate_weight",
+            "gate_bias",
+        ):
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and saved.shape != own.shape and saved.shape[2:] == own.shape[2:]:
+                trainable = name.startswith("gate") and len(saved) > 0
+                setattr(self, name, nn.Parameter(own.new_empty(saved.shape), requires_grad=trainable))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"experts={self.num_experts}, rank={self.rank}, reduce={self.reduce!r}"
+        )
+
+
+def _append(stack: torch.Tensor, matrix: torch.Tensor) -> nn.Parameter:
+    """`stack` [T, r, d] with `matrix` [r', d] as one more entry: [T + 1, max(r, r'), d], the shorter ones
+    padded with zero rows.
+
+    What is there is copied once.
+    """
+    known, rank = stack.shape[1], len(matrix)
+    grown = stack.new_empty(len(stack) + 1, max(known, rank), stack.shape[2])
+    grown[:-1, :known], grown[-1, :rank] = stack.detach(), matrix.detach()
+    grown[:-1, known:], grown[-1, rank:] = 0, 0
+    return _frozen(grown)
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """(trainable, total) number of parameters of a module, experts and gates included."""
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

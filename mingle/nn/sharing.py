@@ -1,0 +1,112 @@
+"""Layers that read the same input, such as q, k and v of an attention block, computed together at the first
+of their calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from mingle import functional
+from mingle.kernels import prepack
+from mingle.nn.linear import MingleLinear
+from mingle.ops.shared import adjacent, stacked
+
+
+class SharedInput:
+    """Answers for several `MingleLinear` that are called one after the other with the same tensor.
+
+    The first call computes all of them, with one pass over x for all their A and gates; the others collect
+    their results.  Where a layer turns out to be called with another tensor than its siblings, as in
+    cross-attention, all are computed alone from then on.
+    """
+
+    def __init__(self, layers: Sequence[MingleLinear]) -> None:
+        self.layers = list(layers)
+        self.apart = False
+        self._call: tuple[torch.Tensor, torch.Tensor | None, bool] | None = None
+        self._waiting: list[torch.Tensor | None] = []
+
+    def forward(self, position: int, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The output of the layer at `position`, or None where it is to be computed alone."""
+        if self._call is not None:
+            known_x, known_mask, known_grad = self._call
+            ready = self._waiting[position]
+            if (
+                ready is not None
+                and known_x is x
+                and known_mask is mask
+                and known_grad == torch.is_grad_enabled()
+            ):
+                return self._take(position, ready)
+            self.apart = True
+            self._call, self._waiting = None, []
+        if self.apart or len({(layer.reduce, layer.backend) for layer in self.layers}) > 1:
+            return None
+        self._pack()
+        first = self.layers[0]
+        projections = [layer.projection() for layer in self.layers]
+        ys = functional.gated_experts_shared(
+            x, projections, reduce=first.reduce, mask=mask, backend=first.backend
+        )
+        self._call, self._waiting = (x, mask, torch.is_grad_enabled()), list(ys)
+        return self._take(position, ys[position])
+
+    def _pack(self) -> None:
+        """Lay the layers' A side by side in one buffer, so that the shared pass need not copy them every
+        time.
+        """
+        experts = [layer.A for layer in self.layers]
+        if torch.compiler.is_compiling() or len({A.shape[1:] for A in experts}) > 1:
+            return
+        if not adjacent(experts):
+            for A, part in zip(
+                experts,
+                torch.cat([A.detach() for A in experts]).split([len(A) for A in experts]),
+                strict=True,
+            ):
+                A.data = part
+        for layer in self.layers:
+            layer.keep_packed()
+        if all(layer.prepack for layer in self.layers):
+            prepack.keep_shrink(stacked(experts), experts)
+
+    def _take(self, position: int, y: torch.Tensor) -> torch.Tensor:
+        self._waiting[position] = None
+        if all(waiting is None for waiting in self._waiting):
+            self._call, self._waiting = None, []
+        return y
+
+
+def share_inputs(
+    model: nn.Module, groups: Iterable[Sequence[str]] = (("q_proj", "k_proj", "v_proj"),)
+) -> list[tuple[str, ...]]:
+    """Let injected layers that read the same tensor share one pass over it.
+
+    Args:
+        model: a module with `MingleLinear` layers; see `mingle.inject`.
+        groups: names of layers that are children of one module and are called with the same input.  The
+            default is self-attention's.
+
+    Returns:
+        The dotted names of the layers of each group found.
+
+    Raises:
+        ValueError: no module has all layers of a group as injected children.
+    """
+    found: list[tuple[str, ...]] = []
+    for names in groups:
+        before = len(found)
+        for prefix, module in model.named_modules():
+            layers = [getattr(module, name, None) for name in names]
+            members = [layer for layer in layers if isinstance(layer, MingleLinear)]
+            if len(members) == len(names) > 1:
+                shared = SharedInput(members)
+                for position, layer in enumerate(members):
+                    layer.shared = (shared, position)
+                found.append(tuple(f"{prefix}.{name}".removeprefix(".") for name in names))
+        if len(found) == before:
+            raise ValueError(f"no module has the injected layers {', '.join(names)} side by side")
+    return found

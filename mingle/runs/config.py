@@ -1,0 +1,195 @@
+"""The YAML file of ``merge`` and ``add``, read into dataclasses; every mistake in it is found before any
+heavy work.
+
+base: models/clip-vit-base-patch32        # a local folder, or a hub id
+method: mingle
+experts:
+  - {name: svhn, model: models/clip-vit-base-patch32_svhn}   # a folder in hub format, or of a LoRA adapter
+  - {name: gtsrb, model: tanganke/clip-vit-base-patch32_gtsrb, revision: 1a2b3c…}
+order: {shuffle: false, seeds: [42]}
+layers: [self_attn.q_proj, mlp.fc1]       # exact suffixes
+rank: 64
+gate: {k: 3, gamma: 1.0, beta: 0.99, reduce: sample}
+adapt: {steps: 50, lr: 1.0e-4, batch_size: 16, samples_per_class: 5, temperature: 2.0, protocol: strict}
+eval: {suite: images/, every_step: true, batch_size: 128}
+options: {constraint: hard}               # anything else the method takes
+revisions: {datasets/ylecun/mnist: 4d5…}  # commits of hub models (datasets/<id>: of data sets); without,
+    those found first are kept to
+
+What the file does not say about the method is as published for so many tasks, see `mingle.methods.published`.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mingle import methods
+from mingle.options import OptionError, build, refuse_unknown, require_positive
+from mingle.suites.protocol import PROTOCOLS
+
+
+@dataclass(frozen=True)
+class Expert:
+    """name: of the task; model: a local folder or hub id, of a fine-tuned model or a LoRA adapter; revision:
+    of the hub model.
+    """
+
+    name: str
+    model: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Order:
+    """shuffle: merge in the order that `seeds` give, one merge each, instead of the order listed."""
+
+    shuffle: bool = False
+    seeds: tuple[int, ...] = (42,)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Options of the gates; None leaves the published setting."""
+
+    k: int | None = None
+    gamma: float | None = None
+    beta: float | None = None
+    reduce: Literal["token", "sample", "batch"] | None = None
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Options of the adaptation; None leaves the published setting."""
+
+    steps: int | None = None
+    lr: float | None = None
+    batch_size: int | None = None
+    temperature: float | None = None
+    samples_per_class: int = 5
+    protocol: Literal["strict", "official"] = "strict"
+
+
+@dataclass(frozen=True)
+class Eval:
+    """suite: where seed and test samples come from; every_step: evaluate after every merge, not only the
+    last.
+    """
+
+    suite: str | None = None
+    every_step: bool = True
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A merge: see the module's description of the file."""
+
+    base: str
+    experts: tuple[Expert, ...]
+    method: str = "mingle"
+    order: Order = field(default_factory=Order)
+    layers: tuple[str, ...] | None = None
+    rank: int | None = None
+    gate: Gate = field(default_factory=Gate)
+    adapt: Adapt = field(default_factory=Adapt)
+    eval: Eval = field(default_factory=Eval)
+    options: dict[str, Any] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
+
+    def method_options(self) -> dict[str, Any]:
+        """What the file says about the method, under the method's own option names; the protocol chooses
+        `reduce` where it is not given.
+
+        Raises:
+            OptionError: an option the method does not have.
+        """
+        adapt = {name: getattr(self.adapt, name) for name in ("steps", "lr", "batch_size", "temperature")}
+        given = {"rank": self.rank, "layers": self.layers, **asdict(self.gate), **adapt}
+        given = {name: value for name, value in given.items() if value is not None} | self.options
+        known = {f.name for f in fields(methods.get(self.method).Options)}
+        if "reduce" in known:
+            given.setdefault("reduce", PROTOCOLS[self.adapt.protocol])
+            if (given["reduce"] == "batch") and self.adapt.protocol == "strict":
+                raise OptionError(
+                    "gate: reduce: with batch gates predictions depend on the batch, which the strict protocol does not allow"
+                )
+        build(methods.get(self.method).Options, given, f"method {self.method!r}")
+        return given
+
+
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML's plain types only, and no key twice: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_SECTIONS: dict[str, type] = {"order": Order, "gate": Gate, "adapt": Adapt, "eval": Eval}
+
+
+def load(path: str | Path) -> Config:
+    """The config in a YAML file.
+
+    Raises:
+        OptionError: bad YAML, an unknown key (names the nearest known one), or a value of the wrong type; the
+            message names the file.
+    """
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(), _UniqueKeys)
+    except (OSError, yaml.YAMLError) as error:
+        raise OptionError(f"{path}: {error}") from None
+    return parse(content, str(path))
+
+
+def parse(content: Any, where: str) -> Config:
+    """A config from plain data, `where` names its source in errors."""
+    if not isinstance(content, dict):
+        raise OptionError(f"{where}: expected a mapping with the keys {', '.join(f.name for f in fields(Config))}")
+    refuse_unknown(content, [f.name for f in fields(Config)], where)
+    for key in ("base", "experts"):
+        if key not in content:
+            raise OptionError(f"{where}: {key!r} is missing")
+    given = dict(content)
+    for key, section in _SECTIONS.items():
+        if key in given:
+            given[key] = build(section, _mapping(given[key], f"{where}: {key}"), f"{where}: {key}")
+    if not isinstance(given["experts"], list) or not given["experts"]:
+        raise OptionError(f"{where}: experts: expected a list of {{name, model}}")
+    given["experts"] = tuple(
+        build(Expert, _mapping(entry, f"{where}: experts[{i}]"), f"{where}: experts[{i}]") for i, entry in enumerate(given["experts"])
+    )
+    config = build(Config, given, where)
+    names = [expert.name for expert in config.experts]
+    if len(set(names)) < len(names):
+        raise OptionError(f"{where}: experts: two of them are called {next(n for n in names if names.count(n) > 1)!r}")
+    try:
+        config.method_options()
+    except ValueError as error:
+        raise OptionError(f"{where}: {error}") from None
+    return config
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise OptionError(f"{where}: {value!r} is not a mapping")
+    return value
+
+
+def shuffled(names: list[str], seed: int) -> list[str]:
+    """The published task order of a seed: Python's shuffle of the suite's own order."""
+    order = list(names)
+    random.Random(seed).shuffle(order)
+    return order

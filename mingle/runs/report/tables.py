@@ -1,0 +1,67 @@
+"""The table of a run, and its accuracies as CSV."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mingle.runs.report.numbers import REFERENCES, caption, is_known, mean_of, mean_std, number
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_COLUMNS = ("method", "ACC (%)", "BWT (%)", "seconds")
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """Method × ACC and BWT (mean ± sample standard deviation over orders) and mean seconds; the best merging
+    method is in bold.
+    """
+    from rich.table import Table
+
+    out = Table(title=caption(results))
+    for column in _COLUMNS:
+        out.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for reference, rows in itertools.groupby(_rows(results), key=lambda row: row[1]):
+        for cells, _, best in rows:
+            out.add_row(*cells, style="dim" if reference else "bold" if best else None)
+        out.add_section()
+    return out
+
+
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """The same table as GitHub markdown: references in italics, the best merging method in bold."""
+    lines = [caption(results), "", f"| {' | '.join(_COLUMNS)} |", "|---|---:|---:|---:|"]
+    for cells, reference, best in _rows(results):
+        mark = "*" if reference else "**" if best else ""
+        lines.append(f"| {' | '.join(f'{mark}{cell}{mark}' for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(results: Mapping[str, Any], path: Path) -> None:
+    """One row per measured accuracy: orders count from 0, steps from 1, `after` is the task merged at that
+    step.
+    """
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["method", "order", "step", "after", "task", "accuracy"])
+        for name, result in results["methods"].items():
+            for order, (tasks, matrix) in enumerate(zip(result["order"], result["matrix"], strict=True)):
+                for step, (after, row) in enumerate(zip(tasks, matrix, strict=True), start=1):
+                    cells = zip(tasks, row, strict=True)
+                    writer.writerows([name, order, step, after, task, value] for task, value in cells if is_known(value))
+
+
+def _rows(results: Mapping[str, Any]) -> list[tuple[list[str], bool, bool]]:
+    """(cells, whether a reference, whether the best merging method) of the table's rows, references first."""
+    methods = {name: results["methods"][name] for name in sorted(results["methods"], key=lambda name: name not in REFERENCES)}
+    means = {name: mean_of(result["acc"]) for name, result in methods.items() if name not in REFERENCES}
+    best = max(filter(is_known, means.values()), default=None)
+    rows = []
+    for name, result in methods.items():
+        cells = [name, mean_std(result["acc"]), mean_std(result["bwt"]), number(mean_of(result["seconds"]))]
+        rows.append((cells, name in REFERENCES, name in means and means[name] == best))
+    return rows

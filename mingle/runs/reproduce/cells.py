@@ -1,0 +1,117 @@
+"""One cell of a table: one method on one suite in one order, in a folder of its own that an interrupted run
+finds again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mingle import methods
+from mingle.io import merger_folder
+from mingle.adaptation.train import AdaptationDiverged, AdaptTrace
+from mingle.runs.config import shuffled
+from mingle.runs.compare import FIRST_ORDER_SEED, Observer, Step, merge_all, origin, trace_of
+from mingle.io.files import read_json, without_nan, write_json
+from mingle.merging.merger import Merger
+from mingle.suites import Suite
+
+RESULT, TRACE, _MERGER = "result.json", "trace.json", "merger"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything its numbers depend on.
+
+    Attributes:
+        suite, protocol, samples_per_class, seed: see `mingle.suites.load`; the seed is that of gates and
+            batches too.
+        method: a name in `mingle.methods.METHODS`.
+        options: all of the method's options.
+        order: the seed of the task order.
+        evaluate: see `mingle.runs.compare.merge_all`.
+    """
+
+    suite: str
+    protocol: str
+    method: str
+    options: Mapping[str, Any]
+    order: int
+    samples_per_class: int
+    seed: int
+    evaluate: str
+
+    @property
+    def folder_name(self) -> str:
+        """Readable, and different for different settings."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        suite = re.sub(r"[^A-Za-z0-9._-]+", "_", self.suite)
+        return f"{suite}-{self.protocol}-{self.method}-{self.order}-{digest}"
+
+    def result(self, cells: Path) -> dict[str, Any] | None:
+        """What the finished cell measured, None while it is not finished."""
+        path = cells / self.folder_name / RESULT
+        return read_json(path) if path.exists() else None
+
+    def prepare(self, suite: Suite) -> None:
+        """Have every fine-tuned model in its place, and the samples checked."""
+        order, sequential = shuffled(list(suite), self.order), methods.get(self.method).sequential
+        for index, task in enumerate(order):
+            suite.check(task)
+            suite.expert(task, order[:index] if sequential else ())
+
+    def run(self, suite: Suite, cells: Path, observer: Observer, device: torch.device, *, keep_model: bool) -> None:
+        """Merge what is not merged yet, saving after every task, and write the result; the caller holds the
+        folder's lock.
+
+        A merge that diverged is a result too: it would again.
+        """
+        from mingle.bench.machine import describe
+
+        folder = cells / self.folder_name
+        saved = folder / _MERGER
+        merger = self._begin(suite, saved, device)
+        order = shuffled(list(suite), self.order)
+        done, failed = merger.metadata["steps"], None
+        try:
+            for step in merge_all(merger, suite, order, observer, self.order - FIRST_ORDER_SEED, evaluate=self.evaluate):
+                done.append(without_nan(asdict(step)))
+                merger.save_pretrained(saved, include_base=keep_model)
+        except AdaptationDiverged as error:
+            failed = f"{order[len(done)]}: {error}"
+        if self.order == FIRST_ORDER_SEED and failed is None:
+            steps = [Step(**step | {"trace": step["trace"] and AdaptTrace(**step["trace"])}) for step in done]
+            write_json(folder / TRACE, without_nan(trace_of(merger, suite, steps)))
+        result = merger.result()
+        seconds = [{key: value for key, value in step.items() if key != "trace"} for step in done]
+        record = {
+            "settings": asdict(self),
+            "order": order,
+            "failed": failed,
+            "acc": result.acc if failed is None else None,
+            "bwt": result.bwt if failed is None else None,
+            "matrix": result.matrix,
+            "seconds": round(sum(step["merge"] for step in done), 3),
+            "steps": seconds,
+            **describe(device),
+        }
+        write_json(folder / RESULT, without_nan(record))
+        observer.merged(self.method, self.order - FIRST_ORDER_SEED, result)
+        if not keep_model and saved.exists():
+            shutil.rmtree(saved)
+
+    def _begin(self, suite: Suite, saved: Path, device: torch.device) -> Merger:
+        """The merger of an interrupted run, or a new one."""
+        if (saved / merger_folder.MANIFEST).exists():
+            return Merger.from_pretrained(saved, base=suite.base, device=device)
+        merger = Merger(suite.base, self.method, suite.task_type, seed=self.seed, device=device, **self.options)
+        merger.metadata = origin(self.suite, self.protocol, self.samples_per_class, revisions=suite.revisions) | {"steps": []}
+        return merger
