@@ -22,7 +22,7 @@ from mingle.adaptation.train import (
     shuffled_batches,
     teacher_logits,
 )
-from mingle.nn import inject
+from mingle import inject
 from mingle.tasks.clip import ClipTask
 
 

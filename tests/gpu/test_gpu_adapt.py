@@ -18,7 +18,7 @@ from mingle.adaptation.optimizer import Advance, GateStep
 from mingle.adaptation.projector import RelaxedProjector
 from mingle.adaptation.train import AdaptConfig, AdaptTrace, adapt_gates
 from mingle.kernels.relaxed_projection import reference
-from mingle.nn import inject
+from mingle import inject
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
 
