@@ -118,7 +118,7 @@ def test_a_compiler_that_fails_costs_only_the_extension(checkout: Path, tmp_path
         and facts["reason"].startswith("the build failed: ")
         and "CMake Error" in facts["reason"]
     )
-    assert list((checkout / "build").glob("lib*/mingle/merger.py"))
+    assert list((checkout / "build").glob("lib*/mingle/merging/merger.py"))
     demanded = build(checkout, MINGLE_BUILD_EXTENSION="1", CUDACXX=broken)
     assert demanded.returncode != 0 and "MINGLE_BUILD_EXTENSION=1: the build failed" in demanded.stderr
 

@@ -23,6 +23,8 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, T5Confi
 from mingle.suites import glyphs
 from mingle.suites.fusionbench.datasets import GLUE_TASKS
 
+BASE, EUROSAT, SVHN = "openai/clip-vit-base-patch32", "tanganke/eurosat", "ufldl-stanford/svhn"
+TEST_FILE = "data/test-00000-of-00001.parquet"
 VISION = dict(
     hidden_size=32,
     intermediate_size=64,
