@@ -122,7 +122,7 @@ def user(server: Server, home: Path, code: str, **environment: str) -> subproces
     )
 
 
-MODEL = "from mingle import hub; r = {}; f = hub.resolve('org/model', None, r); print(sorted(p.name for p in f.iterdir()), r)"
+MODEL = "from mingle.io import hub; r = {}; f = hub.resolve('org/model', None, r); print(sorted(p.name for p in f.iterdir()), r)"
 DATA = (
     "from mingle.suites.fusionbench.loading import Split; from mingle.suites.fusionbench.datasets import Source; r = {}; "
     "print(len(Split(Source('tanganke/eurosat'), r)), r)"
