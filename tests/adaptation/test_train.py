@@ -98,8 +98,11 @@ def test_the_teacher_answers_only_for_samples_that_are_used(base_model, samples)
 
     def teacher(seeds):
         asked.append(seeds)
-        places = [next(i for i, known in enumerate(samples[0].inputs["pixel_values"]) if torch.equal(known, one)) for one in
-                  seeds.inputs["pixel_values"]]  # fmt: skip
+        all_images = samples[0].inputs["pixel_values"]
+        places = [
+            next(i for i, known in enumerate(all_images) if torch.equal(known, one))
+            for one in seeds.inputs["pixel_values"]
+        ]
         return logits[places]
 
     for targets in (logits, teacher):

@@ -22,7 +22,7 @@ from mingle.suites.fusionbench.datasets import IMAGE_SUITES, IMAGE_TASKS, ImageS
 
 
 def user(hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command as a user runs it, offline, with nothing but the environment to say where the hub's cache is."""
+    """A command as a user runs it, offline; only the environment says where the hub's cache is."""
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     environment |= {
         "HF_HOME": str(hub.home),
@@ -166,7 +166,8 @@ def test_the_demo_names_what_is_not_cached(image_hub, tmp_path, capsys):
         (
             BASE,
             "model",
-            f"{BASE}: not in the hub's cache .* and offline; fetch it where there is a network: hf download {BASE}",
+            f"{BASE}: not in the hub's cache .* and offline; "
+            f"fetch it where there is a network: hf download {BASE}",
         ),
         (
             EUROSAT,

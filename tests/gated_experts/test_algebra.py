@@ -1,4 +1,4 @@
-"""What the formula implies, asked of the grouped backend: linearity, order, tokens on their own, equal bits."""
+"""What follows from the formula, on the grouped backend: linearity, order, tokens apart, equal bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The grouped backend where gates are zero: experts run on their own tokens only, and nothing else changes."""
+"""The grouped backend where most gates are zero: an expert runs on its own tokens only."""
 
 from __future__ import annotations
 

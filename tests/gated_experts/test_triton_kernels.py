@@ -54,8 +54,10 @@ def test_experts_are_right_without_a_base_to_hide_behind(dtype: torch.dtype, red
 @dtypes
 @pytest.mark.parametrize(
     ("experts", "rank", "reduce"),
-    [(1, 1, "token"), (1, 64, "sample"), (1, 17, "batch"), (5, 3, "token"), (5, 17, "sample"), (5, 64, "token"), (33, 3, "sample"),
-     (33, 1, "batch"), (64, 1, "token"), (64, 17, "sample")],
+    [
+        (1, 1, "token"), (1, 64, "sample"), (1, 17, "batch"), (5, 3, "token"), (5, 17, "sample"),
+        (5, 64, "token"), (33, 3, "sample"), (33, 1, "batch"), (64, 1, "token"), (64, 17, "sample"),
+    ],
 )  # fmt: skip
 def test_any_number_of_experts_of_any_rank(dtype: torch.dtype, experts: int, rank: int, reduce: str) -> None:
     accurate(problem((2, 4), d_in=20, d_out=24, experts=experts, rank=rank, dtype=dtype), reduce=reduce)

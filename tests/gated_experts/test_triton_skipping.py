@@ -1,4 +1,4 @@
-"""What the Triton kernels leave out: zero gates, frozen gates, unwanted gradients; and what stays in one token."""
+"""What the Triton kernels leave out: zero gates, frozen gates, unwanted gradients, NaN of other tokens."""
 
 from __future__ import annotations
 

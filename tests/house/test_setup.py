@@ -63,8 +63,11 @@ def test_without_nvcc_it_is_left_out(checkout: Path) -> None:
     done = build(checkout, CUDA_HOME="/nowhere")
     assert done.returncode == 0, done.stderr
     assert record(checkout) == {
-        "extension": "left out", "reason": "no nvcc was found in CUDA_HOME=/nowhere", "architectures": [], "nvcc": None,
-    }  # fmt: skip
+        "extension": "left out",
+        "reason": "no nvcc was found in CUDA_HOME=/nowhere",
+        "architectures": [],
+        "nvcc": None,
+    }
     assert not list(checkout.rglob("_C*"))
 
 

@@ -1,4 +1,4 @@
-"""What CheckpointReader refuses of a folder: nothing in it, pickles, missing shards, and paths that lead out of it."""
+"""Folders that CheckpointReader refuses: empty ones, pickles, missing shards, paths that lead outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What CheckpointReader refuses of a file: every defect of a header is named, and no edit of a file gets past the checks."""
+"""Files that CheckpointReader refuses: every defect of a header is named, and no edit crashes it."""
 
 from __future__ import annotations
 

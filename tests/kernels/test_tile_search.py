@@ -68,7 +68,7 @@ def test_a_measured_tile_holds_for_its_own_launch_only(monkeypatch):
 def timer(
     seconds: Callable[[Tile], float],
 ) -> tuple[Callable[[], object], Callable[[Callable[[], object]], float], list[Tile]]:
-    """A launch, a clock by which it takes `seconds` of the tile it was launched with, and the tiles it saw."""
+    """A launch, a clock by which it takes `seconds` of its tile, and the tiles it was launched with."""
     seen: list[Tile] = []
 
     def launch() -> None:

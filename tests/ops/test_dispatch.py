@@ -1,4 +1,4 @@
-"""Which backend computes a call, what is said where one cannot, and the model of costs by which `auto` chooses."""
+"""Which backend computes a call, what is said where it cannot, and the costs by which `auto` chooses."""
 
 from __future__ import annotations
 

@@ -170,8 +170,9 @@ def test_the_commands_refuse_with_a_message(tmp_path, capsys):
 
 def command(out: Path) -> list[str]:
     return [
-        sys.executable, "-m", "mingle", "reproduce", "main", "--suite", "glyphs4", "--methods", "average,mingle",
-        "--set", "steps=1", "--set", "rank=4", "--threads", "1", "--out", str(out),
+        sys.executable, "-m", "mingle", "reproduce", "main", "--suite", "glyphs4",
+        "--methods", "average,mingle", "--set", "steps=1", "--set", "rank=4",
+        "--threads", "1", "--out", str(out),
     ]  # fmt: skip
 
 
