@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mingle import MingleLinear
+from mingle import MingleLinear, inject
 from mingle.adaptation import train as adapt
 from mingle.adaptation.optimizer import GateStep
 from mingle.adaptation.prefix_cache import frozen_prefix
@@ -22,7 +22,6 @@ from mingle.adaptation.train import (
     shuffled_batches,
     teacher_logits,
 )
-from mingle import inject
 from mingle.tasks.clip import ClipTask
 
 

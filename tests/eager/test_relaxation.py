@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from mingle import inject
 from mingle.adaptation.projector import RelaxedProjector
 from mingle.adaptation.train import (
     AdaptationDiverged,
@@ -18,7 +19,6 @@ from mingle.adaptation.train import (
     shuffled_batches,
     teacher_logits,
 )
-from mingle import inject
 from mingle.tasks.clip import ClipTask
 
 D64 = dict(dtype=torch.float64)

@@ -12,13 +12,13 @@ from unittest import mock
 import pytest
 import torch
 
+from mingle import inject
 from mingle.adaptation import optimizer as gate_step
 from mingle.adaptation import train as adapt
 from mingle.adaptation.optimizer import Advance, GateStep
 from mingle.adaptation.projector import RelaxedProjector
 from mingle.adaptation.train import AdaptConfig, AdaptTrace, adapt_gates
 from mingle.kernels.relaxed_projection import reference
-from mingle import inject
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
 
