@@ -1,4 +1,4 @@
-"""Small models in exactly the hub's format, and samples for them."""
+"""Small models in exactly the hub's format, samples for them, and how tests with markers run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_fixtures import _precision, arithmetic, pytest_runtest_setup  # noqa: F401
+from hub_fixtures import glue_hub, hub  # noqa: F401
+from interpreter import pytest_pyfunc_call, pytest_runtest_logreport  # noqa: F401
 from transformers import CLIPConfig, CLIPModel
 
 from mingle.tasks import TaskData

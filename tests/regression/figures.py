@@ -28,7 +28,7 @@ from mingle import suites
 from mingle.methods import METHODS
 from mingle.tasks import TaskData
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import spectra
 
 #: options of the merges, each given to the methods that have it

@@ -1,0 +1,415 @@
+"""The Triton kernels against the float64 formula, on the CPU; see conftest.py for how these tests run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
+from kernel_checks import COMPACT, accurate, given, one_hot, problem, random_mask, run
+from torch import Tensor
+from triton.runtime import interpreter
+
+from mingle.functional import Projection, gated_experts_shared
+from mingle.kernels.gated_experts import fold
+from mingle.kernels.gated_experts import triton as gated_experts
+from mingle.ops import dispatch
+
+pytestmark = pytest.mark.interpret
+
+DTYPES = [torch.float32, torch.float16]
+REDUCTIONS = ["token", "sample", "batch"]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
+reductions = pytest.mark.parametrize("reduce", REDUCTIONS)
+
+
+@pytest.mark.parametrize("name", COMPACT)
+def test_the_kernels_pass_the_checks_that_mutants_fail(name: str) -> None:
+    COMPACT[name]()
+
+
+@dtypes
+@reductions
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
+def test_output_and_every_gradient_match_the_formula(dtype: torch.dtype, reduce: str, masked: bool) -> None:
+    p = problem((3, 6), experts=5, rank=17, dtype=dtype)
+    accurate(p, reduce=reduce, mask=random_mask(3, 6) if masked else None)
+
+
+@dtypes
+@reductions
+def test_experts_are_right_without_a_base_to_hide_behind(dtype: torch.dtype, reduce: str) -> None:
+    # With W₀ in the sum a missing expert can stay below the limit of half precision.
+    accurate(problem((2, 5), d_in=16, d_out=70, dtype=dtype, base=False), reduce=reduce)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("experts", "rank", "reduce"),
+    [(1, 1, "token"), (1, 64, "sample"), (1, 17, "batch"), (5, 3, "token"), (5, 17, "sample"), (5, 64, "token"), (33, 3, "sample"),
+     (33, 1, "batch"), (64, 1, "token"), (64, 17, "sample")],
+)  # fmt: skip
+def test_any_number_of_experts_of_any_rank(dtype: torch.dtype, experts: int, rank: int, reduce: str) -> None:
+    accurate(problem((2, 4), d_in=20, d_out=24, experts=experts, rank=rank, dtype=dtype), reduce=reduce)
+
+
+@dtypes
+@pytest.mark.parametrize("reduce", ["token", "sample"])
+@pytest.mark.parametrize(("d_in", "d_out"), [(1, 1), (1, 35), (35, 1), (31, 65)])
+def test_widths_need_not_fill_a_block(dtype: torch.dtype, reduce: str, d_in: int, d_out: int) -> None:
+    accurate(problem((2, 5), d_in, d_out, dtype=dtype), reduce=reduce)
+
+
+@dtypes
+@reductions
+@pytest.mark.parametrize("shape", [(1, 1), (1,), (4, 1)], ids=str)
+def test_single_tokens(dtype: torch.dtype, reduce: str, shape: tuple[int, ...]) -> None:
+    accurate(problem(shape, dtype=dtype), reduce=reduce)
+
+
+@reductions
+def test_more_rows_of_tiles_than_one_band_of_programs(reduce: str) -> None:
+    accurate(problem((5, 29), d_in=24, d_out=40, experts=2, rank=3), reduce=reduce)
+
+
+@dtypes
+@reductions
+def test_padding_that_is_not_finite_reaches_no_gradient(dtype: torch.dtype, reduce: str) -> None:
+    p, mask = problem((3, 6), dtype=dtype), random_mask(3, 6)
+    x, dy = p["x"], torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(2)).to(dtype)
+    assert x is not None
+    dy[~mask] = 0
+    x[~mask] = 0
+    expected = run(p, "triton", dy, reduce=reduce, mask=mask)
+    x[~mask] = math.nan
+    for name, result in run(p, "triton", dy, reduce=reduce, mask=mask).items():
+        assert torch.equal(result, expected[name]), name
+
+
+@dtypes
+@reductions
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0,)], ids=str)
+def test_no_tokens_give_no_output_and_zero_gradients(
+    dtype: torch.dtype, reduce: str, shape: tuple[int, ...]
+) -> None:
+    p = problem(shape, dtype=dtype)
+    results = run(p, "triton", None, reduce=reduce)
+    assert results["y"].shape == (*shape, 20)
+    assert results["x"].shape == (*shape, 33)
+    assert all(
+        (results[name] == 0).all() for name in ("weight", "bias", "A", "B", "gate_weight", "gate_bias")
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1, 21)], ids=str)
+def test_a_summed_output_sends_back_a_gradient_with_strides_of_zero(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    for reduce in REDUCTIONS:
+        accurate(problem(shape, dtype=dtype), dy=None, reduce=reduce)
+
+
+LAYOUTS = {
+    "plain": lambda t: t,
+    "transposed": lambda t: t.transpose(0, -2).contiguous().transpose(0, -2),
+    "columns first": lambda t: t.mT.contiguous().mT,
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "sliced": lambda t: torch.stack([t, torch.full_like(t, math.nan)], -1)[..., 0],
+    "offset": lambda t: torch.cat([torch.full_like(t, math.nan), t], -1)[..., t.shape[-1] :],
+}
+layouts = st.sampled_from(sorted(LAYOUTS))
+
+
+def test_layouts_differ_from_the_plain_one() -> None:
+    t = torch.randn(3, 4, 5)
+    views = [layout(t) for layout in LAYOUTS.values()]
+    assert len({(*view.stride(), view.storage_offset()) for view in views}) == len(LAYOUTS)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@drawn(
+    reduce=st.sampled_from(REDUCTIONS),
+    dtype=st.sampled_from(DTYPES),
+    masked=st.booleans(),
+    base=st.booleans(),
+    shape=st.sampled_from([(2, 3), (3, 7), (2, 2, 4)]),
+    widths=st.tuples(st.integers(2, 40), st.integers(2, 40)),
+    experts=st.integers(1, 6),
+    rank=st.integers(1, 20),
+    strides=st.fixed_dictionaries(dict.fromkeys(("x", "dy", "weight", "A", "B", "gate_weight"), layouts)),
+)
+def test_strides_and_shapes_do_not_matter(
+    reduce, dtype, masked, base, shape, widths, experts, rank, strides
+) -> None:
+    p = problem(shape, *widths, experts, rank, dtype, base=base)
+    dy = torch.randn(*shape, widths[1], generator=torch.Generator().manual_seed(4)).to(dtype)
+    p |= {name: LAYOUTS[strides[name]](p[name]) for name in strides if name != "dy"}
+    # Four times: among many small problems some come out of eager's order of summation better by chance.
+    accurate(
+        p, LAYOUTS[strides["dy"]](dy), times=4, reduce=reduce, mask=random_mask(*shape) if masked else None
+    )
+
+
+GATES = {
+    "all tokens": (5,),
+    "each sample": (2, 5),
+    "each token": (2, 9, 5),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("rows", GATES)
+def test_given_gates_get_their_gradient_and_so_do_zeros(dtype: torch.dtype, rows: str) -> None:
+    gates = torch.randn(GATES[rows], generator=torch.Generator().manual_seed(5))
+    gates = torch.where(gates.abs() < 0.5, 0.0, gates)
+    assert (gates == 0).any()
+    accurate(given(problem((2, 9), experts=5, dtype=dtype), gates))
+
+
+@dtypes
+@pytest.mark.parametrize("rows", GATES)
+@pytest.mark.parametrize("needs", [(), ("x",), ("x", "weight", "bias")], ids=["forward", "x", "base"])
+def test_constant_gates_with_zeros_are_skipped_rightly(
+    dtype: torch.dtype, rows: str, needs: tuple[str, ...]
+) -> None:
+    gates = torch.randn(GATES[rows], generator=torch.Generator().manual_seed(6))
+    accurate(given(problem((2, 9), experts=5, dtype=dtype), torch.where(gates < 0, 0.0, gates)), needs=needs)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "needs"),
+    [((40, 1), ("x",)), ((8, 5), ("x",)), ((2, 23), ("x",)), ((8, 5), ("x", "gates"))],
+    ids=["40 samples", "8 samples", "2 samples", "trained"],
+)
+@pytest.mark.parametrize("of", ["samples", "tokens"])
+def test_one_expert_of_forty_crosses_the_word_of_gate_bits(dtype, shape, needs, of) -> None:
+    gates = one_hot(shape[0], 40) if of == "samples" else one_hot(math.prod(shape), 40).view(*shape, 40)
+    accurate(given(problem(shape, d_in=16, d_out=24, experts=40, rank=2, dtype=dtype), gates), needs=needs)
+
+
+@pytest.mark.parametrize("expert", [0, 31, 32, 39])
+def test_experts_with_gates_of_zero_are_not_even_read(expert: int) -> None:
+    p = given(
+        problem((3, 5), experts=40, rank=2), torch.zeros(3, 40).index_fill(1, torch.tensor(expert), 0.5)
+    )
+    right = run(p, "eager", None, needs=("x",))
+    for name in ("A", "B"):
+        others = torch.arange(40) != expert
+        p[name] = torch.where(others.view(-1, 1, 1), math.nan, p[name])
+    for name, value in run(p, "triton", None, needs=("x",)).items():
+        torch.testing.assert_close(value, right[name])
+
+
+def test_gates_that_are_all_zero_leave_the_base() -> None:
+    p = given(problem(), torch.zeros(2, 3))
+    base = torch.nn.functional.linear(p["x"], p["weight"], p["bias"])
+    torch.testing.assert_close(run(p, "triton", None, needs=())["y"], base, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", ["all tokens", "each sample", "each token"])
+def test_gates_may_be_expanded_or_in_half_precision(rows: str) -> None:
+    gates = torch.rand(5, generator=torch.Generator().manual_seed(7)).expand(GATES[rows])
+    accurate(given(problem((2, 9), experts=5), gates), needs=("x", "A"))
+    accurate(given(problem((2, 9), experts=5, dtype=torch.float16), gates.half()))
+
+
+@reductions
+@pytest.mark.parametrize("shape", [(2, 5), (3, 7)], ids=["low-rank", "folded batch"])
+@pytest.mark.parametrize("frozen", [1, 3, 4])
+@pytest.mark.parametrize(
+    "needs", [("gate_weight", "gate_bias"), ("x", "gate_weight", "gate_bias")], ids=["gates", "gates and x"]
+)
+def test_the_first_gates_may_be_frozen(
+    reduce: str, shape: tuple[int, ...], frozen: int, needs: tuple[str, ...]
+) -> None:
+    p = problem(shape, experts=4)
+    right = run(p, "triton", None, reduce=reduce)
+    for name, value in run(p, "triton", None, needs, reduce=reduce, frozen_gates=frozen).items():
+        if name.startswith("gate_"):
+            assert (value[:frozen] == 0).all()
+            value, right[name] = value[frozen:], right[name][frozen:]
+        torch.testing.assert_close(value, right[name], rtol=1e-5, atol=1e-5)
+
+
+@dtypes
+@reductions
+@pytest.mark.parametrize(
+    "needs", [("gate_weight", "gate_bias"), ("x",), ("A",), ("B",), ("weight", "bias")], ids="+".join
+)
+def test_only_the_wanted_gradients_are_computed_and_right(
+    dtype: torch.dtype, reduce: str, needs: tuple[str, ...]
+) -> None:
+    accurate(problem(dtype=dtype), needs=needs, reduce=reduce)
+
+
+@pytest.mark.parametrize("reduce", ["token", "sample"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+@pytest.mark.parametrize("need_x", [False, True], ids=["gates", "gates and x"])
+def test_layers_that_share_a_shrink_are_each_right(
+    reduce: str, masked: bool, frozen: int, need_x: bool
+) -> None:
+    problems = [
+        problem((3, 6), d_out=outputs, experts=experts, seed=seed)
+        for seed, (outputs, experts) in enumerate([(20, 3), (35, 2)])
+    ]
+    mask = random_mask(3, 6) if masked else None
+
+    def together(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        x = problems[0]["x"].detach().to(dtype).requires_grad_(need_x)
+        layers = [
+            Projection(
+                *(
+                    p[name].clone().to(dtype)
+                    for name in ("weight", "bias", "A", "B", "gate_weight", "gate_bias")
+                ),
+                frozen,
+            )
+            for p in problems
+        ]
+        for layer in layers:
+            layer.gate_weight.requires_grad_()
+            layer.gate_bias.requires_grad_()
+        ys = gated_experts_shared(x, layers, reduce=reduce, mask=mask, backend=backend)
+        sum(y.square().sum() for y in ys).backward()
+        gates = [gate.grad[frozen:] for layer in layers for gate in (layer.gate_weight, layer.gate_bias)]
+        return [*(y.detach() for y in ys), *gates, *([x.grad] if need_x else [])]
+
+    for result, exact in zip(
+        together("triton", torch.float32), together("eager", torch.float64), strict=True
+    ):
+        assert (result - exact).norm() <= 1e-5 * exact.norm()
+
+
+@reductions
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
+def test_gates_may_be_fp32_where_the_layer_is_fp16(reduce: str, masked: bool) -> None:
+    p = problem((3, 6), dtype=torch.float16, gate_dtype=torch.float32)
+    accurate(p, reduce=reduce, mask=random_mask(3, 6) if masked else None)
+
+
+@dtypes
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
+@pytest.mark.parametrize(
+    ("tokens", "folds"), [(6, False), (7, True)]
+)  # × 2 samples; 33 → 20 folds from 12.5 tokens on
+@pytest.mark.parametrize(("experts", "rank"), [(1, 3), (5, 17)], ids=["dz by tokens", "dz by weights"])
+def test_one_gate_for_the_whole_batch_folds_where_that_pays(
+    dtype, masked, tokens, folds, experts, rank
+) -> None:
+    p = problem((2, tokens), experts=experts, rank=rank, dtype=dtype)
+    with mock.patch.object(fold, "fold", wraps=fold.fold) as folding:
+        accurate(p, reduce="batch", mask=random_mask(2, tokens) if masked else None)
+    assert folding.call_count == folds
+
+
+@dtypes
+@pytest.mark.parametrize("needs", [("x",), ("x", "A", "B", "gates")], ids=["constant", "trained"])
+def test_given_gates_for_the_whole_batch_fold_too(dtype: torch.dtype, needs: tuple[str, ...]) -> None:
+    with mock.patch.object(fold, "fold", wraps=fold.fold) as folding:
+        accurate(given(problem((3, 7), dtype=dtype), torch.tensor([0.5, 0.0, -1.5])), needs=needs)
+    assert folding.call_count == 1
+
+
+def test_folding_leaves_the_base_weight_as_it_is() -> None:
+    p = problem((3, 7))
+    before = p["weight"].clone()
+    run(p, "triton", None, reduce="batch")
+    assert torch.equal(p["weight"], before)
+
+
+@pytest.mark.parametrize("limit", ["_MAX_POOL_ELEMENTS", "_MAX_POOL_EXPERTS"])
+def test_groups_too_large_for_one_program_are_pooled_before(limit: str) -> None:
+    with mock.patch.object(gated_experts, limit, 2):
+        accurate(problem(), reduce="sample")
+        accurate(problem((3, 6)), reduce="sample", mask=random_mask(3, 6))
+
+
+def test_rows_may_be_further_apart_than_32_bits_count(tmp_path: Path) -> None:
+    # x lies in a sparse file, which takes no memory and next to no disk; 2³¹ + 64 elements of fp16.
+    stride = 2**30 + 32
+    try:
+        buffer = torch.from_file(str(tmp_path / "x"), shared=True, size=2 * stride + 64, dtype=torch.float16)
+    except RuntimeError as error:
+        pytest.skip(f"no sparse file: {error}")
+    p = problem((1, 3), dtype=torch.float16)
+    near = p["x"]
+    far = buffer.as_strided(near.shape, (0, stride, 1))
+    far.copy_(near)
+    # The interpreter copies arguments back from where they were computed, here onto themselves: the whole
+    # file.
+    with mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", autospec=True):
+        result = gated_experts.shrink(far[0], p["A"], p["gate_weight"], p["gate_bias"], None, None, 1, False)
+        y = gated_experts.expand(far[0], p["weight"], p["bias"], result[0], p["B"].mT, result[1], 1, False)
+        u, _ = gated_experts.upstream(far[0], p["A"].mT, result[0], result[1], 1, False)
+    right = gated_experts.shrink(near[0], p["A"], p["gate_weight"], p["gate_bias"], None, None, 1, False)
+    assert torch.equal(result[0], right[0])
+    assert torch.equal(result[1], right[1])
+    assert torch.equal(u, right[0])
+    assert torch.equal(
+        y, gated_experts.expand(near[0], p["weight"], p["bias"], *right[:1], p["B"].mT, right[1], 1, False)
+    )
+
+
+def test_nan_in_one_token_stays_in_that_token() -> None:
+    p = problem((2, 9))
+    for backward in (False, True):
+        dy = torch.ones(2, 9, 20)
+        p["x"][1, 4] = 0.0 if backward else math.nan
+        dy[1, 4] = math.nan if backward else 1.0
+        results = run(p, "triton", dy, needs=("x",), reduce="token")
+        affected = torch.zeros(2, 9, dtype=torch.bool).index_put(
+            (torch.tensor(1), torch.tensor(4)), torch.tensor(True)
+        )
+        for name in ("x",) if backward else ("y", "x"):
+            assert torch.equal(results[name].isnan().any(-1), affected), name
+
+
+def test_nan_in_one_sample_stays_in_that_sample() -> None:
+    p = problem((3, 6))
+    p["x"][1, 4] = math.nan
+    results = run(p, "triton", None, needs=("x",), reduce="sample")
+    assert results["y"].isnan().flatten(1).any(1).tolist() == [False, True, False]
+    assert results["x"].isnan().flatten(1).any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("reduce", ["sample", "batch"])
+@pytest.mark.parametrize("tokens", [4, 12], ids=["low-rank", "folded"])
+def test_padding_may_hold_nan(reduce: str, tokens: int) -> None:
+    p, mask = problem((3, tokens)), random_mask(3, tokens)
+    right = run(p, "triton", None, needs=(), reduce=reduce, mask=mask)["y"]
+    p["x"][~mask] = math.nan
+    got = run(p, "triton", None, needs=(), reduce=reduce, mask=mask)["y"]
+    assert torch.equal(got[mask], right[mask])
+
+
+@dtypes
+@reductions
+def test_equal_inputs_give_equal_bits(dtype: torch.dtype, reduce: str) -> None:
+    p = problem(dtype=dtype)
+    dy = torch.randn(2, 5, 20).to(dtype)
+    first = run(p, "triton", dy, reduce=reduce)
+    for _ in range(5):
+        again = run(
+            {name: None if value is None else value.clone() for name, value in p.items()},
+            "triton",
+            dy.clone(),
+            reduce=reduce,
+        )
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_bfloat16_is_refused_by_the_interpreter_with_the_reason() -> None:
+    assert "interpreter" in str(dispatch.without_triton(torch.device("cpu"), torch.bfloat16))
+    with pytest.raises(RuntimeError, match="interpreter computes bfloat16"):
+        run(problem(dtype=torch.bfloat16), "triton", None)

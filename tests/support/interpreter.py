@@ -1,0 +1,73 @@
+"""Runs the tests marked `interpret` under Triton's interpreter.
+
+TRITON_INTERPRET must be set before Triton is imported, so one subprocess of pytest runs all selected tests
+and each test here reports what became of it there.  Under TRITON_INTERPRET=1 the tests run in the process
+itself, for a debugger.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+_REPORTS = pytest.StashKey[dict[str, dict[str, str]]]()
+_OUTPUT = pytest.StashKey[str]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if INTERPRETING or pyfuncitem.get_closest_marker("interpret") is None:
+        return None
+    session = pyfuncitem.session
+    if _REPORTS not in session.stash:
+        _run(session)
+    report = session.stash[_REPORTS].get(pyfuncitem.nodeid)
+    if report is None:
+        pytest.fail(f"did not run under the interpreter:\n{session.stash[_OUTPUT]}", pytrace=False)
+    if report["outcome"] == "skipped":
+        pytest.skip(report["text"])
+    if report["outcome"] != "passed":
+        pytest.fail(report["text"], pytrace=False)
+    return True
+
+
+def _run(session: pytest.Session) -> None:
+    """Run the selected tests with the marker and keep what became of each, by node id."""
+    factory: pytest.TempPathFactory = session.config._tmp_path_factory  # type: ignore[attr-defined]
+    path = factory.mktemp("interpret") / "reports"
+    names = [item.nodeid for item in session.items if item.get_closest_marker("interpret")]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--rootdir={session.config.rootpath}",
+            *names,
+        ],
+        env=os.environ | {"TRITON_INTERPRET": "1", "MINGLE_TEST_REPORTS": str(path), "OMP_NUM_THREADS": "1"},
+        cwd=session.config.rootpath,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = path.read_text().splitlines() if path.exists() else []
+    session.stash[_REPORTS] = {report["id"]: report for report in map(json.loads, lines)}
+    session.stash[_OUTPUT] = (done.stdout + done.stderr)[-4000:]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Under the interpreter: write down what became of a test."""
+    path = os.environ.get("MINGLE_TEST_REPORTS")
+    if path is None or (report.when != "call" and report.passed):
+        return
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+    with open(path, "a") as file:
+        file.write(json.dumps({"id": report.nodeid, "outcome": report.outcome, "text": text}) + "\n")
