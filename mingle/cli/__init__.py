@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Table
 
 from mingle.adaptation.train import AdaptationDiverged, StepProgress
-from mingle.io import merger_folder
+from mingle.io import merger_folder, provenance
 from mingle.merging.evaluate import Result
 from mingle.merging.merger import Merger
 from mingle.methods import METHODS
@@ -333,7 +333,7 @@ def _env(args: argparse.Namespace) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     missing = dispatch.without_triton(device, torch.float32)
-    facts = merger_folder.versions() | {
+    facts = provenance.versions() | {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": str(torch.get_num_threads()),
         "triton": f"not used: {missing}" if missing else "used where it is the faster backend",

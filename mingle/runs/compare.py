@@ -23,7 +23,7 @@ from mingle.io.hub import Revisions
 from mingle.merging.merger import Merger
 from mingle.methods.mingle import Mingle
 from mingle.options import build
-from mingle.io.merger_folder import versions
+from mingle.io.provenance import versions
 from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
 

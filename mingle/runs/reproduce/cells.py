@@ -21,6 +21,7 @@ from mingle.adaptation.train import AdaptationDiverged, AdaptTrace
 from mingle.runs.config import shuffled
 from mingle.runs.compare import FIRST_ORDER_SEED, Observer, Step, merge_all, origin, trace_of
 from mingle.io.files import read_json, without_nan, write_json
+from mingle.io.provenance import describe
 from mingle.merging.merger import Merger
 from mingle.suites import Suite
 
@@ -74,8 +75,6 @@ class Cell:
 
         A merge that diverged is a result too: it would again.
         """
-        from mingle.bench.machine import describe
-
         folder = cells / self.folder_name
         saved = folder / _MERGER
         merger = self._begin(suite, saved, device)
