@@ -8,7 +8,7 @@ import torch
 
 from mingle.cli.arguments import Commands
 from mingle.cli.output import console
-from mingle.io import merger_folder
+from mingle.io.provenance import versions
 from mingle.kernels import gemm
 from mingle.ops import dispatch, extension
 
@@ -21,7 +21,7 @@ def register(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     missing = dispatch.without_triton(device, torch.float32)
-    facts = merger_folder.versions() | {
+    facts = versions() | {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": str(torch.get_num_threads()),
         "triton": f"not used: {missing}" if missing else "used where it is the faster backend",

@@ -11,7 +11,7 @@ import yaml
 
 from mingle import methods, suites
 from mingle.io.files import without_nan, write_json
-from mingle.io.merger_folder import versions
+from mingle.io.provenance import versions
 from mingle.merging.merger import Merger
 from mingle.runs import report, settings
 from mingle.runs.loop import MergeStep, experts_of, merge_all

@@ -18,6 +18,7 @@ from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.adaptation.trace import AdaptTrace
 from mingle.io import merger_folder
 from mingle.io.files import read_json, without_nan, write_json
+from mingle.io.provenance import describe
 from mingle.merging.merger import Merger
 from mingle.runs.loop import Evaluate, MergeStep, experts_of, merge_all
 from mingle.runs.observer import Observer
@@ -77,8 +78,6 @@ class Cell:
 
         The caller holds the folder's lock.  A merge that diverged is a result too: it would again.
         """
-        from mingle.bench.machine import describe
-
         folder = cells / self.folder_name
         saved, number = folder / _MERGER, self.order - FIRST_ORDER_SEED
         merger = self._begin(suite, saved, device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mingle.io import merger_folder
+from mingle.io import provenance
 from mingle.io.files import read_json, write_json
 from mingle.runs.report import comparison, sweeps
 from mingle.runs.reproduce.cells import TRACE
@@ -47,7 +47,7 @@ def gather(plan: TablePlan, out: Path) -> dict[str, Any]:
         "set": dict(plan.request.options),
         "samples_per_class": plan.request.samples_per_class,
         "seed": plan.request.seed,
-        "versions": merger_folder.versions(),
+        "versions": provenance.versions(),
         "tables": [table | {"rows": list(table["rows"].values())} for table in protocols.values()],
     }
 

@@ -6,7 +6,7 @@ answer to inputs that they have never seen, is in no common measure.  Both are f
 the finished model: what a task's own expert and the older ones reach together is what was measured right
 after its merge.
 
-    python bench/glyphs/interference.py bench/results/cpu/glyphs-interference.json --suites glyphs8,glyphs20
+    python examples/interference.py bench/results/cpu/glyphs-interference.json --suites glyphs8,glyphs20
     --orders 2
 """
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mingle import suites
-from mingle.bench.machine import describe
+from mingle.io.provenance import describe
 from mingle.io.files import write_json
 from mingle.kernels.gated_experts import reference
 from mingle.merging.evaluate import accuracy
