@@ -11,17 +11,14 @@ from torch import nn
 
 from mingle import MingleLinear, inject
 from mingle.adaptation import train as adapt
+from mingle.adaptation.batches import drawn, shuffled_batches
+from mingle.adaptation.divergence import AdaptationDiverged
+from mingle.adaptation.losses import distillation, entropy, entropy_loss
 from mingle.adaptation.optimizer import GateStep
 from mingle.adaptation.prefix_cache import frozen_prefix
 from mingle.adaptation.projector import RelaxedProjector
-from mingle.adaptation.train import (
-    AdaptationDiverged,
-    AdaptConfig,
-    adapt_gates,
-    entropy_loss,
-    shuffled_batches,
-    teacher_logits,
-)
+from mingle.adaptation.teacher import teacher_logits
+from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.tasks.clip import ClipTask
 
 
@@ -203,7 +200,7 @@ def test_adapting_with_and_without_the_prefix_gives_the_same_gates(
             model,
             layers,
             samples[0],
-            targets,
+            distillation(lambda _: targets, 2.0),
             AdaptConfig(steps=10, lr=1e-2),
             torch.Generator().manual_seed(0),
         )
@@ -222,10 +219,9 @@ def test_bf16_products_with_fp32_gates(base_model, tuned_states, samples):
                 torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1
             )
         targets = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
+        loss = distillation(lambda _, targets=targets: targets, 2.0)
         config = AdaptConfig(steps=10, lr=1e-2, precision=precision)
-        trace = adapt_gates(
-            task, model, layers, samples[0], targets, config, torch.Generator().manual_seed(0)
-        )
+        trace = adapt_gates(task, model, layers, samples[0], loss, config, torch.Generator().manual_seed(0))
         assert all(layer.gate_weight.dtype == torch.float32 for layer in layers.values())
         gates.append(trace.loss)
     assert gates[0] != gates[1]
@@ -249,28 +245,18 @@ def test_steps_that_are_skipped_between_two_looks_are_named(
         return real(step, loss)
 
     monkeypatch.setattr(GateStep, "step", poison)
-    targets = torch.randn(24, 5)
-    adapt_gates(
-        ClipTask(), model, layers, samples[0], targets, AdaptConfig(steps=9), torch.Generator().manual_seed(0)
-    )
+    targets, config = torch.randn(24, 5), AdaptConfig(steps=9)
+    loss = distillation(lambda _: targets, 2.0)
+    adapt_gates(ClipTask(), model, layers, samples[0], loss, config, torch.Generator().manual_seed(0))
     told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert told == [
         f"skipped step {i}: the gate gradient is not finite in {names[layer]}"
         for i, layer in poisoned.items()
     ]
     poisoned.update({11: 0, 12: 0, 13: 1, 14: 1})
-    with pytest.raises(
-        AdaptationDiverged, match="3 steps, last at step 4"
-    ):  # the tenth call begins a new adaptation
-        adapt_gates(
-            ClipTask(),
-            model,
-            layers,
-            samples[0],
-            targets,
-            AdaptConfig(steps=9),
-            torch.Generator().manual_seed(0),
-        )
+    # the tenth call begins a new adaptation
+    with pytest.raises(AdaptationDiverged, match="3 steps, last at step 4"):
+        adapt_gates(ClipTask(), model, layers, samples[0], loss, config, torch.Generator().manual_seed(0))
 
 
 def student(base_model, targets=("q_proj", "fc1")):
@@ -292,16 +278,16 @@ def test_the_teacher_answers_only_for_samples_that_are_used(base_model, samples)
                   seeds.inputs["pixel_values"]]  # fmt: skip
         return logits[places]
 
-    for targets in (logits, teacher):
+    used, _ = drawn(24, 5, 3, torch.Generator().manual_seed(0))
+    for answers in (lambda _: logits[used], teacher):
         model, layers = student(base_model)
-        config = AdaptConfig(steps=3, batch_size=5, lr=1e-2)
-        adapt_gates(ClipTask(), model, layers, samples[0], targets, config, torch.Generator().manual_seed(0))
+        loss, config = distillation(answers, 2.0), AdaptConfig(steps=3, batch_size=5, lr=1e-2)
+        adapt_gates(ClipTask(), model, layers, samples[0], loss, config, torch.Generator().manual_seed(0))
         gates.append(torch.cat([layer.gate_weight.flatten() for layer in layers.values()]))
     assert [len(seeds) for seeds in asked] == [15]
     assert torch.equal(*gates)
-    trace = adapt_gates(
-        ClipTask(), model, layers, samples[0], teacher, AdaptConfig(steps=0), torch.Generator()
-    )
+    config = AdaptConfig(steps=0)
+    trace = adapt_gates(ClipTask(), model, layers, samples[0], loss, config, torch.Generator())
     assert trace.loss == [] and len(asked) == 1
 
 
@@ -314,7 +300,7 @@ def test_the_batches_are_those_that_all_samples_would_give(base_model, samples, 
     )
     model, layers = student(base_model)
     config = AdaptConfig(steps=3, batch_size=5)
-    adapt_gates(ClipTask(), model, layers, samples[0], None, config, torch.Generator().manual_seed(3))
+    adapt_gates(ClipTask(), model, layers, samples[0], entropy, config, torch.Generator().manual_seed(3))
     batches = shuffled_batches(24, 5, torch.Generator().manual_seed(3))
     for data, index in zip(seen[-3:], batches, strict=False):
         assert torch.equal(data.inputs["pixel_values"], samples[0].inputs["pixel_values"][index])
@@ -347,6 +333,8 @@ def test_without_a_teacher_the_entropy_falls(base_model, samples):
         layer.set_trainable_gates(2)
     before = entropy_loss(ClipTask().logits(model, samples[0])).item()
     config = AdaptConfig(steps=20, lr=1e-2, batch_size=24)
-    trace = adapt_gates(ClipTask(), model, layers, samples[0], None, config, torch.Generator().manual_seed(0))
+    trace = adapt_gates(
+        ClipTask(), model, layers, samples[0], entropy, config, torch.Generator().manual_seed(0)
+    )
     assert trace.loss[0] == pytest.approx(before, rel=1e-5)
     assert entropy_loss(ClipTask().logits(model, samples[0])).item() < trace.loss[-1] < before - 1e-3

@@ -10,15 +10,12 @@ import pytest
 import torch
 
 from mingle import inject
+from mingle.adaptation.batches import shuffled_batches
+from mingle.adaptation.divergence import AdaptationDiverged
+from mingle.adaptation.losses import distillation, distillation_loss
 from mingle.adaptation.projector import RelaxedProjector
-from mingle.adaptation.train import (
-    AdaptationDiverged,
-    AdaptConfig,
-    adapt_gates,
-    distillation_loss,
-    shuffled_batches,
-    teacher_logits,
-)
+from mingle.adaptation.teacher import teacher_logits
+from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.tasks.clip import ClipTask
 
 D64 = dict(dtype=torch.float64)
@@ -213,7 +210,7 @@ def test_adaptation_brings_the_student_closer_and_touches_only_gates(base_model,
         model,
         layers,
         samples[0],
-        targets,
+        distillation(lambda _: targets, 2.0),
         config,
         torch.Generator().manual_seed(0),
         projector,
@@ -233,7 +230,7 @@ def test_adaptation_brings_the_student_closer_and_touches_only_gates(base_model,
 def test_adaptation_gives_up_on_a_loss_that_stays_nan(base_model, tuned_states, samples):
     model, layers, _ = prepared(base_model, tuned_states[0])
     before = [layer.gate_weight.clone() for layer in layers.values()]
-    targets = torch.full((24, 5), float("nan"))
+    loss = distillation(lambda _: torch.full((24, 5), float("nan")), 2.0)
     with pytest.raises(AdaptationDiverged, match="3 steps, last at step 3"):
-        adapt_gates(ClipTask(), model, layers, samples[0], targets, AdaptConfig(), torch.Generator())
+        adapt_gates(ClipTask(), model, layers, samples[0], loss, AdaptConfig(), torch.Generator())
     assert all(torch.equal(a, layer.gate_weight) for a, layer in zip(before, layers.values(), strict=True))

@@ -21,12 +21,11 @@ from mingle.cli import main
 from mingle.io.files import lock
 from mingle.merging.merger import Merger
 from mingle.runs import reproduce
-from mingle.runs.compare import Observer
-from mingle.runs.config import shuffled
-from mingle.runs.reproduce import Request, summary, tables
+from mingle.runs.observer import Observer
+from mingle.runs.orders import shuffled
+from mingle.runs.reproduce import Request, paper, summary, tables, work
 from mingle.runs.reproduce.expected import expected
 from mingle.suites import Suite
-from mingle.suites.fusionbench import published
 from mingle.suites.protocol import SeedRequest
 
 NAMES = ("one", "two", "three")
@@ -205,7 +204,7 @@ def test_the_table_s_numbers_and_schema(tmp_path):
 
 def test_measured_stands_beside_published_with_the_difference(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        published, "METHODS", {("mingle", "stub"): (50.0, None), ("average", "other"): (40.0, -2.0)}
+        paper, "METHODS", {("mingle", "stub"): (50.0, None), ("average", "other"): (40.0, -2.0)}
     )
     plan = reproduce.plan(request(suites=("stub", "other")))
     reproduce.run(plan, tmp_path, device=torch.device("cpu"))
@@ -282,7 +281,7 @@ def test_protocols_make_two_tables_of_different_cells(tmp_path):
 
 def test_a_held_cell_is_passed_over_and_looked_at_again(tmp_path, monkeypatch):
     """Another writer holds the first cell: the others are run first, and it once the lock is free."""
-    monkeypatch.setattr(reproduce, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(work, "_POLL_SECONDS", 0.01)
     plan = reproduce.plan(request())
     first = tmp_path / "cells" / plan.cells[0].folder_name
     first.mkdir(parents=True)

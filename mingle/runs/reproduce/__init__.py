@@ -2,13 +2,13 @@
 from finished cells.
 
 tables    which settings of which methods are compared
-plan      a request, found to be possible: the table's cells
+request   what is asked for, and the plan of it: a table's cells
 cells     one method on one suite in one order
-run       all cells, shared between processes
+work      all cells, run by any number of processes
 summary   what the finished cells say together, beside what `paper` reports
 """
 
-from mingle.runs.reproduce.plan import EVALUATE, Request, TablePlan, plan
-from mingle.runs.reproduce.run import run
+from mingle.runs.reproduce.request import EVALUATE, Request, TablePlan, plan
+from mingle.runs.reproduce.work import run
 
 __all__ = ["EVALUATE", "Request", "TablePlan", "plan", "run"]

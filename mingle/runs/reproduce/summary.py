@@ -13,7 +13,7 @@ from mingle.runs.report import comparison, sweeps
 from mingle.runs.reproduce.cells import TRACE
 from mingle.runs.reproduce.expected import expected
 from mingle.runs.reproduce.paper import Scores
-from mingle.runs.reproduce.plan import Entry, TablePlan
+from mingle.runs.reproduce.request import Entry, TablePlan
 
 _MEASURES = ("acc", "bwt")
 

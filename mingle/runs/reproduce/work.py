@@ -11,7 +11,7 @@ import torch
 from mingle import suites
 from mingle.io.files import Locked, lock, read_json, write_json
 from mingle.runs.observer import Observer
-from mingle.runs.reproduce.plan import TablePlan
+from mingle.runs.reproduce.request import TablePlan
 from mingle.suites import Suite
 
 _POLL_SECONDS = 1.0
