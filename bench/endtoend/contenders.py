@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mingle import linalg
-from mingle.adaptation.train import shuffled_batches
+from mingle.adaptation.batches import shuffled_batches
 from mingle.bench.endtoend.cases import Problem, Tuned
 from mingle.bench.endtoend.clock import Stopwatch
 from mingle.bench.peers.published import Published

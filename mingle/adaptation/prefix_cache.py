@@ -1,23 +1,22 @@
-"""What a model computes before its first expert: the same at every step of an adaptation, so computed once."""
+"""What a model computes before its first expert is the same at every step of an adaptation: it is computed once."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mingle.nn.early_stop import run_until
+
 logger = logging.getLogger(__name__)
 
 #: What is kept of all samples together may take so many bytes.
 BUDGET = 2**30
-
-
-class _Reached(Exception):
-    """The first expert was reached."""
 
 
 @contextmanager
@@ -104,47 +103,31 @@ def _per_sample(modules: list[nn.Module], run: Callable[[slice], Any]) -> list[n
 
 def _recorded(
     modules: list[nn.Module],
-    experts: Iterable[nn.Module],
+    experts: Sequence[nn.Module],
     run: Callable[[slice], Any],
     count: int,
     batch_size: int,
     budget: int,
 ) -> dict[nn.Module, Tensor]:
-    """For every module of the prefix its results for all samples [count, ...]."""
+    """For every module of the prefix its results for all samples [count, ...]; none where no expert takes part."""
     parts: dict[nn.Module, list[Any]] = {module: [] for module in modules}
 
     def keep(module: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
-        parts[module].append(result)
+        if module in parts:
+            parts[module].append(result)
 
-    def stop(*_: Any) -> None:
-        raise _Reached
-
-    handles: list[Any] = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
-    handles += [expert.register_forward_pre_hook(stop) for expert in experts]
-    passes = 0
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
     try:
         with torch.no_grad():
-            for start in range(0, count, batch_size):
-                rows = min(batch_size, count - start)
-                try:
-                    run(slice(start, start + rows))
-                except _Reached:
-                    pass
-                else:
-                    return {}  # no expert takes part
-                passes += 1
-                for module in list(parts):
-                    results = parts[module]
-                    if (
-                        len(results) != passes
-                        or not isinstance(results[-1], Tensor)
-                        or results[-1].shape[:1] != (rows,)
-                    ):
-                        del parts[module]
-                taken = sum(
-                    part.numel() * part.element_size() for results in parts.values() for part in results
-                )
-                if taken * count > budget * (start + rows):
+            for passes, start in enumerate(range(0, count, batch_size), 1):
+                rows = slice(start, min(start + batch_size, count))
+                if not run_until(experts, partial(run, rows)):
+                    return {}
+                parts = {
+                    module: results for module, results in parts.items() if _whole(results, passes, rows)
+                }
+                taken = sum(part.nbytes for results in parts.values() for part in results)
+                if taken * count > budget * rows.stop:
                     logger.info(
                         "the results before the first expert are not kept: they take more than %d MiB",
                         budget >> 20,
@@ -154,3 +137,9 @@ def _recorded(
         for handle in handles:
             handle.remove()
     return {module: torch.cat(results) for module, results in parts.items()}
+
+
+def _whole(results: list[Any], passes: int, rows: slice) -> bool:
+    """Whether a module gave one tensor per pass, the last with a row for each of its samples."""
+    last = results[-1] if len(results) == passes else None
+    return isinstance(last, Tensor) and last.shape[:1] == (rows.stop - rows.start,)

@@ -57,9 +57,8 @@ class RelaxedProjector(nn.Module):
         r_p = mean_n |G u_p| / (‖G_n‖ + 1e-12),  S ← β S + (1−β) r,  λ = exp(−γ S),  G ← G − (G U) diag(λ) Uᵀ
 
     S starts at 0 for every task: make a new projector then.  All layers are projected together: two launches
-        on a GPU, elsewhere a few
-    products per shape.  Under data-parallel training project after the gradients' all-reduce, and once per
-    optimizer step when gradients are accumulated.
+    on a GPU, elsewhere a few products per shape.  Under data-parallel training project after the gradients'
+    all-reduce, and once per optimizer step when gradients are accumulated.
 
     Args:
         bases: orthonormal columns [d, K] per layer, as a mapping by layer name or a sequence; K = 0 leaves a
@@ -200,8 +199,7 @@ class RelaxedProjector(nn.Module):
 
         Returns:
             False where a gradient was not finite: then nothing is projected, no S advances, and the caller
-                should skip its optimizer
-            step.  The layer is logged.
+            should skip its optimizer step.  The layer is logged.
 
         Raises:
             ValueError: a missing or unknown layer, or a gradient whose shape does not fit its basis.

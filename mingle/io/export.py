@@ -77,8 +77,7 @@ def write_model(
     """Write a hub folder: weights, configuration, and whatever else of this kind the base's folder has.
 
     Everything is written beside the folder and moved there whole: an interruption leaves no folder, and the
-        next export to it clears away
-    what was left behind.
+    next export to it clears away what was left behind.
 
     Raises:
         CheckpointError: the folder is in use, another process is writing it, or the disk is full.

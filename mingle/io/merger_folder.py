@@ -13,7 +13,6 @@ Files are named by their content and never overwritten: whatever interrupts a sa
 from __future__ import annotations
 
 import hashlib
-import platform
 import re
 import shutil
 from collections.abc import Mapping
@@ -34,8 +33,8 @@ from mingle.io.files import (
     write_copy,
     write_json,
 )
+from mingle.io.provenance import versions
 from mingle.io.safetensors import CheckpointReader, write_tensors
-from mingle.version import __version__
 
 FORMAT = "mingle-merge"
 FORMAT_VERSION = 1
@@ -191,18 +190,6 @@ def load(folder: Path) -> Saved:
         if sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path}: its content is not what the manifest says (SHA-256 differs)")
     return Saved(folder, manifest)
-
-
-def versions() -> dict[str, str]:
-    """Of mingle and what its numbers depend on."""
-    import transformers
-
-    return {
-        "mingle": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

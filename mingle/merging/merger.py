@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mingle import methods, tasks
-from mingle.adaptation.train import StepProgress
+from mingle.adaptation.trace import StepProgress
 from mingle.io import export, merger_folder
 from mingle.io.state_dicts import first_names
 from mingle.merging.evaluate import Result, accuracy
@@ -119,8 +119,7 @@ class Merger:
             AdaptationDiverged: the loss stayed non-finite.  Whatever is raised, the merger is as it was
                 before.
         """
-        if not name or name in self.task_names:
-            raise ValueError(f"task {name!r} is merged already" if name else "a task needs a name")
+        self.check_name(name)
         seeds = self.task.data(seed_data) if seed_data is not None and self.method.needs_seeds else None
         if self.method.needs_seeds and not seeds:
             raise ValueError(
@@ -144,6 +143,11 @@ class Merger:
         self.merged.append(MergedTask(name, len(seeds) if seeds else 0, report.skipped, report.notes))
         self.matrix.append([None] * len(self.merged))
         return report
+
+    def check_name(self, name: str) -> None:
+        """Raise `ValueError` for a name that a further task cannot have."""
+        if not name or name in self.task_names:
+            raise ValueError(f"task {name!r} is merged already" if name else "a task needs a name")
 
     def model_for(self, name: str) -> nn.Module:
         """The model that serves a merged task: the merged model, but for the reference row ``individual`` the

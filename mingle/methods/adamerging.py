@@ -11,14 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mingle.adaptation.train import (
-    PATIENCE,
-    AdaptationDiverged,
-    AdaptTrace,
-    StepProgress,
-    entropy_loss,
-    shuffled_batches,
-)
+from mingle.adaptation.batches import shuffled_batches
+from mingle.adaptation.divergence import PATIENCE, AdaptationDiverged
+from mingle.adaptation.losses import entropy_loss
+from mingle.adaptation.trace import AdaptTrace, StepProgress
 from mingle.io.state_dicts import task_vector
 from mingle.methods.base import Arrival, PlainMethod, StepReport, Tensors
 from mingle.options import require_not_negative, require_positive

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from mingle.adaptation.train import AdaptTrace, StepProgress
+from mingle.adaptation.trace import AdaptTrace, StepProgress
 from mingle.io.state_dicts import first_names, task_vector
 from mingle.tasks import TaskData, TaskType
 

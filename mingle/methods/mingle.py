@@ -11,16 +11,13 @@ import torch
 from torch import nn
 
 from mingle.adaptation import input_directions
+from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.adaptation.fast_forward import fast_linears
+from mingle.adaptation.losses import distillation
 from mingle.adaptation.projector import RelaxedProjector
-from mingle.adaptation.train import (
-    TEACHER_BATCH,
-    AdaptationDiverged,
-    AdaptConfig,
-    AdaptTrace,
-    adapt_gates,
-    teacher_logits,
-)
+from mingle.adaptation.teacher import TEACHER_BATCH, teacher_logits
+from mingle.adaptation.trace import AdaptTrace
+from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.kernels.gated_experts import reference
 from mingle.methods.base import Arrival, StepReport, Tensors
 from mingle.methods.experts import make_experts
@@ -42,7 +39,8 @@ class MingleOptions:
         reduce: what the gates see: each token, the mean of a sample, or of the batch.
         k: how many input directions of every task are protected per layer.
         gamma, beta: relaxation strength and memory of S.
-        steps, lr, batch_size, temperature: adaptation, see `mingle.adaptation.train.AdaptConfig`.
+        steps, lr, batch_size: adaptation, see `mingle.adaptation.train.AdaptConfig`.
+        temperature: of both soft-maxes in its loss.
         gates: which gates train: the newest one, all, or none at all (``static``, all gates constant).
         constraint: ``relaxed``, ``hard`` (λ = 1) or ``none``.
         static_coefficient: the constant gate of ``gates="static"``.
@@ -135,15 +133,14 @@ class Mingle(GatedMethod):
         if options.constraint != "none":
             gamma = options.gamma if options.constraint == "relaxed" else 0.0
             projector = RelaxedProjector(self.bases, gamma=gamma, beta=options.beta, backend=options.backend)
-        config = AdaptConfig(
-            options.steps, options.lr, options.batch_size, options.temperature, options.precision
-        )
 
-        def targets(samples: TaskData) -> torch.Tensor:
+        def answers(samples: TaskData) -> torch.Tensor:
             return teacher_logits(self.task, arrival.teacher(), samples, TEACHER_BATCH)
 
+        loss = distillation(answers, options.temperature)
+        config = AdaptConfig(options.steps, options.lr, options.batch_size, options.precision)
         return adapt_gates(
-            self.task, self.model, self.layers, seeds, targets, config, generator, projector, arrival.on_step
+            self.task, self.model, self.layers, seeds, loss, config, generator, projector, arrival.on_step
         )
 
     def _protect(self, arrival: Arrival, report: StepReport) -> Tensors:

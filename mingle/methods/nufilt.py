@@ -107,9 +107,8 @@ def updates(
     d_in] by layer.
 
     Where M or Δ is zero that is Δ itself: nothing is in the way.  Where their rank is less than r_p or r_v,
-        only the directions that
-    exist are singular vectors; the null space of M holds nothing that needs protection.  A starts from a
-    function of `seed` and the layer's name alone.
+    only the directions that exist are singular vectors; the null space of M holds nothing that needs
+    protection.  A starts from a function of `seed` and the layer's name alone.
     """
     results = dict(deltas)
     names = [name for name in deltas if merged[name].any() and deltas[name].any()]

@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mingle.adaptation.train import TEACHER_BATCH
+from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.methods.base import Arrival, StepReport, Tensors
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.router import FeatureStatistics, GaussianRouter
+from mingle.nn.early_stop import run_until
 from mingle.nn.linear import MingleLinear
 from mingle.options import require_positive
 from mingle.tasks import TaskType
@@ -120,15 +121,10 @@ class Routed(GatedMethod):
 
         def record(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(self.router.features(encoder, args, kwargs))
-            raise _Reached
 
-        handle = self.encoder.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
-        try:
+        with torch.no_grad():
             for batch in arrival.samples().batches(TEACHER_BATCH):
-                with torch.no_grad(), suppress(_Reached):
-                    self.task.logits(self.model, batch)
-        finally:
-            handle.remove()
+                run_until([self.encoder], partial(self.task.logits, self.model, batch), record)
         return torch.cat(seen)
 
     def _append(self, name: str, A: Tensor, B: Tensor, gate: Tensor, bias: float | Tensor) -> None:
@@ -160,10 +156,6 @@ class Routed(GatedMethod):
         ]
         if kept:
             self._route(kept)
-
-
-class _Reached(Exception):
-    """The deepest block that is read was reached."""
 
 
 class LayerRouter:
@@ -205,15 +197,14 @@ class LayerRouter:
         def read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             seen.extend(_moments(hidden, self.layers[0].token_mask))
-            if block is self.blocks[-1]:
-                raise _Reached
 
-        handles = [block.register_forward_pre_hook(read, with_kwargs=True) for block in self.blocks]
+        *earlier, last = self.blocks
+        handles = [block.register_forward_pre_hook(read, with_kwargs=True) for block in earlier]
         first = self.layers[0]
         self._give(first.weight.new_zeros(first.num_experts) if first.num_experts else None)
         try:
-            with suppress(_Reached), torch.autocast(first.weight.device.type, enabled=False):
-                encoder.forward(*args, **kwargs)
+            with torch.autocast(first.weight.device.type, enabled=False):
+                run_until([last], partial(encoder.forward, *args, **kwargs), read)
         finally:
             self._give(None)
             for handle in handles:

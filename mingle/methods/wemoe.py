@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mingle.adaptation.losses import entropy
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.kernels.gated_experts import reference
 from mingle.methods.base import Arrival, StepReport, Tensors
@@ -102,13 +103,18 @@ class Wemoe(GatedMethod):
             self._append(
                 name, experts[name].A.to(layer.weight), experts[name].B.to(layer.weight), gate, options.init
             )
-        config = AdaptConfig(options.steps, options.lr, options.batch_size, precision=options.precision)
-        seeds = arrival.samples()
-        return StepReport(
-            trace=adapt_gates(
-                self.task, self.model, self.routers, seeds, None, config, generator, on_step=arrival.on_step
-            )
+        config = AdaptConfig(options.steps, options.lr, options.batch_size, options.precision)
+        trace = adapt_gates(
+            self.task,
+            self.model,
+            self.routers,
+            arrival.samples(),
+            entropy,
+            config,
+            generator,
+            on_step=arrival.on_step,
         )
+        return StepReport(trace=trace)
 
     def _append(
         self, name: str, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor

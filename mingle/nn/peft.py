@@ -63,10 +63,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
     `save_pretrained` writes them.
 
     The factors are used as they are: A is `lora_A` and B is `lora_B` times the layer's scaling, alpha / r, or
-        alpha / √r for `use_rslora`,
-    with `rank_pattern` and `alpha_pattern` resolved as PEFT does.  float16 and bfloat16 are widened to
-    float32, as PEFT does, so that the scaling rounds nothing away.  The options and all shapes are checked
-    before a tensor is read.
+    alpha / √r for `use_rslora`, with `rank_pattern` and `alpha_pattern` resolved as PEFT does.  float16 and
+    bfloat16 are widened to float32, as PEFT does, so that the scaling rounds nothing away.  The options and
+    all shapes are checked before a tensor is read.
 
     Args:
         folder: where the two files are; nothing outside of it is opened.

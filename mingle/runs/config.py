@@ -1,5 +1,4 @@
-"""The YAML file of ``merge`` and ``add``, read into dataclasses; every mistake in it is found before any
-heavy work.
+"""The YAML file of ``merge`` and ``check``, read into dataclasses; every mistake in it is found here.
 
 base: models/clip-vit-base-patch32        # a local folder, or a hub id
 method: mingle
@@ -13,15 +12,14 @@ gate: {k: 3, gamma: 1.0, beta: 0.99, reduce: sample}
 adapt: {steps: 50, lr: 1.0e-4, batch_size: 16, samples_per_class: 5, temperature: 2.0, protocol: strict}
 eval: {suite: images/, every_step: true, batch_size: 128}
 options: {constraint: hard}               # anything else the method takes
-revisions: {datasets/ylecun/mnist: 4d5…}  # commits of hub models (datasets/<id>: of data sets); without,
-    those found first are kept to
+revisions: {datasets/ylecun/mnist: 4d5…}  # commits of hub models and data sets; else those found first are kept
 
-What the file does not say about the method is as published for so many tasks, see `mingle.methods.published`.
+What the file does not say about the method is as the suite recommends for its models, or else as published
+for that many tasks: see `mingle.runs.settings`.
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +28,17 @@ import yaml
 
 from mingle import methods
 from mingle.options import OptionError, build, refuse_unknown, require_positive
-from mingle.suites.protocol import PROTOCOLS
+from mingle.runs.settings import check_reduce
 
 
 @dataclass(frozen=True)
 class Expert:
-    """name: of the task; model: a local folder or hub id, of a fine-tuned model or a LoRA adapter; revision:
-    of the hub model.
+    """One fine-tuned model.
+
+    Attributes:
+        name: of the task.
+        model: a local folder or hub id, of a fine-tuned model or a LoRA adapter.
+        revision: of the hub model.
     """
 
     name: str
@@ -46,7 +48,12 @@ class Expert:
 
 @dataclass(frozen=True)
 class Order:
-    """shuffle: merge in the order that `seeds` give, one merge each, instead of the order listed."""
+    """The order of arrival.
+
+    Attributes:
+        shuffle: merge in the orders that `seeds` give, one merge each, instead of the order listed.
+        seeds: see `mingle.runs.orders`.
+    """
 
     shuffle: bool = False
     seeds: tuple[int, ...] = (42,)
@@ -54,7 +61,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Gate:
-    """Options of the gates; None leaves the published setting."""
+    """Options of the gates; None leaves the suite's or the published setting."""
 
     k: int | None = None
     gamma: float | None = None
@@ -64,7 +71,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Adapt:
-    """Options of the adaptation; None leaves the published setting."""
+    """Options of the adaptation; None leaves the suite's or the published setting."""
 
     steps: int | None = None
     lr: float | None = None
@@ -76,8 +83,12 @@ class Adapt:
 
 @dataclass(frozen=True)
 class Eval:
-    """suite: where seed and test samples come from; every_step: evaluate after every merge, not only the
-    last.
+    """What is measured.
+
+    Attributes:
+        suite: where seed and test samples come from.
+        every_step: evaluate after every merge, not only after the last.
+        batch_size: samples per batch.
     """
 
     suite: str | None = None
@@ -89,7 +100,7 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Config:
+class MergeConfig:
     """A merge: see the module's description of the file."""
 
     base: str
@@ -105,23 +116,16 @@ class Config:
     revisions: dict[str, str] = field(default_factory=dict)
 
     def method_options(self) -> dict[str, Any]:
-        """What the file says about the method, under the method's own option names; the protocol chooses
-        `reduce` where it is not given.
+        """What the file says about the method, under the method's own option names.
 
         Raises:
-            OptionError: an option the method does not have.
+            OptionError: an option that the method does not have, or gates that the protocol does not allow.
         """
         adapt = {name: getattr(self.adapt, name) for name in ("steps", "lr", "batch_size", "temperature")}
         given = {"rank": self.rank, "layers": self.layers, **asdict(self.gate), **adapt}
         given = {name: value for name, value in given.items() if value is not None} | self.options
-        known = {f.name for f in fields(methods.get(self.method).Options)}
-        if "reduce" in known:
-            given.setdefault("reduce", PROTOCOLS[self.adapt.protocol])
-            if (given["reduce"] == "batch") and self.adapt.protocol == "strict":
-                raise OptionError(
-                    "gate: reduce: with batch gates predictions depend on the batch, which the strict protocol does not allow"
-                )
         build(methods.get(self.method).Options, given, f"method {self.method!r}")
+        check_reduce(given.get("reduce"), self.adapt.protocol)
         return given
 
 
@@ -132,14 +136,16 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} appears twice", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
 _SECTIONS: dict[str, type] = {"order": Order, "gate": Gate, "adapt": Adapt, "eval": Eval}
 
 
-def load(path: str | Path) -> Config:
+def load(path: str | Path) -> MergeConfig:
     """The config in a YAML file.
 
     Raises:
@@ -154,11 +160,13 @@ def load(path: str | Path) -> Config:
     return parse(content, str(path))
 
 
-def parse(content: Any, where: str) -> Config:
-    """A config from plain data, `where` names its source in errors."""
+def parse(content: Any, where: str) -> MergeConfig:
+    """A config from plain data; `where` names its source in errors."""
     if not isinstance(content, dict):
-        raise OptionError(f"{where}: expected a mapping with the keys {', '.join(f.name for f in fields(Config))}")
-    refuse_unknown(content, [f.name for f in fields(Config)], where)
+        raise OptionError(
+            f"{where}: expected a mapping with the keys {', '.join(f.name for f in fields(MergeConfig))}"
+        )
+    refuse_unknown(content, [f.name for f in fields(MergeConfig)], where)
     for key in ("base", "experts"):
         if key not in content:
             raise OptionError(f"{where}: {key!r} is missing")
@@ -169,12 +177,15 @@ def parse(content: Any, where: str) -> Config:
     if not isinstance(given["experts"], list) or not given["experts"]:
         raise OptionError(f"{where}: experts: expected a list of {{name, model}}")
     given["experts"] = tuple(
-        build(Expert, _mapping(entry, f"{where}: experts[{i}]"), f"{where}: experts[{i}]") for i, entry in enumerate(given["experts"])
+        build(Expert, _mapping(entry, f"{where}: experts[{i}]"), f"{where}: experts[{i}]")
+        for i, entry in enumerate(given["experts"])
     )
-    config = build(Config, given, where)
+    config = build(MergeConfig, given, where)
     names = [expert.name for expert in config.experts]
     if len(set(names)) < len(names):
-        raise OptionError(f"{where}: experts: two of them are called {next(n for n in names if names.count(n) > 1)!r}")
+        raise OptionError(
+            f"{where}: experts: two of them are called {next(n for n in names if names.count(n) > 1)!r}"
+        )
     try:
         config.method_options()
     except ValueError as error:
@@ -186,10 +197,3 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise OptionError(f"{where}: {value!r} is not a mapping")
     return value
-
-
-def shuffled(names: list[str], seed: int) -> list[str]:
-    """The published task order of a seed: Python's shuffle of the suite's own order."""
-    order = list(names)
-    random.Random(seed).shuffle(order)
-    return order

@@ -76,6 +76,14 @@ class Suite(Mapping[str, TaskData]):
         """The base model's folder."""
         return self._base if isinstance(self._base, Path) else self._base()
 
+    def check_task_type(self, name: str, base: Path | None) -> None:
+        """Refuse, by `OptionError`, samples that a model of this task type cannot take; `base` is its folder."""
+        if self.task_type != name:
+            model = base or "the base"
+            raise OptionError(
+                f"suite {self.name!r} is for {self.task_type} models, but {model} is a {name} model"
+            )
+
     def check(self, name: str) -> None:
         """Find what is wrong with a task's data, as far as that takes no heavy work; whatever it raises names
         the data set.

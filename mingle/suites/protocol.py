@@ -1,12 +1,10 @@
 """Where seed samples come from: the two protocols, whose numbers must never be mixed.
 
 ``official``, as the published code has it: so many samples of every class, picked with the labels of the test
-    set and left in it; gates
-see the mean of a batch.
+set and left in it; gates see the mean of a batch.
 
 ``strict``: the same number of samples drawn without looking at labels and taken out of the test set; gates
-    see the mean of a sample, so
-predictions do not depend on what shares a batch.
+see the mean of a sample, so predictions do not depend on what shares a batch.
 """
 
 from __future__ import annotations

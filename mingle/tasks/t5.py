@@ -33,9 +33,8 @@ class T5Task(HubModel):
     model's own answers, which `prepared` adds as ``decoder_input_ids`` and ``decoder_attention_mask`` [n, L].
 
     Padding takes part in nothing: neither in the means that gates see, nor in input directions, nor in
-        losses.  Layers that see the
-    decoder's tokens have ``token`` gates whatever is asked for: the mean over an answer would see tokens that
-    are still to come, and with a key-value cache it would be a mean over one.
+    losses.  Layers that see the decoder's tokens have ``token`` gates whatever is asked for: the mean over an
+    answer would see tokens that are still to come, and with a key-value cache it would be a mean over one.
     """
 
     name = "t5"

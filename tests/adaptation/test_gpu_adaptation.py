@@ -13,9 +13,11 @@ import torch
 from mingle import inject
 from mingle.adaptation import optimizer as gate_step
 from mingle.adaptation import train as adapt
+from mingle.adaptation.losses import distillation
 from mingle.adaptation.optimizer import Advance, GateStep
 from mingle.adaptation.projector import RelaxedProjector
-from mingle.adaptation.train import AdaptConfig, AdaptTrace, adapt_gates
+from mingle.adaptation.trace import AdaptTrace
+from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
 
@@ -38,9 +40,8 @@ def adapted(
     projector.to(device)
     targets = torch.randn(len(seeds), 5, generator=torch.Generator().manual_seed(1))
     settings = AdaptConfig(steps=10, lr=1e-2, **config)  # type: ignore[arg-type]
-    trace = adapt_gates(
-        ClipTask(), model, layers, seeds, targets, settings, torch.Generator().manual_seed(0), projector
-    )
+    loss, generator = distillation(lambda _: targets, 2.0), torch.Generator().manual_seed(0)
+    trace = adapt_gates(ClipTask(), model, layers, seeds, loss, settings, generator, projector)
     return trace, torch.cat([layer.gate_weight.detach().flatten().cpu() for layer in layers.values()])
 
 

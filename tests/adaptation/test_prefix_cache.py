@@ -9,12 +9,10 @@ import torch
 from torch import nn
 
 from mingle import inject
+from mingle.adaptation.losses import distillation
 from mingle.adaptation.prefix_cache import frozen_prefix
-from mingle.adaptation.train import (
-    AdaptConfig,
-    adapt_gates,
-    teacher_logits,
-)
+from mingle.adaptation.teacher import teacher_logits
+from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.tasks.clip import ClipTask
 
 
@@ -111,7 +109,7 @@ def test_adapting_with_and_without_the_prefix_gives_the_same_gates(
             model,
             layers,
             samples[0],
-            targets,
+            distillation(lambda _, targets=targets: targets, 2.0),
             AdaptConfig(steps=10, lr=1e-2),
             torch.Generator().manual_seed(0),
         )

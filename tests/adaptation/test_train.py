@@ -1,4 +1,4 @@
-"""The adaptation loop: teachers, batches, losses, and steps that are skipped."""
+"""The adaptation loop: it brings the student closer, and steps that are not finite are skipped, then told."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import torch
 
 from mingle import inject
 from mingle.adaptation import train as adapt
+from mingle.adaptation.divergence import AdaptationDiverged
+from mingle.adaptation.losses import distillation
 from mingle.adaptation.optimizer import GateStep
-from mingle.adaptation.train import (
-    AdaptationDiverged,
-    AdaptConfig,
-    adapt_gates,
-    entropy_loss,
-    shuffled_batches,
-)
+from mingle.adaptation.projector import RelaxedProjector
+from mingle.adaptation.teacher import teacher_logits
+from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.tasks.clip import ClipTask
 
 
@@ -32,10 +30,9 @@ def test_bf16_products_with_fp32_gates(base_model, tuned_states, samples):
                 torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1
             )
         targets = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
+        loss = distillation(lambda _, targets=targets: targets, 2.0)
         config = AdaptConfig(steps=10, lr=1e-2, precision=precision)
-        trace = adapt_gates(
-            task, model, layers, samples[0], targets, config, torch.Generator().manual_seed(0)
-        )
+        trace = adapt_gates(task, model, layers, samples[0], loss, config, torch.Generator().manual_seed(0))
         assert all(layer.gate_weight.dtype == torch.float32 for layer in layers.values())
         gates.append(trace.loss)
     assert gates[0] != gates[1]
@@ -59,28 +56,18 @@ def test_steps_that_are_skipped_between_two_looks_are_named(
         return real(step, loss)
 
     monkeypatch.setattr(GateStep, "step", poison)
-    targets = torch.randn(24, 5)
-    adapt_gates(
-        ClipTask(), model, layers, samples[0], targets, AdaptConfig(steps=9), torch.Generator().manual_seed(0)
-    )
+    targets, config = torch.randn(24, 5), AdaptConfig(steps=9)
+    loss = distillation(lambda _: targets, 2.0)
+    adapt_gates(ClipTask(), model, layers, samples[0], loss, config, torch.Generator().manual_seed(0))
     told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert told == [
         f"skipped step {i}: the gate gradient is not finite in {names[layer]}"
         for i, layer in poisoned.items()
     ]
     poisoned.update({11: 0, 12: 0, 13: 1, 14: 1})
-    with pytest.raises(
-        AdaptationDiverged, match="3 steps, last at step 4"
-    ):  # the tenth call begins a new adaptation
-        adapt_gates(
-            ClipTask(),
-            model,
-            layers,
-            samples[0],
-            targets,
-            AdaptConfig(steps=9),
-            torch.Generator().manual_seed(0),
-        )
+    # the tenth call begins a new adaptation
+    with pytest.raises(AdaptationDiverged, match="3 steps, last at step 4"):
+        adapt_gates(ClipTask(), model, layers, samples[0], loss, config, torch.Generator().manual_seed(0))
 
 
 def student(base_model, targets=("q_proj", "fc1")):
@@ -92,74 +79,53 @@ def student(base_model, targets=("q_proj", "fc1")):
     return model, layers
 
 
-def test_the_teacher_answers_only_for_samples_that_are_used(base_model, samples):
-    asked, gates = [], []
-    logits = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
-
-    def teacher(seeds):
-        asked.append(seeds)
-        all_images = samples[0].inputs["pixel_values"]
-        places = [
-            next(i for i, known in enumerate(all_images) if torch.equal(known, one))
-            for one in seeds.inputs["pixel_values"]
-        ]
-        return logits[places]
-
-    for targets in (logits, teacher):
-        model, layers = student(base_model)
-        config = AdaptConfig(steps=3, batch_size=5, lr=1e-2)
-        adapt_gates(ClipTask(), model, layers, samples[0], targets, config, torch.Generator().manual_seed(0))
-        gates.append(torch.cat([layer.gate_weight.flatten() for layer in layers.values()]))
-    assert [len(seeds) for seeds in asked] == [15]
-    assert torch.equal(*gates)
-    trace = adapt_gates(
-        ClipTask(), model, layers, samples[0], teacher, AdaptConfig(steps=0), torch.Generator()
-    )
-    assert trace.loss == [] and len(asked) == 1
-
-
-def test_the_batches_are_those_that_all_samples_would_give(base_model, samples, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        ClipTask,
-        "logits",
-        lambda self, model, data, real=ClipTask.logits: seen.append(data) or real(self, model, data),
-    )
-    model, layers = student(base_model)
-    config = AdaptConfig(steps=3, batch_size=5)
-    adapt_gates(ClipTask(), model, layers, samples[0], None, config, torch.Generator().manual_seed(3))
-    batches = shuffled_batches(24, 5, torch.Generator().manual_seed(3))
-    for data, index in zip(seen[-3:], batches, strict=False):
-        assert torch.equal(data.inputs["pixel_values"], samples[0].inputs["pixel_values"][index])
-
-
-def test_entropy_of_the_rows_that_count():
-    logits = torch.randn(4, 3, 7, dtype=torch.float64, requires_grad=True)
-    p = torch.softmax(logits, -1)
-    rows = -(p * p.log()).sum(-1)
-    torch.testing.assert_close(entropy_loss(logits), rows.mean())
-    valid = torch.rand(4, 3) > 0.5
-    loss = entropy_loss(logits, valid)
-    torch.testing.assert_close(loss, rows[valid].mean())
-    loss.backward()
-    assert not logits.grad[~valid].any() and logits.grad[valid].any(-1).all()
-    assert entropy_loss(torch.tensor([[1e4, 0.0]])) == 0
-
-
-def test_without_a_teacher_the_entropy_falls(base_model, samples):
-    torch.manual_seed(0)
+def prepared(base_model, tuned):
     model = copy.deepcopy(base_model).requires_grad_(False)
     layers = inject(model.vision_model, ("q_proj", "fc1"))
     for layer in layers.values():
-        for _ in range(2):
-            layer.add_expert(
-                torch.randn(4, layer.in_features) * 0.1,
-                torch.randn(layer.out_features, 4) * 0.1,
-                gate_bias=0.3,
-            )
-        layer.set_trainable_gates(2)
-    before = entropy_loss(ClipTask().logits(model, samples[0])).item()
-    config = AdaptConfig(steps=20, lr=1e-2, batch_size=24)
-    trace = adapt_gates(ClipTask(), model, layers, samples[0], None, config, torch.Generator().manual_seed(0))
-    assert trace.loss[0] == pytest.approx(before, rel=1e-5)
-    assert entropy_loss(ClipTask().logits(model, samples[0])).item() < trace.loss[-1] < before - 1e-3
+        layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1)
+    teacher = copy.deepcopy(base_model)
+    teacher.vision_model.load_state_dict(tuned)
+    return model, layers, teacher
+
+
+def test_adaptation_brings_the_student_closer_and_touches_only_gates(base_model, tuned_states, samples):
+    task = ClipTask()
+    model, layers, teacher = prepared(base_model, tuned_states[0])
+    targets = teacher_logits(task, teacher, samples[0], 10)
+    torch.testing.assert_close(targets, task.logits(teacher, samples[0]))
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "gate" not in n}
+    projector = RelaxedProjector(
+        {name: torch.linalg.qr(torch.randn(layer.in_features, 2)).Q for name, layer in layers.items()}
+    )
+    seen = []
+    config = AdaptConfig(steps=30, lr=1e-2)
+    trace = adapt_gates(
+        task,
+        model,
+        layers,
+        samples[0],
+        distillation(lambda _: targets, 2.0),
+        config,
+        torch.Generator().manual_seed(0),
+        projector,
+        seen.append,
+    )
+    assert sum(trace.loss[-5:]) < sum(trace.loss[:5])
+    assert [progress.step for progress in seen] == list(range(1, 31))
+    assert seen[-1].loss == trace.loss[-1] and seen[-1].steps == 30
+    assert seen[-1].strength == pytest.approx(
+        sum(series[-1] for series in trace.strength.values()) / len(trace.strength)
+    )
+    assert set(trace.interference) == set(layers)
+    assert all(len(series) == 30 for series in trace.strength.values())
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+def test_adaptation_gives_up_on_a_loss_that_stays_nan(base_model, tuned_states, samples):
+    model, layers, _ = prepared(base_model, tuned_states[0])
+    before = [layer.gate_weight.clone() for layer in layers.values()]
+    loss = distillation(lambda _: torch.full((24, 5), float("nan")), 2.0)
+    with pytest.raises(AdaptationDiverged, match="3 steps, last at step 3"):
+        adapt_gates(ClipTask(), model, layers, samples[0], loss, AdaptConfig(), torch.Generator())
+    assert all(torch.equal(a, layer.gate_weight) for a, layer in zip(before, layers.values(), strict=True))

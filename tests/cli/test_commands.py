@@ -15,10 +15,14 @@ import torch
 import yaml
 
 import mingle
+from mingle import suites
 from mingle.cli import main
 from mingle.runs import merge
-from mingle.runs.compare import Experiment, Observer, run
-from mingle.runs.config import Expert
+from mingle.runs.check import check
+from mingle.runs.compare import Comparison, run
+from mingle.runs.config import Expert, load
+from mingle.runs.observer import Observer
+from mingle.runs.settings import for_suite
 from mingle.suites import glyphs
 from mingle.suites.glyphs.tasks import SUITES
 
@@ -79,7 +83,7 @@ def test_demo_results_follow_the_schema(demo):
 
 
 def test_the_same_seed_gives_the_same_numbers(demo, tmp_path):
-    again = run(Experiment("glyphs4", methods=("mingle",), options=(("steps", 10),)), tmp_path)
+    again = run(Comparison("glyphs4", methods=("mingle",), options=(("steps", 10),)), tmp_path)
     before = json.loads((demo / "results.json").read_text())
     assert again["methods"]["mingle"]["matrix"][0] == before["methods"]["mingle"]["matrix"][0]
 
@@ -137,6 +141,20 @@ def test_merge_add_eval_and_inspect(tmp_path, capsys):
     merged = json.loads((whole / "manifest.json").read_text())
     assert merged["matrix"] == added["matrix"]
     assert [task["tensors"] for task in merged["tasks"]] == [task["tensors"] for task in added["tasks"]]
+
+
+def test_a_merge_takes_what_the_suite_recommends_and_what_the_user_says(tmp_path):
+    """As the demo does: the suite's settings win over the published ones, explicit ones over both."""
+    config = write_config(tmp_path, rank=None, adapt={"steps": 4}, eval={"suite": "glyphs4"})
+    plan = check(load(config))
+    suite = suites.load("glyphs4")
+    recommended = suite.settings["mingle"]
+    assert recommended != {}
+    assert plan.options == for_suite("mingle", suite, {"steps": 4}) | {"steps": 4}
+    assert plan.options.items() >= recommended.items()
+    own = check(load(write_config(tmp_path, rank=8, adapt={"lr": 1.0})))
+    assert (own.options["rank"], own.options["lr"]) == (8, 1.0)
+    assert own.options["gamma"] == recommended["gamma"]
 
 
 def test_several_orders_make_several_merges(tmp_path):

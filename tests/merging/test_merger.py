@@ -10,7 +10,7 @@ from small_merges import NAMES, add, everything, merge, same_bits
 from transformers import CLIPModel
 
 import mingle
-from mingle.adaptation.train import AdaptationDiverged
+from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.io.merger_folder import state_hash
 from mingle.nn.linear import MingleLinear
 from mingle.tasks import TaskData

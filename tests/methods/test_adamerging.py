@@ -10,7 +10,8 @@ import torch
 from small_merges import NAMES, add
 
 import mingle
-from mingle.adaptation.train import AdaptationDiverged, shuffled_batches
+from mingle.adaptation.batches import shuffled_batches
+from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.methods.adamerging import AdaMergingOptions, learn_coefficients
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask

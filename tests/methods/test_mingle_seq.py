@@ -7,7 +7,9 @@ import torch
 from small_merges import NAMES, SETTINGS, add, everything, same_bits
 
 import mingle
-from mingle.runs.compare import Observer, merge_all
+from mingle.runs.loop import experts_of, merge_all
+from mingle.runs.observer import Observer
+from mingle.runs.origin import origin
 
 
 def chain(tuned_states):
@@ -91,7 +93,8 @@ def test_a_run_asks_for_chains_and_whole_training_data(base_model, tuned_states,
     suite = Recording(zip(NAMES, samples, strict=True))
     sequential = method == "mingle-seq"
     merger = mingle.Merger(base_model, method, **({} if method == "average" else SETTINGS))
-    list(merge_all(merger, suite, NAMES, Observer(), 0))
+    merger.metadata = origin()
+    list(merge_all(merger, NAMES, experts_of(suite, sequential=sequential), suite, Observer()))
     expected = []
     for i, name in enumerate(NAMES):
         expected += [("seeds", name, sequential)] if method != "average" else []

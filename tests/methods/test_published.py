@@ -11,8 +11,9 @@ from mingle.io.merger_folder import load
 from mingle.methods import METHODS, get, published
 from mingle.methods.published import _settings
 from mingle.options import build
-from mingle.runs import config, merge
-from mingle.runs.compare import options_for
+from mingle.runs import config
+from mingle.runs.check import check
+from mingle.runs.settings import for_suite, known
 
 
 @pytest.mark.parametrize("task_type", ["clip", "t5"])
@@ -63,7 +64,7 @@ class Suite(dict):
 
 def test_a_suite_and_then_explicit_options_win_over_published_settings():
     suite = Suite.fromkeys(f"task{i}" for i in range(9))
-    options = options_for("mingle", suite, {"rank": 16, "scaling": 0.7})
+    options = for_suite("mingle", suite, known("mingle", {"rank": 16, "scaling": 0.7}))
     assert (options["rank"], options["lr"], options["batch_size"], options["reduce"]) == (
         16,
         4e-3,
@@ -72,12 +73,12 @@ def test_a_suite_and_then_explicit_options_win_over_published_settings():
     )
     assert "scaling" not in options
     assert (
-        options_for("wemoe", suite, {}).items()
+        for_suite("wemoe", suite, {}).items()
         >= {"rank": 32, "later_rank": 32, "lr": 1e-3, "steps": 100}.items()
     )
-    assert options_for("nufilt", suite, {})["lr"] == 1e-3  # the suite's is that of another loss
-    assert options_for("ties", suite, {})["scaling"] == 0.1
-    assert options_for("ties", suite, {"scaling": 0.7})["scaling"] == 0.7
+    assert for_suite("nufilt", suite, {})["lr"] == 1e-3  # the suite's is that of another loss
+    assert for_suite("ties", suite, {})["scaling"] == 0.1
+    assert for_suite("ties", suite, {"scaling": 0.7})["scaling"] == 0.7
 
 
 @pytest.mark.parametrize(
@@ -90,5 +91,5 @@ def test_a_config_takes_the_published_settings_for_its_tasks(
     content = {"base": str(base_folder), "experts": experts, "method": "task-arithmetic", "options": options}
     out = tmp_path / "merged"
     for _ in range(2):  # the second time everything is there already
-        list(merge.check(config.parse(content, "test"), out).run())
+        list(check(config.parse(content, "test"), out).run())
         assert load(out).manifest["options"] == {"scaling": scaling}

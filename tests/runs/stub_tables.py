@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mingle.runs import reproduce
-from mingle.runs.compare import Observer
+from mingle.runs.observer import Observer
 from mingle.runs.reproduce import Request, summary
 
 NAMES = ("one", "two", "three")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mingle.options import OptionError
-from mingle.runs import config
+from mingle.runs import config, settings
+from mingle.runs.orders import shuffled
 
 MINIMAL = "base: base\nexperts: [{name: a, model: m}]\n"
 
@@ -16,14 +17,26 @@ def parsed(tmp_path, text):
     return config.load(path)
 
 
+def resolved(merge):
+    return settings.resolve(
+        merge.method,
+        task_type="clip",
+        tasks=8,
+        protocol=merge.adapt.protocol,
+        suite=None,
+        given=merge.method_options(),
+    )
+
+
 def test_defaults_and_protocol(tmp_path):
     minimal = parsed(tmp_path, MINIMAL)
     assert minimal.method == "mingle"
-    assert minimal.method_options() == {"reduce": "sample"}
+    assert minimal.method_options() == {}
+    assert resolved(minimal)["reduce"] == "sample"
     official = parsed(tmp_path, MINIMAL + "adapt: {protocol: official}\n")
-    assert official.method_options() == {"reduce": "batch"}
+    assert resolved(official)["reduce"] == "batch"
     average = parsed(tmp_path, MINIMAL + "method: average\n")
-    assert average.method_options() == {}
+    assert average.method_options() == resolved(average) == {}
 
 
 def test_every_key_arrives(tmp_path):
@@ -112,4 +125,4 @@ def test_task_orders_are_the_published_ones():
         20: "20 06 15 05 10 14 16 19 07 13 18 11 02 12 03 17 08 09 01 04",
     }
     for count, order in expected.items():
-        assert " ".join(config.shuffled([f"{i:02d}" for i in range(1, count + 1)], 42)) == order
+        assert " ".join(shuffled([f"{i:02d}" for i in range(1, count + 1)], 42)) == order

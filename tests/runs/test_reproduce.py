@@ -21,9 +21,9 @@ from mingle.cli import main
 from mingle.io.files import lock
 from mingle.merging.merger import Merger
 from mingle.runs import reproduce
-from mingle.runs.compare import Observer
-from mingle.runs.config import shuffled
-from mingle.runs.reproduce import summary
+from mingle.runs.observer import Observer
+from mingle.runs.orders import shuffled
+from mingle.runs.reproduce import summary, work
 
 pytestmark = pytest.mark.usefixtures("stub")
 
@@ -125,7 +125,7 @@ def test_protocols_make_two_tables_of_different_cells(tmp_path):
 
 def test_a_held_cell_is_passed_over_and_looked_at_again(tmp_path, monkeypatch):
     """Another writer holds the first cell: the others are run first, and it once the lock is free."""
-    monkeypatch.setattr(reproduce, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(work, "_POLL_SECONDS", 0.01)
     plan = reproduce.plan(request())
     first = tmp_path / "cells" / plan.cells[0].folder_name
     first.mkdir(parents=True)

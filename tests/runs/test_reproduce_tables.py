@@ -11,10 +11,9 @@ from stub_tables import METHODS, NAMES, QUICK, Recorder, measure, request, resul
 
 from mingle import suites
 from mingle.runs import reproduce
-from mingle.runs.config import shuffled
-from mingle.runs.reproduce import Request, summary, tables
+from mingle.runs.orders import shuffled
+from mingle.runs.reproduce import Request, paper, summary, tables
 from mingle.runs.reproduce.expected import expected
-from mingle.suites.fusionbench import published
 
 pytestmark = pytest.mark.usefixtures("stub")
 
@@ -80,7 +79,7 @@ def test_the_table_s_numbers_and_schema(tmp_path):
 
 def test_measured_stands_beside_published_with_the_difference(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        published, "METHODS", {("mingle", "stub"): (50.0, None), ("average", "other"): (40.0, -2.0)}
+        paper, "METHODS", {("mingle", "stub"): (50.0, None), ("average", "other"): (40.0, -2.0)}
     )
     plan = reproduce.plan(request(suites=("stub", "other")))
     reproduce.run(plan, tmp_path, device=torch.device("cpu"))

@@ -15,7 +15,7 @@ from mingle.io.files import sha256
 from mingle.io.safetensors import CheckpointReader
 from mingle.merging.evaluate import accuracy
 from mingle.options import OptionError
-from mingle.runs.compare import Experiment, run
+from mingle.runs.compare import Comparison, run
 from mingle.suites import glyphs
 from mingle.suites.glyphs.alphabets import ALPHABETS, class_name
 from mingle.suites.glyphs.corruptions import CORRUPTIONS, corrupt
@@ -229,7 +229,7 @@ def test_suites_without_chains_or_training_samples_say_so(monkeypatch, tmp_path)
         plain.seeds("one", whole=True)
     monkeypatch.setattr(suites, "load", lambda *_, **__: plain)
     with pytest.raises(OptionError, match="all start from the base"):
-        run(Experiment("plain", methods=("average", "mingle-seq")), tmp_path / "never")
+        run(Comparison("plain", methods=("average", "mingle-seq")), tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 

@@ -11,7 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import mingle
 from mingle.adaptation import input_directions
-from mingle.adaptation.train import distillation_loss
+from mingle.adaptation.losses import distillation_loss
 from mingle.io.files import CheckpointError
 from mingle.io.state_dicts import IncompatibleModel, first_names
 from mingle.merging.evaluate import accuracy

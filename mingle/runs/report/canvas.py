@@ -56,20 +56,43 @@ def small_multiples(count: int, width: float, height: float, title: str) -> tupl
     return figure, axes[:count], columns
 
 
-def heat_map(ax: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], digits: int | None, **style: Any) -> Any:
+def heat_map(
+    ax: Axes,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    digits: int | None,
+    **style: Any,
+) -> Any:
     """Values [rows, columns] as colours, NaN blank, and as numbers with so many digits where there are few;
     returns the image.
     """
     image = ax.imshow(values, **style)
     rotation, size = (45, 8) if len(columns) <= MOST_NUMBERED else (90, 6.5)
-    ax.set_xticks(range(len(columns)), columns, rotation=rotation, rotation_mode="anchor", ha="right", va="center", fontsize=size)
+    ax.set_xticks(
+        range(len(columns)),
+        columns,
+        rotation=rotation,
+        rotation_mode="anchor",
+        ha="right",
+        va="center",
+        fontsize=size,
+    )
     ax.set_yticks(range(len(rows)), rows, fontsize=8 if len(rows) <= MOST_NUMBERED else 6.5)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     bright = image.to_rgba(values)[..., :3] @ (0.3, 0.6, 0.1) > 0.42
     for (i, j), value in np.ndenumerate(values):
         if digits is not None and len(columns) <= MOST_NUMBERED and is_known(value):
-            ax.text(j, i, number(value, digits), ha="center", va="center", fontsize=7, color="black" if bright[i, j] else "white")
+            ax.text(
+                j,
+                i,
+                number(value, digits),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if bright[i, j] else "white",
+            )
     return image
 
 
@@ -79,7 +102,9 @@ def first_to_last(figure: Figure, axes: Sequence[Axes], labels: Sequence[str], t
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
     count = len(labels)
-    colors = ScalarMappable(Normalize(-0.5, count - 0.5), LinearSegmentedColormap.from_list("", _FIRST_TO_LAST, count))
+    colors = ScalarMappable(
+        Normalize(-0.5, count - 0.5), LinearSegmentedColormap.from_list("", _FIRST_TO_LAST, count)
+    )
     bar = figure.colorbar(colors, ax=axes, label=title, aspect=30)
     bar.set_ticks(range(count), labels=labels)
     bar.ax.invert_yaxis()
@@ -101,7 +126,14 @@ def label_ends(figure: Figure, ax: Axes, ends: Sequence[tuple[str, float, float,
             va="center",
             fontsize=8,
             color=color,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
         )
 
 
@@ -113,7 +145,9 @@ def spread(heights: Sequence[float], gap: float, low: float, high: float) -> np.
     """
     order, steps = np.argsort(heights, kind="stable"), gap * np.arange(len(heights))
     z = np.asarray(heights)[order] - steps
-    fit = [max(min(z[j : k + 1].mean() for k in range(i, len(z))) for j in range(i + 1)) for i in range(len(z))]
+    fit = [
+        max(min(z[j : k + 1].mean() for k in range(i, len(z))) for j in range(i + 1)) for i in range(len(z))
+    ]
     placed = np.empty(len(z))
     placed[order] = np.clip(fit, low, high - steps[-1]) + steps
     return placed

@@ -34,7 +34,10 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
         for i, column in enumerate(block.columns):
             out.add_column(column.replace(" ", "\n", 1) if i else column, justify="right" if i else "left")
         for row, cells in block.rows:
-            out.add_row(*(f"[bold]{text}[/]" if best else text for text, best in cells), style="dim" if _reference(row) else None)
+            out.add_row(
+                *(f"[bold]{text}[/]" if best else text for text, best in cells),
+                style="dim" if _reference(row) else None,
+            )
         made.append(out)
     return made
 
@@ -43,10 +46,19 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """The same tables as GitHub markdown: reference rows in italics, the best row of every suite in bold."""
     lines = []
     for block in _blocks(summary):
-        lines += [block.caption, "", f"| {' | '.join(block.columns)} |", "|---" + "|---:" * (len(block.columns) - 1) + "|"]
+        lines += [
+            block.caption,
+            "",
+            f"| {' | '.join(block.columns)} |",
+            "|---" + "|---:" * (len(block.columns) - 1) + "|",
+        ]
         for row, cells in block.rows:
             marks = ["**" if best else "*" if _reference(row) else "" for _, best in cells]
-            lines.append("| " + " | ".join(f"{mark}{text}{mark}" for mark, (text, _) in zip(marks, cells, strict=True)) + " |")
+            lines.append(
+                "| "
+                + " | ".join(f"{mark}{text}{mark}" for mark, (text, _) in zip(marks, cells, strict=True))
+                + " |"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -72,7 +84,9 @@ def _empty(summary: Mapping[str, Any], part: Mapping[str, Any], rows: list[Mappi
     count = summary["orders"]
     caption = f"{summary['table']} ({summary['title']}), protocol {part['protocol']}, {count} order{'' if count == 1 else 's'}"
     caption += "".join(f", {name}={value}" for name, value in summary["set"].items())
-    if part["protocol"] != "official" and any(cell["published"] for row in rows for cell in row["cells"].values()):
+    if part["protocol"] != "official" and any(
+        cell["published"] for row in rows for cell in row["cells"].values()
+    ):
         caption += "; what is published was measured under the protocol official"
     return _Block(caption, ["row"], [(row, [(row["label"], False)]) for row in rows])
 
@@ -80,22 +94,33 @@ def _empty(summary: Mapping[str, Any], part: Mapping[str, Any], rows: list[Mappi
 def _suite(rows: list[Mapping[str, Any]], suite: str) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """A suite's columns, and its cells by row; published figures and differences only where there are any."""
     cells = [row["cells"].get(suite) for row in rows]
-    means = [None if cell is None or _reference(row) else cell["acc"]["mean"] for row, cell in zip(rows, cells, strict=True)]
+    means = [
+        None if cell is None or _reference(row) else cell["acc"]["mean"]
+        for row, cell in zip(rows, cells, strict=True)
+    ]
     best = max((mean for mean in means if mean is not None), default=None)
     columns: list[str] = []
     texts: list[list[str]] = [[] for _ in rows]
     for key, title in (("acc", "ACC (%)"), ("bwt", "BWT")):
         columns.append(f"{suite} {title}")
-        published = any(cell and cell["published"][key] is not None for cell in cells if cell and cell["published"])
+        published = any(
+            cell and cell["published"][key] is not None for cell in cells if cell and cell["published"]
+        )
         columns += [f"{suite} published", f"{suite} difference"] if published else []
         for text, cell in zip(texts, cells, strict=True):
             text.append(_mean_std(cell[key]) if cell else "–")
             if published:
-                text += [number(cell[what][key]) if cell and cell[what] else "–" for what in ("published", "difference")]
+                text += [
+                    number(cell[what][key]) if cell and cell[what] else "–"
+                    for what in ("published", "difference")
+                ]
     columns += [f"{suite} seconds", f"{suite} orders"]
     for text, cell in zip(texts, cells, strict=True):
         text += [number(cell["seconds"]), _orders(cell)] if cell else ["–", "–"]
-    return columns, [[(item, mean is not None and mean == best) for item in text] for text, mean in zip(texts, means, strict=True)]
+    return columns, [
+        [(item, mean is not None and mean == best) for item in text]
+        for text, mean in zip(texts, means, strict=True)
+    ]
 
 
 def _reference(row: Mapping[str, Any]) -> bool:

@@ -28,7 +28,9 @@ def mean_of(values: Sequence[float | None]) -> float:
 
 def mean_std(values: Sequence[float | None]) -> str:
     known = [value for value in values if is_known(value)]
-    return number(mean_of(values)) + (f" ± {number(statistics.stdev(known))}" if len(known) == len(values) > 1 else "")
+    return number(mean_of(values)) + (
+        f" ± {number(statistics.stdev(known))}" if len(known) == len(values) > 1 else ""
+    )
 
 
 def caption(results: Mapping[str, Any]) -> str:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mingle.runs.report.canvas import COLORS, MOST_NUMBERED, OTHER_COLOR, STYLE, figure_of, first_to_last, heat_map, label_ends, small_multiples
+from mingle.runs.report.canvas import (
+    COLORS,
+    MOST_NUMBERED,
+    OTHER_COLOR,
+    STYLE,
+    figure_of,
+    first_to_last,
+    heat_map,
+    label_ends,
+    small_multiples,
+)
 from mingle.runs.report.numbers import REFERENCES, caption, mean_of, number
 
 if TYPE_CHECKING:
@@ -40,7 +50,11 @@ def write_plots(results: Mapping[str, Any], traces: Mapping[str, Any], folder: P
 
 def _plot_matrices(results: Mapping[str, Any]) -> Figure | None:
     """Per method the accuracy on every task (column) after every merge (row), first order."""
-    methods = {name: result for name, result in results["methods"].items() if name != "pre-trained" and result["matrix"]}
+    methods = {
+        name: result
+        for name, result in results["methods"].items()
+        if name != "pre-trained" and result["matrix"]
+    }
     if not methods:
         return None
     count = max(len(result["order"][0]) for result in methods.values())
@@ -49,7 +63,9 @@ def _plot_matrices(results: Mapping[str, Any]) -> Figure | None:
     figure, axes, columns = small_multiples(len(methods), side + 0.1, side + 0.5, title)
     for i, (ax, (name, result)) in enumerate(zip(axes, methods.items(), strict=True)):
         tasks, left, bottom = result["order"][0], i % columns == 0, i + columns >= len(methods)
-        image = heat_map(ax, np.array(result["matrix"][0], float), tasks, tasks, 0, cmap="viridis", vmin=0, vmax=100)
+        image = heat_map(
+            ax, np.array(result["matrix"][0], float), tasks, tasks, 0, cmap="viridis", vmin=0, vmax=100
+        )
         ax.tick_params(labelleft=left, labelbottom=bottom)
         ax.set(xlabel="accuracy on task" if bottom else None, ylabel="after merging task" if left else None)
         ax.set_title(f"{name}: ACC {number(result['acc'][0])}, BWT {number(result['bwt'][0])}")
@@ -60,13 +76,17 @@ def _plot_matrices(results: Mapping[str, Any]) -> Figure | None:
 def _plot_accuracy(results: Mapping[str, Any]) -> Figure | None:
     """Mean accuracy over the tasks seen so far against their number, ± one standard deviation over orders."""
     curves = {  # [orders, T]
-        name: np.array([[mean_of(row[: i + 1]) for i, row in enumerate(matrix)] for matrix in result["matrix"]])
+        name: np.array(
+            [[mean_of(row[: i + 1]) for i, row in enumerate(matrix)] for matrix in result["matrix"]]
+        )
         for name, result in results["methods"].items()
     }
     curves = {name: curve for name, curve in curves.items() if np.isfinite(curve.sum(0)).any()}
     if not curves:
         return None
-    figure = figure_of(7.2, max(4.2, 0.2 * len(curves) + 2), f"Accuracy over the tasks seen so far ({caption(results)})")
+    figure = figure_of(
+        7.2, max(4.2, 0.2 * len(curves) + 2), f"Accuracy over the tasks seen so far ({caption(results)})"
+    )
     ax = figure.subplots()
     ends = []
     for name, curve in curves.items():
@@ -114,13 +134,27 @@ def _plot_gates(traces: Mapping[str, Any]) -> Figure | None:
     figure = figure_of(11, height, f"{name}: gates after the last merge")
     left, right = figure.subplots(1, 2)
     bound = np.abs(gates.mean(1)).max()
-    image = heat_map(left, gates.mean(1), tasks, experts, 2, cmap="RdBu_r", aspect="auto", vmin=-bound, vmax=bound)
-    left.set(title="Which expert answers to which task (mean over layers)", xlabel="expert of task", ylabel="samples of task")
+    image = heat_map(
+        left, gates.mean(1), tasks, experts, 2, cmap="RdBu_r", aspect="auto", vmin=-bound, vmax=bound
+    )
+    left.set(
+        title="Which expert answers to which task (mean over layers)",
+        xlabel="expert of task",
+        ylabel="samples of task",
+    )
     figure.colorbar(image, ax=left, label="mean gate value", aspect=40)
     bound = np.quantile(np.abs(selectivity), 0.98)  # a few extreme layers would wash out the rest
-    image = heat_map(right, selectivity, layers, experts, None, cmap="RdBu_r", aspect="auto", vmin=-bound, vmax=bound)
-    right.set(title="Selectivity of every layer: own expert − mean of the others", xlabel="samples of task", ylabel="layer, by depth")
-    figure.colorbar(image, ax=right, label="difference of mean gate values", aspect=40, extend="both", extendfrac=0.02)
+    image = heat_map(
+        right, selectivity, layers, experts, None, cmap="RdBu_r", aspect="auto", vmin=-bound, vmax=bound
+    )
+    right.set(
+        title="Selectivity of every layer: own expert − mean of the others",
+        xlabel="samples of task",
+        ylabel="layer, by depth",
+    )
+    figure.colorbar(
+        image, ax=right, label="difference of mean gate values", aspect=40, extend="both", extendfrac=0.02
+    )
     return figure
 
 
@@ -151,7 +185,12 @@ def _plot_interference(traces: Mapping[str, Any]) -> Figure | None:
     axes[1].set(ylabel="projection strength $\\lambda$", xlabel="adaptation step")
     top, crowded = axes[0].secondary_xaxis("top"), len(tasks) > MOST_NUMBERED
     centres = [(starts[task] + starts[task + 1]) / 2 for task in tasks]
-    top.set_xticks(centres, [trace["order"][task] for task in tasks], rotation=45 * crowded, ha="left" if crowded else "center")
+    top.set_xticks(
+        centres,
+        [trace["order"][task] for task in tasks],
+        rotation=45 * crowded,
+        ha="left" if crowded else "center",
+    )
     top.tick_params(length=0)
     return figure
 

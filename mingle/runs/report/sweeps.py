@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mingle.runs.report.canvas import COLORS, MOST_NUMBERED, OTHER_COLOR, STYLE, figure_of, heat_map, small_multiples
+from mingle.runs.report.canvas import (
+    COLORS,
+    MOST_NUMBERED,
+    OTHER_COLOR,
+    STYLE,
+    figure_of,
+    heat_map,
+    small_multiples,
+)
 from mingle.runs.report.numbers import REFERENCES, number
 
 if TYPE_CHECKING:
@@ -37,11 +45,22 @@ def write_plots(summary: Mapping[str, Any], traces: Mapping[str, Any], folder: P
     with style.context(STYLE, after_reset=True):
         for part in summary["tables"]:
             for suite in part["suites"]:
-                rows = [row for row in part["rows"] if suite in row["cells"] and row["cells"][suite]["acc"]["values"]]
-                recorded = {label: trace for label, trace in traces.get(part["protocol"], {}).get(suite, {}).items() if trace}
+                rows = [
+                    row
+                    for row in part["rows"]
+                    if suite in row["cells"] and row["cells"][suite]["acc"]["values"]
+                ]
+                recorded = {
+                    label: trace
+                    for label, trace in traces.get(part["protocol"], {}).get(suite, {}).items()
+                    if trace
+                }
                 where = f"{summary['table']}, {suite}, protocol {part['protocol']}"
                 if summary["axis"]:
-                    figures = {"curves": _plot_curves(rows, suite, summary["axis"], where), "gates": _plot_gates(recorded, where)}
+                    figures = {
+                        "curves": _plot_curves(rows, suite, summary["axis"], where),
+                        "gates": _plot_gates(recorded, where),
+                    }
                 else:
                     figures = {"bars": _plot_bars(rows, suite, where)}
                 for name, figure in figures.items():
@@ -102,7 +121,14 @@ def _plot_bars(rows: Sequence[Mapping[str, Any]], suite: str, where: str) -> Fig
     for ax, (measure, label) in zip(panels, _MEASURES.items(), strict=True):
         spread = [row["cells"][suite][measure] for row in rows]
         means, errors = [s["mean"] for s in spread], [s["std"] or 0.0 for s in spread]
-        ax.barh(range(len(rows)), means, xerr=errors, height=0.7, color=colors, error_kw={"elinewidth": 1, "ecolor": "#222222"})
+        ax.barh(
+            range(len(rows)),
+            means,
+            xerr=errors,
+            height=0.7,
+            color=colors,
+            error_kw={"elinewidth": 1, "ecolor": "#222222"},
+        )
         for y, (mean, error) in enumerate(zip(means, errors, strict=True)):
             side = -1 if mean < 0 else 1
             ax.annotate(
@@ -136,13 +162,21 @@ def _plot_gates(traces: Mapping[str, Mapping[str, Any]], where: str) -> Figure |
     gates = {label: np.array(trace["gates"], float).mean(1) for label, trace in traces.items()}
     count = max(len(values) for values in gates.values())
     side = max(2.0, (0.3 if count <= MOST_NUMBERED else 0.125) * count)
-    figure, axes, columns = small_multiples(len(gates), side + 0.2, side + 0.5, f"Gates after the last merge, first order ({where})")
+    figure, axes, columns = small_multiples(
+        len(gates), side + 0.2, side + 0.5, f"Gates after the last merge, first order ({where})"
+    )
     bound = max(np.abs(values).max() for values in gates.values())
     for i, (ax, (label, values)) in enumerate(zip(axes, gates.items(), strict=True)):
         tasks = traces[label]["order"]
         left, bottom = i % columns == 0, i + columns >= len(gates)
-        image = heat_map(ax, values, tasks, tasks[: values.shape[1]], 2, cmap="RdBu_r", vmin=-bound, vmax=bound)
+        image = heat_map(
+            ax, values, tasks, tasks[: values.shape[1]], 2, cmap="RdBu_r", vmin=-bound, vmax=bound
+        )
         ax.tick_params(labelleft=left, labelbottom=bottom)
-        ax.set(title=label, xlabel="expert of task" if bottom else None, ylabel="samples of task" if left else None)
+        ax.set(
+            title=label,
+            xlabel="expert of task" if bottom else None,
+            ylabel="samples of task" if left else None,
+        )
     figure.colorbar(image, ax=axes, label="mean gate value", shrink=0.8, aspect=30)
     return figure

@@ -52,12 +52,17 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
             for order, (tasks, matrix) in enumerate(zip(result["order"], result["matrix"], strict=True)):
                 for step, (after, row) in enumerate(zip(tasks, matrix, strict=True), start=1):
                     cells = zip(tasks, row, strict=True)
-                    writer.writerows([name, order, step, after, task, value] for task, value in cells if is_known(value))
+                    writer.writerows(
+                        [name, order, step, after, task, value] for task, value in cells if is_known(value)
+                    )
 
 
 def _rows(results: Mapping[str, Any]) -> list[tuple[list[str], bool, bool]]:
     """(cells, whether a reference, whether the best merging method) of the table's rows, references first."""
-    methods = {name: results["methods"][name] for name in sorted(results["methods"], key=lambda name: name not in REFERENCES)}
+    methods = {
+        name: results["methods"][name]
+        for name in sorted(results["methods"], key=lambda name: name not in REFERENCES)
+    }
     means = {name: mean_of(result["acc"]) for name, result in methods.items() if name not in REFERENCES}
     best = max(filter(is_known, means.values()), default=None)
     rows = []

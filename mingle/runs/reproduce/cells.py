@@ -1,6 +1,4 @@
-"""One cell of a table: one method on one suite in one order, in a folder of its own that an interrupted run
-finds again.
-"""
+"""One cell of a table: one method on one suite in one order, in a folder that an interrupted run finds again."""
 
 from __future__ import annotations
 
@@ -16,12 +14,17 @@ from typing import Any
 import torch
 
 from mingle import methods
+from mingle.adaptation.divergence import AdaptationDiverged
+from mingle.adaptation.trace import AdaptTrace
 from mingle.io import merger_folder
-from mingle.adaptation.train import AdaptationDiverged, AdaptTrace
-from mingle.runs.config import shuffled
-from mingle.runs.compare import FIRST_ORDER_SEED, Observer, Step, merge_all, origin, trace_of
 from mingle.io.files import read_json, without_nan, write_json
+from mingle.io.provenance import describe
 from mingle.merging.merger import Merger
+from mingle.runs.loop import Evaluate, MergeStep, experts_of, merge_all
+from mingle.runs.observer import Observer
+from mingle.runs.orders import FIRST_ORDER_SEED, shuffled
+from mingle.runs.origin import origin
+from mingle.runs.traces import trace_of
 from mingle.suites import Suite
 
 RESULT, TRACE, _MERGER = "result.json", "trace.json", "merger"
@@ -37,7 +40,7 @@ class Cell:
         method: a name in `mingle.methods.METHODS`.
         options: all of the method's options.
         order: the seed of the task order.
-        evaluate: see `mingle.runs.compare.merge_all`.
+        evaluate: see `mingle.runs.loop`.
     """
 
     suite: str
@@ -47,7 +50,7 @@ class Cell:
     order: int
     samples_per_class: int
     seed: int
-    evaluate: str
+    evaluate: Evaluate
 
     @property
     def folder_name(self) -> str:
@@ -63,36 +66,45 @@ class Cell:
 
     def prepare(self, suite: Suite) -> None:
         """Have every fine-tuned model in its place, and the samples checked."""
-        order, sequential = shuffled(list(suite), self.order), methods.get(self.method).sequential
+        order, sequential = shuffled(suite, self.order), methods.get(self.method).sequential
         for index, task in enumerate(order):
             suite.check(task)
             suite.expert(task, order[:index] if sequential else ())
 
-    def run(self, suite: Suite, cells: Path, observer: Observer, device: torch.device, *, keep_model: bool) -> None:
-        """Merge what is not merged yet, saving after every task, and write the result; the caller holds the
-        folder's lock.
+    def run(
+        self, suite: Suite, cells: Path, observer: Observer, device: torch.device, *, keep_model: bool
+    ) -> None:
+        """Merge what is not merged yet, saving after every task, and write the result.
 
-        A merge that diverged is a result too: it would again.
+        The caller holds the folder's lock.  A merge that diverged is a result too: it would again.
         """
-        from mingle.bench.machine import describe
-
         folder = cells / self.folder_name
-        saved = folder / _MERGER
+        saved, number = folder / _MERGER, self.order - FIRST_ORDER_SEED
         merger = self._begin(suite, saved, device)
-        order = shuffled(list(suite), self.order)
+        order = shuffled(suite, self.order)
+        expert = experts_of(suite, sequential=merger.method.sequential)
         done, failed = merger.metadata["steps"], None
         try:
-            for step in merge_all(merger, suite, order, observer, self.order - FIRST_ORDER_SEED, evaluate=self.evaluate):
+            for step in merge_all(merger, order, expert, suite, observer, number, evaluate=self.evaluate):
                 done.append(without_nan(asdict(step)))
                 merger.save_pretrained(saved, include_base=keep_model)
         except AdaptationDiverged as error:
             failed = f"{order[len(done)]}: {error}"
-        if self.order == FIRST_ORDER_SEED and failed is None:
-            steps = [Step(**step | {"trace": step["trace"] and AdaptTrace(**step["trace"])}) for step in done]
+        if number == 0 and failed is None:
+            steps = [
+                MergeStep(**step | {"trace": step["trace"] and AdaptTrace(**step["trace"])}) for step in done
+            ]
             write_json(folder / TRACE, without_nan(trace_of(merger, suite, steps)))
-        result = merger.result()
-        seconds = [{key: value for key, value in step.items() if key != "trace"} for step in done]
-        record = {
+        record = self._record(merger, order, failed) | describe(device)
+        write_json(folder / RESULT, without_nan(record))
+        observer.merged(self.method, number, merger.result())
+        if not keep_model and saved.exists():
+            shutil.rmtree(saved)
+
+    def _record(self, merger: Merger, order: list[str], failed: str | None) -> dict[str, Any]:
+        """What was measured; `failed` says at which task the merge diverged, and how."""
+        result, done = merger.result(), merger.metadata["steps"]
+        return {
             "settings": asdict(self),
             "order": order,
             "failed": failed,
@@ -100,18 +112,17 @@ class Cell:
             "bwt": result.bwt if failed is None else None,
             "matrix": result.matrix,
             "seconds": round(sum(step["merge"] for step in done), 3),
-            "steps": seconds,
-            **describe(device),
+            "steps": [{key: value for key, value in step.items() if key != "trace"} for step in done],
         }
-        write_json(folder / RESULT, without_nan(record))
-        observer.merged(self.method, self.order - FIRST_ORDER_SEED, result)
-        if not keep_model and saved.exists():
-            shutil.rmtree(saved)
 
     def _begin(self, suite: Suite, saved: Path, device: torch.device) -> Merger:
         """The merger of an interrupted run, or a new one."""
         if (saved / merger_folder.MANIFEST).exists():
             return Merger.from_pretrained(saved, base=suite.base, device=device)
-        merger = Merger(suite.base, self.method, suite.task_type, seed=self.seed, device=device, **self.options)
-        merger.metadata = origin(self.suite, self.protocol, self.samples_per_class, revisions=suite.revisions) | {"steps": []}
+        merger = Merger(
+            suite.base, self.method, suite.task_type, seed=self.seed, device=device, **self.options
+        )
+        merger.metadata = origin(
+            self.suite, self.protocol, self.samples_per_class, revisions=suite.revisions
+        ) | {"steps": []}
         return merger

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 
+from mingle.runs.reproduce import paper
+from mingle.runs.reproduce.paper import Scores
 from mingle.runs.reproduce.tables import Row
-from mingle.suites.fusionbench import published
-from mingle.suites.fusionbench.published import Scores
 
 
 def expected(table: str, row: Row, suite: str) -> Scores | None:
@@ -14,21 +14,20 @@ def expected(table: str, row: Row, suite: str) -> Scores | None:
     apart.
     """
     if table == "ablation":
-        return published.ABLATION.get(row.series or "", {}).get(suite) if row.method == "mingle" else None
+        return paper.ABLATION.get(row.series or "", {}).get(suite) if row.method == "mingle" else None
     if row.options or row.samples_per_class:  # a point of a sweep
         return None
-    if row.method == "mingle" and suite in published.CORRUPTIONS:
-        return published.CORRUPTIONS[suite], None
+    if row.method == "mingle" and suite in paper.CORRUPTIONS:
+        return paper.CORRUPTIONS[suite], None
     if row.method == "pre-trained":
         return _pre_trained(suite)
-    return published.METHODS.get((row.method, suite))
+    return paper.METHODS.get((row.method, suite))
 
 
 def _pre_trained(suite: str) -> Scores | None:
-    """The mean over the first tasks of a ``clip-<size>-<count>``; a model that never changes forgets nothing.
-    """
+    """The mean over the first tasks of a ``clip-<size>-<count>``; a model that never changes forgets nothing."""
     base, _, count = suite.rpartition("-")
-    figures = [by_base[base][0] for by_base in published.PER_TASK.values() if base in by_base]
+    figures = [by_base[base][0] for by_base in paper.PER_TASK.values() if base in by_base]
     if not count.isdecimal() or not figures:
         return None
     return round(statistics.fmean(figures[: int(count)]), 1), 0.0

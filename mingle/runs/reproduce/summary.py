@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mingle.io import merger_folder
+from mingle.io import provenance
 from mingle.io.files import read_json, write_json
 from mingle.runs.report import comparison, sweeps
-from mingle.runs.reproduce import Entry, Plan
 from mingle.runs.reproduce.cells import TRACE
 from mingle.runs.reproduce.expected import expected
-from mingle.suites.fusionbench.published import Scores
+from mingle.runs.reproduce.paper import Scores
+from mingle.runs.reproduce.request import Entry, TablePlan
 
 _MEASURES = ("acc", "bwt")
 
 
-def gather(plan: Plan, out: Path) -> dict[str, Any]:
+def gather(plan: TablePlan, out: Path) -> dict[str, Any]:
     """The table as far as its cells are finished.
 
     Returns:
@@ -36,7 +36,9 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
         if entry.suite not in table["suites"]:
             table["suites"].append(entry.suite)
         row = table["rows"].setdefault(entry.row.label, _row(entry))
-        row["cells"][entry.suite] = _cell(entry, expected(plan.request.table, entry.row, entry.suite), out / "cells")
+        row["cells"][entry.suite] = _cell(
+            entry, expected(plan.request.table, entry.row, entry.suite), out / "cells"
+        )
     return {
         "table": plan.request.table,
         "title": plan.table.title,
@@ -45,12 +47,12 @@ def gather(plan: Plan, out: Path) -> dict[str, Any]:
         "set": dict(plan.request.options),
         "samples_per_class": plan.request.samples_per_class,
         "seed": plan.request.seed,
-        "versions": merger_folder.versions(),
+        "versions": provenance.versions(),
         "tables": [table | {"rows": list(table["rows"].values())} for table in protocols.values()],
     }
 
 
-def write(plan: Plan, out: Path) -> dict[str, Any]:
+def write(plan: TablePlan, out: Path) -> dict[str, Any]:
     """Write ``table.json``, ``table.md`` and the plots of the finished cells to `out`; returns what `gather`
     does.
     """
@@ -61,7 +63,7 @@ def write(plan: Plan, out: Path) -> dict[str, Any]:
     return summary
 
 
-def _traces(plan: Plan, cells: Path) -> dict[str, Any]:
+def _traces(plan: TablePlan, cells: Path) -> dict[str, Any]:
     """Protocol → suite → row label → what the adaptations of the first order did, where they did and their
     cell is finished.
     """
@@ -69,14 +71,25 @@ def _traces(plan: Plan, cells: Path) -> dict[str, Any]:
     for entry in plan.entries:
         path = cells / entry.cells[0].folder_name / TRACE
         if path.exists():
-            traces.setdefault(entry.protocol, {}).setdefault(entry.suite, {})[entry.row.label] = read_json(path)
+            traces.setdefault(entry.protocol, {}).setdefault(entry.suite, {})[entry.row.label] = read_json(
+                path
+            )
     return traces
 
 
 def _row(entry: Entry) -> dict[str, Any]:
     row = entry.row
-    fixed = dict(row.options) | ({"samples_per_class": row.samples_per_class} if row.samples_per_class else {})
-    return {"label": row.label, "method": row.method, "options": fixed, "series": row.series, "value": row.value, "cells": {}}
+    fixed = dict(row.options) | (
+        {"samples_per_class": row.samples_per_class} if row.samples_per_class else {}
+    )
+    return {
+        "label": row.label,
+        "method": row.method,
+        "options": fixed,
+        "series": row.series,
+        "value": row.value,
+        "cells": {},
+    }
 
 
 def _cell(entry: Entry, published: Scores | None, cells: Path) -> dict[str, Any]:
@@ -91,7 +104,9 @@ def _cell(entry: Entry, published: Scores | None, cells: Path) -> dict[str, Any]
         "difference": figures and {key: _difference(spread[key]["mean"], figures[key]) for key in _MEASURES},
         "seconds": statistics.fmean(seconds) if seconds else None,
         "finished": list(measured),
-        "failed": {str(order): result["failed"] for order, result in results.items() if result["failed"] is not None},
+        "failed": {
+            str(order): result["failed"] for order, result in results.items() if result["failed"] is not None
+        },
         "folders": [cell.folder_name for cell in entry.cells],
     }
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mingle import tasks
-from mingle.nn.inject import find_targets, present
 from mingle.methods import METHODS
+from mingle.nn.inject import find_targets, present
 from mingle.options import OptionError, nearest
+from mingle.runs.reproduce import paper
 from mingle.suites import Suite
-from mingle.suites.fusionbench import published
 
 #: options of MINGLE that make the paper's ablation, each row adding one part
 _ABLATION: dict[str, dict[str, Any]] = {
@@ -95,20 +95,32 @@ def _parts(parts: Mapping[str, Mapping[str, Any]]) -> Callable[[Suite, Sequence[
     """One row for each set of options."""
 
     def rows(suite: Suite, names: Sequence[str]) -> list[Row]:
-        return [Row(_label(name, names, label), name, options, series=label) for name in names for label, options in parts.items()]
+        return [
+            Row(_label(name, names, label), name, options, series=label)
+            for name in names
+            for label, options in parts.items()
+        ]
 
     return rows
 
 
 def _sweep(option: str, *values: float) -> Callable[[Suite, Sequence[str]], list[Row]]:
     def rows(suite: Suite, names: Sequence[str]) -> list[Row]:
-        return [Row(f"{name}, {option} {value:g}", name, {option: value}, None, name, value) for name in names for value in values]
+        return [
+            Row(f"{name}, {option} {value:g}", name, {option: value}, None, name, value)
+            for name in names
+            for value in values
+        ]
 
     return rows
 
 
 def _samples(suite: Suite, names: Sequence[str]) -> list[Row]:
-    return [Row(f"{name}, {count} per class", name, {}, count, name, count) for name in names for count in (1, 3, 5)]
+    return [
+        Row(f"{name}, {count} per class", name, {}, count, name, count)
+        for name in names
+        for count in (1, 3, 5)
+    ]
 
 
 def _layers_and_rank(suite: Suite, names: Sequence[str]) -> list[Row]:
@@ -121,7 +133,9 @@ def _layers_and_rank(suite: Suite, names: Sequence[str]) -> list[Row]:
             largest = max(min(layer.weight.shape) for layer in find_targets(tower, targets).values())
             for rank in sorted({min(rank, largest) for rank in (*_RANKS, largest)}):
                 series = _label(name, names, layers)
-                rows.append(Row(f"{series}, rank {rank}", name, {"layers": targets, "rank": rank}, None, series, rank))
+                rows.append(
+                    Row(f"{series}, rank {rank}", name, {"layers": targets, "rank": rank}, None, series, rank)
+                )
     return rows
 
 
@@ -143,7 +157,9 @@ def _corrupted(name: str) -> tuple[str, ...]:
     """The clean suite and one suite per corruption."""
     from mingle.suites import glyphs
 
-    corrupted = tuple(other for other in glyphs.NAMES if other.startswith(f"{name}-") and other != f"{name}-corrupted")
+    corrupted = tuple(
+        other for other in glyphs.NAMES if other.startswith(f"{name}-") and other != f"{name}-corrupted"
+    )
     return (name, *corrupted)
 
 
@@ -152,15 +168,39 @@ _CLIP_B16 = tuple(f"clip-b16-{count}" for count in (8, 14, 20))
 
 TABLES: dict[str, Table] = {
     "main": Table("all methods", _plain, _independent, _CLIP),
-    "corruptions": Table("all methods on corrupted images", _plain, _independent, tuple(published.CORRUPTIONS), suites=_corrupted),
+    "corruptions": Table(
+        "all methods on corrupted images",
+        _plain,
+        _independent,
+        tuple(paper.CORRUPTIONS),
+        suites=_corrupted,
+    ),
     "mtil": Table("all methods on tasks of many domains", _plain, _all, ("mtil-11",)),
     "glue": Table("all methods on language tasks", _plain, _independent, ("glue-8",)),
     "ablation": Table("the parts of MINGLE, one by one", _parts(_ABLATION), published=_CLIP_B16),
-    "router": Table("the choices behind the routed experts, one by one", _parts(_ROUTER), lambda: ("routed",)),
-    "steps": Table("adaptation steps", _sweep("steps", 5, 10, 20, 50), published=_CLIP_B16, axis="adaptation steps"),
-    "layers-and-rank": Table("target layers and rank of the experts", _layers_and_rank, published=_CLIP_B16, axis="rank"),
+    "router": Table(
+        "the choices behind the routed experts, one by one", _parts(_ROUTER), lambda: ("routed",)
+    ),
+    "steps": Table(
+        "adaptation steps", _sweep("steps", 5, 10, 20, 50), published=_CLIP_B16, axis="adaptation steps"
+    ),
+    "layers-and-rank": Table(
+        "target layers and rank of the experts", _layers_and_rank, published=_CLIP_B16, axis="rank"
+    ),
     "samples": Table("seed samples per class", _samples, published=_CLIP_B16, axis="seed samples per class"),
-    "gamma": Table("strength γ of the relaxation", _sweep("gamma", 0.0, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0), published=_CLIP_B16, axis="γ"),
-    "beta": Table("memory β of the interference", _sweep("beta", 0.0, 0.5, 0.9, 0.99, 0.999), published=_CLIP_B16, axis="β"),
-    "k": Table("protected directions k of every task", _sweep("k", 1, 2, 3, 5, 8), published=_CLIP_B16, axis="k"),
+    "gamma": Table(
+        "strength γ of the relaxation",
+        _sweep("gamma", 0.0, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        published=_CLIP_B16,
+        axis="γ",
+    ),
+    "beta": Table(
+        "memory β of the interference",
+        _sweep("beta", 0.0, 0.5, 0.9, 0.99, 0.999),
+        published=_CLIP_B16,
+        axis="β",
+    ),
+    "k": Table(
+        "protected directions k of every task", _sweep("k", 1, 2, 3, 5, 8), published=_CLIP_B16, axis="k"
+    ),
 }

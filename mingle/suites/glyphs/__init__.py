@@ -35,7 +35,7 @@ BASE = DATA / "base"
 TEST_IMAGES_PER_CLASS = 25
 TRAINING_IMAGES_PER_CLASS = 50
 
-#: Chosen on the tuning tasks, which are in no suite, by ``bench/glyphs/tuning.py``; the published settings
+#: Chosen on the tuning tasks, which are in no suite, by ``examples/glyph_models/tuning.py``; the published settings
 #: are for larger models.
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"rank": 32, "lr": 4e-3, "gamma": 0.1} for name in ("mingle", "mingle-light")},

@@ -9,7 +9,7 @@ recognition in the task domains possible but poor.  (A quarter of the images fro
 zero-shot: nothing is left to merge.)  Deterministic for one machine and one version of torch; about 17
 minutes on 2 CPU cores.
 
-    python bench/glyphs/pretrain.py mingle/suites/glyphs/data/base
+    python examples/glyph_models/pretrain.py mingle/suites/glyphs/data/base
 """
 
 from __future__ import annotations

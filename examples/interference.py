@@ -6,7 +6,7 @@ answer to inputs that they have never seen, is in no common measure.  Both are f
 the finished model: what a task's own expert and the older ones reach together is what was measured right
 after its merge.
 
-    python bench/glyphs/interference.py bench/results/cpu/glyphs-interference.json --suites glyphs8,glyphs20
+    python examples/interference.py bench/results/cpu/glyphs-interference.json --suites glyphs8,glyphs20
     --orders 2
 """
 
@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from mingle import suites
-from mingle.bench.machine import describe
 from mingle.io.files import write_json
+from mingle.io.provenance import describe
 from mingle.kernels.gated_experts import reference
 from mingle.merging.evaluate import accuracy
 from mingle.merging.merger import Merger
 from mingle.methods.mingle import Mingle
 from mingle.nn.linear import MingleLinear
-from mingle.runs.compare import FIRST_ORDER_SEED, options_for
-from mingle.runs.config import shuffled
+from mingle.runs.orders import FIRST_ORDER_SEED, shuffled
+from mingle.runs.settings import for_suite
 from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
 from mingle.tasks import TaskData
@@ -71,8 +71,8 @@ def main() -> None:
 
 def merged(suite: Suite, order_seed: int) -> Merger:
     """The suite's tasks merged by MINGLE with the suite's settings, in the order of that seed."""
-    merger = Merger(suite.base, Mingle.name, suite.task_type, **options_for(Mingle.name, suite, {}))
-    for name in shuffled(list(suite), order_seed):
+    merger = Merger(suite.base, Mingle.name, suite.task_type, **for_suite(Mingle.name, suite, {}))
+    for name in shuffled(suite, order_seed):
         merger.add(name, suite.expert(name), suite.seeds(name))
     return merger
 

@@ -3,7 +3,7 @@
 Run after ``pretrain.py``.  Deterministic for one machine and version of torch; about 40 seconds a task on 2
 CPU cores.
 
-    python bench/glyphs/build.py [--suite glyphs8]
+    python examples/glyph_models/build.py [--suite glyphs8]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict
 import torch
 
 from mingle.io.files import sha256, write_json
-from mingle.io.merger_folder import versions
+from mingle.io.provenance import versions
 from mingle.suites import glyphs
 from mingle.suites.glyphs.finetune import FinetuneConfig, finetune
 from mingle.suites.glyphs.tasks import SUITES
@@ -39,11 +39,11 @@ def main() -> None:
         glyphs.DATA / "manifest.json",
         {
             "pretraining": {
-                "command": "python bench/glyphs/pretrain.py mingle/suites/glyphs/data/base",
+                "command": "python examples/glyph_models/pretrain.py mingle/suites/glyphs/data/base",
                 "seed": 0,
             },
             "fine-tuning": {
-                "command": f"python bench/glyphs/build.py --suite {args.suite}",
+                "command": f"python examples/glyph_models/build.py --suite {args.suite}",
                 "seed": "crc32 of '<task>/train'",
                 "settings": asdict(config),
             },

@@ -7,7 +7,7 @@ where none is; of those within half a point of it the one that forgets least is 
 the number of tasks and the suites have more of them than the tuning tasks: the bound is half of what is
 wanted there. Started twice, two processes share the work.
 
-    python bench/glyphs/tuning.py bench/results/cpu/glyphs-tuning.json --work runs/tuning
+    python examples/glyph_models/tuning.py bench/results/cpu/glyphs-tuning.json --work runs/tuning
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mingle.io.files import write_json
-from mingle.io.merger_folder import versions
+from mingle.io.provenance import versions
 from mingle.runs import reproduce
 from mingle.suites.protocol import PROTOCOLS
 

@@ -3,7 +3,7 @@
 Prints the table that stands in ``mingle/suites/glyphs/alphabets.py``.  Deterministic for one version of
 matplotlib's fonts; run it again only to design a new suite.
 
-    python bench/glyphs/select_glyphs.py [--classes 20]
+    python examples/glyph_models/select_glyphs.py [--classes 20]
 """
 
 from __future__ import annotations

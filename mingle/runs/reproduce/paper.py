@@ -1,7 +1,7 @@
 """Published results, in per cent and points: the expected column of reproduced tables.
 
 Sources: the MINGLE paper (arXiv 2505.11883) and, for the methods it does not list, theirs.  Nothing here was
-    measured by this package.
+measured by this package.
 """
 
 from __future__ import annotations

@@ -1,0 +1,10 @@
+"""When to give an adaptation up."""
+
+from __future__ import annotations
+
+#: After this many steps in a row whose loss or gradient is not finite, adaptation gives up.
+PATIENCE = 3
+
+
+class AdaptationDiverged(RuntimeError):
+    """The loss, a gradient or the adapted model's answers were not finite, and going on would not help."""

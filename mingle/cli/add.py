@@ -1,0 +1,31 @@
+"""``mingle add``: one more model into a merged one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mingle.cli import arguments
+from mingle.cli.arguments import Commands
+from mingle.cli.output import console, result_table
+from mingle.cli.progress import bars
+from mingle.runs import merge
+from mingle.runs.config import Expert
+
+
+def register(commands: Commands) -> None:
+    parser = commands.add_parser("add", help="merge one more model into a merged one")
+    parser.add_argument("folder", type=Path, help="what merge wrote")
+    parser.add_argument("--name", required=True, help="of the task")
+    parser.add_argument("--model", required=True, help="the fine-tuned model: a local folder or a hub id")
+    parser.add_argument("--revision", help="of a hub model")
+    arguments.samples(parser)
+    arguments.offline(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    expert = Expert(args.name, args.model, args.revision)
+    with bars(1) as observer:
+        result = merge.add(args.folder, expert, arguments.overrides(args), observer)
+    console.print(result_table(result))

@@ -1,0 +1,83 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, TypeAlias
+
+import yaml
+
+from mingle.methods import METHODS
+from mingle.options import OptionError
+from mingle.suites.protocol import PROTOCOLS
+
+#: what a command registers itself with
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def offline(parser: argparse.ArgumentParser) -> None:
+    """``--offline``."""
+    text = "take hub models and data sets from the hub's cache only"
+    parser.add_argument("--offline", action="store_true", help=text)
+
+
+def orders(parser: argparse.ArgumentParser) -> None:
+    """``--orders``."""
+    parser.add_argument("--orders", type=positive, default=1, help="how many task orders (seeds 42, 43, …)")
+
+
+def method_options(parser: argparse.ArgumentParser) -> None:
+    """``--set``, once per option."""
+    text = "a method option, such as steps=100 or constraint=hard"
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=text)
+
+
+def parsed_options(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
+    """What ``--set`` was given, as names and YAML values.
+
+    Raises:
+        OptionError: no ``=``, or a name that no method has as an option.
+    """
+    known = sorted(
+        {field for method in METHODS.values() for field in vars(method.Options)["__dataclass_fields__"]}
+    )
+    options = []
+    for text in args.set:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise OptionError(f"--set {text}: expected NAME=VALUE")
+        if name not in known:
+            raise OptionError(f"--set {name}: no method has this option; known are {', '.join(known)}")
+        options.append((name, yaml.safe_load(value)))
+    return tuple(options)
+
+
+def samples(parser: argparse.ArgumentParser) -> None:
+    """Where the samples of a merged model come from; see `overrides`."""
+    parser.add_argument("--suite", help="where samples come from; by default the one used before")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="by default the one used before")
+    text = "seed samples; by default as many as before"
+    parser.add_argument("--samples-per-class", type=positive, help=text)
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the options of `samples` that were given."""
+    given = {
+        "suite": args.suite,
+        "protocol": args.protocol,
+        "samples_per_class": args.samples_per_class,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Comma-separated names, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("expected a positive number")
+    return value

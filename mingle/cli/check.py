@@ -1,0 +1,26 @@
+"""``mingle check``: whether a merge would run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mingle.cli import arguments
+from mingle.cli.arguments import Commands
+from mingle.cli.output import console
+from mingle.runs import config
+from mingle.runs.check import check
+
+
+def register(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "check", help="find out whether merge would run: the YAML file and every file it names"
+    )
+    parser.add_argument("config", type=Path)
+    arguments.offline(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    plan = check(config.load(args.config))
+    console.print(f"{args.config}: all {len(plan.experts)} experts fit the base")

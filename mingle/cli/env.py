@@ -1,0 +1,32 @@
+"""``mingle env``: versions, and what computes here."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from mingle.cli.arguments import Commands
+from mingle.cli.output import console
+from mingle.io.provenance import versions
+from mingle.kernels import gemm
+from mingle.ops import dispatch, extension
+
+
+def register(commands: Commands) -> None:
+    parser = commands.add_parser("env", help="versions and what computes here, for bug reports")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    missing = dispatch.without_triton(device, torch.float32)
+    facts = versions() | {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": str(torch.get_num_threads()),
+        "triton": f"not used: {missing}" if missing else "used where it is the faster backend",
+        "extension": extension.summary(),
+        "cpu products": gemm.library(1024, 1024, 1024) + " (fp32, large)",
+    }
+    for name, value in facts.items():
+        console.print(f"{name:14}{value}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,24 @@
+"""``mingle eval``: the accuracy of a merged model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mingle.cli import arguments
+from mingle.cli.arguments import Commands
+from mingle.cli.output import console, result_table
+from mingle.runs import merge
+
+
+def register(commands: Commands) -> None:
+    parser = commands.add_parser("eval", help="accuracy of a merged model on all of its tasks")
+    parser.add_argument("folder", type=Path, help="what merge wrote")
+    parser.add_argument("--batch-size", type=arguments.positive, default=128)
+    arguments.samples(parser)
+    arguments.offline(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    console.print(result_table(merge.evaluate(args.folder, arguments.overrides(args), args.batch_size)))

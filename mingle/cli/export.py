@@ -1,0 +1,25 @@
+"""``mingle export``: a merged model as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mingle.cli.arguments import Commands
+from mingle.cli.output import console
+from mingle.merging.merger import Merger
+
+
+def register(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "export", help="a merged model as a plain Hugging Face folder, which transformers loads"
+    )
+    parser.add_argument("folder", type=Path, help="what merge wrote")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--task", help="whose model, for the method individual")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    Merger.from_pretrained(args.folder).export(args.out, args.task)
+    console.print(f"plain model: [bold]{args.out}[/]")

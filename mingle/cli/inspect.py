@@ -1,0 +1,37 @@
+"""``mingle inspect``: what a merged model's folder holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from mingle.cli.arguments import Commands
+from mingle.cli.output import console, percent
+from mingle.io import merger_folder
+
+_COLUMNS = ("task", "seed samples", "accuracy when merged", "accuracy now", "bytes", "notes")
+
+
+def register(commands: Commands) -> None:
+    parser = commands.add_parser("inspect", help="what a merged model's folder holds")
+    parser.add_argument("folder", type=Path)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    manifest = merger_folder.load(args.folder).manifest
+    title = f"{args.folder}: {manifest['method']}, {len(manifest['tasks'])} tasks"
+    table = Table(title=title, title_justify="left")
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column in ("task", "notes") else "right")
+    for i, task in enumerate(manifest["tasks"]):
+        measured = [manifest["matrix"][row][i] if manifest["matrix"] else None for row in (i, -1)]
+        size = task["tensors"]["bytes"] if task["tensors"] else 0
+        notes = "; ".join([task["skipped"] or "", *task["notes"]]).strip("; ")
+        table.add_row(task["name"], str(task["seed_samples"]), *map(percent, measured), f"{size:,}", notes)
+    console.print(table)
+    base, options = manifest["base"]["sha256"][:16], json.dumps(manifest["options"])
+    console.print(f"base SHA-256 {base}…, options {options}", soft_wrap=True)

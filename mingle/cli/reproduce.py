@@ -1,0 +1,66 @@
+"""``mingle reproduce``: the tables of the paper, measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mingle.cli import arguments
+from mingle.cli.arguments import Commands
+from mingle.cli.output import console
+from mingle.cli.progress import bars
+from mingle.runs import report, reproduce
+from mingle.runs.reproduce import summary
+from mingle.runs.reproduce.tables import TABLES
+from mingle.suites.protocol import PROTOCOLS
+
+
+def register(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "reproduce", help="measure a table of the paper; resumes what was interrupted, and shares the work"
+    )
+    parser.add_argument("table", help=", ".join(TABLES))
+    text = "suites, or: published"
+    parser.add_argument("--suite", type=arguments.names, default=("glyphs8",), metavar="A,B", help=text)
+    parser.add_argument("--protocol", default="strict", choices=(*PROTOCOLS, "both"))
+    text = "instead of the table's own"
+    parser.add_argument("--methods", type=arguments.names, default=(), metavar="A,B", help=text)
+    arguments.orders(parser)
+    parser.add_argument("--samples-per-class", type=arguments.positive, default=5, help="seed samples")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments.method_options(parser)
+    text = "what ACC and BWT need, or the whole matrix"
+    parser.add_argument("--evaluate", default="ends", choices=reproduce.EVALUATE, help=text)
+    parser.add_argument("--out", type=Path, help="default: runs/reproduce-<table>")
+    parser.add_argument("--keep-models", action="store_true", help="keep every merged model")
+    text = "of the CPU; several processes of one thread share small models best"
+    parser.add_argument("--threads", type=arguments.positive, help=text)
+    arguments.offline(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    request = reproduce.Request(
+        args.table,
+        suites=args.suite,
+        protocols=tuple(PROTOCOLS) if args.protocol == "both" else (args.protocol,),
+        orders=args.orders,
+        methods=args.methods,
+        options=arguments.parsed_options(args),
+        samples_per_class=args.samples_per_class,
+        seed=args.seed,
+        evaluate=args.evaluate,
+    )
+    plan, out = reproduce.plan(request), args.out or Path("runs") / f"reproduce-{args.table}"
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    unfinished = sum(cell.result(out / "cells") is None for cell in plan.cells)
+    try:
+        with bars(unfinished) as observer:
+            reproduce.run(plan, out, observer, keep_models=args.keep_models)
+    finally:  # what is finished is worth a table, whatever ended the run
+        for table in report.comparison.tables(summary.write(plan, out)):
+            console.print(table)
+        console.print(f"table and plots: [bold]{out}[/]")

@@ -1,0 +1,162 @@
+"""Everything that can be wrong with a merge, found before its first heavy step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mingle import methods, suites, tasks
+from mingle.io import hub, merger_folder
+from mingle.io.files import CheckpointError
+from mingle.io.state_dicts import IncompatibleModel, first_names
+from mingle.merging.finetuned import check_tower
+from mingle.options import OptionError, build
+from mingle.runs import settings
+from mingle.runs.config import MergeConfig
+from mingle.runs.merge import MergePlan
+from mingle.runs.orders import shuffled
+from mingle.suites import Suite
+from mingle.tasks import TaskType
+
+
+def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
+    """The plan of a merge into the folder `out`, or of one that is only to be checked.
+
+    Raises:
+        OptionError: something in the config.
+        CheckpointError: a model that is missing, broken, or not a fine-tuned version of the base; a folder in
+            use for something else.
+    """
+    folders = _folders(config, out)
+    revisions = _revisions(config, folders)
+    base = hub.resolve(config.base, None, revisions)
+    task = tasks.of(base)
+    model = task.skeleton(base)
+    experts = {
+        expert.name: hub.resolve(expert.model, expert.revision, revisions) for expert in config.experts
+    }
+    tower = model.get_submodule(task.tower)
+    _check_experts(experts, tower, task)
+    suite = _suite(config, task, base, experts, revisions)
+    options = settings.resolve(
+        config.method,
+        task_type=task.name,
+        tasks=len(config.experts),
+        protocol=config.adapt.protocol,
+        suite=suite,
+        given=config.method_options(),
+    )
+    _check_method(config.method, model, task, tower.state_dict(), options)
+    names = list(experts)
+    orders = [shuffled(names, seed) for seed in config.order.seeds] if config.order.shuffle else [names]
+    plan = MergePlan(config, task, options, suite, base, experts, orders, folders, revisions)
+    for folder, order in zip(folders, orders, strict=bool(folders)):
+        _check_folder(folder, plan, order)
+    return plan
+
+
+def _folders(config: MergeConfig, out: Path | None) -> list[Path]:
+    """Where each order's merged model goes."""
+    if out is None:
+        return []
+    several = config.order.shuffle and len(config.order.seeds) > 1
+    return [out / f"order-{seed}" for seed in config.order.seeds] if several else [out]
+
+
+def _revisions(config: MergeConfig, folders: list[Path]) -> dict[str, str]:
+    """The commits that the config names, and those that the beginnings of this merge have noted."""
+    revisions = dict(config.revisions)
+    for folder in folders:
+        if (folder / merger_folder.MANIFEST).exists():
+            noted = merger_folder.load(folder).manifest["metadata"].get("revisions", {})
+            for repo, commit in noted.items():
+                if revisions.setdefault(repo, commit) != commit:
+                    raise CheckpointError(
+                        f"{folder}: was begun with {repo} at commit {commit}, not {revisions[repo]}"
+                    )
+    return revisions
+
+
+def _check_experts(experts: Mapping[str, Path], tower: nn.Module, task: TaskType) -> None:
+    """Refuse a model that is not a fine-tuned version of the base, by its header alone."""
+    shapes, first = tower.state_dict(), first_names(tower)
+    for name, folder in experts.items():
+        try:
+            check_tower(folder, shapes, first, task.prefixes)
+        except IncompatibleModel as error:
+            raise IncompatibleModel(f"expert {name!r} ({folder}): {error}") from None
+
+
+def _check_method(
+    method: str, model: nn.Module, task: TaskType, shapes: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> None:
+    """Refuse layers or depths that the model does not have, by fitting the method to a model without weights."""
+    chosen = methods.get(method)
+    try:
+        chosen(model, task, shapes, build(chosen.Options, options, "options"))
+    except ValueError as error:
+        raise OptionError(f"method {method!r}: {error}") from None
+
+
+def _suite(
+    config: MergeConfig, task: TaskType, base: Path, experts: Mapping[str, Path], revisions: hub.Revisions
+) -> Suite | None:
+    if config.eval.suite is None:
+        if methods.get(config.method).needs_seeds:
+            raise OptionError(
+                f"eval: suite is missing: method {config.method!r} adapts on seed samples, which come from a suite"
+            )
+        return None
+    suite = suites.load(
+        config.eval.suite,
+        base=base,
+        protocol=config.adapt.protocol,
+        samples_per_class=config.adapt.samples_per_class,
+        revisions=revisions,
+    )
+    suite.check_task_type(task.name, base)
+    unknown = [name for name in experts if name not in suite]
+    if unknown:
+        raise OptionError(
+            f"experts: suite {suite.name!r} has no task {unknown[0]!r}; it has {', '.join(suite)}"
+        )
+    for name in experts:
+        suite.check(name)
+    return suite
+
+
+def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> None:
+    """Refuse a folder that holds something else than the beginning of this very merge."""
+    if not folder.exists():
+        return
+    if not (folder / merger_folder.MANIFEST).exists():
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise CheckpointError(f"{folder}: not empty, and not a merge that could be resumed")
+        return
+    manifest = merger_folder.load(folder).manifest
+    revisions = {"revisions": plan.revisions}  # compared when they were read
+    found = _facts(manifest["method"], manifest["metadata"] | revisions, manifest["options"])
+    wanted = _facts(plan.config.method, plan.origin(), plan.options)
+    differing = [
+        f"{key}: {found.get(key)!r} there, {value!r} now"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
+    merged = [task["name"] for task in manifest["tasks"]]
+    if merged != order[: len(merged)]:
+        differing.append(f"tasks: {', '.join(merged)} there, the order is now {', '.join(order)}")
+    if differing:
+        raise CheckpointError(
+            f"{folder}: holds another merge, which this one cannot resume; {'; '.join(differing)}"
+        )
+
+
+def _facts(method: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for a merge to go on; JSON has lists where options have tuples."""
+    plain = {
+        f"option {key}": tuple(value) if isinstance(value, list) else value for key, value in options.items()
+    }
+    return {"method": method, "metadata": metadata, **plain}

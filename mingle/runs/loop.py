@@ -1,0 +1,76 @@
+"""The loop behind every command that merges: one task after another into a merger, measured on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mingle.adaptation.trace import AdaptTrace
+from mingle.merging.merger import Merger
+from mingle.runs.observer import Observer
+from mingle.suites import Suite
+
+#: finds a task's fine-tuned model; told the task and the names of those before it
+FindExpert = Callable[[str, Sequence[str]], Path]
+#: What is measured: all merged tasks after each merge; after each merge the newest one, and all of them after
+#: the last, which is what ACC and BWT need; or all of them after the last merge only.
+Evaluate = Literal["every", "ends", "last"]
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """What merging one task took: seconds of merging and of evaluating, and the adaptation's course, if it
+    had one.
+    """
+
+    task: str
+    merge: float
+    evaluate: float
+    trace: AdaptTrace | None
+
+
+def experts_of(suite: Suite, *, sequential: bool) -> FindExpert:
+    """The suite's own fine-tuned models: for a sequential method, each from the model of the task before it."""
+    return lambda name, before: suite.expert(name, before if sequential else ())
+
+
+def merge_all(
+    merger: Merger,
+    order: Sequence[str],
+    expert: FindExpert,
+    suite: Suite | None,
+    observer: Observer,
+    number: int = 0,
+    *,
+    evaluate: Evaluate = "every",
+) -> Iterator[MergeStep]:
+    """Merge those tasks of the order that are not merged yet; yields after each, when the merger can be
+    saved.
+
+    Args:
+        merger: with an `mingle.runs.origin` as its metadata; what it has merged is the beginning of the
+            order.
+        order: the tasks' names.
+        expert: finds their fine-tuned models.
+        suite: their samples; None for a method that needs none, whose result is not measured then.
+        observer: told how it gets on.
+        number: of the order among several.
+        evaluate: what is measured when.
+    """
+    for index in range(len(merger.merged), len(order)):
+        name, last = order[index], index + 1 == len(order)
+        observer.merging(merger.method.name, number, index, order)
+        found = expert(name, order[:index])
+        seeds = None
+        if suite is not None and merger.method.needs_seeds:
+            seeds = suite.seeds(name, whole=merger.method.sequential)
+        began = time.perf_counter()
+        report = merger.add(name, found, seeds, on_step=observer.adapting)
+        merged = time.perf_counter()
+        if suite is not None and (last or evaluate != "last"):
+            everything = last or evaluate == "every"
+            merger.evaluate(suite, merger.metadata["batch_size"], None if everything else [name])
+        yield MergeStep(name, round(merged - began, 3), round(time.perf_counter() - merged, 3), report.trace)

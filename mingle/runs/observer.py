@@ -1,0 +1,24 @@
+"""Whoever wants to know how a run gets on, such as the progress bars of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mingle.adaptation.trace import StepProgress
+from mingle.merging.evaluate import Result
+
+
+class Observer:
+    """Told how a run gets on; does nothing by itself."""
+
+    def merging(self, method: str, order: int, index: int, tasks: Sequence[str]) -> None:
+        """Task `index` of the order is about to be merged."""
+
+    def adapting(self, progress: StepProgress) -> None:
+        """An adaptation step is done."""
+
+    def training(self, task: str, step: int, steps: int) -> None:
+        """An expert of the suite is being trained, because it does not ship."""
+
+    def merged(self, method: str, order: int, result: Result) -> None:
+        """All tasks are merged and evaluated."""

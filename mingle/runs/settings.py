@@ -1,0 +1,62 @@
+"""Which options a method runs with, in every command alike: published, above them the suite's, above all the
+user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from mingle import methods
+from mingle.options import OptionError, build
+from mingle.suites import Suite
+from mingle.suites.protocol import PROTOCOLS
+
+
+def known(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that the method has."""
+    names = {field.name for field in fields(methods.get(method).Options)}
+    return {name: value for name, value in options.items() if name in names}
+
+
+def resolve(
+    method: str, *, task_type: str, tasks: int, protocol: str, suite: Suite | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All options of a method by name.
+
+    Args:
+        method: a name in `mingle.methods.METHODS`.
+        task_type: of the base model.
+        tasks: how many will be merged; some published settings depend on it.
+        protocol: ``strict`` or ``official``; it says what gates see, unless `given` does.
+        suite: whose recommendations for its own models count; None has none.
+        given: the user's own, which the method must have.
+
+    Raises:
+        OptionError: an option that the method does not have, a value that it cannot have, or gates of a whole
+            batch under the strict protocol.
+    """
+    recommended = {} if suite is None else suite.settings.get(method, {})
+    defaults = methods.published(method, task_type, tasks) | recommended | {"reduce": PROTOCOLS[protocol]}
+    options = asdict(
+        build(methods.get(method).Options, known(method, defaults) | dict(given), f"method {method!r}")
+    )
+    check_reduce(options.get("reduce"), protocol)
+    return options
+
+
+def for_suite(method: str, suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for all tasks of a suite, under its own protocol."""
+    protocol = suite.request.protocol
+    return resolve(
+        method, task_type=suite.task_type, tasks=len(suite), protocol=protocol, suite=suite, given=given
+    )
+
+
+def check_reduce(reduce: str | None, protocol: str) -> None:
+    """Refuse gates that the protocol does not allow."""
+    if reduce == PROTOCOLS["official"] and protocol == "strict":
+        raise OptionError(
+            "gate: reduce: with batch gates predictions depend on the batch, which the strict protocol does not allow"
+        )

@@ -1,0 +1,34 @@
+"""What the adaptations of a whole merge did, as plain data for the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mingle.merging.evaluate import gate_activation
+from mingle.merging.merger import Merger
+from mingle.methods.mingle import Mingle
+from mingle.runs.loop import MergeStep
+from mingle.suites import Suite
+
+
+def trace_of(merger: Merger, suite: Suite, steps: Sequence[MergeStep]) -> dict[str, Any]:
+    """The losses, S and λ of all steps and the gates after the last; empty for a method that does not adapt
+    so.
+
+    See `mingle.runs.report` for what it holds.
+    """
+    recorded = [step.trace for step in steps if step.trace is not None]
+    if not isinstance(merger.method, Mingle) or len(recorded) < len(steps):
+        return {}
+    layers = merger.method.layers
+    with torch.no_grad():
+        # along the merged model's own answers
+        samples = [merger.task.prepared(lambda: merger.model, suite[step.task]) for step in steps]
+        gates = [gate_activation(merger.task, merger.model, layers, data).tolist() for data in samples]
+    series = {
+        key: [getattr(trace, key) for trace in recorded] for key in ("loss", "interference", "strength")
+    }
+    return {"order": merger.task_names, "layers": list(layers), "gates": gates, **series}
