@@ -29,11 +29,11 @@ tests() { # name, seconds, pytest's arguments
 
 side_by_side=()
 "$python" -c "import xdist" 2>/dev/null && side_by_side=(-n 8)
-here="$root/tests/gpu"
-alone="two_to_the_thirty_one"
-tests formula $((limit * 40 / 100)) "${side_by_side[@]}" -k "not $alone" "$here"/test_gpu_{formula,memory,execution}.py
-tests alone 60 -k "$alone or test_gpu_speed" "$here"/test_gpu_{memory,speed}.py
-tests others $((limit * 20 / 100)) "${side_by_side[@]}" "$here" --ignore="$here"/test_gpu_{formula,memory,execution,speed}.py
+experts="$root/tests/gated_experts" alone="two_to_the_thirty_one or test_gpu_speed"
+tests formula $((limit * 40 / 100)) "${side_by_side[@]}" -m gpu -k "not ($alone)" "$experts"/test_gpu_{formula,memory,execution}.py
+tests alone 60 -m gpu -k "$alone" "$experts"/test_gpu_{memory,speed}.py
+mapfile -t others < <(find "$root/tests" -name "test_gpu_*.py" | grep -vE "_(formula|memory|execution|speed)\.py$")
+tests others $((limit * 20 / 100)) "${side_by_side[@]}" -m gpu "${others[@]}"
 
 left=$((limit - SECONDS))
 timeout "$left" "$python" "$root/bench/run.py" --gpu --until $((left - 60)) --out "$out/kernels.json" --plots "$out/plots" || status=1

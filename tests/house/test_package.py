@@ -1,39 +1,93 @@
-"""What is installed, and what importing it costs."""
+"""What is built and installed, and what importing it costs."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+EXPECTED = (
+    "mingle/kernels/gated_experts/reference.py",
+    "mingle/kernels/relaxed_projection/triton.py",
+    "mingle/bench/run.py",
+    "mingle/py.typed",
+    "mingle/_build.json",
+    "mingle/suites/glyphs/data/manifest.json",
+    "mingle/suites/glyphs/data/base/tokenizer.json",
+    "mingle/suites/glyphs/data/experts/greek-inverted/model.safetensors",
+)
 
 
-def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> str:
+    """What the command prints; it must succeed."""
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def built(out: Path, *options: str) -> set[str]:
+    """The names of the files in the wheel that `build` makes."""
+    run(sys.executable, "-m", "build", *options, "--outdir", str(out), str(ROOT))
+    return set(zipfile.ZipFile(next(out.glob("*.whl"))).namelist())
 
 
 def test_the_wheel_holds_only_mingle_and_its_data(tmp_path):
     """An installed top-level package called `kernels` would shadow the one that transformers imports."""
-    built = run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT))
-    assert built.returncode == 0, built.stdout + built.stderr
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    names = built(tmp_path, "--wheel")
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mingle"}
-    for expected in (
-        "mingle/kernels/gated_experts/reference.py",
-        "mingle/kernels/relaxed_projection/triton.py",
-        "mingle/bench/run.py",
-        "mingle/py.typed",
-        "mingle/_build.json",
-        "mingle/suites/glyphs/data/manifest.json",
-        "mingle/suites/glyphs/data/base/tokenizer.json",
-        "mingle/suites/glyphs/data/experts/greek-inverted/model.safetensors",
-    ):
-        assert expected in names
+    assert names >= set(EXPECTED)
+
+
+@pytest.mark.slow
+def test_the_sdist_builds_the_same_wheel(tmp_path):
+    """kernels/ and bench/ reach mingle/ through symlinks, which the sdist has to follow."""
+    through_sdist = built(tmp_path / "both")  # without options: an sdist, and a wheel from it
+    assert next((tmp_path / "both").glob("*.tar.gz"))
+    assert through_sdist == built(tmp_path / "wheel", "--wheel")
+
+
+@pytest.mark.slow
+def test_an_editable_install_is_the_checkout(tmp_path):
+    """It holds mingle.kernels and mingle.bench, and no top-level package but mingle."""
+    checkout = tmp_path / "checkout"
+    kept_out = shutil.ignore_patterns(".*", "tests", "build", "results", "*.egg-info", "_build.json", "_C*")
+    shutil.copytree(ROOT, checkout, symlinks=True, ignore=kept_out)
+    run(sys.executable, "-m", "venv", str(tmp_path / "environment"))
+    python = str(tmp_path / "environment/bin/python")
+    run(
+        *(python, "-m", "pip", "install", "--quiet", "--no-deps", "--editable", str(checkout)),
+        MINGLE_BUILD_EXTENSION="0",
+    )
+    program = """
+import importlib.util
+import mingle.bench.registry
+import mingle.kernels.gated_experts.reference
+print(mingle.__file__)
+for name in ("kernels", "bench", "tests"):
+    found = importlib.util.find_spec(name)
+    print(found and found.origin)
+"""
+    dependencies = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    package, *others = run(python, "-c", program, cwd=tmp_path, PYTHONPATH=dependencies).split("\n")[:-1]
+    assert package == str(checkout / "mingle/__init__.py")
+    assert not [origin for origin in others if origin.startswith(str(checkout))]
+
+
+def test_the_command_runs_from_the_checkout():
+    """There, kernels/ stands where Python looks for the package `kernels` that transformers may import."""
+    assert run(sys.executable, "-m", "mingle", "env").startswith("mingle")
+    assert run(sys.executable, "-c", "import mingle; from transformers import CLIPModel") == ""
 
 
 def test_importing_mingle_is_light():
     heavy = "transformers, matplotlib, PIL"
     code = f"import sys, mingle; print([m for m in {heavy.split(', ')!r} if m in sys.modules])"
-    assert run(sys.executable, "-c", code).stdout.strip() == "[]"
+    assert run(sys.executable, "-c", code).strip() == "[]"

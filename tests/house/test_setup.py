@@ -139,6 +139,7 @@ def test_the_compiler_is_quoted(checkout: Path) -> None:
 
 @needs_cmake
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.slow
 def test_it_is_built_in_place(checkout: Path) -> None:
     done = build(
         checkout, "build_ext", "--inplace", MINGLE_CUDA_ARCHITECTURES="90", MINGLE_BUILD_EXTENSION="1"
