@@ -90,7 +90,6 @@ def test_accumulated_gradients_advance_the_interference_once():
         loss = layer(torch.ones(2, 4)).sum()
         loss.backward()
     step.step(loss)
-    expected = (
-        0.5 * layer.gate_weight.grad.new_ones(1) / 2
-    )  # |G u| / ‖G‖ = 1/2 for equal entries, whatever their size
+    # |G u| / ‖G‖ = 1/2 for equal entries, whatever their size
+    expected = 0.5 * layer.gate_weight.grad.new_ones(1) / 2
     torch.testing.assert_close(step.projector.interferences, expected)

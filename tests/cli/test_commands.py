@@ -37,25 +37,9 @@ few_tasks = pytest.mark.parametrize(
 )
 def demo(request, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("demo")
-    methods = "pre-trained,individual,average,mingle"
-    assert (
-        main(
-            [
-                "demo",
-                "--suite",
-                "glyphs4",
-                "--methods",
-                methods,
-                "--set",
-                "steps=10",
-                "--orders",
-                request.param,
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    arguments = ["demo", "--suite", "glyphs4", "--methods", "pre-trained,individual,average,mingle"]
+    arguments += ["--set", "steps=10", "--orders", request.param, "--out", str(out)]
+    assert main(arguments) == 0
     return out
 
 

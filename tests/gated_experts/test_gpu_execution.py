@@ -44,9 +44,8 @@ def test_kernels_run_on_the_current_stream():
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         x = torch.full_like(problem.tensors["x"], math.nan)
-        torch.cuda._sleep(
-            20_000_000
-        )  # cycles, some ten milliseconds: a kernel on another stream would come before the copy
+        # cycles, some ten milliseconds: a kernel on another stream would come before the copy
+        torch.cuda._sleep(20_000_000)
         x.copy_(problem.tensors["x"])
         got = problem._replace(tensors=problem.tensors | dict(x=x)).solve("triton")
     torch.cuda.current_stream().wait_stream(side)

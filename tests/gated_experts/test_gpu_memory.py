@@ -30,9 +30,8 @@ def _poisoned() -> Iterator[None]:
     """Fresh memory holds NaN."""
     mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(
-        True, warn_only=True
-    )  # cuBLAS asks for an environment variable; only the filling is wanted here
+    # a warning only, as cuBLAS asks for an environment variable: nothing but the filling is wanted here
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -215,9 +215,8 @@ def test_gates_may_be_fp32_where_the_layer_is_fp16(reduce: str, masked: bool) ->
 
 @dtypes
 @pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
-@pytest.mark.parametrize(
-    ("tokens", "folds"), [(6, False), (7, True)]
-)  # × 2 samples; 33 → 20 folds from 12.5 tokens on
+# two samples of these tokens: 33 inputs to 20 outputs fold from 12.5 tokens on
+@pytest.mark.parametrize(("tokens", "folds"), [(6, False), (7, True)])
 @pytest.mark.parametrize(("experts", "rank"), [(1, 3), (5, 17)], ids=["dz by tokens", "dz by weights"])
 def test_one_gate_for_the_whole_batch_folds_where_that_pays(
     dtype, masked, tokens, folds, experts, rank

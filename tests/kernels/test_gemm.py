@@ -18,15 +18,8 @@ import torch.nn.functional as F
 
 from mingle.kernels import gemm
 
-SHAPES = (
-    (5, 7, 9),
-    (1, 7, 9),
-    (5, 7, 1),
-    (5, 1, 9),
-    (1, 1, 1),
-    (33, 65, 31),
-    (64, 100, 48),
-)  # rows, width, outputs
+# rows, width, outputs
+SHAPES = ((5, 7, 9), (1, 7, 9), (5, 7, 1), (5, 1, 9), (1, 1, 1), (33, 65, 31), (64, 100, 48))
 LAYOUTS = ("contiguous", "transposed", "sliced", "every other", "expanded rows", "expanded columns")
 UNIT = 2.0**-23
 

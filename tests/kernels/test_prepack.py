@@ -247,9 +247,8 @@ def test_asked_for_by_inject_and_only_then():
         model = nn.Sequential(nn.Linear(24, 20))
         (layer,) = mingle.inject(model, "0", prepack=asked).values()
         x = torch.randn(2, 3, 24)
-        assert torch.equal(
-            model(x), F.linear(x, layer.weight, layer.bias)
-        )  # no experts: the base, bit for bit
+        # no experts: the base, bit for bit
+        assert torch.equal(model(x), F.linear(x, layer.weight, layer.bias))
         layer.add_expert(torch.randn(2, 24), torch.randn(20, 2))
         model(x)
         assert bool(prepack._copies) == asked

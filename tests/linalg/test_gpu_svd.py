@@ -153,9 +153,8 @@ def test_the_kernels_agree_with_plain_torch_and_with_the_cpu(backend):
     ):
         U, S, Vh = (part.to(DEVICE) for part in other)
         torch.testing.assert_close(found[1], S, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(
-            product(*found)[:2], product(U, S, Vh)[:2], rtol=0, atol=2e-5
-        )  # those with a gap after r
+        # those with a gap after r
+        torch.testing.assert_close(product(*found)[:2], product(U, S, Vh)[:2], rtol=0, atol=2e-5)
 
 
 def test_tf32_and_autocast_neither_matter_nor_change():
@@ -206,9 +205,8 @@ def test_everything_runs_on_the_current_stream(backend):
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         late = torch.full_like(M, torch.nan)
-        torch.cuda._sleep(
-            20_000_000
-        )  # cycles, some ten milliseconds: a kernel on another stream would come before the copy
+        # cycles, some ten milliseconds: a kernel on another stream would come before the copy
+        torch.cuda._sleep(20_000_000)
         late.copy_(M)
         found = linalg.svd_lowrank(late, R, backend=backend)
     torch.cuda.current_stream().wait_stream(side)

@@ -113,9 +113,8 @@ def test_what_trains_and_what_stays(base_model, tuned_states, samples):
         )
     assert len(merger.method.layers) == 4 and [name[-3:] for name in merger.method.routers] == ["fc1", "fc1"]
     for name, (weight, bias) in gates[1].items():
-        assert (weight[0] != gates[0][name][0][0]).any() and bias[0] != gates[0][name][1][
-            0
-        ]  # older gates train on
+        older_weight, older_bias = gates[0][name]
+        assert (weight[0] != older_weight[0]).any() and bias[0] != older_bias[0], "older gates train on"
     trainable = {name for name, p in merger.model.named_parameters() if p.requires_grad}
     routers = ("mlp.fc1.gate_weight", "mlp.fc1.gate_bias")
     assert len(trainable) == 4 and all(name.endswith(routers) for name in trainable)
@@ -166,9 +165,8 @@ def test_a_model_whose_mlps_are_the_base_adds_its_attention_alone(base_model, tu
     half = {name: tuned_states[0][name] if "self_attn" in name else tensor for name, tensor in base.items()}
     assert "no expert was added" in add(merger, 0, [half], samples).skipped
     assert add(merger, 1, tuned_states, samples).skipped is None
-    assert all(
-        layer.rank == OPTIONS["rank"] for layer in merger.method.layers.values()
-    )  # it is the first expert
+    # the rank of a first expert
+    assert all(layer.rank == OPTIONS["rank"] for layer in merger.method.layers.values())
     name = "encoder.layers.0.self_attn.q_proj.weight"
     expected = base[name] + 0.3 * (half[name] - base[name]) + 0.3 * (tuned_states[1][name] - base[name])
     torch.testing.assert_close(merger.model.vision_model.state_dict()[name], expected)

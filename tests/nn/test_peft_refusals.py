@@ -175,9 +175,8 @@ def test_refused_files(base, saved, tmp_path):
         mingle.read_adapter(tmp_path)
     outside = tmp_path / "outside.safetensors"
     weights.rename(outside)
-    (saved / "model.safetensors").write_bytes(
-        outside.read_bytes()
-    )  # other weights beside it are not looked at
+    # other weights beside it are not looked at
+    (saved / "model.safetensors").write_bytes(outside.read_bytes())
     with pytest.raises(CheckpointError, match=f"{saved}: no adapter_model.safetensors"):
         mingle.read_adapter(saved)
     (saved / "adapter_model.bin").write_bytes(b"never read")

@@ -155,9 +155,8 @@ class Build(NamedTuple):
     registers: int
     shared: int  # bytes
     instructions: Counter[str]  # matrix instructions
-    loops: list[
-        bool
-    ]  # for every innermost loop with a matrix product: whether it copies operands asynchronously
+    # for every innermost loop with a matrix product: whether it copies operands asynchronously
+    loops: list[bool]
 
 
 # What `build` needs before Triton is imported, besides a cache of its own: a real compilation, and the log of
@@ -198,9 +197,8 @@ def record(call: Callable[[], object], target: Target, arithmetic: str) -> list[
         mock.patch.object(tiles, "chip", return_value=target.chip),
         mock.patch.object(tiles, "precision", return_value="tf32" if arithmetic == "tf32" else "ieee"),
         mock.patch.object(dispatch, "without_triton", return_value=None),
-        mock.patch.object(
-            torch, "is_autocast_enabled", return_value=False
-        ),  # autocast does not know the meta device
+        # autocast does not know the meta device
+        mock.patch.object(torch, "is_autocast_enabled", return_value=False),
     ):
         call()
     return launches
@@ -314,9 +312,8 @@ def build(case: Case, tile: tiles.Tile | None = None) -> Build:
     target, launch = TARGETS[case.target], find(case, tile)
     log = io.StringIO()
     with contextlib.redirect_stdout(log), warnings.catch_warnings():  # Triton prints what ptxas reports
-        warnings.simplefilter(
-            "error"
-        )  # nobody who merges models could do anything about a warning of the compiler
+        # nobody who merges models could do anything about a warning of the compiler
+        warnings.simplefilter("error")
         compiled = triton.compile(source(launch, target), target=target.gpu, options=launch.options)
     if target.gpu.backend == "cuda":
         text = compiled.asm["ptx"]

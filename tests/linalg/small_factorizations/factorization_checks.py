@@ -48,9 +48,8 @@ def factors(n: int) -> dict[str, Tensor]:
         "huge": Y * 2.0**500,
         "tiny": Y * 2.0**-500,
     }
-    kinds["one short"] = Y - Y.mean(
-        1, keepdim=True
-    )  # the null vector is as far from every unit vector as it can be
+    # the null vector is as far from every unit vector as it can be
+    kinds["one short"] = Y - Y.mean(1, keepdim=True)
     kinds["zero columns"] = Y * (fall % 3 != 1)
     return kinds
 
@@ -84,10 +83,8 @@ def cholesky(ops: Any, sizes: tuple[int, ...] = SIZES) -> None:
             inverse, flags = ops.cholesky_inverse(G, shift(2 * n + 3, n), dtype)
             assert inverse.dtype == dtype and torch.equal(inverse, inverse.triu())
             for (name, Y), R, flag in zip(kinds.items(), inverse.double(), flags.tolist(), strict=True):
-                if dtype == torch.float32 and name in (
-                    "tiny",
-                    "huge",
-                ):  # no float32 is the reciprocal of their length
+                # no float32 is the reciprocal of the length of these
+                if dtype == torch.float32 and name in ("tiny", "huge"):
                     continue
                 alive = Y.any(0)
                 assert flag >= 0 and R.isfinite().all() and torch.equal(R.diagonal() != 0, alive), (name, n)
@@ -97,9 +94,8 @@ def cholesky(ops: Any, sizes: tuple[int, ...] = SIZES) -> None:
                     assert (Q.mT @ Q - torch.diag(alive.double())).abs().max() < limit, (name, n, dtype)
                 elif name in ("rank one", "duplicates") and n > 3:
                     assert flag == 1, (name, n, flag)
-                if (
-                    name != "rank deficient"
-                ):  # where the noise in a late pivot may be large, and the pivot small by chance
+                # without full rank the noise in a late pivot may be large, and the pivot small by chance
+                if name != "rank deficient":
                     assert torch.linalg.matrix_norm(Q, 2) < 3, (name, n)
 
 

@@ -47,19 +47,10 @@ def test_agrees_with_plain_torch(host: Host) -> None:
             for name, a, b, flags in zip(
                 names, ours[0], theirs[0], zip(ours[1], theirs[1], strict=True), strict=True
             ):
-                assert flags[0] == flags[1] or name in ("rank deficient", "graded spectrum"), (
-                    name,
-                    n,
-                )  # pivots near the limit
-                if name in (
-                    "plain",
-                    "orthonormal",
-                    "cluster",
-                    "zero columns",
-                    "zero",
-                    "huge",
-                    "tiny",
-                ):  # of condition 1e4 at most
+                near_the_limit = ("rank deficient", "graded spectrum")  # where pivots go either way
+                assert flags[0] == flags[1] or name in near_the_limit, (name, n)
+                # of condition 1e4 at most
+                if name in ("plain", "orthonormal", "cluster", "zero columns", "zero", "huge", "tiny"):
                     assert (a - b).abs().max() <= limit * b.abs().max(), (name, n)
     for M in (torch.randn(3, 50, 70), torch.randn(2, 5, 6, dtype=torch.float64) * 1e-310):
         for a, b in zip(host.rescale(M), plain.rescale(M), strict=True):

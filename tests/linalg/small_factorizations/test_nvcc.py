@@ -67,12 +67,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
 
 
 def test_every_kernel_is_built_for_every_target(kernels: list[Kernel]) -> None:
-    instances = {
-        "cholesky_inverse_kernel": 2,
-        "survey_kernel": 2,
-        "rescale_kernel": 2,
-        "fix_signs_kernel": 2,
-    }  # two types each
+    two_types = ("cholesky_inverse_kernel", "survey_kernel", "rescale_kernel", "fix_signs_kernel")
+    instances = dict.fromkeys(two_types, 2)
     for target in SHARED:
         names = sorted(kernel.name for kernel in kernels if kernel.target == target)
         assert names == sorted(name for name in LAUNCHES for _ in range(instances.get(name, 1)))
