@@ -200,7 +200,7 @@ def test_adapting_with_and_without_the_prefix_gives_the_same_gates(
             model,
             layers,
             samples[0],
-            distillation(lambda _: targets, 2.0),
+            distillation(lambda _, targets=targets: targets, 2.0),
             AdaptConfig(steps=10, lr=1e-2),
             torch.Generator().manual_seed(0),
         )
