@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_fixtures import _precision, arithmetic, pytest_runtest_setup  # noqa: F401
-from hub_fixtures import glue_hub, hub  # noqa: F401
+from gpu_fixtures import _precision, pytest_runtest_setup  # noqa: F401
+from hub_fixtures import glue_hub, hub, image_hub  # noqa: F401
 from interpreter import pytest_pyfunc_call, pytest_runtest_logreport  # noqa: F401
 from transformers import CLIPConfig, CLIPModel
 

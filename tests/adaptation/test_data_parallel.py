@@ -48,7 +48,8 @@ for number, batch in enumerate(data):
         dist.all_reduce(loss)
     skipped += int(step.step(loss))
 assert skipped == broken
-torch.save({"gates": [gate.detach() for gate in step.gates], "S": step.projector.interferences}, f"{folder}/{world}-{rank}.pt")
+found = {"gates": [gate.detach() for gate in step.gates], "S": step.projector.interferences}
+torch.save(found, f"{folder}/{world}-{rank}.pt")
 if world > 1:
     dist.destroy_process_group()
 """

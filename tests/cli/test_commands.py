@@ -56,8 +56,9 @@ def demo(tmp_path_factory) -> Path:
 
 def test_demo_writes_everything_it_promises(demo):
     expected = {
-        "config.yaml", "results.json", "accuracy_matrix.csv", "timings.json", "traces.json", "merged", "accuracy_matrix.png",
-        "accuracy_over_tasks.png", "gate_activation.png", "interference.png", "loss.png",
+        "config.yaml", "results.json", "accuracy_matrix.csv", "timings.json", "traces.json", "merged",
+        "accuracy_matrix.png", "accuracy_over_tasks.png", "gate_activation.png", "interference.png",
+        "loss.png",
     }  # fmt: skip
     assert {path.name for path in demo.iterdir()} == expected
     assert {path.name for path in (demo / "merged").iterdir()} == {"average", "mingle"}

@@ -1,4 +1,4 @@
-"""Flan-T5 as a user merges it: from folders and adapters on a stand-in of the hub, with the metrics of GLUE."""
+"""Flan-T5 as a user merges it, on a stand-in of the hub: folders, adapters, and the metrics of GLUE."""
 
 from __future__ import annotations
 
@@ -23,9 +23,16 @@ from mingle.tasks.t5 import T5Task
 BASE = "google/flan-t5-base"
 QQP, STSB, COLA = (f"tanganke/flan-t5-base_glue-{name}" for name in ("qqp", "stsb", "cola_lora-16"))
 ROWS = {
-    "qqp": {"question1": [f"Is {i}?" for i in range(40)], "question2": ["Or?"] * 40, "label": [0, 1] * 20, "idx": list(range(40))},
+    "qqp": {
+        "question1": [f"Is {i}?" for i in range(40)],
+        "question2": ["Or?"] * 40,
+        "label": [0, 1] * 20,
+        "idx": list(range(40)),
+    },
     "stsb": {
-        "sentence1": ["a", "b", "c", "d"] * 3, "sentence2": ["x"] * 4 + ["y"] * 4 + ["z"] * 4, "label": [0.2, 1.4, 3.0, 5.0] * 3,
+        "sentence1": ["a", "b", "c", "d"] * 3,
+        "sentence2": ["x"] * 4 + ["y"] * 4 + ["z"] * 4,
+        "label": [0.2, 1.4, 3.0, 5.0] * 3,
         "idx": list(range(12)),
     },
 }  # fmt: skip
@@ -155,7 +162,7 @@ def test_check_merge_resume_eval_and_add(taught_hub, tmp_path, capsys):
 
 @pytest.mark.parametrize("protocol", ["strict", "official"])
 def test_answers_are_generated_and_scored(taught_hub, tmp_path, protocol):
-    """Models that have learned their tasks are right, exactly or in their order; an average of them is not."""
+    """Models that have learned their tasks are right, exactly or in their order; their average is not."""
     matrices = {}
     for method in ("individual", "average"):
         out, config = tmp_path / method, {"rank": None, "method": method, "adapt": {"protocol": protocol}}

@@ -1,4 +1,4 @@
-"""gated_experts and relaxed_projection against the formulas, written out by hand."""
+"""gated_experts against the formula, written out by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mingle.functional import Projection, gated_experts, gated_experts_shared, relaxed_projection
+from mingle.functional import Projection, gated_experts, gated_experts_shared
 
 
 def problem(shape=(3, 5), d_in=7, d_out=6, experts=4, rank=3, dtype=torch.float64, seed=0):
@@ -291,24 +291,6 @@ def test_autocast():
     assert y.dtype == torch.bfloat16
     exact = by_hand({k: v.double() for k, v in p.items()}, "sample")
     assert (y.double() - exact).norm() / exact.norm() < 1e-2
-
-
-def test_relaxed_projection_is_the_identity_forward_and_projects_backward():
-    weight = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    basis = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64)).Q
-    upstream = torch.randn(2, 6, dtype=torch.float64)
-
-    def gradient(lam):
-        out = relaxed_projection(weight, basis, lam)
-        assert torch.equal(out, weight)
-        return torch.autograd.grad(out, weight, upstream)[0]
-
-    torch.testing.assert_close(gradient(torch.zeros(3, dtype=torch.float64)), upstream, rtol=0, atol=0)
-    assert (gradient(torch.ones(3, dtype=torch.float64)) @ basis).abs().max() < 1e-14
-    lam = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
-    torch.testing.assert_close(gradient(lam) @ basis, (upstream @ basis) * (1 - lam))
-    with pytest.raises(ValueError, match="expected"):
-        relaxed_projection(weight, basis, lam[:2])
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,8 @@ MUTATIONS = {
     ),
     "columns of x unmasked going down": Mutation(
         KERNELS,
-        """            x = tl.load(x_rows + k[None, :] * stride_xk, mask=(rows < N)[:, None] & (k < K)[None, :], other=0.0)
-            a =""",
-        """            x = tl.load(x_rows + k[None, :] * stride_xk, mask=(rows < N)[:, None], other=0.0)
-            a =""",
+        "mask=(rows < N)[:, None] & (k < K)[None, :], other=0.0)\n            a =",
+        "mask=(rows < N)[:, None], other=0.0)\n            a =",
         "guard bands of shrink-given",
     ),
     "columns of x unmasked in the base": Mutation(
@@ -168,7 +166,8 @@ MUTATIONS = {
     "u gated twice": Mutation(
         KERNELS,
         "acc.to(u_ptr.dtype.element_ty), mask=ok)",
-        "(acc * tl.load(z_ptr + (rows // group) * T + expert, mask=rows < N, other=0.0)[:, None]).to(u_ptr.dtype.element_ty), mask=ok)",
+        "(acc * tl.load(z_ptr + (rows // group) * T + expert, mask=rows < N, other=0.0)[:, None])"
+        ".to(u_ptr.dtype.element_ty), mask=ok)",
         "linear gates of samples",
     ),
 }

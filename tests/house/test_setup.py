@@ -63,8 +63,11 @@ def test_without_nvcc_it_is_left_out(checkout: Path) -> None:
     done = build(checkout, CUDA_HOME="/nowhere")
     assert done.returncode == 0, done.stderr
     assert record(checkout) == {
-        "extension": "left out", "reason": "no nvcc was found in CUDA_HOME=/nowhere", "architectures": [], "nvcc": None,
-    }  # fmt: skip
+        "extension": "left out",
+        "reason": "no nvcc was found in CUDA_HOME=/nowhere",
+        "architectures": [],
+        "nvcc": None,
+    }
     assert not list(checkout.rglob("_C*"))
 
 
@@ -118,7 +121,7 @@ def test_a_compiler_that_fails_costs_only_the_extension(checkout: Path, tmp_path
         and facts["reason"].startswith("the build failed: ")
         and "CMake Error" in facts["reason"]
     )
-    assert list((checkout / "build").glob("lib*/mingle/merger.py"))
+    assert list((checkout / "build").glob("lib*/mingle/merging/merger.py"))
     demanded = build(checkout, MINGLE_BUILD_EXTENSION="1", CUDACXX=broken)
     assert demanded.returncode != 0 and "MINGLE_BUILD_EXTENSION=1: the build failed" in demanded.stderr
 

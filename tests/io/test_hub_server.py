@@ -122,11 +122,18 @@ def user(server: Server, home: Path, code: str, **environment: str) -> subproces
     )
 
 
-MODEL = "from mingle import hub; r = {}; f = hub.resolve('org/model', None, r); print(sorted(p.name for p in f.iterdir()), r)"
-DATA = (
-    "from mingle.suites.fusionbench.loading import Split; from mingle.suites.fusionbench.datasets import Source; r = {}; "
-    "print(len(Split(Source('tanganke/eurosat'), r)), r)"
-)
+MODEL = """
+from mingle.io import hub
+revisions = {}
+folder = hub.resolve("org/model", None, revisions)
+print(sorted(path.name for path in folder.iterdir()), revisions)
+"""
+DATA = """
+from mingle.suites.fusionbench.datasets import Source
+from mingle.suites.fusionbench.loading import Split
+revisions = {}
+print(len(Split(Source("tanganke/eurosat"), revisions)), revisions)
+"""
 
 
 def test_a_model_s_data_is_fetched_once_and_found_offline_afterwards(server, tmp_path):

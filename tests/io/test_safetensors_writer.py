@@ -1,22 +1,18 @@
-"""What the writers put on disk, and what is left there when they fail."""
+"""What the writer of safetensors files puts on disk."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from two_models import assert_model, model
 
-from mingle.io.files import CheckpointError, free_space, read_json, sha256, write_copy, write_json
+from mingle.io.files import CheckpointError, sha256, write_json
 from mingle.io.safetensors import CheckpointReader, write_tensors
 
 DTYPES = [
@@ -45,30 +41,6 @@ DTYPES = [
 
 def values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape).to(dtype)
-
-
-def model(value: float, names: str = "abcd") -> dict[str, torch.Tensor]:
-    return {name: torch.full((3, 5), value) for name in names}
-
-
-def assert_model(path: Path, value: float) -> None:
-    for tensor in CheckpointReader(path).state_dict().values():
-        assert torch.equal(tensor, torch.full((3, 5), value))
-
-
-class Notifying(dict[str, torch.Tensor]):
-    """A mapping that calls `notify` whenever the writer takes a tensor from it."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], notify: Callable[[], None]) -> None:
-        super().__init__(tensors)
-        self.notify = notify
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        self.notify()
-        return super().__getitem__(name)
-
-
-# Content
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -187,172 +159,3 @@ def test_a_tensor_without_a_safetensors_form_is_named(
         write_tensors(path, {name: tensor})
     assert_model(path, 1)
     assert os.listdir(tmp_path) == ["x.safetensors"]
-
-
-# JSON
-
-
-def test_json_round_trip(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    value = {"b": [1, 2.5, None, True], "a": {"é": "\n"}}
-    write_json(path, value)
-    assert read_json(path) == value
-    assert (
-        path.read_text()
-        == '{\n  "a": {\n    "é": "\\n"\n  },\n  "b": [\n    1,\n    2.5,\n    null,\n    true\n  ]\n}\n'
-    )
-
-
-def test_json_without_a_json_form_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    write_json(path, 1)
-    for value in (float("nan"), [float("inf")], "\ud800"):
-        with pytest.raises(CheckpointError, match=f"{path}: not written"):
-            write_json(path, value)
-    assert read_json(path) == 1
-    assert os.listdir(tmp_path) == ["x.json"]
-
-
-BAD_JSON = {
-    "syntax": (b'{\n "a": 1,\n "b" 2}', "line 3, column 6"),
-    "duplicate": (b'{"a": 1, "b": {"c": 1, "c": 1}}', "duplicate key 'c'"),
-    "not UTF-8": (b'"\xff"', "utf-8"),
-    "UTF-16": ('{"a": 1}'.encode("utf-16"), "utf-8"),
-    "empty": (b"", "line 1, column 1"),
-    "two values": (b"1\n2", "line 2, column 1"),
-    "nested too deep": (b"[" * 200_000, "recursion"),
-}
-
-
-@pytest.mark.parametrize(("data", "part"), BAD_JSON.values(), ids=BAD_JSON.keys())
-def test_bad_json_is_named(tmp_path: Path, data: bytes, part: str) -> None:
-    path = tmp_path / "x.json"
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"{path}: bad JSON: .*{part}"):
-        read_json(path)
-
-
-def test_json_size_is_capped(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    path.write_text('"12345678"')
-    assert read_json(path, max_bytes=10) == "12345678"
-    with pytest.raises(CheckpointError, match=f"{path}: expected at most 9 bytes of JSON, found 10"):
-        read_json(path, max_bytes=9)
-    with pytest.raises(CheckpointError, match="absent"):
-        read_json(tmp_path / "absent")
-
-
-def test_a_copy_has_the_same_bytes_and_replaces_the_old_file(tmp_path: Path) -> None:
-    write_tensors(tmp_path / "source", model(1))
-    (tmp_path / "link").symlink_to("source")
-    write_json(tmp_path / "target", 0)
-    write_copy(tmp_path / "link", tmp_path / "target")
-    assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
-    assert not (tmp_path / "target").is_symlink()
-    with pytest.raises(CheckpointError, match="absent"):
-        write_copy(tmp_path / "absent", tmp_path / "target")
-    assert_model(tmp_path / "target", 1)
-    assert sorted(os.listdir(tmp_path)) == ["link", "source", "target"]
-
-
-# Failures
-
-
-@pytest.fixture
-def old(tmp_path: Path) -> Iterator[Path]:
-    """A folder's only file, holding ones; whatever the test does, no other file may be left beside it."""
-    path = tmp_path / "model.safetensors"
-    write_tensors(path, model(1))
-    yield path
-    assert os.listdir(tmp_path) == ["model.safetensors"]
-
-
-def test_a_full_disk_is_noticed_before_writing(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    margin = 16 << 20
-    monkeypatch.setattr(
-        "shutil.disk_usage", lambda folder: SimpleNamespace(total=0, used=0, free=margin + 100)
-    )
-    free_space(old.parent, 100)
-    with pytest.raises(
-        CheckpointError, match=f"{old.parent}: disk full: 101 bytes .* {margin + 100} are free"
-    ):
-        free_space(old.parent, 101)
-    size = old.stat().st_size
-    with pytest.raises(CheckpointError, match=f"disk full: {size} bytes"):
-        write_tensors(old, model(2))
-    with pytest.raises(CheckpointError, match="disk full: 203 bytes"):
-        write_json(old, "x" * 200)
-    assert_model(old, 1)
-
-
-def test_a_write_that_fails_half_way_leaves_the_old_file(old: Path) -> None:
-    """The kernel refuses to let the file grow beyond 64 KiB, as it would on a disk that fills up."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
-    try:
-        with pytest.raises(CheckpointError, match=f"{old}: .*{os.strerror(errno.EFBIG)}"):
-            write_tensors(old, {"w": torch.zeros(100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert_model(old, 1)
-
-
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=str(tmp_path / "absent")):
-        write_tensors(tmp_path / "absent" / "x.safetensors", model(1))
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()], ids=["OSError", "interrupt"]
-)
-@pytest.mark.parametrize(
-    ("call", "number", "survivor"), [("fsync", 1, 1), ("replace", 1, 1), ("fsync", 2, 2)]
-)
-def test_a_failing_call_leaves_the_old_file_or_the_new(
-    old: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, survivor: int, error: BaseException
-) -> None:
-    """Writing makes three calls that matter: sync the file, rename it, sync the folder."""
-    calls: list[str] = []
-
-    def failing(name: str) -> Callable[..., None]:
-        original = getattr(os, name)
-
-        def wrapper(*arguments: Any) -> None:
-            calls.append(name)
-            if name == call and calls.count(name) == number:
-                raise error
-            original(*arguments)
-
-        return wrapper
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", failing("fsync"))
-        patch.setattr(os, "replace", failing("replace"))
-        with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
-            write_tensors(old, model(2))
-    assert calls == ["fsync", "replace", "fsync"][: len(calls)] and calls[-1] == call
-    assert isinstance(error, KeyboardInterrupt) or f"{old}: " in str(caught.value)
-    assert_model(old, survivor)
-
-
-def test_all_bytes_are_with_the_kernel_when_the_file_is_synced(
-    old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
-    write_tensors(old, model(2))
-    assert sizes[0] == old.stat().st_size
-
-
-def test_an_error_while_taking_tensors_leaves_the_old_file(old: Path) -> None:
-    taken: list[None] = []
-
-    def fail_once_writing() -> None:
-        taken.append(None)
-        if any(name.startswith(".mingle-tmp-") for name in os.listdir(old.parent)):
-            raise RuntimeError("device lost")
-
-    with pytest.raises(RuntimeError, match="device lost"):
-        write_tensors(old, Notifying(model(2), fail_once_writing))
-    assert len(taken) > len(model(2))
-    assert_model(old, 1)

@@ -1,39 +1,24 @@
-"""Which tile a Triton kernel runs with: the rule's invariants on several chips, and what takes precedence
-over the rule.
-"""
+"""Which tile a Triton kernel runs with: the rule's invariants on several chips."""
 
 from __future__ import annotations
 
-import ast
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from chips import CHIPS, ITEMSIZE, KERNELS, area, stage_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-triton = pytest.importorskip("triton", reason="kernels.configs belongs to the Triton kernels")
+from mingle.kernels import tiles
+from mingle.kernels.tiles import Tile
 
-from mingle.kernels import tiles  # noqa: E402
-from mingle.kernels.tiles import Chip, Tile  # noqa: E402
+pytestmark = pytest.mark.usefixtures("own_tiles")
 
-H100 = Chip("cuda", "NVIDIA H100", 90, 132, 232_448)
-CHIPS = {
-    "H100": H100,
-    "A100": Chip("cuda", "NVIDIA A100", 80, 108, 166_912),
-    "A10": Chip("cuda", "NVIDIA A10", 86, 72, 101_376),
-    "B200": Chip("cuda", "NVIDIA B200", 100, 148, 232_448),
-    "RTX 5090": Chip("cuda", "NVIDIA GeForce RTX 5090", 120, 170, 101_376),
-    "MI300X": Chip("hip", "AMD Instinct MI300X", 94, 304, 65_536),
-}
 STRAINS = ("plain", "special", "ragged")
-KERNELS = ("shrink", "expand", "upstream", "fold")
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
 
 launches = given(
     kernel=st.sampled_from(KERNELS),
@@ -45,37 +30,8 @@ launches = given(
 )
 
 
-@pytest.fixture(autouse=True)
-def _own_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("MINGLE_CACHE", str(tmp_path))
-    monkeypatch.setattr(tiles, "COMMITTED", {})
-    forget()
-    yield
-    forget()
-
-
-def forget() -> None:
-    tiles._choose.cache_clear()
-    tiles.store.cache_clear()
-
-
-def on(monkeypatch: pytest.MonkeyPatch, chip: Chip) -> None:
-    """Take every tensor for one on `chip`, in another process than before."""
-    monkeypatch.setattr(tiles, "chip", lambda device: chip)
-    forget()
-
-
 def programs(tile: Tile, rows: int, columns: int) -> int:
     return math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns)
-
-
-def area(tile: Tile) -> int:
-    return tile.rows * tile.columns
-
-
-def stage_bytes(tile: Tile, arithmetic: str) -> int:
-    """Both operands of one step: [rows, depth] and [depth, columns]."""
-    return (tile.rows * tile.depth + tile.depth * tile.columns) * ITEMSIZE[arithmetic]
 
 
 @given(st.integers(1, 1 << 31))
@@ -247,151 +203,6 @@ def test_fp32_means_ieee_unless_the_user_allowed_tf32():
         forbid()
         assert tiles.precision(on_gpu) == "ieee"
         assert tiles._arithmetic(on_gpu) == "float32"
-
-
-X = torch.zeros(1, dtype=torch.bfloat16)
-LAUNCH = ("expand", X, 800, 3072, 768)  # kernel, operand, tokens, columns, depth
-KEY = "NVIDIA H100, expand bfloat16 1024x3072x768 plain"
-FOUND, SHIPPED = Tile(32, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2)
-
-
-def test_the_rule_serves_what_nobody_measured(monkeypatch):
-    on(monkeypatch, H100)
-    assert tiles.choose(*LAUNCH) == tiles.rule("expand", H100, "bfloat16", 1024, 3072)
-
-
-def test_a_committed_tile_comes_before_the_rule_and_a_found_one_before_it(monkeypatch):
-    on(monkeypatch, H100)
-    monkeypatch.setitem(tiles.COMMITTED, KEY, SHIPPED)
-    assert tiles.choose(*LAUNCH) == SHIPPED
-    tiles.store().put(KEY, FOUND)
-    forget()
-    assert tiles.choose(*LAUNCH) == FOUND
-    assert isinstance(tiles.choose(*LAUNCH), Tile)  # JSON knows only lists
-
-
-def test_a_measured_tile_holds_for_its_own_launch_only(monkeypatch):
-    on(monkeypatch, H100)
-    monkeypatch.setitem(tiles.COMMITTED, KEY, SHIPPED)
-    for tokens in (513, 800, 1024):  # one bucket
-        assert tiles.choose("expand", X, tokens, 3072, 768) == SHIPPED
-    kernel, x, tokens, columns, depth = LAUNCH
-    for other in (
-        ("shrink", x, tokens, columns, depth),
-        (kernel, x.half(), tokens, columns, depth),
-        (kernel, x, 1025, columns, depth),
-        (kernel, x, tokens, 768, depth),
-        (kernel, x, tokens, columns, 3072),
-    ):
-        assert tiles.choose(*other) != SHIPPED
-    for strain in ("special", "ragged"):
-        assert tiles.choose(*LAUNCH, strain) == tiles.rule("expand", H100, "bfloat16", 1024, 3072, strain)
-    on(monkeypatch, CHIPS["A100"])
-    assert tiles.choose(*LAUNCH) != SHIPPED
-
-
-def timer(
-    seconds: Callable[[Tile], float],
-) -> tuple[Callable[[], object], Callable[[Callable[[], object]], float], list[Tile]]:
-    """A launch, a clock by which it takes `seconds` of the tile it was launched with, and the tiles it saw."""
-    seen: list[Tile] = []
-
-    def launch() -> None:
-        seen.append(tiles.choose(*LAUNCH))
-
-    def time(call: Callable[[], object]) -> float:
-        call()
-        return seconds(seen[-1])
-
-    return launch, time, seen
-
-
-TRIED = [Tile(128, 128, 64, 8, 3), FOUND, Tile(16, 32, 64, 4, 4)]
-
-
-def test_search_keeps_the_fastest_for_this_user_and_chip(monkeypatch, tmp_path):
-    on(monkeypatch, H100)
-    launch, time, seen = timer(lambda tile: 1.0 if tile == FOUND else 2.0)
-    assert tiles.choose(*LAUNCH) != FOUND
-    assert tiles.search(*LAUNCH, launch, time, TRIED) == FOUND
-    assert seen == TRIED
-    assert tiles.choose(*LAUNCH) == FOUND
-    assert tiles.choose("expand", X, 513, 3072, 768) == FOUND  # the same bucket
-    (path,) = tmp_path.iterdir()
-    assert json.loads(path.read_text()) == {KEY: list(FOUND)}
-    on(monkeypatch, CHIPS["A100"])
-    assert tiles.choose(*LAUNCH) != FOUND
-    on(monkeypatch, H100)
-    assert tiles.choose(*LAUNCH) == FOUND
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory"),
-        triton.compiler.errors.CompilationError(None, ast.parse("x"), "no layout"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_search_passes_over_tiles_that_cannot_be_launched(error, monkeypatch):
-    on(monkeypatch, H100)
-
-    def seconds(tile: Tile) -> float:
-        if tile == TRIED[0]:
-            raise error
-        return float(area(tile))
-
-    launch, time, seen = timer(seconds)
-    assert tiles.search(*LAUNCH, launch, time, TRIED) == TRIED[2]
-    assert seen == TRIED
-
-
-def test_search_that_launches_nothing_leaves_everything_as_it_was(monkeypatch, tmp_path):
-    on(monkeypatch, H100)
-    before = tiles.choose(*LAUNCH)
-
-    def seconds(tile: Tile) -> float:
-        raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
-
-    launch, time, _ = timer(seconds)
-    with pytest.raises(RuntimeError, match="expand: no tile could be launched on NVIDIA H100"):
-        tiles.search(*LAUNCH, launch, time, TRIED)
-    assert tiles.choose(*LAUNCH) == before
-    assert not any(tmp_path.iterdir())
-
-
-def test_an_error_of_the_launch_ends_the_search_and_its_tile(monkeypatch):
-    on(monkeypatch, H100)
-    before = tiles.choose(*LAUNCH)
-
-    def seconds(tile: Tile) -> float:
-        raise ValueError("x has shape")
-
-    launch, time, _ = timer(seconds)
-    with pytest.raises(ValueError, match="x has shape"):
-        tiles.search(*LAUNCH, launch, time, TRIED)
-    assert tiles.choose(*LAUNCH) == before
-
-
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("arithmetic", ITEMSIZE)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_candidates_can_be_launched_and_hold_the_rules_tiles(chip, arithmetic, kernel):
-    tried = tiles.candidates(kernel, CHIPS[chip], arithmetic)
-    assert len(tried) == len(set(tried))
-    assert all(tile.stages * stage_bytes(tile, arithmetic) <= CHIPS[chip].shared_memory for tile in tried)
-    assert all(tiles._fits(kernel, CHIPS[chip], tile) for tile in tried)
-    sizes = {(tile.rows, tile.columns) for tile in tried}
-    for rows in (16, 1024, 1 << 17):
-        tile = tiles.rule(kernel, CHIPS[chip], arithmetic, rows, 768)
-        assert (tile.rows, tile.columns) in sizes
-
-
-def test_search_tries_the_candidates_unless_told_otherwise(monkeypatch):
-    on(monkeypatch, H100)
-    launch, time, seen = timer(lambda tile: float(area(tile)))
-    tiles.search(*LAUNCH, launch, time)
-    assert seen == tiles.candidates("expand", H100, "bfloat16")
 
 
 def test_cpu_tensors_run_in_the_interpreter():

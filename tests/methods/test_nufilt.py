@@ -88,7 +88,7 @@ def test_any_shape_and_rank(shape, ranks):
 
 
 def test_a_merged_update_of_low_rank_is_all_that_is_filtered_out():
-    """Beyond its rank M has no singular vectors; arbitrary ones would take directions out of Δ for nothing."""
+    """Beyond its rank M has no singular vectors; arbitrary ones would take directions out of Δ in vain."""
     delta, merged = layers((16, 12)), layers((16, 12), rank=2)
     found = nufilt.updates(delta, merged, NufiltOptions(**OPTIONS), 7)
     assert_close(found, {"layer0": plain(delta["layer0"], merged["layer0"], "layer0", 7, **OPTIONS)})

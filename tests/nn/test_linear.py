@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import mingle
-from mingle.nn.linear import MingleLinear, count_parameters
+from mingle.nn.linear import MingleLinear
 
 
 def grown(experts=3, d_in=8, d_out=6, rank=2, reduce="sample") -> MingleLinear:
@@ -127,51 +126,6 @@ def test_strided_factors_are_accepted():
     A, B = torch.randn(8, 2), torch.randn(2, 6)
     layer.add_expert(A.T, B.T, gate_weight=torch.zeros(8), gate_bias=1.0)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight + (A @ B).T, layer.bias))
-
-
-def model() -> nn.Module:
-    return nn.ModuleDict(
-        {
-            "a": nn.ModuleDict({"fc1": nn.Linear(4, 4), "xfc1": nn.Linear(4, 4)}),
-            "fc1": nn.Linear(4, 3, bias=False),
-        }
-    )
-
-
-def test_inject_takes_exact_suffixes_and_restore_puts_the_base_back():
-    net = model()
-    before = {n: p.data_ptr() for n, p in net.named_parameters()}
-    layers = mingle.inject(net, ("fc1",), reduce="token")
-    assert list(layers) == ["a.fc1", "fc1"]
-    assert isinstance(net["a"]["xfc1"], nn.Linear)
-    assert mingle.inject(net, ("a.fc1",)) == {"a.fc1": layers["a.fc1"]}
-    assert mingle.inject(net, "a.fc1") == {"a.fc1": layers["a.fc1"]}
-    layers["fc1"].add_expert(torch.randn(1, 4), torch.randn(3, 1))
-    assert mingle.restore(net) == ["a.fc1", "fc1"]
-    assert {n: p.data_ptr() for n, p in net.named_parameters()} == before
-    assert all(p.requires_grad for p in net.parameters())
-    assert type(net["fc1"]) is nn.Linear
-
-
-def test_inject_errors_name_the_nearest_layer_and_change_nothing():
-    net = model()
-    with pytest.raises(ValueError, match="no Linear layer's name ends in 'fc2'; the nearest is 'fc1'"):
-        mingle.inject(net, ("fc1", "fc2"))
-    assert type(net["fc1"]) is nn.Linear
-    attention = nn.MultiheadAttention(4, 1)
-    with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
-        mingle.inject(attention, ("out_proj",))
-    with pytest.raises(
-        ValueError, match="'linear1' cannot take experts: torch.nn.TransformerEncoderLayer reads its weight"
-    ):
-        mingle.inject(nn.TransformerEncoderLayer(8, 2), ("linear1",))
-
-
-def test_parameter_counts():
-    layer = grown(2, rank=2)
-    trainable, total = count_parameters(layer)
-    assert trainable == 9
-    assert total == 8 * 6 + 6 + 2 * 3 * (8 + 6) + 2 * 9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -42,8 +42,11 @@ def test_prompts_speak_of_the_columns(task):
 
 
 def test_the_package_is_read_and_not_imported():
-    code = (
-        "import sys; from mingle.suites.fusionbench import prompts; prompts.classes('sun397'); prompts.glue('cola'); "
-        "sys.exit(any(name in sys.modules for name in ('fusion_bench', 'lightning', 'hydra', 'datasets')))"
-    )
+    code = """
+import sys
+from mingle.suites.fusionbench import prompts
+prompts.classes("sun397")
+prompts.glue("cola")
+sys.exit(any(name in sys.modules for name in ("fusion_bench", "lightning", "hydra", "datasets")))
+"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,16 +1,9 @@
-"""The suites of the papers on a stand-in of the hub: images, heads, prompts, seeds, models; and as a user
-runs them.
-"""
+"""The image suites of the papers on a stand-in of the hub: images, heads, prompts, seeds and models."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
-import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,56 +12,23 @@ import torch.nn.functional as F
 pytest.importorskip("pyarrow", reason="the suites of the papers read Parquet files")
 
 import standin_hub as standin
-import yaml
 from PIL import Image
-from standin_hub import images, table
+from standin_hub import BASE, EUROSAT, TEST_FILE, images, table
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTokenizer,
-    T5ForConditionalGeneration,
 )
 
-import mingle
 from mingle import suites
-from mingle.cli import main
 from mingle.io.files import CheckpointError
-from mingle.io.safetensors import CheckpointReader
 from mingle.merging.evaluate import accuracy
 from mingle.options import OptionError
 from mingle.suites.fusionbench import clip, prompts
-from mingle.suites.fusionbench.datasets import CORRUPTIONS, IMAGE_SUITES, IMAGE_TASKS, ImageSuite
+from mingle.suites.fusionbench.datasets import CORRUPTIONS, IMAGE_SUITES, IMAGE_TASKS
 from mingle.suites.fusionbench.layout import DatasetError
-from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
 from mingle.tasks.lazy import LazyInputs
-
-BASE, EUROSAT, SVHN = "openai/clip-vit-base-patch32", "tanganke/eurosat", "ufldl-stanford/svhn"
-TEST_FILE = "data/test-00000-of-00001.parquet"
-
-
-@pytest.fixture
-def image_hub(hub, tmp_path):
-    """Base, sharded, and two tasks with their fine-tuned models."""
-    base = standin.clip()
-    hub.add(BASE, standin.clip_base(tmp_path / "models/base", base, shard="100KB"))
-    for seed, task in enumerate(("eurosat", "svhn")):
-        hub.add(
-            f"tanganke/clip-vit-base-patch32_{task}",
-            standin.clip_expert(tmp_path / "models" / task, base, seed),
-        )
-    shards = {
-        f"data/test-{i:05d}-of-00002-ab.parquet": table(images(count, 3, first=first))
-        for i, count, first in ((0, 14, 0), (1, 11, 14))
-    }
-    hub.add(EUROSAT, shards, "dataset")
-    digits = {
-        f"{config}/test-00000-of-00001.parquet": table(images(count, 3))
-        for config, count in (("cropped_digits", 20), ("full", 2))
-    }
-    hub.add(SVHN, digits, "dataset")
-    return hub
 
 
 def test_orders_and_models_are_those_of_the_papers():
@@ -298,285 +258,3 @@ def test_a_missing_package_is_named_with_the_extra(image_hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(OptionError, match=r"Parquet files: pip install 'mingle-merge\[suites\]'"):
         suites.load("clip-b32-8").check("eurosat")
-
-
-@pytest.mark.parametrize(
-    ("task", "texts", "answers", "metric"),
-    [
-        (
-            "cola",
-            ['Correct: "Bark dogs the."?', 'Correct: "Dogs bark."?'],
-            ["unacceptable", "acceptable"],
-            "accuracy",
-        ),
-        ("mnli", ["B b implies D?", "A implies C?"], ["entailment", "contradiction"], "accuracy"),
-        ("stsb", ["b and d?", "a and c?"], ["0.0", "5.0"], "spearman"),
-    ],
-)
-def test_glue_samples_are_prompts_and_answers(glue_hub, task, texts, answers, metric):
-    data = suites.load("glue-8", protocol="official")[task].select(torch.tensor([1, 0])).made()
-    tokenizer = AutoTokenizer.from_pretrained(glue_hub.snapshot("google/flan-t5-base"))
-    expected = tokenizer(texts, padding=True, return_tensors="pt")
-    assert data.metric == metric
-    assert torch.equal(data.inputs["input_ids"], expected["input_ids"])
-    assert torch.equal(data.inputs["attention_mask"], expected["attention_mask"])
-    assert data.labels.dtype == torch.int64
-    assert data.decode(data.labels) == answers
-    ended = [row[row != tokenizer.pad_token_id].tolist() for row in data.labels]
-    assert all(row[-1] == tokenizer.eos_token_id for row in ended)
-
-
-def test_glue_prompts_are_padded_per_batch(glue_hub):
-    data = suites.load("glue-8", protocol="official")["qqp"]
-    assert isinstance(data.inputs, LazyInputs)
-    assert [batch.inputs["input_ids"].shape[1] for batch in data.batches(130)] == [
-        len("Is 100? or Or??") + 1
-    ] * 2
-    assert data.select(slice(0, 10)).made().inputs["input_ids"].shape[1] == len("Is 1? or Or??") + 1
-
-
-def test_a_hundred_seeds_of_every_glue_task(glue_hub):
-    for protocol, left in (("strict", 160), ("official", 260)):
-        suite = suites.load("glue-8", protocol=protocol)
-        assert (suite.task_type, len(suite.seeds("qqp")), len(suite["qqp"])) == ("t5", 100, left)
-        assert suite.seeds("qqp").labels is None
-    assert [len(part) for part in (suites.load("glue-8").seeds("cola"), suites.load("glue-8")["cola"])] == [
-        1,
-        2,
-    ]
-
-
-def test_glue_labels_and_texts_are_checked(glue_hub):
-    def add(**changes):
-        glue_hub.add(
-            "glue",
-            {"cola/validation-00000-of-00001.parquet": table(standin.GLUE["cola"] | changes)},
-            "dataset",
-        )
-
-    add(label=[1, -1, 0])
-    with pytest.raises(
-        DatasetError, match=r"glue .cola., split 'validation': row 1 has label -1, expected one of 0, 1"
-    ):
-        suites.load("glue-8").check("cola")
-    add(sentence=["a", None, "b"])
-    with pytest.raises(DatasetError, match="row 1 has no text in the column 'sentence'"):
-        suites.load("glue-8", protocol="official")["cola"].made()
-
-
-@pytest.mark.parametrize("suite", ["glue-8", "glue-8-lora"])
-def test_glue_is_merged_and_evaluated(glue_hub, tmp_path, suite):
-    """With whole fine-tuned models, and with adapters."""
-    peft = (
-        pytest.importorskip("peft", reason="adapters are made with PEFT") if suite == "glue-8-lora" else None
-    )
-    for task in ("cola", "stsb"):
-        model = T5ForConditionalGeneration.from_pretrained(glue_hub.snapshot("google/flan-t5-base"))
-        if peft is not None:
-            model = peft.get_peft_model(
-                model, peft.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)
-            )
-        model.save_pretrained(tmp_path / task)
-        name = f"tanganke/flan-t5-base_glue-{task}{'' if peft is None else '_lora-16'}"
-        glue_hub.add(name, standin.contents(tmp_path / task))
-    loaded = suites.load(suite)
-    merger = mingle.Merger(loaded.base, "mingle", loaded.task_type, rank=2, steps=2)
-    for task in ("cola", "stsb"):
-        merger.add(task, loaded.expert(task), loaded.seeds(task))
-    result = merger.evaluate(loaded)
-    assert result.tasks == ["cola", "stsb"] and all(-100 <= value <= 100 for value in result.matrix[-1])
-
-
-def user(hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command as a user runs it, offline, with nothing but the environment to say where the hub's cache is."""
-    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    environment |= {
-        "HF_HOME": str(hub.home),
-        "PYTHONPATH": str(tmp_path / "packages"),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "mingle", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-    )
-
-
-def write_config(tmp_path: Path, tasks=("eurosat", "svhn"), **changes) -> str:
-    content = {
-        "base": BASE,
-        "method": "mingle",
-        "experts": [{"name": task, "model": f"tanganke/clip-vit-base-patch32_{task}"} for task in tasks],
-        "rank": 4,
-        "adapt": {"steps": 2, "samples_per_class": 1},
-        "eval": {"suite": "clip-b32-8"},
-    } | changes
-    path = tmp_path / "merge.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return str(path)
-
-
-def test_check_merge_and_eval_as_a_user_runs_them(image_hub, tmp_path):
-    config, out = write_config(tmp_path), tmp_path / "merged"
-    for arguments in (["check", config], ["merge", config, "--out", str(out)], ["eval", str(out)]):
-        done = user(image_hub, tmp_path, *arguments, "--offline")
-        assert done.returncode == 0, done.stdout + done.stderr
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert [task["name"] for task in manifest["tasks"]] == ["eurosat", "svhn"]
-    models = [BASE, *(f"tanganke/clip-vit-base-patch32_{task}" for task in ("eurosat", "svhn"))]
-    expected = {model: image_hub.snapshot(model).name for model in models}
-    expected |= {f"datasets/{repo}": image_hub.snapshot(repo, "dataset").name for repo in (EUROSAT, SVHN)}
-    assert manifest["metadata"]["revisions"] == expected
-
-
-def test_resuming_adding_and_evaluating_keep_to_the_commits_of_the_beginning(image_hub, tmp_path, capsys):
-    out, model = tmp_path / "merged", "tanganke/clip-vit-base-patch32_eurosat"
-    assert main(["merge", write_config(tmp_path, ["eurosat"]), "--out", str(out)]) == 0
-    before = json.loads((out / "manifest.json").read_text())
-    first = image_hub.snapshot(model).name
-    image_hub.add(EUROSAT, {TEST_FILE: table(images(4, 2))}, "dataset")
-    second = image_hub.add(model, standin.clip_expert(tmp_path / "models/again", standin.clip(), 9))
-    assert main(["merge", write_config(tmp_path), "--out", str(out)]) == 0
-    after = json.loads((out / "manifest.json").read_text())
-    assert after["tasks"][0]["tensors"] == before["tasks"][0]["tensors"]
-    assert before["metadata"]["revisions"].items() <= after["metadata"]["revisions"].items()
-    assert after["metadata"]["revisions"][model] == first
-    capsys.readouterr()
-    assert main(["merge", write_config(tmp_path, revisions={model: second}), "--out", str(out)]) == 2
-    assert f"begun with {model} at commit {first}, not {second}" in capsys.readouterr().out
-    assert main(["eval", str(out)]) == 0
-    assert main(["add", str(out), "--name", "mnist", "--model", model, "--revision", second]) == 2
-    assert (
-        f"{model}: revision '{second}' is commit {second}, but commit {first} is in use"
-        in capsys.readouterr().out
-    )
-
-
-def test_commits_can_be_named_in_the_config(image_hub, tmp_path):
-    first = image_hub.snapshot(EUROSAT, "dataset").name
-    image_hub.add(EUROSAT, {TEST_FILE: b"broken"}, "dataset")
-    assert main(["check", write_config(tmp_path)]) == 2
-    assert main(["check", write_config(tmp_path, revisions={f"datasets/{EUROSAT}": first})]) == 0
-
-
-@pytest.fixture
-def two_tasks(image_hub, monkeypatch):
-    """``clip-b32-8`` with two of its tasks only."""
-    chosen = tuple(task for task in IMAGE_TASKS if task.name in ("eurosat", "svhn"))
-    monkeypatch.setitem(IMAGE_SUITES, "clip-b32-8", ImageSuite(BASE, chosen))
-    return image_hub
-
-
-def test_demo_on_a_suite_of_the_papers(two_tasks, tmp_path):
-    arguments = [
-        "--suite",
-        "clip-b32-8",
-        "--methods",
-        "individual,average,mingle",
-        "--set",
-        "steps=2",
-        "--set",
-        "rank=2",
-    ]
-    assert main(["demo", *arguments, "--out", str(tmp_path / "demo"), "--offline"]) == 0
-    results = json.loads((tmp_path / "demo/results.json").read_text())
-    assert all(None not in rows["matrix"][0][-1] for rows in results["methods"].values())
-    manifest = json.loads((tmp_path / "demo/merged/mingle/manifest.json").read_text())
-    assert len(manifest["metadata"]["revisions"]) == 5
-
-
-def test_a_table_keeps_to_the_commits_of_its_beginning(two_tasks, tmp_path):
-    table_of = [
-        "reproduce",
-        "main",
-        "--suite",
-        "clip-b32-8",
-        "--out",
-        str(tmp_path / "table"),
-        "--offline",
-        "--methods",
-    ]
-    assert main([*table_of, "average"]) == 0
-    noted = json.loads((tmp_path / "table/revisions.json").read_text())
-    assert noted[f"datasets/{EUROSAT}"] == two_tasks.snapshot(EUROSAT, "dataset").name and len(noted) == 5
-    two_tasks.add(EUROSAT, {TEST_FILE: b"broken"}, "dataset")
-    assert main([*table_of, "task-arithmetic"]) == 0
-    assert json.loads((tmp_path / "table/revisions.json").read_text()) == noted
-
-
-def test_the_demo_names_what_is_not_cached(image_hub, tmp_path, capsys):
-    assert (
-        main(
-            [
-                "demo",
-                "--suite",
-                "clip-b32-8",
-                "--methods",
-                "average",
-                "--out",
-                str(tmp_path / "demo"),
-                "--offline",
-            ]
-        )
-        == 2
-    )
-    assert "tanganke/sun397: not in the hub's cache" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("repo", "kind", "message"),
-    [
-        (
-            BASE,
-            "model",
-            f"{BASE}: not in the hub's cache .* and offline; fetch it where there is a network: hf download {BASE}",
-        ),
-        (
-            EUROSAT,
-            "dataset",
-            f"{EUROSAT}: not in the hub's cache .*hf download {EUROSAT} --repo-type dataset",
-        ),
-    ],
-)
-def test_what_is_not_cached_is_named_to_the_user(image_hub, tmp_path, repo, kind, message, capsys):
-    image_hub.storage(repo, kind).rename(tmp_path / "away")
-    assert main(["check", write_config(tmp_path), "--offline"]) == 2
-    assert re.search(message, capsys.readouterr().out.replace("\n", " "))
-
-
-def test_a_missing_shard_of_a_model_is_named_to_the_user(image_hub, tmp_path, capsys):
-    (image_hub.snapshot(BASE) / "model-00002-of-00003.safetensors").unlink()
-    assert main(["check", write_config(tmp_path)]) == 2
-    assert "shard 'model-00002-of-00003.safetensors' is missing" in capsys.readouterr().out
-
-
-def test_adapters_of_the_lora_suite_are_folders_as_they_are(hub, tmp_path):
-    peft = pytest.importorskip("peft", reason="adapters are made with PEFT")
-    hub.add("google/flan-t5-base", standin.t5_base(tmp_path / "t5"))
-    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5")
-    peft.get_peft_model(
-        model, peft.LoraConfig(r=16, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
-    ).save_pretrained(tmp_path / "lora")
-    hub.add("tanganke/flan-t5-base_glue-cola_lora-16", standin.contents(tmp_path / "lora"))
-    folder = suites.load("glue-8-lora").expert("cola")
-    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 16
-    assert all("lora_" in name for name in CheckpointReader(folder))
-
-
-def test_lazy_inputs_are_a_mapping():
-    lazy = LazyInputs(
-        ("a", "b"), lambda rows: {"a": torch.tensor(rows), "b": -torch.tensor(rows)}, torch.arange(9)
-    )
-    data = TaskData(lazy, {}, torch.arange(9) * 10, metric="spearman").select(torch.tensor([8, 2, 5]))
-    assert len(data) == 3 and list(data.inputs) == ["a", "b"] and len(data.inputs) == 2
-    assert data.inputs["b"].tolist() == [-8, -2, -5]
-    moved = data.to(torch.device("cpu"))
-    assert (moved.inputs["a"].tolist(), moved.labels.tolist(), moved.metric) == (
-        [8, 2, 5],
-        [80, 20, 50],
-        "spearman",
-    )
-    assert [batch.inputs["a"].tolist() for batch in data.batches(2)] == [[8, 2], [5]]

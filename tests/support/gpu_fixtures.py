@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gpu_cases import ARITHMETIC, Arithmetic
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -25,10 +24,3 @@ def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
     before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     yield
     matmul.fp32_precision = before
-
-
-@pytest.fixture
-def arithmetic(request: pytest.FixtureRequest) -> Arithmetic:
-    if request.param == "tf32":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-    return ARITHMETIC[request.param]

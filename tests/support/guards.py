@@ -18,7 +18,8 @@ class Guard:
     them.
     """
 
-    BAND = 4096  # elements before and behind: more than a tile of the interpreter reaches, or a fault would end the process
+    # elements before and behind: more than a tile reaches, or a fault would end the process
+    BAND = 4096
     MARGIN = 3  # elements at both ends of every dimension
 
     def __init__(self) -> None:

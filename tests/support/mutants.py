@@ -1,9 +1,10 @@
-"""Loads the library with one line of it changed."""
+"""Loads the library with one fault in it."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,8 @@ from typing import NamedTuple
 
 
 class Mutation(NamedTuple):
-    """`old` becomes `new` in `module`, where it stands `times` times; `seen_by` names the compact check that
-    must fail.
+    """`old` becomes `new` in `module`, where it stands `times` times, however its lines are broken; `seen_by`
+    names the compact check that must fail.
     """
 
     module: str
@@ -22,6 +23,11 @@ class Mutation(NamedTuple):
     seen_by: str
     times: int = 1
 
+    def pattern(self) -> re.Pattern[str]:
+        """`old` with any white space between its tokens, and a comma or none before a closing bracket."""
+        tokens = re.findall(r"\w+|[^\w\s]", self.old)
+        return re.compile(r"\s*".join(",?\\s*" * (token in ")]}") + re.escape(token) for token in tokens))
+
 
 @contextmanager
 def applied(mutation: Mutation, folder: Path) -> Iterator[None]:
@@ -29,11 +35,10 @@ def applied(mutation: Mutation, folder: Path) -> Iterator[None]:
     original = importlib.import_module(mutation.module)
     assert original.__file__ is not None
     text = Path(original.__file__).read_text()
-    assert text.count(mutation.old) == mutation.times, (
-        f"{mutation.old!r} stands {text.count(mutation.old)} times in {mutation.module}"
-    )
+    text, times = mutation.pattern().subn(lambda _: mutation.new.strip(), text)
+    assert times == mutation.times, f"{mutation.old!r} stands {times} times in {mutation.module}"
     path = folder / Path(original.__file__).name  # Triton reads the source of a kernel from its file
-    path.write_text(text.replace(mutation.old, mutation.new))
+    path.write_text(text)
     spec = importlib.util.spec_from_file_location(mutation.module, path)
     assert spec is not None and spec.loader is not None
     mutant = importlib.util.module_from_spec(spec)

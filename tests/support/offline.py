@@ -267,7 +267,7 @@ def projection(layer: Layer) -> None:
 
 
 def source(launch: Launch, target: Target) -> ASTSource:
-    """The kernel as Triton's launcher specialises it: a 1 is a constant, and multiples of 16 are known to be."""
+    """The kernel as Triton's launcher specialises it: 1 is a constant, multiples of 16 are marked."""
     signature, constants, hints = {}, {}, {}
     aligned: list[list[Any]] = [["tt.divisibility", 16]]
     for index, parameter in enumerate(launch.kernel.params):

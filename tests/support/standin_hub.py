@@ -23,6 +23,8 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, T5Confi
 from mingle.suites import glyphs
 from mingle.suites.fusionbench.datasets import GLUE_TASKS
 
+BASE, EUROSAT, SVHN = "openai/clip-vit-base-patch32", "tanganke/eurosat", "ufldl-stanford/svhn"
+TEST_FILE = "data/test-00000-of-00001.parquet"
 VISION = dict(
     hidden_size=32,
     intermediate_size=64,
@@ -209,10 +211,16 @@ MAPPING = {
     "food101": ".eurosat",
     "cifar100": {"module": ".cifar100", "classnames": "fine_label", "templates": "templates"},
 }
-_THREE = 'classnames = ["annual crop land", "forest", "river"]\ntemplates = [lambda c: f"a photo of {c}.", lambda c: f"a {c}."]\n'
+_THREE = """
+classnames = ["annual crop land", "forest", "river"]
+templates = [lambda c: f"a photo of {c}.", lambda c: f"a {c}."]
+"""
 _GLUE = """
 cola = {"input_text": "Correct: \\"{sentence}\\"?", "target_text": {"0": "unacceptable", "1": "acceptable"}}
-mnli = {"input_text": "{premise} implies {hypothesis}?", "target_text": {"0": "entailment", "1": "neutral", "2": "contradiction"}}
+mnli = {
+    "input_text": "{premise} implies {hypothesis}?",
+    "target_text": {"0": "entailment", "1": "neutral", "2": "contradiction"},
+}
 qqp = {"input_text": "{question1} or {question2}?", "target_text": {"0": "no", "1": "yes"}}
 stsb = {"input_text": "{sentence1} and {sentence2}?", "target_text": "{:.1f}"}
 glue_prompt_templates = {"cola": cola, "mnli": mnli, "qqp": qqp, "stsb": stsb}
@@ -227,13 +235,17 @@ def fusion_bench(root: Path) -> Path:
         "__init__.py": "raise ImportError('lightning is not installed')\n",
         "tasks/__init__.py": "",
         "tasks/clip_classification/__init__.py": (
-            f"from datasets import load_dataset\nclass CLIPTemplateFactory:\n    _dataset_mapping = {MAPPING!r}\n"
+            "from datasets import load_dataset\n"
+            f"class CLIPTemplateFactory:\n    _dataset_mapping = {MAPPING!r}\n"
         ),
         "tasks/clip_classification/eurosat.py": _THREE,
         "tasks/clip_classification/cifar100.py": _THREE.replace("classnames", "fine_label"),
-        "tasks/clip_classification/fer2013.py": 'classnames = ["angry", "happy"]\ntemplates = [lambda c: f"they look {c}."]\n',
+        "tasks/clip_classification/fer2013.py": (
+            'classnames = ["angry", "happy"]\ntemplates = [lambda c: f"they look {c}."]\n'
+        ),
         "tasks/clip_classification/svhn.py": (
-            "classnames = [str(i) for i in range(3)]\ntemplates = [lambda c: f'a photo of the number: \"{c}\".']\n"
+            "classnames = [str(i) for i in range(3)]\n"
+            "templates = [lambda c: f'a photo of the number: \"{c}\".']\n"
         ),
         "tasks/flan_t5_text_generation/glue_prompt_templates.py": _GLUE,
     }

@@ -31,8 +31,9 @@ def base():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = T5Config(
-            vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False, decoder_start_token_id=PAD, pad_token_id=PAD, eos_token_id=EOS,
+            vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2,
+            feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+            decoder_start_token_id=PAD, pad_token_id=PAD, eos_token_id=EOS,
         )  # fmt: skip
         model = T5ForConditionalGeneration(config).eval()
         with torch.no_grad():

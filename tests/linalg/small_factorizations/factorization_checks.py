@@ -104,7 +104,7 @@ def cholesky(ops: Any, sizes: tuple[int, ...] = SIZES) -> None:
 
 
 def growing_shift(ops: Any) -> None:
-    """τ = shift · n, then ten times as much at every attempt, until it exceeds what is missing; six attempts."""
+    """τ = shift · n, then ten times as much at each of six attempts, until it exceeds what is missing."""
     for n in (4, 20):
         missing = torch.tensor([-1.0, 3e-12, 3e-11, 3e-9, 3e-8, 1e-3], dtype=F64)
         G = torch.eye(n, dtype=F64) - (1 + missing[:, None, None]) / n  # the smallest eigenvalue is −missing

@@ -42,7 +42,7 @@ def compile_program(sources: Sequence[Path], output: Path, *options: str) -> Pat
 
 
 class Host:
-    """The algorithms of csrc, compiled for the host: the functions of `small_factorizations` for CPU tensors."""
+    """The algorithms of csrc, compiled for the host: `small_factorizations` for CPU tensors."""
 
     def __init__(self, source: Path, library: Path, *options: str) -> None:
         self._library = ctypes.CDLL(str(compile_program([source], library, "-shared", "-fPIC", *options)))

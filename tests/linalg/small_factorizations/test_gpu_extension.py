@@ -126,7 +126,7 @@ def test_a_matrix_does_not_depend_on_its_batch() -> None:
 
 
 def test_the_current_stream_is_used() -> None:
-    """Work queued on a side stream comes after what was queued there before, and nothing waits for the host."""
+    """Work queued on a side stream comes after what was queued there before; nothing waits for the host."""
     G, stream = batch(50), torch.cuda.Stream()
     expected = small.eigh(G)
     torch.cuda.synchronize()

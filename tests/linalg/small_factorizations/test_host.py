@@ -84,7 +84,7 @@ def test_large_matrices_get_several_chunks(host: Host) -> None:
 
 
 def test_small_eigenvalues_of_graded_columns_are_relatively_accurate(host: Host) -> None:
-    """Over twenty-eight orders of magnitude, where a solver that tridiagonalises returns noise after sixteen."""
+    """Over 28 orders of magnitude, where a solver that tridiagonalises returns noise after 16."""
     n, length = 24, 2.0 ** (-2 * torch.arange(24, dtype=torch.float64))
     core = torch.randn(60, n, dtype=torch.float64)
     core = core.mT @ core / 60

@@ -38,28 +38,42 @@ FAULTS = {
     "no scaling": Fault(CHOLESKY, "1.0 / sqrt(length)", "1.0"),
     "zero columns scaled": Fault(CHOLESKY, "length > Negligible<Out>::value", "length >= 0.0"),
     "pivots of noise": Fault(CHOLESKY, "(n + kSlack) * DBL_EPSILON", "0.0"),
-    "a panel's last column forgotten": Fault(CHOLESKY, "for (int t = from; t < to; ++t) {", "for (int t = from; t < to - 1; ++t) {"),
+    "a panel's last column forgotten": Fault(
+        CHOLESKY, "for (int t = from; t < to; ++t) {", "for (int t = from; t < to - 1; ++t) {"
+    ),
     "a ragged tile stored": Fault(CHOLESKY, "if (row + r < n && column + c <= row + r)", "if (row + r < n)"),
-    "the diagonal of X₁ counted twice": Fault(CHOLESKY, "for (int t = j + 1; t < from; ++t) {", "for (int t = j; t < from; ++t) {"),
-    "c and s swapped": Fault(JACOBI, "c = 1.0 / sqrt(1.0 + t * t), s = t * c;", "s = 1.0 / sqrt(1.0 + t * t), c = t * s;"),
+    "the diagonal of X₁ counted twice": Fault(
+        CHOLESKY, "for (int t = j + 1; t < from; ++t) {", "for (int t = j; t < from; ++t) {"
+    ),
+    "c and s swapped": Fault(
+        JACOBI, "c = 1.0 / sqrt(1.0 + t * t), s = t * c;", "s = 1.0 / sqrt(1.0 + t * t), c = t * s;"
+    ),
     "a rotation of one column only": Fault(JACOBI, "q[i] += s * (old - tau * q[i]);", ""),
     "a turn the wrong way": Fault(JACOBI, "copysign(1.0, zeta)", "-copysign(1.0, zeta)"),
     "a player who never plays": Fault(JACOBI, "players / 2, [&]", "players / 2 - 1, [&]"),
     "convergence declared too early": Fault(JACOBI, "<= DBL_EPSILON * sqrt", "<= 1e6 * DBL_EPSILON * sqrt"),
     "no completion": Fault(JACOBI, "complete(block, shared, rank);", ""),
     "completed once, not twice": Fault(JACOBI, "w[i] -= shared.column(c)[i] * shared.lengths[c];", ";"),
-    "rising order": Fault(JACOBI, "shared.lengths[other] > shared.lengths[j] ||", "shared.lengths[other] < shared.lengths[j] ||"),
-    "rows for columns": Fault(JACOBI, "shared.column(shared.order[k % n])[k / n]", "shared.column(shared.order[k / n])[k % n]"),
-    "not scaled back": Fault(JACOBI, "ldexp(shared.lengths[shared.order[place]], exponent)", "shared.lengths[shared.order[place]]"),
+    "rising order": Fault(
+        JACOBI, "shared.lengths[other] > shared.lengths[j] ||", "shared.lengths[other] < shared.lengths[j] ||"
+    ),
+    "rows for columns": Fault(
+        JACOBI, "shared.column(shared.order[k % n])[k / n]", "shared.column(shared.order[k / n])[k % n]"
+    ),
+    "not scaled back": Fault(
+        JACOBI, "ldexp(shared.lengths[shared.order[place]], exponent)", "shared.lengths[shared.order[place]]"
+    ),
     "infinity among the finite": Fault(RESCALE, "finite(magnitude) ?", "magnitude == magnitude ?"),
-    "the last one that is not finite": Fault(RESCALE, "a.first < b.first ? a.first : b.first", "a.first < b.first ? b.first : a.first"),
+    "the last one that is not finite": Fault(
+        RESCALE, "a.first < b.first ? a.first : b.first", "a.first < b.first ? b.first : a.first"
+    ),
     "one factor for subnormal numbers": Fault(RESCALE, "* factor * rest)", "* ldexp(1.0, -*e))"),
     "rows taken for contiguous": Fault(RESCALE, "M.row_stride == M.n", "true"),
     "the last of equal peaks": Fault("block.cuh", "b.index < a.index", "b.index > a.index"),
     "signs of U only": Fault(SIGNS, "Vh.at(first + c, j) = -Vh.at(first + c, j)", "(void)j"),
     "a lane forgotten": Fault(SIGNS, "lane < kLanes;", "lane < kLanes - 1;"),
     "an integer missed by a rounding": Fault(RANK, "1.0 + 0x1p-40", "1.0"),
-}  # fmt: skip
+}
 SEEN_BY = {
     CHOLESKY: [
         checks.lower_triangle,

@@ -52,7 +52,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
     )
     assert done.returncode == 0, done.stderr
     report = re.compile(
-        rf"Compiling entry function '\w*?({'|'.join(LAUNCHES)})\w*' for '(sm_\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        rf"Compiling entry function '\w*?({'|'.join(LAUNCHES)})\w*' for '(sm_\d+)'"
+        r".*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers(.*?)\n",
         re.DOTALL,
     )

@@ -1,4 +1,4 @@
-"""Writers that are killed and writers that meet: what is on disk afterwards, and who holds a folder's lock."""
+"""Writers that are killed: the old model is on disk afterwards, or the new one."""
 
 from __future__ import annotations
 
@@ -6,48 +6,20 @@ import itertools
 import os
 import random
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import Ready, fork, kill
 
-from mingle.io.files import CheckpointError, clean_stale, lock
+from mingle.io.files import clean_stale
 from mingle.io.safetensors import CheckpointReader, write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
-Ready = Callable[[], object]
 NAMES = "abcd"
-
-
-def fork(task: Callable[[Ready], object]) -> int:
-    """Start `task` in a child process; return its pid once the task has called its argument, or has ended.
-
-    The child exits with 0 when the task returns and 1 when it raises; an alarm ends it if the test does not.
-    """
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.alarm(30)
-            task(lambda: os.write(writing, b"!"))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(writing)
-    os.read(reading, 1)
-    os.close(reading)
-    return pid
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
 
 
 def model(value: float) -> dict[str, torch.Tensor]:
@@ -60,9 +32,6 @@ def written(path: Path) -> float:
     assert sorted(tensors) == sorted(NAMES)
     (value,) = set(torch.cat([tensor.flatten() for tensor in tensors.values()]).tolist())
     return float(value)
-
-
-# Kills
 
 
 class Stepping(dict[str, torch.Tensor]):
@@ -162,87 +131,3 @@ def test_only_our_temporary_files_are_stale(tmp_path: Path, tmp_path_factory: py
     assert clean_stale(tmp_path) == sorted([ours, folder / ours.name])
     assert sorted(os.listdir(tmp_path)) == sorted([*others, folder.name, "linked"])
     assert outside.exists() and clean_stale(tmp_path) == []
-
-
-# Locks
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[int]:
-    """The pid of another process, which holds the lock of `tmp_path` until it is killed."""
-
-    def hold(ready: Ready) -> None:
-        with lock(tmp_path):
-            ready()
-            signal.pause()
-
-    pid = fork(hold)
-    yield pid
-    if os.waitpid(pid, os.WNOHANG) == (0, 0):
-        kill(pid)
-
-
-def refusal(folder: Path) -> str:
-    with pytest.raises(CheckpointError) as caught, lock(folder):
-        pass
-    return str(caught.value)
-
-
-def test_a_second_process_is_refused_with_the_holder(tmp_path: Path, holder: int) -> None:
-    folder, who = refusal(tmp_path).split(": being written by ")
-    assert folder == str(tmp_path)
-    assert who.startswith(f"pid {holder} on {socket.gethostname()} since ")
-    age = datetime.now(UTC) - datetime.fromisoformat(who.split(" since ")[1])
-    assert timedelta(0) <= age < timedelta(minutes=1)
-
-
-def test_a_killed_holder_does_not_block(tmp_path: Path, holder: int) -> None:
-    refusal(tmp_path)
-    os.kill(holder, signal.SIGKILL)
-    os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT)
-    with lock(tmp_path):
-        assert f"pid {os.getpid()} " in refusal(tmp_path)
-
-
-def test_the_record_of_an_earlier_holder_does_not_show_through(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text('{"pid": 1, "host": "' + "x" * 500 + '", "since": "long ago"}')
-    with lock(tmp_path):
-        assert f"pid {os.getpid()} on {socket.gethostname()} since 20" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("record", ["", "{", "[]", '{"pid": 1}'])
-def test_a_holder_that_has_not_signed_is_another_process(tmp_path: Path, record: str) -> None:
-    with lock(tmp_path):
-        (tmp_path / ".lock").write_text(record)
-        assert refusal(tmp_path) == f"{tmp_path}: being written by another process"
-
-
-def test_an_exception_passes_unchanged_and_releases(tmp_path: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(OSError, match="of the caller"), lock(tmp_path):
-            raise OSError("of the caller")
-
-
-def test_a_child_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None:
-    def linger(ready: Ready) -> None:
-        ready()
-        signal.pause()
-
-    with lock(tmp_path):
-        pid = fork(linger)
-    try:
-        with lock(tmp_path):
-            pass
-    finally:
-        kill(pid)
-
-
-def test_folders_have_locks_of_their_own(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    with lock(tmp_path / "a"), lock(tmp_path / "b"):
-        assert "being written" in refusal(tmp_path / "a") and "being written" in refusal(tmp_path / "b")
-
-
-def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
-    assert f"{tmp_path}/absent" in refusal(tmp_path / "absent")

@@ -1,4 +1,4 @@
-"""Decompositions and projections on a GPU, with the kernels of ``mingle._C`` and without."""
+"""`svd_lowrank` on a GPU, with the kernels of ``mingle._C`` and without."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import sys
 
 import pytest
 import torch
-from gpu_cases import DEVICE
 from spectra import LIMITS, SPECTRA, check, matrix
 
 from mingle import linalg
 from mingle.linalg import svd
 from mingle.methods.experts import make_experts
-from mingle.nn.linear import LowRankExpert
 from mingle.ops import extension
 
 pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda")
 
 R = 16  # with ℓ = 80, so that 200 columns iterate
 KERNELS = pytest.param(
@@ -273,61 +273,3 @@ def test_matrices_need_not_be_on_the_current_device(backend):
     torch.testing.assert_close(
         found[1].to(DEVICE), linalg.svd_lowrank(M, R, backend=backend)[1], rtol=1e-6, atol=1e-7
     )
-
-
-# --- experts and bases ---
-
-
-@pytest.mark.parametrize("tasks", [0, 3, 12])
-@pytest.mark.parametrize("drop_diagonal", [False, True])
-def test_experts_are_those_of_the_cpu(tasks, drop_diagonal):
-    """After 12 tasks the dense sum is decomposed."""
-    shapes = [(240, 200), (240, 200), (180, 420), (420, 180)]
-    deltas = {f"layers.{i}": matrix("0.9^k", *shape, R, i) for i, shape in enumerate(shapes)}
-    earlier = {
-        name: [
-            LowRankExpert.from_dense(matrix("0.9^k", *delta.shape, R, 100 * (task + 1) + i), R)
-            for task in range(tasks)
-        ]
-        for i, (name, delta) in enumerate(deltas.items())
-    }
-    expected = make_experts(deltas, earlier, R, drop_diagonal=drop_diagonal)
-    moved = {
-        name: [LowRankExpert(A.to(DEVICE), B.to(DEVICE)) for A, B in experts]
-        for name, experts in earlier.items()
-    }
-    found = make_experts(
-        {name: delta.to(DEVICE) for name, delta in deltas.items()}, moved, R, drop_diagonal=drop_diagonal
-    )
-    for name, expert in found.items():
-        assert expert.A.is_cuda and expert.B.is_cuda
-        torch.testing.assert_close(expert.delta().cpu(), expected[name].delta(), rtol=0, atol=2e-5, msg=name)
-
-
-def test_spectra_and_effective_ranks_are_those_of_the_cpu():
-    B, A = torch.randn(5, 120, 24), torch.randn(5, 24, 90)
-    for found, expected in (
-        (linalg.factored_svd(B.to(DEVICE), A.to(DEVICE)), linalg.factored_svd(B, A)),
-        (linalg.gram_svd((B @ A).to(DEVICE)), linalg.gram_svd(B @ A)),
-    ):
-        torch.testing.assert_close(found[1].cpu(), expected[1], rtol=1e-9, atol=1e-5)
-        torch.testing.assert_close(product(*found).cpu(), product(*expected), rtol=0, atol=1e-5)
-        assert torch.equal(linalg.effective_ranks(found[1]).cpu(), linalg.effective_ranks(expected[1]))
-    assert linalg.effective_rank(torch.ones(7, device=DEVICE)) == 7
-    assert linalg.effective_rank(torch.zeros(7, device=DEVICE)) == 0
-
-
-def test_bases_are_those_of_the_cpu():
-    vectors = torch.randn(700, 500, dtype=torch.float64) * torch.arange(1, 501).pow(-1.0)
-    covariance = vectors.mT @ vectors
-    found, expected = linalg.top_subspace(covariance.to(DEVICE), 3), linalg.top_subspace(covariance, 3)
-    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-7)
-    grown = linalg.extend_basis(
-        found, torch.cat([found[:, :1], torch.randn(500, 4, dtype=torch.float64, device=DEVICE)], 1)
-    )
-    assert grown.is_cuda and grown.shape == (500, 7)
-    torch.testing.assert_close(
-        grown.mT @ grown, torch.eye(7, dtype=torch.float64, device=DEVICE), rtol=0, atol=1e-10
-    )
-    directions = linalg.InputDirections(500).including(vectors.to(DEVICE)).top(3)
-    torch.testing.assert_close(directions.cpu(), expected, rtol=0, atol=1e-7)

@@ -1,0 +1,71 @@
+"""Batches of seed samples, and the teacher's answers for them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from mingle import inject
+from mingle.adaptation.batches import drawn, shuffled_batches
+from mingle.adaptation.losses import distillation, entropy
+from mingle.adaptation.train import AdaptConfig, adapt_gates
+from mingle.tasks.clip import ClipTask
+
+
+def student(base_model, targets=("q_proj", "fc1")):
+    torch.manual_seed(0)
+    model = copy.deepcopy(base_model).requires_grad_(False)
+    layers = inject(model.vision_model, targets)
+    for layer in layers.values():
+        layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1)
+    return model, layers
+
+
+def test_the_teacher_answers_only_for_samples_that_are_used(base_model, samples):
+    asked, gates = [], []
+    logits = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
+
+    def teacher(seeds):
+        asked.append(seeds)
+        all_images = samples[0].inputs["pixel_values"]
+        places = [
+            next(i for i, known in enumerate(all_images) if torch.equal(known, one))
+            for one in seeds.inputs["pixel_values"]
+        ]
+        return logits[places]
+
+    used, _ = drawn(24, 5, 3, torch.Generator().manual_seed(0))
+    for answers in (lambda _: logits[used], teacher):
+        model, layers = student(base_model)
+        loss, config = distillation(answers, 2.0), AdaptConfig(steps=3, batch_size=5, lr=1e-2)
+        adapt_gates(ClipTask(), model, layers, samples[0], loss, config, torch.Generator().manual_seed(0))
+        gates.append(torch.cat([layer.gate_weight.flatten() for layer in layers.values()]))
+    assert [len(seeds) for seeds in asked] == [15]
+    assert torch.equal(*gates)
+    config = AdaptConfig(steps=0)
+    trace = adapt_gates(ClipTask(), model, layers, samples[0], loss, config, torch.Generator())
+    assert trace.loss == [] and len(asked) == 1
+
+
+def test_the_batches_are_those_that_all_samples_would_give(base_model, samples, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        ClipTask,
+        "logits",
+        lambda self, model, data, real=ClipTask.logits: seen.append(data) or real(self, model, data),
+    )
+    model, layers = student(base_model)
+    config = AdaptConfig(steps=3, batch_size=5)
+    adapt_gates(ClipTask(), model, layers, samples[0], entropy, config, torch.Generator().manual_seed(3))
+    batches = shuffled_batches(24, 5, torch.Generator().manual_seed(3))
+    for data, index in zip(seen[-3:], batches, strict=False):
+        assert torch.equal(data.inputs["pixel_values"], samples[0].inputs["pixel_values"][index])
+
+
+def test_batches_pass_through_all_samples_in_a_new_order():
+    batches = shuffled_batches(10, 4, torch.Generator().manual_seed(0))
+    taken = torch.cat([next(batches) for _ in range(5)])
+    assert sorted(taken[:10].tolist()) == sorted(taken[10:].tolist()) == list(range(10))
+    assert taken[:10].tolist() != taken[10:].tolist()
+    assert len(next(shuffled_batches(3, 16, torch.Generator()))) == 3

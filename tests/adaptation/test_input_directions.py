@@ -1,0 +1,76 @@
+"""The leading directions of a stream of input vectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mingle import linalg
+from mingle.adaptation.input_directions import extend, input_directions
+from mingle.linalg import subspace
+
+
+def stream(d, count=600, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, d, generator=generator) @ torch.diag(
+        torch.arange(1, d + 1, dtype=torch.float32) ** -0.7
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-6)]
+)
+@pytest.mark.parametrize("offset", [0.0, 1.0, 30.0])
+def test_input_directions_are_those_of_all_vectors_together(dtype, limit, offset):
+    x = (stream(20) + offset).to(dtype)  # with a mean that outweighs all else by up to 1e4
+    nothing = linalg.InputDirections(20)
+    parts = nothing.including(x[:100].view(4, 25, 20)).including(x[100:]).including(x[:0])
+    found, exact = parts.top(3), linalg.top_subspace(x.double().mT @ x.double(), 3)
+    assert (found - exact).norm(dim=0).max() <= limit  # each direction by itself
+    assert nothing.statistic is None and nothing.top(3).shape == (20, 0)
+    with pytest.raises(ValueError, match="width 19, expected 20"):
+        nothing.including(x[:, 1:])
+
+
+def test_a_wide_stream_is_sketched(monkeypatch):
+    monkeypatch.setattr(subspace, "WIDE", 64)
+    x = stream(400, count=2000)
+    directions = linalg.InputDirections(400)
+    for part in x.split(333):
+        directions = directions.including(part)
+    assert directions.statistic.shape == (256, 400)
+    exact = linalg.top_subspace(x.double().mT @ x.double(), 3)
+    found = directions.top(3)
+    torch.testing.assert_close(found.mT @ found, torch.eye(3, dtype=torch.float64))
+    assert torch.linalg.svdvals(exact.mT @ found).min() > 1 - 1e-4
+    lost = x.double().mT @ x.double() - directions.statistic.mT @ directions.statistic
+    assert (
+        torch.linalg.eigvalsh(lost).min() > -1e-9
+        and torch.linalg.matrix_norm(lost, 2) < x.double().square().sum() / 256
+    )
+    few = linalg.InputDirections(400).including(x[:2])
+    assert few.top(3).shape == (400, 2)
+
+
+def test_layers_that_share_their_inputs_share_what_is_kept_of_them():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.late, self.out = (torch.nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x, everything):
+            y = self.q(x) + self.k(x)
+            return self.out(y + self.late(x) if everything else y)
+
+    model, x = Model(), torch.randn(3, 4, 6)
+    layers = dict(model.named_children())
+    with input_directions(layers) as seen, torch.no_grad():
+        model(x, everything=False)
+        model(x + 1, everything=True)
+    assert seen["q"] is seen["k"]
+    assert seen["late"] is not seen["q"] and seen["out"] is not seen["q"]
+    both, second = torch.cat([x, x + 1]).flatten(0, -2).double(), (x + 1).flatten(0, -2).double()
+    torch.testing.assert_close(seen["q"].statistic, both.mT @ both, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen["late"].statistic, second.mT @ second, rtol=1e-5, atol=1e-5)
+    bases = extend({name: torch.zeros(6, 0) for name in layers}, seen, 2)
+    assert all(basis.shape == (6, 2) for basis in bases.values())
