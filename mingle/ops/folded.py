@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mingle.kernels import gemm
+from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import grouped
-from mingle.kernels.gated_experts.grouped import wide
 from mingle.ops.common import Operator, differentiable, gate_gradients, save_for_backward, share_of_a_token
 
 

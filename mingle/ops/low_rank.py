@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import grouped
-from mingle.kernels.gated_experts.grouped import wide
 from mingle.ops.common import (
     Operator,
     differentiable,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mingle.kernels.gated_experts.grouped import wide
+from mingle.kernels.dtypes import wide
 from mingle.ops.common import Operator, gate_bias_gradient, gate_weight_gradient, kernels_of, share_of_a_token
 
 
