@@ -8,6 +8,7 @@ tiles                 tile sizes of the Triton kernels
 gemm                  dense products in the faster of the CPU's two libraries
 prepack               copies of frozen factors in the layouts those are fastest with
 store                 what was measured for this user and machine
+dtypes                the dtype in which sums are kept
 """
 
 #: transformers asks a package of this name for its version, and from the root of a checkout finds this one:

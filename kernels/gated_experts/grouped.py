@@ -14,12 +14,8 @@ from typing import Any
 import torch
 
 from mingle.kernels import prepack
+from mingle.kernels.dtypes import wide
 from mingle.kernels.gemm import linear, linear_packed
-
-
-def wide(x: torch.Tensor) -> torch.dtype:
-    """The dtype of gate values, of means and of their gradients: fp32, or fp64 for fp64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def group_mean(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> torch.Tensor:

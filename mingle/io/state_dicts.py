@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from mingle.kernels.dtypes import wide
+
 
 class IncompatibleModel(ValueError):
     """A fine-tuned model whose parameters are not those of the base."""
@@ -86,8 +88,4 @@ def task_vector(
     base: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], names: Iterable[str]
 ) -> dict[str, torch.Tensor]:
     """Δ = θ_t − θ₀ of the named tensors, in float32 or wider."""
-    return {name: _wide(tuned[name]) - _wide(base[name]) for name in names}
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return {name: tuned[name].to(wide(tuned[name])) - base[name].to(wide(base[name])) for name in names}

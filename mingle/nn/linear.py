@@ -10,6 +10,7 @@ from torch import nn
 
 from mingle import functional, linalg
 from mingle.kernels import prepack as prepacked
+from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts.reference import REDUCTIONS
 
 if TYPE_CHECKING:
@@ -108,9 +109,7 @@ class MingleLinear(nn.Module):
         self.A = _frozen(weight.new_empty(0, 0, self.in_features))
         # Stored transposed, so that all experts lie side by side for one product; `B` is a view.
         self.B_transposed = _frozen(weight.new_empty(0, 0, self.out_features))
-        gate_dtype = torch.promote_types(
-            weight.dtype, torch.float32
-        )  # steps of Adam are lost in half precision
+        gate_dtype = wide(weight)  # steps of Adam are lost in half precision
         self._set_gates(
             weight.new_empty(0, self.in_features, dtype=gate_dtype),
             weight.new_empty(0, dtype=gate_dtype),

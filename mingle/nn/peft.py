@@ -22,6 +22,7 @@ from torch import nn
 
 from mingle.io.files import CheckpointError, contained, read_json
 from mingle.io.safetensors import CheckpointReader
+from mingle.kernels.dtypes import wide
 from mingle.nn.inject import refusal
 from mingle.nn.linear import LowRankExpert, MingleLinear
 from mingle.options import nearest
@@ -313,15 +314,11 @@ def _check_pair(reader: CheckpointReader, path: Path, module: str, a: str, b: st
 
 
 def _read_pair(reader: CheckpointReader, path: Path, a: str, b: str, scaling: float) -> LowRankExpert:
-    A, B = (_wide(reader.tensor(name)) for name in (a, b))
+    A, B = (factor.to(wide(factor)) for factor in map(reader.tensor, (a, b)))
     B = B * scaling
     if not B.isfinite().all():
         raise CheckpointError(f"{path}: tensor {b!r} times its scaling {scaling:g} is not finite")
     return LowRankExpert(A=A, B=B)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _find_layers(
