@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from mingle.kernels.dtypes import wide
+from mingle.options import closest
 
 
 class IncompatibleModel(ValueError):
@@ -68,10 +68,8 @@ def _differences(missing: list[str], extra: list[str], differing: list[str], sho
         if names:
             rest = f" and {len(names) - shown} more" if len(names) > shown else ""
             yield f"{len(names)} {label}: {', '.join(names[:shown])}{rest}"
-    if missing and extra:
-        near = difflib.get_close_matches(missing[0], extra, 1)
-        if near:
-            yield f"{missing[0]!r} may be {near[0]!r}"
+    if missing and (near := closest(missing[0], extra)):
+        yield f"{missing[0]!r} may be {near!r}"
 
 
 def first_names(module: nn.Module) -> dict[str, str]:

@@ -27,7 +27,7 @@ from mingle.nn.inject import refusal
 from mingle.nn.linear import LowRankExpert, MingleLinear
 from mingle.options import nearest
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _FACTOR = re.compile(
@@ -184,7 +184,7 @@ def _resolve(patterns: Mapping[str, tuple[re.Pattern[str], V]], module: str, def
     matching = {key: value for key, (pattern, value) in patterns.items() if pattern.fullmatch(module)}
     if len(set(matching.values())) > 1:
         # PEFT sorts the patterns when it saves them, so the order that the adapter was trained with is lost.
-        _log.warning(
+        logger.warning(
             "%s: layer %r matches %s; the first one counts", where, module, ", ".join(map(repr, matching))
         )
     return next(iter(matching.values()), default)
