@@ -27,10 +27,15 @@ from mingle.suites import glyphs
 from mingle.suites.glyphs.tasks import SUITES
 
 TASKS = [task.name for task in SUITES["glyphs4"]]
+few_tasks = pytest.mark.parametrize(
+    "tasks", [2, pytest.param(4, marks=pytest.mark.slow)], ids="{} tasks".format
+)
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
+@pytest.fixture(
+    scope="module", params=["1", pytest.param("2", marks=pytest.mark.slow)], ids="orders {}".format
+)
+def demo(request, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("demo")
     methods = "pre-trained,individual,average,mingle"
     assert (
@@ -44,7 +49,7 @@ def demo(tmp_path_factory) -> Path:
                 "--set",
                 "steps=10",
                 "--orders",
-                "2",
+                request.param,
                 "--out",
                 str(out),
             ]
@@ -82,6 +87,8 @@ def test_demo_results_follow_the_schema(demo):
     assert results["methods"]["individual"]["acc"][0] > results["methods"]["average"]["acc"][0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("demo", ["2"], ids="orders {}".format, indirect=True)
 def test_the_same_seed_gives_the_same_numbers(demo, tmp_path):
     again = run(Comparison("glyphs4", methods=("mingle",), options=(("steps", 10),)), tmp_path)
     before = json.loads((demo / "results.json").read_text())
@@ -122,22 +129,21 @@ def write_config(tmp_path, names=TASKS[:3], **changes) -> Path:
     return path
 
 
-def test_merge_add_eval_and_inspect(tmp_path, capsys):
-    out = tmp_path / "merged"
-    assert main(["merge", str(write_config(tmp_path)), "--out", str(out)]) == 0
-    assert (
-        main(["add", str(out), "--name", TASKS[3], "--model", str(glyphs.DATA / "experts" / TASKS[3])]) == 0
-    )
+@few_tasks
+def test_merge_add_eval_and_inspect(tmp_path, capsys, tasks):
+    out, (*first, last) = tmp_path / "merged", TASKS[:tasks]
+    assert main(["merge", str(write_config(tmp_path, first)), "--out", str(out)]) == 0
+    assert main(["add", str(out), "--name", last, "--model", str(glyphs.DATA / "experts" / last)]) == 0
     added = json.loads((out / "manifest.json").read_text())
-    assert [task["name"] for task in added["tasks"]] == TASKS
-    assert [task["seed_samples"] for task in added["tasks"]] == [20] * 4
+    assert [task["name"] for task in added["tasks"]] == [*first, last]
+    assert [task["seed_samples"] for task in added["tasks"]] == [20] * tasks
     assert main(["eval", str(out)]) == 0
     assert main(["inspect", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in TASKS)
+    assert all(name in shown for name in [*first, last])
 
     whole = tmp_path / "whole"
-    assert main(["merge", str(write_config(tmp_path, TASKS)), "--out", str(whole)]) == 0
+    assert main(["merge", str(write_config(tmp_path, [*first, last])), "--out", str(whole)]) == 0
     merged = json.loads((whole / "manifest.json").read_text())
     assert merged["matrix"] == added["matrix"]
     assert [task["tensors"] for task in merged["tasks"]] == [task["tensors"] for task in added["tasks"]]
@@ -160,14 +166,20 @@ def test_a_merge_takes_what_the_suite_recommends_and_what_the_user_says(tmp_path
 def test_several_orders_make_several_merges(tmp_path):
     out = tmp_path / "merged"
     config = write_config(
-        tmp_path, method="average", rank=None, adapt=None, order={"shuffle": True, "seeds": [42, 43]}
+        tmp_path,
+        TASKS[:2],
+        method="average",
+        rank=None,
+        adapt=None,
+        order={"shuffle": True, "seeds": [42, 43]},
     )
     assert main(["merge", str(config), "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"order-42", "order-43"}
 
 
-def test_a_killed_merge_resumes_bit_for_bit(tmp_path):
-    config = write_config(tmp_path, TASKS)
+@few_tasks
+def test_a_killed_merge_resumes_bit_for_bit(tmp_path, tasks):
+    config = write_config(tmp_path, TASKS[:tasks])
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["merge", str(config), "--out", str(whole)]) == 0
     process = subprocess.Popen(

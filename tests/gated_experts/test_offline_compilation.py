@@ -1,8 +1,8 @@
 """Every Triton kernel for every kind of GPU, compiled without one: registers, shared memory, instructions,
 pipelining.
 
-The default selection takes a minute and a half of processor time; MINGLE_TEST_EVERY_BUILD=1 builds all
-variants, dtypes and sizes.
+Builds for H100 and MI300X are in every run, those for A100 and B200 in the slow tests; all together take a
+minute and a half of processor time.  MINGLE_TEST_EVERY_BUILD=1 builds all variants, dtypes and sizes.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def every_case() -> Iterator[Case]:
 
 
 CASES = list(every_case() if os.environ.get("MINGLE_TEST_EVERY_BUILD") == "1" else default_cases())
+IN_EVERY_RUN = ("sm_90", "gfx942")
 MATRIX = [case for case in CASES if case.size == "large" and case.arithmetic != "float32"]
 PRODUCTS = [case for case in CASES if case.variant in VARIANTS]
 PIPELINED = [
@@ -71,6 +72,17 @@ PIPELINED = [
     for case in PRODUCTS
     if case.size in ("large", "middle", "small") and TARGETS[case.target].gpu.backend == "cuda"
 ]
+
+
+def each(cases: list[Case]) -> pytest.MarkDecorator:
+    """The test runs for each of `cases`, slow ones on request."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, marks=() if case.target in IN_EVERY_RUN else pytest.mark.slow, id=str(case))
+            for case in cases
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +136,7 @@ def test_every_variant_is_built_for_every_target() -> None:
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@each(CASES)
 def test_no_register_is_spilled_and_shared_memory_suffices(
     case: Case, builds: Callable[[Case], Build]
 ) -> None:
@@ -133,14 +145,14 @@ def test_no_register_is_spilled_and_shared_memory_suffices(
     assert built.shared <= TARGETS[case.target].chip.shared_memory
 
 
-@pytest.mark.parametrize("case", MATRIX, ids=str)
+@each(MATRIX)
 def test_large_products_use_the_fastest_matrix_instruction(
     case: Case, builds: Callable[[Case], Build]
 ) -> None:
     assert builds(case).instructions[TARGETS[case.target].fastest] > 0
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.arithmetic == "float32"], ids=str)
+@each([case for case in CASES if case.arithmetic == "float32"])
 def test_ieee_products_use_no_instruction_of_lower_precision(
     case: Case, builds: Callable[[Case], Build]
 ) -> None:
@@ -148,7 +160,7 @@ def test_ieee_products_use_no_instruction_of_lower_precision(
     assert not any(used[name] for name in TARGETS[case.target].inexact)
 
 
-@pytest.mark.parametrize("case", PIPELINED, ids=str)
+@each(PIPELINED)
 def test_the_next_operands_are_copied_while_a_product_runs(
     case: Case, builds: Callable[[Case], Build]
 ) -> None:

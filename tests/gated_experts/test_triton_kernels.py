@@ -14,7 +14,18 @@ import torch
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
-from kernel_checks import COMPACT, accurate, given, problem, random_mask, run
+from kernel_checks import (
+    COMPACT,
+    DTYPES,
+    REDUCTIONS,
+    accurate,
+    dtypes,
+    given,
+    problem,
+    random_mask,
+    reductions,
+    run,
+)
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -24,11 +35,6 @@ from mingle.kernels.gated_experts import triton as gated_experts
 from mingle.ops import dispatch
 
 pytestmark = pytest.mark.interpret
-
-DTYPES = [torch.float32, torch.float16]
-REDUCTIONS = ["token", "sample", "batch"]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
-reductions = pytest.mark.parametrize("reduce", REDUCTIONS)
 
 
 @pytest.mark.parametrize("name", COMPACT)

@@ -9,14 +9,18 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 import torch
-from kernel_checks import accurate, given, one_hot, problem, random_mask, run
+from kernel_checks import (
+    accurate,
+    dtypes,
+    given,
+    one_hot,
+    problem,
+    random_mask,
+    reductions,
+    run,
+)
 
 pytestmark = pytest.mark.interpret
-
-DTYPES = [torch.float32, torch.float16]
-REDUCTIONS = ["token", "sample", "batch"]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
-reductions = pytest.mark.parametrize("reduce", REDUCTIONS)
 
 
 GATES = {

@@ -128,6 +128,7 @@ def test_a_compiler_that_fails_costs_only_the_extension(checkout: Path, tmp_path
 
 @needs_cmake
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.slow
 def test_the_compiler_is_quoted(checkout: Path) -> None:
     with (checkout / "csrc/rsvd.cu").open("a") as source:
         source.write("int broken = ;\n")

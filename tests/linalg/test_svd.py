@@ -19,7 +19,12 @@ R = 16  # with ℓ = 80, so that 200 columns iterate
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize(
     ("mode", "shape"),
-    [("accurate", (240, 200)), ("accurate", (180, 420)), ("fast", (200, 240)), ("fast", (500, 180))],
+    [
+        ("accurate", (240, 200)),
+        pytest.param("accurate", (180, 420), marks=pytest.mark.slow),
+        ("fast", (200, 240)),
+        pytest.param("fast", (500, 180), marks=pytest.mark.slow),
+    ],
 )
 def test_the_accepted_errors_on_every_spectrum(spectrum, mode, shape):
     for seed in range(20):

@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 import torch
 from guards import Guard
-from kernel_checks import projected_steps
 from mutants import Mutation, applied
+from projector_checks import projected_steps
 
 from mingle.adaptation.projector import RelaxedProjector
 from mingle.kernels.relaxed_projection import triton as relaxed_projection

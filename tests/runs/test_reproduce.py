@@ -176,6 +176,7 @@ def command(out: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_survive_a_kill(tmp_path, capsys):
     """One process is killed in the middle of a cell; two others end the table, each cell measured once, as
     one process would.

@@ -49,6 +49,8 @@ def _run(session: pytest.Session) -> None:
             "-q",
             "-p",
             "no:cacheprovider",
+            "-m",
+            "",
             f"--rootdir={session.config.rootpath}",
             *names,
         ],

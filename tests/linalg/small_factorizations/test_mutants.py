@@ -99,6 +99,7 @@ def mutant(folder: Path, fault: Fault) -> Host:
     return Host(folder / "host.cpp", folder / "mutant.so", "-O1", "-Wno-unused", "-Wno-error")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_seen(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

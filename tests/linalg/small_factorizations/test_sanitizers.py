@@ -71,6 +71,7 @@ def test_no_phase_races_with_itself(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout == "done\n" and not done.stderr, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BARRIERS)
 def test_a_missing_barrier_is_seen(name: str, tmp_path: Path) -> None:
     if not runs(tmp_path, *THREADS):

@@ -1,5 +1,5 @@
 """What the Triton kernels must satisfy, as functions that raise AssertionError: for the kernels, and for
-mutants that must be caught.
+mutants that must be caught.  Of parametrised tests those in fp16 are slow; COMPACT has both precisions.
 """
 
 from __future__ import annotations
@@ -9,20 +9,26 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
-from guards import LAUNCHES, guard_bands
+from guarded_launches import LAUNCHES, guard_bands
 from torch import Tensor
 
-from mingle.adaptation.projector import RelaxedProjector
 from mingle.functional import gated_experts
 from mingle.kernels.gated_experts import reference
-from mingle.kernels.relaxed_projection.reference import relaxed_projection
 
 # ‖error‖ / ‖exact‖ of a tensor, as published, and what is no worse than luck: fp16 results are rounded once,
 # from fp32 sums; fp32 sums are rounded at every term, and eager PyTorch's order of the terms may happen to be
 # the better one for a handful of numbers.
 LIMITS = {torch.float32: 2e-6, torch.float16: 1.5e-3}
 FLOORS = {torch.float32: 2.0**-23, torch.float16: 2.0**-11}
+
+DTYPES = [torch.float32, torch.float16]
+REDUCTIONS = ["token", "sample", "batch"]
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["fp32", "fp16"]
+)
+reductions = pytest.mark.parametrize("reduce", REDUCTIONS)
 
 Problem = dict[str, Tensor | None]
 
@@ -206,21 +212,3 @@ COMPACT: dict[str, Callable[[], None]] = {
         given(problem((6, 3), experts=40, rank=2), torch.eye(40)[[15, 31, 39] * 2]), needs=("x",)
     ),
 } | {f"guard bands of {name}": partial(guard_bands, name) for name in LAUNCHES}
-
-
-def projected_steps(shapes: list[tuple[int, int]], rows: int, gamma: float, steps: int = 12) -> None:
-    """Steps of the relaxed projector's kernels against the formula in float64, layer by layer."""
-    bases = [torch.linalg.qr(torch.randn(width, directions)).Q for width, directions in shapes]
-    projector = RelaxedProjector(bases, gamma=gamma, beta=0.8, backend="triton")
-    S = [torch.zeros(directions, dtype=torch.float64) for _, directions in shapes]
-    for _ in range(steps):
-        grads = [torch.randn(rows, width) for width, _ in shapes]
-        expected = []
-        for i, (grad, basis) in enumerate(zip(grads, bases, strict=True)):
-            projected, S[i], _ = relaxed_projection(grad.double(), basis.double(), S[i], gamma, 0.8)
-            expected.append(projected)
-        assert projector.apply_(grads)
-        for grad, want in zip(grads, expected, strict=True):
-            torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-5)
-    for got, want in zip(projector.interference().values(), S, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,103 @@
+"""The launchers of the Triton kernels on tensors with guard bands."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from guards import Guard
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """A launcher's name, its arguments, and which elements of its first result are defined; None for all."""
+
+    launcher: str
+    arguments: tuple[Any, ...]
+    named: dict[str, Tensor]
+    defined: Tensor | None = None
+
+
+def _launches() -> dict[str, Launch]:
+    groups, group, width, outputs, experts, rank = 3, 7, 33, 40, 3, 5
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    tokens = groups * group
+    x, dy, hidden = normal(tokens, width), normal(tokens, outputs), normal(tokens, experts * rank)
+    weight, bias, A, up = (
+        normal(outputs, width),
+        normal(outputs),
+        normal(experts, rank, width),
+        normal(experts, rank, outputs),
+    )
+    gate_weight, gate_bias, z, token_z = (
+        normal(experts, width),
+        normal(experts),
+        normal(groups, experts),
+        normal(tokens, experts),
+    )
+    mask = torch.rand(tokens, generator=generator) > 0.4
+    sparse = z * torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 0]])
+    active = (sparse != 0).repeat_interleave(group, 0).repeat_interleave(rank, 1)  # [N, T·r]
+    gates, share = (gate_weight, gate_bias, None), {"share": z, "gate_weight": gate_weight}
+    return {
+        "shrink-token": Launch("shrink", (x, A, *gates, None, 1, False), {}),
+        "shrink-wide-gates": Launch("shrink", (x.half(), A.half(), *gates, None, 1, False), {}),
+        "shrink-pooled": Launch("shrink", (x, A, *gates, None, group, False), {}),
+        "shrink-masked": Launch("shrink", (x, A, *gates, mask, group, False), {}),
+        "shrink-given": Launch("shrink", (x, A, None, None, z, None, group, False), {}),
+        "shrink-skip": Launch("shrink", (x, A, None, None, sparse, None, group, True), {}, active),
+        "expand": Launch("expand", (x, weight, bias, hidden, up, z, group, False), {}),
+        "expand-token": Launch("expand", (x, weight, None, hidden, up, token_z, 1, False), {}),
+        "expand-skip": Launch("expand", (x, weight, bias, hidden, up, sparse, group, True), {}),
+        "dx": Launch("expand", (dy, weight.mT, None, hidden, A, z, group, False), share),
+        "dx-masked": Launch(
+            "expand", (dy, weight.mT, None, hidden, A, z, group, False), share | {"mask": mask}
+        ),
+        "upstream": Launch("upstream", (dy, up.mT, hidden, z, group, False), {}),
+        "upstream-skip": Launch("upstream", (dy, up.mT, hidden, sparse, group, True), {}, active),
+        "fold": Launch("fold", (weight, A, up.mT, z[0]), {}),
+    }
+
+
+LAUNCHES = _launches()
+
+
+def guard_bands(name: str) -> None:
+    """One launch on guarded tensors gives what the dense products of `grouped` give, and touches nothing
+    else.
+    """
+    launcher, arguments, named, defined = LAUNCHES[name]
+    kernels = importlib.import_module(
+        "mingle.kernels.gated_experts.fold" if launcher == "fold" else "mingle.kernels.gated_experts.triton"
+    )
+    grouped = importlib.import_module("mingle.kernels.gated_experts.grouped")
+    guard = Guard()
+    # the position of z, which must be contiguous
+    gates = {"shrink": 4, "expand": 5, "upstream": 3, "fold": 3}[launcher]
+    inside = [
+        guard.around(value, dense=i == gates) if isinstance(value, Tensor) else value
+        for i, value in enumerate(arguments)
+    ]
+    named_inside = {key: guard.around(value, dense=key == "share") for key, value in named.items()}
+    with guard.allocating():
+        results = getattr(kernels, launcher)(*inside, **named_inside)
+    expected = getattr(grouped, launcher)(*arguments, **named)
+    if isinstance(results, Tensor):
+        results, expected = (results,), (expected,)
+    for result, right in zip(results, expected, strict=True):
+        if result.numel():  # without gate gradients there are no sums of u ⊙ H
+            keep = (
+                torch.ones_like(right, dtype=torch.bool)
+                if defined is None or defined.shape != right.shape
+                else defined
+            )
+            tolerance = 1e-2 if result.dtype == torch.float16 else 1e-4
+            torch.testing.assert_close(
+                result[keep], right[keep].to(result.dtype), rtol=tolerance, atol=tolerance
+            )
+    guard.check()
