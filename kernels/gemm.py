@@ -78,9 +78,7 @@ def linear_packed(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
 
 
 def packing_pays(x: torch.Tensor, outputs: int) -> bool:
-    """Whether a product of x [N, K] with a packed weight [outputs, K] can be had, and is the fastest there
-    is.
-    """
+    """Whether a product of x [N, K] with a packed weight [outputs, K] is possible, and the fastest."""
     if x.device.type != "cpu" or x.numel() == 0 or not _packed_agrees(x.dtype):
         return False
     return x.dtype != torch.float32 or library(x.shape[0], outputs, x.shape[1]) == "onednn"
@@ -93,12 +91,9 @@ def _packed_agrees(dtype: torch.dtype) -> bool:
         return False
     x, weight, bias = (torch.linspace(-1, 1, n).to(dtype) for n in (12, 20, 5))
     x, weight = x.view(3, 4), weight.view(5, 4)
+    expected = F.linear(x.float(), weight.float(), bias.float())
     try:
-        return torch.allclose(
-            linear_packed(x, pack(weight), bias).float(),
-            F.linear(x.float(), weight.float(), bias.float()),
-            atol=0.02,
-        )
+        return torch.allclose(linear_packed(x, pack(weight), bias).float(), expected, atol=0.02)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         logger.debug("oneDNN's packed weights are not used for %s: %s", dtype, error)
         return False
@@ -107,12 +102,8 @@ def _packed_agrees(dtype: torch.dtype) -> bool:
 @cache
 def _onednn_agrees() -> bool:
     """Whether the operator exists here and computes what it should; asked once."""
-    x, weight, bias, onto = (
-        torch.linspace(-1, 1, 12).view(3, 4),
-        torch.linspace(0, 2, 20).view(5, 4),
-        torch.ones(5),
-        torch.ones(3, 5),
-    )
+    x, weight = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 2, 20).view(5, 4)
+    bias, onto = torch.ones(5), torch.ones(3, 5)
     expected = F.linear(x, weight, bias)
     try:
         results = (
@@ -127,8 +118,9 @@ def _onednn_agrees() -> bool:
 
 
 def library(rows: int, outputs: int, width: int) -> str:
-    """``"mkl"`` or ``"onednn"`` for a product [rows, width] × [width, outputs]; ``$MINGLE_CPU_GEMM``
-    overrules what was measured.
+    """``"mkl"`` or ``"onednn"`` for a product [rows, width] × [width, outputs].
+
+    ``$MINGLE_CPU_GEMM`` overrules what was measured.
     """
     forced = os.environ.get("MINGLE_CPU_GEMM")
     if forced:
@@ -161,9 +153,7 @@ def _measured(rows: int, outputs: int, width: int, threads: int) -> str:
 
 
 def _ratio(rows: int, outputs: int, width: int) -> float:
-    """Time of MKL over time of oneDNN on random matrices, a few milliseconds in all: the median of
-    interleaved rounds.
-    """
+    """Time of MKL over time of oneDNN on random matrices, the median of a few interleaved rounds."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, width, generator=generator) for n in (rows, outputs))
 

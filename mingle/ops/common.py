@@ -24,7 +24,7 @@ class Operator(NamedTuple):
     plain: Callable[..., Any]  # eager, without
 
     def __call__(self, save: bool, *arguments: Any) -> Any:
-        """Apply the form that fits; `save` says that a backward may follow; the first argument is a tensor."""
+        """Apply the form that fits; `save`: a backward may follow.  The first argument is a tensor."""
         if (
             torch.compiler.is_compiling()
             or type(arguments[0]) not in (Tensor, torch.nn.Parameter)

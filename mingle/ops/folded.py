@@ -90,7 +90,8 @@ def _gated_experts_folded_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx = dy W_eff + dz w / n [N, d_in] and dz_i = ⟨dyᵀ x, B_i A_i⟩ [1, T − first].
 
-    dx has no rows without `need_x`.  dz takes the cheaper of two ways: u = dy B_catᵀ against H = x A_catᵀ token by token, or dyᵀ x once.
+    dx has no rows without `need_x`.  dz takes the cheaper of two ways: u = dy B_catᵀ against H = x A_catᵀ
+    token by token, or dyᵀ x once.
     """
     A, B = A[first:], B[first:]
     experts, rank, width = A.shape
