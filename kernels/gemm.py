@@ -38,7 +38,8 @@ def linear(
     x [N, K], weight [O, K] of any strides, bias [O], onto [N, O] → [N, O].
     """
     assert bias is None or onto is None
-    if _onednn_serves(x, weight) and library(x.shape[0], *weight.shape) == "onednn":
+    shape = x.shape[0], *weight.shape
+    if _open(*shape) and _onednn_serves(x, weight) and library(*shape) == "onednn":
         return _onednn(x, weight, bias, onto)
     return F.linear(x, weight, bias) if onto is None else onto.addmm_(x, weight.mT)
 
@@ -127,9 +128,14 @@ def library(rows: int, outputs: int, width: int) -> str:
         if forced not in LIBRARIES:
             raise ValueError(f"MINGLE_CPU_GEMM={forced!r}: expected one of {', '.join(LIBRARIES)}")
         return forced
-    if rows * outputs * width < _SMALLEST:
+    if not _open(rows, outputs, width):
         return "mkl"
     return _measured(_rounded(rows), _rounded(outputs), _rounded(width), torch.get_num_threads())
+
+
+def _open(rows: int, outputs: int, width: int) -> bool:
+    """Whether there is anything to choose: small products go to MKL unless ``$MINGLE_CPU_GEMM`` is set."""
+    return rows * outputs * width >= _SMALLEST or bool(os.environ.get("MINGLE_CPU_GEMM"))
 
 
 def _rounded(size: int) -> int:

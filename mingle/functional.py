@@ -101,9 +101,11 @@ def _cast(layer: LayerTensors, dtype: torch.dtype) -> LayerTensors:
 
 def _learns(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward may follow."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _by_the_formula(

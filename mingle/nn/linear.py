@@ -166,9 +166,10 @@ class MingleLinear(nn.Module):
 
     def all_gates(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [T, d_in] and biases [T] of all gates, oldest first; the trainable ones get gradients."""
-        if self.frozen_gates == 0:
+        frozen = self.frozen_gate_weight
+        if frozen.shape[0] == 0:
             return self.gate_weight, self.gate_bias
-        weight = torch.cat([self.frozen_gate_weight, self.gate_weight])
+        weight = torch.cat([frozen, self.gate_weight])
         return weight, torch.cat([self.frozen_gate_bias, self.gate_bias])
 
     def add_expert(

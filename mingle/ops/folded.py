@@ -15,7 +15,7 @@ from mingle.kernels import gemm
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import grouped
 from mingle.ops.common import (
-    Gates,
+    GateGradients,
     Operator,
     Saved,
     differentiable,
@@ -137,14 +137,13 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
     if dy is None:
         return FoldedOperands()
     saved, needs = Saved(*ctx.saved_tensors), FoldedOperands(*ctx.needs_input_grad)
-    frozen = ctx.frozen_gates
     dx = dW = dA = dB = None
-    to_gates = Gates()
+    to_gates = GateGradients()
     if needs.x or needs.gate_weight or needs.gate_bias or needs.gates:
-        first = 0 if needs.x else frozen
+        first = 0 if needs.x else ctx.frozen_gates
         tensors = saved.x, saved.product, saved.A, saved.B, saved.gate_weight, saved.mask
         dx, dz = core(dy, *tensors, first, needs.x)
-        to_gates = gate_gradients(needs, ctx.gate_dtypes, dz[:, frozen - first :], frozen, saved.pooled)
+        to_gates = gate_gradients(ctx, needs, saved, dz[:, ctx.frozen_gates - first :])
     if needs.weight or needs.A or needs.B:
         dW = dy.mT @ saved.x
         strength = saved.z[0].to(dW.dtype)
@@ -156,7 +155,9 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
         bias=dy.sum(0) if needs.bias else None,
         A=dA,
         B=dB,
-        **to_gates._asdict(),
+        gate_weight=to_gates.gate_weight,
+        gate_bias=to_gates.gate_bias,
+        gates=to_gates.gates,
     )
 
 
