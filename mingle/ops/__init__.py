@@ -7,6 +7,7 @@ small_factorizations   of small matrices, for `mingle.linalg`; small_kernels cal
 operands               what the first three take, by name
 common                 what the first three share
 checks                 whether the arguments of `mingle.functional` fit together
+grouping               which tokens share a row of gates
 dispatch               which backend computes, and in which form
 extension              whether the CUDA extension can serve
 

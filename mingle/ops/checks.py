@@ -19,7 +19,7 @@ def check(
     frozen_gates: int,
     backend: str,
 ) -> None:
-    """Raise ValueError or TypeError for the first argument that does not fit, with a message that names it."""
+    """Raise a ValueError or TypeError that names the first argument that does not fit."""
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(REDUCTIONS)}")
     if backend not in BACKENDS:
@@ -34,7 +34,6 @@ def check(
         raise ValueError(f"frozen_gates={frozen_gates}: there are {A.shape[0]} experts")
     if gates is not None:
         _check_given_gates(gates, x, A.shape[0])
-        layer = layer._replace(gate_weight=None, gate_bias=None)
     elif A.shape[0] and (layer.gate_weight is None or layer.gate_bias is None):
         raise ValueError("gate_weight and gate_bias are needed unless gates is given")
     _check_shapes(x, layer, mask)
@@ -47,8 +46,8 @@ def _check_given_gates(gates: Tensor, x: Tensor, experts: int) -> None:
     if gates.shape[-1] != experts or not (own in ((), samples) or spans):
         raise ValueError(
             f"gates has shape {list(gates.shape)}; for x {list(x.shape)} and {experts} experts expected "
-            f"[{experts}], {[*samples, experts]} or {[*tokens, experts]}, there with 1 for any dimension that "
-            "is shared"
+            f"[{experts}], {[*samples, experts]} or {[*tokens, experts]}, "
+            "there with 1 for any dimension that is shared"
         )
 
 

@@ -24,7 +24,7 @@ class Operator(NamedTuple):
     plain: Callable[..., Any]  # eager, without
 
     def __call__(self, save: bool, *arguments: Any) -> Any:
-        """Apply the form that fits; `save` says that a backward may follow; the first argument is a tensor."""
+        """Apply the form that fits; `save`: a backward may follow.  The first argument is a tensor."""
         if (
             torch.compiler.is_compiling()
             or type(arguments[0]) not in (Tensor, torch.nn.Parameter)
@@ -88,12 +88,12 @@ class Saved(NamedTuple):
     pooled: Tensor  # x̄ [G, d_in], or no rows
 
 
-class Gates(NamedTuple):
-    """One value for each of the arguments that gates come from."""
+class GateGradients(NamedTuple):
+    """The gradients of the arguments that gates come from."""
 
-    gate_weight: Any = None
-    gate_bias: Any = None
-    gates: Any = None
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+    gates: Tensor | None = None
 
 
 def keep(
@@ -106,27 +106,25 @@ def keep(
     ctx.save_for_backward(
         *Saved(given.x, given.weight, given.A, given.B, given.gate_weight, given.mask, product, z, pooled)
     )
-    sources = given.gate_weight, given.gate_bias, given.gates
-    ctx.gate_dtypes = Gates(*[None if source is None else source.dtype for source in sources])
     ctx.frozen_gates = given.frozen_gates
+    ctx.gate_bias_dtype = None if given.gate_bias is None else given.gate_bias.dtype
 
 
 def gate_gradients(
-    needs: LowRankOperands | FoldedOperands, dtypes: Gates, dz: Tensor, frozen: int, seen: Tensor
-) -> Gates:
-    """The gradients of linear and of given gates, 0 for the first `frozen` ones; None where there is no need.
-
-    Args:
-        needs: true for the operands that need a gradient.
-        dtypes: of the gradients.
-        dz: [G, T − frozen], of the gate values.
-        seen: what the gates saw, [G, d_in].
-    """
-    return Gates(
-        gate_weight_gradient(dz, frozen, seen, dtypes.gate_weight) if needs.gate_weight else None,
-        gate_bias_gradient(dz, frozen, dtypes.gate_bias) if needs.gate_bias else None,
-        pad(dz, (frozen, 0)).to(dtypes.gates) if needs.gates else None,
-    )
+    ctx: Any, needs: LowRankOperands | FoldedOperands, saved: Saved, dz: Tensor
+) -> GateGradients:
+    """What an operator needs of the gradients of its gates, from dz [G, T − frozen]; 0 for frozen gates."""
+    frozen = ctx.frozen_gates
+    weight = bias = gates = None
+    if needs.gate_weight:
+        assert saved.gate_weight is not None
+        seen = saved.pooled if saved.pooled.shape[0] else saved.x
+        weight = gate_weight_gradient(dz, frozen, seen, saved.gate_weight.dtype)
+    if needs.gate_bias:
+        bias = gate_bias_gradient(dz, frozen, ctx.gate_bias_dtype)
+    if needs.gates:
+        gates = pad(dz, (frozen, 0)).to(saved.z.dtype)  # z are the gates themselves
+    return GateGradients(weight, bias, gates)
 
 
 def gate_weight_gradient(dz: Tensor, frozen: int, seen: Tensor, dtype: torch.dtype) -> Tensor:

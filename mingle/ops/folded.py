@@ -15,7 +15,7 @@ from mingle.kernels import gemm
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import grouped
 from mingle.ops.common import (
-    Gates,
+    GateGradients,
     Operator,
     Saved,
     differentiable,
@@ -90,7 +90,8 @@ def _gated_experts_folded_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx = dy W_eff + dz w / n [N, d_in] and dz_i = ⟨dyᵀ x, B_i A_i⟩ [1, T − first].
 
-    dx has no rows without `need_x`.  dz takes the cheaper of two ways: u = dy B_catᵀ against H = x A_catᵀ token by token, or dyᵀ x once.
+    dx has no rows without `need_x`.  dz takes the cheaper of two ways: u = dy B_catᵀ against H = x A_catᵀ
+    token by token, or dyᵀ x once.
     """
     A, B = A[first:], B[first:]
     experts, rank, width = A.shape
@@ -136,14 +137,13 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
     if dy is None:
         return FoldedOperands()
     saved, needs = Saved(*ctx.saved_tensors), FoldedOperands(*ctx.needs_input_grad)
-    frozen = ctx.frozen_gates
     dx = dW = dA = dB = None
-    to_gates = Gates()
+    to_gates = GateGradients()
     if needs.x or needs.gate_weight or needs.gate_bias or needs.gates:
-        first = 0 if needs.x else frozen
+        first = 0 if needs.x else ctx.frozen_gates
         tensors = saved.x, saved.product, saved.A, saved.B, saved.gate_weight, saved.mask
         dx, dz = core(dy, *tensors, first, needs.x)
-        to_gates = gate_gradients(needs, ctx.gate_dtypes, dz[:, frozen - first :], frozen, saved.pooled)
+        to_gates = gate_gradients(ctx, needs, saved, dz[:, ctx.frozen_gates - first :])
     if needs.weight or needs.A or needs.B:
         dW = dy.mT @ saved.x
         strength = saved.z[0].to(dW.dtype)
@@ -155,7 +155,9 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
         bias=dy.sum(0) if needs.bias else None,
         A=dA,
         B=dB,
-        **to_gates._asdict(),
+        gate_weight=to_gates.gate_weight,
+        gate_bias=to_gates.gate_bias,
+        gates=to_gates.gates,
     )
 
 

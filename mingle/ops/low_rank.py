@@ -12,7 +12,7 @@ from torch import Tensor
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import grouped
 from mingle.ops.common import (
-    Gates,
+    GateGradients,
     Operator,
     Saved,
     differentiable,
@@ -190,16 +190,13 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
     all_experts = needs.x or needs.A or needs.B
     need_gates = needs.gate_weight or needs.gate_bias or needs.gates
     dx = dA = dB = None
-    to_gates = Gates()
+    to_gates = GateGradients()
     if all_experts or need_gates:
         first = 0 if all_experts else ctx.frozen_gates
         tensors = saved.weight, saved.A, saved.B, saved.gate_weight, saved.mask, saved.product, saved.z
         dx, dz, u = core(dy, *tensors, ctx.group, first, needs.x, needs.A, ctx.skip, ctx.backend)
         if need_gates:
-            seen = saved.pooled if saved.pooled.shape[0] else saved.x
-            to_gates = gate_gradients(
-                needs, ctx.gate_dtypes, dz[:, ctx.frozen_gates - first :], ctx.frozen_gates, seen
-            )
+            to_gates = gate_gradients(ctx, needs, saved, dz[:, ctx.frozen_gates - first :])
         if needs.A:
             dA = (grouped.gate(u, saved.z, ctx.group).mT @ saved.x).view(saved.A.shape)
         if needs.B:
@@ -210,7 +207,9 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
         bias=dy.sum(0) if needs.bias else None,
         A=dA,
         B=dB,
-        **to_gates._asdict(),
+        gate_weight=to_gates.gate_weight,
+        gate_bias=to_gates.gate_bias,
+        gates=to_gates.gates,
     )
 
 

@@ -24,7 +24,7 @@ class LayerTensors(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The facts of a call beside its input [N, d_in] and the layer, in the order of `mingle::gated_experts`."""
+    """The facts of a call beside its x [N, d_in] and the layer, in the order of `mingle::gated_experts`."""
 
     gates: Tensor | None  # [N / group, T], fp32 (fp64 for fp64): given gate values
     mask: Tensor | None  # bool [N]: tokens that count in their group's mean

@@ -80,9 +80,8 @@ def _gated_experts_shared(
         x, stacked(As), stacked(gate_weights), stacked(gate_biases), None, mask, group, False
     )
     ys = []
-    for weight, bias, B, span in zip(
-        weights, biases or [None] * len(weights), Bs, _spans(experts), strict=True
-    ):
+    for i, (weight, B, span) in enumerate(zip(weights, Bs, _spans(experts), strict=True)):
+        bias = biases[i] if biases else None
         own = hidden[:, span.start * rank : span.stop * rank]
         ys.append(kernels.expand(x, weight, bias, own, B.mT, z[:, span], group, False, keep=save))
     return ys, hidden if save else none, z, pooled
