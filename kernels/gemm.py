@@ -38,7 +38,8 @@ def linear(
     x [N, K], weight [O, K] of any strides, bias [O], onto [N, O] → [N, O].
     """
     assert bias is None or onto is None
-    if _onednn_serves(x, weight) and library(x.shape[0], *weight.shape) == "onednn":
+    shape = x.shape[0], *weight.shape
+    if _open(*shape) and _onednn_serves(x, weight) and library(*shape) == "onednn":
         return _onednn(x, weight, bias, onto)
     return F.linear(x, weight, bias) if onto is None else onto.addmm_(x, weight.mT)
 
@@ -78,9 +79,7 @@ def linear_packed(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
 
 
 def packing_pays(x: torch.Tensor, outputs: int) -> bool:
-    """Whether a product of x [N, K] with a packed weight [outputs, K] can be had, and is the fastest there
-    is.
-    """
+    """Whether a product of x [N, K] with a packed weight [outputs, K] is possible, and the fastest."""
     if x.device.type != "cpu" or x.numel() == 0 or not _packed_agrees(x.dtype):
         return False
     return x.dtype != torch.float32 or library(x.shape[0], outputs, x.shape[1]) == "onednn"
@@ -93,12 +92,9 @@ def _packed_agrees(dtype: torch.dtype) -> bool:
         return False
     x, weight, bias = (torch.linspace(-1, 1, n).to(dtype) for n in (12, 20, 5))
     x, weight = x.view(3, 4), weight.view(5, 4)
+    expected = F.linear(x.float(), weight.float(), bias.float())
     try:
-        return torch.allclose(
-            linear_packed(x, pack(weight), bias).float(),
-            F.linear(x.float(), weight.float(), bias.float()),
-            atol=0.02,
-        )
+        return torch.allclose(linear_packed(x, pack(weight), bias).float(), expected, atol=0.02)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         logger.debug("oneDNN's packed weights are not used for %s: %s", dtype, error)
         return False
@@ -107,12 +103,8 @@ def _packed_agrees(dtype: torch.dtype) -> bool:
 @cache
 def _onednn_agrees() -> bool:
     """Whether the operator exists here and computes what it should; asked once."""
-    x, weight, bias, onto = (
-        torch.linspace(-1, 1, 12).view(3, 4),
-        torch.linspace(0, 2, 20).view(5, 4),
-        torch.ones(5),
-        torch.ones(3, 5),
-    )
+    x, weight = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 2, 20).view(5, 4)
+    bias, onto = torch.ones(5), torch.ones(3, 5)
     expected = F.linear(x, weight, bias)
     try:
         results = (
@@ -127,17 +119,23 @@ def _onednn_agrees() -> bool:
 
 
 def library(rows: int, outputs: int, width: int) -> str:
-    """``"mkl"`` or ``"onednn"`` for a product [rows, width] × [width, outputs]; ``$MINGLE_CPU_GEMM``
-    overrules what was measured.
+    """``"mkl"`` or ``"onednn"`` for a product [rows, width] × [width, outputs].
+
+    ``$MINGLE_CPU_GEMM`` overrules what was measured.
     """
     forced = os.environ.get("MINGLE_CPU_GEMM")
     if forced:
         if forced not in LIBRARIES:
             raise ValueError(f"MINGLE_CPU_GEMM={forced!r}: expected one of {', '.join(LIBRARIES)}")
         return forced
-    if rows * outputs * width < _SMALLEST:
+    if not _open(rows, outputs, width):
         return "mkl"
     return _measured(_rounded(rows), _rounded(outputs), _rounded(width), torch.get_num_threads())
+
+
+def _open(rows: int, outputs: int, width: int) -> bool:
+    """Whether there is anything to choose: small products go to MKL unless ``$MINGLE_CPU_GEMM`` is set."""
+    return rows * outputs * width >= _SMALLEST or bool(os.environ.get("MINGLE_CPU_GEMM"))
 
 
 def _rounded(size: int) -> int:
@@ -161,9 +159,7 @@ def _measured(rows: int, outputs: int, width: int, threads: int) -> str:
 
 
 def _ratio(rows: int, outputs: int, width: int) -> float:
-    """Time of MKL over time of oneDNN on random matrices, a few milliseconds in all: the median of
-    interleaved rounds.
-    """
+    """Time of MKL over time of oneDNN on random matrices, the median of a few interleaved rounds."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, width, generator=generator) for n in (rows, outputs))
 

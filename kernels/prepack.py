@@ -1,5 +1,4 @@
-"""Copies of frozen factors in the layouts that CPU products are fastest in, beside the factors, for layers
-that ask for it.
+"""Copies of frozen factors in the layouts that CPU products are fastest in, for layers that ask for them.
 
 oneDNN lays a weight out anew at every product, and adds the experts to the base by reading and writing all of
 y once more.  `keep` spares both: from then on the grouped backend computes y = [x | z ⊙ H] [W₀ | B_cat]ᵀ + b,
@@ -29,12 +28,11 @@ class _Copy:
     def __init__(
         self, key: Hashable, factors: Sequence[torch.Tensor], make: Callable[[], torch.Tensor]
     ) -> None:
-        def forget(
-            _: object, copies: dict[Hashable, _Copy] = _copies
-        ) -> None:  # bound early: the interpreter may be shutting down
+        # `copies` is bound early: the interpreter may be shutting down.
+        def forget(_: object, copies: dict[Hashable, _Copy] = _copies) -> None:
             copies.pop(key, None)
 
-        # detached, a factor keeps its memory: nothing else can come to lie where a replaced one was
+        # A detached factor keeps its memory: nothing else can take the place of one that was replaced.
         self._watched = [
             (weakref.ref(factor, forget), factor.detach(), factor._version) for factor in factors
         ]
@@ -57,18 +55,13 @@ class _Copy:
 
 
 def keep(weight: torch.Tensor, A: torch.Tensor, up: torch.Tensor) -> None:
-    """Keep copies of a layer's factors weight [O, K], A [T, r, K] and up = Bᵀ [T, r, O]; to be called again
-    after a change.
+    """Keep copies of a layer's factors weight [O, K], A [T, r, K] and up = Bᵀ [T, r, O].
 
-    Without effect on other devices than CPUs, and for tensors of inference mode, whose changes leave no
-    trace.
+    To be called again after a change.  Without effect on devices other than CPUs, and for tensors of
+    inference mode, whose changes leave no trace.
     """
-    all_three = (
-        "kept",
-        id(weight),
-        id(A),
-        id(up),
-    )  # known at once, for layers call this at every forward pass
+    # One look says whether all is well, for layers call this at every forward pass.
+    all_three = ("kept", id(weight), id(A), id(up))
     known = _copies.get(all_three)
     if known is not None and known.current():
         return
@@ -94,10 +87,10 @@ def drop_stale() -> None:
 
 
 def find(layout: str, *factors: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor | None:
-    """The copy of these factors in a layout, or None: packed ``"shrink"`` of A, packed ``"joined"`` of W₀ and
-    up, ``"rows"`` of up.
+    """The copy of these factors in a layout, or None.
 
-    A packed one is for products with x, and None where such a product would not be the fastest.
+    Layouts are ``"shrink"`` of A and ``"joined"`` of W₀ and up, both packed, and ``"rows"`` of up.  A packed
+    one is for products with x, and None where such a product would not be the fastest.
     """
     if not _copies or factors[0].device.type != "cpu":
         return None

@@ -1,5 +1,4 @@
-"""Tile sizes of the Triton kernels: what is committed, a rule for everything else, and a search that runs
-only when asked for.
+"""Tile sizes of the Triton kernels: a committed table, a rule for everything else, and a search on demand.
 
 No kernel is ever timed at its first call.  `choose` looks up a tile found by `search` for this user and GPU,
 then the committed table, then follows the rule: the largest tile whose grid still fills the chip.
@@ -24,15 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 class Tile(NamedTuple):
-    """One program's block of the output, the depth of a step of its inner loop, its warps and the stages of
-    its software pipeline.
-    """
+    """One program's block of the output, and how it is computed."""
 
     rows: int
     columns: int
-    depth: int
+    depth: int  # of one step of the inner loop
     warps: int
-    stages: int
+    stages: int  # of the software pipeline
 
 
 class Chip(NamedTuple):
@@ -104,9 +101,8 @@ def strain(tensors: Iterable[torch.Tensor], sizes: Iterable[int], special: bool)
     """How much a launch asks of the registers beyond its tile.
 
     ``"ragged"``: rows that are not whole 32-byte pieces are loaded number by number, each with an address of
-        its own; ``"special"``: some
-    other extra, such as ranks that do not fill a step, gates that are wider than x, or zeros that are
-    skipped; else ``"plain"``.
+    its own; ``"special"``: some other extra, such as ranks that do not fill a step, gates that are wider than
+    x, or zeros that are skipped; else ``"plain"``.
     """
     tensors = list(tensors)
     lengths = [*sizes, *(stride for tensor in tensors for stride in tensor.stride() if stride != 1)]
@@ -136,9 +132,9 @@ def choose(
 
 def _arithmetic(x: torch.Tensor) -> str:
     """What the products run in: the dtype's name, or ``"tf32"``."""
-    return (
-        "tf32" if x.dtype == torch.float32 and precision(x) == "tf32" else str(x.dtype).removeprefix("torch.")
-    )
+    if x.dtype == torch.float32 and precision(x) == "tf32":
+        return "tf32"
+    return str(x.dtype).removeprefix("torch.")
 
 
 @cache
@@ -161,8 +157,9 @@ def _key(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, dept
 
 
 def rule(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, strain: str = "plain") -> Tile:
-    """The largest tile whose grid fills the chip, as deep as its shared memory allows; `arithmetic` is a
-    dtype's name or ``"tf32"``.
+    """The largest tile whose grid fills the chip, as deep as its shared memory allows.
+
+    `arithmetic` is a dtype's name or ``"tf32"``.
     """
     if chip.kind == "interpreter":
         return Tile(16, 32, 16, 4, 1)  # small, so that small tensors span several tiles
@@ -180,9 +177,8 @@ def rule(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, stra
     tile = (filling or tiles[-1:])[0]
     if chip.kind == "hip":
         return tile._replace(depth=32, stages=2)  # 64 KB of shared memory
-    return tile._replace(
-        stages=max(2, min(tile.stages, chip.shared_memory // _stage_bytes(tile, arithmetic)))
-    )
+    stages = min(tile.stages, chip.shared_memory // _stage_bytes(tile, arithmetic))
+    return tile._replace(stages=max(2, stages))
 
 
 def _tiles(arithmetic: str, strain: str = "plain") -> list[Tile]:
@@ -190,10 +186,8 @@ def _tiles(arithmetic: str, strain: str = "plain") -> list[Tile]:
     largest = _STRAINED.get((units, strain))
     if largest is None:
         return _TILES[units]
-    return [
-        largest,
-        *(tile for tile in _TILES[units] if tile.rows * tile.columns < largest.rows * largest.columns),
-    ]
+    size = largest.rows * largest.columns
+    return [largest, *(tile for tile in _TILES[units] if tile.rows * tile.columns < size)]
 
 
 def _stage_bytes(tile: Tile, arithmetic: str) -> int:
@@ -202,8 +196,9 @@ def _stage_bytes(tile: Tile, arithmetic: str) -> int:
 
 
 def _fits(kernel: str, chip: Chip, tile: Tile) -> bool:
-    """Whether registers hold the tile: 128 × 256 takes wgmma or tensor memory, and what the fold gates is the
-    larger operand.
+    """Whether registers hold the tile.
+
+    128 × 256 takes wgmma or tensor memory, and is too large for the fold, which gates the larger operand.
     """
     large = chip.kind == "cuda" and 90 <= chip.capability < 120 and kernel != "fold"
     return tile.rows * tile.columns <= 128 * 128 or large
@@ -220,8 +215,9 @@ def precision(x: torch.Tensor) -> str:
 
 
 def options(tile: Tile) -> dict[str, int]:
-    """What the compiler is told of a launch; fused multiply-adds by name, for Triton 3.9 warns where their
-    default decides.
+    """What the compiler is told of a launch.
+
+    Fused multiply-adds are named because Triton 3.9 warns where their default decides.
     """
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
@@ -237,9 +233,7 @@ def store() -> Store:
 
 
 def candidates(kernel: str, chip: Chip, arithmetic: str) -> list[Tile]:
-    """What `search` tries: every tile of the rule at two depths and two to four stages that fit in shared
-    memory.
-    """
+    """What `search` tries: every tile of the rule, at two depths and two to four stages, that fits."""
     variants = (
         tile._replace(depth=depth, stages=stages)
         for tile in _tiles(arithmetic)

@@ -17,10 +17,15 @@ class OptionError(ValueError):
     """An option that does not exist or has a value it cannot have."""
 
 
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`; None where none is like it."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff=0.4)), None)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the known name closest to `name`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    found = closest(name, known)
+    return f"; did you mean {found!r}?" if found else ""
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -17,7 +17,8 @@ def fold_kernel(
     g_ptr,  # [T] fp32
     y_ptr,  # [O, K]
     O, K, T, r,
-    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(K, BLOCK_K)
     rows = (tl.program_id(0) // column_tiles) * BLOCK_O + tl.arange(0, BLOCK_O)

@@ -1,8 +1,7 @@
-"""The gated sum of experts as a few dense products over concatenated experts: any device, any floating dtype,
-the CPU's default.
+"""The gated sum of experts as a few dense products over concatenated experts: the CPU's default.
 
-The same four operations as the Triton kernels, with the same arguments: `shrink`, `expand`, `upstream`,
-`fold`.
+For any device and any floating dtype.  The same four operations as the Triton kernels, with the same
+arguments: `shrink`, `expand`, `upstream`, `fold`.
 """
 
 from __future__ import annotations
@@ -14,17 +13,14 @@ from typing import Any
 import torch
 
 from mingle.kernels import prepack
+from mingle.kernels.dtypes import wide
 from mingle.kernels.gemm import linear, linear_packed
 
 
-def wide(x: torch.Tensor) -> torch.dtype:
-    """The dtype of gate values, of means and of their gradients: fp32, or fp64 for fp64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def group_mean(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> torch.Tensor:
-    """The mean over the valid tokens of each group: x [N, K], mask bool [N] → [G, K], in fp32 or, for fp64,
-    fp64.  No valid token: 0.
+    """The mean over the valid tokens of each group: x [N, K], mask bool [N] → [G, K] in the dtype of `wide`.
+
+    Without a valid token it is 0.
     """
     dtype = wide(x)
     members = x.view(-1, group, x.shape[1])
@@ -61,18 +57,18 @@ def shrink(
         if group > 1 or mask is not None:
             return hidden, *pooled_gates(x, gate_weight, gate_bias, mask, group)
         dtype = wide(x)
-        narrow = (
-            torch.nn.functional.linear(x, gate_weight)
-            if gate_weight.dtype == x.dtype
-            else x.to(dtype) @ gate_weight.to(dtype).mT
-        )
-        gates = narrow.to(dtype) + gate_bias.to(dtype)
+        if gate_weight.dtype == x.dtype:
+            products = torch.nn.functional.linear(x, gate_weight)
+        else:
+            products = x.to(dtype) @ gate_weight.to(dtype).mT
+        gates = products.to(dtype) + gate_bias.to(dtype)
     return hidden, gates, x.new_empty(0, x.shape[1], dtype=wide(x))
 
 
 def gate(hidden: torch.Tensor, z: torch.Tensor, group: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """z ⊙ H [N, T·r] in H's dtype, written to `out`, which may be H itself, where given; z [G, T] with N = G
-    · group.
+    """z ⊙ H [N, T·r] in H's dtype, for z [G, T] with N = G · group.
+
+    Written to `out` where that is given; it may be H itself.
     """
     (groups, experts), columns = z.shape, hidden.shape[1]
     shape = (groups, group, experts, columns // experts)
@@ -105,11 +101,9 @@ def expand(
         joined[:, : x.shape[1]] = x
         gate(hidden, z, group, out=joined[:, x.shape[1] :])
         return linear_packed(joined, packed, bias)
-    y = linear(
-        gate(hidden, z, group, out=None if keep else hidden),
-        up.flatten(0, 1).mT,
-        onto=linear(x, weight, bias),
-    )
+    base = linear(x, weight, bias)
+    gated = gate(hidden, z, group, out=None if keep else hidden)
+    y = linear(gated, up.flatten(0, 1).mT, onto=base)
     if share is not None:
         assert gate_weight is not None
         spread = (share.to(gate_weight.dtype) @ gate_weight).unsqueeze(1).to(y.dtype)  # [G, 1, O]
@@ -131,24 +125,22 @@ def upstream(
 
 
 def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """See `mingle.kernels.fold.fold`."""
+    """See `mingle.kernels.gated_experts.fold.fold`."""
     gates, rows = gates.to(B.dtype), prepack.find("rows", B.mT)
-    gated = (
-        (B * gates.view(-1, 1, 1)).mT.flatten(0, 1).mT
-        if rows is None
-        else rows * gates.repeat_interleave(B.shape[2])
-    )
+    if rows is None:
+        gated = (B * gates.view(-1, 1, 1)).mT.flatten(0, 1).mT
+    else:
+        gated = rows * gates.repeat_interleave(B.shape[2])
     return linear(gated, A.flatten(0, 1).mT).add_(weight)  # [O, T·r] @ [T·r, K]
 
 
 def _one_each(pairs: list[list[int]], groups: int) -> bool:
-    """Whether every group has one expert, and few share theirs: otherwise larger products expert by expert
-    are faster.
+    """Whether every group has one expert, and few share theirs.
+
+    Otherwise larger products expert by expert are faster.
     """
-    return (
-        len(pairs) == groups == len({row for _, row in pairs})
-        and 2 * len({expert for expert, _ in pairs}) > groups
-    )
+    experts, rows = {expert for expert, _ in pairs}, {row for _, row in pairs}
+    return len(pairs) == len(rows) == groups and 2 * len(experts) > groups
 
 
 def routed(
@@ -160,11 +152,11 @@ def routed(
     z: torch.Tensor,
     group: int,
 ) -> torch.Tensor:
-    """x Wᵀ + b + Σ_i z_i ⊙ (x down_iᵀ) up_i at the cost of the gates that are not 0: for sparse gates of
-    another router.
+    """x Wᵀ + b + Σ_i z_i ⊙ (x down_iᵀ) up_i at the cost of the gates that are not 0.
 
-    x [N, K], weight [O, K], down [T, r, K], up [T, r, O], z [G, T] → [N, O].  Reads the gates on the host:
-    for the CPU.
+    For sparse gates of another router, on the CPU: it reads the gates on the host.
+
+    x [N, K], weight [O, K], down [T, r, K], up [T, r, O], z [G, T] → [N, O].
     """
     y = linear(x, weight, bias)
     members, outputs = x.unflatten(0, (-1, group)), y.view(-1, group, y.shape[1])

@@ -1,8 +1,8 @@
-"""Every operation of mingle as plain, eager PyTorch: the specification in code.
+"""The gated sum of low-rank experts as plain, eager PyTorch: the specification in code, and the oracle.
 
-Nothing here is fast on purpose.  Tests and benchmarks import these functions and no other copy of the
-formulas; they run on any device and in any floating dtype, float64 included.  Notation: N tokens, T experts
-of rank r, layer widths d_in → d_out.
+Nothing here tries to be fast.  Tests and benchmarks import these functions and no other copy of the formulas;
+they run on any device and in any floating dtype, float64 included.  Notation: N tokens, T experts of rank r,
+layer widths d_in → d_out.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ REDUCTIONS = ("token", "sample", "batch")
 def pooled_input(x: torch.Tensor, reduce: str, mask: torch.Tensor | None = None) -> torch.Tensor:
     """What the gates see of x [..., N, d_in]; the result broadcasts against x.
 
-    ``token``: x itself.  ``sample``: the mean over the tokens of each sample, [..., 1, d_in]; the rows of a
-        two-dimensional x are samples
-    of one token each, as `torch.nn.Linear` reads them.  ``batch``: the mean over all tokens, [1, ..., 1,
-    d_in].  `mask` [..., N] is true for valid tokens; the others stay out of every mean, and a mean over no
-    token is 0.
+    ``token``: x itself.
+    ``sample``: the mean over the tokens of each sample, [..., 1, d_in]; the rows of a two-dimensional x are
+    samples of one token each, as `torch.nn.Linear` reads them.
+    ``batch``: the mean over all tokens, [1, ..., 1, d_in].
+
+    `mask` [..., N] is true for valid tokens; the others stay out of every mean.  A mean over no token is 0.
     """
     if reduce == "token":
         return x

@@ -1,13 +1,12 @@
 """Triton kernels of the gated sum of low-rank experts, and their launchers.
 
-    shrink    H = x A_catᵀ [N, T·r], the gate values z [G, T] and what the gates saw x̄ [G, d_in], in one
-              launch
+    shrink    H = x A_catᵀ [N, T·r], the gate values z [G, T] and what the gates saw x̄ [G, d_in]
     expand    y = x W₀ᵀ + b + (z ⊙ H) B_cat, in one accumulator; with swapped roles also the gradient of x
     upstream  u = dy B_catᵀ and the row sums of u ⊙ H per expert: the backward of the gates
 
-Tokens are numbered n = 0 … N − 1 and share a gate by `group`: token n has the gate values z[n // group], so
-that a group is one token, one sample or the whole batch.  All sums run in fp32, none through atomics: equal
-inputs give equal bits.
+Each is one launch.  Tokens are numbered n = 0 … N − 1 and share a gate by `group`: token n has the gate
+values z[n // group], so that a group is one token, one sample or the whole batch.  All sums run in fp32, none
+through atomics: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ _MAX_POOL_EXPERTS = 128
 
 @triton.jit
 def _swizzled(pid, row_tiles, column_tiles, BAND: tl.constexpr):
-    """Tile (row, column) of program `pid`: bands of BAND row tiles, so that programs running together share
-    operands in L2.
+    """Tile (row, column) of program `pid`.
+
+    Programs that run together work on bands of BAND row tiles, and so share operands in L2.
     """
     per_band = BAND * column_tiles
     first = (pid // per_band) * BAND
@@ -76,9 +76,8 @@ def _token_gates(
             )
             if UPCAST:
                 x = x.to(tl.float32)
-            acc = tl.dot(
-                x, w.to(x.dtype), acc, input_precision=PRECISION
-            )  # [BLOCK_N, BLOCK_K] @ [BLOCK_K, BLOCK_T]
+            # [BLOCK_N, BLOCK_K] @ [BLOCK_K, BLOCK_T]
+            acc = tl.dot(x, w.to(x.dtype), acc, input_precision=PRECISION)
         acc += tl.load(beta_ptr + experts, mask=experts < T, other=0.0).to(tl.float32)[None, :]
         tl.store(
             z_ptr + rows.to(tl.int64)[:, None] * T + experts[None, :],
@@ -155,11 +154,12 @@ def shrink_kernel(
     N, K, T, r, group, gate_programs,
     GATES: tl.constexpr,  # "none", "token" or "pooled"
     HAS_MASK: tl.constexpr, SKIP: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """H = x A_catᵀ; the first `gate_programs` programs compute the gates.  BLOCK_C columns of H, BLOCK_E
-    experts, BLOCK_G pooled tokens.
+    """H = x A_catᵀ; the first `gate_programs` programs compute the gates.
+
+    A tile is BLOCK_C columns of H; gates are computed for BLOCK_E experts from BLOCK_G tokens at a time.
     """
     pid = tl.program_id(0)
     if pid < gate_programs:
@@ -170,8 +170,8 @@ def shrink_kernel(
             )  # fmt: skip
         if GATES == "pooled":
             _pooled_gates(
-                x_ptr, stride_xn, stride_xk, w_ptr, stride_wt, stride_wk, beta_ptr, mask_ptr, z_ptr, pooled_ptr,
-                pid, K, T, group, BLOCK_G, 64, BLOCK_E, HAS_MASK,
+                x_ptr, stride_xn, stride_xk, w_ptr, stride_wt, stride_wk, beta_ptr, mask_ptr, z_ptr,
+                pooled_ptr, pid, K, T, group, BLOCK_G, 64, BLOCK_E, HAS_MASK,
             )  # fmt: skip
     else:
         R = T * r
@@ -210,8 +210,9 @@ def _add_expert(
     acc, h_rows, up_columns, stride_ut, stride_ur, z_rows, row_in, column_in, expert, chunk, r,
     BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + (z_i ⊙ H_i) up_i over BLOCK_R ranks of expert i.  H is stored ungated: a gate near 0 could not be
-    divided out again.
+    """acc + (z_i ⊙ H_i) up_i over BLOCK_R ranks of expert i.
+
+    H is stored ungated: a gate near 0 could not be divided out again.
     """
     j = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     z = tl.load(z_rows + expert, mask=row_in, other=0.0)
@@ -281,20 +282,9 @@ def expand_kernel(
                 expert = first + (tl.log2(lowest.to(tl.float32)) + 0.5).to(tl.int32)
                 for chunk in tl.static_range(CHUNKS):
                     acc = _add_expert(
-                        acc,
-                        h_rows,
-                        up_columns,
-                        stride_ut,
-                        stride_ur,
-                        z_rows,
-                        rows < N,
-                        columns < O,
-                        expert,
-                        chunk,
-                        r,
-                        BLOCK_R,
-                        PRECISION,
-                    )
+                        acc, h_rows, up_columns, stride_ut, stride_ur, z_rows, rows < N, columns < O,
+                        expert, chunk, r, BLOCK_R, PRECISION,
+                    )  # fmt: skip
     else:
         for step in range(T * CHUNKS):
             acc = _add_expert(
@@ -318,9 +308,8 @@ def expand_kernel(
                 mask=(experts < T)[:, None] & column_ok,
                 other=0.0,
             )
-            acc = tl.dot(
-                share.to(gate.dtype), gate, acc, input_precision=PRECISION
-            )  # [BLOCK_N, 16] @ [16, BLOCK_O]
+            # [BLOCK_N, 16] @ [16, BLOCK_O]
+            acc = tl.dot(share.to(gate.dtype), gate, acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=columns < O, other=0.0).to(tl.float32)[None, :]
     tl.store(
@@ -380,8 +369,9 @@ def upstream_kernel(
 
 
 def _addressable(x: torch.Tensor) -> torch.Tensor:
-    """x itself, or a copy where its columns are too far apart for the kernels' 32-bit column offsets; row
-    offsets have 64 bits.
+    """x itself, or a copy where its columns are too far apart for the kernels' 32-bit column offsets.
+
+    Row offsets have 64 bits.
     """
     return x.contiguous() if x.shape[1] * abs(x.stride(1)) >= 2**31 else x
 
@@ -472,8 +462,9 @@ def expand(
     gate_weight: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x Wᵀ + b + (z ⊙ H) up, plus share · gate_weight where given: forward, and with swapped roles the
-    gradient of x.
+    """y = x Wᵀ + b + (z ⊙ H) up, plus share · gate_weight where given.
+
+    That is the forward, and with swapped roles the gradient of x.
 
     Args:
         x: [N, K], N > 0, any strides.

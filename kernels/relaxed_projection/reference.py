@@ -1,4 +1,4 @@
-"""The relaxed projector as plain, eager PyTorch: the specification in code."""
+"""The relaxed projector as plain, eager PyTorch: the specification in code, and the oracle."""
 
 from __future__ import annotations
 

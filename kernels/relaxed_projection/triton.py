@@ -1,11 +1,12 @@
-"""Triton kernels for the null-space constraint with adaptive relaxation (MINGLE Eqs. 8–11): all layers, of
-any widths and ranks, at once.
+"""Triton kernels for the null-space constraint with adaptive relaxation (MINGLE Eqs. 8–11).
+
+All layers, of any widths and ranks, at once:
 
     r_p = mean_n |G_n u_p| / (‖G_n‖ + 1e-12),  S ← β S + (1−β) r,  λ = exp(−γ S),  G ← G − (G U) diag(λ) Uᵀ
 
 Two launches whatever the number of layers: the first measures G U, ‖G‖ and whether G is finite; the second,
-    which must know that of all
-layers, advances S and projects.  Nothing is read on the host, so both can be captured in a CUDA graph.
+which must know that of all layers, advances S and projects.  Nothing is read on the host, so both can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -32,13 +33,8 @@ def measure_kernel(
 ):  # fmt: skip
     layer, row = tl.program_id(0), tl.program_id(1)
     entry = table_ptr + layer * 6
-    start, n, d, K, basis = (
-        tl.load(entry),
-        tl.load(entry + 1),
-        tl.load(entry + 2),
-        tl.load(entry + 3),
-        tl.load(entry + 4),
-    )
+    start, n, d = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    K, basis = tl.load(entry + 3), tl.load(entry + 4)
     place = layer * ROWS + row
     directions = tl.arange(0, BLOCK_K)
     along = tl.zeros([BLOCK_K], tl.float32)
@@ -79,13 +75,8 @@ def project_kernel(
         flags = flag + tl.arange(0, BLOCK_F)
         broken += tl.sum(tl.load(flag_ptr + flags, mask=flags < L * ROWS, other=0.0))
     entry = table_ptr + layer * 6
-    start, n, d, K, basis = (
-        tl.load(entry),
-        tl.load(entry + 1),
-        tl.load(entry + 2),
-        tl.load(entry + 3),
-        tl.load(entry + 4),
-    )
+    start, n, d = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    K, basis = tl.load(entry + 3), tl.load(entry + 4)
     if broken == 0:
         directions = tl.arange(0, BLOCK_K)
         known = directions < K
@@ -142,24 +133,12 @@ def project_(
     along = gradients.new_empty(layers, rows, block_k)
     norms = gradients.new_empty(layers, rows)
     flags = gradients.new_empty(layers, rows)
-    tile = {"BLOCK_K": block_k, "BLOCK_D": block_d} | tiles.options(
-        tiles.Tile(block_k, block_d, 0, warps=8, stages=2)
-    )
+    options = tiles.options(tiles.Tile(block_k, block_d, 0, warps=8, stages=2))
+    tile = {"BLOCK_K": block_k, "BLOCK_D": block_d, **options}
     with tiles.on_device(gradients):
         measure_kernel[(layers, rows)](gradients, table, bases, along, norms, flags, rows, **tile)
         project_kernel[(layers,)](
-            gradients,
-            table,
-            bases,
-            interference,
-            along,
-            norms,
-            flags,
-            layers,
-            rows,
-            gamma,
-            beta,
-            BLOCK_F=256,
-            **tile,
-        )
+            gradients, table, bases, interference, along, norms, flags,
+            layers, rows, gamma, beta, BLOCK_F=256, **tile,
+        )  # fmt: skip
     return flags

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from mingle.kernels import gemm
+from mingle.kernels.dtypes import wide
 from mingle.nn.linear import MingleLinear
 
 PRECISIONS = ("fp32", "bf16")
@@ -106,11 +107,11 @@ class _WideAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            return func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
+            return func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
 
 
-def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _widened(value: Any) -> Any:
+    return value.to(wide(value)) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def prepared(model: nn.Module, precision: str) -> AbstractContextManager[object]:

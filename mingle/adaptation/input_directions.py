@@ -14,7 +14,7 @@ from mingle.linalg import InputDirections
 
 
 @contextmanager
-def input_directions(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, InputDirections]]:
+def collected(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, InputDirections]]:
     """While the block runs, collect what every token that a layer sees says of its leading input directions.
 
     Yields:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 100_000_000
 _SPARE_BYTES = 16 << 20
@@ -157,7 +157,7 @@ def clean_stale(folder: Path) -> list[Path]:
     )
     for path in stale:
         path.unlink(missing_ok=True)
-        _log.info("removed %s, left by a killed writer", path)
+        logger.info("removed %s, left by a killed writer", path)
     return stale
 
 

@@ -7,7 +7,6 @@ folder and a rename, so whoever looks, whenever the writer is killed, finds the 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -31,6 +30,7 @@ from mingle.io.files import (
     read_json,
     replacing,
 )
+from mingle.options import nearest
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -128,9 +128,7 @@ class CheckpointReader:
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
-            closest = difflib.get_close_matches(name, self._entries, n=1)
-            hint = f"; did you mean {closest[0]!r}?" if closest else ""
-            raise CheckpointError(f"{self._source}: no tensor {name!r}{hint}")
+            raise CheckpointError(f"{self._source}: no tensor {name!r}{nearest(name, self._entries)}")
         return self._entries[name]
 
 

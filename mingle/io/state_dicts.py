@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
+
+from mingle.kernels.dtypes import wide
+from mingle.options import closest
 
 
 class IncompatibleModel(ValueError):
@@ -66,10 +68,8 @@ def _differences(missing: list[str], extra: list[str], differing: list[str], sho
         if names:
             rest = f" and {len(names) - shown} more" if len(names) > shown else ""
             yield f"{len(names)} {label}: {', '.join(names[:shown])}{rest}"
-    if missing and extra:
-        near = difflib.get_close_matches(missing[0], extra, 1)
-        if near:
-            yield f"{missing[0]!r} may be {near[0]!r}"
+    if missing and (near := closest(missing[0], extra)):
+        yield f"{missing[0]!r} may be {near!r}"
 
 
 def first_names(module: nn.Module) -> dict[str, str]:
@@ -86,8 +86,4 @@ def task_vector(
     base: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], names: Iterable[str]
 ) -> dict[str, torch.Tensor]:
     """Δ = θ_t − θ₀ of the named tensors, in float32 or wider."""
-    return {name: _wide(tuned[name]) - _wide(base[name]) for name in names}
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return {name: tuned[name].to(wide(tuned[name])) - base[name].to(wide(base[name])) for name in names}

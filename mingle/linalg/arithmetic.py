@@ -55,8 +55,8 @@ def gram(rows: Tensor) -> Tensor:
 
     In fp32 they would lose every direction under 3e-4 of the largest.
     """
-    wide = rows.double()
-    return wide @ wide.mT
+    exact = rows.double()
+    return exact @ exact.mT
 
 
 def falling_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mingle.kernels.dtypes import wide
 from mingle.linalg.arithmetic import NOISE, falling_eigh, gram, ieee, product
 from mingle.ops import small_factorizations as small
 
@@ -116,14 +117,13 @@ def project_out(
     """
     if isinstance(leading, int) and not drop_diagonal:
         U, S, Vh = U[..., :leading], S[..., :leading], Vh[..., :leading, :]
-    dtype = torch.promote_types(delta.dtype, torch.float32)
-    wide, U, Vh = delta.to(dtype), U.to(dtype), Vh.to(dtype)
-    core = product(product(U.mT, wide), Vh.mT)
-    inside = torch.arange(S.shape[-1], device=S.device) < torch.as_tensor(leading, device=S.device).unsqueeze(
-        -1
-    )
+    dtype = wide(delta)
+    exact, U, Vh = delta.to(dtype), U.to(dtype), Vh.to(dtype)
+    core = product(product(U.mT, exact), Vh.mT)
+    count = torch.as_tensor(leading, device=S.device).unsqueeze(-1)
+    inside = torch.arange(S.shape[-1], device=S.device) < count
     removed = torch.where(inside.unsqueeze(-1) & inside.unsqueeze(-2), core, 0)
     if drop_diagonal:
         real = S[..., :1] * max(delta.shape[-2:]) * torch.finfo(torch.float64).eps < S
         removed.diagonal(0, -2, -1).copy_(torch.where(real, core.diagonal(0, -2, -1), 0))
-    return (wide - product(product(U, removed), Vh)).to(delta.dtype)
+    return (exact - product(product(U, removed), Vh)).to(delta.dtype)

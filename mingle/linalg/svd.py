@@ -13,6 +13,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from mingle.kernels.dtypes import wide
 from mingle.linalg.arithmetic import buckets, falling_eigh, gram, ieee, product
 from mingle.linalg.basis import ORTHONORMAL, defect, orthonormal, orthonormalized
 from mingle.linalg.sketch import gaussian
@@ -176,23 +177,22 @@ def _svd_lowrank(
     if M.numel() == 0:
         r = min(rank, m, n)
         return M.new_empty(b, m, r), M.new_empty(b, r), M.new_empty(b, r, n)
-    scaled, exponent, *nonfinite = small.rescale(M if M.dtype == torch.float64 else M.float())
+    scaled, exponent, *nonfinite = small.rescale(M.to(wide(M)))
     _refuse_nonfinite(M, keys, *nonfinite)
-    wide = torch.ldexp(M, -exponent[:, None, None]) if M.dtype == torch.float64 else scaled.double()
+    exact = torch.ldexp(M, -exponent[:, None, None]) if M.dtype == torch.float64 else scaled.double()
     if backend == "lapack":
-        parts = _full(wide, plan.rank)
+        parts = _full(exact, plan.rank)
     elif M.device.type == "cpu":
-        singles = [_leading(scaled[i], wide[i], plan, keys[i : i + 1]) for i in range(b)]
+        singles = [_leading(scaled[i], exact[i], plan, keys[i : i + 1]) for i in range(b)]
         parts = tuple(map(torch.stack, zip(*singles, strict=True)))  # type: ignore[assignment]
     else:
         with small_kernels.set_aside() if backend == "library" else nullcontext():
-            parts = _leading(scaled, wide, plan, keys)
+            parts = _leading(scaled, exact, plan, keys)
     if backend != "lapack":
-        parts = _repaired(parts, wide, plan, keys)
+        parts = _repaired(parts, exact, plan, keys)
     U, S, Vh = parts
     S = torch.ldexp(torch.where(NULL_SPACE_TOLERANCE * S[:, :1] < S, S, 0.0), exponent[:, None])
-    dtype = torch.promote_types(M.dtype, torch.float32)
-    U, Vh = U.to(dtype), Vh.to(dtype)
+    U, Vh = U.to(wide(M)), Vh.to(wide(M))
     small.fix_signs_(U, Vh)
     return U.to(M.dtype), S.to(M.dtype), Vh.to(M.dtype)
 

@@ -154,7 +154,7 @@ class Mingle(GatedMethod):
         with (
             torch.no_grad(),
             fast_linears(self.model),
-            input_directions.input_directions(self.layers) as seen,
+            input_directions.collected(self.layers) as seen,
         ):
             for batch in seeds.batches(TEACHER_BATCH):
                 if not self.task.logits(self.model, batch).isfinite().all():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 from torch import nn
 
 from mingle.nn.linear import MingleLinear
+from mingle.options import nearest
 
 
 def matches(name: str, suffix: str) -> bool:
@@ -58,11 +58,7 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linea
     for target in targets:
         if not any(matches(name, target) for name in found):
             suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear} | linear)
-            near = difflib.get_close_matches(target, suffixes, 1)
-            raise ValueError(
-                f"no Linear layer's name ends in {target!r}"
-                + (f"; the nearest is {near[0]!r}" if near else "")
-            )
+            raise ValueError(f"no Linear layer's name ends in {target!r}{nearest(target, suffixes)}")
     return found
 
 

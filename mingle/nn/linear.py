@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from mingle import functional, linalg
 from mingle.kernels import prepack as prepacked
+from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts.reference import REDUCTIONS
-
-if TYPE_CHECKING:
-    from mingle.nn.sharing import SharedInput
+from mingle.ops.operands import LayerTensors
 
 GATE_INIT_STD = 0.01
 
@@ -38,15 +37,23 @@ class LowRankExpert(NamedTuple):
             rank: r; at most min(d_out, d_in) is used.
 
         Raises:
-            ValueError: a Δ that is no floating-point matrix or has non-finite entries, or a non-positive
-                rank.
+            ValueError: a Δ that is not a floating-point matrix or has non-finite entries, or a rank that is
+                not positive.
         """
         if delta.dim() != 2 or not delta.is_floating_point():
             raise ValueError(
-                f"delta has shape {list(delta.shape)} and dtype {delta.dtype}; expected a floating-point [d_out, d_in]"
+                f"delta has shape {list(delta.shape)} and dtype {delta.dtype}; "
+                "expected a floating-point [d_out, d_in]"
             )
         U, S, Vh = linalg.svd_lowrank(delta, rank)
         return cls(A=S.unsqueeze(-1) * Vh, B=U)
+
+
+class Siblings(Protocol):
+    """Layers that are called with the same input, computed at the first of their calls."""
+
+    def forward(self, position: int, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The output of the layer at `position` among them, or None where it is to be computed alone."""
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -70,12 +77,11 @@ class MingleLinear(nn.Module):
             `mingle.functional.gated_experts`.
         backend: passed on to `mingle.functional.gated_experts`.
         prepack: keep the frozen weights a second time, in the layout that CPU products are fastest in (see
-            `mingle.kernels.prepack`). Made anew after every change, never saved; results differ by rounding.
-        shared: set by `mingle.share_inputs`: what computes this layer together with its siblings, and its
-            place among them.
+            `mingle.kernels.prepack`).  Made anew after every change, never saved; results differ by rounding.
+        shared: set by `mingle.share_inputs`: this layer's siblings, and its place among them.
         token_mask: bool [..., N], true for tokens that count in the gates' means, where `forward` is not
-            given one; set around a call by who knows the padding, and no part of the state.
-        given_gates: gates of a router, which replace the layer's own; set around a call, and no part of the
+            given one; set around a call by whoever knows the padding, and not part of the state.
+        given_gates: gates of a router, which replace the layer's own; set around a call, and not part of the
             state.
     """
 
@@ -108,16 +114,14 @@ class MingleLinear(nn.Module):
         self.A = _frozen(weight.new_empty(0, 0, self.in_features))
         # Stored transposed, so that all experts lie side by side for one product; `B` is a view.
         self.B_transposed = _frozen(weight.new_empty(0, 0, self.out_features))
-        gate_dtype = torch.promote_types(
-            weight.dtype, torch.float32
-        )  # steps of Adam are lost in half precision
+        gate_dtype = wide(weight)  # steps of Adam are lost in half precision
         self._set_gates(
             weight.new_empty(0, self.in_features, dtype=gate_dtype),
             weight.new_empty(0, dtype=gate_dtype),
             trainable=0,
         )
         self._base_trainable = False
-        self.shared: tuple[SharedInput, int] | None = None
+        self.shared: tuple[Siblings, int] | None = None
         self.token_mask: torch.Tensor | None = None
         self.given_gates: torch.Tensor | None = None
 
@@ -143,6 +147,11 @@ class MingleLinear(nn.Module):
         return len(self.A)
 
     @property
+    def frozen_gates(self) -> int:
+        """How many gates are frozen; they are the oldest."""
+        return self.frozen_gate_weight.shape[0]
+
+    @property
     def rank(self) -> int:
         """The highest rank among the experts; 0 without any."""
         return self.A.shape[1]
@@ -156,12 +165,12 @@ class MingleLinear(nn.Module):
         return [LowRankExpert(a, b) for a, b in zip(self.A, self.B, strict=True)]
 
     def all_gates(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights [T, d_in] and biases [T] of all gates, oldest first; gradients flow to the trainable ones."""
-        if len(self.frozen_gate_weight) == 0:
+        """Weights [T, d_in] and biases [T] of all gates, oldest first; the trainable ones get gradients."""
+        frozen = self.frozen_gate_weight
+        if frozen.shape[0] == 0:
             return self.gate_weight, self.gate_bias
-        return torch.cat([self.frozen_gate_weight, self.gate_weight]), torch.cat(
-            [self.frozen_gate_bias, self.gate_bias]
-        )
+        weight = torch.cat([frozen, self.gate_weight])
+        return weight, torch.cat([self.frozen_gate_bias, self.gate_bias])
 
     def add_expert(
         self,
@@ -185,13 +194,12 @@ class MingleLinear(nn.Module):
         rank = len(A)
         if A.shape != (rank, self.in_features) or B.shape != (self.out_features, rank):
             raise ValueError(
-                f"A has shape {list(A.shape)} and B {list(B.shape)}; expected [r, {self.in_features}] and [{self.out_features}, r]"
+                f"A has shape {list(A.shape)} and B {list(B.shape)}; "
+                f"expected [r, {self.in_features}] and [{self.out_features}, r]"
             )
         if gate_weight is None:
-            gate_weight = (
-                torch.randn(self.in_features, dtype=self.gate_weight.dtype, device=self.weight.device)
-                * GATE_INIT_STD
-            )
+            drawn = torch.randn(self.in_features, dtype=self.gate_weight.dtype, device=self.weight.device)
+            gate_weight = drawn * GATE_INIT_STD
         elif gate_weight.shape != (self.in_features,):
             raise ValueError(
                 f"gate_weight has shape {list(gate_weight.shape)}, expected [{self.in_features}]"
@@ -214,18 +222,14 @@ class MingleLinear(nn.Module):
     def _set_gates(self, weight: torch.Tensor, bias: torch.Tensor, trainable: int) -> None:
         split = len(weight) - trainable
         weight, bias = weight.detach(), bias.detach()
-        self.frozen_gate_weight, self.frozen_gate_bias = (
-            _frozen(weight[:split].clone()),
-            _frozen(bias[:split].clone()),
-        )
+        self.frozen_gate_weight = _frozen(weight[:split].clone())
+        self.frozen_gate_bias = _frozen(bias[:split].clone())
         self.gate_weight = nn.Parameter(weight[split:].clone(), requires_grad=trainable > 0)
         self.gate_bias = nn.Parameter(bias[split:].clone(), requires_grad=trainable > 0)
 
-    def projection(self) -> functional.Projection:
+    def tensors(self) -> LayerTensors:
         """This layer's tensors as `mingle.functional` takes them."""
-        return functional.Projection(
-            self.weight, self.bias, self.A, self.B, *self.all_gates(), self.frozen_gate_weight.shape[0]
-        )
+        return LayerTensors(self.weight, self.bias, self.A, self.B, *self.all_gates())
 
     def keep_packed(self) -> None:
         """Where `prepack` asks for it, see that the copies are those of the present weights."""
@@ -233,25 +237,27 @@ class MingleLinear(nn.Module):
             prepacked.keep(self.weight, self.A, self.B_transposed)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., N, d_in] → [..., N, d_out]; `mask` [..., N] is true for tokens that count in the gates'
-        means.
-        """
+        """x [..., N, d_in] → [..., N, d_out]; `mask` [..., N] marks tokens that the gates' means count."""
         mask = self.token_mask if mask is None else mask
         if self.given_gates is not None:
             self.keep_packed()
-            experts = (self.weight, self.bias, self.A, self.B)
+            experts = LayerTensors(self.weight, self.bias, self.A, self.B, gate_weight=None, gate_bias=None)
             return functional.gated_experts(
-                x, *experts, None, None, reduce=self.reduce, gates=self.given_gates, backend=self.backend
+                x, *experts, reduce=self.reduce, gates=self.given_gates, backend=self.backend
             )
         if self.shared is not None:
-            group, position = self.shared
-            y = group.forward(position, x, mask)
+            siblings, position = self.shared
+            y = siblings.forward(position, x, mask)
             if y is not None:
                 return y
         self.keep_packed()
-        own = self.projection()
         return functional.gated_experts(
-            x, *own[:6], reduce=self.reduce, mask=mask, frozen_gates=own.frozen_gates, backend=self.backend
+            x,
+            *self.tensors(),
+            reduce=self.reduce,
+            mask=mask,
+            frozen_gates=self.frozen_gates,
+            backend=self.backend,
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MingleLinear:
@@ -260,16 +266,10 @@ class MingleLinear(nn.Module):
         return moved
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A saved layer may hold another number of experts than this one: take on its shapes before the strict
-        # load compares them.
-        for name in (
-            "A",
-            "B_transposed",
-            "frozen_gate_weight",
-            "frozen_gate_bias",
-            "gate_weight",
-            "gate_bias",
-        ):
+        # A saved layer may hold another number of experts than this one: take on its shapes before the
+        # strict load compares them.
+        gates = ("frozen_gate_weight", "frozen_gate_bias", "gate_weight", "gate_bias")
+        for name in ("A", "B_transposed", *gates):
             saved, own = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and saved.shape != own.shape and saved.shape[2:] == own.shape[2:]:
                 trainable = name.startswith("gate") and len(saved) > 0
@@ -278,16 +278,16 @@ class MingleLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"experts={self.num_experts}, rank={self.rank}, reduce={self.reduce!r}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, experts={self.num_experts}, "
+            f"rank={self.rank}, reduce={self.reduce!r}"
         )
 
 
 def _append(stack: torch.Tensor, matrix: torch.Tensor) -> nn.Parameter:
-    """`stack` [T, r, d] with `matrix` [r', d] as one more entry: [T + 1, max(r, r'), d], the shorter ones
-    padded with zero rows.
+    """`stack` [T, r, d] and `matrix` [r', d] as one more entry of it: [T + 1, max(r, r'), d].
 
-    What is there is copied once.
+    The shorter ones are padded with zero rows; what is there is copied once.
     """
     known, rank = stack.shape[1], len(matrix)
     grown = stack.new_empty(len(stack) + 1, max(known, rank), stack.shape[2])

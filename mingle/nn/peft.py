@@ -22,11 +22,12 @@ from torch import nn
 
 from mingle.io.files import CheckpointError, contained, read_json
 from mingle.io.safetensors import CheckpointReader
+from mingle.kernels.dtypes import wide
 from mingle.nn.inject import refusal
 from mingle.nn.linear import LowRankExpert, MingleLinear
 from mingle.options import nearest
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _FACTOR = re.compile(
@@ -183,7 +184,7 @@ def _resolve(patterns: Mapping[str, tuple[re.Pattern[str], V]], module: str, def
     matching = {key: value for key, (pattern, value) in patterns.items() if pattern.fullmatch(module)}
     if len(set(matching.values())) > 1:
         # PEFT sorts the patterns when it saves them, so the order that the adapter was trained with is lost.
-        _log.warning(
+        logger.warning(
             "%s: layer %r matches %s; the first one counts", where, module, ", ".join(map(repr, matching))
         )
     return next(iter(matching.values()), default)
@@ -313,15 +314,11 @@ def _check_pair(reader: CheckpointReader, path: Path, module: str, a: str, b: st
 
 
 def _read_pair(reader: CheckpointReader, path: Path, a: str, b: str, scaling: float) -> LowRankExpert:
-    A, B = (_wide(reader.tensor(name)) for name in (a, b))
+    A, B = (factor.to(wide(factor)) for factor in map(reader.tensor, (a, b)))
     B = B * scaling
     if not B.isfinite().all():
         raise CheckpointError(f"{path}: tensor {b!r} times its scaling {scaling:g} is not finite")
     return LowRankExpert(A=A, B=B)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _find_layers(

@@ -1,6 +1,4 @@
-"""Layers that read the same input, such as q, k and v of an attention block, computed together at the first
-of their calls.
-"""
+"""Layers that read one input, as q, k and v do, computed together at the first of their calls."""
 
 from __future__ import annotations
 
@@ -47,26 +45,25 @@ class SharedInput:
             return None
         self._pack()
         first = self.layers[0]
-        projections = [layer.projection() for layer in self.layers]
         ys = functional.gated_experts_shared(
-            x, projections, reduce=first.reduce, mask=mask, backend=first.backend
+            x,
+            [layer.tensors() for layer in self.layers],
+            reduce=first.reduce,
+            mask=mask,
+            frozen_gates=[layer.frozen_gates for layer in self.layers],
+            backend=first.backend,
         )
         self._call, self._waiting = (x, mask, torch.is_grad_enabled()), list(ys)
         return self._take(position, ys[position])
 
     def _pack(self) -> None:
-        """Lay the layers' A side by side in one buffer, so that the shared pass need not copy them every
-        time.
-        """
+        """Lay the layers' A side by side in one buffer, so that no shared pass needs to copy them."""
         experts = [layer.A for layer in self.layers]
         if torch.compiler.is_compiling() or len({A.shape[1:] for A in experts}) > 1:
             return
         if not adjacent(experts):
-            for A, part in zip(
-                experts,
-                torch.cat([A.detach() for A in experts]).split([len(A) for A in experts]),
-                strict=True,
-            ):
+            buffer = torch.cat([A.detach() for A in experts])
+            for A, part in zip(experts, buffer.split([len(A) for A in experts]), strict=True):
                 A.data = part
         for layer in self.layers:
             layer.keep_packed()

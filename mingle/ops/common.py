@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from mingle.kernels.gated_experts import grouped
+from mingle.ops.operands import FoldedOperands, LowRankOperands
 
 
 class Operator(NamedTuple):
@@ -23,7 +24,7 @@ class Operator(NamedTuple):
     plain: Callable[..., Any]  # eager, without
 
     def __call__(self, save: bool, *arguments: Any) -> Any:
-        """Apply the form that fits; `save` says that a backward may follow.  The first argument is a tensor."""
+        """Apply the form that fits; `save`: a backward may follow.  The first argument is a tensor."""
         if (
             torch.compiler.is_compiling()
             or type(arguments[0]) not in (Tensor, torch.nn.Parameter)
@@ -46,9 +47,14 @@ def share_of_a_token(dz: Tensor, mask: Tensor | None, group: int) -> Tensor:
     return dz / mask.view(-1, group).sum(1, keepdim=True).clamp_min(1)
 
 
-def differentiable(plain: Callable[..., Any], gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """`plain` with a backward, past the dispatcher; `gradients` takes the context and dy, and its result
-    cannot be differentiated again.
+def differentiable(
+    plain: Callable[..., Any], save: Callable[..., None], gradients: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`plain` with a backward, past the dispatcher; it cannot be differentiated twice.
+
+    Args:
+        save: takes the context, the arguments and what `plain` returned.
+        gradients: takes the context and dy, and returns one gradient for each argument.
     """
 
     class Eager(torch.autograd.Function):
@@ -57,7 +63,7 @@ def differentiable(plain: Callable[..., Any], gradients: Callable[..., Any]) -> 
             # Without a `setup_context`, for which PyTorch binds the arguments to a signature at every call,
             # 45 µs each time.
             output = plain(*inputs)
-            save_for_backward(ctx, inputs, output)
+            save(ctx, inputs, output)
             return output
 
         @staticmethod
@@ -68,26 +74,57 @@ def differentiable(plain: Callable[..., Any], gradients: Callable[..., Any]) -> 
     return Eager.apply
 
 
-def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, A, B, gate_weight, gate_bias, gates, mask, *options = inputs
-    ctx.mark_non_differentiable(*output[1:])
+class Saved(NamedTuple):
+    """The tensors that a forward keeps for its backward: those of its arguments, then its own results."""
+
+    x: Tensor
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    gate_weight: Tensor | None
+    mask: Tensor | None
+    product: Tensor  # H [N, T·r], or W_eff [d_out, d_in] where the experts were folded
+    z: Tensor  # [G, T]
+    pooled: Tensor  # x̄ [G, d_in], or no rows
+
+
+class GateGradients(NamedTuple):
+    """The gradients of the arguments that gates come from."""
+
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+    gates: Tensor | None = None
+
+
+def keep(
+    ctx: Any, given: LowRankOperands | FoldedOperands, output: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
+    """Keep on `ctx` what the backward needs of the operands and of the results y, product, z and x̄."""
+    _, product, z, pooled = output
+    ctx.mark_non_differentiable(product, z, pooled)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, A, B, gate_weight, mask, *output[1:])
-    ctx.options = options
-    ctx.gate_dtypes = [None if gate is None else gate.dtype for gate in (gate_weight, gate_bias, gates)]
+    ctx.save_for_backward(
+        *Saved(given.x, given.weight, given.A, given.B, given.gate_weight, given.mask, product, z, pooled)
+    )
+    ctx.frozen_gates = given.frozen_gates
+    ctx.gate_bias_dtype = None if given.gate_bias is None else given.gate_bias.dtype
 
 
-def gate_gradients(ctx: Any, dz: Tensor, frozen: int, seen: Tensor) -> list[Tensor | None]:
-    """Gradients of gate_weight, gate_bias and gates from dz [G, T − frozen] and what the gates saw [G, d_in];
-    0 for the frozen ones.
-    """
-    need_weight, need_bias, need_gates = ctx.needs_input_grad[5:8]
-    weight, bias, gates = ctx.gate_dtypes
-    return [
-        gate_weight_gradient(dz, frozen, seen, weight) if need_weight else None,
-        gate_bias_gradient(dz, frozen, bias) if need_bias else None,
-        pad(dz, (frozen, 0)).to(gates) if need_gates else None,
-    ]
+def gate_gradients(
+    ctx: Any, needs: LowRankOperands | FoldedOperands, saved: Saved, dz: Tensor
+) -> GateGradients:
+    """What an operator needs of the gradients of its gates, from dz [G, T − frozen]; 0 for frozen gates."""
+    frozen = ctx.frozen_gates
+    weight = bias = gates = None
+    if needs.gate_weight:
+        assert saved.gate_weight is not None
+        seen = saved.pooled if saved.pooled.shape[0] else saved.x
+        weight = gate_weight_gradient(dz, frozen, seen, saved.gate_weight.dtype)
+    if needs.gate_bias:
+        bias = gate_bias_gradient(dz, frozen, ctx.gate_bias_dtype)
+    if needs.gates:
+        gates = pad(dz, (frozen, 0)).to(saved.z.dtype)  # z are the gates themselves
+    return GateGradients(weight, bias, gates)
 
 
 def gate_weight_gradient(dz: Tensor, frozen: int, seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,16 +18,15 @@ _LAUNCH = 3e-6  # seconds between launches of small kernels
 _TRITON_SHARE = 0.75  # of the vendor library's rate that the fused kernels reach on large products
 
 
-class Plan(NamedTuple):
-    """How one call is computed: the backend's name, and whether the experts are folded into one weight first."""
+class ExecutionPlan(NamedTuple):
+    """How one call is computed."""
 
-    backend: str
-    fold: bool
+    backend: str  # "grouped" or "triton"
+    fold: bool  # whether the experts are folded into one weight first
 
 
-def plan(backend: str, x: torch.Tensor, group: int, d_out: int, columns: int) -> Plan:
-    """The plan for x [N, d_in] whose gate rows serve `group` tokens, for a layer of d_out outputs and T·r =
-    `columns`.
+def plan(backend: str, x: torch.Tensor, group: int, d_out: int, columns: int) -> ExecutionPlan:
+    """How a layer of d_out outputs and T·r = `columns` computes x [N, d_in], `group` tokens to a gate row.
 
     Raises:
         RuntimeError: an explicit backend cannot run; the message says why.
@@ -36,14 +35,14 @@ def plan(backend: str, x: torch.Tensor, group: int, d_out: int, columns: int) ->
         backend = _cheapest(x, d_out, columns)
     elif backend == "triton" and (reason := without_triton(x.device, x.dtype)):
         raise RuntimeError(f"backend='triton' cannot run: {reason}")
-    return Plan(backend, group == x.shape[0] and folding_pays(x.shape[0], x.shape[1], d_out))
+    return ExecutionPlan(backend, group == x.shape[0] and folding_pays(x.shape[0], x.shape[1], d_out))
 
 
 def folding_pays(tokens: int, d_in: int, d_out: int) -> bool:
-    """Whether folding costs fewer operations for so many tokens that share their gates.
+    """Whether folding costs fewer operations for this many tokens that share their gates.
 
-    Low-rank: 2n [d_in·d_out + R (d_in + d_out)]; folded: 2 d_in·d_out (R + n).  The number R of ranks drops
-        out.
+    Low-rank: 2n [d_in·d_out + R (d_in + d_out)]; folded: 2 d_in·d_out (R + n).  The sum R of all ranks drops
+    out.
     """
     return tokens * (d_in + d_out) > d_in * d_out
 
@@ -77,8 +76,9 @@ def _cheapest(x: torch.Tensor, d_out: int, columns: int) -> str:
 
 
 def seconds(backend: str, tokens: int, d_in: int, d_out: int, columns: int, itemsize: int) -> float:
-    """The modelled time of one forward on a GPU: every kernel takes its arithmetic or its bytes, whichever is
-    longer, or a launch.
+    """The modelled time of one forward on a GPU.
+
+    Every kernel takes as long as its arithmetic, its bytes or a launch, whichever is longest.
     """
     rate = _PEAK * 2 / itemsize * (_TRITON_SHARE if backend == "triton" else 1.0)
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mingle.kernels import gemm
+from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import grouped
-from mingle.kernels.gated_experts.grouped import wide
-from mingle.ops.common import Operator, differentiable, gate_gradients, save_for_backward, share_of_a_token
+from mingle.ops.common import (
+    GateGradients,
+    Operator,
+    Saved,
+    differentiable,
+    gate_gradients,
+    keep,
+    share_of_a_token,
+)
+from mingle.ops.operands import FoldedOperands
 
 
 def _gated_experts_folded(
@@ -29,8 +39,7 @@ def _gated_experts_folded(
     frozen_gates: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same sum where all tokens share their gates: one weight W_eff = W₀ + Σ_i z_i B_i A_i, then one
-    product.
+    """y = x W_effᵀ + b with W_eff = W₀ + Σ_i z_i B_i A_i: the same sum where all tokens share their gates.
 
     Arguments as for `gated_experts`, with N > 0 and one gate row.  Returns y [N, d_out], W_eff [d_out, d_in],
     z [1, T] and x̄ [1, d_in] (no rows for given gates).
@@ -40,11 +49,13 @@ def _gated_experts_folded(
         z, pooled = grouped.pooled_gates(x, gate_weight, gate_bias, mask, len(x))
     else:
         pooled, z = x.new_empty(0, x.shape[1], dtype=wide(x)), gates.clone()
-    kernels = (
-        grouped if backend == "grouped" else importlib.import_module("mingle.kernels.gated_experts.fold")
-    )
-    folded = kernels.fold(weight, A, B, z[0])
+    folded = _kernels_of(backend).fold(weight, A, B, z[0])
     return gemm.linear(x, folded, bias), folded, z, pooled
+
+
+def _kernels_of(backend: str) -> ModuleType:
+    """The module whose `fold` computes; Triton's is imported at its first use, as in `kernels_of`."""
+    return grouped if backend == "grouped" else importlib.import_module("mingle.kernels.gated_experts.fold")
 
 
 gated_experts_folded = torch.library.custom_op(
@@ -54,8 +65,9 @@ gated_experts_folded = torch.library.custom_op(
 
 @gated_experts_folded.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None,
-    gates: Tensor | None, mask: Tensor | None, frozen_gates: int, backend: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
+    gate_weight: Tensor | None, gate_bias: Tensor | None, gates: Tensor | None, mask: Tensor | None,
+    frozen_gates: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         x.new_empty(x.shape[0], weight.shape[0]),
@@ -76,10 +88,10 @@ def _gated_experts_folded_backward(
     first: int,
     need_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx = dy W_eff + dz w / n [N, d_in] (no rows without `need_x`) and dz_i = ⟨dyᵀ x, B_i A_i⟩ [1, T −
-    first].
+    """dx = dy W_eff + dz w / n [N, d_in] and dz_i = ⟨dyᵀ x, B_i A_i⟩ [1, T − first].
 
-    dz takes the cheaper of two ways: u = dy B_catᵀ against H = x A_catᵀ token by token, or dyᵀ x once.
+    dx has no rows without `need_x`.  dz takes the cheaper of two ways: u = dy B_catᵀ against H = x A_catᵀ
+    token by token, or dyᵀ x once.
     """
     A, B = A[first:], B[first:]
     experts, rank, width = A.shape
@@ -96,9 +108,8 @@ def _gated_experts_folded_backward(
         return dy.new_empty(0, width), dz
     dx = gemm.linear(dy, folded.mT)
     if gate_weight is not None:
-        spread = (share_of_a_token(dz, mask, tokens).to(gate_weight.dtype) @ gate_weight).to(
-            dx.dtype
-        )  # [1, d_in]
+        share = share_of_a_token(dz, mask, tokens).to(gate_weight.dtype)
+        spread = (share @ gate_weight).to(dx.dtype)  # [1, d_in]
         dx += spread if mask is None else torch.where(mask[:, None], spread, 0)
     return dx, dz
 
@@ -110,52 +121,52 @@ gated_experts_folded_backward = torch.library.custom_op(
 
 @gated_experts_folded_backward.register_fake
 def _(
-    dy: Tensor,
-    x: Tensor,
-    folded: Tensor,
-    A: Tensor,
-    B: Tensor,
-    gate_weight: Tensor | None,
-    mask: Tensor | None,
-    first: int,
-    need_x: bool,
-) -> tuple[Tensor, Tensor]:
-    return dy.new_empty(dy.shape[0] if need_x else 0, A.shape[2]), dy.new_empty(
-        1, A.shape[0] - first, dtype=wide(dy)
+    dy: Tensor, x: Tensor, folded: Tensor, A: Tensor, B: Tensor, gate_weight: Tensor | None,
+    mask: Tensor | None, first: int, need_x: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dx = dy.new_empty(dy.shape[0] if need_x else 0, A.shape[2])
+    return dx, dy.new_empty(1, A.shape[0] - first, dtype=wide(dy))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    keep(ctx, FoldedOperands(*inputs), output)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]) -> FoldedOperands:
+    """The gradients of `gated_experts_folded`; `core` is its backward, registered or plain."""
+    if dy is None:
+        return FoldedOperands()
+    saved, needs = Saved(*ctx.saved_tensors), FoldedOperands(*ctx.needs_input_grad)
+    dx = dW = dA = dB = None
+    to_gates = GateGradients()
+    if needs.x or needs.gate_weight or needs.gate_bias or needs.gates:
+        first = 0 if needs.x else ctx.frozen_gates
+        tensors = saved.x, saved.product, saved.A, saved.B, saved.gate_weight, saved.mask
+        dx, dz = core(dy, *tensors, first, needs.x)
+        to_gates = gate_gradients(ctx, needs, saved, dz[:, ctx.frozen_gates - first :])
+    if needs.weight or needs.A or needs.B:
+        dW = dy.mT @ saved.x
+        strength = saved.z[0].to(dW.dtype)
+        dA = torch.einsum("t,tor,oi->tri", strength, saved.B, dW) if needs.A else None
+        dB = torch.einsum("t,tri,oi->tor", strength, saved.A, dW) if needs.B else None
+    return FoldedOperands(
+        x=dx if needs.x else None,
+        weight=dW if needs.weight else None,
+        bias=dy.sum(0) if needs.bias else None,
+        A=dA,
+        B=dB,
+        gate_weight=to_gates.gate_weight,
+        gate_bias=to_gates.gate_bias,
+        gates=to_gates.gates,
     )
 
 
-def _gradients(
-    ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of `gated_experts_folded` by its arguments; `core` is its backward, registered or plain."""
-    grads: list[Tensor | None] = [None] * 11
-    if dy is None:
-        return tuple(grads)
-    x, _, A, B, gate_weight, mask, folded, z, pooled = ctx.saved_tensors
-    frozen_gates, _ = ctx.options
-    need_x, need_weight, need_bias, need_A, need_B, *need_gates = ctx.needs_input_grad[:8]
-    if need_x or any(need_gates):
-        first = 0 if need_x else frozen_gates
-        dx, dz = core(dy, x, folded, A, B, gate_weight, mask, first, need_x)
-        grads[0] = dx if need_x else None
-        grads[5:8] = gate_gradients(ctx, dz[:, frozen_gates - first :], frozen_gates, pooled)
-    if need_weight or need_A or need_B:
-        whole = dy.mT @ x
-        strength = z[0].to(whole.dtype)
-        grads[1] = whole if need_weight else None
-        grads[3] = torch.einsum("t,tor,oi->tri", strength, B, whole) if need_A else None
-        grads[4] = torch.einsum("t,tri,oi->tor", strength, A, whole) if need_B else None
-    grads[2] = dy.sum(0) if need_bias else None
-    return tuple(grads)
-
-
 gated_experts_folded.register_autograd(
-    lambda ctx, dy, *_: _gradients(ctx, dy, gated_experts_folded_backward), setup_context=save_for_backward
+    lambda ctx, dy, *_: _gradients(ctx, dy, gated_experts_folded_backward), setup_context=_save
 )
 
 FOLDED = Operator(
     gated_experts_folded,
-    differentiable(_gated_experts_folded, partial(_gradients, core=_gated_experts_folded_backward)),
+    differentiable(_gated_experts_folded, _save, partial(_gradients, core=_gated_experts_folded_backward)),
     _gated_experts_folded,
 )

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import grouped
-from mingle.kernels.gated_experts.grouped import wide
 from mingle.ops.common import (
+    GateGradients,
     Operator,
+    Saved,
     differentiable,
     gate_gradients,
+    keep,
     kernels_of,
-    save_for_backward,
     share_of_a_token,
 )
+from mingle.ops.operands import LowRankOperands
 
 
 def _gated_experts(
@@ -49,7 +52,7 @@ def _gated_experts(
         gates: given gate values [N / group, T], fp32 (fp64 for fp64).
         mask: bool [N]: tokens that count in their group's mean.
         group: consecutive tokens that share a gate row.
-        frozen_gates: the first so many gates need no gradient.
+        frozen_gates: this many first gates need no gradient.
         skip: pass over gates that are 0; only where neither gates nor experts need gradients.
         save: a backward may follow.
         backend: ``"grouped"`` or ``"triton"``.
@@ -66,9 +69,8 @@ def _gated_experts(
             x.new_empty(0, x.shape[1], dtype=wide(x)),
         )
     if gates is not None:
-        gates = gates.clone(
-            memory_format=torch.contiguous_format
-        )  # an operator's output may not be its input
+        # An operator's output may not be its input.
+        gates = gates.clone(memory_format=torch.contiguous_format)
     if skip and gates is not None and _routed(gates, backend):
         y = grouped.routed(x, weight, bias, A, B.mT, gates, group)
         return y, x.new_empty(0, A.shape[0] * A.shape[1]), gates, x.new_empty(0, x.shape[1], dtype=wide(x))
@@ -79,8 +81,9 @@ def _gated_experts(
 
 
 def _routed(z: Tensor, backend: str) -> bool:
-    """Whether to go expert by expert over the gates that are not 0: on the CPU, where reading them costs
-    nothing, and few are left.
+    """Whether to go expert by expert over the gates that are not 0.
+
+    On the CPU, where reading them costs nothing, and only where at most half are left.
     """
     return backend == "grouped" and z.device.type == "cpu" and 2 * int(z.count_nonzero()) <= z.numel()
 
@@ -90,8 +93,9 @@ gated_experts = torch.library.custom_op("mingle::gated_experts", _gated_experts,
 
 @gated_experts.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None,
-    gates: Tensor | None, mask: Tensor | None, group: int, frozen_gates: int, skip: bool, save: bool, backend: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
+    gate_weight: Tensor | None, gate_bias: Tensor | None, gates: Tensor | None, mask: Tensor | None,
+    group: int, frozen_gates: int, skip: bool, save: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, (experts, rank, width) = x.shape[0], A.shape
     groups = tokens // group
@@ -122,16 +126,16 @@ def _gated_experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `gated_experts` that take a pass over the tokens.
 
-        u = dy B_catᵀ,  dz_i = Σ_{tokens of the group} Σ_{columns of i} u ⊙ H,  dx = dy W₀ + (z ⊙ u) A_cat +
-        dz w (/ tokens in the mean)
+        u = dy B_catᵀ
+        dz_i = Σ_{tokens of the group} Σ_{columns of i} u ⊙ H
+        dx = dy W₀ + (z ⊙ u) A_cat + dz w (/ tokens in the mean)
 
     Args:
-        first: the first expert whose gate or factors need a gradient; only with `need_x` are the others
-            computed too.
+        first: the first expert whose gate or factors need a gradient; must be 0 with `need_x`.
 
     Returns:
         dx [N, d_in] (no rows without `need_x`), dz [G, T − first] and u [N, (T − first)·r] (no rows without
-        `need_u`). With `need_x`, `first` must be 0.
+        `need_u`).
     """
     experts, rank, width = A.shape
     if len(dy) == 0 or first == experts:
@@ -149,20 +153,8 @@ def _gated_experts_backward(
     if not need_x:
         return dy.new_empty(0, width), dz, u if need_u else none
     share = None if gate_weight is None else share_of_a_token(dz, mask, group)
-    dx = kernels.expand(
-        dy,
-        weight.mT,
-        None,
-        u,
-        A,
-        z,
-        group,
-        skip,
-        keep=need_u,
-        share=share,
-        gate_weight=gate_weight,
-        mask=mask,
-    )
+    through_gates = dict(share=share, gate_weight=gate_weight, mask=mask)
+    dx = kernels.expand(dy, weight.mT, None, u, A, z, group, skip, keep=need_u, **through_gates)
     return dx, dz, u if need_u else none
 
 
@@ -173,8 +165,8 @@ gated_experts_backward = torch.library.custom_op(
 
 @gated_experts_backward.register_fake
 def _(
-    dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, gate_weight: Tensor | None, mask: Tensor | None, hidden: Tensor, z: Tensor,
-    group: int, first: int, need_x: bool, need_u: bool, skip: bool, backend: str,
+    dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, gate_weight: Tensor | None, mask: Tensor | None,
+    hidden: Tensor, z: Tensor, group: int, first: int, need_x: bool, need_u: bool, skip: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, (experts, rank, width) = dy.shape[0], A.shape
     return (
@@ -184,43 +176,49 @@ def _(
     )
 
 
-def _gradients(
-    ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of `gated_experts` by its arguments; `core` is `gated_experts_backward`, registered or
-    plain.
-    """
-    grads: list[Tensor | None] = [None] * 14
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    given = LowRankOperands(*inputs)
+    keep(ctx, given, output)
+    ctx.group, ctx.skip, ctx.backend = given.group, given.skip, given.backend
+
+
+def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ...]]) -> LowRankOperands:
+    """The gradients of `gated_experts`; `core` is `gated_experts_backward`, registered or plain."""
     if dy is None:
-        return tuple(grads)
-    x, weight, A, B, gate_weight, mask, hidden, z, pooled = ctx.saved_tensors
-    group, frozen_gates, skip, _, backend = ctx.options
-    need_x, need_weight, need_bias, need_A, need_B, *need_gates = ctx.needs_input_grad[:8]
-    first = frozen_gates if any(need_gates) and not (need_x or need_A or need_B) else 0
-    if need_x or need_A or need_B or any(need_gates):
-        dx, dz, u = core(
-            dy, weight, A, B, gate_weight, mask, hidden, z, group, first, need_x, need_A, skip, backend
-        )
-        grads[0] = dx if need_x else None
-        if any(need_gates):
-            grads[5:8] = gate_gradients(
-                ctx, dz[:, frozen_gates - first :], frozen_gates, pooled if pooled.shape[0] else x
-            )
-        if need_A:
-            grads[3] = (grouped.gate(u, z, group).mT @ x).view(A.shape)
-        if need_B:
-            grads[4] = (grouped.gate(hidden, z, group).mT @ dy).view(B.mT.shape).mT
-    grads[1] = dy.mT @ x if need_weight else None
-    grads[2] = dy.sum(0) if need_bias else None
-    return tuple(grads)
+        return LowRankOperands()
+    saved, needs = Saved(*ctx.saved_tensors), LowRankOperands(*ctx.needs_input_grad)
+    all_experts = needs.x or needs.A or needs.B
+    need_gates = needs.gate_weight or needs.gate_bias or needs.gates
+    dx = dA = dB = None
+    to_gates = GateGradients()
+    if all_experts or need_gates:
+        first = 0 if all_experts else ctx.frozen_gates
+        tensors = saved.weight, saved.A, saved.B, saved.gate_weight, saved.mask, saved.product, saved.z
+        dx, dz, u = core(dy, *tensors, ctx.group, first, needs.x, needs.A, ctx.skip, ctx.backend)
+        if need_gates:
+            to_gates = gate_gradients(ctx, needs, saved, dz[:, ctx.frozen_gates - first :])
+        if needs.A:
+            dA = (grouped.gate(u, saved.z, ctx.group).mT @ saved.x).view(saved.A.shape)
+        if needs.B:
+            dB = (grouped.gate(saved.product, saved.z, ctx.group).mT @ dy).view(saved.B.mT.shape).mT
+    return LowRankOperands(
+        x=dx if needs.x else None,
+        weight=dy.mT @ saved.x if needs.weight else None,
+        bias=dy.sum(0) if needs.bias else None,
+        A=dA,
+        B=dB,
+        gate_weight=to_gates.gate_weight,
+        gate_bias=to_gates.gate_bias,
+        gates=to_gates.gates,
+    )
 
 
 gated_experts.register_autograd(
-    lambda ctx, dy, *_: _gradients(ctx, dy, gated_experts_backward), setup_context=save_for_backward
+    lambda ctx, dy, *_: _gradients(ctx, dy, gated_experts_backward), setup_context=_save
 )
 
 LOW_RANK = Operator(
     gated_experts,
-    differentiable(_gated_experts, partial(_gradients, core=_gated_experts_backward)),
+    differentiable(_gated_experts, _save, partial(_gradients, core=_gated_experts_backward)),
     _gated_experts,
 )

@@ -1,33 +1,34 @@
-"""Several layers that read the same x, such as q, k and v, with one shrink: ``mingle::gated_experts_shared``
-and its backward.
-"""
+"""Several layers that read one x, as q, k and v do: ``mingle::gated_experts_shared`` and its backward."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mingle.kernels.gated_experts.grouped import wide
+from mingle.kernels.dtypes import wide
 from mingle.ops.common import Operator, gate_bias_gradient, gate_weight_gradient, kernels_of, share_of_a_token
+from mingle.ops.operands import SharedOperands
 
 
 def adjacent(tensors: Sequence[Tensor]) -> bool:
     """Whether contiguous tensors lie one after the other in one storage."""
     storage = tensors[0].untyped_storage().data_ptr()
-    return all(
+    if not all(
         tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == storage for tensor in tensors
-    ) and all(
+    ):
+        return False
+    return all(
         after.storage_offset() == before.storage_offset() + before.numel()
         for before, after in pairwise(tensors)
     )
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors one after the other along their first dimension: without a copy where they are `adjacent`."""
+    """The tensors one after the other along their first dimension; not copied where they are `adjacent`."""
     first = tensors[0]
     if not adjacent(tensors):
         return torch.cat(list(tensors))
@@ -78,20 +79,11 @@ def _gated_experts_shared(
     hidden, z, pooled = kernels.shrink(
         x, stacked(As), stacked(gate_weights), stacked(gate_biases), None, mask, group, False
     )
-    ys = [
-        kernels.expand(
-            x,
-            weight,
-            biases[i] if biases else None,
-            hidden[:, span.start * rank : span.stop * rank],
-            Bs[i].mT,
-            z[:, span],
-            group,
-            False,
-            keep=save,
-        )
-        for i, (weight, span) in enumerate(zip(weights, _spans(experts), strict=True))
-    ]
+    ys = []
+    for i, (weight, B, span) in enumerate(zip(weights, Bs, _spans(experts), strict=True)):
+        bias = biases[i] if biases else None
+        own = hidden[:, span.start * rank : span.stop * rank]
+        ys.append(kernels.expand(x, weight, bias, own, B.mT, z[:, span], group, False, keep=save))
     return ys, hidden if save else none, z, pooled
 
 
@@ -102,9 +94,9 @@ gated_experts_shared = torch.library.custom_op(
 
 @gated_experts_shared.register_fake
 def _(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor],
-    gate_weights: Sequence[Tensor], gate_biases: Sequence[Tensor], mask: Tensor | None, group: int, frozen_gates: Sequence[int],
-    save: bool, backend: str,
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], As: Sequence[Tensor],
+    Bs: Sequence[Tensor], gate_weights: Sequence[Tensor], gate_biases: Sequence[Tensor], mask: Tensor | None,
+    group: int, frozen_gates: Sequence[int], save: bool, backend: str,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, (_, rank, width) = x.shape[0], As[0].shape
     experts, groups = sum(A.shape[0] for A in As), tokens // group
@@ -130,8 +122,9 @@ def _gated_experts_shared_backward(
     need_x: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """dx [N, d_in], the sum over the layers (no rows without `need_x`), and dz [G, ΣT]; 0 for gates before a
-    layer's first.
+    """dx [N, d_in], summed over the layers (no rows without `need_x`), and dz [G, ΣT].
+
+    dz is 0 for the gates before a layer's first one that needs a gradient.
     """
     rank, width = As[0].shape[1:]
     dz = torch.zeros_like(z)
@@ -150,19 +143,9 @@ def _gated_experts_shared_backward(
         dz[:, span.start + first : span.stop] = own
         if need_x:
             share = share_of_a_token(own, mask, group)
+            through_gates = dict(share=share, gate_weight=gate_weight, mask=mask)
             part = kernels.expand(
-                dy,
-                weight.mT,
-                None,
-                u,
-                A,
-                z[:, span],
-                group,
-                False,
-                keep=False,
-                share=share,
-                gate_weight=gate_weight,
-                mask=mask,
+                dy, weight.mT, None, u, A, z[:, span], group, False, keep=False, **through_gates
             )
             dx = part if dx is None else dx.add_(part)
     return dys[0].new_empty(0, width) if dx is None else dx, dz
@@ -175,51 +158,53 @@ gated_experts_shared_backward = torch.library.custom_op(
 
 @gated_experts_shared_backward.register_fake
 def _(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], gate_weights: Sequence[Tensor],
-    mask: Tensor | None, hidden: Tensor, z: Tensor, group: int, firsts: Sequence[int], need_x: bool, backend: str,
+    dys: Sequence[Tensor], weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor],
+    gate_weights: Sequence[Tensor], mask: Tensor | None, hidden: Tensor, z: Tensor, group: int,
+    firsts: Sequence[int], need_x: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return dys[0].new_empty(dys[0].shape[0] if need_x else 0, As[0].shape[2]), torch.empty_like(z)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, weights, biases, As, Bs, gate_weights, gate_biases, mask, *ctx.options = inputs
-    ctx.lengths = len(weights), len(biases)
-    ctx.gate_dtypes = gate_weights[0].dtype, gate_biases[0].dtype
-    ctx.save_for_backward(x, mask, *output[1:], *weights, *As, *Bs, *gate_weights)
+    given = SharedOperands(*inputs)
+    _, hidden, z, pooled = output
+    ctx.save_for_backward(
+        given.x, given.mask, hidden, z, pooled, *given.weights, *given.As, *given.Bs, *given.gate_weights
+    )
+    ctx.group, ctx.frozen_gates, ctx.backend = given.group, given.frozen_gates, given.backend
+    ctx.layers, ctx.biases = len(given.weights), len(given.biases)
+    ctx.gate_bias_dtype = given.gate_biases[0].dtype
 
 
 def _gradients(ctx: Any, dys: Sequence[Tensor], *_: Tensor | None) -> tuple[Any, ...]:
     """The gradients of x and of the gates; the layers themselves are frozen."""
-    x, mask, hidden, z, pooled, *rest = ctx.saved_tensors
-    layers, biases = ctx.lengths
-    weights, As, Bs, gate_weights = (rest[i * layers : (i + 1) * layers] for i in range(4))
-    group, frozen_gates, _, backend = ctx.options
-    need_x = bool(ctx.needs_input_grad[0])
-    firsts = [0] * layers if need_x else frozen_gates
+    x, mask, hidden, z, pooled, *of_layers = ctx.saved_tensors
+    following = iter(of_layers)
+    weights, As, Bs, gate_weights = [list(islice(following, ctx.layers)) for _ in range(4)]
+    need_x = bool(SharedOperands(*ctx.needs_input_grad).x)
+    firsts = [0] * ctx.layers if need_x else ctx.frozen_gates
     dx, dz = gated_experts_shared_backward(
-        dys, weights, As, Bs, gate_weights, mask, hidden, z, group, firsts, need_x, backend
+        dys, weights, As, Bs, gate_weights, mask, hidden, z, ctx.group, firsts, need_x, ctx.backend
     )
     seen = pooled if pooled.shape[0] else x
     to_weights, to_biases = [], []
-    for span, frozen in zip(_spans([A.shape[0] for A in As]), frozen_gates, strict=True):
+    for gate_weight, span, frozen in zip(
+        gate_weights, _spans([A.shape[0] for A in As]), ctx.frozen_gates, strict=True
+    ):
         own = dz[:, span.start + frozen : span.stop]
-        to_weights.append(gate_weight_gradient(own, frozen, seen, ctx.gate_dtypes[0]))
-        to_biases.append(gate_bias_gradient(own, frozen, ctx.gate_dtypes[1]))
-    none = [None] * layers
-    return (
-        dx if need_x else None,
-        none,
-        [None] * biases,
-        none,
-        none,
-        to_weights,
-        to_biases,
-        None,
-        None,
-        None,
-        None,
-        None,
+        to_weights.append(gate_weight_gradient(own, frozen, seen, gate_weight.dtype))
+        to_biases.append(gate_bias_gradient(own, frozen, ctx.gate_bias_dtype))
+    none = [None] * ctx.layers
+    gradients = SharedOperands(
+        x=dx if need_x else None,
+        weights=none,
+        biases=[None] * ctx.biases,
+        As=none,
+        Bs=none,
+        gate_weights=to_weights,
+        gate_biases=to_biases,
     )
+    return tuple(gradients)  # a plain one, whose lists PyTorch knows how to flatten
 
 
 gated_experts_shared.register_autograd(_gradients, setup_context=_save)

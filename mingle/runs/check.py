@@ -50,9 +50,22 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         given=config.method_options(),
     )
     _check_method(config.method, model, task, tower.state_dict(), options)
+    if suite is not None:
+        for name in experts:
+            suite.check(name)
     names = list(experts)
     orders = [shuffled(names, seed) for seed in config.order.seeds] if config.order.shuffle else [names]
-    plan = MergePlan(config, task, options, suite, base, experts, orders, folders, revisions)
+    plan = MergePlan(
+        config=config,
+        task=task,
+        options=options,
+        suite=suite,
+        base=base,
+        experts=experts,
+        orders=orders,
+        folders=folders,
+        revisions=revisions,
+    )
     for folder, order in zip(folders, orders, strict=bool(folders)):
         _check_folder(folder, plan, order)
     return plan
@@ -123,8 +136,6 @@ def _suite(
         raise OptionError(
             f"experts: suite {suite.name!r} has no task {unknown[0]!r}; it has {', '.join(suite)}"
         )
-    for name in experts:
-        suite.check(name)
     return suite
 
 

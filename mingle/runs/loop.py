@@ -63,12 +63,12 @@ def merge_all(
     for index in range(len(merger.merged), len(order)):
         name, last = order[index], index + 1 == len(order)
         observer.merging(merger.method.name, number, index, order)
-        found = expert(name, order[:index])
         seeds = None
         if suite is not None and merger.method.needs_seeds:
             seeds = suite.seeds(name, whole=merger.method.sequential)
+        model = expert(name, order[:index])
         began = time.perf_counter()
-        report = merger.add(name, found, seeds, on_step=observer.adapting)
+        report = merger.add(name, model, seeds, on_step=observer.adapting)
         merged = time.perf_counter()
         if suite is not None and (last or evaluate != "last"):
             everything = last or evaluate == "every"

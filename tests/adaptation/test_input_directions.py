@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mingle import linalg
-from mingle.adaptation.input_directions import extend, input_directions
+from mingle.adaptation.input_directions import collected, extend
 from mingle.linalg import subspace
 
 
@@ -64,7 +64,7 @@ def test_layers_that_share_their_inputs_share_what_is_kept_of_them():
 
     model, x = Model(), torch.randn(3, 4, 6)
     layers = dict(model.named_children())
-    with input_directions(layers) as seen, torch.no_grad():
+    with collected(layers) as seen, torch.no_grad():
         model(x, everything=False)
         model(x + 1, everything=True)
     assert seen["q"] is seen["k"]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mingle.functional import Projection, gated_experts, gated_experts_shared
+from mingle.functional import LayerTensors, gated_experts, gated_experts_shared
 
 
 def problem(shape=(3, 5), d_in=7, d_out=6, experts=4, rank=3, dtype=torch.float64, seed=0):
@@ -107,7 +107,8 @@ def test_padding_that_is_not_finite_reaches_no_gradient(backend, gates, bad, sha
             x = p.pop("x")
             for name in ("weight", "bias", "A", "B"):
                 leaves.pop(name).requires_grad_(False)
-            y = sum(gated_experts_shared(x, [Projection(**p)] * 2, reduce=reduce, mask=mask, backend=backend))
+            layers = [LayerTensors(**p)] * 2
+            y = sum(gated_experts_shared(x, layers, reduce=reduce, mask=mask, backend=backend))
         else:
             y = gated_experts(**p, reduce=reduce, mask=mask, backend=backend)
         results.append(

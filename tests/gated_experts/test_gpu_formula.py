@@ -21,7 +21,7 @@ import torch
 from gpu_cases import ARITHMETIC, BACKENDS, DEVICE, GATES, RAGGED, SHAPES, check, distance, make
 from torch import nn
 
-from mingle.functional import Projection, gated_experts, gated_experts_shared
+from mingle.functional import LayerTensors, gated_experts, gated_experts_shared
 
 pytestmark = pytest.mark.gpu
 
@@ -165,14 +165,15 @@ def test_layers_that_share_their_input_give_what_each_alone_gives(reduce, backen
         )
         for experts in (2, 5)
     ]
-    names = ("weight", "bias", "A", "B", "gate_weight", "gate_bias")
     x = problems[0].tensors["x"].requires_grad_()
     layers = [
-        Projection(*(problem.tensors[name].requires_grad_(name == "gate_weight") for name in names))
+        LayerTensors(
+            *(problem.tensors[name].requires_grad_(name == "gate_weight") for name in LayerTensors._fields)
+        )
         for problem in problems
     ]
     leaves = [x, *(layer.gate_weight for layer in layers)]
-    alone = [gated_experts(x, *layer[:6], reduce=reduce, backend="eager") for layer in layers]
+    alone = [gated_experts(x, *layer, reduce=reduce, backend="eager") for layer in layers]
     shared = gated_experts_shared(x, layers, reduce=reduce, backend=backend)
     gradients = [
         torch.autograd.grad(ys, leaves, [problem.upstream for problem in problems]) for ys in (shared, alone)

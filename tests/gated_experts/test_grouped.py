@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mingle.functional import Projection, gated_experts, gated_experts_shared
+from mingle.functional import LayerTensors, gated_experts, gated_experts_shared
 from mingle.kernels import gemm
 
 
@@ -137,25 +137,16 @@ def test_layers_that_share_their_input_give_what_each_alone_gives(reduce, frozen
     ]
     x, mask = problems[0].tensors["x"].requires_grad_("x" in needs), problems[0].options["mask"]
     layers = [
-        Projection(
-            *(
-                problem.tensors[name].requires_grad_(name in needs)
-                for name in ("weight", "bias", "A", "B", "gate_weight", "gate_bias")
-            ),
-            old,
-        )
-        for problem, old in zip(problems, frozen, strict=True)
+        LayerTensors(*(problem.tensors[name].requires_grad_(name in needs) for name in LayerTensors._fields))
+        for problem in problems
     ]
-    leaves = [
-        tensor
-        for tensor in (x, *(tensor for layer in layers for tensor in layer[4:6]))
-        if tensor.requires_grad
-    ]
+    gates = [gate for layer in layers for gate in (layer.gate_weight, layer.gate_bias)]
+    leaves = [tensor for tensor in (x, *gates) if tensor.requires_grad]
     alone = [
-        gated_experts(x, *layer[:6], reduce=reduce, mask=mask, frozen_gates=layer.frozen_gates)
-        for layer in layers
+        gated_experts(x, *layer, reduce=reduce, mask=mask, frozen_gates=old)
+        for layer, old in zip(layers, frozen, strict=True)
     ]
-    shared = gated_experts_shared(x, layers, reduce=reduce, mask=mask)
+    shared = gated_experts_shared(x, layers, reduce=reduce, mask=mask, frozen_gates=frozen)
     torch.testing.assert_close(shared, alone, rtol=1e-12, atol=1e-12)
     upstream = [problem.upstream for problem in problems]
     expected, got = (torch.autograd.grad(ys, leaves, upstream) for ys in (alone, shared))

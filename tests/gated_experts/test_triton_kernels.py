@@ -29,7 +29,7 @@ from kernel_checks import (
 from torch import Tensor
 from triton.runtime import interpreter
 
-from mingle.functional import Projection, gated_experts_shared
+from mingle.functional import LayerTensors, gated_experts_shared
 from mingle.kernels.gated_experts import fold
 from mingle.kernels.gated_experts import triton as gated_experts
 from mingle.ops import dispatch
@@ -183,19 +183,13 @@ def test_layers_that_share_a_shrink_are_each_right(
     def together(backend: str, dtype: torch.dtype) -> list[Tensor]:
         x = problems[0]["x"].detach().to(dtype).requires_grad_(need_x)
         layers = [
-            Projection(
-                *(
-                    p[name].clone().to(dtype)
-                    for name in ("weight", "bias", "A", "B", "gate_weight", "gate_bias")
-                ),
-                frozen,
-            )
-            for p in problems
+            LayerTensors(*(p[name].clone().to(dtype) for name in LayerTensors._fields)) for p in problems
         ]
         for layer in layers:
             layer.gate_weight.requires_grad_()
             layer.gate_bias.requires_grad_()
-        ys = gated_experts_shared(x, layers, reduce=reduce, mask=mask, backend=backend)
+        options = dict(reduce=reduce, mask=mask, frozen_gates=[frozen] * 2, backend=backend)
+        ys = gated_experts_shared(x, layers, **options)
         sum(y.square().sum() for y in ys).backward()
         gates = [gate.grad[frozen:] for layer in layers for gate in (layer.gate_weight, layer.gate_bias)]
         return [*(y.detach() for y in ys), *gates, *([x.grad] if need_x else [])]

@@ -102,14 +102,14 @@ MUTATIONS = {
     ),
     "padding counted in the mean": Mutation(
         KERNELS,
-        "tl.sum((tl.load(mask_ptr + start + tokens, mask=tokens < group, other=0) != 0).to(tl.float32), 0)",
-        "tl.sum((tokens < group).to(tl.float32), 0)",
+        "(tl.load(mask_ptr + start + tokens, mask=tokens < group, other=0) != 0).to(tl.float32), 0",
+        "(tokens < group).to(tl.float32), 0",
         "masked samples",
     ),
     "a mask read past its group": Mutation(
         KERNELS,
-        "tl.sum((tl.load(mask_ptr + start + tokens, mask=tokens < group, other=0) != 0).to(tl.float32), 0)",
-        "tl.sum((tl.load(mask_ptr + start + tokens) != 0).to(tl.float32), 0)",
+        "(tl.load(mask_ptr + start + tokens, mask=tokens < group, other=0) != 0).to(tl.float32), 0",
+        "(tl.load(mask_ptr + start + tokens) != 0).to(tl.float32), 0",
         "guard bands of shrink-masked",
     ),
     "columns of x unmasked going down": Mutation(
@@ -126,14 +126,14 @@ MUTATIONS = {
     ),
     "rows of the output unmasked": Mutation(
         KERNELS,
-        "acc.to(y_ptr.dtype.element_ty), mask=row_ok & column_ok)",
-        "acc.to(y_ptr.dtype.element_ty), mask=column_ok)",
+        "acc.to(y_ptr.dtype.element_ty),\n        mask=row_ok & column_ok",
+        "acc.to(y_ptr.dtype.element_ty),\n        mask=column_ok",
         "guard bands of expand",
     ),
     "columns of the folded weight unmasked": Mutation(
         FOLD,
-        "(acc + w.to(tl.float32)).to(y_ptr.dtype.element_ty), mask=row_ok & column_ok",
-        "(acc + w.to(tl.float32)).to(y_ptr.dtype.element_ty), mask=row_ok",
+        "(acc + w.to(tl.float32)).to(y_ptr.dtype.element_ty),\n        mask=row_ok & column_ok",
+        "(acc + w.to(tl.float32)).to(y_ptr.dtype.element_ty),\n        mask=row_ok",
         "guard bands of fold",
     ),
     "tiles never computed": Mutation(
@@ -159,15 +159,15 @@ MUTATIONS = {
     ),
     "tiles of H skipped that have an active expert": Mutation(
         KERNELS,
-        "column_tile * BLOCK_C // r, last // r, 16)",
-        "column_tile * BLOCK_C // r, last // r - 1, 16)",
+        "column_tile * BLOCK_C // r, last // r, 16",
+        "column_tile * BLOCK_C // r, last // r - 1, 16",
         "one expert per sample",
     ),
     "u gated twice": Mutation(
         KERNELS,
-        "acc.to(u_ptr.dtype.element_ty), mask=ok)",
+        "acc.to(u_ptr.dtype.element_ty)",
         "(acc * tl.load(z_ptr + (rows // group) * T + expert, mask=rows < N, other=0.0)[:, None])"
-        ".to(u_ptr.dtype.element_ty), mask=ok)",
+        ".to(u_ptr.dtype.element_ty)",
         "linear gates of samples",
     ),
 }

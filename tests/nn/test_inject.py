@@ -43,7 +43,7 @@ def test_inject_takes_exact_suffixes_and_restore_puts_the_base_back():
 
 def test_inject_errors_name_the_nearest_layer_and_change_nothing():
     net = model()
-    with pytest.raises(ValueError, match="no Linear layer's name ends in 'fc2'; the nearest is 'fc1'"):
+    with pytest.raises(ValueError, match="no Linear layer's name ends in 'fc2'; did you mean 'fc1'"):
         mingle.inject(net, ("fc1", "fc2"))
     assert type(net["fc1"]) is nn.Linear
     attention = nn.MultiheadAttention(4, 1)

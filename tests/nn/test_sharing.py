@@ -200,17 +200,17 @@ def test_names_the_layers_that_are_not_there():
 def test_opcheck():
     x = torch.randn(6, 5, requires_grad=True)
     layers = [
-        functional.Projection(
+        functional.LayerTensors(
             torch.randn(d, 5), torch.randn(d), torch.randn(n, 2, 5), torch.randn(n, d, 2),
-            torch.randn(n, 5, requires_grad=True), torch.randn(n, requires_grad=True), 1,
+            torch.randn(n, 5, requires_grad=True), torch.randn(n, requires_grad=True),
         )
         for d, n in ((4, 3), (3, 2))
     ]  # fmt: skip
-    weights, biases, As, Bs, gate_weights, gate_biases, frozen = map(list, zip(*layers, strict=True))
+    weights, biases, As, Bs, gate_weights, gate_biases = map(list, zip(*layers, strict=True))
     for mask in (None, torch.tensor([1, 1, 0, 1, 1, 1], dtype=torch.bool)):
         from mingle import ops
 
         torch.library.opcheck(
             ops.gated_experts_shared,
-            (x, weights, biases, As, Bs, gate_weights, gate_biases, mask, 3, frozen, True, "grouped"),
+            (x, weights, biases, As, Bs, gate_weights, gate_biases, mask, 3, [1, 1], True, "grouped"),
         )

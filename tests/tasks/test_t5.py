@@ -94,7 +94,7 @@ def test_padding_changes_neither_logits_nor_gradients_nor_directions(base, tuned
     runs = []
     for data in (seeds, wider(seeds, 5)):
         merger.model.zero_grad()
-        with input_directions.input_directions(merger.method.layers) as seen:
+        with input_directions.collected(merger.method.layers) as seen:
             logits = TASK.logits(merger.model, data)
         valid, length = TASK.valid(data), seeds.inputs["decoder_input_ids"].shape[1]
         distillation_loss(logits, torch.zeros_like(logits), 2.0, valid).backward()
