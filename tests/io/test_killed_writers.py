@@ -45,7 +45,7 @@ class Stepping(dict[str, torch.Tensor]):
 
 
 def write_until_killed(path: Path, value: float, steps: int) -> None:
-    """Write, but die of SIGKILL after so many steps: tensors taken, and the begin and end of each sync and
+    """Write, but die of SIGKILL after that many steps: tensors taken, and the begin and end of each sync and
     rename.
     """
     remaining = itertools.count(steps, -1)

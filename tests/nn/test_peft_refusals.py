@@ -1,4 +1,4 @@
-"""Saved adapters that are no sum of low-rank experts are refused with the reason."""
+"""Saved adapters that are not a sum of low-rank experts are refused with the reason."""
 
 from __future__ import annotations
 

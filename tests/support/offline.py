@@ -254,7 +254,7 @@ def step(
 
 
 def projection(layer: Layer) -> None:
-    """The relaxed projector on meta tensors: three layers, of which one has fewer directions."""
+    """The relaxed projector on meta tensors: three layers, one of them with fewer directions."""
     widths = (layer.d_in, layer.d_in, 1)
     projector = RelaxedProjector(
         [torch.empty(width, min(width, 3 * layer.experts), device="meta") for width in widths],
@@ -325,7 +325,7 @@ def build(case: Case, tile: tiles.Tile | None = None) -> Build:
         spilled = re.findall(r"\.vgpr_spill_count: +(\d+)", text)
         registers = re.findall(r"\.vgpr_count: +(\d+)", text)
     (used,), spills = registers, [int(number) for number in spilled]
-    assert spills  # a report that cannot be read is no kernel without spills
+    assert spills  # a report that cannot be read does not say that nothing spills
     instructions = Counter({name: text.count(name) for name in (target.fastest, *target.inexact)})
     return Build(
         sum(spills), int(used), compiled.metadata.shared, instructions, _pipelined(compiled.asm["ttgir"])

@@ -1,6 +1,7 @@
 """A small hub: repositories with the names, files and columns of the real ones, in the layout of the hub's
-own cache; and a stand-in of the package `fusion_bench`, of which nothing but the modules with names and
-prompts can be imported."""
+own cache; and a stand-in of the package `fusion_bench`, where only the modules with names and prompts can be
+imported.
+"""
 
 from __future__ import annotations
 
