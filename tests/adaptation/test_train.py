@@ -1,4 +1,4 @@
-"""The adaptation loop: it brings the student closer, and steps that are not finite are skipped, then told."""
+"""The adaptation loop: it brings the student closer; steps that are not finite are skipped and named."""
 
 from __future__ import annotations
 

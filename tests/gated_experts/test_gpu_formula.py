@@ -1,14 +1,14 @@
 """The kernels on a GPU against the formula in float64: shapes, gates, strides, masks, dtypes.
 
-    pytest tests/gpu
+    pytest -m gpu tests/gated_experts
 
 The first run compiles some two hundred kernels, which takes minutes; Triton keeps them in its cache.  Under
 NVIDIA's compute-sanitizer, where the caching allocator would hide reads and writes past the end of a tensor:
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    compute-sanitizer --tool memcheck pytest tests/gpu -k "exact and triton"
-    compute-sanitizer --tool racecheck pytest tests/gpu -k "exact and triton and ragged"
-    compute-sanitizer --tool initcheck pytest tests/gpu -k "exact and triton and ragged"
+    compute-sanitizer --tool memcheck pytest -m gpu tests/gated_experts -k "exact and triton"
+    compute-sanitizer --tool racecheck pytest -m gpu tests/gated_experts -k "exact and triton and ragged"
+    compute-sanitizer --tool initcheck pytest -m gpu tests/gated_experts -k "exact and triton and ragged"
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Experts of a task vector: the projection of Eq. 3, one layer or many at once."""
+"""Experts of a task vector by Eq. 3, one layer or many at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every test of the operators runs: without the interpreter, and with the calls noted where asked."""
+"""How the tests of the operators run: without the interpreter, and on request with their calls noted."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The projector's Triton kernels against the formula, step by step, on the CPU; see conftest.py for how these
-tests run.
-"""
+"""The projector's Triton kernels against the formula, step by step, in the interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A suite of a tiny model."""
+"""A suite of a tiny model, for tables that take a moment."""
 
 from __future__ import annotations
 

@@ -41,19 +41,9 @@ def _run(session: pytest.Session) -> None:
     factory: pytest.TempPathFactory = session.config._tmp_path_factory  # type: ignore[attr-defined]
     path = factory.mktemp("interpret") / "reports"
     names = [item.nodeid for item in session.items if item.get_closest_marker("interpret")]
+    options = ["-q", "-p", "no:cacheprovider", "-m", "", f"--rootdir={session.config.rootpath}"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "",
-            f"--rootdir={session.config.rootpath}",
-            *names,
-        ],
+        [sys.executable, "-m", "pytest", *options, *names],
         env=os.environ | {"TRITON_INTERPRET": "1", "MINGLE_TEST_REPORTS": str(path), "OMP_NUM_THREADS": "1"},
         cwd=session.config.rootpath,
         capture_output=True,

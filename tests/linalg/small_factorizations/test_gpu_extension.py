@@ -1,4 +1,4 @@
-"""The kernels of ``mingle._C`` on a GPU: the checks of tests/csrc, equal bits, streams, devices, CUDA graphs,
+"""The kernels of ``mingle._C`` on a GPU: the checks of the host, equal bits, streams, devices, CUDA graphs,
 compute-sanitizer.
 """
 
@@ -19,8 +19,6 @@ from torch import Tensor
 
 from mingle.ops import extension, small_kernels
 from mingle.ops import small_factorizations as small
-
-CHECKS = Path(__file__).parent
 
 DEVICE = torch.device("cuda", 0)
 WHY_NOT = extension.why_not(DEVICE) if torch.cuda.is_available() else "no CUDA GPU"
