@@ -44,10 +44,10 @@ class Chip(NamedTuple):
 
 INTERPRETER = Chip("interpreter", "interpreter", 0, 1, 1 << 20)
 
-# Largest first.  None of them spills registers in any kernel on the targets of the offline tests, and that is
-# what limits them: an accumulator of 128 × 256 takes 128 of a thread's 255 registers on sm_90 and leaves room
-# only because wgmma reads operands from shared memory; IEEE fp32 products run on the ordinary units and need
-# registers for both operands.
+# Largest first.  None of them spills registers in any kernel on the targets of the offline compilation, and
+# that is what limits them: an accumulator of 128 × 256 takes 128 of a thread's 255 registers on sm_90 and
+# leaves room only because wgmma reads operands from shared memory; IEEE fp32 products run on the ordinary
+# units and need registers for both operands.
 _TILES = {
     "half": [
         Tile(128, 256, 64, 8, 3),
