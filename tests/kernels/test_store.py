@@ -77,7 +77,7 @@ def test_a_corrupt_file_is_ignored_with_a_warning_and_written_anew(content, fold
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", '"text"', "null", "3"])
-def test_json_that_is_no_dictionary_counts_as_empty(content, folder):
+def test_json_that_is_not_a_dictionary_counts_as_empty(content, folder):
     folder.mkdir(parents=True)
     (folder / "a.json").write_text(content)
     store = Store("a.json")
@@ -99,7 +99,7 @@ def test_where_nothing_can_be_written_values_live_in_memory(tmp_path, monkeypatc
     assert Store("a.json").get("key") is None
 
 
-def test_a_folder_in_the_files_place_is_no_error(folder, caplog):
+def test_a_folder_in_the_files_place_is_not_an_error(folder, caplog):
     (folder / "a.json").mkdir(parents=True)
     store = Store("a.json")
     store.put("key", 1)

@@ -71,7 +71,7 @@ def test_top_subspace_decomposes_fully_where_iterating_does_not_end():
     torch.testing.assert_close(found.abs().argmax(0), torch.tensor([319, 318]))
 
 
-def test_top_subspace_refuses_what_is_no_covariance():
+def test_top_subspace_refuses_what_is_not_a_covariance():
     with pytest.raises(ValueError, match=r"shape \[3, 4\]"):
         linalg.top_subspace(torch.ones(3, 4), 2)
     with pytest.raises(ValueError, match="non-finite"):

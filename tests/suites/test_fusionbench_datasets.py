@@ -189,7 +189,7 @@ def test_labels_of_other_names_are_taken_in_the_order_given(hub):
 
 
 @pytest.mark.parametrize("wrong", [3, -1, "forest", None, 1.5])
-def test_a_label_that_is_no_class_is_named_with_its_row(hub, wrong):
+def test_a_label_that_is_not_a_class_is_named_with_its_row(hub, wrong):
     given = [0, 1, wrong, 2] if isinstance(wrong, int | None) else [wrong] * 4
     add(
         hub,

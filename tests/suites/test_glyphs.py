@@ -205,7 +205,7 @@ def test_two_processes_may_train_the_same_tower(tmp_path, monkeypatch):
     assert [path.name for path in others[0].parent.iterdir()] == ["digits-inverted"]
 
 
-def test_training_samples_are_no_test_samples():
+def test_training_samples_are_not_test_samples():
     suite = suites.load("glyphs8", protocol="official")
     whole = suite.seeds("greek-inverted", whole=True)
     assert whole.labels is None and len(whole) == 20 * glyphs.TRAINING_IMAGES_PER_CLASS

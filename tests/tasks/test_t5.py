@@ -202,7 +202,7 @@ def test_answers_are_compared_up_to_their_end(tuned):
     assert accuracy(TASK, tuned[0], right, batch_size=4) == 100
 
 
-def test_numbers_are_correlated_and_what_is_none_is_zero(tuned):
+def test_numbers_are_correlated_and_other_text_counts_as_zero(tuned):
     data = prompts(4)
     texts = {False: ["1.5", "nonsense", "3", "nan"], True: ["1", "0.5", "2", "0.1"]}
     calls = iter([False, True])
