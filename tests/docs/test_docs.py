@@ -41,8 +41,8 @@ COMMANDS = (
     "env",
 )
 
-#: commands of the pages that take minutes with the settings they show: pattern → what the test appends
-SHORTENED = {r"reproduce steps": "--set batch_size=4"}
+#: pages whose commands take more than half a minute
+SLOW = ("reproduce.md",)
 #: how a dictionary of phrases would translate, and nobody would write
 NOT_ENGLISH = ("so many", " is no ", "to be had", "of which")
 
@@ -80,7 +80,10 @@ def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", TUTORIALS, ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=name(page), marks=[pytest.mark.slow] * (page.name in SLOW)) for page in TUTORIALS],
+)
 def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))  # one page adds a method
@@ -94,8 +97,7 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys):
             Path(block.title).write_text(block.text)
         elif block.language == "console":
             for arguments in commands(block):
-                extra = next((more for p, more in SHORTENED.items() if re.search(p, " ".join(arguments))), "")
-                assert main([*arguments, *shlex.split(extra)]) == 0, capsys.readouterr().out
+                assert main(arguments) == 0, capsys.readouterr().out
         else:
             continue
         ran += 1
