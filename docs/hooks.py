@@ -1,11 +1,13 @@
 """Hooks of the site's build: committed results become parts of the pages that name them.
 
-A paragraph that is nothing but a link to a ``table.md`` under ``bench/results`` is replaced by the tables in
-that file, and pictures from there are copied into the site.  The pages themselves read as well on a code host.
+A paragraph that is nothing but a link called "table", to a ``table.md`` or ``results.json`` under
+``bench/results``, is replaced by what that file holds, and pictures from there are copied into the site.  On a
+code host, where nothing is replaced, the links and pictures of a page work as they are.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -15,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 RESULTS = "bench/results/"
-_TABLE = re.compile(rf"^\[table\]\((?:\.\./)+({RESULTS}[\w/.-]+\.md)\)$", re.MULTILINE)
+_TABLE = re.compile(rf"^\[table\]\((?:\.\./)+({RESULTS}[\w/.-]+)\)$", re.MULTILINE)
 _PICTURE = re.compile(rf"\]\((?:\.\./)+{RESULTS}([\w/.-]+\.png)\)")
 
 
@@ -32,12 +34,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Put committed tables into the page, and let it show the pictures' copies."""
     root = Path(config.config_file_path).parent
     here = posixpath.dirname(page.file.src_uri)
-    markdown = _TABLE.sub(lambda match: captioned((root / match[1]).read_text()), markdown)
+    markdown = _TABLE.sub(lambda match: tables(root / match[1]), markdown)
     return _PICTURE.sub(
         lambda match: f"]({posixpath.relpath(f'measured/{match[1]}', here or '.')})", markdown
     )
 
 
-def captioned(tables: str) -> str:
-    """A committed file's tables, with the line above each in italics."""
-    return re.sub(r"^(?=[^|\n])(.+)$", r"*\1*", tables, flags=re.MULTILINE)
+def tables(file: Path) -> str:
+    """The tables in a committed file: those of ``reproduce`` as they are, their captions in italics; of a
+    ``demo`` one row per method.
+    """
+    text = file.read_text()
+    if file.suffix == ".md":
+        return re.sub(r"^(?=[^|\n])(.+)$", r"*\1*", text, flags=re.MULTILINE)
+    rows = ["| method | ACC (%) | BWT | seconds |", "|---|---:|---:|---:|"]
+    for method, measured in json.loads(text)["methods"].items():
+        acc, bwt, seconds = (measured[key][0] for key in ("acc", "bwt", "seconds"))
+        rows.append(f"| {method} | {acc:.1f} | {bwt:.1f} | {seconds:.1f} |".replace(" -", " −"))
+    return "\n".join(rows)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mingle
 from mingle import methods
@@ -43,6 +44,13 @@ COMMANDS = (
 
 #: pages whose commands take more than half a minute
 SLOW = ("reproduce.md",)
+#: page → what its blocks have to print, as a pattern
+SAYS = {
+    "README.md": r"^[67]\d\.\d+$",
+    "merge-two-clips.md": r"(?s)ACC (9\d|100).*'stripes': (9\d|100).*'colours': (9\d|100).*'corners': (9\d|100)",
+    "your-own-method.md": r"did you mean 'keep'\?$",
+    "reproduce.md": r"routed, 5 per class",
+}
 #: how a dictionary of phrases would translate, and nobody would write
 NOT_ENGLISH = ("so many", " is no ", "to be had", "of which")
 
@@ -102,6 +110,7 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys):
             continue
         ran += 1
     assert ran
+    assert re.search(SAYS.get(page.name, ""), capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -240,6 +249,18 @@ def test_pages_are_in_plain_english(page):
     for number, line in enumerate(page.read_text().splitlines(), 1):
         found = [phrase for phrase in NOT_ENGLISH if phrase in line.lower()]
         assert not found, f"{page.name}:{number}: {found}"
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == mingle.__version__
+    assert [reference["url"] for reference in citation["references"]] == ["https://arxiv.org/abs/2505.11883"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda file: file.name)
+def test_workflows_and_forms_are_yaml(file):
+    content = yaml.safe_load(file.read_text())
+    assert content["name"] and (content.get("jobs") or content.get("body"))
 
 
 def test_the_site_builds(tmp_path):
