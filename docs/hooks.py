@@ -1,8 +1,8 @@
 """Hooks of the site's build: committed results become parts of the pages that name them.
 
 A paragraph that is nothing but a link called "table", to a ``table.md`` or ``results.json`` under
-``bench/results``, is replaced by what that file holds, and pictures from there are copied into the site.  On a
-code host, where nothing is replaced, the links and pictures of a page work as they are.
+``bench/results``, is replaced by what that file holds, and pictures from there are copied into the site.
+On a code host, where nothing is replaced, the links and pictures of a page work as they are.
 """
 
 from __future__ import annotations
