@@ -21,7 +21,7 @@ class Result:
 
     Attributes:
         tasks: names in order of arrival.
-        matrix: matrix[i][j] is the accuracy on task j after merging task i; None where it was not measured
+        matrix: ``matrix[i][j]`` is the accuracy on task j after merging task i; None where it was not measured
             and above the diagonal.
     """
 
@@ -35,7 +35,7 @@ class Result:
 
     @property
     def bwt(self) -> float:
-        """Backward transfer: the mean over earlier tasks of a[T][j] − a[j][j].  0 for one task, NaN where
+        """Backward transfer: the mean over earlier tasks of ``a[T][j] − a[j][j]``.  0 for one task, NaN where
         rows are missing.
         """
         if len(self.matrix) == 1:

@@ -1,0 +1,54 @@
+"""Hooks of the site's build: committed results become parts of the pages that name them.
+
+A paragraph that is nothing but a link called "table", to a ``table.md`` or ``results.json`` under
+``bench/results``, is replaced by what that file holds, and pictures from there are copied into the site.
+On a code host, where nothing is replaced, the links and pictures of a page work as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+RESULTS = "bench/results/"
+_TABLE = re.compile(rf"^\[table\]\((?:\.\./)+({RESULTS}[\w/.-]+)\)$", re.MULTILINE)
+_PICTURE = re.compile(rf"\]\((?:\.\./)+{RESULTS}([\w/.-]+\.png)\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pictures among the results, as ``measured/…``."""
+    root = Path(config.config_file_path).parent
+    for picture in sorted((root / RESULTS).rglob("*.png")):
+        address = f"measured/{picture.relative_to(root / RESULTS).as_posix()}"
+        files.append(File.generated(config, address, abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put committed tables into the page, and let it show the pictures' copies."""
+    root = Path(config.config_file_path).parent
+    here = posixpath.dirname(page.file.src_uri)
+    markdown = _TABLE.sub(lambda match: tables(root / match[1]), markdown)
+    return _PICTURE.sub(
+        lambda match: f"]({posixpath.relpath(f'measured/{match[1]}', here or '.')})", markdown
+    )
+
+
+def tables(file: Path) -> str:
+    """The tables in a committed file: those of ``reproduce`` as they are, their captions in italics; of a
+    ``demo`` one row per method.
+    """
+    text = file.read_text()
+    if file.suffix == ".md":
+        return re.sub(r"^(?=[^|\n])(.+)$", r"*\1*", text, flags=re.MULTILINE)
+    rows = ["| method | ACC (%) | BWT | seconds |", "|---|---:|---:|---:|"]
+    for method, measured in json.loads(text)["methods"].items():
+        acc, bwt, seconds = (measured[key][0] for key in ("acc", "bwt", "seconds"))
+        rows.append(f"| {method} | {acc:.1f} | {bwt:.1f} | {seconds:.1f} |".replace(" -", " −"))
+    return "\n".join(rows)
