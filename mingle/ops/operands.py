@@ -1,6 +1,4 @@
-"""What operators take, by name: the tensors of a layer and the facts of a call, as `mingle.functional` has
-them, and the flat arguments of each operator.
-"""
+"""What operators take, by name: a layer's tensors, a call's facts, and each operator's flat arguments."""
 
 from __future__ import annotations
 
