@@ -52,7 +52,7 @@ def _gated_experts(
         gates: given gate values [N / group, T], fp32 (fp64 for fp64).
         mask: bool [N]: tokens that count in their group's mean.
         group: consecutive tokens that share a gate row.
-        frozen_gates: this many first gates need no gradient.
+        frozen_gates: how many of the first gates need no gradient.
         skip: pass over gates that are 0; only where neither gates nor experts need gradients.
         save: a backward may follow.
         backend: ``"grouped"`` or ``"triton"``.

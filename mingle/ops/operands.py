@@ -27,7 +27,7 @@ class Call(NamedTuple):
     gates: Tensor | None  # [N / group, T], fp32 (fp64 for fp64): given gate values
     mask: Tensor | None  # bool [N]: tokens that count in their group's mean
     group: int  # consecutive tokens that share a gate row
-    frozen_gates: int  # this many first gates need no gradient
+    frozen_gates: int  # how many of the first gates need no gradient
     skip: bool  # pass over gates that are 0; only where neither gates nor experts need gradients
     save: bool  # a backward may follow
     backend: str  # "grouped" or "triton"
