@@ -111,9 +111,9 @@ def svd_lowrank(
     _check(M, rank, mode, oversample, power_iters, backend)
     count = M.shape[:-2].numel() if isinstance(M, Tensor) else len(matrices)
     names = _names(keys, count)
-    options = (rank, rank + oversample, power_iters, seed, backend)
+    plan = _Iteration(rank, rank + oversample, power_iters, seed)
     if isinstance(M, Tensor):
-        U, S, Vh = _apply(M.reshape(count, *M.shape[-2:]), names, options)
+        U, S, Vh = _apply(M.reshape(count, *M.shape[-2:]), names, plan, backend)
         return (
             U.view(*M.shape[:-2], *U.shape[1:]),
             S.view(*M.shape[:-2], S.shape[1]),
@@ -121,7 +121,8 @@ def svd_lowrank(
         )
     results: list[Triplets] = [()] * len(matrices)  # type: ignore[list-item]
     for places in buckets(matrices):
-        parts = _apply(torch.stack([matrices[i] for i in places]), [names[i] for i in places], options)
+        together = torch.stack([matrices[i] for i in places])
+        parts = _apply(together, [names[i] for i in places], plan, backend)
         for i, U, S, Vh in zip(places, *parts, strict=True):
             results[i] = (U, S, Vh)
     return [U for U, _, _ in results], [S for _, S, _ in results], [Vh for _, _, Vh in results]
@@ -209,9 +210,9 @@ def _(
     return M.new_empty(b, m, r), M.new_empty(b, r), M.new_empty(b, r, n)
 
 
-def _apply(M: Tensor, keys: list[str], options: tuple[int, int, int, int, str]) -> Triplets:
+def _apply(M: Tensor, keys: list[str], plan: _Iteration, backend: str) -> Triplets:
     operator = _registered if torch.compiler.is_compiling() else _svd_lowrank
-    return operator(M, *options, "\n".join(keys))
+    return operator(M, plan.rank, plan.block, plan.power_iters, plan.seed, backend, "\n".join(keys))
 
 
 def _refuse_nonfinite(M: Tensor, keys: list[str], count: Tensor, first: Tensor) -> None:
