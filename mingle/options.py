@@ -88,7 +88,7 @@ def checked(value: Any, hint: Any, where: str) -> Any:
                 return checked(value, arg, where)
             except OptionError:
                 continue
-        raise OptionError(f"{where}: {value!r} is none of {hint}")
+        raise OptionError(f"{where}: {value!r} is not of type {hint}")
     if is_dataclass(hint):
         if not isinstance(value, hint):  # type: ignore[arg-type]
             raise OptionError(f"{where}: {value!r} is not a mapping")

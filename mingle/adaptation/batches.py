@@ -1,4 +1,4 @@
-"""Which samples each step of an adaptation sees."""
+"""The samples that each step of an adaptation sees."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def parsed_options(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
 
 
 def samples(parser: argparse.ArgumentParser) -> None:
-    """Where the samples of a merged model come from; see `overrides`."""
+    """``--suite``, ``--protocol`` and ``--samples-per-class``; see `overrides`."""
     parser.add_argument("--suite", help="where samples come from; by default the one used before")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="by default the one used before")
     text = "seed samples per class; by default as many as before"

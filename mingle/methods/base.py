@@ -57,7 +57,7 @@ class Arrival:
 
 @dataclass
 class StepReport:
-    """What merging one model did.
+    """The outcome of merging one model.
 
     Attributes:
         skipped: why nothing was merged, or None.

@@ -52,7 +52,9 @@ class NufiltOptions:
 def trained(
     delta: Tensor, merged: Tensor, old: Tensor, new: Tensor, A: Tensor, steps: int, lr: float
 ) -> tuple[Tensor, Tensor]:
-    """A and B after `steps` of Adam on
+    """A and B after `steps` of Adam on the loss of NUFILT.
+
+    The loss is
 
         L = ‖ΔV_new − (M + Δ(P + BA))V_new‖² + ‖MV_old − (M + Δ(P + BA))V_old‖²,   P = I − V_old V_oldᵀ.
 

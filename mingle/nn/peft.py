@@ -1,8 +1,9 @@
 """Experts from PEFT LoRA adapters: the saved factors as they are, without a decomposition.
 
-experts = mingle.read_adapter("adapters/svhn")      # {"layers.0.q_proj": LowRankExpert(A, B), ...}
-layers = mingle.add_adapter(model, experts)         # the model computes what PEFT's merged model does,
-                                                    # and its gates can train
+    experts = mingle.read_adapter("adapters/svhn")      # {"layers.0.q_proj": LowRankExpert(A, B), ...}
+    layers = mingle.add_adapter(model, experts)
+
+The model then computes what PEFT's merged model does, and its gates can train.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from mingle.suites import Suite
 
 @dataclass(frozen=True)
 class Comparison:
-    """What to compare.
+    """A request for a comparison.
 
     Attributes:
         suite: see `mingle.suites.load`.

@@ -84,7 +84,7 @@ class Adapt:
 
 @dataclass(frozen=True)
 class Eval:
-    """What is measured.
+    """Options of the evaluation.
 
     Attributes:
         suite: where seed and test samples come from.

@@ -22,7 +22,7 @@ Evaluate = Literal["every", "ends", "last"]
 
 @dataclass(frozen=True)
 class MergeStep:
-    """What merging one task took.
+    """The cost and course of merging one task.
 
     Attributes:
         task: the task's name.

@@ -85,7 +85,7 @@ class Suite(Mapping[str, TaskData]):
             )
 
     def check(self, name: str) -> None:
-        """Check a task's data, as far as that takes no heavy work; any error names the data set."""
+        """Check a task's data, short of heavy work; any error names the data set."""
         if name in self._checks:
             self._checks[name]()
 

@@ -22,7 +22,7 @@ EVALUATE: tuple[Evaluate, ...] = ("ends", "every")
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for.
+    """A table that the user asks for.
 
     Attributes:
         table: a name in `tables.TABLES`.
