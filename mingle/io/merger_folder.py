@@ -140,7 +140,7 @@ class Saved:
     manifest: dict[str, Any]
 
     def base_folder(self) -> Path:
-        """Where the base is.
+        """The base's folder.
 
         Raises:
             CheckpointError: the folder was saved without it.

@@ -47,7 +47,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with a ``+`` where tracked files differ; None outside such a checkout."""
+    """The checkout's commit, with a ``+`` where tracked files differ; None outside a checkout of mingle."""
     here = Path(__file__).resolve()
     commands = (("ls-files", here.name), ("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
     try:

@@ -52,9 +52,7 @@ class NufiltOptions:
 def trained(
     delta: Tensor, merged: Tensor, old: Tensor, new: Tensor, A: Tensor, steps: int, lr: float
 ) -> tuple[Tensor, Tensor]:
-    """A and B after `steps` of Adam on the loss of NUFILT.
-
-    The loss is
+    """A and B after `steps` of Adam on the loss of NUFILT, for a batch of layers.
 
         L = ‖ΔV_new − (M + Δ(P + BA))V_new‖² + ‖MV_old − (M + Δ(P + BA))V_old‖²,   P = I − V_old V_oldᵀ.
 

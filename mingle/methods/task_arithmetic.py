@@ -15,7 +15,7 @@ class TaskArithmeticOptions:
     """Settings of task arithmetic.
 
     Attributes:
-        scaling: λ; the published values are 0.3 for 8 tasks and 0.1 for 14 and 20.
+        scaling: λ; the published values are 0.3 for 8 tasks and 0.1 for 11, 14 and 20.
     """
 
     scaling: float = 0.3

@@ -15,7 +15,7 @@ class TiesOptions:
     """Settings of TIES.
 
     Attributes:
-        scaling: λ; the published values are 0.3 for 8 tasks and 0.1 for 14 and 20.
+        scaling: λ; the published values are 0.3 for 8 tasks and 0.1 for 11, 14 and 20.
         density: the share of entries that trimming keeps.
     """
 

@@ -28,7 +28,7 @@ def refusal(module: nn.Module, parent: nn.Module) -> str:
 
 
 def present(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:
-    """Those of `suffixes` that the model has, as a set may cover variants; all where it has none of them."""
+    """Those of `suffixes` that the model has, as a set may cover variants; all of them where it has none."""
     suffixes = tuple(suffixes)
     names = [name for name, _ in model.named_modules()]
     return tuple(suffix for suffix in suffixes if any(matches(name, suffix) for name in names)) or suffixes

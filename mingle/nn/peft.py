@@ -333,7 +333,7 @@ def _find_layers(
     for name, expert in experts.items():
         module = modules.get(name)
         if module is None:
-            # Only the first few problems are shown, and searching for close names is slow where many miss.
+            # Only the problems that are shown get a close name: the search is slow where many are missing.
             hint = nearest(name, linear) if len(problems) < _SHOWN else ""
             problems.append(f"{name!r} is not in the model{hint}")
         elif reason := refusal(module, model.get_submodule(name.rpartition(".")[0])):

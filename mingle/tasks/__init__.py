@@ -77,8 +77,8 @@ class TaskType(Protocol):
     tower: str
     #: what a fine-tuned checkpoint may put before the tower's own parameter names
     prefixes: tuple[str, ...]
-    #: named sets of target layers, as exact suffixes; a set may cover variants of the architecture, and those
-    #: suffixes count that a model has
+    #: named sets of target layers, as exact suffixes; a set may cover several variants of the architecture:
+    #: only the suffixes that a model has count
     layer_sets: Mapping[str, tuple[str, ...]]
     #: the transformer blocks that every input passes through first, as a dotted name inside the tower
     blocks: str
