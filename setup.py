@@ -1,12 +1,12 @@
-"""Packages, package data and the CUDA extension; everything else is in ``pyproject.toml``.  Needs no torch in
-the build environment.
+"""Packages, package data and the CUDA extension; everything else is in ``pyproject.toml``.
 
-The extension ``mingle._C`` is built where nvcc, cmake, ninja and pybind11's headers are found.  What happened
-is recorded in ``mingle/_build.json``, which `mingle.ops.extension` reads.  Environment variables:
+The extension ``mingle._C`` is built where nvcc, cmake, ninja and pybind11's headers are found; the build
+environment needs no torch.  The outcome is recorded in ``mingle/_build.json``, which `mingle.ops.extension`
+reads.  Environment variables:
 
     MINGLE_BUILD_EXTENSION      auto (default): leave the extension out where it cannot be built; 1: fail
                                 there; 0: leave it out
-    MINGLE_CUDA_ARCHITECTURES   80;90;100 by default, as far as the compiler knows them
+    MINGLE_CUDA_ARCHITECTURES   by default those of 80;90;100 that the compiler knows
     CUDACXX, CUDA_HOME          which nvcc; where neither is set, the one on PATH or in /usr/local/cuda
 """
 
@@ -33,11 +33,11 @@ ARCHITECTURES = ("80", "90", "100")
 
 
 class CannotBuild(Exception):
-    """Why there is no extension, in words for the record."""
+    """The reason why there is no extension, in words for the record."""
 
 
 class Toolchain(NamedTuple):
-    """What the build takes."""
+    """The programs and headers that the build needs."""
 
     nvcc: str
     cmake: str
@@ -46,16 +46,16 @@ class Toolchain(NamedTuple):
 
     @classmethod
     def find(cls) -> Toolchain:
-        """Raises CannotBuild, naming what is missing."""
+        """The tools on this machine; raises CannotBuild, naming what is missing."""
         return cls(_nvcc(), _program("cmake", "CMAKE_BIN_DIR"), _program("ninja", "BIN_DIR"), _pybind11())
 
     def version(self) -> str:
-        """Of nvcc, such as 13.0."""
+        """The version of nvcc, such as 13.0."""
         found = re.search(r"release (\d+\.\d+)", _output(self.nvcc, "--version"))
         return found[1] if found else "unknown"
 
     def architectures(self) -> list[str]:
-        """What to build for: as asked, or the default as far as this compiler can."""
+        """The architectures to build for: those asked for, or the default ones that the compiler knows."""
         asked = [
             part.strip()
             for part in re.split("[;,]", os.environ.get("MINGLE_CUDA_ARCHITECTURES", ""))
@@ -67,10 +67,10 @@ class Toolchain(NamedTuple):
         return [number for number in ARCHITECTURES if f"compute_{number}" in known]
 
     def build(self, architectures: list[str], output: Path) -> None:
-        """Compile the module into `output`, from nothing, in a folder of its own: no state or lock of an
-        earlier build is met.
+        """Compile the module into `output`.
 
-        Raises CannotBuild with what the compiler said last.
+        Each build starts from scratch in a folder of its own, away from the state and locks of earlier ones.
+        Raises CannotBuild with the compiler's first errors.
         """
         with tempfile.TemporaryDirectory(prefix="mingle-build-") as scratch:
             settings = {
@@ -81,16 +81,8 @@ class Toolchain(NamedTuple):
                 "MINGLE_PYBIND11_INCLUDE": self.pybind11,
                 "Python_EXECUTABLE": sys.executable,
             }
-            _run(
-                self.cmake,
-                "-G",
-                "Ninja",
-                "-S",
-                ROOT,
-                "-B",
-                scratch,
-                *(f"-D{name}={value}" for name, value in settings.items()),
-            )
+            definitions = [f"-D{name}={value}" for name, value in settings.items()]
+            _run(self.cmake, "-G", "Ninja", "-S", ROOT, "-B", scratch, *definitions)
             _run(self.cmake, "--build", scratch)
 
 
@@ -108,7 +100,7 @@ def _nvcc() -> str:
 
 
 def _program(name: str, folder: str) -> str:
-    """A program on PATH, or out of the Python package of the same name, whose attribute `folder` says where."""
+    """A program on PATH, or from the Python package of its name, whose attribute `folder` is its place."""
     if path := shutil.which(name):
         return path
     if importlib.util.find_spec(name) and (
@@ -119,7 +111,7 @@ def _program(name: str, folder: str) -> str:
 
 
 def _pybind11() -> str:
-    """pybind11's own folder, or the copy that torch carries, without importing torch."""
+    """pybind11's include folder, or that of the copy that torch carries, without importing torch."""
     for package in ("pybind11", "torch"):
         spec = importlib.util.find_spec(package)
         for location in (spec and spec.submodule_search_locations) or ():
@@ -160,7 +152,7 @@ def _record(
     architectures: Sequence[str] = (),
     nvcc: str | None = None,
 ) -> None:
-    """`extension`: "built" or "left out"."""
+    """Write ``_build.json``; `extension` is "built" or "left out"."""
     facts = {"extension": extension, "reason": reason, "architectures": architectures, "nvcc": nvcc}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -174,7 +166,7 @@ def _asked() -> str:
 
 
 def _reason_to_leave_out() -> str | None:
-    """Why not even to try; None where the build will tell."""
+    """Why the build is not even tried; None where it is."""
     if _asked() == "0":
         return "MINGLE_BUILD_EXTENSION=0"
     if _asked() == "1":
@@ -190,20 +182,17 @@ LEFT_OUT = _reason_to_leave_out()
 
 
 class BuildPackages(build_py):
-    """Records why the extension is left out, where it is."""
+    """Copies the packages, and records why the extension is left out, if it is."""
 
     def run(self) -> None:
         super().run()
         if LEFT_OUT:
-            _record(
-                ROOT / "mingle" if self.editable_mode else Path(self.build_lib, "mingle"),
-                "left out",
-                LEFT_OUT,
-            )
+            folder = ROOT / "mingle" if self.editable_mode else Path(self.build_lib, "mingle")
+            _record(folder, "left out", LEFT_OUT)
 
 
 class BuildExtension(build_ext):
-    """Builds ``mingle._C`` with cmake, and records that or why not."""
+    """Builds ``mingle._C`` with cmake, and records that it did or why it could not."""
 
     def run(self) -> None:
         in_place = self.inplace  # the base class builds elsewhere and copies
@@ -223,7 +212,7 @@ class BuildExtension(build_ext):
 
 
 setup(
-    # no extension, no mention: the wheel is then one for every platform
+    # without ext_modules the wheel is one for every platform
     ext_modules=[] if LEFT_OUT else [Extension("mingle._C", sources=[], optional=_asked() == "auto")],
     cmdclass={"build_py": BuildPackages, "build_ext": BuildExtension},
 )

@@ -1,7 +1,9 @@
 """mingle: merge fine-tuned models one after another, fast and without forgetting.
 
-layer = mingle.MingleLinear.from_linear(linear)          # a frozen linear layer that takes on gated low-rank
-experts merger = mingle.Merger(base_model, method="mingle")      # a whole continual merge
+A whole continual merge, and a single frozen layer that takes on gated low-rank experts:
+
+    merger = mingle.Merger(base_model, method="mingle")
+    layer = mingle.MingleLinear.from_linear(linear)
 """
 
 from mingle import functional, linalg

@@ -1,6 +1,4 @@
-"""Options as dataclasses: unknown names are refused with the nearest known one, values are checked against
-the declared types.
-"""
+"""Options as dataclasses: unknown names are refused, values are checked against the declared types."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ T = TypeVar("T")
 
 
 class OptionError(ValueError):
-    """An option that does not exist or has a value it cannot have."""
+    """An option that does not exist, or that has an impossible value."""
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
@@ -72,15 +70,17 @@ def require_not_negative(options: object, *names: str) -> None:
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint` (int, float, str, bool, a Literal, a tuple of them, or a union), or an
-    `OptionError`.
+    """`value` as the type `hint`: int, float, str, bool, a Literal, a tuple of them, or a union.
+
+    Raises:
+        OptionError: it is not of that type.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in args:
-            raise OptionError(
-                f"{where}: {value!r}{nearest(str(value), map(str, args))}; expected one of {', '.join(map(str, args))}"
-            )
+            names = [str(arg) for arg in args]
+            expected = ", ".join(names)
+            raise OptionError(f"{where}: {value!r}{nearest(str(value), names)}; expected one of {expected}")
         return value
     if origin in (Union, UnionType):
         for arg in args:
@@ -88,7 +88,7 @@ def checked(value: Any, hint: Any, where: str) -> Any:
                 return checked(value, arg, where)
             except OptionError:
                 continue
-        raise OptionError(f"{where}: {value!r} is none of {hint}")
+        raise OptionError(f"{where}: {value!r} is not of type {hint}")
     if is_dataclass(hint):
         if not isinstance(value, hint):  # type: ignore[arg-type]
             raise OptionError(f"{where}: {value!r} is not a mapping")

@@ -1,4 +1,4 @@
-"""Which samples each step of an adaptation sees."""
+"""The samples that each step of an adaptation sees."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Itera
 
 
 def drawn(count: int, size: int, steps: int, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
-    """The samples that some step uses, rising [m], and every step's batch as places among them."""
+    """The samples that any step uses, rising [m], and every step's batch as positions among them."""
     batches = list(islice(shuffled_batches(count, size, generator), steps))
     used = torch.cat(batches).unique()
     return used, [torch.searchsorted(used, batch) for batch in batches]

@@ -1,4 +1,4 @@
-"""When to give an adaptation up."""
+"""When to give up an adaptation."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ PATIENCE = 3
 
 
 class AdaptationDiverged(RuntimeError):
-    """The loss, a gradient or the adapted model's answers were not finite, and going on would not help."""
+    """The loss, a gradient or the adapted model's answers were not finite, and going on could not help."""

@@ -1,6 +1,4 @@
-"""How a model multiplies while only gates change: on CPUs in the faster library; in bf16 with its weights
-cast once.
-"""
+"""Faster products while only gates change: on CPUs the faster library, in bf16 weights that are cast once."""
 
 from __future__ import annotations
 
@@ -20,17 +18,16 @@ from mingle.kernels.dtypes import wide
 from mingle.nn.linear import MingleLinear
 
 PRECISIONS = ("fp32", "bf16")
-#: what a linear layer multiplies by; gates are not among it
+#: what a linear layer multiplies by, without its gates
 _FACTORS = ("weight", "bias", "A", "B_transposed")
 
 
 @contextmanager
 def fast_linears(model: nn.Module) -> Iterator[None]:
-    """While the block runs, the plain linear layers of a model on a CPU multiply in the faster library, as
-    `MingleLinear` does.
+    """While the block runs, a model's plain linear layers multiply in the faster library on CPUs.
 
-    Results differ from theirs by rounding.  Layers whose weights train, and calls under autocast, stay as
-    they are.
+    `MingleLinear` does so anyway.  Results differ from the layers' own by rounding.  Layers whose weights
+    train, and calls under autocast, stay as they are.
     """
     plain = [
         module
@@ -48,7 +45,7 @@ def fast_linears(model: nn.Module) -> Iterator[None]:
 
 
 def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
-    """What `layer` makes of x [..., d_in]."""
+    """The output of `layer` for x [..., d_in]: [..., d_out]."""
     weight, bias = layer.weight, layer.bias
     learns = torch.is_grad_enabled() and any(
         part is not None and part.requires_grad for part in (weight, bias)
@@ -77,10 +74,9 @@ class _Frozen(torch.autograd.Function):
 
 @contextmanager
 def lowered(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While the block runs, the frozen factors of all linear layers are held in `dtype`, so that autocast
-    need not cast them at every call.
+    """While the block runs, the frozen factors of all linear layers are held in `dtype`.
 
-    Afterwards the layers have their own parameters again.
+    Autocast then need not cast them at every call.  Afterwards the layers have their own parameters again.
     """
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     for module in model.modules():
@@ -115,16 +111,15 @@ def _widened(value: Any) -> Any:
 
 
 def prepared(model: nn.Module, precision: str) -> AbstractContextManager[object]:
-    """The block in which many passes of `precision` follow one another: gates may change in it, and nothing
-    else.
-    """
+    """A block for many passes in `precision`, in which nothing but gates may change."""
     return lowered(model, torch.bfloat16) if precision == "bf16" else fast_linears(model)
 
 
 @contextmanager
 def running(precision: str, device: torch.device) -> Iterator[None]:
-    """One pass forward in `precision`, ``"fp32"`` or ``"bf16"``: products under autocast, attention on CPUs
-    in fp32.
+    """A block for one forward pass in `precision`, ``"fp32"`` or ``"bf16"``.
+
+    In bf16 products are under autocast, and attention on CPUs stays in fp32.
     """
     with ExitStack() as stack:
         if precision == "bf16":

@@ -15,17 +15,17 @@ from mingle.linalg import InputDirections
 
 @contextmanager
 def collected(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, InputDirections]]:
-    """While the block runs, collect what every token that a layer sees says of its leading input directions.
+    """While the block runs, collect the input directions of every layer from all tokens that it sees.
 
     Yields:
-        name → `mingle.linalg.InputDirections`, filled as the model runs.  Layers that have always been given
+        name → `mingle.linalg.InputDirections`, filled as the model runs.  Layers that have only been given
         the very same tensors, as q, k and v are, end up with the very same object.
     """
     seen: dict[str, InputDirections] = {}
     nothing: dict[int, InputDirections] = {}
     last: torch.Tensor | None = None
-    # what the last tensor made of each earlier state: layers that shared all inputs so far share this one's
-    # cost as well
+    # Each earlier state, by its id, with what the last tensor made of it: layers that shared all inputs so
+    # far share the cost of this one too.  Keeping the earlier state alive keeps its id its own.
     results: dict[int, tuple[InputDirections, InputDirections]] = {}
 
     def hook(name: str) -> Any:
@@ -37,10 +37,7 @@ def collected(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, InputDirect
                 results.clear()
             before = seen.get(name) or nothing.setdefault(x.shape[-1], InputDirections(x.shape[-1]))
             if id(before) not in results:
-                results[id(before)] = (
-                    before,
-                    before.including(x if mask is None else x[mask]),
-                )  # keeps `before` alive, and with it its id
+                results[id(before)] = before, before.including(x if mask is None else x[mask])
             seen[name] = results[id(before)][1]
 
         return collect
@@ -56,7 +53,7 @@ def collected(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, InputDirect
 def extend(
     bases: Mapping[str, torch.Tensor], seen: Mapping[str, InputDirections], k: int
 ) -> dict[str, torch.Tensor]:
-    """Every layer's basis with the top-`k` input directions of one more task: [d_in, K] → [d_in, K' ≤ K + k]."""
+    """Every layer's basis [d_in, K] with a task's top-`k` input directions: [d_in, K'], K' ≤ K + k."""
     leading = {id(directions): directions.top(k) for directions in set(seen.values())}
     return {
         name: linalg.extend_basis(bases[name], leading[id(directions)].to(bases[name]))
@@ -65,7 +62,5 @@ def extend(
 
 
 def saturated(bases: Mapping[str, torch.Tensor]) -> Iterable[str]:
-    """The layers whose basis fills the whole input space: no later gate can move there under a hard
-    constraint.
-    """
+    """The layers whose basis fills the input space: under a hard constraint later gates cannot move there."""
     return [name for name, basis in bases.items() if basis.shape[1] >= len(basis)]

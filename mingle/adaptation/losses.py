@@ -1,4 +1,4 @@
-"""What the gates of a new task minimise: the distance to its own model's answers, or the entropy of their own."""
+"""What a new task's gates minimise: the distance to its own model's answers, or their answers' entropy."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from mingle.tasks import TaskData
 
-#: logits [b, C] or [b, L, C] of a batch, its places among the samples [b], and which positions count, bool
-#: [b, L] (None counts all) → the loss []
+#: logits [b, C] or [b, L, C] of a batch, the positions of its samples among all [b], and which places of the
+#: answers count, bool [b, L] (None counts all) → the loss []
 BatchLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-#: given all samples that some step will use, on the model's device: their loss, batch by batch
+#: all samples that any step will use, on the model's device → their loss, batch by batch
 Loss = Callable[[TaskData], BatchLoss]
 
 
 def distillation(answers: Callable[[TaskData], Tensor], temperature: float) -> Loss:
-    """The gates learn to answer as the task's own model does, which is asked once; see `distillation_loss`.
+    """The gates learn to answer like the task's own model, which is asked once; see `distillation_loss`.
 
     Args:
         answers: the teacher's logits [n, C] or [n, L, C] for n samples.

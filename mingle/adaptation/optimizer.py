@@ -1,5 +1,6 @@
-"""One optimizer step for the gates of all layers: check, projection and Adam on flat gradients, without
-waiting for a GPU.
+"""One step for the gates of all layers: check, projection and Adam on flat gradients.
+
+Nothing in it waits for a GPU.
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ class GateStep:
         self.gradients.zero_()
 
     def step(self, loss: Tensor) -> Tensor:
-        """Project and step, after `loss` [] was differentiated; float32 []: 1 where the step was skipped for
-        what is not finite, else 0.
+        """Project and step, after `loss` [] was differentiated.
+
+        Returns:
+            float32 []: 1 where the step was skipped because something is not finite, else 0.
         """
         self._loss.copy_(loss.detach())  # checked together with the gradients
         skipped = self.projector.project_(self.gradients, self.layout).float()
@@ -68,7 +71,7 @@ class GateStep:
         return skipped
 
     def finite(self) -> Tensor:
-        """Of the gradient of each layer's weight, in the order of `names`, whether all is finite: bool [L]."""
+        """Whether the gradient of each layer's gate weight is finite, in the order of `names`: bool [L]."""
         parts = [block.gradients(self.gradients).isfinite().flatten(1).all(1) for block in self.layout.blocks]
         return torch.cat(parts)
 
@@ -77,17 +80,18 @@ class GateStep:
         return [name for block in self.layout.blocks for name in block.names]
 
     def state(self) -> list[Tensor]:
-        """What a step changes, but for Adam's moments: the gates and S."""
+        """What a step changes besides Adam's moments: the gates and S."""
         return [*(gate.detach() for gate in self.gates), self.projector.interferences]
 
 
 def captured(advance: Advance, step: GateStep, batch_size: int, device: torch.device) -> Advance:
-    """`advance`, a whole step from sample indices to new gates, as one CUDA graph, or itself where it cannot
-    be captured.
+    """`advance`, a whole step from sample indices to new gates, as one CUDA graph.
+
+    Where it cannot be captured, `advance` itself is returned.
 
     Args:
         advance: index [batch_size] → the loss and whether the step was skipped, both []; calls `step` once.
-        step: what it changes; back at its present state when this returns.
+        step: what `advance` changes; back in its present state when this returns.
         batch_size: of every batch to come.
         device: where all of it runs.
     """
@@ -120,7 +124,7 @@ def captured(advance: Advance, step: GateStep, batch_size: int, device: torch.de
 
 @torch.no_grad()
 def _reset(step: GateStep, before: list[Tensor]) -> None:
-    """Undo what warming up has changed; Adam had no moments before its first step."""
+    """Undo the changes of the warm-up; Adam had no moments before its first step."""
     for state in step.optimizer.state.values():
         for value in state.values():
             value.zero_()

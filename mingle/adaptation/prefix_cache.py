@@ -1,4 +1,4 @@
-"""What a model computes before its first expert is the same at every step of an adaptation: it is computed once."""
+"""A memory for what a model computes before its first expert, which every step of an adaptation repeats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mingle.nn.early_stop import run_until
 
 logger = logging.getLogger(__name__)
 
-#: What is kept of all samples together may take so many bytes.
+#: The largest size, in bytes, of the results kept for all samples together.
 BUDGET = 2**30
 
 
@@ -30,11 +30,11 @@ def frozen_prefix(
 ) -> Iterator[Callable[[Tensor], None]]:
     """Inside the block, modules that finish before the first of `experts` begins answer from memory.
 
-    Only modules are replaced whose result is one tensor with a row per sample, computed once per pass.  The
+    Only modules whose result is one tensor with a row per sample, computed once per pass, are replaced.  The
     model must be in evaluation mode, and nothing in front of the experts may train.
 
     Args:
-        model: what `run` calls.
+        model: the model that `run` calls.
         experts: the modules that change; what comes before all of them is the prefix.
         run: passes the samples of a slice through the model.
         count: how many samples there are.
@@ -42,10 +42,10 @@ def frozen_prefix(
         budget: in bytes; where all results together would take more, nothing is kept.
 
     Yields:
-        a function to be called with the indices [n] of the samples in the next pass.
+        A function to be called with the indices [n] of the samples in the next pass.
     """
     experts = list(experts)
-    own: dict[nn.Module, Any] = {}  # what the instances had in place of their class's `forward`
+    own: dict[nn.Module, Any] = {}  # the instances' own replacements of their class's `forward`
     modules = _per_sample(_candidates(model, set(experts)), run)
     results = _recorded(modules, experts, run, count, batch_size, budget)
     index = torch.zeros(0, dtype=torch.long)
@@ -70,7 +70,7 @@ def frozen_prefix(
 
 
 def _candidates(model: nn.Module, experts: set[nn.Module]) -> list[nn.Module]:
-    """The largest modules without an expert inside that can be called."""
+    """The largest callable modules without an expert inside."""
     if not any(module in experts for module in model.modules()) and not isinstance(
         model, nn.ModuleList | nn.ModuleDict
     ):
@@ -81,10 +81,10 @@ def _candidates(model: nn.Module, experts: set[nn.Module]) -> list[nn.Module]:
 
 
 def _per_sample(modules: list[nn.Module], run: Callable[[slice], Any]) -> list[nn.Module]:
-    """Those of `modules` that a pass of one sample calls exactly once, and that give one row then.
+    """Those of `modules` that a pass of one sample calls exactly once, and that then return one row.
 
-    A second call, perhaps behind an expert, has another input; and what belongs to positions, such as a bias
-    of attention, has as many rows for one sample as for all.
+    A second call, perhaps behind an expert, has another input; and a result per position, such as a bias of
+    attention, has as many rows for one sample as for all.
     """
     rows: dict[nn.Module, list[bool]] = {module: [] for module in modules}
 
@@ -109,7 +109,7 @@ def _recorded(
     batch_size: int,
     budget: int,
 ) -> dict[nn.Module, Tensor]:
-    """For every module of the prefix its results for all samples [count, ...]; none where no expert takes part."""
+    """Module of the prefix → its results for all samples [count, ...]; empty where no expert takes part."""
     parts: dict[nn.Module, list[Any]] = {module: [] for module in modules}
 
     def keep(module: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
@@ -128,10 +128,8 @@ def _recorded(
                 }
                 taken = sum(part.nbytes for results in parts.values() for part in results)
                 if taken * count > budget * rows.stop:
-                    logger.info(
-                        "the results before the first expert are not kept: they take more than %d MiB",
-                        budget >> 20,
-                    )
+                    too_large = "the results before the first expert are not kept: they take more than %d MiB"
+                    logger.info(too_large, budget >> 20)
                     return {}
     finally:
         for handle in handles:
@@ -140,6 +138,6 @@ def _recorded(
 
 
 def _whole(results: list[Any], passes: int, rows: slice) -> bool:
-    """Whether a module gave one tensor per pass, the last with a row for each of its samples."""
+    """Whether a module returned one tensor per pass, the last with a row for each of its samples."""
     last = results[-1] if len(results) == passes else None
     return isinstance(last, Tensor) and last.shape[:1] == (rows.stop - rows.start,)

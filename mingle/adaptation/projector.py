@@ -14,13 +14,18 @@ from mingle.ops import dispatch
 
 logger = logging.getLogger(__name__)
 
-#: Directions per layer that fit a program's registers in the Triton kernels.
+#: The most directions per layer that fit a program's registers in the Triton kernels.
 MOST_DIRECTIONS = 1024
 
 
 class Block(NamedTuple):
-    """Layers whose gradients [n, d] and numbers of directions K are equal, and where they stand in the flat
-    tensors.
+    """Layers with gradients [n, d] of one shape and one number of directions K, and where they lie.
+
+    Attributes:
+        names: the layers, L of them.
+        rows, width, directions: n, d and K.
+        gradient, basis, place: where the first layer's elements begin in the flat gradients, in the flat
+            bases and in a flat tensor with one number per direction, such as S.
     """
 
     names: tuple[str, ...]
@@ -49,16 +54,15 @@ class Block(NamedTuple):
 
 
 class RelaxedProjector(nn.Module):
-    """Projects gate gradients away from the input directions of earlier tasks, less where the interference
-    stays high.
+    """Projects gate gradients away from earlier tasks' input directions, less where interference stays high.
 
     Per layer, for the gradient G [n, d] and the orthonormal basis U [d, K]:
 
         r_p = mean_n |G u_p| / (‖G_n‖ + 1e-12),  S ← β S + (1−β) r,  λ = exp(−γ S),  G ← G − (G U) diag(λ) Uᵀ
 
-    S starts at 0 for every task: make a new projector then.  All layers are projected together: two launches
-    on a GPU, elsewhere a few products per shape.  Under data-parallel training project after the gradients'
-    all-reduce, and once per optimizer step when gradients are accumulated.
+    S starts at 0 for every task: make a new projector for each.  All layers are projected together: by two
+    launches on a GPU, elsewhere by a few products per shape.  Under data-parallel training project after the
+    gradients' all-reduce, and once per optimizer step when gradients are accumulated.
 
     Args:
         bases: orthonormal columns [d, K] per layer, as a mapping by layer name or a sequence; K = 0 leaves a
@@ -69,7 +73,7 @@ class RelaxedProjector(nn.Module):
             together, ``"triton"`` all at once; ``"auto"`` the fastest that can run.
 
     Raises:
-        ValueError: β outside [0, 1), a negative γ, an unknown backend, or a basis that is no matrix.
+        ValueError: β outside [0, 1), a negative γ, an unknown backend, or a basis that is not a matrix.
     """
 
     bases: Tensor
@@ -116,12 +120,13 @@ class RelaxedProjector(nn.Module):
         return {name: parts[name] for name in self.names}
 
     def strength(self) -> dict[str, Tensor]:
-        """λ = exp(−γ S) [K] of every layer: 1 removes a direction wholly, 0 leaves it alone."""
+        """λ = exp(−γ S) [K] of every layer: 1 removes a direction entirely, 0 leaves it alone."""
         return {name: torch.exp(-self.gamma * s) for name, s in self.interference().items()}
 
     def layout(self, rows: Mapping[str, int], loose: int = 0) -> Layout:
-        """How gradients of n = `rows` rows per layer lie in one flat tensor, before `loose` numbers that are
-        checked but not projected.
+        """How gradients of n = `rows` rows per layer lie in one flat tensor.
+
+        Behind them are `loose` numbers that are checked but not projected.
         """
         key = (*(rows[name] for name in self.shapes), loose)
         if key not in self._layouts:
@@ -134,19 +139,18 @@ class RelaxedProjector(nn.Module):
 
         Args:
             gradients: all gradients in one flat tensor, in the bases' dtype.
-            layout: of this projector, what lies where.
+            layout: where each layer's gradient lies, from this projector's `layout`.
 
         Returns:
             bool []: whether some gradient is not finite.  Then nothing has changed, and the caller should
-                skip its optimizer step.
+            skip its optimizer step.
 
         Raises:
             RuntimeError: ``backend="triton"`` cannot run here; the message says why.
         """
         if layout.directions and self._fused(gradients, layout):
-            from mingle.kernels.relaxed_projection import (
-                triton as relaxed_projection,
-            )  # slow to import, and not everywhere
+            # slow to import, and not available everywhere
+            from mingle.kernels.relaxed_projection import triton as relaxed_projection
 
             options = (self.gamma, self.beta, layout.rows, layout.directions)
             return relaxed_projection.project_(
@@ -165,7 +169,7 @@ class RelaxedProjector(nn.Module):
         return broken
 
     def _fused(self, gradients: Tensor, layout: Layout) -> bool:
-        """Whether the Triton kernels are to serve."""
+        """Whether to use the Triton kernels."""
         if self.backend not in ("auto", "triton"):
             return False
         reason = dispatch.without_triton(gradients.device, gradients.dtype)
@@ -206,9 +210,8 @@ class RelaxedProjector(nn.Module):
         """
         named = dict(grads) if isinstance(grads, Mapping) else {str(i): grad for i, grad in enumerate(grads)}
         if set(named) != set(self.names):
-            raise ValueError(
-                f"gradients of layers {sorted(set(named) ^ set(self.names))} are missing or unknown to this projector"
-            )
+            wrong = sorted(set(named) ^ set(self.names))
+            raise ValueError(f"gradients of layers {wrong} are missing or unknown to this projector")
         for name, (width, _) in self.shapes.items():
             if named[name].dim() != 2 or named[name].shape[1] != width:
                 raise ValueError(
@@ -227,21 +230,19 @@ class RelaxedProjector(nn.Module):
         return True
 
     def report(self, layers: Iterable[str], step: int | None = None) -> None:
-        """Count a step that was skipped because the gradients of `layers` are not finite, and name them and,
-        where known, its number.
-        """
+        """Count a skipped step, and log its number, where known, and the layers of non-finite gradients."""
         self.skipped_steps += 1
         which = "a step" if step is None else f"step {step}"
         logger.warning("skipped %s: the gate gradient is not finite in %s", which, ", ".join(layers))
 
 
 class Layout:
-    """Where the gradient, the basis and S of every layer stand in flat tensors.
+    """Where the gradient, the basis and S of every layer lie in flat tensors.
 
     Attributes:
         blocks: the layers, those of equal shapes together.
         rows, directions: the largest n and K.
-        size: elements of the flat gradients and of the loose numbers behind them.
+        size: the number of elements of the flat gradients and of the loose numbers behind them.
     """
 
     def __init__(self, blocks: list[Block], loose: int) -> None:
@@ -254,7 +255,7 @@ class Layout:
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, int]], rows: Sequence[int], loose: int = 0) -> Layout:
-        """Layers in order, each with (d, K) of its basis and its number of rows."""
+        """The layout of layers in order, each with (d, K) of its basis and its number of rows."""
         blocks: list[Block] = []
         gradient = basis = place = 0
         for (name, (width, directions)), n in zip(shapes.items(), rows, strict=True):
@@ -279,7 +280,7 @@ class Layout:
         }
 
     def table(self, device: torch.device) -> Tensor:
-        """What `mingle.kernels.relaxed_projection.triton` needs to know of every layer, int64 [L, 6]."""
+        """One row per layer for `mingle.kernels.relaxed_projection.triton`, int64 [L, 6]."""
         if device not in self._tables:
             entries = [
                 (

@@ -1,4 +1,4 @@
-"""The answers of a task's own model, which the merged one is to give as well."""
+"""The answers of a task's own model, which the merged model learns to give too."""
 
 from __future__ import annotations
 

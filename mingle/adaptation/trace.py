@@ -13,8 +13,13 @@ from mingle.adaptation.optimizer import GateStep
 
 
 class StepProgress(NamedTuple):
-    """Where an adaptation stands: steps done and to be done, the loss, and the means of S and λ over all
-    layers (None without a basis).
+    """Where an adaptation stands.
+
+    Attributes:
+        step: how many steps are done.
+        steps: how many there will be.
+        loss: at the last of them.
+        interference, strength: the means of S and λ over all layers; None without a basis.
     """
 
     step: int
@@ -26,8 +31,12 @@ class StepProgress(NamedTuple):
 
 @dataclass
 class AdaptTrace:
-    """What happened at every step: the loss, and per layer the means of S and λ over the basis directions
-    (none without a basis).
+    """What happened at every step.
+
+    Attributes:
+        loss: the loss of each step.
+        interference, strength: by layer, the means of S and λ over the basis directions at each step; empty
+            without a basis.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -36,16 +45,15 @@ class AdaptTrace:
 
 
 class Recorder:
-    """Notes every step on the device, where nothing waits for it; read when it is looked at."""
+    """Notes every step on the device, so that nothing has to wait; read now and then, by `look`."""
 
     def __init__(self, step: GateStep) -> None:
         self.step, self.projector = step, step.projector
         self.blocks = [block for block in step.layout.blocks if block.directions]
         self.losses: list[Tensor] = []
         self.means: list[Tensor] = []  # per step [2, L]: S and λ
-        self.skips: list[
-            Tensor
-        ] = []  # whether each step since the last look was skipped, and then which gradients were finite
+        # since the last look: whether each step was skipped, and which gradients were finite
+        self.skips: list[Tensor] = []
         self.finite: list[Tensor] = []
         self.skipped_in_a_row = 0
 
@@ -61,10 +69,10 @@ class Recorder:
             )
 
     def look(self) -> None:
-        """Report what kept steps since the last look from being made.
+        """Report the steps that were skipped since the last look, and why.
 
         Raises:
-            AdaptationDiverged: that has happened too often in a row.
+            AdaptationDiverged: too many of them in a row.
         """
         done = len(self.losses) - len(self.skips)
         skips, finite = torch.stack(self.skips).tolist(), torch.stack(self.finite)
@@ -79,8 +87,9 @@ class Recorder:
             if broken:
                 self.projector.report(broken, done + i + 1)
             if self.skipped_in_a_row >= PATIENCE:
+                last = f"last at step {done + i + 1}"
                 raise AdaptationDiverged(
-                    f"the loss or its gradient was not finite for {PATIENCE} steps, last at step {done + i + 1}"
+                    f"the loss or its gradient was not finite for {PATIENCE} steps, {last}"
                 )
 
     def progress(self, steps: int) -> StepProgress:

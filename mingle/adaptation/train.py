@@ -17,10 +17,11 @@ from mingle.adaptation.prefix_cache import frozen_prefix
 from mingle.adaptation.projector import RelaxedProjector
 from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.adaptation.trace import AdaptTrace, Recorder, StepProgress
+from mingle.kernels.dtypes import wide
 from mingle.nn.linear import MingleLinear
 from mingle.tasks import TaskData, TaskType
 
-#: Steps between two looks at the results, for which a GPU has to be waited for.
+#: Steps between two looks at the results, each of which has to wait for a GPU.
 _INTERVALS = {"cpu": 1, "cuda": 8}
 
 
@@ -29,11 +30,11 @@ class AdaptConfig:
     """How the gates are trained.
 
     Attributes:
-        steps: of Adam.
+        steps: the number of steps of Adam.
         lr: its learning rate.
         batch_size: samples per step.
-        precision: of the model's products: ``"fp32"``, or ``"bf16"`` under autocast.  Gates and their
-            gradients are fp32 either way, and so is attention on CPUs.
+        precision: of the model's products: ``"fp32"``, or ``"bf16"`` under autocast.  Gates, their gradients
+            and attention on CPUs are fp32 either way.
 
     Raises:
         ValueError: an unknown precision.
@@ -68,7 +69,7 @@ def adapt_gates(
         model: the merged model that holds the layers, in evaluation mode.
         layers: the injected layers by name.
         seeds: unlabelled samples of the new task.
-        loss: what the gates minimise, see `mingle.adaptation.losses`; told of those samples that some step uses.
+        loss: what the gates minimise, see `mingle.adaptation.losses`; given the samples that any step uses.
         config: optimizer settings.
         generator: draws the batches.
         projector: keeps gate gradients out of earlier tasks' input directions; None trains unconstrained.
@@ -102,7 +103,7 @@ def _stepping(
     config: AdaptConfig,
     step: GateStep,
 ) -> Iterator[Advance]:
-    """Inside the block, one whole step: from the places of a batch among `samples` to new gates."""
+    """Yields one whole step, from the positions of a batch among `samples` to new gates."""
     device = step.gradients.device
     batch_loss, valid = loss(samples), task.valid(samples)
 
@@ -117,7 +118,7 @@ def _stepping(
             step.zero_grad()
             select(index)
             student = logits(index)
-            student = student.to(torch.promote_types(student.dtype, torch.float32))
+            student = student.to(wide(student))
             value = batch_loss(student, index, None if valid is None else valid[index])
             value.backward()
             return value.detach(), step.step(value)
@@ -132,7 +133,7 @@ def _take(
     device: torch.device,
     on_step: Callable[[StepProgress], None] | None,
 ) -> None:
-    """All steps, looked at every so often."""
+    """Take all steps, and look at the results every so often."""
     interval, steps = _INTERVALS.get(device.type, 8), len(batches)
     for done, index in enumerate(batches, 1):
         recorder.note(*advance(index))

@@ -1,7 +1,7 @@
 """The command line, ``mingle …`` or ``python -m mingle …``: one module per command.
 
-Each command's module has `register`, which says what it takes, and `run`, which does it.  What several of them
-need stands in `arguments` (options), `output` (what is printed) and `progress` (bars).
+Each command's module has `register`, which declares its arguments, and `run`, which carries it out.  Shared
+parts are in `arguments` (options), `output` (tables and the console) and `progress` (bars).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0; 1 where a benchmark found a fault; 2 after a message where the input was wrong.
+        0 for success; 1 where a benchmark found a fault; 2, after a message, where the input was wrong.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would break ours
     handler = RichHandler(console=console, show_path=False)

@@ -15,10 +15,10 @@ from mingle.runs.config import Expert
 
 def register(commands: Commands) -> None:
     parser = commands.add_parser("add", help="merge one more model into a merged one")
-    parser.add_argument("folder", type=Path, help="what merge wrote")
-    parser.add_argument("--name", required=True, help="of the task")
+    parser.add_argument("folder", type=Path, help="the folder that merge wrote")
+    parser.add_argument("--name", required=True, help="the task's name")
     parser.add_argument("--model", required=True, help="the fine-tuned model: a local folder or a hub id")
-    parser.add_argument("--revision", help="of a hub model")
+    parser.add_argument("--revision", help="a commit, branch or tag of the hub model")
     arguments.samples(parser)
     arguments.offline(parser)
     parser.set_defaults(run=run)

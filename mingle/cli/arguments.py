@@ -11,7 +11,7 @@ from mingle.methods import METHODS
 from mingle.options import OptionError
 from mingle.suites.protocol import PROTOCOLS
 
-#: what a command registers itself with
+#: the object that a command registers itself with
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -33,7 +33,7 @@ def method_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parsed_options(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
-    """What ``--set`` was given, as names and YAML values.
+    """The options given by ``--set``, as names and YAML values.
 
     Raises:
         OptionError: no ``=``, or a name that no method has as an option.
@@ -53,10 +53,10 @@ def parsed_options(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
 
 
 def samples(parser: argparse.ArgumentParser) -> None:
-    """Where the samples of a merged model come from; see `overrides`."""
+    """``--suite``, ``--protocol`` and ``--samples-per-class``; see `overrides`."""
     parser.add_argument("--suite", help="where samples come from; by default the one used before")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="by default the one used before")
-    text = "seed samples; by default as many as before"
+    text = "seed samples per class; by default as many as before"
     parser.add_argument("--samples-per-class", type=positive, help=text)
 
 
@@ -76,7 +76,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """`text` as a whole number, 1 or more."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("expected a positive number")

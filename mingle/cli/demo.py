@@ -17,7 +17,7 @@ from mingle.suites.protocol import PROTOCOLS
 def register(commands: Commands) -> None:
     defaults = compare.Comparison()
     parser = commands.add_parser(
-        "demo", help="compare methods on an embedded suite, from nothing, in a few minutes"
+        "demo", help="compare methods on an embedded suite, without downloads, in a few minutes"
     )
     known = "glyphs4, glyphs8, glyphs20, glyphs8-shared, glyphs4-corrupted, …"
     parser.add_argument("--suite", default=defaults.suite, help=known)

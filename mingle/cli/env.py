@@ -1,4 +1,4 @@
-"""``mingle env``: versions, and what computes here."""
+"""``mingle env``: versions and backends, for bug reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mingle.ops import dispatch, extension
 
 
 def register(commands: Commands) -> None:
-    parser = commands.add_parser("env", help="versions and what computes here, for bug reports")
+    parser = commands.add_parser("env", help="versions and backends, for bug reports")
     parser.set_defaults(run=run)
 
 

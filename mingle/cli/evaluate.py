@@ -12,8 +12,8 @@ from mingle.runs import merge
 
 
 def register(commands: Commands) -> None:
-    parser = commands.add_parser("eval", help="accuracy of a merged model on all of its tasks")
-    parser.add_argument("folder", type=Path, help="what merge wrote")
+    parser = commands.add_parser("eval", help="measure a merged model's accuracy on all its tasks")
+    parser.add_argument("folder", type=Path, help="the folder that merge wrote")
     parser.add_argument("--batch-size", type=arguments.positive, default=128)
     arguments.samples(parser)
     arguments.offline(parser)

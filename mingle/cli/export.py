@@ -12,11 +12,11 @@ from mingle.merging.merger import Merger
 
 def register(commands: Commands) -> None:
     parser = commands.add_parser(
-        "export", help="a merged model as a plain Hugging Face folder, which transformers loads"
+        "export", help="write a merged model as a plain Hugging Face folder, which transformers loads"
     )
-    parser.add_argument("folder", type=Path, help="what merge wrote")
+    parser.add_argument("folder", type=Path, help="the folder that merge wrote")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--task", help="whose model, for the method individual")
+    parser.add_argument("--task", help="the task whose model to write, for the method individual")
     parser.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""``mingle inspect``: what a merged model's folder holds."""
+"""``mingle inspect``: the contents of a merged model's folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLUMNS = ("task", "seed samples", "accuracy when merged", "accuracy now", "byt
 
 
 def register(commands: Commands) -> None:
-    parser = commands.add_parser("inspect", help="what a merged model's folder holds")
+    parser = commands.add_parser("inspect", help="show what a merged model's folder holds")
     parser.add_argument("folder", type=Path)
     parser.set_defaults(run=run)
 

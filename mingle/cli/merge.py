@@ -1,4 +1,4 @@
-"""``mingle merge``: the models of a YAML file."""
+"""``mingle merge``: merge the models of a YAML file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mingle.runs.check import check
 
 def register(commands: Commands) -> None:
     parser = commands.add_parser(
-        "merge", help="merge the models of a YAML file; resumes what was interrupted"
+        "merge", help="merge the models of a YAML file; resumes an interrupted merge"
     )
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for the merged model")

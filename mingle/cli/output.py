@@ -1,4 +1,4 @@
-"""What commands print."""
+"""The console, and how commands print results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ console = Console()
 
 
 def result_table(result: Result) -> Table:
-    """Every task's accuracy when it was merged and now."""
+    """Every task's accuracy, when it was merged and now."""
     title = f"ACC {percent(result.acc)}, BWT {points(result.bwt)}"
     table = Table(title=title, title_justify="left")
     table.add_column("task")
@@ -25,10 +25,10 @@ def result_table(result: Result) -> Table:
 
 
 def percent(value: float | None) -> str:
-    """One decimal; a dash for what was not measured."""
+    """With one decimal; a dash for a value that was not measured."""
     return "–" if value is None or math.isnan(value) else f"{value:.1f} %"
 
 
 def points(value: float) -> str:
-    """One decimal and a sign; a dash for what was not measured."""
+    """With one decimal and a sign; a dash for a value that was not measured."""
     return "–" if math.isnan(value) else f"{value:+.1f}"

@@ -1,4 +1,4 @@
-"""Progress bars: one for the tasks of all methods and orders, one for what runs inside a task."""
+"""Progress bars: one for the tasks of all methods and orders, one for the steps inside a task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mingle.runs.observer import Observer
 
 @contextmanager
 def bars(runs: int) -> Iterator[Observer]:
-    """Inside the block, bars for `runs` merges of all tasks, in several methods or orders."""
+    """A block with bars for `runs` merges, each of all tasks by one method in one order."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -41,7 +41,7 @@ class _Bars(Observer):
         self.inner = progress.add_task("", total=None, note="", visible=False)
 
     def merging(self, method: str, order: int, index: int, tasks: Sequence[str]) -> None:
-        self.begun = max(self.begun, index)  # where an earlier run has merged the first ones
+        self.begun = max(self.begun, index)  # an earlier run may have merged the first tasks
         self.progress.update(
             self.tasks,
             description=f"{method}, order {order + 1}",

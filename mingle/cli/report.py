@@ -1,4 +1,4 @@
-"""``mingle report``: table and plots of a run, made again."""
+"""``mingle report``: the table and plots of a run, made again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mingle.runs import report
 
 
 def register(commands: Commands) -> None:
-    parser = commands.add_parser("report", help="table and plots of a run folder, made again")
-    parser.add_argument("folder", type=Path, help="what demo wrote")
+    parser = commands.add_parser("report", help="make the table and plots of a run folder again")
+    parser.add_argument("folder", type=Path, help="the folder that demo wrote")
     parser.set_defaults(run=run)
 
 

@@ -19,23 +19,24 @@ from mingle.suites.protocol import PROTOCOLS
 
 def register(commands: Commands) -> None:
     parser = commands.add_parser(
-        "reproduce", help="measure a table of the paper; resumes what was interrupted, and shares the work"
+        "reproduce", help="measure a table of the paper; resumes interrupted work and shares it"
     )
     parser.add_argument("table", help=", ".join(TABLES))
-    text = "suites, or: published"
+    text = "suites, or `published` for those of the paper"
     parser.add_argument("--suite", type=arguments.names, default=("glyphs8",), metavar="A,B", help=text)
     parser.add_argument("--protocol", default="strict", choices=(*PROTOCOLS, "both"))
-    text = "instead of the table's own"
+    text = "methods instead of the table's own"
     parser.add_argument("--methods", type=arguments.names, default=(), metavar="A,B", help=text)
     arguments.orders(parser)
-    parser.add_argument("--samples-per-class", type=arguments.positive, default=5, help="seed samples")
+    text = "seed samples per class"
+    parser.add_argument("--samples-per-class", type=arguments.positive, default=5, help=text)
     parser.add_argument("--seed", type=int, default=0)
     arguments.method_options(parser)
-    text = "what ACC and BWT need, or the whole matrix"
+    text = "measure what ACC and BWT need (ends), or the whole matrix (every)"
     parser.add_argument("--evaluate", default="ends", choices=reproduce.EVALUATE, help=text)
-    parser.add_argument("--out", type=Path, help="default: runs/reproduce-<table>")
+    parser.add_argument("--out", type=Path, help="by default runs/reproduce-<table>")
     parser.add_argument("--keep-models", action="store_true", help="keep every merged model")
-    text = "of the CPU; several processes of one thread share small models best"
+    text = "CPU threads; for small models several processes of one thread each are fastest"
     parser.add_argument("--threads", type=arguments.positive, help=text)
     arguments.offline(parser)
     parser.set_defaults(run=run)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         with bars(unfinished) as observer:
             reproduce.run(plan, out, observer, keep_models=args.keep_models)
-    finally:  # what is finished is worth a table, whatever ended the run
+    finally:  # whatever ended the run, its finished cells are worth a table
         for table in report.comparison.tables(summary.write(plan, out)):
             console.print(table)
         console.print(f"table and plots: [bold]{out}[/]")

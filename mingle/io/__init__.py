@@ -1,3 +1,4 @@
-"""What is on disk: checkpoints in and out, the folder a merger lives in, the hub; nothing is pickled, nothing
-is left half written.
+"""What is on disk: checkpoints in and out, a merger's folder and the hub.
+
+Nothing is pickled, nothing is left half written.
 """

@@ -32,12 +32,13 @@ Tensors = dict[str, torch.Tensor]
 
 
 def whole_model(base: nn.Module, tower: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """The base's state with the tower's tensors replaced; tensors that the model ties together once, under
-    their first name.
+    """The base's state with the tower's tensors replaced.
+
+    Tensors that the model ties together appear once, under their first name.
 
     Args:
         base: the whole base model.
-        tower: the tower's dotted name in it; empty where it is the whole.
+        tower: the tower's dotted name in it; empty where the tower is the whole model.
         tensors: the new tensors under the tower's own names.
     """
     prefix, state = f"{tower}." if tower else "", base.state_dict()
@@ -48,11 +49,10 @@ def whole_model(base: nn.Module, tower: str, tensors: Mapping[str, torch.Tensor]
 
 
 def hub_config(base: nn.Module, source: Path | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The base's configuration, which names the dtype of the weights, as `from_pretrained` loads them in the
-    dtype it names.
+    """The base's configuration with the dtype of the weights, in which `from_pretrained` then loads them.
 
     Raises:
-        CheckpointError: the base has none.
+        CheckpointError: the base has no configuration.
     """
     own: Any = getattr(base, "config", None)
     if source is not None:
@@ -74,10 +74,10 @@ def write_model(
     source: Path | None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a hub folder: weights, configuration, and whatever else of this kind the base's folder has.
+    """Write a hub folder: weights, configuration, and the tokenizer or processor of the base's folder.
 
     Everything is written beside the folder and moved there whole: an interruption leaves no folder, and the
-    next export to it clears away what was left behind.
+    next export to the same place clears away what was left behind.
 
     Raises:
         CheckpointError: the folder is in use, another process is writing it, or the disk is full.
@@ -85,7 +85,7 @@ def write_model(
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(
-            f"{folder}: there already, and not an empty folder; an export overwrites nothing"
+            f"{folder}: already exists and is not an empty folder; an export overwrites nothing"
         )
     staging = folder.parent / f".mingle-export-{folder.name}"
     with naming(staging):

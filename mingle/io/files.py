@@ -1,6 +1,4 @@
-"""Files that survive a crash: atomic writes, strict JSON, names that stay inside their folder, and one writer
-at a time.
-"""
+"""Files that survive a crash: atomic writes, strict JSON, contained names, and one writer at a time."""
 
 from __future__ import annotations
 
@@ -31,8 +29,9 @@ _TEMPORARY = re.compile(r"\.mingle-tmp-\d+-[0-9a-f]{16}-.+")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint, or a file beside it, cannot be read or written; the message names the file, and the
-    tensor where there is one.
+    """A checkpoint, or a file beside it, cannot be read or written.
+
+    The message names the file, and the tensor where there is one.
     """
 
 
@@ -72,8 +71,10 @@ def write_copy(source: Path, target: Path) -> None:
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Parse a UTF-8 JSON file; a duplicate key, a syntax error (with its line) or a larger file raises
-    `CheckpointError`.
+    """Parse a UTF-8 JSON file.
+
+    Raises:
+        CheckpointError: a duplicate key, a syntax error (with its line), or more than `max_bytes`.
     """
     with naming(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -89,15 +90,13 @@ def sha256(path: Path) -> str:
 
 
 def contained(folder: Path, name: str) -> Path:
-    """`folder / name`, once it is sure that opening it stays inside `folder`; nothing is opened, and it need
-    not exist.
+    """`folder / name`, once it is certain that opening it stays inside `folder`.
 
-    Raises `CheckpointError` for an absolute path, a `..` and a symlink that leads outside. One way out is
-    allowed: a hub cache keeps the files of `models--x/snapshots/<rev>` as symlinks to
-    `models--x/blobs/<hash>`, and those of `datasets--x` alike.
+    Nothing is opened, and the file need not exist. Raises `CheckpointError` for an absolute path, a `..` and
+    a symlink that leads outside. One way out is allowed: a hub cache keeps the files of
+    `models--x/snapshots/<rev>` as symlinks to `models--x/blobs/<hash>`, and likewise those of `datasets--x`.
     """
-    # The Windows flavour splits at both slashes and knows drives, so one check covers an index written on any
-    # system.
+    # The Windows flavour splits at both slashes and knows drives: one check covers an index of any system.
     parts = PureWindowsPath(name)
     if parts.anchor or ".." in parts.parts:
         raise CheckpointError(f"{folder}: refusing {name!r}, which points outside the folder")
@@ -116,11 +115,10 @@ def contained(folder: Path, name: str) -> Path:
 
 @contextmanager
 def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Be the only writer of `folder`, an existing one; while another holds it, `wait` or raise `Locked`
-    naming the holder.
+    """Be the only writer of an existing folder; while another process is, `wait` or raise `Locked`.
 
-    The lock is the kernel's, on `.lock` in the folder: a killed holder releases it, and the file itself stays
-    behind.
+    The error names the holder. The lock is the kernel's, on `.lock` in the folder: a killed holder releases
+    it, and the file itself stays behind.
     """
     path = folder / ".lock"
     with naming(path):
@@ -162,7 +160,7 @@ def clean_stale(folder: Path) -> list[Path]:
 
 
 def free_space(folder: Path, needed: int) -> None:
-    """Raise `CheckpointError` unless the disk of `folder` has room for `needed` bytes and a margin of 16 MiB."""
+    """Raise `CheckpointError` unless the disk of `folder` has room for `needed` bytes and 16 MiB more."""
     with naming(folder):
         free = shutil.disk_usage(folder).free
     if free < needed + _SPARE_BYTES:
@@ -181,8 +179,9 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
-    """A binary file of `size` bytes to come that replaces `path` when the block ends, and is removed when the
-    block raises.
+    """A binary file that replaces `path` when the block ends, and is removed when the block raises.
+
+    `size`, in bytes, is how much will be written: the disk is checked for that much room first.
     """
     free_space(path.parent, size)
     temporary = path.with_name(f".mingle-tmp-{os.getpid()}-{secrets.token_hex(8)}-{path.name}")
@@ -198,9 +197,9 @@ def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Move a file or folder within one folder; done is done, even if the power fails."""
+    """Move a file or folder within one folder; once done, it outlasts a power cut."""
     os.replace(source, target)
-    # The rename itself survives a power cut only once the folder is on disk.
+    # The rename itself lasts only once the folder is on disk.
     descriptor = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

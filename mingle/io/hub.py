@@ -1,9 +1,8 @@
-"""Where a model or a data set is: a local folder, or a pinned snapshot of a hub repository in the hub's own
-cache.
+"""Where a model or a data set is: a local folder, or a pinned snapshot in the hub's own cache.
 
-A repository is resolved to a commit when it is first used, and that commit is what a merge keeps to
-(`Revisions`).  Only files that hold data are fetched: safetensors, JSON, text and vocabularies of models,
-Parquet of data sets; never code, never pickles.
+A repository is resolved to a commit when it is first used, and a merge keeps to that commit (`Revisions`).
+Only files that hold data are fetched: safetensors, JSON, text and vocabularies of models, Parquet of data
+sets; never code, never pickles.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from mingle.io.files import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-#: what is fetched of a model's repository
+#: the files that are fetched from a model's repository
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 
-#: repository → the commit in use; a data set's stands under ``datasets/<id>``, as in the hub's addresses
+#: repository → the commit in use; a data set is named ``datasets/<id>``, as in the hub's addresses
 Revisions = MutableMapping[str, str]
 
 Kind = Literal["model", "dataset"]
 
 
 def offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+    """Whether HF_HUB_OFFLINE forbids asking the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
@@ -44,13 +43,13 @@ def resolve(model: str, revision: str | None = None, revisions: Revisions | None
 
     Args:
         model: a folder or a hub id.
-        revision: a commit, branch or tag of the hub model; None takes what `revisions` holds, or else
+        revision: a commit, branch or tag of the hub model; None takes the commit in `revisions`, or else
             ``main``.
-        revisions: the commits to keep to; the one found is noted in it.
+        revisions: the commits to keep to; the one found is noted there.
 
     Raises:
-        CheckpointError: neither a folder nor a hub model that can be had, or one at another commit than
-            noted.
+        CheckpointError: `model` is neither a folder nor a hub model that can be fetched, or it is at another
+            commit than noted.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -76,9 +75,9 @@ class Snapshot:
         repo: the hub id.
         kind: ``model`` or ``dataset``.
         commit: its hash.
-        files: the names of what it holds; of the cached part alone, where the hub was not asked.
-        folder: in the hub's cache; None where the hub was asked.
-        revision: what was asked for, so that the cache notes what a branch was and finds it offline.
+        files: the names of its files; only of the cached ones where the hub was not asked.
+        folder: its folder in the hub's cache; None where the hub was asked.
+        revision: the revision asked for, so that the cache notes a branch's commit and finds it offline.
     """
 
     repo: str
@@ -102,30 +101,30 @@ class Snapshot:
                 )
             )
         except Exception as error:
-            raise CheckpointError(f"{self.repo}: not to be had from the hub ({_first_line(error)})") from None
+            reason = _first_line(error)
+            raise CheckpointError(f"{self.repo}: cannot be fetched from the hub ({reason})") from None
         if folder.name != self.commit:
-            raise CheckpointError(
-                f"{self.repo}: {self.revision!r} moved from commit {self.commit} to {folder.name} meanwhile; start again"
-            )
+            moved = f"moved from commit {self.commit} to {folder.name} meanwhile"
+            raise CheckpointError(f"{self.repo}: {self.revision!r} {moved}; start again")
         return folder
 
     def how_to_fetch(self, *patterns: str) -> str:
-        """Advice for a message about files that are not there."""
+        """Advice for a message about missing files."""
         return (
             _how_to_fetch(self.repo, self.kind, patterns, self.commit)
             if self.folder is not None
-            else "the hub has no more of it"
+            else "the hub has no other files of it"
         )
 
 
 def snapshot(
     repo: str, kind: Kind, revision: str | None = None, revisions: Revisions | None = None
 ) -> Snapshot:
-    """The commit of a hub repository that is, or from now on will be, in use.
+    """The commit of a hub repository that is in use, or will be from now on.
 
     Raises:
-        CheckpointError: it is neither to be had nor cached, or `revision` is another commit than `revisions`
-            has noted.
+        CheckpointError: the repository can neither be fetched nor is it cached, or `revision` is another
+            commit than the one noted in `revisions`.
     """
     key = repo if kind == "model" else f"datasets/{repo}"
     noted = None if revisions is None else revisions.get(key)
@@ -147,29 +146,22 @@ def _find(repo: str, kind: Kind, revision: str) -> Snapshot:
         if found is None:
             where = f"not in the hub's cache ({constants.HF_HUB_CACHE}) at revision {revision!r}, and offline"
             patterns = MODEL_FILES if kind == "model" else ()
-            raise CheckpointError(
-                f"{repo}: {where}; {_how_to_fetch(repo, kind, patterns, None if revision == 'main' else revision)}"
-            )
+            advice = _how_to_fetch(repo, kind, patterns, None if revision == "main" else revision)
+            raise CheckpointError(f"{repo}: {where}; {advice}")
         return found
     try:
         api = HfApi()
         info: ModelInfo | DatasetInfo = (api.model_info if kind == "model" else api.dataset_info)(
             repo, revision=revision
         )
-    # the hub's client lets the errors of its HTTP library through, and has changed that library twice
+    # The hub's client lets the errors of its HTTP library through, and has changed that library twice.
     except Exception as error:
-        found = _cached(repo, kind, revision)
+        found, reason = _cached(repo, kind, revision), _first_line(error)
         if found is None:
-            elsewhere = "no such local folder, and " if kind == "model" else ""
-            raise CheckpointError(
-                f"{repo}: {elsewhere}not to be had from the hub ({_first_line(error)})"
-            ) from None
-        logger.warning(
-            "%s: the hub cannot be asked (%s); taking commit %s from the cache",
-            repo,
-            _first_line(error),
-            found.commit,
-        )
+            elsewhere = "is not a local folder and " if kind == "model" else ""
+            raise CheckpointError(f"{repo}: {elsewhere}cannot be fetched from the hub ({reason})") from None
+        cached = "%s: the hub cannot be asked (%s); taking commit %s from the cache"
+        logger.warning(cached, repo, reason, found.commit)
         return found
     return Snapshot(
         repo, kind, str(info.sha), tuple(file.rfilename for file in info.siblings or ()), None, revision
@@ -177,9 +169,7 @@ def _find(repo: str, kind: Kind, revision: str) -> Snapshot:
 
 
 def _cached(repo: str, kind: Kind, revision: str) -> Snapshot | None:
-    """What the hub's cache holds of a repository at a commit, or at what was the branch or tag when it was
-    last asked for.
-    """
+    """The cached files of a repository at a commit; for a branch or tag, the commit it last stood for."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -199,7 +189,7 @@ def _how_to_fetch(repo: str, kind: Kind, patterns: Sequence[str], revision: str 
     command = ["hf", "download", repo, *(("--repo-type", "dataset") if kind == "dataset" else ())]
     command += [word for pattern in patterns for word in ("--include", pattern)]
     command += ["--revision", revision] if revision else []
-    return f"fetch it where there is a network: {shlex.join(command)}"
+    return f"fetch it where there is a network connection: {shlex.join(command)}"
 
 
 def _first_line(error: Exception) -> str:

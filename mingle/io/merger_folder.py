@@ -1,13 +1,12 @@
-"""The folder a merger lives in: one safetensors file per task, one for the common state, the base, and a JSON
-manifest.
+"""A merger's folder: one safetensors file per task, one for the common state, the base, a JSON manifest.
 
     manifest.json                      what the folder holds, with sizes and hashes; always written last
     base-<hash>/                       the base model in hub format
     tasks/000-<name>-<hash>.safetensors
     state-<hash>.safetensors           only for methods that keep merged weights
 
-Files are named by their content and never overwritten: whatever interrupts a save, the manifest on disk names
-    files that are there.
+Files are named by their content and never overwritten: whatever interrupts a save, every file that the
+manifest on disk names is there.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def state_hash(source: nn.Module | Mapping[str, torch.Tensor]) -> str:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base to put beside the merged state: a module, and the hub folder it came from where there is one."""
+    """The base to put beside the merged state: a module, and the hub folder it came from, if any."""
 
     model: nn.Module
     folder: Path | None
@@ -84,8 +83,8 @@ class BaseModel:
         config = getattr(self.model, "config", None)
         if config is None:
             raise CheckpointError(
-                f"{target}: the base {type(self.model).__name__} has no config to save it with; use include_base=False and give "
-                "the base to from_pretrained"
+                f"{target}: the base {type(self.model).__name__} has no config to save it with; "
+                "use include_base=False and give the base to from_pretrained"
             )
         write_json(target / "config.json", config.to_dict())
         write_tensors(target / "model.safetensors", self.model.state_dict(), {"format": "pt"})
@@ -141,24 +140,22 @@ class Saved:
     manifest: dict[str, Any]
 
     def base_folder(self) -> Path:
-        """Where the base is.
+        """The base's folder.
 
         Raises:
             CheckpointError: the folder was saved without it.
         """
         name = self.manifest["base"]["folder"]
         if name is None:
-            raise CheckpointError(
-                f"{self.folder}: saved without its base model; give it as base= (SHA-256 {self._base_hash[:12]}…)"
-            )
+            wanted = f"give it as base= (SHA-256 {self._base_hash[:12]}…)"
+            raise CheckpointError(f"{self.folder}: saved without its base model; {wanted}")
         return contained(self.folder, name)
 
     def check_base(self, found: str) -> None:
-        """Refuse another base than the one the tasks were merged into."""
+        """Refuse any base but the one the tasks were merged into."""
         if found != self._base_hash:
-            raise CheckpointError(
-                f"{self.folder}: merged into another base model (SHA-256 {self._base_hash[:12]}…, the given one has {found[:12]}…)"
-            )
+            hashes = f"SHA-256 {self._base_hash[:12]}…, the given one has {found[:12]}…"
+            raise CheckpointError(f"{self.folder}: merged into another base model ({hashes})")
 
     @property
     def _base_hash(self) -> str:
@@ -172,18 +169,19 @@ class Saved:
 
 
 def load(folder: Path) -> Saved:
-    """The manifest of a merger's folder, with every file it names checked for presence, size and hash before
-    any tensor is read.
+    """The manifest of a merger's folder, once every file it names is checked.
+
+    Presence, size and hash are compared before any tensor is read.
 
     Raises:
-        CheckpointError: no manifest, another format or version, a missing, truncated or changed file; the
-            message names it.
+        CheckpointError: no manifest, another format or version, or a missing, truncated or changed file; the
+            message names the file.
     """
     manifest = _read_manifest(folder)
     for entry in _files(manifest):
         path = contained(folder, entry["file"])
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing, the manifest names it")
+            raise CheckpointError(f"{path}: missing, although the manifest names it")
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{path}: expected {entry['bytes']} bytes, found {size}")
@@ -195,7 +193,7 @@ def load(folder: Path) -> Saved:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{path}: not there; {folder} holds no saved merge")
+        raise CheckpointError(f"{path}: missing; {folder} does not hold a saved merge")
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not the manifest of a {FORMAT} folder")
@@ -205,7 +203,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     for key, kind in _REQUIRED.items():
         if not isinstance(manifest.get(key), kind):
-            raise CheckpointError(f"{path}: {key!r} is missing or no {kind.__name__}")
+            raise CheckpointError(f"{path}: {key!r} is missing or not a {kind.__name__}")
     try:
         for entry in _files(manifest):
             _ = Path(entry["file"]), int(entry["bytes"]), str(entry["sha256"])
@@ -222,7 +220,7 @@ def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 def _write(
     folder: Path, stem: str, tensors: Tensors, known: dict[str, dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Write tensors to a file named by their content, unless it is there; its manifest entry."""
+    """Write tensors to a file named by their content, unless it exists; returns its manifest entry."""
     if not tensors:
         return None
     name = f"{stem}-{state_hash(tensors)[:12]}.safetensors"
@@ -233,9 +231,7 @@ def _write(
 
 
 def _sweep(folder: Path, kept: set[str]) -> None:
-    """Remove our files that no manifest names any more: those of the last save, and what an interrupted one
-    left behind.
-    """
+    """Remove our files that the manifest no longer names, be they of the last save or an interrupted one."""
     for path in [*folder.glob("base-*"), *folder.glob("state-*"), *folder.glob("tasks/*")]:
         name = path.relative_to(folder).as_posix()
         if name in kept or not _OWN_NAME.fullmatch(name):

@@ -24,7 +24,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of mingle and what its numbers depend on."""
+    """The versions of mingle and of the packages that its numbers depend on."""
     import transformers
 
     return {
@@ -47,9 +47,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with a ``+`` where tracked files differ from it; None outside a checkout of this
-    project.
-    """
+    """The checkout's commit, with a ``+`` where tracked files differ; None outside a checkout of mingle."""
     here = Path(__file__).resolve()
     commands = (("ls-files", here.name), ("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
     try:

@@ -142,7 +142,7 @@ def write_tensors(
     are each written in full. Raises `CheckpointError`, with the old file untouched, where a tensor has no
     safetensors form or the disk lacks the space.
     """
-    # Widest dtype first: behind a header of a multiple of 8 bytes, every tensor then starts at a multiple of
+    # Widest dtype first: the header's length is a multiple of 8, so every tensor then starts at a multiple of
     # its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header, size = _header(
@@ -160,13 +160,10 @@ def write_tensors(
 def _header(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> tuple[bytes, int]:
-    """The bytes before the data, with the tensors laid out in the order given, and the size of the whole
-    file.
-    """
+    """The bytes before the data, for tensors in the order given, and the size of the whole file."""
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise CheckpointError(f"{path}: metadata must map strings to strings")
-    # safetensors' own writer emits the metadata in random order, so that equal content would hash differently
-    # each time.
+    # safetensors' own writer emits the metadata in random order: equal content would hash differently.
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
     for name, tensor in tensors.items():
@@ -222,7 +219,8 @@ def _find(path: Path) -> Path:
 def _pickle_error(path: Path, weights: list[Path], target: Path) -> CheckpointError:
     code = (
         "import torch; from safetensors.torch import save_file; "
-        f"parts = [torch.load(file, map_location='cpu', weights_only=True) for file in {[str(file) for file in weights]}]; "
+        "parts = [torch.load(file, map_location='cpu', weights_only=True) "
+        f"for file in {[str(file) for file in weights]}]; "
         "tensors = {name: value.contiguous().clone() for part in parts for name, value in part.items()}; "
         f"save_file(tensors, {str(target)!r}, metadata={{'format': 'pt'}})"
     )
@@ -246,9 +244,7 @@ def _read_index(index: Path) -> dict[str, Path]:
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
-    """The tensors of one safetensors file, once its header is sure to describe exactly the bytes that are
-    there.
-    """
+    """The tensors of one safetensors file, once its header is known to describe exactly the bytes there."""
     if path.suffix in _PICKLE_SUFFIXES:
         raise _pickle_error(path, [path], path.with_suffix(".safetensors"))
     with naming(path), open(path, "rb") as file:
@@ -310,8 +306,8 @@ def _parse_entry(path: Path, name: str, value: Any) -> tuple[_Entry, int, int]:
 
 
 def _open(path: Path) -> Any:
-    # Read rather than mapped: a file truncated under a map kills the process, and two reads of a tensor would
-    # share memory.
+    # Read, not mapped: truncating a mapped file kills the process, and two reads of a tensor would share
+    # memory.
     with naming(path):
         return safe_open(path, "pt", backend="pread")
 

@@ -1,4 +1,4 @@
-"""What fine-tuning changed: the difference of two checkpoints of one architecture."""
+"""What fine-tuning changed: the difference between two checkpoints of one architecture."""
 
 from __future__ import annotations
 
@@ -21,20 +21,18 @@ def align(
     prefixes: Iterable[str] = (),
     first: Mapping[str, str] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `tuned` under the names of `base`, in base's order.
+    """The tensors of `tuned` under the names of `base`, in the base's order.
 
     Args:
         base: the reference state, by name.
-        tuned: another state of the same architecture; further tensors under other prefixes are ignored when a
-            prefix matches.
-        prefixes: what `tuned` may put before base's names, most specific first (for example
-            ``vision_model.``); no prefix is tried last.
-        first: what `first_names` says of the base; of tensors that it ties together, `tuned` needs to hold
-            one.
+        tuned: another state of the same architecture; where a prefix matches, tensors without it are ignored.
+        prefixes: what `tuned` may put before the base's names, most specific first (for example
+            ``vision_model.``); no prefix at all is tried last.
+        first: the base's `first_names`; of the tensors that it ties together, `tuned` needs only one.
 
     Raises:
-        IncompatibleModel: missing, extra or differently shaped tensors, with the lists of each and the
-            closest match.
+        IncompatibleModel: missing, extra or differently shaped tensors, with a list of each and the closest
+            match.
     """
     stripped = dict(tuned)
     for prefix in prefixes:
@@ -44,7 +42,7 @@ def align(
         if inside:
             stripped = inside
             break
-    # Older checkpoints store this counter as a tensor; it is no parameter.
+    # Older checkpoints store this counter as a tensor; it is not a parameter.
     stripped = {name: tensor for name, tensor in stripped.items() if not name.endswith("position_ids")}
     if first is not None:
         held = {first[name]: tensor for name, tensor in stripped.items() if name in first}
@@ -73,9 +71,7 @@ def _differences(missing: list[str], extra: list[str], differing: list[str], sho
 
 
 def first_names(module: nn.Module) -> dict[str, str]:
-    """Every name in the module's state → the first name of the same tensor, another one only where tensors
-    are tied.
-    """
+    """Every name in the module's state → the first name of the same tensor; they differ where it is tied."""
     first: dict[int, str] = {}
     return {
         name: first.setdefault(id(tensor), name) for name, tensor in module.state_dict(keep_vars=True).items()

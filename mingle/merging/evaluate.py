@@ -20,9 +20,9 @@ class Result:
     """Accuracies in per cent.
 
     Attributes:
-        tasks: names in order of arrival.
-        matrix: ``matrix[i][j]`` is the accuracy on task j after merging task i; None where it was not measured
-            and above the diagonal.
+        tasks: the tasks' names in order of arrival.
+        matrix: ``matrix[i][j]``, j ≤ i, is the accuracy on task j after merging task i; None where it was not
+            measured.
     """
 
     tasks: list[str]
@@ -30,13 +30,14 @@ class Result:
 
     @property
     def acc(self) -> float:
-        """Mean accuracy over all tasks after the last merge; NaN where that was not measured."""
+        """Mean accuracy over all tasks after the last merge; NaN where one was not measured."""
         return _mean(self.matrix[-1] if self.matrix else [])
 
     @property
     def bwt(self) -> float:
-        """Backward transfer: the mean over earlier tasks of ``a[T][j] − a[j][j]``.  0 for one task, NaN where
-        rows are missing.
+        """Backward transfer, in points: the mean over earlier tasks of ``a[T][j] − a[j][j]``.
+
+        0 for one task, NaN where a value is missing.
         """
         if len(self.matrix) == 1:
             return 0.0
@@ -58,8 +59,12 @@ def accuracy(task: TaskType, model: nn.Module, data: TaskData, batch_size: int =
 
 
 def score(outcomes: torch.Tensor, metric: str) -> float:
-    """In per cent: the mean of `outcomes` [n] for ``accuracy``, the rank correlation of the columns of
-    `outcomes` [n, 2] for ``spearman``.
+    """The score in per cent of outcomes, as a task type's `outcomes` returns them.
+
+    Args:
+        outcomes: [n] for ``accuracy``, which is their mean; [n, 2] for ``spearman``, which is the rank
+            correlation of the columns.
+        metric: ``accuracy`` or ``spearman``.
 
     Raises:
         ValueError: an unknown metric.
@@ -73,8 +78,9 @@ def score(outcomes: torch.Tensor, metric: str) -> float:
 
 
 def spearman(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Spearman's rank correlation of x [n] and y [n], equal values sharing their mean rank; 0 where one of
-    them never varies.
+    """Spearman's rank correlation of x [n] and y [n]; 0 where one of them never varies.
+
+    Equal values share their mean rank.
     """
     a, b = (ranks - ranks.mean() for ranks in (_ranks(x), _ranks(y)))
     norm = (a.norm() * b.norm()).item()

@@ -22,12 +22,12 @@ Model = nn.Module | Mapping[str, Tensor] | str | Path
 def tower_tensors(
     model: Model, base: Mapping[str, Tensor], first: Mapping[str, str], prefixes: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """The fine-tuned tower; a LoRA adapter's is W₀ + B A in the layers that it names.
+    """The fine-tuned tower; for a LoRA adapter, the base with W₀ + B A in the layers that it names.
 
     Args:
-        model: what was fine-tuned.
+        model: the fine-tuned model.
         base: the base tower.
-        first: its `mingle.io.state_dicts.first_names`.
+        first: the base tower's `mingle.io.state_dicts.first_names`.
         prefixes: what a checkpoint may put before the tower's names.
 
     Raises:
@@ -51,8 +51,9 @@ def tower_tensors(
 def check_tower(
     folder: str | Path, base: Mapping[str, Tensor], first: Mapping[str, str], prefixes: tuple[str, ...]
 ) -> None:
-    """Raise what `tower_tensors` would for names and shapes, for a base on any device; of a checkpoint only
-    the header is read.
+    """Raise what `tower_tensors` would raise for names and shapes, for a base on any device.
+
+    Only a checkpoint's header is read.
     """
     if is_adapter(folder):
         _named(folder, base, prefixes)
@@ -72,14 +73,14 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def _own(reader: CheckpointReader, prefixes: tuple[str, ...]) -> Iterable[str]:
-    """The tower's tensors of a whole model's checkpoint, or all of a tower's."""
+    """The names of the tower's tensors in a whole model's checkpoint, or all names of a tower's."""
     return [name for name in reader if name.startswith(prefixes)] or list(reader)
 
 
 def _named(
     folder: str | Path, base: Mapping[str, Tensor], prefixes: tuple[str, ...]
 ) -> dict[str, LowRankExpert]:
-    """The adapter's experts by the base's names of the weights they change."""
+    """The adapter's experts, by the base's names of the weights that they change."""
     named: dict[str, LowRankExpert] = {}
     for layer, expert in read_adapter(folder).items():
         name = (
@@ -92,8 +93,7 @@ def _named(
             )
         shape = (expert.B.shape[0], expert.A.shape[1])
         if tuple(base[name].shape) != shape:
-            raise IncompatibleModel(
-                f"{folder}: the adapter's layer {layer!r} is {list(shape)}, in the base {list(base[name].shape)}"
-            )
+            shapes = f"{list(shape)}, in the base {list(base[name].shape)}"
+            raise IncompatibleModel(f"{folder}: the adapter's layer {layer!r} is {shapes}")
         named[name] = expert
     return named

@@ -1,4 +1,4 @@
-"""`Merger`: takes in fine-tuned models one after another and keeps one model that serves all of their tasks."""
+"""`Merger`: takes in fine-tuned models one after another and keeps one model that serves all their tasks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ from mingle.tasks import TaskData
 
 @dataclass
 class MergedTask:
-    """One task the merged model serves: its name, how many seed samples it was merged with, and why it was
-    skipped, if it was.
+    """One task that the merged model serves.
+
+    Attributes:
+        name: the task's name.
+        seed_samples: how many seed samples it was merged with.
+        skipped: why nothing was merged, or None.
+        notes: things worth telling, such as a saturated basis.
     """
 
     name: str
@@ -49,16 +54,15 @@ class Merger:
         base_model: the common pre-trained model, a module or a local folder in hub format.  A module is
             copied, never changed.
         method: a name in `mingle.methods.METHODS`.
-        task_type: how batches become logits, ``"clip"`` or ``"t5"``; None takes what the base's configuration
-            says.
-        seed: of everything random.  Step t depends on (seed, t) and the merged state only, so an interrupted
+        task_type: how batches become logits, ``"clip"`` or ``"t5"``; None goes by the base's configuration.
+        seed: of everything random.  Step t depends only on (seed, t) and the merged state, so an interrupted
             merge resumes bit for bit.
-        device: where the merged model lives; None leaves the base where it is.
+        device: where the merged model lives; None leaves it where the base is.
         options: the method's own, see its ``Options``.
 
     Raises:
         ValueError: an unknown method, task type or option.
-        CheckpointError: a folder that holds no intact model.
+        CheckpointError: a folder that does not hold an intact model.
     """
 
     def __init__(
@@ -113,8 +117,8 @@ class Merger:
             on_step: called during adaptation, see `mingle.adaptation.train.adapt_gates`.
 
         Raises:
-            ValueError: a known name, missing seed samples, or a model that is no fine-tuned version of the
-                base.
+            ValueError: a name that is taken, missing seed samples, or a model that is not a fine-tuned
+                version of the base.
             CheckpointError: a broken checkpoint, or one with NaN or infinite weights.
             AdaptationDiverged: the loss stayed non-finite.  Whatever is raised, the merger is as it was
                 before.
@@ -147,11 +151,12 @@ class Merger:
     def check_name(self, name: str) -> None:
         """Raise `ValueError` for a name that a further task cannot have."""
         if not name or name in self.task_names:
-            raise ValueError(f"task {name!r} is merged already" if name else "a task needs a name")
+            raise ValueError(f"task {name!r} is already merged" if name else "a task needs a name")
 
     def model_for(self, name: str) -> nn.Module:
-        """The model that serves a merged task: the merged model, but for the reference row ``individual`` the
-        task's own.
+        """The model that serves a merged task.
+
+        It is the merged model, or, for the reference row ``individual``, the task's own.
         """
         if name not in self.task_names:
             raise ValueError(
@@ -166,7 +171,7 @@ class Merger:
         batch_size: int = 128,
         tasks: Collection[str] | None = None,
     ) -> Result:
-        """Accuracy on every merged task, or on some, kept as the accuracy matrix's row of the present state.
+        """Accuracy on every merged task, or on some of them, kept as the last row of the accuracy matrix.
 
         Args:
             suite: labelled test samples by task name; a `mingle.suites.Suite` or any mapping that has the
@@ -202,7 +207,7 @@ class Merger:
         or the new one.  Only what changed since the last save to the same folder is written.
 
         Args:
-            folder: made where it does not exist.
+            folder: created if it does not exist.
             include_base: put the base model into the folder too, which makes it self-contained; without it,
                 `from_pretrained` needs `base`.
         """
@@ -228,11 +233,12 @@ class Merger:
         )
 
     def export(self, folder: str | Path, task: str | None = None) -> None:
-        """Write the merged model to a new folder as a plain Hugging Face model, which `transformers` loads
-        with `from_pretrained`.
+        """Write the merged model to a new folder as a plain Hugging Face model.
+
+        `transformers` loads it with `from_pretrained`.
 
         Args:
-            folder: not there yet, or empty.
+            folder: a folder that does not exist yet or is empty.
             task: whose model to write, for the reference row ``individual``, which has one per task.
 
         Raises:
@@ -243,14 +249,12 @@ class Merger:
         """
         if self.method.per_task:
             if task is None:
-                raise ValueError(
-                    f"method {self.method.name!r} keeps one model per task; say which task: {', '.join(self.task_names)}"
-                )
+                known = ", ".join(self.task_names)
+                raise ValueError(f"method {self.method.name!r} keeps one model per task; name one of {known}")
             self.model_for(task)
         elif task is not None:
-            raise ValueError(
-                f"task {task!r}: with method {self.method.name!r} one model serves all tasks; leave the task out"
-            )
+            reason = f"with method {self.method.name!r} one model serves all tasks"
+            raise ValueError(f"task {task!r}: {reason}; leave the task out")
         state = export.whole_model(self.base, self.task.tower, self.method.plain_tower())
         config = export.hub_config(self.base, self.base_folder, next(self.base.parameters()).dtype)
         export.write_model(Path(folder), state, config, self.base_folder)
@@ -263,13 +267,14 @@ class Merger:
         *,
         device: str | torch.device | None = None,
     ) -> Merger:
-        """A merger as it was when `save_pretrained` wrote it; the next `add` gives the same bits as if it had
-        never stopped.
+        """The merger that `save_pretrained` wrote.
+
+        The next `add` gives the same bits as if the merger had never been saved and loaded.
 
         Args:
-            folder: what `save_pretrained` wrote.  Nothing outside it is read.
+            folder: the folder that `save_pretrained` wrote.  Nothing outside it is read.
             base: the base model, where the folder does not hold it.
-            device: where the merged model shall live.
+            device: where the merged model lives.
 
         Raises:
             CheckpointError: a missing, truncated or changed file, another format version, or another base

@@ -1,7 +1,7 @@
 """The merging methods, by the names under which they are published and reported.
 
 A method takes in one fine-tuned model after another through `MergeMethod.add` and leaves the merged weights
-in the model.  Those that only compute new weights from old ones are pure functions behind `WeightMethod`;
+in the model.  Methods that only compute new weights from old ones are pure functions behind `WeightMethod`;
 those that add gated experts are `GatedMethod`s.
 """
 
@@ -50,7 +50,7 @@ def get(name: str) -> type[MergeMethod]:
     """The method of that name.
 
     Raises:
-        ValueError: an unknown name; names the nearest known one.
+        ValueError: an unknown name; the message names the nearest known one.
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; known are {', '.join(METHODS)}")

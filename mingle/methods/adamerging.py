@@ -1,6 +1,4 @@
-"""Continual layer-wise AdaMerging (Yang et al., 2024): a learnt coefficient for every tensor of a task
-vector.
-"""
+"""Continual layer-wise AdaMerging (Yang et al., 2024): every tensor of a task vector has its coefficient."""
 
 from __future__ import annotations
 
@@ -16,6 +14,7 @@ from mingle.adaptation.divergence import PATIENCE, AdaptationDiverged
 from mingle.adaptation.losses import entropy_loss
 from mingle.adaptation.trace import AdaptTrace, StepProgress
 from mingle.io.state_dicts import task_vector
+from mingle.kernels.dtypes import wide
 from mingle.methods.base import Arrival, PlainMethod, StepReport, Tensors
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskData, TaskType
@@ -23,8 +22,13 @@ from mingle.tasks import TaskData, TaskType
 
 @dataclass(frozen=True)
 class AdaMergingOptions:
-    """init: every coefficient's initial value; steps of Adam at learning rate lr over batches of batch_size
-    seed samples.
+    """Settings of AdaMerging.
+
+    Attributes:
+        init: every coefficient's initial value.
+        steps: the number of steps of Adam.
+        lr: its learning rate.
+        batch_size: seed samples per step.
     """
 
     init: float = 0.3
@@ -40,9 +44,7 @@ class AdaMergingOptions:
 
 
 class _Entropy(nn.Module):
-    """The loss of a batch as the forward pass of a module, of which `functional_call` can replace the model's
-    weights.
-    """
+    """The loss of a batch as a module's forward pass, so that `functional_call` can replace the weights."""
 
     def __init__(self, task: TaskType, model: nn.Module) -> None:
         super().__init__()
@@ -50,9 +52,7 @@ class _Entropy(nn.Module):
 
     def forward(self, batch: TaskData) -> Tensor:
         logits = self.task.logits(self.model, batch)
-        return entropy_loss(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), self.task.valid(batch)
-        )
+        return entropy_loss(logits.to(wide(logits)), self.task.valid(batch))
 
 
 def combined(merged: Mapping[str, Tensor], delta: Mapping[str, Tensor], coefficients: Tensor) -> Tensors:
@@ -73,12 +73,12 @@ def learn_coefficients(
 ) -> tuple[Tensor, AdaptTrace]:
     """Minimise a loss over coefficients in [0, 1] with Adam.
 
-    Coefficients that a step takes out of the interval are put back to its end.  (Clamping them in the forward
-    pass instead would leave them without a gradient for ever.)
+    A coefficient that a step takes out of the interval is put back to the nearer end.  (Clamping it in the
+    forward pass instead would leave it without a gradient for ever.)
 
     Args:
-        loss: of (coefficients, the indices of a batch of samples).
-        coefficients: where to begin.
+        loss: a function of the coefficients and of the indices of a batch of samples.
+        coefficients: their initial values.
         count: how many samples there are.
         options: optimizer settings.
         generator: draws the batches.
@@ -114,11 +114,11 @@ def learn_coefficients(
 
 
 class AdaMerging(PlainMethod):
-    """θ_t = θ_{t−1} + c_n Δ_n for every tensor n; the coefficients c minimise the entropy of the merged
-    model's answers to the seeds.
+    """θ_t = θ_{t−1} + c_n Δ_n for every tensor n, with learnt coefficients c_n.
 
-    Tensors that the model ties together have one coefficient.  With each task only its own coefficients are
-    learnt; those of earlier tasks are in θ_{t−1}, as the earlier models are gone.
+    They minimise the entropy of the merged model's answers to the seed samples.  Tensors that the model ties
+    together have one coefficient.  With each task only its own coefficients are learnt: those of earlier
+    tasks are part of θ_{t−1}, as the earlier models are gone.
     """
 
     name = "adamerging"
@@ -128,7 +128,7 @@ class AdaMerging(PlainMethod):
     def add(self, arrival: Arrival) -> StepReport:
         delta = task_vector(self.base, arrival.tuned, self.base)
         if not any(tensor.any() for tensor in delta.values()):
-            return StepReport(skipped=f"{arrival.name}: no different from the base, nothing was merged")
+            return StepReport(skipped=f"{arrival.name}: identical to the base, nothing was merged")
         device = next(iter(self.base.values())).device
         entropy, seeds = _Entropy(self.task, self.model), arrival.samples().to(device)
         places = {name: ".".join(filter(None, ("model", self.task.tower, name))) for name in self.merged}

@@ -1,4 +1,4 @@
-"""Stochastic-weight averaging of the fine-tuned models (Izmailov et al., 2018), kept up as they arrive."""
+"""Stochastic-weight averaging (Izmailov et al., 2018): a running mean of the models as they arrive."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from mingle.methods.base import Arrival, Tensors, WeightMethod
 
 
 def running_mean(merged: Tensors, tuned: Tensors, seen: int) -> Tensors:
-    """The mean of `seen` + 1 models from the mean of the first `seen` and the next one."""
+    """The mean of `seen` + 1 models, from the mean of the first `seen` and the next one."""
     return {name: tensor + (tuned[name].to(tensor) - tensor) / (seen + 1) for name, tensor in merged.items()}
 
 

@@ -1,6 +1,4 @@
-"""What every merging method shares: how a model arrives, what is kept between arrivals, and how weights get
-into the model.
-"""
+"""The common part of all merging methods: an arrival, what is kept after it, and plain merged weights."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class NoOptions:
-    """For methods without options."""
+    """The options of a method without any."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Arrival:
 
 @dataclass
 class StepReport:
-    """What merging one model did.
+    """The outcome of merging one model.
 
     Attributes:
         skipped: why nothing was merged, or None.
@@ -85,8 +83,8 @@ class MergeMethod(ABC):
     name: ClassVar[str]
     Options: ClassVar[type] = NoOptions
     needs_seeds: ClassVar[bool] = False
-    #: whether seed samples come with the fine-tuned model's answers, where the task type compares models
-    #: along these
+    #: whether seed samples come with the fine-tuned model's answers, in task types that compare models along
+    #: these
     needs_answers: ClassVar[bool] = True
     #: whether each model was fine-tuned from the one before, and the seed samples are all of a task's
     #: training data
@@ -105,33 +103,35 @@ class MergeMethod(ABC):
 
     @abstractmethod
     def add(self, arrival: Arrival) -> StepReport:
-        """Merge one more model.  Where it raises, the method's state and the model are as before."""
+        """Merge one more model.  If it raises, the method's state and the model are as before."""
 
     @abstractmethod
     def task_tensors(self, index: int) -> Tensors:
-        """What is kept of one task alone; together with `state_tensors` enough to go on."""
+        """The tensors kept of one task alone; with `state_tensors` they suffice to go on merging."""
 
     @abstractmethod
     def state_tensors(self) -> Tensors:
-        """What is kept of all tasks together."""
+        """The tensors kept of all tasks together."""
 
     @abstractmethod
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
-        """Take on what `task_tensors` and `state_tensors` returned, bit for bit."""
+        """Return, bit for bit, to the state that `task_tensors` and `state_tensors` gave."""
 
     def select(self, index: int) -> None:  # noqa: B027 – most methods have nothing to do
-        """Make the model the one that serves task `index`; the merged model serves all, so nothing to do."""
+        """Make the model the one that serves task `index`; a merged model serves all tasks as it is."""
 
     def plain_tower(self) -> Tensors:
-        """The tower, under the base's names (of tied tensors the first), as plain weights that answer as the
-        model does now.
+        """The tower as plain weights that answer as the model does now, under the base's names.
+
+        Of tied tensors only the first name is there.
 
         Raises:
             ValueError: the method leaves no such tower.
         """
         raise ValueError(
-            f"method {self.name!r}: how much of each expert is at work depends on the input, so no plain model gives the same answers; "
-            "keep the merged folder and load it with mingle.Merger.from_pretrained, or merge with a method that leaves plain weights "
+            f"method {self.name!r}: how much of each expert is at work depends on the input, so no plain "
+            "model gives the same answers; keep the merged folder and load it with "
+            "mingle.Merger.from_pretrained, or merge with a method that leaves plain weights "
             "(average, task-arithmetic, opcm, …; mingle with gates='static')"
         )
 
@@ -140,10 +140,10 @@ class PlainMethod(MergeMethod):
     """A method whose merged model is one plain tower.
 
     Attributes:
-        base: as given, but with one entry for tensors that the model ties together, so that none counts
+        base: as given, but with only one entry for tensors that the model ties together, so that none counts
             twice.
         merged: the merged tower, under the names of `base`.
-        state: what else the next step needs.
+        state: the other tensors that the next step needs.
     """
 
     def __init__(
@@ -180,13 +180,14 @@ class PlainMethod(MergeMethod):
 class WeightMethod(PlainMethod):
     """A method that is a pure function of weights.
 
-    Subclasses give `update`.  Everything is computed on the tower's floating tensors in float32.
+    Subclasses give `update`.  The merged tower is in the base's dtype.
     """
 
     @abstractmethod
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        """(new merged tower, new running state) from self.base, self.merged, self.state and the arrival;
-        changes none of them.
+        """The new merged tower and running state, from `base`, `merged`, `state` and the arrival.
+
+        None of these is changed.
         """
 
     def add(self, arrival: Arrival) -> StepReport:
@@ -194,14 +195,14 @@ class WeightMethod(PlainMethod):
         return StepReport()
 
     def vectors(self, tuned: Mapping[str, torch.Tensor]) -> tuple[Tensors, Tensors]:
-        """M = merged − θ₀ and Δ_t = θ_t − θ₀."""
+        """M = merged − θ₀ and Δ_t = θ_t − θ₀, in float32 or wider."""
         return task_vector(self.base, self.merged, self.base), task_vector(self.base, tuned, self.base)
 
 
 def shifted(
     tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor], scaling: float = 1.0
 ) -> Tensors:
-    """tensor + scaling · vector of each name, in the tensor's dtype."""
+    """tensor + scaling · vector for each name, in the tensor's dtype."""
     return {name: (tensor + scaling * vectors[name]).to(tensor.dtype) for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""Continual Consensus Task Arithmetic (Wang et al., 2024): of the task vectors only what enough tasks use."""
+"""Continual Consensus Task Arithmetic (Wang et al., 2024): keep only those entries that enough tasks use."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ class ConsensusTaOptions:
         min_masks: k, in how many masks an entry must be active.
         masks: which masks are counted.  ``newest``: the first task's, all ones, and the newest task's, as in
             the code behind the published figures, where k is 1 (keep everything) or 2 (keep what the newest
-            task uses).  ``all``: those of all tasks so far, the first all ones; then a k above 2 means
-            something too.
+            task uses).  ``all``: those of all tasks so far, the first all ones; only then k may exceed 2.
     """
 
     scaling: float = 0.1
@@ -38,8 +37,9 @@ class ConsensusTaOptions:
 
 
 def tall_mask(vector: torch.Tensor, delta: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Where the task is at work: |Δ_t| > l · |θ₀ + M + Δ_t − θ_t|, in which all but M cancels; bool, of Δ's
-    shape.
+    """Where the task is at work: |Δ_t| > l · |θ₀ + M + Δ_t − θ_t|, bool, in Δ's shape.
+
+    All terms on the right but M cancel.
     """
     return delta.abs() > threshold * vector.abs()
 
@@ -52,11 +52,11 @@ def agreed(
 
 
 class ConsensusTa(WeightMethod):
-    """θ_t = θ_{t−1} + λ v with v = Δ_1 for the first task and, for later ones, M_{t−1} + Δ_t where at least k
-    masks are active.
+    """θ_t = θ_{t−1} + λ v with v = Δ_1 for the first task, then the agreed entries of M_{t−1} + Δ_t.
 
-    As in TIES, M takes part in v and is in θ_{t−1} already, so that with each task what was agreed on before
-    grows by λ; the published figures were made like this.
+    Entries are agreed on where at least k masks are active.  As in TIES, M takes part in v although it is
+    already in θ_{t−1}, so that with each task what was agreed on before grows by λ; the published figures
+    were made in this way.
     """
 
     name = "consensus-ta"

@@ -1,5 +1,6 @@
-"""From a task vector to an expert: keep clear of what earlier experts do, then keep the leading directions
-(MINGLE Eqs. 3–4).
+"""From a task vector to an expert: remove what earlier experts do, keep the rest's leading directions.
+
+These are Eqs. 3–4 of MINGLE.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from mingle.nn.linear import LowRankExpert
 
 
 def project_out_experts(delta: Tensor, B: Tensor, A: Tensor, *, drop_diagonal: bool = False) -> Tensor:
-    """Δ without the block of the effective-rank leading singular directions of the update B A that earlier
-    experts make together.
+    """Δ without the block of the leading singular directions of the earlier experts' joint update B A.
+
+    The number of these directions is the effective rank of B A.
 
     Args:
         delta: Δ [..., m, n].
         B: [..., m, R], the experts' own side by side.
         A: [..., R, n], the experts' own one above the other.
-        drop_diagonal: see `mingle.linalg.project_out`.  The paper's formula has it, its published numbers do
-            not.
+        drop_diagonal: see `mingle.linalg.project_out`.  It is in the paper's formula, but not behind the
+            published numbers.
     """
     U, S, Vh = linalg.factored_svd(B, A)
     leading = linalg.effective_rank(S) if S.dim() == 1 else linalg.effective_ranks(S)
@@ -42,12 +44,14 @@ def make_experts(
     *,
     drop_diagonal: bool = False,
 ) -> dict[str, LowRankExpert]:
-    """The rank-`rank` experts of a task, all layers together: Δ, projected, ≈ Ũ Σ̃ Ṽᵀ with B = Ũ [d_out, r]
+    """The rank-`rank` experts of a task, for all layers together.
+
+    A layer's Δ without the directions of earlier experts is ≈ Ũ Σ̃ Ṽᵀ, and its expert is B = Ũ [d_out, r]
     and A = Σ̃ Ṽᵀ [r, d_in].
 
     Args:
         deltas: Δ [d_out, d_in] by layer.
-        earlier: the experts of earlier tasks by layer, as many in each.
+        earlier: the experts of earlier tasks by layer, the same number in each.
         rank: r; at most min(d_out, d_in) is used.
         drop_diagonal: see `project_out_experts`.
 

@@ -1,4 +1,4 @@
-"""What all methods share that leave a gated low-rank expert per task and layer in the model."""
+"""The common part of all methods that leave a gated low-rank expert per task and layer in the model."""
 
 from __future__ import annotations
 
@@ -48,9 +48,8 @@ class GatedMethod(MergeMethod):
         deltas = task_vector(self.start(), arrival.tuned, [f"{name}.weight" for name in self.layers])
         if not any(delta.any() for delta in deltas.values()):
             self._count(merged=False)
-            return StepReport(
-                skipped=f"{arrival.name}: no target layer differs from the model it started from, no expert was added"
-            )
+            same = "no target layer differs from the model it started from"
+            return StepReport(skipped=f"{arrival.name}: {same}, no expert was added")
         before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
         try:
             report = self._merge(arrival, {name: deltas[f"{name}.weight"] for name in self.layers})
@@ -63,20 +62,21 @@ class GatedMethod(MergeMethod):
         return report
 
     def start(self) -> Mapping[str, torch.Tensor]:
-        """The tower that the next model is compared with: what fine-tuning changed in it becomes an expert."""
+        """The tower that the next model is compared with: the difference becomes an expert."""
         return self.base
 
     @abstractmethod
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
-        """Give every layer an expert from its Δ, and adapt.  Where it raises, `add` puts the layers back; all
-        else is as before.
+        """Give every layer an expert from its Δ, and adapt.
+
+        If it raises, `add` puts the layers back; it must leave everything else as it was.
         """
 
     @abstractmethod
     def _append(
         self, name: str, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor
     ) -> None:
-        """Give the layer an expert, and say which of its gates train from now on."""
+        """Give the layer an expert, and choose which of its gates train from now on."""
 
     def _count(self, *, merged: bool) -> None:
         """Note one more task."""

@@ -1,5 +1,6 @@
-"""MagMax over independently fine-tuned models (Marczak et al., 2024): of all task vectors the entry of
-largest magnitude.
+"""MagMax (Marczak et al., 2024): entry by entry, the task vector of largest magnitude.
+
+Here the models are fine-tuned independently.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
 
 @dataclass(frozen=True)
 class MagMaxOptions:
-    """scaling: λ."""
+    """Settings of MagMax.
+
+    Attributes:
+        scaling: λ.
+    """
 
     scaling: float = 0.5
 
     def __post_init__(self) -> None:
         if self.scaling <= 0:
-            raise ValueError(
-                f"scaling={self.scaling}: expected a positive value, by which what was merged before is divided"
-            )
+            reason = "which divides the earlier merge"
+            raise ValueError(f"scaling={self.scaling}: expected a positive value, {reason}")
 
 
 def larger(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> Tensors:
-    """Entry by entry, the one of larger magnitude; of two equally large ones the first, which is what older
-    tasks have.
-    """
+    """Entry by entry, the one of larger magnitude; where both are equally large, that of `first`."""
     return {
         name: torch.where(second[name].abs() > tensor.abs(), second[name], tensor)
         for name, tensor in first.items()

@@ -35,17 +35,17 @@ class MingleOptions:
 
     Attributes:
         rank: r of every expert.
-        layers: target layers as exact suffixes; None takes the method's own set of the task type.
-        reduce: what the gates see: each token, the mean of a sample, or of the batch.
+        layers: target layers as exact suffixes; None takes the method's own set for the task type.
+        reduce: what the gates see: each token, the mean of a sample, or the mean of the batch.
         k: how many input directions of every task are protected per layer.
-        gamma, beta: relaxation strength and memory of S.
-        steps, lr, batch_size: adaptation, see `mingle.adaptation.train.AdaptConfig`.
+        gamma, beta: γ, the strength of relaxation, and β, the memory of S.
+        steps, lr, batch_size: of the adaptation, see `mingle.adaptation.train.AdaptConfig`.
         temperature: of both soft-maxes in its loss.
         gates: which gates train: the newest one, all, or none at all (``static``, all gates constant).
         constraint: ``relaxed``, ``hard`` (λ = 1) or ``none``.
         static_coefficient: the constant gate of ``gates="static"``.
-        gate_init: new gate weights from N(0, 0.01²) as in the reference code, or ``zeros`` as in the paper's
-            Algorithm 1.
+        gate_init: new gate weights: ``normal``, from N(0, 0.01²) as in the reference code, or ``zeros`` as in
+            the paper's Algorithm 1.
         drop_diagonal: see `mingle.linalg.project_out`.
         backend: see `mingle.functional.gated_experts`.
         precision: of the products during adaptation, see `mingle.adaptation.train.AdaptConfig`.
@@ -144,8 +144,9 @@ class Mingle(GatedMethod):
         )
 
     def _protect(self, arrival: Arrival, report: StepReport) -> Tensors:
-        """The bases with this task's dominant input directions, as the merged model now sees its seed
-        samples.
+        """The bases extended by this task's leading input directions.
+
+        They are those of its seed samples in the model as it is merged now.
         """
         options = self.options
         if options.constraint == "none" or options.gates == "static" or options.k == 0:

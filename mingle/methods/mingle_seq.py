@@ -1,6 +1,4 @@
-"""MINGLE-Seq: MINGLE in conventional continual learning, where each model is fine-tuned from the one before
-(arXiv 2505.11883).
-"""
+"""MINGLE-Seq: MINGLE for models that are each fine-tuned from the one before (arXiv 2505.11883)."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ class MingleSeqOptions(MingleOptions):
 
     Attributes:
         start: the task vector is θ_t − θ_{t−1}, the change from the ``previous`` model, or θ_t − θ₀, all
-            changes since the ``base``, as in the published code.  On glyphs8 (strict, order of seed 42): ACC
-            66.9 and BWT −11.5 against 67.7 and −10.8; the last fine-tuned model alone has ACC 45.2.
+            changes since the ``base``, as in the published code.  On glyphs8 (strict, order of seed 42) the
+            former has ACC 66.9 and BWT −11.5, the latter 67.7 and −10.8; the last fine-tuned model alone has
+            ACC 45.2.
     """
 
     steps: int = 500
@@ -32,8 +31,9 @@ class MingleSeqOptions(MingleOptions):
 
 
 class MingleSeq(Mingle):
-    """MINGLE for models that were fine-tuned one from the other; the seed samples are a task's whole training
-    data.
+    """MINGLE for models that are each fine-tuned from the one before.
+
+    The seed samples are a task's whole training data.
     """
 
     name = "mingle-seq"
@@ -44,7 +44,7 @@ class MingleSeq(Mingle):
         self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
     ) -> None:
         super().__init__(model, task, base, options)
-        #: the target weights of the model that arrived last, where task vectors count from it
+        #: the target weights of the model that arrived last, where task vectors start from it
         self.previous: Tensors = {}
 
     def start(self) -> Mapping[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""NUFILT: null-space filtering, data-free continual merging by trained projections (arXiv 2509.21413)."""
+"""NUFILT: null-space filtering for data-free continual merging (arXiv 2509.21413)."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class NufiltOptions:
         r_p: how many right singular vectors of the merged update are filtered out of a new one.
         r_v: how many right singular vectors of the new update the loss protects.
         r_l: rank of the trained correction B A.
-        lr, steps: of Adam.
-        layers: target layers as exact suffixes; None takes the method's own set of the task type.
+        lr, steps: the learning rate and the number of steps of Adam.
+        layers: target layers as exact suffixes; None takes the method's own set for the task type.
 
-    Ranks larger than a layer's shorter side are cut down to it.
+    Ranks larger than a layer's shorter side are reduced to it.
     """
 
     r_p: int = 128
@@ -52,18 +52,17 @@ class NufiltOptions:
 def trained(
     delta: Tensor, merged: Tensor, old: Tensor, new: Tensor, A: Tensor, steps: int, lr: float
 ) -> tuple[Tensor, Tensor]:
-    """A and B after `steps` of Adam on
+    """A and B after `steps` of Adam on the loss of NUFILT, for a batch of layers.
 
         L = ‖ΔV_new − (M + Δ(P + BA))V_new‖² + ‖MV_old − (M + Δ(P + BA))V_old‖²,   P = I − V_old V_oldᵀ.
 
-    Because PV_old = 0, this is ‖[R | 0] − ΔBC‖² with C = A [V_new | V_old] and R = ΔV_old (V_oldᵀV_new) −
-    MV_new, whose gradients are
+    Because PV_old = 0, this is ‖[R | 0] − ΔBC‖² with C = A [V_new | V_old] and
+    R = ΔV_old (V_oldᵀV_new) − MV_new.  With G = ΔᵀΔ and S = ΔᵀR its gradients are
 
-        ∂L/∂A = 2 (BᵀGB C − [BᵀS | 0]) [V_new | V_old]ᵀ,   ∂L/∂Bᵀ = 2 (CCᵀ BᵀG − C_new Sᵀ),   G = ΔᵀΔ,  S =
-        ΔᵀR.
+        ∂L/∂A = 2 (BᵀGB C − [BᵀS | 0]) [V_new | V_old]ᵀ,   ∂L/∂Bᵀ = 2 (CCᵀ BᵀG − C_new Sᵀ).
 
-    G and S are made once.  A step takes 2 r_l d_in (d_in + 2 (r_p + r_v) + 2 r_l) operations or little more,
-    whatever d_out is; where d_in > 2 d_out, Bᵀ goes through Δ twice instead of G.
+    G and S are computed once.  A step takes little more than 2 r_l d_in (d_in + 2 (r_p + r_v) + 2 r_l)
+    operations, whatever d_out is; where d_in > 2 d_out, Bᵀ is multiplied by Δᵀ and Δ instead of G.
 
     Args:
         delta, merged: Δ and M [..., d_out, d_in].
@@ -94,8 +93,13 @@ def trained(
 
 @ieee
 def filtered(delta: Tensor, old: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Δ(P + BA) [..., d_out, d_in], for Δ [..., d_out, d_in], V_old [..., d_in, r_p], A [..., r_l, d_in] and
-    B [..., d_in, r_l].
+    """Δ(P + BA), [..., d_out, d_in].
+
+    Args:
+        delta: Δ [..., d_out, d_in].
+        old: V_old [..., d_in, r_p].
+        A: [..., r_l, d_in].
+        B: [..., d_in, r_l].
     """
     return delta + product(product(delta, B), A) - product(product(delta, old), old.mT)
 
@@ -103,12 +107,17 @@ def filtered(delta: Tensor, old: Tensor, A: Tensor, B: Tensor) -> Tensor:
 def updates(
     deltas: Mapping[str, Tensor], merged: Mapping[str, Tensor], options: NufiltOptions, seed: int
 ) -> Tensors:
-    """What is added to every layer's weight for the task vectors Δ and the merged updates M, both [d_out,
-    d_in] by layer.
+    """The update of every layer's weight, [d_out, d_in], for task vectors Δ and merged updates M.
 
-    Where M or Δ is zero that is Δ itself: nothing is in the way.  Where their rank is less than r_p or r_v,
-    only the directions that exist are singular vectors; the null space of M holds nothing that needs
-    protection.  A starts from a function of `seed` and the layer's name alone.
+    Where M or Δ is zero, the update is Δ itself: there is nothing to protect.  Where their rank is less than
+    r_p or r_v, only the directions that exist are singular vectors; the null space of M holds nothing that
+    needs protection.  The initial A depends only on `seed` and the layer's name.
+
+    Args:
+        deltas: Δ [d_out, d_in] by layer.
+        merged: M [d_out, d_in] by layer.
+        options: see `NufiltOptions`.
+        seed: of the initial A.
     """
     results = dict(deltas)
     names = [name for name in deltas if merged[name].any() and deltas[name].any()]
@@ -127,9 +136,7 @@ def updates(
 
 
 def right_vectors(matrices: list[Tensor], rank: int, names: list[str]) -> list[Tensor]:
-    """Top right singular vectors [d_in, rank] of each matrix; columns that belong to no singular value are
-    zero.
-    """
+    """The top right singular vectors [d_in, rank] of each matrix; where there are fewer, columns are zero."""
     _, S, Vh = linalg.svd_lowrank(matrices, rank, keys=names)
     return [
         (torch.where(s > 0, 1, 0).to(vh).unsqueeze(1) * vh).mT.contiguous()
@@ -138,8 +145,9 @@ def right_vectors(matrices: list[Tensor], rank: int, names: list[str]) -> list[T
 
 
 class Nufilt(WeightMethod):
-    """W ← W + Δ(P + BA) in attention and first MLP layers; all other parameters, biases included, stay those
-    of the base.
+    """W ← W + Δ(P + BA) in attention and first MLP layers.
+
+    All other parameters, biases included, stay those of the base.
     """
 
     name = "nufilt"

@@ -15,10 +15,12 @@ from mingle.nn.linear import MingleLinear
 
 @dataclass(frozen=True)
 class OpcmOptions:
-    """alpha: the share of M's singular values whose directions are protected.
+    """Settings of OPCM.
 
-    drop_diagonal: remove the remaining diagonal of UᵀΔV too, as the paper has it; the reference code's
-        attempt has no effect.
+    Attributes:
+        alpha: the share of the sum of M's singular values whose directions are protected.
+        drop_diagonal: remove the remaining diagonal of UᵀΔV too, as the paper says; the reference code's
+            attempt has no effect.
     """
 
     alpha: float = 0.5
@@ -26,7 +28,7 @@ class OpcmOptions:
 
 
 def split_rank(singular_values: torch.Tensor, alpha: float) -> int:
-    """The first index at which the cumulative sum exceeds α of the whole."""
+    """The first index at which the cumulative sum exceeds α times the total."""
     cumulative = singular_values.cumsum(0)
     return int((cumulative <= alpha * cumulative[-1]).sum())
 
@@ -48,10 +50,17 @@ def total_norm(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def opcm_step(
     vector: Tensors, delta: Tensors, state: Tensors, step: int, linear: Collection[str], options: OpcmOptions
 ) -> tuple[Tensors, Tensors]:
-    """M_t and the running state from M_{t−1} (`vector`), Δ_t (`delta`) and the state of `step` models seen
-    before.
+    """M_t and the running state, after `step` earlier models.
 
     M ← λ_{t−1} M + P(Δ), scaled so that ‖M‖ is the mean norm of the task vectors so far; λ_t is that scale.
+
+    Args:
+        vector: M_{t−1} by name.
+        delta: Δ_t by name.
+        state: the running state, ``scale`` and ``mean_norm``.
+        step: how many models were merged before.
+        linear: the names of the linear weights, to which P applies; other tensors are added as they are.
+        options: see `OpcmOptions`.
     """
     norm = total_norm(delta)
     if step == 0:
@@ -71,8 +80,9 @@ def opcm_step(
 
 
 class Opcm(WeightMethod):
-    """Linear weights keep clear of the leading singular directions of what was merged before; the whole is
-    rescaled at each step.
+    """New linear weights keep clear of the leading singular directions of what was merged before.
+
+    The whole is rescaled at each step.
     """
 
     name = "opcm"

@@ -1,5 +1,6 @@
-"""The settings behind the published figures, by method, kind of task and number of tasks (arXiv 2505.11883
-and its code).
+"""The settings behind the published figures, by method, task type and number of tasks.
+
+They are those of arXiv 2505.11883 and of its code.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ _MINGLE = {
 
 
 def published(method: str, task_type: str, tasks: int) -> dict[str, Any]:
-    """The published settings of a method, as far as it has them as options; empty for a method or a task type
-    without any.
+    """The published settings of a method's options; empty for a method or a task type without any.
 
     Args:
         method: a name in `mingle.methods.METHODS`.
@@ -43,7 +43,7 @@ def published(method: str, task_type: str, tasks: int) -> dict[str, Any]:
 def _settings(method: str, task_type: str, tasks: int) -> dict[str, Any]:
     scaling = 0.3 if tasks <= 8 else 0.1
     adaptation = _ADAPTATION[task_type]
-    # Entropy takes twice as many steps in the published configuration for Flan-T5.
+    # In the published configuration for Flan-T5, minimising the entropy takes twice as many steps.
     entropy = {"init": 0.3} | adaptation | ({"steps": 100} if task_type == "t5" else {})
     table: dict[str, dict[str, Any]] = {
         "task-arithmetic": {"scaling": scaling},

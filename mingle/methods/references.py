@@ -1,4 +1,4 @@
-"""The two rows every table is read against: the base model as it is, and every task's own model."""
+"""The two reference rows of every table: the base model as it is, and every task's own model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Routed experts: one per task, chosen per sample by Gaussians over shallow features of the base model;
-nothing is trained.
+"""Routed experts: one per task, chosen per sample by Gaussians over the base's shallow features.
+
+Nothing is trained.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ class RoutedOptions:
     Attributes:
         rank: r of every expert, the truncated SVD of its task vector.
         layers: target layers as exact suffixes; None takes all linear layers of the task type's tower.
-        depths: after how many transformer blocks of the base hidden states are read; 0 are the embeddings.
+        depths: after how many transformer blocks of the base hidden states are read; 0 means the embeddings.
         gates: ``hard``, the likeliest task's expert alone, or ``soft``, all experts by their posterior
             probability.
         own_covariance, shrinkage: see `mingle.methods.router.GaussianRouter`.
         seniority: by how many nats a task is preferred to the one that arrived after it.  Where two tasks
-            claim a sample, the older one has users already: this keeps what it could do, at the newcomer's
+            claim a sample, the older one already has users: this keeps their accuracy, at the newcomer's
             expense.
         abstain: samples whose features are stranger than this to the likeliest task go to the base model,
-            which keeps what it can do without any task; see
-            `mingle.methods.router.GaussianRouter.strangeness`.  None never.
+            which keeps what it can do without any task; None sends none there.  See
+            `mingle.methods.router.GaussianRouter.strangeness`.
         backend: see `mingle.functional.gated_experts`.
     """
 
@@ -59,7 +60,7 @@ class RoutedOptions:
         require_positive(self, "rank")
         if not self.depths or min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):
             raise ValueError(
-                f"depths={list(self.depths)}: expected one or more different numbers of blocks, from 0"
+                f"depths={list(self.depths)}: expected one or more distinct numbers of blocks, from 0 on"
             )
         if not 0 <= self.own_covariance < 1:
             raise ValueError(f"own_covariance={self.own_covariance}: expected a value in [0, 1)")
@@ -72,12 +73,12 @@ class RoutedOptions:
 
 
 class Routed(GatedMethod):
-    """W₀ + Σ_i g_i(x) B_i A_i with the same gates g(x) [T] in all layers, from a router that sees the base
-    model's hidden states.
+    """W₀ + Σ_i g_i(x) B_i A_i, with the same gates g(x) [T] in all layers, given by a router.
 
-    The features of a sample are mean and standard deviation of its tokens' hidden states, as the base model
-    computes them, at a few shallow depths.  Adding a task leaves the statistics of earlier ones as they are:
-    these lose only what the new one claims. Biases, norms and embeddings stay those of the base.
+    The router sees a sample's features: mean and standard deviation of its tokens' hidden states, as the base
+    model computes them, at a few shallow depths.  Adding a task leaves the statistics of earlier ones as they
+    are: they lose only the samples that the new one claims.  Biases, norms and embeddings stay those of the
+    base.
     """
 
     name = "routed"
@@ -91,14 +92,13 @@ class Routed(GatedMethod):
         self.encoder = self.tower.get_submodule(encoder)
         sequence: list[nn.Module] = list(self.encoder.get_submodule(blocks).children())
         if max(options.depths) >= len(sequence):
-            raise ValueError(
-                f"depths={list(options.depths)}: the model has {len(sequence)} blocks, so {len(sequence) - 1} is the deepest"
-            )
+            deepest = f"the model has {len(sequence)} blocks, so {len(sequence) - 1} is the deepest"
+            raise ValueError(f"depths={list(options.depths)}: {deepest}")
         self.router = LayerRouter(
             list(self.layers.values()), [sequence[depth] for depth in sorted(options.depths)], options
         )
         self.encoder.register_forward_pre_hook(self.router, with_kwargs=True)
-        #: of the tasks that have an expert
+        #: one for each task that has an expert
         self.statistics: list[FeatureStatistics] = []
 
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
@@ -116,7 +116,7 @@ class Routed(GatedMethod):
         return StepReport()
 
     def _features(self, arrival: Arrival) -> Tensor:
-        """[n, F] of the seed samples."""
+        """The features of the seed samples, [n, F]."""
         seen: list[Tensor] = []
 
         def record(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -159,14 +159,13 @@ class Routed(GatedMethod):
 
 
 class LayerRouter:
-    """A forward pre-hook of an encoder that sets the gates of all layers from what the base model makes of
-    the same input.
+    """A forward pre-hook of an encoder that sets all gates by what the base model makes of the same input.
 
-    Copied and pickled with the model.
+    It is copied and pickled with the model.
 
     Args:
-        layers: what it gives gates to, the first of them inside the encoder.
-        blocks: those of the encoder whose inputs are read, in order.
+        layers: the layers that it gives gates to, the first of them inside the encoder.
+        blocks: those blocks of the encoder whose inputs are read, in order.
         options: see `RoutedOptions`.
     """
 
@@ -179,7 +178,7 @@ class LayerRouter:
             self._give(self.gates(self.features(encoder, args, kwargs)))
 
     def gates(self, features: Tensor) -> Tensor:
-        """[n, T] from features [n, F]."""
+        """The gates [n, T] for features [n, F]."""
         assert self.router is not None
         options, scores = self.options, self.router.scores(features)
         scores = scores + options.seniority * torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
@@ -217,9 +216,7 @@ class LayerRouter:
 
 
 def _moments(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [n, d] over the tokens of hidden states [n, N, d] that `mask` [n, N]
-    counts.
-    """
+    """Mean and standard deviation [n, d] of hidden states [n, N, d] over the tokens in `mask` [n, N]."""
     weight = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden)
     weight = (weight / weight.sum(1, keepdim=True)).unsqueeze(2)
     mean = (weight * hidden).sum(1)

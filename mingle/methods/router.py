@@ -1,6 +1,4 @@
-"""Which task a sample belongs to, without training and without labels: Gaussians over shallow features of the
-base model.
-"""
+"""Which task a sample belongs to, by Gaussians over the base's shallow features: no training, no labels."""
 
 from __future__ import annotations
 
@@ -12,8 +10,11 @@ from torch import Tensor
 
 
 class FeatureStatistics(NamedTuple):
-    """The Gaussian of one task's features: mean [F], and factor [m, F] with covariance = factorᵀ factor.  No
-    sample can be read off it.
+    """The Gaussian of one task's features, which reveals no single sample.
+
+    Attributes:
+        mean: [F].
+        factor: [m, F], with covariance = factorᵀ factor.
     """
 
     mean: Tensor
@@ -21,14 +22,14 @@ class FeatureStatistics(NamedTuple):
 
     @classmethod
     def of(cls, features: Tensor) -> FeatureStatistics:
-        """Of features [n, F], n ≥ 2; float64, with m = min(n, F) rows.
+        """The statistics of features [n, F], n ≥ 2; in float64, with m = min(n, F) rows.
 
         Raises:
             ValueError: fewer than two samples, or features that are not finite.
         """
         if len(features) < 2:
             raise ValueError(
-                f"{len(features)} seed samples: a router needs two or more to tell how much features vary"
+                f"{len(features)} seed samples: a router needs at least two to measure how features vary"
             )
         if not features.isfinite().all():
             raise ValueError("the base model's features of the seed samples are not finite")
@@ -41,10 +42,12 @@ class FeatureStatistics(NamedTuple):
 class GaussianRouter:
     """Log-likelihood of every task: −½ (φ − μ_t)ᵀ Q_t⁻¹ (φ − μ_t) − ½ log det Q_t, up to a constant.
 
-    Features are divided by their standard deviation within tasks, averaged over tasks.  Q_t = (1 − s)((1 − a)
-    C + a C_t) + s I blends the mean covariance C of all tasks with the task's own C_t (regularised
-    discriminant analysis; Friedman, JASA 84, 1989), which few samples determine too badly to be used alone.
-    All in float64.
+    Features are divided by their standard deviation within tasks, averaged over tasks.  Then
+
+        Q_t = (1 − s) ((1 − a) C + a C_t) + s I
+
+    blends the mean covariance C of all tasks with the task's own C_t, which few samples determine too badly
+    to be used alone (regularised discriminant analysis; Friedman, JASA 84, 1989).  All in float64.
 
     Args:
         tasks: their statistics, oldest first.
@@ -87,11 +90,10 @@ class GaussianRouter:
         return torch.stack(columns, 1)
 
     def strangeness(self, features: Tensor, tasks: Tensor) -> Tensor:
-        """How far features [n, F] are from tasks [n]: the mean over features of (φ − μ)² / σ², with σ² the
-        task's own variances.
+        """How far features [n, F] are from tasks [n]: the mean over features of (φ − μ)² / σ², [n].
 
-        1 on average for the task's seed samples, and hardly more for others of its kind, whatever their
-        number; [n].
+        σ² are the task's own variances.  The mean over a task's seed samples is 1, and hardly more over other
+        samples of its kind, however many features there are.
         """
         variances = self.variances[tasks]
         squares = torch.where(

@@ -12,7 +12,11 @@ from mingle.methods.base import Arrival, Tensors, WeightMethod
 
 @dataclass(frozen=True)
 class TaskArithmeticOptions:
-    """scaling: λ; published are 0.3 for 8 tasks and 0.1 for 14 and 20."""
+    """Settings of task arithmetic.
+
+    Attributes:
+        scaling: λ; the published values are 0.3 for 8 tasks and 0.1 for 11, 14 and 20.
+    """
 
     scaling: float = 0.3
 

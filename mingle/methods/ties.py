@@ -12,8 +12,11 @@ from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
 
 @dataclass(frozen=True)
 class TiesOptions:
-    """scaling: λ; published are 0.3 for 8 tasks and 0.1 for 14 and 20.  density: the share of entries that
-    trimming keeps.
+    """Settings of TIES.
+
+    Attributes:
+        scaling: λ; the published values are 0.3 for 8 tasks and 0.1 for 11, 14 and 20.
+        density: the share of entries that trimming keeps.
     """
 
     scaling: float = 0.3
@@ -25,10 +28,10 @@ class TiesOptions:
 
 
 def trim_threshold(vector: Mapping[str, torch.Tensor], density: float) -> float:
-    """The magnitude of the int(density · d)-th largest of all d entries of a vector, which are ranked
-    together; infinite where that is 0.
+    """The magnitude of the n-th largest of all d entries of a vector, n = int(density · d).
 
-    The published code keeps one entry more.
+    The entries of all tensors are ranked together.  Infinite where n is 0.  The published code keeps one
+    entry more.
     """
     magnitudes = torch.cat([tensor.flatten() for tensor in vector.values()]).abs_()
     kept = int(density * len(magnitudes))
@@ -36,11 +39,12 @@ def trim_threshold(vector: Mapping[str, torch.Tensor], density: float) -> float:
 
 
 def ties(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor], density: float) -> Tensors:
-    """TIES([first, second]): of each vector only its largest entries (all of equal magnitude at the
-    threshold), and of these, entry by entry, the sum of those that have the sign of their total.
+    """TIES([first, second]): trim both vectors, and sum what agrees with the elected signs.
 
-    Where two entries cancel exactly no sign is elected and the result is 0; the published code takes the sign
-    that is the more frequent in the whole vector, by which an entry would depend on all others.
+    Of each vector only the largest entries are kept, with all that equal the threshold.  Of these, entry by
+    entry, those that have the sign of their total are added up.  Where two entries cancel exactly, no sign is
+    elected and the result is 0; the published code takes the sign that is more frequent in the whole vector,
+    which would make an entry depend on all others.
     """
     thresholds = [trim_threshold(vector, density) for vector in (first, second)]
     return {

@@ -1,5 +1,6 @@
-"""Continual LoRA-WEMoE: weight-ensembling mixtures of low-rank experts in the MLPs (Tang et al., arXiv
-2402.00433, made continual).
+"""Continual LoRA-WEMoE: weight-ensembling mixtures of low-rank experts in the MLPs.
+
+After Tang et al., arXiv 2402.00433, made continual.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class WemoeOptions:
     Attributes:
         rank, later_rank: of the first expert, and of those after it.
         layers: target layers as exact suffixes; None takes the MLP layers of the task type.
-        reduce: what a router sees: each token, the mean of a sample, or of the batch.
+        reduce: what a router sees: each token, the mean of a sample, or the mean of the batch.
         init: a new gate's bias, and λ of the task arithmetic in the attention layers.
         steps, lr, batch_size: of the entropy minimisation, see `mingle.adaptation.train.AdaptConfig`.
         backend: see `mingle.functional.gated_experts`.
@@ -56,12 +57,11 @@ class WemoeOptions:
 
 
 class Wemoe(GatedMethod):
-    """W₀ + Σ_i g_i(x̄) B_i A_i in the MLPs, with B_i A_i ≈ Δ_i and one linear router per MLP, over the mean
-    token of the MLP's input.
+    """W₀ + Σ_i g_i(x̄) B_i A_i in the MLPs, with B_i A_i ≈ Δ_i and one linear router per MLP.
 
-    All gates of all tasks train at every step, towards answers of low entropy.  Attention layers are merged
-    by task arithmetic, θ ← θ + λ Δ, biases included; the MLPs' biases, norms and embeddings stay those of the
-    base.
+    x̄ is the mean token of the MLP's input.  All gates of all tasks train at every step, towards answers of
+    low entropy.  Attention layers are merged by task arithmetic, θ ← θ + λ Δ, biases included; the MLPs'
+    biases, norms and embeddings stay those of the base.
     """
 
     name = "wemoe"
@@ -75,7 +75,7 @@ class Wemoe(GatedMethod):
         attention = [
             name for name in find_targets(self.tower, task.layer_sets["attention"]) if name not in self.layers
         ]
-        #: what task arithmetic merges
+        #: the tensors that task arithmetic merges
         self.attention = [key for name in attention for key in base if key.rpartition(".")[0] == name]
         #: the layers whose gates serve all target layers of their module
         self.routers = route_by_module(self.layers)
@@ -136,10 +136,9 @@ class Wemoe(GatedMethod):
 
 
 def route_by_module(layers: Mapping[str, MingleLinear]) -> dict[str, MingleLinear]:
-    """Let the gates of the first layer in every module serve the others in it too; returns those first
-    layers.
+    """Let the gates of the first layer in every module also serve the others there; returns those first ones.
 
-    The hooks that pass gates on are copied and pickled with the model.
+    The hooks that pass the gates on are copied and pickled with the model.
     """
     modules: dict[str, list[str]] = {}
     for name in layers:

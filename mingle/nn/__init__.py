@@ -1,1 +1,1 @@
-"""Layers that take on experts: `MingleLinear`, how it gets into a model, and adapters of other libraries."""
+"""Layers that take on experts: `MingleLinear`, its way into a model, and adapters of other libraries."""

@@ -1,4 +1,4 @@
-"""A forward pass that ends where a given module would begin: whoever wants what comes before need not pay for the rest."""
+"""A forward pass that ends where a given module would begin, for callers who need only what comes before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_until(
         on_reached: told of the module before the pass ends.
 
     Returns:
-        whether one of the modules was called at all; where none was, `run` has run to its end.
+        Whether one of the modules was called; where none was, `run` has run to its end.
     """
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -11,27 +11,24 @@ from mingle.options import nearest
 
 
 def matches(name: str, suffix: str) -> bool:
-    """Whether the dotted module name ends in exactly these components: ``fc1`` matches ``mlp.fc1``, never
-    ``mlp.xfc1``.
-    """
+    """Whether the dotted module name ends in whole components: ``fc1`` fits ``mlp.fc1``, not ``mlp.xfc1``."""
     return name == suffix or name.endswith("." + suffix)
 
 
 def refusal(module: nn.Module, parent: nn.Module) -> str:
     """Why `module`, a child of `parent`, cannot take experts; empty where it can."""
-    # Subclasses are refused: torch.nn.MultiheadAttention, for one, reads its out_proj's weight and never
-    # calls the layer.
+    # Subclasses are refused: torch.nn.MultiheadAttention, for one, reads the weight of its out_proj and never
+    # calls it.
     if type(module) is not nn.Linear and not isinstance(module, MingleLinear):
         return f"is a {type(module).__name__}, not a torch.nn.Linear: it cannot take experts"
     if isinstance(parent, nn.TransformerEncoderLayer):
-        return "cannot take experts: torch.nn.TransformerEncoderLayer reads its weight in inference and would skip them"
+        reader = "torch.nn.TransformerEncoderLayer"
+        return f"cannot take experts: {reader} reads its weight in inference and would skip them"
     return ""
 
 
 def present(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:
-    """Those of `suffixes` that the model has, in sets that cover the variants of an architecture; all where
-    it has none of them.
-    """
+    """Those of `suffixes` that the model has, as a set may cover variants; all of them where it has none."""
     suffixes = tuple(suffixes)
     names = [name for name, _ in model.named_modules()]
     return tuple(suffix for suffix in suffixes if any(matches(name, suffix) for name in names)) or suffixes
@@ -41,8 +38,8 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linea
     """The Linear (or already injected) layers whose names end in one of `targets`, in model order.
 
     Raises:
-        ValueError: a target that no layer matches (names the nearest one), or that matches something other
-            than a plain Linear.
+        ValueError: a target that no layer matches (the message names the nearest one), or that matches
+            something other than a plain Linear.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     modules = dict(model.named_modules())
@@ -70,8 +67,9 @@ def inject(
     backend: str = "auto",
     prepack: bool = False,
 ) -> dict[str, MingleLinear]:
-    """Replace, in place, every Linear whose name ends in one of `targets` by a `MingleLinear` that shares its
-    weight.
+    """Replace, in place, every Linear whose name ends in one of `targets` by a `MingleLinear`.
+
+    The new layer shares the old one's weight.
 
     Args:
         model: any module.
@@ -81,7 +79,7 @@ def inject(
         prepack: see `MingleLinear`.
 
     Returns:
-        The injected layers by name, in model order.  Layers that are injected already stay as they are.
+        The injected layers by name, in model order.  Layers that were injected before stay as they are.
 
     Raises:
         ValueError: a target that matches nothing, or something other than a plain Linear.  The model is then
@@ -97,8 +95,9 @@ def inject(
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Put the base Linear back in place of every `MingleLinear`, in place; experts and gates are dropped.
-    Returns their names.
+    """Put the base Linear back in place of every `MingleLinear` and return the layers' names.
+
+    Experts and gates are dropped.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MingleLinear)}
     for name, layer in layers.items():

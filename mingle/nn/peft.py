@@ -1,8 +1,9 @@
 """Experts from PEFT LoRA adapters: the saved factors as they are, without a decomposition.
 
-experts = mingle.read_adapter("adapters/svhn")          # {"model.layers.0.self_attn.q_proj": LowRankExpert(A,
-B), ...} layers = mingle.add_adapter(model, experts)             # the model now computes what PEFT's merged
-model does, and its gates can train
+    experts = mingle.read_adapter("adapters/svhn")      # {"layers.0.q_proj": LowRankExpert(A, B), ...}
+    layers = mingle.add_adapter(model, experts)
+
+The model then computes what PEFT's merged model does, and its gates can train.
 """
 
 from __future__ import annotations
@@ -53,23 +54,22 @@ _REFUSED = {
     "layer_replication": "repeats layers of the base",
     "megatron_config": "targets Megatron's parallel layers",
 }
-#: Initialisations that leave the base weights as they are; all others take the initial B A out of them, or
+#: Initialisations that leave the base weights as they are; all others subtract the initial B A from them or
 #: quantise them.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
-    """The experts of a PEFT LoRA adapter, `adapter_config.json` and `adapter_model.safetensors` as
-    `save_pretrained` writes them.
+    """The experts of a PEFT LoRA adapter, from the folder that `save_pretrained` writes.
 
     The factors are used as they are: A is `lora_A` and B is `lora_B` times the layer's scaling, alpha / r, or
     alpha / √r for `use_rslora`, with `rank_pattern` and `alpha_pattern` resolved as PEFT does.  float16 and
-    bfloat16 are widened to float32, as PEFT does, so that the scaling rounds nothing away.  The options and
-    all shapes are checked before a tensor is read.
+    bfloat16 are widened to float32, as in PEFT, so that the scaling rounds nothing away.  The options and all
+    shapes are checked before a tensor is read.
 
     Args:
-        folder: where the two files are; nothing outside of it is opened.
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`; nothing outside it is opened.
 
     Returns:
         The expert, A [r, d_in] and B [d_out, r] in float32 or float64 on the CPU, by the name of its layer
@@ -77,7 +77,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
 
     Raises:
         CheckpointError: a missing, broken or pickle-only file; an adapter that is more than a sum of low-rank
-            updates (DoRA, trained biases, embeddings or whole modules, ...) or fits a changed base only
+            updates (DoRA, trained biases, embeddings or whole modules, ...) or that fits only a changed base
             (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); a factor without its other half, of another shape or rank
             than configured, or with non-finite values.  The message names the file and the option or tensor.
     """
@@ -102,20 +102,19 @@ def add_adapter(
     backend: str = "auto",
     gate_bias: float = 1.0,
 ) -> dict[str, MingleLinear]:
-    """Add the experts of a LoRA adapter to exactly the layers it names, in place, with gates that are
-    constantly `gate_bias`.
+    """Add the experts of a LoRA adapter, in place, to exactly the layers that it names.
 
-    With the default of 1 the model computes what PEFT's merged model does.  Further adapters, of any rank,
-    can be added one after another; like every new expert's, their gates become the trainable ones and older
-    gates freeze.
+    Their gates start out constant, at `gate_bias`: with the default of 1 the model computes what PEFT's
+    merged model does.  Further adapters, of any rank, can be added one after another; as with every new
+    expert, their gates become the trainable ones and older gates freeze.
 
     Args:
         model: any module.
-        adapter: an adapter's folder, or the experts A [r, d_in] and B [d_out, r] by layer name, such as
-            `read_adapter` gives.  Where a model's layers were renamed since the adapter was saved, rename the
-            keys.
+        adapter: an adapter's folder, or the experts A [r, d_in] and B [d_out, r] by layer name, as
+            `read_adapter` returns them.  Where the model's layers were renamed since the adapter was saved,
+            rename the keys.
         reduce: what the gates of newly injected layers see; see `mingle.functional.gated_experts`.  Layers
-            that are injected already keep theirs.
+            that were injected before keep theirs.
         backend: likewise.
         gate_bias: the initial bias of the gates; their weight starts at zero.
 
@@ -124,9 +123,9 @@ def add_adapter(
 
     Raises:
         CheckpointError: see `read_adapter`.
-        ValueError: layers that are not in the model (names the closest), that are no Linear, or that an
-            expert does not fit; an unknown `reduce`; a `gate_bias` that is not finite.  On any error the
-            model is unchanged.
+        ValueError: layers that are not in the model (the message names the closest), are not a Linear, or
+            cannot hold their expert; an unknown `reduce`; a `gate_bias` that is not finite.  On any error
+            the model is unchanged.
     """
     experts = adapter if isinstance(adapter, Mapping) else read_adapter(adapter)
     if not math.isfinite(gate_bias):
@@ -172,10 +171,8 @@ class _Config:
         return _resolve(self.rank_pattern, module, self.r, f"{self.path}: rank_pattern")
 
     def scaling(self, module: str) -> float:
-        alpha, rank = (
-            _resolve(self.alpha_pattern, module, self.alpha, f"{self.path}: alpha_pattern"),
-            self.rank(module),
-        )
+        alpha = _resolve(self.alpha_pattern, module, self.alpha, f"{self.path}: alpha_pattern")
+        rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
@@ -207,7 +204,8 @@ def _read_config(folder: Path) -> _Config:
     for option, effect in _REFUSED.items():
         if config.get(option):
             raise CheckpointError(
-                f"{path}: {option} is set, which {effect}: the adapter is more than low-rank updates of linear layers"
+                f"{path}: {option} is set, which {effect}: "
+                "the adapter is more than low-rank updates of linear layers"
             )
     if config.get("bias", "none") != "none":
         raise CheckpointError(
@@ -238,16 +236,15 @@ def _check_init(path: Path, init: Any) -> None:
         return
     hint = ""
     if isinstance(init, str) and init.lower().startswith(_CONVERTIBLE_INITS):
-        hint = "; save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it a plain LoRA adapter"
+        conversion = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        hint = f"; save it with {conversion}, which makes it a plain LoRA adapter"
     raise CheckpointError(
         f"{path}: init_lora_weights={init!r} is not known to leave the base weights as they are{hint}"
     )
 
 
 def _compile(path: Path, config: Mapping[str, Any], option: str) -> dict[str, tuple[re.Pattern[str], Any]]:
-    """The patterns of a `*_pattern` option, each a regular expression for whole components at the end of a
-    module's name.
-    """
+    """The patterns of a `*_pattern` option: regular expressions for whole last components of a name."""
     patterns = config.get(option) or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{path}: {option}: expected a JSON object")
@@ -256,7 +253,8 @@ def _compile(path: Path, config: Mapping[str, Any], option: str) -> dict[str, tu
         try:
             compiled[key] = (re.compile(rf"(.*\.)?({key})"), value)
         except (re.error, RecursionError, OverflowError) as error:
-            raise CheckpointError(f"{path}: {option}: {key!r} is no regular expression: {error}") from error
+            wrong = f"{key!r} is not a regular expression: {error}"
+            raise CheckpointError(f"{path}: {option}: {wrong}") from error
     return compiled
 
 
@@ -281,7 +279,7 @@ def _pair(reader: CheckpointReader, path: Path) -> dict[str, tuple[str, str]]:
         if match is None:
             expected = "base_model.model.<layer>.lora_A.weight and .lora_B.weight"
             raise CheckpointError(
-                f"{path}: tensor {name!r} is no factor of a linear layer; expected {expected}"
+                f"{path}: tensor {name!r} is not a factor of a linear layer; expected {expected}"
             )
         adapters.add(match["adapter"])
         if len(adapters) > 1:
@@ -308,7 +306,8 @@ def _check_pair(reader: CheckpointReader, path: Path, module: str, a: str, b: st
     rank, A, B = config.rank(module), reader.shape(a), reader.shape(b)
     if len(A) != 2 or len(B) != 2 or A[0] != rank or B[1] != rank:
         raise CheckpointError(
-            f"{path}: tensors {a!r} {list(A)} and {b!r} {list(B)}: expected [{rank}, d_in] and [d_out, {rank}] by the rank in {config.path}"
+            f"{path}: tensors {a!r} {list(A)} and {b!r} {list(B)}: "
+            f"expected [{rank}, d_in] and [d_out, {rank}] by the rank in {config.path}"
         )
     return config.scaling(module)
 
@@ -324,7 +323,7 @@ def _read_pair(reader: CheckpointReader, path: Path, a: str, b: str, scaling: fl
 def _find_layers(
     model: nn.Module, experts: Mapping[str, LowRankExpert]
 ) -> dict[str, nn.Linear | MingleLinear]:
-    """The layers that the experts name, in model order, once each is sure to take its expert."""
+    """The layers that the experts name, in model order, once each is known to fit its expert."""
     if not experts:
         raise ValueError("the adapter has no experts")
     modules = {name: module for name, module in model.named_modules() if name}
@@ -334,8 +333,7 @@ def _find_layers(
     for name, expert in experts.items():
         module = modules.get(name)
         if module is None:
-            # The search for close names is slow where all of many are missing, and only the first few are
-            # shown.
+            # Only the problems that are shown get a close name: the search is slow where many are missing.
             hint = nearest(name, linear) if len(problems) < _SHOWN else ""
             problems.append(f"{name!r} is not in the model{hint}")
         elif reason := refusal(module, model.get_submodule(name.rpartition(".")[0])):

@@ -1,3 +1,1 @@
-"""Whole runs: merges from a configuration file, comparisons of methods, the tables of the papers, and their
-reports.
-"""
+"""Whole runs: merges from a file, comparisons of methods, the papers' tables, and reports of all of them."""

@@ -23,12 +23,12 @@ from mingle.tasks import TaskType
 
 
 def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
-    """The plan of a merge into the folder `out`, or of one that is only to be checked.
+    """The plan of a merge into the folder `out`; None only checks.
 
     Raises:
-        OptionError: something in the config.
-        CheckpointError: a model that is missing, broken, or not a fine-tuned version of the base; a folder in
-            use for something else.
+        OptionError: the config asks for something that cannot be done.
+        CheckpointError: a model that is missing or broken; a folder in use for something else.
+        IncompatibleModel: a model that is not a fine-tuned version of the base.
     """
     folders = _folders(config, out)
     revisions = _revisions(config, folders)
@@ -72,7 +72,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
 
 
 def _folders(config: MergeConfig, out: Path | None) -> list[Path]:
-    """Where each order's merged model goes."""
+    """One folder per order for its merged model."""
     if out is None:
         return []
     several = config.order.shuffle and len(config.order.seeds) > 1
@@ -80,7 +80,7 @@ def _folders(config: MergeConfig, out: Path | None) -> list[Path]:
 
 
 def _revisions(config: MergeConfig, folders: list[Path]) -> dict[str, str]:
-    """The commits that the config names, and those that the beginnings of this merge have noted."""
+    """The commits that the config names, and those that earlier runs of this merge have noted."""
     revisions = dict(config.revisions)
     for folder in folders:
         if (folder / merger_folder.MANIFEST).exists():
@@ -88,7 +88,7 @@ def _revisions(config: MergeConfig, folders: list[Path]) -> dict[str, str]:
             for repo, commit in noted.items():
                 if revisions.setdefault(repo, commit) != commit:
                     raise CheckpointError(
-                        f"{folder}: was begun with {repo} at commit {commit}, not {revisions[repo]}"
+                        f"{folder}: was started with {repo} at commit {commit}, not {revisions[repo]}"
                     )
     return revisions
 
@@ -106,7 +106,7 @@ def _check_experts(experts: Mapping[str, Path], tower: nn.Module, task: TaskType
 def _check_method(
     method: str, model: nn.Module, task: TaskType, shapes: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> None:
-    """Refuse layers or depths that the model does not have, by fitting the method to a model without weights."""
+    """Refuse layers or depths that the model does not have, by fitting the method to an empty model."""
     chosen = methods.get(method)
     try:
         chosen(model, task, shapes, build(chosen.Options, options, "options"))
@@ -119,9 +119,8 @@ def _suite(
 ) -> Suite | None:
     if config.eval.suite is None:
         if methods.get(config.method).needs_seeds:
-            raise OptionError(
-                f"eval: suite is missing: method {config.method!r} adapts on seed samples, which come from a suite"
-            )
+            need = f"method {config.method!r} adapts on seed samples, which come from a suite"
+            raise OptionError(f"eval: suite is missing: {need}")
         return None
     suite = suites.load(
         config.eval.suite,
@@ -140,7 +139,7 @@ def _suite(
 
 
 def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> None:
-    """Refuse a folder that holds something else than the beginning of this very merge."""
+    """Refuse a folder that holds anything but the beginning of this very merge."""
     if not folder.exists():
         return
     if not (folder / merger_folder.MANIFEST).exists():
@@ -160,13 +159,12 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> None:
     if merged != order[: len(merged)]:
         differing.append(f"tasks: {', '.join(merged)} there, the order is now {', '.join(order)}")
     if differing:
-        raise CheckpointError(
-            f"{folder}: holds another merge, which this one cannot resume; {'; '.join(differing)}"
-        )
+        reasons = "; ".join(differing)
+        raise CheckpointError(f"{folder}: holds another merge, which this one cannot resume; {reasons}")
 
 
 def _facts(method: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a merge to go on; JSON has lists where options have tuples."""
+    """The facts that must be the same for a merge to go on; JSON has lists where options have tuples."""
     plain = {
         f"option {key}": tuple(value) if isinstance(value, list) else value for key, value in options.items()
     }

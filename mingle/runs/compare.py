@@ -1,4 +1,4 @@
-"""A comparison of methods: each on the same sequence of tasks, evaluated after each merge, all results in one folder."""
+"""A comparison of methods on the same sequences of tasks, evaluated after each merge, in one folder."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from mingle.suites import Suite
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be compared.
+    """A request for a comparison.
 
     Attributes:
         suite: see `mingle.suites.load`.
         protocol: ``strict`` or ``official``.
         methods: names in `mingle.methods.METHODS`.
         orders: how many task orders, by the seeds 42, 43, …
-        samples_per_class: seed samples, times the number of classes.
+        samples_per_class: seed samples per class.
         seed: of seed samples, gates and batches.
         options: method options that replace the suite's own settings; each method takes those it knows.
     """
@@ -75,7 +75,7 @@ def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> 
     (out / "config.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
     for name in suite:
         suite.check(name)
-        suite.expert(name)  # fetch or train what is missing before anything is timed
+        suite.expert(name)  # a missing one is fetched or trained before anything is timed
     results: dict[str, Any] = {
         "suite": comparison.suite,
         "protocol": comparison.protocol,
@@ -110,7 +110,7 @@ def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> 
 
 
 def _prepared(comparison: Comparison, observer: Observer) -> Suite:
-    """The suite, once every method is sure to run on it."""
+    """The suite, once every method is known to run on it."""
     suite = suites.load(
         comparison.suite,
         protocol=comparison.protocol,
@@ -140,7 +140,7 @@ def _merged(
 
 
 def _note(rows: dict[str, list[Any]], merger: Merger, steps: Sequence[MergeStep]) -> None:
-    """Append what one order gave to a method's results."""
+    """Append the results of one order to a method's rows."""
     result, tasks = merger.result(), merger.task_names
     rows["acc"].append(result.acc)
     rows["bwt"].append(result.bwt)
@@ -150,4 +150,4 @@ def _note(rows: dict[str, list[Any]], merger: Merger, steps: Sequence[MergeStep]
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    write_json(path, without_nan(value), sort_keys=False)  # methods stay in the order that was asked for
+    write_json(path, without_nan(value), sort_keys=False)  # methods stay in the order asked for

@@ -1,21 +1,22 @@
 """The YAML file of ``merge`` and ``check``, read into dataclasses; every mistake in it is found here.
 
-base: models/clip-vit-base-patch32        # a local folder, or a hub id
-method: mingle
-experts:
-  - {name: svhn, model: models/clip-vit-base-patch32_svhn}   # a folder in hub format, or of a LoRA adapter
-  - {name: gtsrb, model: tanganke/clip-vit-base-patch32_gtsrb, revision: 1a2b3c…}
-order: {shuffle: false, seeds: [42]}
-layers: [self_attn.q_proj, mlp.fc1]       # exact suffixes
-rank: 64
-gate: {k: 3, gamma: 1.0, beta: 0.99, reduce: sample}
-adapt: {steps: 50, lr: 1.0e-4, batch_size: 16, samples_per_class: 5, temperature: 2.0, protocol: strict}
-eval: {suite: images/, every_step: true, batch_size: 128}
-options: {constraint: hard}               # anything else the method takes
-revisions: {datasets/ylecun/mnist: 4d5…}  # commits of hub models and data sets; else those found first are kept
+    base: models/clip-vit-base-patch32        # a local folder, or a hub id
+    method: mingle
+    experts:                                  # each a folder in hub format, a LoRA adapter, or a hub id
+      - {name: svhn, model: models/clip-vit-base-patch32_svhn}
+      - {name: gtsrb, model: tanganke/clip-vit-base-patch32_gtsrb, revision: 1a2b3c…}
+    order: {shuffle: false, seeds: [42]}
+    layers: [self_attn.q_proj, mlp.fc1]       # exact suffixes
+    rank: 64
+    gate: {k: 3, gamma: 1.0, beta: 0.99, reduce: sample}
+    adapt: {steps: 50, lr: 1.0e-4, batch_size: 16, samples_per_class: 5, temperature: 2.0, protocol: strict}
+    eval: {suite: images/, every_step: true, batch_size: 128}
+    options: {constraint: hard}               # anything else the method takes
+    revisions: {datasets/ylecun/mnist: 4d5…}  # commits of hub models and data sets
 
-What the file does not say about the method is as the suite recommends for its models, or else as published
-for that many tasks: see `mingle.runs.settings`.
+Method options that are not in the file are those that the suite recommends for its models, or else those
+published for that many tasks: see `mingle.runs.settings`.  Of a hub model or data set without a revision, the
+commit found first is kept.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Expert:
     """One fine-tuned model.
 
     Attributes:
-        name: of the task.
-        model: a local folder or hub id, of a fine-tuned model or a LoRA adapter.
-        revision: of the hub model.
+        name: the task's name.
+        model: a local folder or hub id of a fine-tuned model or a LoRA adapter.
+        revision: a commit, branch or tag of the hub model.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Order:
     """The order of arrival.
 
     Attributes:
-        shuffle: merge in the orders that `seeds` give, one merge each, instead of the order listed.
+        shuffle: merge in the orders that `seeds` give, once in each, instead of in the order listed.
         seeds: see `mingle.runs.orders`.
     """
 
@@ -83,11 +84,11 @@ class Adapt:
 
 @dataclass(frozen=True)
 class Eval:
-    """What is measured.
+    """Options of the evaluation.
 
     Attributes:
         suite: where seed and test samples come from.
-        every_step: evaluate after every merge, not only after the last.
+        every_step: whether to evaluate after every merge, not only after the last.
         batch_size: samples per batch.
     """
 
@@ -101,7 +102,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """A merge: see the module's description of the file."""
+    """A merge, with the keys of the file that the module describes."""
 
     base: str
     experts: tuple[Expert, ...]
@@ -116,7 +117,7 @@ class MergeConfig:
     revisions: dict[str, str] = field(default_factory=dict)
 
     def method_options(self) -> dict[str, Any]:
-        """What the file says about the method, under the method's own option names.
+        """The file's settings of the method, under the method's own option names.
 
         Raises:
             OptionError: an option that the method does not have, or gates that the protocol does not allow.
@@ -130,7 +131,7 @@ class MergeConfig:
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML's plain types only, and no key twice: the second would silently win."""
+    """Reads only YAML's plain types, and refuses a key that appears twice: the second would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -149,8 +150,8 @@ def load(path: str | Path) -> MergeConfig:
     """The config in a YAML file.
 
     Raises:
-        OptionError: bad YAML, an unknown key (names the nearest known one), or a value of the wrong type; the
-            message names the file.
+        OptionError: bad YAML, an unknown key (the message names the nearest known one), or a value of the
+            wrong type; the message names the file.
     """
     path = Path(path)
     try:
@@ -183,9 +184,8 @@ def parse(content: Any, where: str) -> MergeConfig:
     config = build(MergeConfig, given, where)
     names = [expert.name for expert in config.experts]
     if len(set(names)) < len(names):
-        raise OptionError(
-            f"{where}: experts: two of them are called {next(n for n in names if names.count(n) > 1)!r}"
-        )
+        twice = next(name for name in names if names.count(name) > 1)
+        raise OptionError(f"{where}: experts: two of them are called {twice!r}")
     try:
         config.method_options()
     except ValueError as error:

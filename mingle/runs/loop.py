@@ -1,4 +1,4 @@
-"""The loop behind every command that merges: one task after another into a merger, measured on the way."""
+"""The loop behind every command that merges: one task after another into a merger, measured as it goes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from mingle.merging.merger import Merger
 from mingle.runs.observer import Observer
 from mingle.suites import Suite
 
-#: finds a task's fine-tuned model; told the task and the names of those before it
+#: a task and the names of those before it → the folder of its fine-tuned model
 FindExpert = Callable[[str, Sequence[str]], Path]
-#: What is measured: all merged tasks after each merge; after each merge the newest one, and all of them after
-#: the last, which is what ACC and BWT need; or all of them after the last merge only.
+#: ``every``: measure all merged tasks after each merge.  ``ends``: the newest task after each merge, and all
+#: tasks after the last, which ACC and BWT need.  ``last``: all tasks, after the last merge only.
 Evaluate = Literal["every", "ends", "last"]
 
 
 @dataclass(frozen=True)
 class MergeStep:
-    """What merging one task took: seconds of merging and of evaluating, and the adaptation's course, if it
-    had one.
+    """The cost and course of merging one task.
+
+    Attributes:
+        task: the task's name.
+        merge, evaluate: seconds.
+        trace: the adaptation's course, or None.
     """
 
     task: str
@@ -33,7 +37,7 @@ class MergeStep:
 
 
 def experts_of(suite: Suite, *, sequential: bool) -> FindExpert:
-    """The suite's own fine-tuned models: for a sequential method, each from the model of the task before it."""
+    """Finds the suite's own models; for a sequential method each is fine-tuned from the one before."""
     return lambda name, before: suite.expert(name, before if sequential else ())
 
 
@@ -47,18 +51,16 @@ def merge_all(
     *,
     evaluate: Evaluate = "every",
 ) -> Iterator[MergeStep]:
-    """Merge those tasks of the order that are not merged yet; yields after each, when the merger can be
-    saved.
+    """Merge those tasks of the order that are not merged yet; yields after each, when it is time to save.
 
     Args:
-        merger: with an `mingle.runs.origin` as its metadata; what it has merged is the beginning of the
-            order.
+        merger: has a `mingle.runs.origin` as its metadata; its merged tasks are the beginning of the order.
         order: the tasks' names.
         expert: finds their fine-tuned models.
-        suite: their samples; None for a method that needs none, whose result is not measured then.
-        observer: told how it gets on.
+        suite: their samples; None for a method that needs none, whose result is then not measured.
+        observer: told how the merge is getting on.
         number: of the order among several.
-        evaluate: what is measured when.
+        evaluate: what is measured, and when.
     """
     for index in range(len(merger.merged), len(order)):
         name, last = order[index], index + 1 == len(order)

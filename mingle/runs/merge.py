@@ -1,4 +1,4 @@
-"""Merges that live in folders: begun, saved after every task, resumed, extended, evaluated."""
+"""Merges that live in folders: started, saved after every task, resumed, extended, evaluated."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from mingle.tasks import TaskType
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A config whose every file was found to fit, ready to run; `mingle.runs.check` makes it.
+    """A config whose files were all found to fit, ready to run; `mingle.runs.check` makes it.
 
     Attributes:
-        config: what was asked for.
+        config: the config as it was read.
         task: the base model's task type.
         options: all of the method's options, resolved.
-        suite: its samples, or None for methods without data and without evaluation.
+        suite: the tasks' samples, or None for a merge without data and without evaluation.
         base: the base model's folder.
         experts: name → folder of the fine-tuned model, or of its LoRA adapter.
         orders: the task orders to merge in.
         folders: where each order's merged model goes; empty for a plan that was only to be checked.
-        revisions: of what comes from the hub, the commits in use; they are saved with the merged model.
+        revisions: the commits in use of whatever comes from the hub; they are saved with the merged model.
     """
 
     config: MergeConfig
@@ -49,10 +49,10 @@ class MergePlan:
     revisions: hub.Revisions
 
     def run(self, observer: Observer | None = None) -> Iterator[Result]:
-        """Merge in every order, saving after each task; what an earlier run has merged is kept.
+        """Merge in every order, saving after each task; the tasks that an earlier run has merged are kept.
 
         Yields:
-            each order's result.
+            Each order's result.
         """
         observer = observer or Observer()
         evaluate: Evaluate = "every" if self.config.eval.every_step else "last"
@@ -65,7 +65,7 @@ class MergePlan:
             yield result
 
     def origin(self) -> dict[str, Any]:
-        """What `add` and `evaluate` need to go on as the merge began."""
+        """The metadata that `add` and `evaluate` need to go on as the merge started."""
         adapt, evaluation = self.config.adapt, self.config.eval
         return origin(
             evaluation.suite, adapt.protocol, adapt.samples_per_class, evaluation.batch_size, self.revisions
@@ -83,7 +83,7 @@ class MergePlan:
         merger = Merger.from_pretrained(folder)
         found = merger_folder.state_hash(merger.task.load(self.base))
         if found != merger_folder.state_hash(merger.base):
-            raise CheckpointError(f"{folder}: was begun with another base model than {self.base}")
+            raise CheckpointError(f"{folder}: was started with a base model other than {self.base}")
         merger.metadata["revisions"] = self.revisions
         return merger
 
@@ -94,10 +94,10 @@ def add(
     """Merge one more model into a merged one, evaluate where there is a suite, and save.
 
     Args:
-        folder: what a merge wrote.
+        folder: the folder that a merge wrote.
         expert: the task and its fine-tuned model.
-        overrides: what of the merge's origin is to be another from now on, see `mingle.runs.origin`.
-        observer: told how it gets on.
+        overrides: the parts of the merge's origin that change from now on, see `mingle.runs.origin`.
+        observer: told how the merge is getting on.
     """
     merger, suite = _reopen(folder, overrides)
     if suite is not None and expert.name not in suite:
@@ -113,15 +113,15 @@ def add(
 
 
 def evaluate(folder: Path, overrides: Mapping[str, Any], batch_size: int) -> Result:
-    """Accuracy of a merged model on all of its tasks; nothing is written."""
+    """Accuracy of a merged model on all its tasks; nothing is written."""
     merger, suite = _reopen(folder, overrides)
     if suite is None:
-        raise OptionError("suite: name one; the merge was made without")
+        raise OptionError("suite: name one; the merge was made without a suite")
     return merger.evaluate(suite, batch_size)
 
 
 def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite | None]:
-    """A merged model and its suite, with what the caller wants otherwise."""
+    """A merged model and its suite, with the caller's changes to its origin."""
     merger = Merger.from_pretrained(folder)
     pooled_over_batch = getattr(merger.options, "reduce", None) == PROTOCOLS["official"]
     protocol = "official" if pooled_over_batch else "strict"

@@ -1,4 +1,4 @@
-"""Whoever wants to know how a run gets on, such as the progress bars of the command line."""
+"""The interface for following a run, as the progress bars of the command line do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mingle.merging.evaluate import Result
 
 
 class Observer:
-    """Told how a run gets on; does nothing by itself."""
+    """Told how a run is getting on; does nothing by itself."""
 
     def merging(self, method: str, order: int, index: int, tasks: Sequence[str]) -> None:
         """Task `index` of the order is about to be merged."""
@@ -18,7 +18,7 @@ class Observer:
         """An adaptation step is done."""
 
     def training(self, task: str, step: int, steps: int) -> None:
-        """An expert of the suite is being trained, because it does not ship."""
+        """An expert of the suite is being trained, as it does not ship with the package."""
 
     def merged(self, method: str, order: int, result: Result) -> None:
         """All tasks are merged and evaluated."""

@@ -1,6 +1,4 @@
-"""Where a merger's samples and models came from: kept in its metadata, so that adding and evaluating later
-goes on alike.
-"""
+"""Where a merger's samples and models came from, kept in its metadata for later additions and evaluations."""
 
 from __future__ import annotations
 

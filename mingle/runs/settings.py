@@ -1,5 +1,6 @@
-"""Which options a method runs with, in every command alike: published, above them the suite's, above all the
-user's.
+"""The options that a method runs with, in every command alike.
+
+The suite's recommendations replace the published settings, and the user's own options replace both.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def resolve(
         method: a name in `mingle.methods.METHODS`.
         task_type: of the base model.
         tasks: how many will be merged; some published settings depend on it.
-        protocol: ``strict`` or ``official``; it says what gates see, unless `given` does.
-        suite: whose recommendations for its own models count; None has none.
-        given: the user's own, which the method must have.
+        protocol: ``strict`` or ``official``; decides what gates see, unless `given` does.
+        suite: gives its recommendations for its own models; None gives none.
+        given: the user's own options, which the method must have.
 
     Raises:
         OptionError: an option that the method does not have, a value that it cannot have, or gates of a whole
@@ -57,6 +58,5 @@ def for_suite(method: str, suite: Suite, given: Mapping[str, Any]) -> dict[str, 
 def check_reduce(reduce: str | None, protocol: str) -> None:
     """Refuse gates that the protocol does not allow."""
     if reduce == PROTOCOLS["official"] and protocol == "strict":
-        raise OptionError(
-            "gate: reduce: with batch gates predictions depend on the batch, which the strict protocol does not allow"
-        )
+        reason = "with batch gates predictions depend on the batch, which the strict protocol does not allow"
+        raise OptionError(f"gate: reduce: {reason}")

@@ -1,4 +1,4 @@
-"""What the adaptations of a whole merge did, as plain data for the plots."""
+"""The course of all adaptations of a merge, as plain data for the plots."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mingle.suites import Suite
 
 
 def trace_of(merger: Merger, suite: Suite, steps: Sequence[MergeStep]) -> dict[str, Any]:
-    """The losses, S and λ of all steps and the gates after the last; empty for a method that does not adapt
-    so.
+    """The losses, S and λ of all steps and the gates after the last merge.
 
-    See `mingle.runs.report` for what it holds.
+    `mingle.runs.report` describes the format.  Empty for methods other than MINGLE and its variants, and
+    where not all tasks were adapted.
     """
     recorded = [step.trace for step in steps if step.trace is not None]
     if not isinstance(merger.method, Mingle) or len(recorded) < len(steps):

@@ -1,4 +1,4 @@
-"""Evaluation suites: tasks with test samples, seed samples and fine-tuned models, under one of two protocols."""
+"""Evaluation suites: tasks with test samples, seed samples and fine-tuned models, under two protocols."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mingle.options import OptionError, nearest
 from mingle.suites.protocol import PROTOCOLS, SeedRequest, split
 from mingle.tasks import TaskData
 
-#: Progress of training an expert that is not there yet: called with (task, step, steps).
+#: Progress of training an expert that does not exist yet: called with (task, step, steps).
 OnTraining = Callable[[str, int, int], None]
 
 
@@ -21,19 +21,19 @@ class Suite(Mapping[str, TaskData]):
     Args:
         name: under which it is reported.
         task_type: of all its tasks.
-        base: the base model's folder, or what finds it on first use.
+        base: the base model's folder, or a function that finds it on first use.
         samples: name → all labelled test samples of the task, made on first use.
         experts: name → folder of the task's fine-tuned model, made on first use.
         request: how many seed samples to take, and under which protocol.
-        settings: by method, options that suit this suite's models.  A learning rate that suits one loss may
-            ruin another.
-        continued: (name, names before it) → folder of the task's model, fine-tuned from that of the task
-            before, and so on back to the base; None where all fine-tuned models of the suite start from the
-            base.
+        settings: by method, options that suit this suite's models.  They differ between methods: a learning
+            rate that suits one loss may ruin another.
+        continued: (name, names before it) → folder of the task's model, in a chain from the base in which
+            each is fine-tuned from the one before; None where all fine-tuned models of the suite start from
+            the base.
         training: name → all unlabelled training samples of the task; empty where the suite has none.
-        checks: name → finds what is wrong with the task's data without reading all of it; none where nothing
-            can be.
-        revisions: of what came from the hub, the commits in use; grows as the suite is used.
+        checks: name → a function that raises for faults in the task's data, without reading all of it; a task
+            that cannot be checked has none.
+        revisions: the commits in use of whatever came from the hub; grows as the suite is used.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Suite(Mapping[str, TaskData]):
         return len(self._samples)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._samples  # a mapping's own way would make the samples
+        return name in self._samples  # Mapping's own method would make the samples
 
     def __getitem__(self, name: str) -> TaskData:
         return self._parts(name)[1]
@@ -77,7 +77,7 @@ class Suite(Mapping[str, TaskData]):
         return self._base if isinstance(self._base, Path) else self._base()
 
     def check_task_type(self, name: str, base: Path | None) -> None:
-        """Refuse, by `OptionError`, samples that a model of this task type cannot take; `base` is its folder."""
+        """Raise `OptionError` unless the suite is for models of task type `name`; `base` is their folder."""
         if self.task_type != name:
             model = base or "the base"
             raise OptionError(
@@ -85,27 +85,28 @@ class Suite(Mapping[str, TaskData]):
             )
 
     def check(self, name: str) -> None:
-        """Find what is wrong with a task's data, as far as that takes no heavy work; whatever it raises names
-        the data set.
-        """
+        """Check a task's data, short of heavy work; any error names the data set."""
         if name in self._checks:
             self._checks[name]()
 
     def seeds(self, name: str, *, whole: bool = False) -> TaskData:
-        """The task's seed samples, without labels; or, for sequential methods, its `whole` training data,
-        none of which is a test sample.
+        """The task's seed samples, without labels; or, for sequential methods, its `whole` training data.
+
+        The training data does not overlap with the test samples.
 
         Raises:
-            OptionError: the whole training data of a suite that has none.
+            OptionError: `whole`, of a suite without training data.
         """
         return self._whole(name)() if whole else self._parts(name)[0]
 
     def expert(self, name: str, after: Sequence[str] = ()) -> Path:
-        """The folder of the task's model: fine-tuned from the base, or one task `after` the other, each from
-        the model before.
+        """The folder of the task's fine-tuned model.
+
+        It was fine-tuned from the base, or, where there are tasks that it comes `after`, at the end of a
+        chain through their models, each fine-tuned from the one before.
 
         Raises:
-            OptionError: tasks before it, in a suite whose fine-tuned models all start from the base.
+            OptionError: a chain is asked for, and all fine-tuned models of the suite start from the base.
         """
         if not after:
             return self._experts[name]()
@@ -120,14 +121,16 @@ class Suite(Mapping[str, TaskData]):
     def _chain(self) -> Callable[[str, tuple[str, ...]], Path]:
         if self._continued is None:
             raise OptionError(
-                f"suite {self.name!r}: its fine-tuned models all start from the base; sequential methods need them in a chain"
+                f"suite {self.name!r}: its fine-tuned models all start from the base; "
+                "sequential methods need each fine-tuned from the one before"
             )
         return self._continued
 
     def _whole(self, name: str) -> Callable[[], TaskData]:
         if name not in self._training:
             raise OptionError(
-                f"suite {self.name!r}: sequential methods adapt on all training samples, and it has none of {name!r}"
+                f"suite {self.name!r}: sequential methods adapt on all training samples, "
+                f"and it has none of {name!r}"
             )
         return self._training[name]
 
@@ -159,11 +162,11 @@ def load(
         base: the folder of the base model whose image processor and tokenizer prepare the samples; None takes
             the suite's own.
         protocol: ``strict`` or ``official``, see `mingle.suites.protocol`.
-        samples_per_class: how many seed samples a task may use, times its number of classes.
+        samples_per_class: seed samples of a task, per class.
         seed: of the choice of seed samples.
-        on_training: told when an expert that does not ship has to be trained.
-        revisions: the commits of hub repositories to keep to, see `mingle.io.hub`; those found are noted in
-            it.
+        on_training: told when an expert that does not ship with the package has to be trained.
+        revisions: the commits of hub repositories to keep to, see `mingle.io.hub`; those found are noted
+            there.
 
     Raises:
         OptionError: an unknown suite or protocol.

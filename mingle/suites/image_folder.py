@@ -1,8 +1,9 @@
-"""A suite from your own images: one folder per task, in it one folder per class, named as the class is called
-in prompts.
+"""A suite from your own images: one folder per task, and in it one folder per class.
+
+A class's folder has the name that the class has in prompts.
 
     <folder>/<task>/<class name>/*.png | *.jpg | …
-    <folder>/<task>/templates.txt          optional: one prompt a line, with {} in the class name's place
+    <folder>/<task>/templates.txt          optional: one prompt per line, with {} in the class name's place
 
 Tasks and classes are taken in alphabetical order.
 """

@@ -1,10 +1,10 @@
 """Where seed samples come from: the two protocols, whose numbers must never be mixed.
 
-``official``, as the published code has it: so many samples of every class, picked with the labels of the test
-set and left in it; gates see the mean of a batch.
+``official``, as in the published code: the same number of samples of every class, picked with the labels of
+the test set and left in it; gates see the mean of a batch.
 
-``strict``: the same number of samples drawn without looking at labels and taken out of the test set; gates
-see the mean of a sample, so predictions do not depend on what shares a batch.
+``strict``: as many samples in total, drawn without looking at labels and taken out of the test set; gates see
+the mean of a sample, so predictions do not depend on what shares a batch.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class SeedRequest:
     """How to choose seed samples.
 
     Attributes:
-        protocol: see above.
-        samples_per_class: times the number of classes gives the number of seeds.
+        protocol: one of `PROTOCOLS`.
+        samples_per_class: times the number of classes gives the number of seed samples.
         seed: of the choice.
-        total: the number of seeds where there are no classes, as in tasks that are answered in words; not
-            more than half of the samples.
+        total: the number of seed samples where there are no classes, as in tasks that are answered in words;
+            at most half of the samples are taken.
     """
 
     protocol: str = "strict"
@@ -42,7 +42,7 @@ class SeedRequest:
 
 
 def split(name: str, samples: TaskData, request: SeedRequest) -> tuple[TaskData, TaskData]:
-    """(seed samples without labels, test samples with labels) of one task.
+    """One task's seed samples, without labels, and its test samples, with labels.
 
     Raises:
         ValueError: no labels, or too few samples to leave any for the test.
@@ -59,7 +59,8 @@ def split(name: str, samples: TaskData, request: SeedRequest) -> tuple[TaskData,
         rest = order[len(chosen) :].sort().values
         if not len(rest):
             raise ValueError(
-                f"task {name!r}: {len(samples)} samples, all of them needed as seeds; none would be left for the test"
+                f"task {name!r}: all {len(samples)} samples are needed as seed samples; "
+                "none would be left for the test"
             )
         test = samples.select(rest)
     elif total is not None:

@@ -1,5 +1,6 @@
-"""Task types: how a batch becomes logits, and what counts as right.  The only code that knows about
-modalities lives below here.
+"""Task types: how a batch becomes logits, and what counts as right.
+
+The only code that knows about modalities is in this package.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ class TaskData:
     """Samples of one task.
 
     Attributes:
-        inputs: tensors with one row per sample, by the model's own argument names; `LazyInputs` make them
+        inputs: tensors with one row per sample, by the model's own argument names; `LazyInputs` makes them
             batch by batch.
         shared: tensors that all samples share, such as the text embeddings of the classes.
         labels: targets [n], or tokens of answers [n, L], or None where there are none; adaptation never reads
             them.
         metric: what is measured on them, ``accuracy`` or ``spearman``.
-        decode: tokens [n, L] → n texts, for answers in words of which a metric needs the meaning.
+        decode: tokens [n, L] → n texts, for a metric that reads the answers as text.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -51,7 +52,7 @@ class TaskData:
         )
 
     def made(self) -> TaskData:
-        """The same samples, all of their inputs in memory."""
+        """The same samples with all their inputs in memory."""
         return replace(self, inputs=self.inputs.made()) if isinstance(self.inputs, LazyInputs) else self
 
     def to(self, device: torch.device) -> TaskData:
@@ -76,8 +77,8 @@ class TaskType(Protocol):
     tower: str
     #: what a fine-tuned checkpoint may put before the tower's own parameter names
     prefixes: tuple[str, ...]
-    #: named sets of target layers, as exact suffixes; of variants of the architecture those that a model has
-    #: are meant
+    #: named sets of target layers, as exact suffixes; a set may cover several variants of the architecture:
+    #: only the suffixes that a model has count
     layer_sets: Mapping[str, tuple[str, ...]]
     #: the transformer blocks that every input passes through first, as a dotted name inside the tower
     blocks: str
@@ -92,11 +93,12 @@ class TaskType(Protocol):
         """Checked samples of this task type."""
 
     def reduce_for(self, layer: str, reduce: str) -> str:
-        """What the gates of a layer of the tower see, where `reduce` is asked for."""
+        """The reduction of the gates of a layer of the tower, where `reduce` is asked for."""
 
     def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
-        """Seed samples with what adaptation needs besides the inputs and only the fine-tuned model can say,
-        never taken from labels.
+        """Seed samples completed by what only the fine-tuned model can tell, such as its own answers.
+
+        Nothing is taken from labels.
         """
 
     def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:
@@ -106,7 +108,7 @@ class TaskType(Protocol):
         """Which positions of the answers count, bool [n, L]; None where an answer has one."""
 
     def outcomes(self, model: nn.Module, data: TaskData) -> torch.Tensor:
-        """What came out for each sample: 1 or 0, right or wrong, [n]; or numbers given and wanted, [n, 2].
+        """The result for each sample: 1 or 0, right or wrong, [n]; or numbers given and wanted, [n, 2].
 
         See `mingle.merging.evaluate.score`.
         """
@@ -131,8 +133,8 @@ def of(model: nn.Module | str | Path) -> TaskType:
     """The task type of a base model, a module or a local folder, by its configuration.
 
     Raises:
-        CheckpointError: a folder without a readable configuration, or with that of another kind of model.
-        ValueError: a module of another kind.
+        CheckpointError: a folder without a readable configuration, or with one of an unknown kind of model.
+        ValueError: a module of an unknown kind.
     """
     from mingle.tasks.loading import model_type
 

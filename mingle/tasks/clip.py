@@ -1,6 +1,4 @@
-"""Zero-shot image classification with CLIP: a fine-tuned vision tower, the base's text tower as the
-classifier.
-"""
+"""Zero-shot image classification with CLIP: a fine-tuned vision tower, and the base's text tower as head."""
 
 from __future__ import annotations
 
@@ -61,7 +59,8 @@ class ClipTask(HubModel):
         pixels, head = given.select(slice(0, 1)).inputs["pixel_values"], given.shared["text_embeds"]
         if pixels.dim() != 4 or head.dim() != 2:
             raise ValueError(
-                f"pixel_values {list(pixels.shape)} and text_embeds {list(head.shape)}: expected [n, 3, H, W] and [C, P]"
+                f"pixel_values {list(pixels.shape)} and text_embeds {list(head.shape)}: "
+                "expected [n, 3, H, W] and [C, P]"
             )
         if given.labels is not None and len(given.labels) != len(given):
             raise ValueError(f"{len(given.labels)} labels for {len(given)} images")
@@ -77,15 +76,15 @@ class ClipTask(HubModel):
         return clip.logit_scale.exp() * image @ data.shared["text_embeds"].to(image).mT
 
     def reduce_for(self, layer: str, reduce: str) -> str:
-        """The same in all layers."""
+        """`reduce` itself, in all layers."""
         return reduce
 
     def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
-        """As they are: images need nothing more."""
+        """The samples as they are: images need nothing more."""
         return seeds
 
     def valid(self, data: TaskData) -> None:
-        """An image has one answer."""
+        """None: an image has one answer."""
 
     def outcomes(self, model: nn.Module, data: TaskData) -> torch.Tensor:
         """Top-1 right or wrong, [n]."""
@@ -98,8 +97,9 @@ class ClipTask(HubModel):
 def zero_shot_head(
     model: Any, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str]
 ) -> torch.Tensor:
-    """The zero-shot classifier [C, P]: every template's text embedding normalised, averaged over templates,
-    normalised again.
+    """The zero-shot classifier, [C, P].
+
+    The text embedding of every template is normalised, averaged over the templates, and normalised again.
 
     Args:
         model: a `transformers.CLIPModel`.
@@ -124,8 +124,11 @@ def zero_shot_head(
 
 
 def processor_pixels(folder: str | Path, images: Sequence[Any]) -> torch.Tensor:
-    """Images (PIL, or uint8 arrays [3, H, W]) through the image processor of a local hub folder: float32 [n,
-    3, H, W].
+    """Images through the image processor of a local hub folder: float32 [n, 3, H, W].
+
+    Args:
+        folder: holds the processor's configuration.
+        images: PIL images, or uint8 arrays [3, H, W].
     """
     from transformers import CLIPImageProcessorPil
 

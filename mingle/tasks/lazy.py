@@ -1,4 +1,4 @@
-"""Inputs that are made batch by batch: all test images of a large task, decoded, would not fit into memory."""
+"""Inputs made batch by batch: all test images of a large task, decoded, would not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class LazyInputs(Mapping[str, torch.Tensor]):
     """Model inputs by name, made from their samples whenever they are asked for, and not kept.
 
     Args:
-        names: of the inputs.
-        read: numbers of samples → their inputs, one row per sample.
-        rows: int64 [n], the samples in question.
+        names: the inputs' names.
+        read: sample numbers → their inputs, one row per sample.
+        rows: int64 [n], the numbers of the samples in question.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from mingle.io.state_dicts import first_names
 
 
 def model_type(folder: str | Path) -> str:
-    """What the folder's ``config.json`` says its model is, such as ``clip``.
+    """The kind of model that the folder's ``config.json`` names, such as ``clip``.
 
     Raises:
         CheckpointError: no such file, or one without a model type.
@@ -33,15 +33,15 @@ class HubModel(ABC):
 
     @abstractmethod
     def classes(self) -> tuple[type[Any], type[Any]]:
-        """The classes of transformers for its models and their configurations."""
+        """The classes in transformers of its models and of their configurations."""
 
     def skeleton(self, folder: str | Path) -> nn.Module:
         """The model that a local folder describes, on the meta device, its checkpoint checked against it.
 
-        Of tensors that the model ties together the checkpoint needs to hold one.
+        Of the tensors that the model ties together, the checkpoint needs to hold only one.
 
         Raises:
-            CheckpointError: what is in the folder is no intact safetensors checkpoint of this class.
+            CheckpointError: the folder does not hold an intact safetensors checkpoint of this class.
         """
         model_class, config_class = self.classes()
         folder, wanted = Path(folder), config_class.model_type
@@ -58,16 +58,15 @@ class HubModel(ABC):
             if first[name] not in held:
                 raise CheckpointError(f"{folder}: the tensor {name!r} of a {model_class.__name__} is missing")
             if name in reader and reader.shape(name) != tuple(tensor.shape):
-                raise CheckpointError(
-                    f"{folder}: {name} has shape {list(reader.shape(name))}, config.json says {list(tensor.shape)}"
-                )
+                found, expected = list(reader.shape(name)), list(tensor.shape)
+                raise CheckpointError(f"{folder}: {name} has shape {found}, config.json says {expected}")
         return model
 
     def load(self, folder: str | Path) -> nn.Module:
         """The model of a local folder in float32, in evaluation mode.
 
         Raises:
-            CheckpointError: as `skeleton`, and for weights that are NaN or infinite.
+            CheckpointError: as in `skeleton`, and for weights that are NaN or infinite.
         """
         self.skeleton(folder)
         model: nn.Module = self.classes()[0].from_pretrained(

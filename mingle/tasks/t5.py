@@ -25,23 +25,22 @@ _INNER = ("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wi")
 
 
 class T5Task(HubModel):
-    """The task type ``t5``: any `transformers.T5ForConditionalGeneration`, of Flan-T5 and of its
-    predecessors.
+    """The task type ``t5``: any `transformers.T5ForConditionalGeneration`, Flan-T5 or earlier.
 
-    Samples are mappings with ``input_ids`` and ``attention_mask`` [n, S], and for evaluation ``labels`` [n,
-    L], the tokens of the answers with pad tokens behind.  Adaptation compares models along the fine-tuned
+    Samples are mappings with ``input_ids`` and ``attention_mask`` [n, S], and for evaluation ``labels``
+    [n, L], the tokens of the answers followed by pad tokens.  Adaptation compares models along the fine-tuned
     model's own answers, which `prepared` adds as ``decoder_input_ids`` and ``decoder_attention_mask`` [n, L].
 
     Padding takes part in nothing: neither in the means that gates see, nor in input directions, nor in
     losses.  Layers that see the decoder's tokens have ``token`` gates whatever is asked for: the mean over an
-    answer would see tokens that are still to come, and with a key-value cache it would be a mean over one.
+    answer would see tokens that are still to come, and with a key-value cache it would see a single token.
     """
 
     name = "t5"
     tower = ""
     blocks = "encoder.block"
     prefixes: tuple[str, ...] = ()
-    #: Published are attention and the inner feed-forward layers.
+    #: The published layers are attention and the inner feed-forward layers.
     layer_sets: Mapping[str, tuple[str, ...]] = {
         "full": (*_SELF, *_CROSS, *_INNER),
         "light": (*_SELF[:3], *_CROSS[:3], *_INNER),
@@ -75,9 +74,8 @@ class T5Task(HubModel):
                 f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)}: expected [n, S] for both"
             )
         if given.labels is not None and (given.labels.dim() != 2 or len(given.labels) != len(given)):
-            raise ValueError(
-                f"labels {list(given.labels.shape)}: expected the tokens of {len(given)} answers, [{len(given)}, L]"
-            )
+            expected = f"the tokens of {len(given)} answers, [{len(given)}, L]"
+            raise ValueError(f"labels {list(given.labels.shape)}: expected {expected}")
         return given
 
     def reduce_for(self, layer: str, reduce: str) -> str:
@@ -89,15 +87,10 @@ class T5Task(HubModel):
         """The seed samples with the fine-tuned model's greedy answers as the decoder's inputs."""
         model: Any = teacher()
         seeds = seeds.to(model.device)
-        tokens = torch.cat(
-            _padded(
-                [self._answers(model, batch) for batch in seeds.batches(_BATCH)], model.config.pad_token_id
-            )
-        )
-        given = tokens[:, :-1]
-        ended = (given == model.config.eos_token_id).cumsum(
-            1
-        ) > 0  # what follows the end of an answer is predicted by nothing
+        answers = [self._answers(model, batch) for batch in seeds.batches(_BATCH)]
+        given = torch.cat(_padded(answers, model.config.pad_token_id))[:, :-1]
+        # Nothing is predicted from the end of an answer on.
+        ended = (given == model.config.eos_token_id).cumsum(1) > 0
         return replace(
             seeds,
             inputs={**seeds.inputs, "decoder_input_ids": given, "decoder_attention_mask": (~ended).long()},
@@ -105,8 +98,9 @@ class T5Task(HubModel):
         )
 
     def logits(self, model: nn.Module, data: TaskData) -> Tensor:
-        """Scores of the vocabulary for every position of the decoder's inputs, [n, L, V]; without these,
-        after the start token alone.
+        """Scores of the vocabulary for every position of the decoder's inputs, [n, L, V].
+
+        Without such inputs the decoder sees the start token alone, and L is 1.
         """
         t5: Any = model
         inputs = {name: tensor.to(t5.device) for name, tensor in data.inputs.items()}
@@ -127,8 +121,9 @@ class T5Task(HubModel):
         return _counted(data.inputs)
 
     def outcomes(self, model: nn.Module, data: TaskData) -> Tensor:
-        """Whether the generated tokens are those of the answer [n]; for ``spearman`` both as numbers [n, 2],
-        0 for what is none.
+        """Whether the generated tokens are those of the answer, [n]; for ``spearman`` both as numbers [n, 2].
+
+        Text that is not a finite number counts as 0.
         """
         if data.labels is None:
             raise ValueError("these samples have no labels to compare with")
@@ -141,7 +136,7 @@ class T5Task(HubModel):
         if data.metric != "spearman":
             return (given == wanted).all(1).double()
         if data.decode is None:
-            raise ValueError("answers that are numbers need `decode`, which makes text of tokens")
+            raise ValueError("answers that are numbers need `decode`, which turns tokens into text")
         return torch.tensor(
             [[_number(text) for text in data.decode(tokens)] for tokens in (given, wanted)],
             dtype=torch.float64,
@@ -164,15 +159,13 @@ def _counted(inputs: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _sees_encoder(layer: str) -> bool:
-    """Whether a layer is given the encoder's tokens: all of the encoder, and the keys and values of
-    cross-attention.
-    """
+    """Whether a layer sees the encoder's tokens: the encoder's own, and cross-attention's keys and values."""
     return layer.startswith("encoder.") or layer.endswith(("EncDecAttention.k", "EncDecAttention.v"))
 
 
 @contextmanager
 def _masked(model: nn.Module, encoder: Tensor, decoder: Tensor | None) -> Iterator[None]:
-    """While the block runs, the injected layers know which of their tokens are none."""
+    """While the block runs, the injected layers know which of their tokens are padding."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MingleLinear)}
     try:
         for name, layer in layers.items():
@@ -184,7 +177,7 @@ def _masked(model: nn.Module, encoder: Tensor, decoder: Tensor | None) -> Iterat
 
 
 def _padded(parts: list[Tensor], pad: int) -> list[Tensor]:
-    """Token tensors [n_i, L_i], brought to one length."""
+    """Token tensors [n_i, L_i], padded to one length."""
     length = max(part.shape[1] for part in parts)
     return [F.pad(part, (0, length - part.shape[1]), value=pad) for part in parts]
 

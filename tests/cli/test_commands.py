@@ -240,7 +240,7 @@ def test_add_refuses_an_unknown_task(tmp_path, capsys):
     before = (out / "manifest.json").read_bytes()
     model = glyphs.DATA / "experts" / TASKS[1]
     assert "has no task 'klingon'" in fails(capsys, "add", out, "--name", "klingon", "--model", model)
-    assert "is merged already" in fails(capsys, "add", out, "--name", TASKS[0], "--model", model)
+    assert "is already merged" in fails(capsys, "add", out, "--name", TASKS[0], "--model", model)
     assert "no such folder" in fails(capsys, "add", out, "--name", TASKS[1], "--model", "./nowhere")
     assert (out / "manifest.json").read_bytes() == before
 

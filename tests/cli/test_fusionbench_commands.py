@@ -167,7 +167,7 @@ def test_the_demo_names_what_is_not_cached(image_hub, tmp_path, capsys):
             BASE,
             "model",
             f"{BASE}: not in the hub's cache .* and offline; "
-            f"fetch it where there is a network: hf download {BASE}",
+            f"fetch it where there is a network connection: hf download {BASE}",
         ),
         (
             EUROSAT,

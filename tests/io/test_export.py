@@ -78,7 +78,7 @@ def test_every_method_exports_or_says_why_not(base_model, tuned_states, samples,
 
 def test_individual_models_are_exported_by_task(base_model, tuned_states, samples, tmp_path):
     merger = merger_of(base_model, "individual", tuned_states, samples)
-    with pytest.raises(ValueError, match="say which task: one, two"):
+    with pytest.raises(ValueError, match="name one of one, two"):
         merger.export(tmp_path / "plain")
     with pytest.raises(ValueError, match="'three' is not among the merged ones"):
         merger.export(tmp_path / "plain", "three")
@@ -197,7 +197,7 @@ def test_on_the_command_line(base_folder, tuned_states, samples, tmp_path, capsy
     merger = merger_of(base_folder, "individual", tuned_states, samples)
     merger.save_pretrained(tmp_path / "merged")
     assert main(["export", str(tmp_path / "merged"), "--out", str(tmp_path / "plain")]) == 2
-    assert f"say which task: {NAMES[0]}, {NAMES[1]}" in capsys.readouterr().out
+    assert f"name one of {NAMES[0]}, {NAMES[1]}" in capsys.readouterr().out
     assert (
         main(["export", str(tmp_path / "merged"), "--out", str(tmp_path / "plain"), "--task", NAMES[1]]) == 0
     )

@@ -130,6 +130,6 @@ def test_without_a_network_what_is_cached_is_taken_with_a_warning(hub, monkeypat
     assert hubs.resolve("org/model").name == commit
     assert "org/model" in caplog.text and commit in caplog.text and "no route" in caplog.text
     with pytest.raises(
-        CheckpointError, match="org/other: no such local folder, and not to be had from the hub .no route"
+        CheckpointError, match="org/other: is not a local folder and cannot be fetched from the hub .no route"
     ):
         hubs.resolve("org/other")

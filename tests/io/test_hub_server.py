@@ -161,4 +161,6 @@ def test_of_a_data_set_only_the_split_is_fetched(server, tmp_path):
 
 def test_a_repository_that_does_not_exist_is_named(server, tmp_path):
     done = user(server, tmp_path, MODEL.replace("org/model", "org/modle"))
-    assert "CheckpointError: org/modle: no such local folder, and not to be had from the hub" in done.stderr
+    assert (
+        "CheckpointError: org/modle: is not a local folder and cannot be fetched from the hub" in done.stderr
+    )

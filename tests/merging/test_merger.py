@@ -175,7 +175,7 @@ def test_evaluate_fills_the_matrix_and_computes_acc_and_bwt(base_model, tuned_st
 def test_bad_tasks_are_refused_before_anything_happens(base_model, tuned_states, samples):
     merger = merge(base_model, tuned_states, samples, count=1)
     seeds = TaskData(samples[1].inputs, samples[1].shared)
-    with pytest.raises(ValueError, match="'one' is merged already"):
+    with pytest.raises(ValueError, match="'one' is already merged"):
         merger.add("one", tuned_states[1], seeds)
     with pytest.raises(ValueError, match="'two': method 'mingle' needs seed samples"):
         merger.add("two", tuned_states[1])

@@ -76,7 +76,7 @@ def test_an_ambiguous_alpha_is_reported_and_resolved_as_peft_does(base, x, saved
         (dict(lora_alpha=10**400), "lora_alpha=1000"),
         (dict(lora_alpha=float("nan")), "lora_alpha=nan"),
         (dict(alpha_pattern={"fc1": None}), "alpha_pattern: fc1=None"),
-        (dict(alpha_pattern={"fc(1": 3}), r"alpha_pattern: 'fc\(1' is no regular expression"),
+        (dict(alpha_pattern={"fc(1": 3}), r"alpha_pattern: 'fc\(1' is not a regular expression"),
         (dict(alpha_pattern=[3]), "alpha_pattern: expected a JSON object"),
         (dict(r=3), r"blocks.0.fc1.lora_A.weight' \[4, 8\] .*: expected \[3, d_in\] and \[d_out, 3\]"),
         (dict(rank_pattern={"embed": 5}), r"embed.lora_A.weight' \[4, 6\] .*: expected \[5, d_in\]"),
@@ -104,7 +104,7 @@ def test_variants_are_refused_by_their_tensors_too(base, tmp_path, option):
     adapted(base, tmp_path, **{option: True})
     configure(tmp_path, **{option: False})
     with pytest.raises(
-        CheckpointError, match=r"tensor '.*lora_(magnitude_vector|B.bias)' is no factor of a linear layer"
+        CheckpointError, match=r"tensor '.*lora_(magnitude_vector|B.bias)' is not a factor of a linear layer"
     ):
         mingle.read_adapter(tmp_path)
 
@@ -112,7 +112,7 @@ def test_variants_are_refused_by_their_tensors_too(base, tmp_path, option):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(target_modules=["tokens", "fc1"]), "tokens.lora_embedding_A' is no factor"),
+        (dict(target_modules=["tokens", "fc1"]), "tokens.lora_embedding_A' is not a factor"),
         (dict(modules_to_save=["conv"]), "modules_to_save is set"),
         (dict(bias="lora_only"), "bias='lora_only'"),
         (dict(target_modules=["fc1", "conv"]), r"conv.lora_A.weight' \[4, 8, 1\]"),
@@ -154,7 +154,7 @@ FC1 = "base_model.model.blocks.1.fc1.lora_{}.weight"
         ),
         (
             lambda t: t.update({"blocks.0.fc1.weight": torch.zeros(2)}),
-            "tensor 'blocks.0.fc1.weight' is no factor",
+            "tensor 'blocks.0.fc1.weight' is not a factor",
         ),
         (
             lambda t: t.update({FC1.format("A").replace("A.", "A.other."): torch.zeros(4, 8)}),

@@ -1,12 +1,12 @@
-"""What a person reads of a finished run: a table, a CSV file and plots, made of plain data.
+"""What a person reads of a finished run: a table, a CSV file and plots, made from plain data.
 
-`results` is ``results.json``: under ``methods`` and the method's name, per order of arrival, ``acc`` and
-``bwt`` (per cent), ``seconds``, ``order`` (task names) and ``matrix`` (row i: accuracies after merging task
-i).  A missing number is None or NaN.
+`results` is ``results.json``: under ``methods`` and the method's name, for each order of arrival, ``acc``
+(per cent), ``bwt`` (points), ``seconds``, ``order`` (task names) and ``matrix`` (row i: accuracies after
+merging task i).  A missing number is None or NaN.
 
-`traces` is ``traces.json``: under the name of a method that adapts, of its first order, ``order``, ``layers``
-(by depth) and per task ``loss`` [steps], ``interference`` and ``strength`` {layer: [steps]} and ``gates``
-[layers × experts].
+`traces` is ``traces.json``: under the name of a method that adapts, for its first order, ``order``,
+``layers`` (by depth) and per task ``loss`` [steps], ``interference`` and ``strength`` {layer: [steps]} and
+``gates`` [layers × experts].
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all plots share: style, colours, figures of small multiples, heat maps and labels beside curves."""
+"""The common parts of all plots: style, colours, small multiples, heat maps and labels beside curves."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: heat maps of more tasks carry no numbers
+#: the most tasks with which a heat map shows numbers
 MOST_NUMBERED = 10
 # fmt: off
 #: one colour per method in all plots: MINGLE's family warm, the others cool or muted, the references grey
 COLORS = {
-    "pre-trained": "#999999", "individual": "#555555", "average": "#88CCEE", "task-arithmetic": "#4477AA", "ties": "#CC99BB",
-    "magmax": "#AA4499", "consensus-ta": "#999933", "opcm": "#117733", "adamerging": "#44AA99", "wemoe": "#332288", "nufilt": "#111111",
-    "mingle": "#CC3311", "mingle-light": "#EE9944", "mingle-seq": "#882255", "routed": "#0077BB",
+    "pre-trained": "#999999", "individual": "#555555",
+    "average": "#88CCEE", "task-arithmetic": "#4477AA", "ties": "#CC99BB", "magmax": "#AA4499",
+    "consensus-ta": "#999933", "opcm": "#117733", "adamerging": "#44AA99", "wemoe": "#332288",
+    "nufilt": "#111111", "routed": "#0077BB",
+    "mingle": "#CC3311", "mingle-light": "#EE9944", "mingle-seq": "#882255",
 }
 OTHER_COLOR = "#AA8855"
 #: from first to last: tasks by arrival, blocks by depth
 _FIRST_TO_LAST = ("#F2B04C", "#C8427E", "#26266B")
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "figure.titlesize": 11,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#E4E4E4", "lines.solid_capstyle": "butt",
-    "figure.constrained_layout.w_pad": 0.08, "figure.constrained_layout.h_pad": 0.08, "savefig.dpi": 150, "savefig.bbox": "tight",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "grid.color": "#E4E4E4", "lines.solid_capstyle": "butt",
+    "figure.constrained_layout.w_pad": 0.08, "figure.constrained_layout.h_pad": 0.08,
+    "savefig.dpi": 150, "savefig.bbox": "tight",
 }
 # fmt: on
 
 
 def figure_of(width: float, height: float, title: str) -> Figure:
-    """An empty figure of so many inches, unknown to pyplot."""
+    """An empty figure, its size in inches, that pyplot does not know of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -46,7 +50,7 @@ def figure_of(width: float, height: float, title: str) -> Figure:
 
 
 def small_multiples(count: int, width: float, height: float, title: str) -> tuple[Figure, list[Axes], int]:
-    """A figure of so many panels of that size, the panels row by row, and how many there are in a row."""
+    """A figure of `count` panels, each of that size in inches; its panels row by row, and the row length."""
     rows = math.ceil(count / math.ceil(math.sqrt(1.5 * count)))
     columns = math.ceil(count / rows)
     figure = figure_of(columns * width + 2, rows * height + 1.2, title)
@@ -64,8 +68,9 @@ def heat_map(
     digits: int | None,
     **style: Any,
 ) -> Any:
-    """Values [rows, columns] as colours, NaN blank, and as numbers with so many digits where there are few;
-    returns the image.
+    """Draw values [rows, columns] as colours, NaN blank, and return the image.
+
+    Up to `MOST_NUMBERED` columns the values are also written, with `digits` decimals unless that is None.
     """
     image = ax.imshow(values, **style)
     rotation, size = (45, 8) if len(columns) <= MOST_NUMBERED else (90, 6.5)
@@ -112,7 +117,7 @@ def first_to_last(figure: Figure, axes: Sequence[Axes], labels: Sequence[str], t
 
 
 def label_ends(figure: Figure, ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write (name, x, y, colour) right of the axes, joined to the point (x, y)."""
+    """Write each name and y right of the axes, in its colour, joined to the point (x, y)."""
     figure.draw_without_rendering()  # settles the layout, and so the height of the axes
     low, high = ax.get_ylim()
     gap = (high - low) * 11 / 72 * figure.dpi / ax.get_window_extent().height  # 11 points
@@ -138,10 +143,10 @@ def label_ends(figure: Figure, ax: Axes, ends: Sequence[tuple[str, float, float,
 
 
 def spread(heights: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
-    """The heights moved as little as possible to be at least `gap` apart within [low, high], in the same
-    order.
+    """The heights, moved as little as possible to be at least `gap` apart within [low, high].
 
-    Less gap · rank this is isotonic regression: fit_i = max_{j ≤ i} min_{k ≥ i} mean(z_j … z_k).
+    Their order stays.  After subtracting gap · rank this is isotonic regression:
+    fit_i = max_{j ≤ i} min_{k ≥ i} mean(z_j … z_k).
     """
     order, steps = np.argsort(heights, kind="stable"), gap * np.arange(len(heights))
     z = np.asarray(heights)[order] - steps

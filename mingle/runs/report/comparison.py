@@ -1,5 +1,6 @@
-"""The tables of `mingle.runs.reproduce`, of what its ``table.json`` holds: rows × suites, protocols apart,
-measured beside published.
+"""The tables of `mingle.runs.reproduce`, from its ``table.json``: rows × suites, one table per protocol.
+
+Measured figures stand beside the published ones.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from mingle.runs.report.numbers import REFERENCES, number
 if TYPE_CHECKING:
     from rich.table import Table
 
-#: more columns than this do not fit side by side: further suites go into a table below
+#: the most columns that fit side by side: further suites go into a table below
 _MOST_COLUMNS = 13
 
 
 class _Block(NamedTuple):
-    """A table to be written: per row its cells, each with whether it is its suite's best."""
+    """A table to be written: each row with its cells, and for each cell whether it is its suite's best."""
 
     caption: str
     columns: list[str]
@@ -64,7 +65,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def _blocks(summary: Mapping[str, Any]) -> Iterator[_Block]:
-    """Per protocol one block, or several where the suites need too many columns."""
+    """One block per protocol, or several where the suites need too many columns."""
     for part in summary["tables"]:
         rows = sorted(part["rows"], key=_reference, reverse=True)
         block = _empty(summary, part, rows)
@@ -82,17 +83,18 @@ def _blocks(summary: Mapping[str, Any]) -> Iterator[_Block]:
 def _empty(summary: Mapping[str, Any], part: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> _Block:
     """A block with the rows' labels and no suite yet."""
     count = summary["orders"]
-    caption = f"{summary['table']} ({summary['title']}), protocol {part['protocol']}, {count} order{'' if count == 1 else 's'}"
+    orders = f"{count} order{'' if count == 1 else 's'}"
+    caption = f"{summary['table']} ({summary['title']}), protocol {part['protocol']}, {orders}"
     caption += "".join(f", {name}={value}" for name, value in summary["set"].items())
     if part["protocol"] != "official" and any(
         cell["published"] for row in rows for cell in row["cells"].values()
     ):
-        caption += "; what is published was measured under the protocol official"
+        caption += "; the published figures were measured under the official protocol"
     return _Block(caption, ["row"], [(row, [(row["label"], False)]) for row in rows])
 
 
 def _suite(rows: list[Mapping[str, Any]], suite: str) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """A suite's columns, and its cells by row; published figures and differences only where there are any."""
+    """A suite's columns, and its cells by row; with published figures and differences where there are any."""
     cells = [row["cells"].get(suite) for row in rows]
     means = [
         None if cell is None or _reference(row) else cell["acc"]["mean"]

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-#: what bounds the merging methods from below and above, but merges nothing
+#: the methods that merge nothing, and bound all others from below and above
 REFERENCES = ("pre-trained", "individual")
 
 
@@ -16,7 +16,7 @@ def is_known(value: float | None) -> TypeGuard[float]:
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    # + 0.0: no −0.0
+    # + 0.0 turns −0.0 into 0.0
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−") if is_known(value) else "–"
 
 
@@ -34,5 +34,6 @@ def mean_std(values: Sequence[float | None]) -> str:
 
 
 def caption(results: Mapping[str, Any]) -> str:
-    orders = max((len(result["acc"]) for result in results["methods"].values()), default=0)
-    return f"suite {results['suite']}, protocol {results['protocol']}, {orders} order{'' if orders == 1 else 's'}"
+    count = max((len(result["acc"]) for result in results["methods"].values()), default=0)
+    orders = f"{count} order{'' if count == 1 else 's'}"
+    return f"suite {results['suite']}, protocol {results['protocol']}, {orders}"

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 
 def write_plots(results: Mapping[str, Any], traces: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The run's plots as PNG files in `folder`, which is made where it is missing; a plot without data is
-    left out.
+    """Write the run's plots as PNG files to `folder`, which is created if missing, and return their paths.
+
+    A plot without data is left out.
     """
     from matplotlib import style
 
@@ -49,7 +50,7 @@ def write_plots(results: Mapping[str, Any], traces: Mapping[str, Any], folder: P
 
 
 def _plot_matrices(results: Mapping[str, Any]) -> Figure | None:
-    """Per method the accuracy on every task (column) after every merge (row), first order."""
+    """For each method, the accuracy on every task (column) after every merge (row) of the first order."""
     methods = {
         name: result
         for name, result in results["methods"].items()
@@ -74,7 +75,7 @@ def _plot_matrices(results: Mapping[str, Any]) -> Figure | None:
 
 
 def _plot_accuracy(results: Mapping[str, Any]) -> Figure | None:
-    """Mean accuracy over the tasks seen so far against their number, ± one standard deviation over orders."""
+    """Mean accuracy over the tasks merged so far, by their number, ± one standard deviation over orders."""
     curves = {  # [orders, T]
         name: np.array(
             [[mean_of(row[: i + 1]) for i, row in enumerate(matrix)] for matrix in result["matrix"]]
@@ -106,14 +107,16 @@ def _plot_accuracy(results: Mapping[str, Any]) -> Figure | None:
 
 
 def _preferred(traces: Mapping[str, Any], key: str) -> str | None:
-    """``mingle``, else the first method, of those that recorded `key`."""
+    """Of the methods that recorded `key`: ``mingle``, or else the first."""
     recorded = [name for name, trace in traces.items() if any(trace[key])]
     return "mingle" if "mingle" in recorded else next(iter(recorded), None)
 
 
 def _plot_gates(traces: Mapping[str, Any]) -> Figure | None:
-    """Left: every expert's gate on every task's samples.  Right: per layer, how far a task's own expert
-    stands out.
+    """The gates after the last merge.
+
+    Left: every expert's gate on every task's samples.  Right: how far a task's own expert stands out in each
+    layer.
     """
     name = _preferred(traces, "gates")
     if name is None:
@@ -196,7 +199,7 @@ def _plot_interference(traces: Mapping[str, Any]) -> Figure | None:
 
 
 def _plot_loss(traces: Mapping[str, Any]) -> Figure | None:
-    """Per adapting method the loss over steps, one line per task."""
+    """For each adapting method, the loss over steps, one line per task."""
     methods = {name: trace for name, trace in traces.items() if any(trace["loss"])}
     if not methods:
         return None

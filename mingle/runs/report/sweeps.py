@@ -1,6 +1,4 @@
-"""The plots of `mingle.runs.reproduce`: ACC and BWT against a swept quantity or by row, and gates under each
-of its values.
-"""
+"""The plots of `mingle.runs.reproduce`: ACC and BWT by row or swept quantity, and gates for its values."""
 
 from __future__ import annotations
 
@@ -25,19 +23,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MEASURES = {"acc": "ACC (%)", "bwt": "BWT (points)"}
-#: of curves that are not methods
+#: colours of curves that are not methods
 _PALETTE = ("#CC3311", "#EE9944", "#0077BB", "#117733", "#332288", "#AA4499")
 _MARKERS = "osD^vP"
-#: more rows than this have their gates left out
+#: the most rows whose gates are shown
 _MOST_GATES = 12
 
 
 def write_plots(summary: Mapping[str, Any], traces: Mapping[str, Any], folder: Path) -> list[Path]:
-    """PNG files per suite and protocol in `folder`; a plot without data is left out.
+    """Write PNG files for each suite and protocol to `folder`, and return their paths.
+
+    A plot without data is left out.
 
     Args:
         summary: ``table.json``.
         traces: protocol → suite → row label → ``trace.json`` of the first order.
+        folder: an existing folder.
     """
     from matplotlib import style
 
@@ -71,8 +72,9 @@ def write_plots(summary: Mapping[str, Any], traces: Mapping[str, Any], folder: P
 
 
 def _plot_curves(rows: Sequence[Mapping[str, Any]], suite: str, axis: str, where: str) -> Figure | None:
-    """ACC (left) and BWT (right) ± one standard deviation over orders, a curve per series; values stand at
-    equal distances.
+    """ACC (left) and BWT (right) ± one standard deviation over orders, one curve per series.
+
+    The swept values stand at equal distances.
     """
     if not rows:
         return None
@@ -109,9 +111,7 @@ def _plot_curves(rows: Sequence[Mapping[str, Any]], suite: str, axis: str, where
 
 
 def _plot_bars(rows: Sequence[Mapping[str, Any]], suite: str, where: str) -> Figure | None:
-    """ACC (left) and BWT (right) ± one standard deviation over orders, a bar per row, the reference rows on
-    top.
-    """
+    """ACC (left) and BWT (right) ± one standard deviation over orders, one bar per row, references on top."""
     if not rows:
         return None
     rows = sorted(rows, key=lambda row: row["method"] not in REFERENCES)
@@ -142,7 +142,7 @@ def _plot_bars(rows: Sequence[Mapping[str, Any]], suite: str, where: str) -> Fig
             )
         ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
         ax.tick_params(axis="y", length=0)
-        ax.use_sticky_edges = False  # or numbers at 0 would stand outside
+        ax.use_sticky_edges = False  # otherwise numbers at 0 would stand outside
         ax.margins(x=0.16)
         ax.set(xlabel=label)
         ax.grid(True, axis="x")
@@ -153,8 +153,9 @@ def _plot_bars(rows: Sequence[Mapping[str, Any]], suite: str, where: str) -> Fig
 
 
 def _plot_gates(traces: Mapping[str, Mapping[str, Any]], where: str) -> Figure | None:
-    """Per value the mean gate over layers of every expert (column) on the samples of every task (row), in one
-    colour scale.
+    """For each value, the gate of every expert (column) on every task's samples (row), mean over layers.
+
+    All panels share one colour scale.
     """
     if not 1 < len(traces) <= _MOST_GATES:
         return None

@@ -17,8 +17,9 @@ _COLUMNS = ("method", "ACC (%)", "BWT (%)", "seconds")
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """Method × ACC and BWT (mean ± sample standard deviation over orders) and mean seconds; the best merging
-    method is in bold.
+    """One row per method: ACC and BWT, mean ± sample standard deviation over orders, and mean seconds.
+
+    The best merging method is in bold.
     """
     from rich.table import Table
 
@@ -42,8 +43,9 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:
-    """One row per measured accuracy: orders count from 0, steps from 1, `after` is the task merged at that
-    step.
+    """Write one row per measured accuracy.
+
+    Orders count from 0 and steps from 1; ``after`` is the task merged at that step.
     """
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -58,7 +60,7 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _rows(results: Mapping[str, Any]) -> list[tuple[list[str], bool, bool]]:
-    """(cells, whether a reference, whether the best merging method) of the table's rows, references first."""
+    """The table's rows, references first: cells, whether a reference, whether the best merging method."""
     methods = {
         name: results["methods"][name]
         for name in sorted(results["methods"], key=lambda name: name not in REFERENCES)

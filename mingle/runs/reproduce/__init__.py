@@ -1,11 +1,12 @@
-"""The tables of the paper, measured: planned whole, run cell by cell by any number of processes, and gathered
-from finished cells.
+"""The tables of the paper, measured cell by cell.
 
-tables    which settings of which methods are compared
-request   what is asked for, and the plan of it: a table's cells
-cells     one method on one suite in one order
-work      all cells, run by any number of processes
-summary   what the finished cells say together, beside what `paper` reports
+One module for each stage:
+
+    tables    which settings of which methods are compared
+    request   what is asked for, and its plan: a table's cells
+    cells     one method on one suite in one order
+    work      all cells, run by any number of processes
+    summary   the finished cells together, beside the figures in `paper`
 """
 
 from mingle.runs.reproduce.request import EVALUATE, Request, TablePlan, plan

@@ -1,4 +1,4 @@
-"""One cell of a table: one method on one suite in one order, in a folder that an interrupted run finds again."""
+"""One cell of a table: one method on one suite in one order, in a folder from which it can be resumed."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ RESULT, TRACE, _MERGER = "result.json", "trace.json", "merger"
 
 @dataclass(frozen=True)
 class Cell:
-    """Everything its numbers depend on.
+    """Everything that a cell's numbers depend on.
 
     Attributes:
-        suite, protocol, samples_per_class, seed: see `mingle.suites.load`; the seed is that of gates and
-            batches too.
+        suite, protocol, samples_per_class, seed: see `mingle.suites.load`; the seed is also that of gates and
+            batches.
         method: a name in `mingle.methods.METHODS`.
         options: all of the method's options.
         order: the seed of the task order.
@@ -54,18 +54,18 @@ class Cell:
 
     @property
     def folder_name(self) -> str:
-        """Readable, and different for different settings."""
+        """A readable name, different for different settings."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
         suite = re.sub(r"[^A-Za-z0-9._-]+", "_", self.suite)
         return f"{suite}-{self.protocol}-{self.method}-{self.order}-{digest}"
 
     def result(self, cells: Path) -> dict[str, Any] | None:
-        """What the finished cell measured, None while it is not finished."""
+        """The results of the finished cell; None while it is not finished."""
         path = cells / self.folder_name / RESULT
         return read_json(path) if path.exists() else None
 
     def prepare(self, suite: Suite) -> None:
-        """Have every fine-tuned model in its place, and the samples checked."""
+        """Check the samples, and fetch or train every fine-tuned model that is missing."""
         order, sequential = shuffled(suite, self.order), methods.get(self.method).sequential
         for index, task in enumerate(order):
             suite.check(task)
@@ -74,9 +74,9 @@ class Cell:
     def run(
         self, suite: Suite, cells: Path, observer: Observer, device: torch.device, *, keep_model: bool
     ) -> None:
-        """Merge what is not merged yet, saving after every task, and write the result.
+        """Merge the tasks that are not merged yet, saving after each, and write the result.
 
-        The caller holds the folder's lock.  A merge that diverged is a result too: it would again.
+        The caller holds the folder's lock.  A merge that diverged is a result too: it would diverge again.
         """
         folder = cells / self.folder_name
         saved, number = folder / _MERGER, self.order - FIRST_ORDER_SEED
@@ -102,7 +102,7 @@ class Cell:
             shutil.rmtree(saved)
 
     def _record(self, merger: Merger, order: list[str], failed: str | None) -> dict[str, Any]:
-        """What was measured; `failed` says at which task the merge diverged, and how."""
+        """The results as plain data; `failed` says at which task the merge diverged, and how."""
         result, done = merger.result(), merger.metadata["steps"]
         return {
             "settings": asdict(self),

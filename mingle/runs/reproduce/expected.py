@@ -1,4 +1,4 @@
-"""What the paper shows in the place of a cell."""
+"""The figures that the paper shows in the place of a cell."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from mingle.runs.reproduce.tables import Row
 
 
 def expected(table: str, row: Row, suite: str) -> Scores | None:
-    """ACC and BWT as published, None where neither was; settings that were changed on purpose are not told
-    apart.
+    """ACC and BWT as published, None where neither was.
+
+    Options that the user changed are not considered.
     """
     if table == "ablation":
         return paper.ABLATION.get(row.series or "", {}).get(suite) if row.method == "mingle" else None
@@ -25,7 +26,7 @@ def expected(table: str, row: Row, suite: str) -> Scores | None:
 
 
 def _pre_trained(suite: str) -> Scores | None:
-    """The mean over the first tasks of a ``clip-<size>-<count>``; a model that never changes forgets nothing."""
+    """The mean over the tasks of a suite ``clip-<size>-<count>``; an unchanged model forgets nothing."""
     base, _, count = suite.rpartition("-")
     figures = [by_base[base][0] for by_base in paper.PER_TASK.values() if base in by_base]
     if not count.isdecimal() or not figures:

@@ -1,7 +1,7 @@
 """Published results, in per cent and points: the expected column of reproduced tables.
 
-Sources: the MINGLE paper (arXiv 2505.11883) and, for the methods it does not list, theirs.  Nothing here was
-measured by this package.
+Sources: the MINGLE paper (arXiv 2505.11883) and, for the methods that it does not list, their own papers.
+Nothing here was measured by this package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 #: ACC and BWT of one suite; None where it was not published.
 Scores = tuple[float | None, float | None]
 
-#: task → base → accuracy on its test images of (the pre-trained model, the task's own fine-tuned one)
+#: task → base → accuracy on its test images, of (the pre-trained model, the task's own fine-tuned model)
 PER_TASK: Mapping[str, Mapping[str, tuple[float, float]]] = {
     name: dict(zip(("clip-b32", "clip-b16", "clip-l14"), figures, strict=True))
     for name, figures in {
@@ -79,7 +79,7 @@ METHODS: Mapping[tuple[str, str], Scores] = {
             _suites("clip-l14", (91.4, 89.2, 83.6)),
         ),
         "mingle-seq": ({"mtil-11": (85.8, None)},),
-        "made-it": (  # arXiv 2604.22464; no method of this package
+        "made-it": (  # arXiv 2604.22464; not a method of this package
             _suites("clip-b32", (87.1, None, 81.4)),
             _suites("clip-b16", (90.4, None, 83.0)),
             _suites("clip-l14", (93.1, None, 89.6)),
@@ -89,7 +89,7 @@ METHODS: Mapping[tuple[str, str], Scores] = {
     for suite, scores in row.items()
 }
 
-#: suite → ACC of MINGLE on the four tasks that have corrupted test images; the first is their clean ones
+#: suite → ACC of MINGLE on the four tasks that have corrupted test images; first, on their clean ones
 CORRUPTIONS: Mapping[str, float] = {
     "clip-b32-clean": 89.9,
     "clip-b32-motion_blur": 82.8,
@@ -101,7 +101,7 @@ CORRUPTIONS: Mapping[str, float] = {
     "clip-b32-jpeg_compression": 82.9,
 }
 
-#: what of MINGLE is switched on → suite → ACC and BWT
+#: the last part of MINGLE that is switched on → suite → ACC and BWT
 ABLATION: Mapping[str, Mapping[str, Scores]] = {
     "static coefficients": _suites("clip-b16", (78.7, 76.4, 70.6), (-0.5, -1.0, -1.3)),
     "all gates trainable": _suites("clip-b16", (86.4, 81.7, 76.7), (-6.0, -7.7, -12.8)),
@@ -113,6 +113,6 @@ ABLATION: Mapping[str, Mapping[str, Scores]] = {
 #: suite → seconds of MINGLE's adaptations on an RTX 4090
 COST: Mapping[str, float] = {"clip-b32-8": 78.0, "clip-b32-14": 138.0, "clip-b32-20": 211.0}
 
-#: of a CLIP ViT-B/32 with eight tasks, rank 64 and experts in all layers: parameters of the newest gates, and
-#: all of the model's
+#: the parameters of the newest gates, and of the whole model: a CLIP ViT-B/32 with eight tasks, rank 64 and
+#: experts in all layers
 TRAINABLE_PARAMETERS, TOTAL_PARAMETERS = 83.0e3, 173.1e6

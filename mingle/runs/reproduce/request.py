@@ -1,4 +1,4 @@
-"""A table that was asked for, planned whole: every mistake is found before the first merge."""
+"""A request for a table, planned as a whole: every mistake is found before the first merge."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ EVALUATE: tuple[Evaluate, ...] = ("ends", "every")
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for.
+    """A table that the user asks for.
 
     Attributes:
         table: a name in `tables.TABLES`.
-        suites: names as `mingle.suites.load` knows them, or ``published`` for all that the paper shows this
-            table for.
+        suites: names as `mingle.suites.load` knows them, or ``published`` for all those for which the paper
+            shows this table.
         protocols: one table each.
         orders: how many task orders, by the seeds 42, 43, …
         methods: the methods compared or swept; empty takes the table's own.
@@ -61,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class TablePlan:
-    """A request that was found to be possible, ready to run."""
+    """A request without mistakes, ready to run."""
 
     request: Request
     table: Table
@@ -69,9 +69,7 @@ class TablePlan:
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells, each once, in the order in which they are run: all rows of one task order before the
-        next.
-        """
+        """All cells, each once, in running order: all rows of one task order before the next."""
         groups = itertools.groupby(self.entries, key=lambda entry: (entry.protocol, entry.suite))
         ordered = [
             cell
@@ -83,10 +81,10 @@ class TablePlan:
 
 
 def plan(request: Request) -> TablePlan:
-    """Everything that can be wrong with a request is found here, before the first merge.
+    """The plan of a request, whose mistakes are all found here, before the first merge.
 
     Raises:
-        OptionError: an unknown table, suite, protocol, method or option, or a value an option cannot have.
+        OptionError: an unknown table, suite, protocol, method or option, or an impossible value.
     """
     table = tables.get(request.table)
     if request.evaluate not in EVALUATE:
@@ -109,7 +107,7 @@ def plan(request: Request) -> TablePlan:
 
 
 def _methods(request: Request, table: Table, suite: Suite) -> tuple[str, ...]:
-    """The methods asked for, or the table's own as far as the suite can run them."""
+    """The methods asked for, or those of the table's own that the suite can run."""
     chosen = request.methods or table.methods()
     sequential = {method for method in chosen if methods.get(method).sequential}
     try:
@@ -123,7 +121,7 @@ def _methods(request: Request, table: Table, suite: Suite) -> tuple[str, ...]:
 
 
 def _refuse_idle(request: Request, rows: Sequence[Row]) -> None:
-    """Options that no method of the table takes, or that the table itself varies, would be asked for in vain."""
+    """Refuse options without effect: no method of the table takes them, or the table varies them itself."""
     known = {field.name for row in rows for field in fields(methods.get(row.method).Options)}
     for name, _ in request.options:
         if name not in known:

@@ -1,4 +1,4 @@
-"""What the finished cells of a table say together, as plain data: ``table.json``."""
+"""The finished cells of a table together, as plain data: ``table.json``."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _MEASURES = ("acc", "bwt")
 
 
 def gather(plan: TablePlan, out: Path) -> dict[str, Any]:
-    """The table as far as its cells are finished.
+    """The table, from those of its cells that are finished.
 
     Returns:
         ``table``, ``title``, ``axis`` (the swept quantity or None), ``orders`` (how many were asked for),
-        ``set`` (options asked for), ``samples_per_class``, ``seed``, ``versions`` and ``tables``: per
+        ``set`` (options asked for), ``samples_per_class``, ``seed``, ``versions`` and ``tables``: for each
         protocol its name, the ``suites`` and ``rows``.  A row has ``label``, ``method``, ``options``,
-        ``series`` and ``value`` (of a sweep) and under ``cells`` and the suite's name: ``acc``, ``bwt``
-        ({mean, std, values} in per cent and points, over the finished orders; std None for one),
+        ``series`` and ``value`` (of a sweep) and, under ``cells`` and the suite's name, ``acc``, ``bwt``
+        ({mean, std, values} in per cent and points, over the finished orders; std is None for one order),
         ``published`` and ``difference`` ({acc, bwt}, or None where nothing was published), ``seconds`` (mean,
-        of merging), ``finished`` (order seeds), ``failed`` (messages) and ``folders``.
+        of merging), ``finished`` (order seeds), ``failed`` (order seed → message) and ``folders``.
     """
     protocols: dict[str, dict[str, Any]] = {}
     for entry in plan.entries:
@@ -53,9 +53,7 @@ def gather(plan: TablePlan, out: Path) -> dict[str, Any]:
 
 
 def write(plan: TablePlan, out: Path) -> dict[str, Any]:
-    """Write ``table.json``, ``table.md`` and the plots of the finished cells to `out`; returns what `gather`
-    does.
-    """
+    """Write ``table.json``, ``table.md`` and the plots of the finished cells to `out`; returns the table."""
     summary, traces = gather(plan, out), _traces(plan, out / "cells")
     write_json(out / "table.json", summary)
     (out / "table.md").write_text(comparison.markdown(summary))
@@ -64,9 +62,7 @@ def write(plan: TablePlan, out: Path) -> dict[str, Any]:
 
 
 def _traces(plan: TablePlan, cells: Path) -> dict[str, Any]:
-    """Protocol → suite → row label → what the adaptations of the first order did, where they did and their
-    cell is finished.
-    """
+    """Protocol → suite → row label → the ``trace.json`` of the first order, where there is one."""
     traces: dict[str, Any] = {}
     for entry in plan.entries:
         path = cells / entry.cells[0].folder_name / TRACE

@@ -13,7 +13,7 @@ from mingle.options import OptionError, nearest
 from mingle.runs.reproduce import paper
 from mingle.suites import Suite
 
-#: options of MINGLE that make the paper's ablation, each row adding one part
+#: options of MINGLE in the paper's ablation, where each row adds one part
 _ABLATION: dict[str, dict[str, Any]] = {
     "static coefficients": {"gates": "static"},
     "all gates trainable": {"gates": "all", "constraint": "none"},
@@ -21,7 +21,7 @@ _ABLATION: dict[str, dict[str, Any]] = {
     "hard projector": {"gates": "newest", "constraint": "hard"},
     "relaxed projector": {"gates": "newest", "constraint": "relaxed"},
 }
-#: the choices behind the routed experts, each row changing one
+#: the choices behind the routed experts: each row changes one
 _ROUTER: dict[str, dict[str, Any]] = {
     "routed": {},
     "one covariance for all tasks": {"own_covariance": 0.0},
@@ -46,8 +46,8 @@ class Row:
         method: a name in `mingle.methods.METHODS`.
         options: settings of the method that this row fixes.
         samples_per_class: seed samples, where the row fixes their number.
-        series: which curve the row is a point of, where the table is a sweep; which part of the method it
-            shows, in the ablation.
+        series: in a sweep, the curve that the row is a point of; in the ablation, the part of the method that
+            it shows.
         value: the swept quantity.
     """
 
@@ -67,9 +67,9 @@ class Table:
         title: what it compares.
         rows: makes the rows for a suite and the methods asked for.
         methods: makes the methods where none are asked for.
-        published: the suites the paper shows it for.
+        published: the suites for which the paper shows it.
         axis: the swept quantity, where the table is a sweep.
-        suites: the suites that stand side by side where one is named.
+        suites: makes the suites that stand side by side where one is named.
     """
 
     title: str
@@ -124,7 +124,7 @@ def _samples(suite: Suite, names: Sequence[str]) -> list[Row]:
 
 
 def _layers_and_rank(suite: Suite, names: Sequence[str]) -> list[Row]:
-    """Those layer sets that the task type has, with every rank up to the largest that its matrices have."""
+    """The task type's layer sets, each with every rank up to the largest that its matrices allow."""
     task, rows = tasks.get(suite.task_type), []
     tower = task.skeleton(suite.base).get_submodule(task.tower)
     for name in names:

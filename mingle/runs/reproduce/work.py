@@ -27,8 +27,8 @@ def run(
 ) -> None:
     """Run the cells that are not finished, under ``out/cells``.
 
-    Processes that run the same plan in the same folder share the cells: what another one holds is passed over
-    and looked at again at the end, where this one takes over what a killed process left.
+    Processes that run the same plan in the same folder share the cells: one that another process holds is
+    passed over and tried again at the end, so that the cells of a killed process are finished too.
     """
     observer, folder, revisions = observer or Observer(), out / "cells", out / "revisions.json"
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,15 +56,12 @@ def run(
                 with lock(own):
                     if cell.result(folder) is None:
                         loaded = suite(cell.suite, cell.protocol, cell.samples_per_class, cell.seed)
-                        # experts that do not ship are trained once, and before anything is timed
+                        # missing experts are fetched or trained once, and before anything is timed
                         with lock(folder, wait=True):
                             cell.prepare(loaded)
                             if loaded.revisions:  # every later cell keeps to the commits of the first
-                                write_json(
-                                    revisions,
-                                    (read_json(revisions) if revisions.exists() else {})
-                                    | dict(loaded.revisions),
-                                )
+                                noted = read_json(revisions) if revisions.exists() else {}
+                                write_json(revisions, noted | dict(loaded.revisions))
                         cell.run(loaded, folder, observer, device, keep_model=keep_models)
             except Locked:
                 held.append(cell)

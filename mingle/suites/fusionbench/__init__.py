@@ -47,7 +47,7 @@ def _base(given: Path | None, model: str, revisions: hub.Revisions) -> Callable[
 
 
 def _tuned(base: str) -> str:
-    """How the ids of the models begin that were fine-tuned from a base."""
+    """The common beginning of the ids of the models that were fine-tuned from a base."""
     return f"tanganke/{base.rpartition('/')[2]}"
 
 

@@ -35,9 +35,9 @@ class ImageSamples:
     """The test samples of an image task.
 
     Args:
-        task: which.
-        splits: instead of the task's own test split, one after another.
-        base: makes the folder of the base model, whose image processor and tokenizer prepare the samples.
+        task: the task.
+        splits: take the place of the task's own test split, one after another; empty keeps it.
+        base: finds the folder of the base model, whose image processor and tokenizer prepare the samples.
         revisions: the commits to keep to, see `mingle.io.hub`.
     """
 
@@ -64,7 +64,7 @@ class ImageSamples:
         return torch.cat([split.class_labels(len(self.classes[0])) for split in self.splits])
 
     def check(self) -> None:
-        """Find what is wrong with the data set, but for the images themselves, and with what prepares them."""
+        """Check the data set, except for the images themselves, and the files that prepare them."""
         _ = self.labels
         base = self.base()
         for what, names in _PREPARING.items():
@@ -72,7 +72,7 @@ class ImageSamples:
                 raise CheckpointError(f"{base}: no {what} ({' or '.join(names)})")
 
     def __call__(self) -> TaskData:
-        """The samples, their images yet to be decoded."""
+        """The samples, with images that are yet to be decoded."""
         labels, base = self.labels, self.base()
         inputs = LazyInputs(("pixel_values",), _Pixels(self.splits, base), torch.arange(len(labels)))
         return TaskData(inputs, {"text_embeds": head(base, *self.classes)}, labels)
@@ -120,8 +120,9 @@ class _Pixels:
 
 
 def head(base: Path, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
-    """The zero-shot classifier [C, P] of these class names, kept in the user's cache by the base's content,
-    the names and the templates.
+    """The zero-shot classifier [C, P] of these class names.
+
+    It is kept in the user's cache by the base's content, the names and the templates.
     """
     from transformers import CLIPTokenizer
 

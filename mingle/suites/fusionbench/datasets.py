@@ -1,6 +1,4 @@
-"""The tasks and suites by name: which data set, columns and split of the hub a task is, and which tasks make
-a suite.
-"""
+"""The tasks and suites by name: each task's data set, split and columns, and the tasks of each suite."""
 
 from __future__ import annotations
 
@@ -13,11 +11,11 @@ class Source:
     """A labelled split of a data set on the hub.
 
     Attributes:
-        repo: its id.
-        split: of the test samples.
-        config: of the data set; None where it has one only.
-        columns: those of the samples.
-        labels: what the column of the labels may be called, the first that is there.
+        repo: the data set's id.
+        split: the name of the split, which holds the test samples.
+        config: the data set's configuration; None where it has only one.
+        columns: the columns of the samples.
+        labels: possible names of the column of labels; the first that exists counts.
     """
 
     repo: str
@@ -35,11 +33,11 @@ class ImageTask:
     """A task of images.
 
     Attributes:
-        name: in suites.
-        source: of its test images.
-        model: how the hub's fine-tuned models, and `fusion_bench`, call it.
-        templates: prompts with ``{}`` in the class name's place, for tasks that are not in `fusion_bench`,
-            whose class names then are those that the data set itself declares.
+        name: its name in suites.
+        source: where its test images are.
+        model: its name in the ids of the hub's fine-tuned models, and in `fusion_bench`.
+        templates: prompts with ``{}`` in the class name's place, for a task that is not in `fusion_bench`;
+            its class names are then those that the data set declares.
     """
 
     name: str
@@ -53,7 +51,7 @@ def _image_task(name: str, repo: str | None = None, split: str = "test", **other
     return ImageTask(name, source, name)
 
 
-#: in the published order, which is what the seeds of task orders shuffle
+#: in the published order, which the seeds of task orders shuffle
 IMAGE_TASKS: tuple[ImageTask, ...] = (
     _image_task("sun397"),
     _image_task("stanford-cars", "tanganke/stanford_cars"),
@@ -118,8 +116,12 @@ BASES = {
 
 @dataclass(frozen=True)
 class ImageSuite:
-    """A suite of image tasks: base is the hub id of the pre-trained model; splits replace the tasks' own test
-    splits, one after another.
+    """A suite of image tasks.
+
+    Attributes:
+        base: the hub id of the pre-trained model.
+        tasks: its tasks in order.
+        splits: the splits that replace each task's own test split, one after another.
     """
 
     base: str
@@ -140,7 +142,7 @@ IMAGE_SUITES: Mapping[str, ImageSuite] = {
 }
 
 _SENTENCES = ("sentence1", "sentence2")
-#: the GLUE tasks in the published order, with the columns their prompts speak of
+#: the GLUE tasks in the published order, with the columns that their prompts use
 GLUE_TASKS: Mapping[str, Source] = {
     name: Source("glue", split, name, columns)
     for name, split, columns in (
@@ -155,7 +157,7 @@ GLUE_TASKS: Mapping[str, Source] = {
     )
 }
 GLUE_BASE = "google/flan-t5-base"
-#: suite → what follows the task in the names of its fine-tuned models
+#: suite → the suffix behind the task in the names of its fine-tuned models
 GLUE_SUITES: Mapping[str, str] = {"glue-8": "", "glue-8-lora": "_lora-16"}
 
 NAMES = (*IMAGE_SUITES, *GLUE_SUITES)

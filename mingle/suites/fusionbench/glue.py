@@ -27,8 +27,8 @@ class GlueSamples:
     """The validation samples of a GLUE task, whose test labels are not public.
 
     Args:
-        name: of the task.
-        base: makes the folder of the base model, whose tokenizer prepares the samples.
+        name: the task's name.
+        base: finds the folder of the base model, whose tokenizer prepares the samples.
         revisions: the commits to keep to, see `mingle.io.hub`.
     """
 
@@ -41,7 +41,7 @@ class GlueSamples:
 
     @cached_property
     def answers(self) -> list[str]:
-        """What a right answer to each sample is."""
+        """The right answer to each sample."""
         form = prompts.glue(self.name)["target_text"]
         answers = []
         for row, label in enumerate(self.split.labels()):
@@ -57,12 +57,13 @@ class GlueSamples:
         return answers
 
     def check(self) -> None:
-        """Find what is wrong with the data set, but for the words of the prompts."""
+        """Check the data set, except for the texts of the prompts."""
         _ = self.answers
 
     def __call__(self) -> TaskData:
-        """The samples, their prompts yet to be tokenised; labels are the tokens of the answers, int64 [n, L],
-        with the pad token behind.
+        """The samples, with prompts that are yet to be tokenised.
+
+        Labels are the tokens of the answers, int64 [n, L], followed by pad tokens.
         """
         from transformers import AutoTokenizer
 
@@ -81,7 +82,7 @@ class GlueSamples:
 
 
 class _Prompts:
-    """Rows of the split as token numbers, padded to the longest of a batch."""
+    """Rows of the split as token numbers, padded to the longest prompt of a batch."""
 
     def __init__(self, name: str, split: Split, tokenizer: Any) -> None:
         self.form, self.split, self.tokenizer = prompts.glue(name)["input_text"], split, tokenizer

@@ -1,6 +1,4 @@
-"""Which files of a data set's repository make up a split: by the card of the data set, or else by the names
-of the files.
-"""
+"""The files of a data set's repository that make up a split: by its card, or else by the files' names."""
 
 from __future__ import annotations
 
@@ -22,16 +20,17 @@ _SPLIT_OF_FILE = re.compile(r"([^/]+?)(?:-\d{5}-of-\d{5}[^/]*)?\.parquet$")
 
 
 class DatasetError(ValueError):
-    """A data set that is not what its task needs; the message names the data set, the split and the column or
-    file.
+    """A data set that is not what its task needs.
+
+    The message names the data set, the split and the column or file.
     """
 
 
 def split_files(source: Source, revisions: hub.Revisions | None) -> tuple[Path, list[str]]:
-    """The folder of the snapshot and the names of the split's files in it, fetched where they were not there.
+    """The folder of the snapshot and the names of the split's files in it, fetched where they were missing.
 
     Raises:
-        CheckpointError: the data set can neither be had from the hub nor is it cached.
+        CheckpointError: the data set can neither be fetched from the hub nor is it cached.
         DatasetError: no such split, or a missing shard.
     """
     found = hub.snapshot(source.repo, "dataset", None, revisions)
@@ -43,7 +42,7 @@ def split_files(source: Source, revisions: hub.Revisions | None) -> tuple[Path, 
 
 
 def _converted(original: hub.Snapshot, source: Source, revisions: hub.Revisions | None) -> hub.Snapshot:
-    """The hub's own Parquet copy, which then is the commit that is noted."""
+    """The hub's own Parquet copy, whose commit is then the one noted."""
     try:
         found = hub.snapshot(source.repo, "dataset", CONVERTED)
     except CheckpointError as error:
@@ -56,7 +55,7 @@ def _converted(original: hub.Snapshot, source: Source, revisions: hub.Revisions 
 
 
 def _of_split(source: Source, found: hub.Snapshot) -> list[str]:
-    """The files that the data set's card gives the split, or else those that are named after it."""
+    """The files that the data set's card lists for the split, or else those that are named after it."""
     parquets = sorted(name for name in found.files if name.endswith(".parquet"))
     declared = _declared(source, found)
     if declared is not None:
@@ -78,9 +77,7 @@ def _of_split(source: Source, found: hub.Snapshot) -> list[str]:
 
 
 def _declared(source: Source, found: hub.Snapshot) -> dict[str, tuple[str, ...]] | None:
-    """Split → patterns of its files, by the YAML head of the data set's card; None where it says nothing of
-    this config.
-    """
+    """Split → patterns of its files, by the YAML head of the data set's card; None where it lists none."""
     if "README.md" not in found.files:
         return None
     text = contained(found.fetch(["README.md"]), "README.md").read_text(errors="replace")
@@ -111,8 +108,9 @@ def _declared(source: Source, found: hub.Snapshot) -> dict[str, tuple[str, ...]]
 
 
 def _split_of(name: str) -> str:
-    """``data/test-00000-of-00001-<hash>.parquet`` and ``default/test/0000.parquet`` are of the split
-    ``test``.
+    """The split that a file's name tells.
+
+    ``data/test-00000-of-00001-<hash>.parquet`` and ``default/test/0000.parquet`` belong to ``test``.
     """
     stem = _SPLIT_OF_FILE.search(name)
     own = stem.group(1) if stem else name
@@ -120,7 +118,7 @@ def _split_of(name: str) -> str:
 
 
 def _check_shards(names: Sequence[str], found: hub.Snapshot, source: Source) -> None:
-    """Every ``-00000-of-00003`` up to the last must be there."""
+    """Raise `DatasetError` unless every shard, such as ``-00000-of-00003``, is there up to the last."""
     numbered = [(match.group(1), match.group(2)) for name in names if (match := _SHARD.search(name))]
     expected = {(f"{i:05d}", total) for _, total in numbered for i in range(int(total))}
     missing = sorted(expected - set(numbered))

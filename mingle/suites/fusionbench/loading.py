@@ -1,6 +1,4 @@
-"""The rows of a labelled split of a data set on the hub: checked before anything heavy, read when they are
-needed.
-"""
+"""The rows of a labelled split of a data set on the hub: checked first, read when they are needed."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ class Split:
 
     Raises:
         OptionError: pyarrow is not installed.
-        CheckpointError: the data set can neither be had from the hub nor is it cached.
+        CheckpointError: the data set can neither be fetched from the hub nor is it cached.
         DatasetError: no such split, a missing shard, an unreadable file, a missing column, no rows.
     """
 
@@ -108,14 +106,13 @@ class Split:
         """The labels as class numbers, int64 [n].
 
         Raises:
-            DatasetError: one that is no number from 0 to `classes` − 1.
+            DatasetError: one that is not a whole number from 0 to `classes` − 1.
         """
         found = self.labels()
         for row, label in enumerate(found):
             if not isinstance(label, int) or not 0 <= label < classes:
-                raise DatasetError(
-                    f"{self.source}: row {row} has {self.label} {label!r}, but there are {classes} classes, from 0 on"
-                )
+                known = f"there are {classes} classes, from 0 on"
+                raise DatasetError(f"{self.source}: row {row} has {self.label} {label!r}, but {known}")
         return torch.tensor(found, dtype=torch.int64)
 
     def rows(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
@@ -138,7 +135,7 @@ class Split:
         return f"{self._paths[file]}, row {row - self._starts[first]}"
 
     def _table(self, group: int) -> Any:
-        """The samples of a row group, still encoded; the last one is kept, for batches follow each other."""
+        """The samples of a row group, still encoded; the last one is kept, as batches follow each other."""
         if self._read is None or self._read[0] != group:
             self._read = group, self._group(group, self.source.columns)
         return self._read[1]

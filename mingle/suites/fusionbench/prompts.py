@@ -1,7 +1,7 @@
 """Class names, prompt templates and GLUE prompts, read from the installed package `fusion_bench`.
 
-Only the modules that hold them are run, by their place in the package: importing the package itself would
-import Lightning, Hydra and more, which are not needed here and need not be installed.
+Only the modules that hold them are run, found by their paths: importing the package itself would import
+Lightning, Hydra and more, which are not needed here and need not be installed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def classes(task: str) -> tuple[list[str], list[str]]:
     """
     registry = _dataset_mapping()
     if task not in registry:
-        raise OptionError(f"fusion_bench has no class names of the task {task!r}")
+        raise OptionError(f"fusion_bench has no class names for the task {task!r}")
     entry = registry[task]
     entry = (
         entry
@@ -43,22 +43,22 @@ def classes(task: str) -> tuple[list[str], list[str]]:
 
 @cache
 def glue(task: str) -> dict[str, Any]:
-    """The prompt of a GLUE task: ``input_text`` with its columns in braces, and ``target_text``, by label or
-    a format of it.
+    """The prompt of a GLUE task.
+
+    ``input_text`` has the task's columns in braces; ``target_text`` is a mapping from label to answer, or a
+    format for the label.
 
     Raises:
         OptionError: `fusion_bench` is not installed, or has no such task.
     """
     known = _module(_GLUE).glue_prompt_templates
     if task not in known:
-        raise OptionError(f"fusion_bench has no prompt of the GLUE task {task!r}")
+        raise OptionError(f"fusion_bench has no prompt for the GLUE task {task!r}")
     return dict(known[task])
 
 
 def _dataset_mapping() -> dict[str, Any]:
-    """Which module holds the class names of which task: a literal in the package, read without running the
-    module it stands in.
-    """
+    """Task → the module that holds its class names: a literal, read without running the module around it."""
     path = _file(f"{_CLASSIFICATION}/__init__.py")
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Assign) and any(
@@ -81,8 +81,9 @@ def _file(name: str) -> Path:
     package = importlib.util.find_spec("fusion_bench")  # finds a top-level package without importing it
     if package is None or not package.submodule_search_locations:
         raise OptionError(
-            "this suite takes class names and prompts from the package fusion-bench: pip install 'mingle-merge[suites]', or, without "
-            "what else that package needs, pip install --no-deps fusion-bench"
+            "this suite takes class names and prompts from the package fusion-bench: "
+            "pip install 'mingle-merge[suites]', or, without that package's own dependencies, "
+            "pip install --no-deps fusion-bench"
         )
     path = Path(package.submodule_search_locations[0]) / name
     if not path.is_file():

@@ -1,10 +1,9 @@
-"""The embedded suite: recognise printed characters in unseen type faces, eight or twenty tasks in foreign
-visual domains.
+"""The embedded suites: recognise printed characters in unseen type faces and foreign visual domains.
 
-A small CLIP, pre-trained on some six hundred characters and their Unicode names, is the base; each task is an
-alphabet seen in a domain (inverted, on a chessboard, in noise, …).  The base and the experts of `glyphs8`
-ship with the package; further experts, and chains of models fine-tuned one from the other, are trained on
-first use into the user's cache, about 40 seconds each.
+A small CLIP, pre-trained on some six hundred characters and their Unicode names, is the base; each of the
+four, eight or twenty tasks is an alphabet seen in a domain (inverted, on a chessboard, in noise, …).  The
+base and the experts of `glyphs8` ship with the package.  Further experts, and chains of models each
+fine-tuned from the one before, are trained on first use into the user's cache, in about 40 seconds each.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ BASE = DATA / "base"
 TEST_IMAGES_PER_CLASS = 25
 TRAINING_IMAGES_PER_CLASS = 50
 
-#: Chosen on the tuning tasks, which are in no suite, by ``examples/glyph_models/tuning.py``; the published settings
-#: are for larger models.
+#: Chosen by ``examples/glyph_models/tuning.py`` on the tuning tasks, which no other suite contains; the
+#: published settings are for larger models.
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"rank": 32, "lr": 4e-3, "gamma": 0.1} for name in ("mingle", "mingle-light")},
     "mingle-seq": {"rank": 32, "lr": 4e-3},
@@ -93,7 +92,7 @@ def _samples(task: GlyphTask, corruptions: tuple[str, ...], base: Path) -> TaskD
 
 @cache
 def _training(task: GlyphTask, base: Path) -> TaskData:
-    """Views like those that fine-tuning sees, in training faces; always the same."""
+    """Views like those that fine-tuning sees, in training faces: the same at every call."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{task.name}/training set".encode()))
     size = TRAINING_IMAGES_PER_CLASS * len(task.characters)
     pictures, _ = task.training_batch(task.outlines(TRAIN_FACES), size, generator)
@@ -109,18 +108,16 @@ def _model(base: Path) -> nn.Module:
 
 
 def expert_folder(task: GlyphTask, on_training: OnTraining | None = None) -> Path:
-    """Where the task's fine-tuned tower is: in the package, or in the user's cache, where it is trained first
-    if need be.
-    """
+    """The folder of the task's tower: in the package, or in the user's cache, trained on demand."""
     shipped = DATA / "experts" / task.name
     return shipped if shipped.is_dir() else _trained(cache_folder() / task.name, task, None, on_training)
 
 
 def continued_folder(*chain: GlyphTask, on_training: OnTraining | None = None) -> Path:
-    """Where the last task's tower is, fine-tuned from that of the task before it, and so on back to the base.
+    """The folder of the last task's tower, at the end of a chain of towers that starts from the base.
 
-    Towers are kept under all tasks of their chain, in order; a chain that begins like another one shares the
-    towers of the beginning.
+    Each tower is fine-tuned from the one before.  A tower is kept by the names of all tasks of its chain, in
+    order: chains that begin alike share the towers of their common beginning.
     """
     *before, task = chain
     if not before:
@@ -131,7 +128,7 @@ def continued_folder(*chain: GlyphTask, on_training: OnTraining | None = None) -
 
 
 def _trained(cached: Path, task: GlyphTask, start: Path | None, on_training: OnTraining | None) -> Path:
-    """The folder `cached`, with the task's tower trained into it if it is not there yet."""
+    """The folder `cached`, into which the task's tower is trained if it does not exist yet."""
     if not cached.is_dir():
         cached.parent.mkdir(parents=True, exist_ok=True)
         # Trained beside its place and moved there whole: an interrupted training leaves no half expert.
@@ -156,8 +153,9 @@ def _trained(cached: Path, task: GlyphTask, start: Path | None, on_training: OnT
 
 
 def cache_folder() -> Path:
-    """``$MINGLE_CACHE`` or ``~/.cache/mingle``, by the base model's content: another base makes other
-    experts.
+    """A folder in ``$MINGLE_CACHE`` or ``~/.cache/mingle``, named by the base model's content.
+
+    Another base makes other experts.
     """
     files = json.loads((DATA / "manifest.json").read_text())["files"]
     return (

@@ -1,8 +1,8 @@
-"""Which characters make up a glyph task, and how their class names are spelled.
+"""The characters that make up a glyph task, and how their class names are spelled.
 
 A task shows about twenty characters of one script.  The lists are data, not code: they were picked once, by
-farthest-point selection over rendered outlines (``examples/glyph_models/select_glyphs.py``), so that no two classes of
-a task look alike at 28 pixels, and are fixed since.
+farthest-point selection over rendered outlines (``examples/glyph_models/select_glyphs.py``), so that no two
+classes of a task look alike at 28 pixels, and have not changed since.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def gaussian_noise(pictures: torch.Tensor, generator: torch.Generator) -> torch.
 
 
 def impulse_noise(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """8 % of all values become black or white."""
+    """8 per cent of all values become black or white."""
     coin = torch.rand(pictures.shape, generator=generator)
     return torch.where(coin < 0.04, 0, torch.where(coin > 0.96, 255, pictures)).to(torch.uint8)
 

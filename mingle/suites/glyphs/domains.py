@@ -76,7 +76,7 @@ def mirrored(ink: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def colour(ink: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Glyph and paper of two random colours of similar brightness."""
+    """Glyph and paper in two random colours of similar brightness."""
     paper = _uniform(ink, 3, 0.0, 1.0, generator)
     glyph = _uniform(ink, 3, 0.0, 1.0, generator)
     paper, glyph = (c - c.mean(1, keepdim=True) + 0.5 for c in (paper, glyph))

@@ -1,5 +1,6 @@
-"""Fine-tune the base's vision tower on one glyph task, against the frozen zero-shot head, as CLIP experts are
-made.
+"""Fine-tune the base's vision tower on one glyph task, against the frozen zero-shot head.
+
+CLIP experts are made in this way.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class FinetuneConfig:
 
 
 def pixels(base: Path, pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures uint8 [n, 3, 28, 28] as the base's own image processor prepares them, float32 [n, 3, 28, 28]."""
+    """Pictures uint8 [n, 3, 28, 28] → float32 [n, 3, 28, 28], by the base's own image processor."""
     return processor_pixels(base, [picture.numpy() for picture in pictures])
 
 
@@ -51,15 +52,16 @@ def finetune(
     on_step: Callable[[int, int], None] | None = None,
     start: Path | None = None,
 ) -> None:
-    """Train and write the task's vision tower to `out` in hub format: ``config.json`` and float16
-    ``model.safetensors``.
+    """Train the task's vision tower and write it to `out` in hub format.
 
-    It begins at the base's tower, or at that in the folder `start`, which this function wrote.
+    Training starts from the base's tower, or from the one in the folder `start`, which this function wrote.
+    The result is a ``config.json`` and a float16 ``model.safetensors``, deterministic for one machine and
+    version of torch.
 
     Only the weights of linear layers train.  A model this small would otherwise put half of a task into its
     embeddings and norms, which large models hardly touch when they are fine-tuned: with all parameters free,
-    an expert of full rank had 14 % accuracy on box drawings in noise where its fine-tuned model had 98 %.
-    Deterministic for one machine and version of torch.
+    an expert of full rank had an accuracy of 14 per cent on box drawings in noise, where its fine-tuned model
+    had 98.
     """
     config = config or FinetuneConfig()
     clip = ClipTask()

@@ -1,8 +1,8 @@
 """Glyph images from the fonts that ship inside matplotlib, rendered and augmented deterministically.
 
 Rendering has two stages.  `outline` draws one character of one face into a 56-pixel mask, once; `view` turns
-masks into randomly placed 28-pixel glyphs, a whole batch at a time.  Train and test use different faces:
-accuracy on a test set is generalisation to type faces never seen in training.
+masks into randomly placed 28-pixel glyphs, a whole batch at a time.  Training and test use different faces:
+accuracy on a test set measures generalisation to type faces never seen in training.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ def _face_path(face: str) -> Path:
 
 @cache
 def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
-    # The BASIC layout: raqm, where it is installed, reorders or drops some right-to-left and combining
-    # glyphs.
+    # Where raqm is installed, it reorders or drops some right-to-left and combining glyphs: BASIC does not.
     return ImageFont.truetype(str(_face_path(face)), size, layout_engine=ImageFont.Layout.BASIC)
 
 

@@ -60,11 +60,10 @@ class GlyphTask:
         return apply_domain(self.domain, view(outlines, placement, generator), generator)
 
     def test_set(self, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The fixed test set in faces never trained on: uint8 [n, 3, 28, 28], labels int64 [n], `per_class`
-        images a class.
+        """The fixed test set in faces never trained on: uint8 [n, 3, 28, 28], labels int64 [n].
 
-        The faces that have a character take turns, and every image is placed anew.  Always the same pictures
-        for the same task.
+        Every class has `per_class` images: the faces that have its character take turns, and every image is
+        placed anew.  A task has the same pictures at every call.
         """
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.name}/test".encode()))
         outlines, labels = self.outlines(TEST_FACES)
@@ -111,8 +110,8 @@ _TWENTY = _tasks(
     "signs-stripes",
 )
 
-#: Suites by name.  In every suite at least half of the tasks share their domain with another one, so the
-#: domain alone does not give the task away; in `glyphs8-shared` it says nothing at all.
+#: Suites by name.  In every suite at least half of the tasks share their domain with another task, so that
+#: the domain alone does not give the task away; in `glyphs8-shared` all of them share one.
 SUITES: dict[str, tuple[GlyphTask, ...]] = {
     "glyphs4": _TWENTY[:4],
     "glyphs8": _TWENTY[:8],
@@ -120,7 +119,7 @@ SUITES: dict[str, tuple[GlyphTask, ...]] = {
     "glyphs8-shared": tuple(GlyphTask(task.alphabet, "checker") for task in _TWENTY[:8]),
 }
 
-#: Tasks for choosing settings, in no suite.
+#: Tasks for choosing settings; none of them is in a suite above.
 TUNING_TASKS = _tasks(
     "capitals-inverted", "apl-checker", "blackboard-noise", "nko-mirrored", "digits-colour", "blocks-inverted"
 )
