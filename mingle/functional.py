@@ -55,7 +55,7 @@ def gated_experts(
             [..., T], or one per token [..., N, T], with 1 for any dimension that is shared.  Gates that are
             exactly 0 cost next to nothing where whole samples or tiles of tokens share them and no gate or
             expert needs a gradient.
-        frozen_gates: this many first gates get a gradient of 0, which is cheaper than computing it.
+        frozen_gates: how many of the first gates get a gradient of 0, which is cheaper than computing it.
         backend: ``"eager"`` expert by expert (the oracle), ``"grouped"`` a few dense products over
             concatenated experts, ``"triton"`` fused kernels, ``"auto"`` the fastest that can run (see
             `mingle.ops.dispatch`).  Only ``"eager"`` is differentiable twice.

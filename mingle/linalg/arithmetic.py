@@ -18,14 +18,12 @@ NOISE = 1e-14
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Entries of matrices that are decomposed together: 1 GiB in float64, of which there will be a few copies.
+#: Entries of matrices that are decomposed together: 1 GiB in float64, and there will be a few copies.
 _TOGETHER = 2**27
 
 
 def ieee(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` without autograd, without autocast, and with fp32 products that are neither TF32 nor bf16
-    inside.
-    """
+    """`function` without autograd and autocast, its fp32 products in IEEE arithmetic, not in TF32 or bf16."""
 
     @wraps(function)
     def exact(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -60,18 +58,16 @@ def gram(rows: Tensor) -> Tensor:
 
 
 def falling_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [..., k] in falling order and the eigenvectors as columns [..., k, k], in the matrix's
-    dtype.
-    """
+    """Eigenvalues [..., k] in falling order and eigenvectors as columns [..., k, k], in the dtype given."""
     values, vectors = torch.linalg.eigh(symmetric)
     return values.flip(-1), vectors.flip(-1)
 
 
 def buckets(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
-    """The places of matrices that are worth stacking: equal in shape, dtype and device, on a GPU, and not too
-    many entries at once.
+    """The places of matrices that are worth stacking.
 
-    A CPU works matrix by matrix, each of which then stays in its caches.
+    They are on one GPU, equal in shape and dtype, and not too large together.  A CPU works matrix by matrix:
+    one at a time stays in its caches.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):

@@ -17,11 +17,12 @@ ORTHONORMAL = 1e-10
 
 
 def orthonormalized(rows: Tensor) -> Tensor:
-    """The rows of Y [..., k, n] made orthonormal in their order by one round of Cholesky QR: Y Yᵀ = LLᵀ in
-    float64, Q = L⁻¹ Y.
+    """The rows of Y [..., k, n] made orthonormal in their order by one round of Cholesky QR.
+
+        Y Yᵀ = LLᵀ in float64,  Q = L⁻¹ Y
 
     One round leaves an error of κ(Y)² u; ill-conditioned rows need two, dependent ones three (shifted
-    Cholesky QR, Fukaya et al. 2020). Zero rows stay zero.
+    Cholesky QR, Fukaya et al. 2020).  Zero rows stay zero.
     """
     k, n = rows.shape[-2:]
     squared = gram(rows).view(-1, k, k)
@@ -30,8 +31,7 @@ def orthonormalized(rows: Tensor) -> Tensor:
 
 
 def orthonormal(rows: Tensor, seed: int, keys: Sequence[str | int]) -> Tensor:
-    """An orthonormal set [..., k, n], k ≤ n, that spans the rows of Y; where they span less, the rest is
-    random.
+    """An orthonormal set [..., k, n], k ≤ n, whose span holds the rows of Y; what they leave open is random.
 
     Args:
         rows: Y [..., k, n], of any condition and rank.
@@ -64,8 +64,8 @@ def extend_basis(U: Tensor, new: Tensor, *, tol: float = 1e-8) -> Tensor:
     Args:
         U: orthonormal columns [d, K]; K = 0 starts a basis.
         new: further directions [d, k].
-        tol: a column of `new` of which, scaled to length one, less than `tol` of the squared length lies
-            outside the span so far is dropped.  (A plain QR would keep it as a column of noise.)
+        tol: a column of `new` is dropped where less than this share of its squared length lies outside the
+            span so far.  (A plain QR would keep it as a column of noise.)
 
     Returns:
         [d, K'] in U's dtype, K ≤ K' ≤ min(K + k, d); the first K columns are U's own bits.

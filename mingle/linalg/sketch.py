@@ -1,4 +1,4 @@
-"""Random matrices that depend on a seed and a key alone: not on a batch, an order, or what was drawn before."""
+"""Random matrices that depend on a seed and a key alone: not on a batch, an order, or earlier draws."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ _MIXERS = ((30, -4658895280553007687), (27, -7723592293110705685))  # and its fi
 def gaussian(
     seed: int, keys: Sequence[str | int], rows: int, columns: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Standard normal numbers [len(keys), rows, columns], a function of (seed, key, place) by way of
-    SplitMix64.
+    """Standard normal numbers [len(keys), rows, columns], each a function of its seed, key and place.
 
-    The integers behind them are the same on every device.
+    They come from SplitMix64.  The integers behind them are the same on every device.
     """
-    starts = torch.tensor([_start(seed, key) for key in keys]).to(
-        device, non_blocking=True
-    )  # made there, it would wait for a GPU
+    # Made on a GPU, the tensor would wait for it.
+    starts = torch.tensor([_start(seed, key) for key in keys]).to(device, non_blocking=True)
     counters = torch.arange(1, rows * columns + 1, device=device) * _GOLDEN
     bits = _mixed(starts[:, None] + counters)
     uniform = (_shifted(bits, 12).double() + 0.5) * 2.0**-51 - 1  # 52 bits, symmetric in (−1, 1)

@@ -1,5 +1,6 @@
-"""The whole spectrum of a matrix, and taking the directions it spans out of another one.  Exact: a sketch
-misjudges the effective rank.
+"""The whole spectrum of a matrix, and taking the directions it spans out of another one.
+
+Exact, because a sketch misjudges the effective rank.
 """
 
 from __future__ import annotations
@@ -20,13 +21,11 @@ _DENSE_SHARE = 0.7
 
 @ieee
 def gram_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triplets of M [..., m, n] from the eigen-decomposition of the smaller Gram matrix, in
-    float64.
+    """All singular triplets of M [..., m, n], in float64, from the smaller of its two Gram matrices.
 
     Returns:
         U [..., m, k], S [..., k] in falling order, Vh [..., k, n] with k = min(m, n).  Values under 1e-7 of
-        the largest are noise of this method: they, their direction on the longer side, and nothing else, are
-        set to zero.
+        the largest are noise of this method: they and their directions on the longer side are set to zero.
     """
     M = M.double()
     if M.shape[-2] > M.shape[-1]:
@@ -70,8 +69,9 @@ def _roots(squared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _square_root(squared: Tensor) -> tuple[Tensor, Tensor]:
-    """F and F⁻¹ with F Fᵀ = G [..., k, k]: Cholesky's, or where rows depend on each other the eigenvectors',
-    with a pseudo-inverse.
+    """F and F⁻¹ with F Fᵀ = G [..., k, k], by Cholesky.
+
+    Where rows depend on each other, F is made of eigenvectors instead, with a pseudo-inverse.
     """
     L, info = torch.linalg.cholesky_ex(squared)
     pivots = L.diagonal(0, -2, -1).square()
@@ -85,17 +85,14 @@ def _square_root(squared: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def effective_rank(singular_values: Tensor) -> int:
-    """int(exp(−Σ p ln p)) with p = σ / Σσ and 0 · ln 0 = 0, for σ [k], in float64; 0 where all values are
-    zero.
-    """
+    """int(exp(−Σ p ln p)) in float64 with p = σ / Σσ and 0 · ln 0 = 0, for σ [k]; 0 where all are zero."""
     return int(effective_ranks(singular_values))
 
 
 def effective_ranks(singular_values: Tensor) -> Tensor:
     """`effective_rank` for each row of σ [..., k]: int32 [...], without waiting for a GPU."""
-    return small.effective_rank(singular_values.double().view(-1, singular_values.shape[-1])).view(
-        singular_values.shape[:-1]
-    )
+    rows = singular_values.double().view(-1, singular_values.shape[-1])
+    return small.effective_rank(rows).view(singular_values.shape[:-1])
 
 
 @ieee

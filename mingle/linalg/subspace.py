@@ -11,7 +11,7 @@ from mingle.linalg.arithmetic import NOISE, falling_eigh, gram, ieee, product
 from mingle.linalg.basis import orthonormalized
 from mingle.linalg.sketch import gaussian
 
-#: From this width on a covariance is too large to keep, and a sketch of so many rows takes its place.
+#: From this width on a covariance is too large to keep, and a sketch of a few hundred rows takes its place.
 WIDE = 8192
 _SKETCH_ROWS = 256
 # Of the block Krylov method: the residual, relative to the largest eigenvalue, at which it ends; the vectors
@@ -24,13 +24,12 @@ _PANELS = 4
 
 @dataclass(frozen=True, eq=False)
 class InputDirections:
-    """What is kept of a stream of vectors to find their leading directions: the top eigenvectors of Σ xᵀx,
-    uncentred.
+    """What is kept of a stream of vectors to find their leading directions, the top eigenvectors of Σ xᵀx.
 
-    Up to 8192 dimensions the sum itself [d, d]; beyond, a sketch [256, d] by Frequent Directions (Ghashami et
-    al., SIAM J. Comput. 45, 2016), whose directional energies err by less than Σ‖x‖² / 256.  Both are kept in
-    float64.  Never changed: `including` makes a new one, so that layers which have seen the same inputs can
-    share one.
+    The vectors are not centred.  Up to 8192 dimensions the sum itself [d, d] is kept; beyond, a sketch
+    [256, d] by Frequent Directions (Ghashami et al., SIAM J. Comput. 45, 2016), whose directional energies
+    err by less than Σ‖x‖² / 256.  Both are in float64.  Never changed: `including` makes a new one, so that
+    layers which have seen the same inputs can share one.
     """
 
     width: int
@@ -56,9 +55,7 @@ class InputDirections:
 
     @ieee
     def top(self, k: int) -> Tensor:
-        """The k leading directions as orthonormal columns [d, ≤ k] in float64; directions without any energy
-        are left out.
-        """
+        """The k leading directions as orthonormal columns [d, ≤ k] in float64, without those of no energy."""
         if self.statistic is None:
             return torch.empty(self.width, 0, dtype=torch.float64)
         if self.width < WIDE:
@@ -88,7 +85,7 @@ def _with_products(known: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _gram_of_columns(x: Tensor) -> Tensor:
-    """xᵀx [d, d] of x [N, d], of which little more than the half below the diagonal is multiplied."""
+    """xᵀx [d, d] of x [N, d]; little more than the half below the diagonal is multiplied."""
     if x.device.type != "cpu":
         return product(x.mT, x)
     rows = x.mT.contiguous()
@@ -103,8 +100,9 @@ def _gram_of_columns(x: Tensor) -> Tensor:
 
 
 def _shrunk(rows: Tensor) -> Tensor:
-    """At most `_SKETCH_ROWS` rows whose Gram matrix is that of `rows` less the energy of the first direction
-    that no longer fits.
+    """At most `_SKETCH_ROWS` rows in place of `rows`.
+
+    Their Gram matrix is that of `rows`, less the energy of the first direction that does not fit.
     """
     if len(rows) <= _SKETCH_ROWS:
         return rows
@@ -116,8 +114,7 @@ def _shrunk(rows: Tensor) -> Tensor:
 
 @ieee
 def top_subspace(covariance: Tensor, k: int) -> Tensor:
-    """The eigenvectors of the `k` largest eigenvalues of a positive semidefinite matrix [d, d], as columns
-    [d, ≤ k] in float64.
+    """The leading `k` eigenvectors of a positive semidefinite matrix [d, d], as columns [d, ≤ k] in float64.
 
     A block Krylov method until the residuals are rounding errors, or a full decomposition.  Directions
     without any energy (eigenvalue ≤ 1e-14 of the largest) are left out.  Signs are such that the entry of
@@ -142,8 +139,7 @@ def _energetic(values: Tensor, vectors: Tensor, k: int) -> Tensor:
 
 
 def _iterated(covariance: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """(eigenvalues [k], eigenvectors [d, k]) by a block Krylov method, or None where a full decomposition is
-    cheaper.
+    """(eigenvalues [k], eigenvectors [d, k]) by a block Krylov method; None where a full one is cheaper.
 
     The block, multiplied and made orthogonal to all before it, twice, joins the basis, from which the
     eigenvectors are taken: where eigenvalues lie close together this needs far fewer products than iterating

@@ -1,5 +1,6 @@
-"""Truncated singular value decompositions of many matrices: block subspace iteration in their own precision,
-finished in float64.
+"""Truncated singular value decompositions of many matrices, by block subspace iteration.
+
+It runs in the matrices' own precision and is finished in float64.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _SMALL = 32
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Iteration:
     """What one decomposition is asked for; `block` is the number ℓ of vectors that iterate."""
 
     rank: int
@@ -48,13 +49,14 @@ class _Plan:
 
 @overload
 def svd_lowrank(
-    M: Tensor, rank: int, *, mode: str = ..., oversample: int | None = ..., power_iters: int | None = ..., seed: int = ...,
-    keys: Sequence[str | int] | None = ..., backend: str = ...,
+    M: Tensor, rank: int, *, mode: str = ..., oversample: int | None = ..., power_iters: int | None = ...,
+    seed: int = ..., keys: Sequence[str | int] | None = ..., backend: str = ...,
 ) -> Triplets: ...  # fmt: skip
 @overload
 def svd_lowrank(
-    M: Sequence[Tensor], rank: int, *, mode: str = ..., oversample: int | None = ..., power_iters: int | None = ..., seed: int = ...,
-    keys: Sequence[str | int] | None = ..., backend: str = ...,
+    M: Sequence[Tensor], rank: int, *, mode: str = ..., oversample: int | None = ...,
+    power_iters: int | None = ..., seed: int = ..., keys: Sequence[str | int] | None = ...,
+    backend: str = ...,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]: ...  # fmt: skip
 def svd_lowrank(
     M: Tensor | Sequence[Tensor],
@@ -67,8 +69,7 @@ def svd_lowrank(
     keys: Sequence[str | int] | None = None,
     backend: str = "auto",
 ) -> Triplets | tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The leading singular triplets M ≈ U diag(S) Vh of one matrix, a batch, or a list of matrices of any
-    shapes.
+    """The leading singular triplets M ≈ U diag(S) Vh of one matrix, a batch, or a list of any shapes.
 
     Block subspace iteration (Halko, Martinsson and Tropp, SIAM Review 53, 2011) with ℓ = rank + oversample
     vectors, orthonormalised by Cholesky QR with Gram matrices in float64.  fp32 matrices iterate in fp32 and
@@ -94,13 +95,13 @@ def svd_lowrank(
 
     Returns:
         U [..., m, r] and Vh [..., r, n], both orthonormal, and S [..., r] in falling order, in M's dtype; for
-        a sequence three lists. Singular values under 1e-6 of the largest are exactly zero.  The entry of
+        a sequence three lists.  Singular values under 1e-6 of the largest are exactly zero.  The entry of
         largest magnitude in every column of U is positive, so the result is unique where S is.
 
     Raises:
         ValueError: a non-positive rank, an unknown mode or backend, or a matrix with non-finite entries,
             named by its key.
-        TypeError: a tensor that is no floating-point matrix.
+        TypeError: a tensor that is not a floating-point matrix.
         RuntimeError: ``backend="extension"`` where it cannot run; the message says why.
     """
     matrices = [M] if isinstance(M, Tensor) else list(M)
@@ -110,9 +111,9 @@ def svd_lowrank(
     _check(M, rank, mode, oversample, power_iters, backend)
     count = M.shape[:-2].numel() if isinstance(M, Tensor) else len(matrices)
     names = _names(keys, count)
-    options = (rank, rank + oversample, power_iters, seed, backend)
+    plan = _Iteration(rank, rank + oversample, power_iters, seed)
     if isinstance(M, Tensor):
-        U, S, Vh = _apply(M.reshape(count, *M.shape[-2:]), names, options)
+        U, S, Vh = _apply(M.reshape(count, *M.shape[-2:]), names, plan, backend)
         return (
             U.view(*M.shape[:-2], *U.shape[1:]),
             S.view(*M.shape[:-2], S.shape[1]),
@@ -120,7 +121,8 @@ def svd_lowrank(
         )
     results: list[Triplets] = [()] * len(matrices)  # type: ignore[list-item]
     for places in buckets(matrices):
-        parts = _apply(torch.stack([matrices[i] for i in places]), [names[i] for i in places], options)
+        together = torch.stack([matrices[i] for i in places])
+        parts = _apply(together, [names[i] for i in places], plan, backend)
         for i, U, S, Vh in zip(places, *parts, strict=True):
             results[i] = (U, S, Vh)
     return [U for U, _, _ in results], [S for _, S, _ in results], [Vh for _, _, Vh in results]
@@ -142,7 +144,8 @@ def _check(
         if matrix.dim() < 2 or (matrix.dim() > 2 and not single) or not matrix.is_floating_point():
             expected = "[..., m, n]" if single else "[m, n] for every entry of a list"
             raise TypeError(
-                f"M has shape {list(matrix.shape)} and dtype {matrix.dtype}; expected a floating-point {expected}"
+                f"M has shape {list(matrix.shape)} and dtype {matrix.dtype}; "
+                f"expected a floating-point {expected}"
             )
         if backend == "extension" and (reason := _without_extension(matrix, rank + oversample)):
             raise RuntimeError(f"backend='extension' cannot run: {reason}")
@@ -168,12 +171,10 @@ def _names(keys: Sequence[str | int] | None, count: int) -> list[str]:
 def _svd_lowrank(
     M: Tensor, rank: int, block: int, power_iters: int, seed: int, backend: str, names: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`svd_lowrank` of M [b, m, n] by block subspace iteration with `block` = ℓ vectors; one key per matrix,
-    a line each in `names`.
-    """
+    """`svd_lowrank` of M [b, m, n] with `block` = ℓ vectors; `names` has one key per matrix, a line each."""
     keys = names.split("\n")
     b, m, n = M.shape
-    plan = _Plan(rank, block, power_iters, seed)
+    plan = _Iteration(rank, block, power_iters, seed)
     if M.numel() == 0:
         r = min(rank, m, n)
         return M.new_empty(b, m, r), M.new_empty(b, r), M.new_empty(b, r, n)
@@ -209,9 +210,9 @@ def _(
     return M.new_empty(b, m, r), M.new_empty(b, r), M.new_empty(b, r, n)
 
 
-def _apply(M: Tensor, keys: list[str], options: tuple[int, int, int, int, str]) -> Triplets:
+def _apply(M: Tensor, keys: list[str], plan: _Iteration, backend: str) -> Triplets:
     operator = _registered if torch.compiler.is_compiling() else _svd_lowrank
-    return operator(M, *options, "\n".join(keys))
+    return operator(M, plan.rank, plan.block, plan.power_iters, plan.seed, backend, "\n".join(keys))
 
 
 def _refuse_nonfinite(M: Tensor, keys: list[str], count: Tensor, first: Tensor) -> None:
@@ -229,7 +230,7 @@ def _full(M: Tensor, rank: int) -> Triplets:
     return U[..., :rank], S[..., :rank], Vh[..., :rank, :]
 
 
-def _repaired(parts: Triplets, M: Tensor, plan: _Plan, keys: list[str]) -> Triplets:
+def _repaired(parts: Triplets, M: Tensor, plan: _Iteration, keys: list[str]) -> Triplets:
     """`parts` with LAPACK's result wherever the iteration did not end in orthonormal vectors."""
     U, S, Vh = parts
     trust = (defect(U.mT) <= ORTHONORMAL) & (defect(Vh) <= ORTHONORMAL) & S.isfinite().all(-1)
@@ -243,8 +244,8 @@ def _repaired(parts: Triplets, M: Tensor, plan: _Plan, keys: list[str]) -> Tripl
     return U, S, Vh
 
 
-def _leading(scaled: Tensor, M: Tensor, plan: _Plan, keys: list[str]) -> Triplets:
-    """The triplets of one matrix or a batch, in float64: M [..., m, n] in float64, `scaled` its copy in fp32."""
+def _leading(scaled: Tensor, M: Tensor, plan: _Iteration, keys: list[str]) -> Triplets:
+    """The triplets, in float64, of a matrix or a batch M [..., m, n] in float64; `scaled` is M in fp32."""
     m, n = M.shape[-2:]
     if min(m, n) <= _SMALL:
         return _full(M, plan.rank)
@@ -269,8 +270,7 @@ def _leading(scaled: Tensor, M: Tensor, plan: _Plan, keys: list[str]) -> Triplet
 
 
 def on_gram_side(m: int, n: int, block: int, power_iters: int) -> bool:
-    """Whether MᵀM [n, n] is formed and iterated with, for M [m, n] and m ≥ n: where that takes fewer
-    operations and M is tall.
+    """Whether to iterate with MᵀM [n, n], for M [m, n] and m ≥ n: where M is tall and that is cheaper.
 
     m n² + q n² ℓ against 2 q m n ℓ multiply-adds.  Squares in fp32 lose the directions under 3e-4 of the
     largest, which a square matrix should not risk for little.
@@ -285,11 +285,11 @@ def _leading_eigenvectors(squared: Tensor, r: int) -> Tensor:
     return vectors.view(squared.shape)[..., :r].mT
 
 
-def _triplets(rows: Tensor, images: Tensor, plan: _Plan, keys: list[str]) -> Triplets:
-    """From orthonormal rows [..., r, k] and their images [..., r, l] under the matrix: S in falling order,
-    the rows in it, unit images.
+def _triplets(rows: Tensor, images: Tensor, plan: _Iteration, keys: list[str]) -> Triplets:
+    """S in falling order, and in that order the rows and their images at unit length.
 
-    The lengths are accurate where the eigenvalues, their squares, have drowned in rounding errors.
+    From orthonormal rows [..., r, k] and their images [..., r, l] under the matrix.  The lengths are accurate
+    where the eigenvalues, their squares, have drowned in rounding errors.
     """
     S, order = images.norm(dim=-1).sort(dim=-1, descending=True, stable=True)
     rows, images = (part.take_along_dim(order.unsqueeze(-1), -2) for part in (rows, images))

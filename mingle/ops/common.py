@@ -74,7 +74,7 @@ def differentiable(
     return Eager.apply
 
 
-class Saved(NamedTuple):
+class SavedTensors(NamedTuple):
     """The tensors that a forward keeps for its backward: those of its arguments, then its own results."""
 
     x: Tensor
@@ -104,14 +104,16 @@ def keep(
     ctx.mark_non_differentiable(product, z, pooled)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        *Saved(given.x, given.weight, given.A, given.B, given.gate_weight, given.mask, product, z, pooled)
+        *SavedTensors(
+            given.x, given.weight, given.A, given.B, given.gate_weight, given.mask, product, z, pooled
+        )
     )
     ctx.frozen_gates = given.frozen_gates
     ctx.gate_bias_dtype = None if given.gate_bias is None else given.gate_bias.dtype
 
 
 def gate_gradients(
-    ctx: Any, needs: LowRankOperands | FoldedOperands, saved: Saved, dz: Tensor
+    ctx: Any, needs: LowRankOperands | FoldedOperands, saved: SavedTensors, dz: Tensor
 ) -> GateGradients:
     """What an operator needs of the gradients of its gates, from dz [G, T − frozen]; 0 for frozen gates."""
     frozen = ctx.frozen_gates

@@ -17,7 +17,7 @@ from mingle.kernels.gated_experts import grouped
 from mingle.ops.common import (
     GateGradients,
     Operator,
-    Saved,
+    SavedTensors,
     differentiable,
     gate_gradients,
     keep,
@@ -136,7 +136,7 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
     """The gradients of `gated_experts_folded`; `core` is its backward, registered or plain."""
     if dy is None:
         return FoldedOperands()
-    saved, needs = Saved(*ctx.saved_tensors), FoldedOperands(*ctx.needs_input_grad)
+    saved, needs = SavedTensors(*ctx.saved_tensors), FoldedOperands(*ctx.needs_input_grad)
     dx = dW = dA = dB = None
     to_gates = GateGradients()
     if needs.x or needs.gate_weight or needs.gate_bias or needs.gates:

@@ -14,7 +14,7 @@ from mingle.kernels.gated_experts import grouped
 from mingle.ops.common import (
     GateGradients,
     Operator,
-    Saved,
+    SavedTensors,
     differentiable,
     gate_gradients,
     keep,
@@ -52,7 +52,7 @@ def _gated_experts(
         gates: given gate values [N / group, T], fp32 (fp64 for fp64).
         mask: bool [N]: tokens that count in their group's mean.
         group: consecutive tokens that share a gate row.
-        frozen_gates: this many first gates need no gradient.
+        frozen_gates: how many of the first gates need no gradient.
         skip: pass over gates that are 0; only where neither gates nor experts need gradients.
         save: a backward may follow.
         backend: ``"grouped"`` or ``"triton"``.
@@ -186,7 +186,7 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
     """The gradients of `gated_experts`; `core` is `gated_experts_backward`, registered or plain."""
     if dy is None:
         return LowRankOperands()
-    saved, needs = Saved(*ctx.saved_tensors), LowRankOperands(*ctx.needs_input_grad)
+    saved, needs = SavedTensors(*ctx.saved_tensors), LowRankOperands(*ctx.needs_input_grad)
     all_experts = needs.x or needs.A or needs.B
     need_gates = needs.gate_weight or needs.gate_bias or needs.gates
     dx = dA = dB = None

@@ -1,6 +1,4 @@
-"""What operators take, by name: the tensors of a layer and the facts of a call, as `mingle.functional` has
-them, and the flat arguments of each operator.
-"""
+"""What operators take, by name: a layer's tensors, a call's facts, and each operator's flat arguments."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ class Call(NamedTuple):
     gates: Tensor | None  # [N / group, T], fp32 (fp64 for fp64): given gate values
     mask: Tensor | None  # bool [N]: tokens that count in their group's mean
     group: int  # consecutive tokens that share a gate row
-    frozen_gates: int  # this many first gates need no gradient
+    frozen_gates: int  # how many of the first gates need no gradient
     skip: bool  # pass over gates that are 0; only where neither gates nor experts need gradients
     save: bool  # a backward may follow
     backend: str  # "grouped" or "triton"

@@ -1,5 +1,4 @@
-"""Batched factorisations of small matrices, and what surrounds them in a truncated SVD:
-``torch.ops.mingle.*``.
+"""Batched factorisations of small matrices, and what surrounds them in a truncated SVD.
 
     cholesky_inverse   G = RᵀR → R⁻¹, so that Y R⁻¹ has orthonormal columns where G = YᵀY
     small_eigh         G = W diag(λ) Wᵀ, λ falling
@@ -7,10 +6,10 @@
     fix_signs_         the largest entry of every left singular vector becomes positive
     effective_rank     the exponential of the entropy of normalised singular values
 
-Every function takes a batch on any device, runs without autograd, and returns what went wrong as numbers on
-that device: no function raises for the values it meets.  On a GPU the kernels of ``mingle._C`` compute,
-without waiting for the device; where they are missing, for Gram matrices wider than 128, and on a CPU, plain
-torch does, with equal meaning.  Eager calls go past the dispatcher.
+Each is registered in ``torch.ops.mingle``, takes a batch on any device, runs without autograd, and returns
+what went wrong as numbers on that device: no function raises for the values it meets.  On a GPU the kernels
+of ``mingle._C`` compute, without waiting for the device; where they are missing, for Gram matrices wider than
+128, and on a CPU, plain torch does, with equal meaning.  Eager calls go past the dispatcher.
 """
 
 from __future__ import annotations
@@ -35,8 +34,9 @@ _ROUNDING = 1 + 2.0**-40
 
 @torch.no_grad()
 def cholesky_inverse(gram: Tensor, shift: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """R⁻¹ of the Cholesky factor of Gram matrices, G = RᵀR, robust to columns of very different length and to
-    missing rank.
+    """R⁻¹ of the Cholesky factor of Gram matrices, G = RᵀR.
+
+    It is robust to columns of very different length, and to missing rank:
 
         S = D^-½ G D^-½ with D = diag(G);   S + τ I = LLᵀ;   R⁻¹ = D^-½ L^-ᵀ
 
@@ -58,8 +58,7 @@ def cholesky_inverse(gram: Tensor, shift: float, dtype: torch.dtype = torch.floa
 
 @torch.no_grad()
 def eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """G = W diag(λ) Wᵀ for positive semidefinite G [b, n, n] in float64, of which only the lower triangle is
-    read.
+    """G = W diag(λ) Wᵀ for positive semidefinite G [b, n, n] in float64; only the lower triangle is read.
 
     Returns:
         λ [b, n] ≥ 0 in falling order, W [b, n, n] with the eigenvectors as columns, orthonormal whatever the
@@ -71,8 +70,9 @@ def eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def rescale(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """2^-e M in contiguous float32 with the largest finite magnitude in [0.5, 1): the exponents of squares
-    and sums stay in range.
+    """2^-e M in contiguous float32 with the largest finite magnitude in [0.5, 1).
+
+    So squares and sums stay in range.
 
     Args:
         M: [b, m, n] in float32 or float64, any strides.
@@ -87,19 +87,19 @@ def rescale(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def fix_signs_(U: Tensor, Vh: Tensor) -> None:
-    """Flip columns of U [b, m, r] and the same rows of Vh [b, r, n], in place, so that the largest magnitude
-    in a column is positive.
+    """Flip columns of U [b, m, r] and the same rows of Vh [b, r, n], in place, by one rule.
 
-    The first one counts where several are equal.  Both in float32 or both in float64, any strides, finite.
+    The entry of largest magnitude in a column becomes positive; the first one where several are equal.  Both
+    in float32 or both in float64, any strides, finite.
     """
     _apply(_fix_signs_, _registered_fix_signs_, U, Vh)
 
 
 @torch.no_grad()
 def effective_rank(sigma: Tensor) -> Tensor:
-    """⌊exp(−Σ p ln p)⌋ with p = σ / Σσ and 0 · ln 0 = 0; 0 where all values are zero.  σ [b, k] ≥ 0 in
-    float64 → int32 [b].
+    """⌊exp(−Σ p ln p)⌋ with p = σ / Σσ and 0 · ln 0 = 0, for σ [b, k] ≥ 0 in float64 → int32 [b].
 
+    0 where all values are zero.
     The exponential is raised by a relative 2⁻⁴⁰ first, so that k equal values have rank k whatever the
     roundings.
     """
@@ -107,8 +107,8 @@ def effective_rank(sigma: Tensor) -> Tensor:
 
 
 def _apply(plain: Callable[..., Any], registered: Callable[..., Any], *arguments: Any) -> Any:
-    # The dispatcher costs a single small matrix as much as its factorisation; tracers and tensor subclasses
-    # need it.
+    # For one small matrix the dispatcher takes as long as the factorisation; only tracers and tensor
+    # subclasses need it.
     if (
         torch.compiler.is_compiling()
         or type(arguments[0]) is not Tensor
@@ -153,8 +153,9 @@ def _factor(S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shift(S: Tensor, L: Tensor, failed: Tensor, tau: float, flags: Tensor) -> None:
-    """Replace L where `failed` by the factor of S + τ I with the first of τ, 10 τ, … that succeeds; count in
-    `flags`, or set −1.
+    """Replace L where `failed` by the factor of S + τ I with the first of τ, 10 τ, … that succeeds.
+
+    `flags` counts the attempts, or is −1 where none succeeded.
     """
     left = failed.nonzero().squeeze(1)
     for attempt in range(1, RETRIES + 1):
@@ -219,8 +220,9 @@ def _rescale(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2^exponent exactly, [b, 1, 1], for −1022 ≤ exponent ≤ 1023: put together from its bits, as no power
-    function promises exactness.
+    """2^exponent exactly, [b, 1, 1], for −1022 ≤ exponent ≤ 1023.
+
+    Put together from its bits, as no power function promises exactness.
     """
     return ((exponent.long() + 1023) << 52).view(torch.float64).to(dtype)[:, None, None]
 

@@ -1,5 +1,4 @@
-"""The kernels of ``mingle._C`` for torch's CUDA tensors: what they take, their outputs, and the current
-stream.
+"""The kernels of ``mingle._C`` for torch's CUDA tensors: their arguments, their outputs, the current stream.
 
 The functions mirror those of `small_factorizations`, which call them where `serve` says so.  None waits for
 the device, so that all can be captured in a CUDA graph.

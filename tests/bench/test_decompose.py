@@ -343,7 +343,7 @@ def test_the_prediction_counts_what_the_code_does(shape, monkeypatch):
     monkeypatch.setitem(predict.MODES, "toy", (8, 3))
     steps = predict.decompose(shape, 8, "toy")
     M = torch.randn(shape.count, shape.m, shape.n)
-    plan = svd._Plan(8, 16, 3, 0)
+    plan = svd._Iteration(8, 16, 3, 0)
     with Counted() as counted:
         svd._leading(M, M.double(), plan, ["a", "b", "c"])
     inside = [

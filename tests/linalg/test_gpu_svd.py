@@ -185,7 +185,7 @@ def test_equal_bits_in_fifty_runs(backend):
 @pytest.mark.parametrize("shape", [(240, 200), (600, 200), (200, 600)])
 def test_the_iteration_never_waits_for_the_device(shape, backend):
     M = layers(3, *shape)
-    plan, keys = svd._Plan(R, R + 64, 8, 0), ["a", "b", "c"]
+    plan, keys = svd._Iteration(R, R + 64, 8, 0), ["a", "b", "c"]
     wide = M.double()
     expected = svd._leading(M, wide, plan, keys)  # libraries set themselves up
     torch.cuda.synchronize()

@@ -174,7 +174,7 @@ def test_a_batch_at_once_equals_one_by_one(shape):
     M = torch.stack(
         [matrix(spectrum, *shape[1:], R, 0) for spectrum in ("1/k", "rank below r", "zero")[: shape[0]]]
     ).double()
-    plan, keys = svd._Plan(R, R + 64, 8, 0), ["a", "b", "c"][: shape[0]]
+    plan, keys = svd._Iteration(R, R + 64, 8, 0), ["a", "b", "c"][: shape[0]]
     at_once = svd._leading(M.float(), M, plan, keys)
     for i, key in enumerate(keys):
         U, S, Vh = svd._leading(M[i].float(), M[i], plan, [key])
