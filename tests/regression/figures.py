@@ -214,8 +214,8 @@ def cases() -> dict[str, Callable[[], dict[str, Tensor]]]:
 
 #: the methods of version 0.1.0
 RECORDED_METHODS = (
-    "pre-trained", "individual", "average", "task-arithmetic", "ties", "magmax", "consensus-ta", "opcm", "adamerging", "wemoe", "nufilt",
-    "mingle", "mingle-light", "mingle-seq", "routed",
+    "pre-trained", "individual", "average", "task-arithmetic", "ties", "magmax", "consensus-ta", "opcm",
+    "adamerging", "wemoe", "nufilt", "mingle", "mingle-light", "mingle-seq", "routed",
 )  # fmt: skip
 
 
