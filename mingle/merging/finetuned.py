@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mingle.io.adapter_config import CONFIG
 from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import IncompatibleModel, align
 from mingle.nn.linear import LowRankExpert
-from mingle.nn.peft import CONFIG, read_adapter
+from mingle.nn.peft import read_adapter
 from mingle.options import nearest
 
 #: a module, a state dict, or a local folder: a checkpoint of the whole model or of its tower, or a PEFT LoRA

@@ -12,16 +12,14 @@ import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from mingle.io.files import CheckpointError, contained, read_json
+from mingle.io.adapter_config import AdapterConfig
+from mingle.io.files import CheckpointError, contained
 from mingle.io.safetensors import CheckpointReader
 from mingle.kernels.dtypes import wide
 from mingle.nn.inject import refusal
@@ -30,34 +28,12 @@ from mingle.options import nearest
 
 logger = logging.getLogger(__name__)
 
-CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _FACTOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN = 5
-
-V = TypeVar("V", int, float)
-
-#: Options under which base weight + scaling · B A is not what the adapted model computes.
-_REFUSED = {
-    "use_dora": "normalises the merged weight",
-    "use_qalora": "pools the input of the factors",
-    "use_bdlora": "stores block-diagonal factors",
-    "kasa_config": "truncates the base weights",
-    "arrow_config": "routes between adapters",
-    "alora_invocation_tokens": "applies the update to some tokens only",
-    "lora_bias": "adds a bias to the update",
-    "modules_to_save": "replaces whole modules of the base",
-    "trainable_token_indices": "replaces rows of the embeddings",
-    "target_parameters": "updates parameters outside of linear layers",
-    "layer_replication": "repeats layers of the base",
-    "megatron_config": "targets Megatron's parallel layers",
-}
-#: Initialisations that leave the base weights as they are; all others subtract the initial B A from them or
-#: quantise them.
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
@@ -82,7 +58,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
             than configured, or with non-finite values.  The message names the file and the option or tensor.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = AdapterConfig.read(folder)
     path = contained(folder, _WEIGHTS)
     if not path.is_file():
         path = contained(folder, _PICKLE)  # whose reader explains how to convert it
@@ -156,120 +132,6 @@ def add_adapter(
     return layers
 
 
-@dataclass(frozen=True)
-class _Config:
-    """What an adapter's configuration says about ranks and scalings."""
-
-    path: Path
-    r: int
-    alpha: float
-    rslora: bool
-    rank_pattern: dict[str, tuple[re.Pattern[str], int]]
-    alpha_pattern: dict[str, tuple[re.Pattern[str], float]]
-
-    def rank(self, module: str) -> int:
-        return _resolve(self.rank_pattern, module, self.r, f"{self.path}: rank_pattern")
-
-    def scaling(self, module: str) -> float:
-        alpha = _resolve(self.alpha_pattern, module, self.alpha, f"{self.path}: alpha_pattern")
-        rank = self.rank(module)
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
-
-
-def _resolve(patterns: Mapping[str, tuple[re.Pattern[str], V]], module: str, default: V, where: str) -> V:
-    """The value of the first pattern that matches the module's name."""
-    matching = {key: value for key, (pattern, value) in patterns.items() if pattern.fullmatch(module)}
-    if len(set(matching.values())) > 1:
-        # PEFT sorts the patterns when it saves them, so the order that the adapter was trained with is lost.
-        logger.warning(
-            "%s: layer %r matches %s; the first one counts", where, module, ", ".join(map(repr, matching))
-        )
-    return next(iter(matching.values()), default)
-
-
-def _read_config(folder: Path) -> _Config:
-    path = contained(folder, CONFIG)
-    if not path.is_file():
-        inside = sorted(str(config.parent) for config in folder.glob(f"*/{CONFIG}"))
-        raise CheckpointError(
-            f"{folder}: no {CONFIG}" + (f"; there is one in {', '.join(inside[:_SHOWN])}" if inside else "")
-        )
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{path}: peft_type={config.get('peft_type')!r}: only LORA adapters can be read"
-        )
-    for option, effect in _REFUSED.items():
-        if config.get(option):
-            raise CheckpointError(
-                f"{path}: {option} is set, which {effect}: "
-                "the adapter is more than low-rank updates of linear layers"
-            )
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(
-            f"{path}: bias={config['bias']!r}: biases of the base were trained; only 'none' can be read"
-        )
-    _check_init(path, config.get("init_lora_weights", True))
-    rank_pattern, alpha_pattern = (
-        _compile(path, config, option) for option in ("rank_pattern", "alpha_pattern")
-    )
-    return _Config(
-        path,
-        _rank(path, "r", config.get("r")),
-        _number(path, "lora_alpha", config.get("lora_alpha")),
-        bool(config.get("use_rslora")),
-        {
-            key: (pattern, _rank(path, f"rank_pattern: {key}", value))
-            for key, (pattern, value) in rank_pattern.items()
-        },
-        {
-            key: (pattern, _number(path, f"alpha_pattern: {key}", value))
-            for key, (pattern, value) in alpha_pattern.items()
-        },
-    )
-
-
-def _check_init(path: Path, init: Any) -> None:
-    if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS):
-        return
-    hint = ""
-    if isinstance(init, str) and init.lower().startswith(_CONVERTIBLE_INITS):
-        conversion = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        hint = f"; save it with {conversion}, which makes it a plain LoRA adapter"
-    raise CheckpointError(
-        f"{path}: init_lora_weights={init!r} is not known to leave the base weights as they are{hint}"
-    )
-
-
-def _compile(path: Path, config: Mapping[str, Any], option: str) -> dict[str, tuple[re.Pattern[str], Any]]:
-    """The patterns of a `*_pattern` option: regular expressions for whole last components of a name."""
-    patterns = config.get(option) or {}
-    if not isinstance(patterns, dict):
-        raise CheckpointError(f"{path}: {option}: expected a JSON object")
-    compiled = {}
-    for key, value in patterns.items():
-        try:
-            compiled[key] = (re.compile(rf"(.*\.)?({key})"), value)
-        except (re.error, RecursionError, OverflowError) as error:
-            wrong = f"{key!r} is not a regular expression: {error}"
-            raise CheckpointError(f"{path}: {option}: {wrong}") from error
-    return compiled
-
-
-def _rank(path: Path, option: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"{path}: {option}={value!r}: expected a positive integer")
-    return value
-
-
-def _number(path: Path, option: str, value: Any) -> float:
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise CheckpointError(f"{path}: {option}={value!r}: expected a finite number")
-    return float(value)
-
-
 def _pair(reader: CheckpointReader, path: Path) -> dict[str, tuple[str, str]]:
     """The names of lora_A and lora_B of each module; every tensor is one of these."""
     found: dict[str, dict[str, str]] = {}
@@ -296,7 +158,9 @@ def _pair(reader: CheckpointReader, path: Path) -> dict[str, tuple[str, str]]:
     return {module: (halves["A"], halves["B"]) for module, halves in found.items()}
 
 
-def _check_pair(reader: CheckpointReader, path: Path, module: str, a: str, b: str, config: _Config) -> float:
+def _check_pair(
+    reader: CheckpointReader, path: Path, module: str, a: str, b: str, config: AdapterConfig
+) -> float:
     """The scaling of a layer whose factors, by their headers, are as configured."""
     for name in (a, b):
         if reader.dtype(name) not in _DTYPES:

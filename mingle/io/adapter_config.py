@@ -1,0 +1,168 @@
+"""The configuration of a PEFT LoRA adapter: what it says about ranks and scalings, and what cannot be read."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mingle.io.files import CheckpointError, contained, read_json
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"
+_SHOWN = 5
+
+V = TypeVar("V", int, float)
+
+#: Options under which base weight + scaling · B A is not what the adapted model computes.
+_REFUSED = {
+    "use_dora": "normalises the merged weight",
+    "use_qalora": "pools the input of the factors",
+    "use_bdlora": "stores block-diagonal factors",
+    "kasa_config": "truncates the base weights",
+    "arrow_config": "routes between adapters",
+    "alora_invocation_tokens": "applies the update to some tokens only",
+    "lora_bias": "adds a bias to the update",
+    "modules_to_save": "replaces whole modules of the base",
+    "trainable_token_indices": "replaces rows of the embeddings",
+    "target_parameters": "updates parameters outside of linear layers",
+    "layer_replication": "repeats layers of the base",
+    "megatron_config": "targets Megatron's parallel layers",
+}
+#: Initialisations that leave the base weights as they are; all others subtract the initial B A from them or
+#: quantise them.
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter's configuration says about ranks and scalings.
+
+    Attributes:
+        path: of the file.
+        r, alpha: the rank and α of every layer that no pattern matches.
+        rslora: whether the scaling is α / √r instead of α / r.
+        rank_pattern, alpha_pattern: the option's own key → its regular expression, and the value of the layers
+            that it matches.
+    """
+
+    path: Path
+    r: int
+    alpha: float
+    rslora: bool
+    rank_pattern: dict[str, tuple[re.Pattern[str], int]]
+    alpha_pattern: dict[str, tuple[re.Pattern[str], float]]
+
+    def rank(self, module: str) -> int:
+        return _resolve(self.rank_pattern, module, self.r, f"{self.path}: rank_pattern")
+
+    def scaling(self, module: str) -> float:
+        alpha = _resolve(self.alpha_pattern, module, self.alpha, f"{self.path}: alpha_pattern")
+        rank = self.rank(module)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterConfig:
+        """The configuration in an adapter's folder.
+
+        Raises:
+            CheckpointError: none there, a broken one, or that of an adapter which is more than a sum of low-rank
+                updates or does not fit the base as it is.
+        """
+        path = contained(folder, CONFIG)
+        if not path.is_file():
+            inside = sorted(str(config.parent) for config in folder.glob(f"*/{CONFIG}"))
+            raise CheckpointError(
+                f"{folder}: no {CONFIG}"
+                + (f"; there is one in {', '.join(inside[:_SHOWN])}" if inside else "")
+            )
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path}: expected a JSON object")
+        _check_kind(path, config)
+        _check_init(path, config.get("init_lora_weights", True))
+        ranks = {
+            key: (pattern, _rank(path, f"rank_pattern: {key}", value))
+            for key, (pattern, value) in _compile(path, config, "rank_pattern").items()
+        }
+        alphas = {
+            key: (pattern, _number(path, f"alpha_pattern: {key}", value))
+            for key, (pattern, value) in _compile(path, config, "alpha_pattern").items()
+        }
+        rank, alpha = _rank(path, "r", config.get("r")), _number(path, "lora_alpha", config.get("lora_alpha"))
+        return cls(path, rank, alpha, bool(config.get("use_rslora")), ranks, alphas)
+
+
+def _resolve(patterns: Mapping[str, tuple[re.Pattern[str], V]], module: str, default: V, where: str) -> V:
+    """The value of the first pattern that matches the module's name."""
+    matching = {key: value for key, (pattern, value) in patterns.items() if pattern.fullmatch(module)}
+    if len(set(matching.values())) > 1:
+        # PEFT sorts the patterns when it saves them, so the order that the adapter was trained with is lost.
+        logger.warning(
+            "%s: layer %r matches %s; the first one counts", where, module, ", ".join(map(repr, matching))
+        )
+    return next(iter(matching.values()), default)
+
+
+def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse an adapter that is more than a sum of low-rank updates."""
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{path}: peft_type={config.get('peft_type')!r}: only LORA adapters can be read"
+        )
+    for option, effect in _REFUSED.items():
+        if config.get(option):
+            raise CheckpointError(
+                f"{path}: {option} is set, which {effect}: "
+                "the adapter is more than low-rank updates of linear layers"
+            )
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"{path}: bias={config['bias']!r}: biases of the base were trained; only 'none' can be read"
+        )
+
+
+def _check_init(path: Path, init: Any) -> None:
+    if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS):
+        return
+    hint = ""
+    if isinstance(init, str) and init.lower().startswith(_CONVERTIBLE_INITS):
+        conversion = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        hint = f"; save it with {conversion}, which makes it a plain LoRA adapter"
+    raise CheckpointError(
+        f"{path}: init_lora_weights={init!r} is not known to leave the base weights as they are{hint}"
+    )
+
+
+def _compile(path: Path, config: Mapping[str, Any], option: str) -> dict[str, tuple[re.Pattern[str], Any]]:
+    """The patterns of a `*_pattern` option: regular expressions for whole last components of a name."""
+    patterns = config.get(option) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{path}: {option}: expected a JSON object")
+    compiled = {}
+    for key, value in patterns.items():
+        try:
+            compiled[key] = (re.compile(rf"(.*\.)?({key})"), value)
+        except (re.error, RecursionError, OverflowError) as error:
+            wrong = f"{key!r} is not a regular expression: {error}"
+            raise CheckpointError(f"{path}: {option}: {wrong}") from error
+    return compiled
+
+
+def _rank(path: Path, option: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{path}: {option}={value!r}: expected a positive integer")
+    return value
+
+
+def _number(path: Path, option: str, value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise CheckpointError(f"{path}: {option}={value!r}: expected a finite number")
+    return float(value)
