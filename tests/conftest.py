@@ -9,26 +9,10 @@ import torch
 from gpu_fixtures import _precision, pytest_runtest_setup  # noqa: F401
 from hub_fixtures import glue_hub, hub, image_hub  # noqa: F401
 from interpreter import pytest_pyfunc_call, pytest_runtest_logreport  # noqa: F401
+from tiny_models import TEXT, VISION
 from transformers import CLIPConfig, CLIPModel
 
 from mingle.tasks import TaskData
-
-TINY_VISION = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=16,
-    patch_size=4,
-)
-TINY_TEXT = dict(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    vocab_size=64,
-    max_position_embeddings=8,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +24,7 @@ def _reproducible() -> None:
 def base_model() -> CLIPModel:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return CLIPModel(
-            CLIPConfig(text_config=TINY_TEXT, vision_config=TINY_VISION, projection_dim=16)
-        ).eval()
+        return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)).eval()
 
 
 @pytest.fixture(scope="session")

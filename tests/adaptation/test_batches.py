@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
+from tiny_models import student
 
-from mingle import inject
 from mingle.adaptation.batches import drawn, shuffled_batches
 from mingle.adaptation.losses import distillation, entropy
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.tasks.clip import ClipTask
-
-
-def student(base_model, targets=("q_proj", "fc1")):
-    torch.manual_seed(0)
-    model = copy.deepcopy(base_model).requires_grad_(False)
-    layers = inject(model.vision_model, targets)
-    for layer in layers.values():
-        layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1)
-    return model, layers
 
 
 def test_the_teacher_answers_only_for_samples_that_are_used(base_model, samples):

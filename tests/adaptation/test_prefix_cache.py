@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from tiny_models import student
 from torch import nn
 
-from mingle import inject
 from mingle.adaptation.losses import distillation
 from mingle.adaptation.prefix_cache import frozen_prefix
 from mingle.adaptation.teacher import teacher_logits
@@ -94,13 +94,7 @@ def test_adapting_with_and_without_the_prefix_gives_the_same_gates(
     task, gates = ClipTask(), []
     for budget in (0, 2**30):
         monkeypatch.setattr(frozen_prefix.__wrapped__, "__defaults__", (budget,))
-        torch.manual_seed(0)
-        model = copy.deepcopy(base_model).requires_grad_(False)
-        layers = inject(model.vision_model, ("layers.1.self_attn.q_proj", "layers.1.mlp.fc1"))
-        for layer in layers.values():
-            layer.add_expert(
-                torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1
-            )
+        model, layers = student(base_model, ("layers.1.self_attn.q_proj", "layers.1.mlp.fc1"))
         teacher = copy.deepcopy(base_model)
         teacher.vision_model.load_state_dict(tuned_states[0])
         targets = teacher_logits(task, teacher, samples[0], 24)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import student
 
 from mingle import inject
 from mingle.adaptation import train as adapt
@@ -22,13 +23,7 @@ from mingle.tasks.clip import ClipTask
 def test_bf16_products_with_fp32_gates(base_model, tuned_states, samples):
     task, gates = ClipTask(), []
     for precision in ("fp32", "bf16"):
-        torch.manual_seed(0)
-        model = copy.deepcopy(base_model).requires_grad_(False)
-        layers = inject(model.vision_model, ("q_proj", "fc1"))
-        for layer in layers.values():
-            layer.add_expert(
-                torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1
-            )
+        model, layers = student(base_model)
         targets = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
         loss = distillation(lambda _, targets=targets: targets, 2.0)
         config = AdaptConfig(steps=10, lr=1e-2, precision=precision)
@@ -68,15 +63,6 @@ def test_steps_that_are_skipped_between_two_looks_are_named(
     # the tenth call begins a new adaptation
     with pytest.raises(AdaptationDiverged, match="3 steps, last at step 4"):
         adapt_gates(ClipTask(), model, layers, samples[0], loss, config, torch.Generator().manual_seed(0))
-
-
-def student(base_model, targets=("q_proj", "fc1")):
-    torch.manual_seed(0)
-    model = copy.deepcopy(base_model).requires_grad_(False)
-    layers = inject(model.vision_model, targets)
-    for layer in layers.values():
-        layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1)
-    return model, layers
 
 
 def prepared(base_model, tuned):

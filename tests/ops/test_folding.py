@@ -121,14 +121,3 @@ def test_folding_leaves_the_weight_bitwise_alone(used):
     gated_experts(**p, reduce="batch")
     assert used == ["FOLDED grouped"]
     assert all(torch.equal(p[name], before[name]) for name in p)
-
-
-sizes = st.fixed_dictionaries(
-    dict(
-        tokens=st.integers(1, 1 << 17),
-        d_in=st.integers(1, 8192),
-        d_out=st.integers(1, 8192),
-        columns=st.integers(1, 8192),
-        itemsize=st.sampled_from([2, 4]),
-    )
-)

@@ -15,9 +15,11 @@ from typing import Any
 
 import pyarrow as arrow
 import pyarrow.parquet as parquet
+import tiny_models
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_models import VISION
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
@@ -26,21 +28,8 @@ from mingle.suites.fusionbench.datasets import GLUE_TASKS
 
 BASE, EUROSAT, SVHN = "openai/clip-vit-base-patch32", "tanganke/eurosat", "ufldl-stanford/svhn"
 TEST_FILE = "data/test-00000-of-00001.parquet"
-VISION = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=16,
-    patch_size=4,
-)
-TEXT = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    vocab_size=838,
-    max_position_embeddings=32,
+TEXT = tiny_models.TEXT | dict(
+    hidden_size=32, intermediate_size=64, vocab_size=838, max_position_embeddings=32
 )
 TEXT |= dict(bos_token_id=836, eos_token_id=837, pad_token_id=837)
 
