@@ -1,4 +1,4 @@
-"""The cases of the benchmark, the selections of them, and the targets that a selection shows."""
+"""The problems, the selections of them, and the targets that a selection shows."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mingle.bench.judge import Target
 from mingle.kernels.gated_experts.reference import REDUCTIONS
 from mingle.options import nearest
 
 #: short names, as in the names of cases
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-#: peers whose building alone takes tens of seconds: left out unless the case is `compiled` or the peer is
-#: asked for
-SLOW_TO_BUILD = ("grouped compiled",)
 
 # fmt: off
 #: samples, tokens per sample, d_in, d_out, experts; rank 64 throughout
@@ -39,8 +36,7 @@ ROUTED = {
     "routed":       (16, 50, 768, 768, 64),
     "routed-large": (128, 197, 768, 768, 64),
 }
-#: batch gates on both sides of the number of tokens from which folding is cheaper: 384 at 768 → 768, 614 at
-#: 768 → 3072
+#: batch gates on both sides of the number of tokens from which folding is cheaper: 384 at 768 → 768, 614 at 768 → 3072
 FOLDING = {
     "fold-n96":       (2, 48, 768, 768, 8),
     "fold-n288":      (6, 48, 768, 768, 8),
@@ -53,12 +49,11 @@ FOLDING = {
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """One problem: the shape of a layer, how its gates are reduced, and what is computed.
 
-    `routed`: the gates are given, one-hot per sample and sorted by expert, instead of linear in x.
-        `compiled`: peers that take long to
-    build are part of this case.
+    `routed`: the gates are given, one-hot per sample and sorted by expert, instead of linear in x.  `compiled`: peers that take
+    long to build are part of this case.
     """
 
     name: str
@@ -86,47 +81,40 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
+    @property
+    def shape(self) -> str:
+        return (
+            f"{self.samples}×{self.tokens} tokens, {self.d_in}→{self.d_out}, T {self.experts}, r {self.rank}"
+        )
 
-@dataclass(frozen=True)
-class Target:
-    """In `case` the median per-round ratio of `peer`'s time to that of `ours` should be at least `ratio`."""
-
-    case: str
-    peer: str
-    ratio: float
-    ours: str = "mingle"
+    @property
+    def title(self) -> str:
+        gates = "routed one-hot gates" if self.routed else f"{self.reduce} gates"
+        return (
+            f"{self.shape}, {gates}, {self.dtype}, {'forward and backward' if self.backward else 'forward'}"
+        )
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Cases to run, the seconds of timing each may take, and the seconds after which nothing slow is built
-    any more.
-    """
+    """Cases to run, the seconds of timing each may take, and those after which nothing slow is built any more."""
 
-    cases: tuple[Case, ...]
+    cases: tuple[KernelCase, ...]
     seconds: float
     build_until: float = float("inf")
 
 
-def case_name(shape: str, reduce: str, dtype: str, backward: bool = False) -> str:
-    return "-".join([shape, reduce, dtype, *(["bw"] * backward)])
-
-
-def _cases() -> dict[str, Case]:
-    """Every shape with every reduction and dtype, forward and forward+backward; routed shapes per sample,
-    folding ones per batch.
-    """
+def _cases() -> dict[str, KernelCase]:
+    """Every shape with every reduction and dtype, forward and forward+backward; routed per sample, folding per batch."""
     found = {}
     for shapes, reductions in ((SHAPES, REDUCTIONS), (ROUTED, ("sample",)), (FOLDING, ("batch",))):
-        for (shape, sizes), reduce, dtype, backward in itertools.product(
-            shapes.items(), reductions, DTYPES, (False, True)
-        ):
-            name = case_name(shape, reduce, dtype, backward)
-            found[name] = Case(
-                name, *sizes, reduce=reduce, dtype=DTYPES[dtype], backward=backward, routed=shape in ROUTED
-            )
+        for shape, reduce, dtype, backward in itertools.product(shapes, reductions, DTYPES, (False, True)):
+            name = f"{shape}-{reduce}-{dtype}{'-bw' * backward}"
+            options = dict(reduce=reduce, dtype=DTYPES[dtype], backward=backward, routed=shape in ROUTED)
+            found[name] = KernelCase(name, *shapes[shape], **options)  # type: ignore[arg-type]
     return found
 
 
@@ -137,26 +125,28 @@ def _select(
     names: str, compiled: str = "", *, seconds: float, build_until: float = float("inf")
 ) -> Selection:
     slow = compiled.split()
-    return Selection(
-        tuple(replace(CASES[name], compiled=name in slow) for name in names.split()), seconds, build_until
-    )
+    cases = tuple(replace(CASES[name], compiled=name in slow) for name in names.split())
+    return Selection(cases, seconds, build_until)
 
 
+_DISPATCHED = itertools.product(FOLDING, ("fp32", "bf16"), ("", "-bw"))
 SELECTIONS = {
     # two minutes on two CPU cores
     "quick": _select(
-        "square-sample-fp32 square-sample-bf16 square-batch-fp32 square-token-fp32 vit-b32-batch-fp32 vit-b32-sample-fp32"
-        " square-sample-fp32-bw image-sample-fp32 routed-sample-fp32 fold-n96-batch-fp32 fold-n1536-batch-fp32",
+        "square-sample-fp32 square-sample-bf16 square-batch-fp32 square-token-fp32 vit-b32-batch-fp32"
+        " vit-b32-sample-fp32 square-sample-fp32-bw image-sample-fp32 routed-sample-fp32 fold-n96-batch-fp32"
+        " fold-n1536-batch-fp32",
         "square-sample-fp32",
         seconds=6,
         build_until=60,
     ),
     # ten minutes on an H100
     "gpu": _select(
-        "vit-b16-sample-bf16 vit-b32-sample-bf16 image-sample-bf16 vit-b16-sample-bf16-bw llm-token-bf16 vit-b16-token-bf16"
-        " vit-b16-token-bf16-bw vit-b16-batch-bf16 vit-b16-sample-fp16 vit-b16-sample-fp32 vit-b32-sample-bf16-bw vit-b32-batch-bf16"
-        " vit-b32-t1-sample-bf16 vit-b32-t20-sample-bf16 vit-b32-t64-sample-bf16 vit-l-fc1-sample-bf16 vit-l-fc2-sample-bf16"
-        " vit-l-fc1-t20-sample-bf16 vit-l-fc2-t20-sample-bf16 vit-l-fc1-sample-bf16-bw llm-token-bf16-bw llm-sample-bf16"
+        "vit-b16-sample-bf16 vit-b32-sample-bf16 image-sample-bf16 vit-b16-sample-bf16-bw llm-token-bf16"
+        " vit-b16-token-bf16 vit-b16-token-bf16-bw vit-b16-batch-bf16 vit-b16-sample-fp16 vit-b16-sample-fp32"
+        " vit-b32-sample-bf16-bw vit-b32-batch-bf16 vit-b32-t1-sample-bf16 vit-b32-t20-sample-bf16"
+        " vit-b32-t64-sample-bf16 vit-l-fc1-sample-bf16 vit-l-fc2-sample-bf16 vit-l-fc1-t20-sample-bf16"
+        " vit-l-fc2-t20-sample-bf16 vit-l-fc1-sample-bf16-bw llm-token-bf16-bw llm-sample-bf16"
         " routed-sample-bf16 routed-large-sample-bf16",
         "vit-b16-sample-bf16 vit-b32-sample-bf16 image-sample-bf16 vit-b16-sample-bf16-bw llm-token-bf16",
         seconds=6,
@@ -168,12 +158,7 @@ SELECTIONS = {
     ),
     # does backend="auto" choose well?
     "dispatch": _select(
-        " ".join(
-            f"{shape}-batch-{dtype}{direction}"
-            for shape in FOLDING
-            for dtype in ("fp32", "bf16")
-            for direction in ("", "-bw")
-        )
+        " ".join(f"{shape}-batch-{dtype}{direction}" for shape, dtype, direction in _DISPATCHED)
         + " square-token-fp32 square-sample-fp32 vit-b32-sample-fp32 image-sample-fp32 routed-sample-fp32",
         seconds=4,
     ),
@@ -208,5 +193,5 @@ def known(name: str, names: Iterable[str], what: str) -> str:
     return name
 
 
-def case(name: str) -> Case:
+def case(name: str) -> KernelCase:
     return CASES[known(name, CASES, "case")]
