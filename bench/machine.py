@@ -1,4 +1,4 @@
-"""What is read from the machine while something runs: how busy others keep the CPUs, and how much memory is held."""
+"""What is read from the machine while something runs: others on the CPUs, memory held, and seconds by stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -111,3 +112,37 @@ def _size(path: str, key: str) -> int:
     """A size in bytes from a file in which the system tells kilobytes by key."""
     lines = Path(path).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+
+
+#: of a merge
+STAGES = ("load", "project", "decompose", "adapt", "subspace", "evaluate")
+
+
+class Stopwatch:
+    """Seconds by stage; a stage within another one takes its time from it, so that no second counts twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict.fromkeys(STAGES, 0.0)
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._account()
+        self._running.append(stage)
+        try:
+            yield
+        finally:
+            self._account()
+            self._running.pop()
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _account(self) -> None:
+        """Put what has passed to the account of the running stage."""
+        before, self._since = self._since, self.now()
+        if self._running:
+            self.seconds[self._running[-1]] += self._since - before

@@ -35,8 +35,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to be timed: `prepare` returns what is called, None where there is no use in it, and what was found
-    when it was checked.  Its seconds are those of one of `parts` parts.
+    """Something to be timed: `prepare` returns what is called, if there is any use in it, and what a check found.  Its
+    seconds are those of one of `parts` parts; `facts` go into its row, and peak memory where that is wanted.
     """
 
     name: str
@@ -48,14 +48,11 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Rounds:
-    """How often everything is timed.
+    """How often: after the `fewest` rounds, none is begun that would not end within `seconds`; or, every contestant
+    takes part in as many of the first rounds as last `each` seconds.
 
-    Attributes:
-        seconds: after the `fewest` rounds, none is begun that would not end within them.
-        each: instead, every contestant takes part in as many of the first rounds as last these seconds.
-        warm_ups: calls of each before the first round.
-        flush: on a GPU evict the L2 cache before each call, which also gives the host time to enqueue the launches.
-        collect: let Python collect garbage meanwhile, for calls that make cycles of large tensors.
+    `flush`: on a GPU evict the L2 cache before each call, which also gives the host time to enqueue the launches.
+    `collect`: let Python collect garbage meanwhile, for calls that make cycles of large tensors.
     """
 
     seconds: float = 0.0
@@ -70,10 +67,11 @@ class Rounds:
 def compare(
     contestants: Sequence[Contestant], device: torch.device, rounds: Rounds, seed: int = 0, ours: str = OURS
 ) -> tuple[list[Row], float | None]:
-    """A row for each: correctness first, then times of those that are right; and the CPUs that others used meanwhile."""
-    rows, runs = [], {}
+    """A row for each, correctness first, then times of those that are right; and the CPUs that others used meanwhile."""
+    rows, runs, parts = [], {}, {one.name: one.parts for one in contestants}
     for one in contestants:
         row: Row = {"name": one.name, "status": "failed", **one.facts}
+        rows.append(row)
         try:
             run, found = one.prepare()
             row |= found
@@ -87,28 +85,23 @@ def compare(
             row |= {"reason": f"{type(error).__name__}: {error}"}
         if row["status"] == "wrong":
             log.warning("%s is WRONG: %s", one.name, row["reason"])
-        rows.append(row)
     first = {row["name"]: row.pop("first_seconds") for row in rows if "first_seconds" in row}
-    shares = None if rounds.each is None else _shares(first, ours, rounds.each)
-    load = LoadMeter()
+    shares, load = None if rounds.each is None else _shares(first, ours, rounds.each), LoadMeter()
     times, others = interleaved(runs, device, rounds, seed, shares), load.others()
-    parts = {one.name: one.parts for one in contestants}
     series = {name: [s / parts[name] for s in found or [first[name]]] for name, found in times.items()}
-    for row in rows:
-        if own := series.get(row["name"]):
-            row |= summary(own)
-            if ours in series:  # what was in no round is held against what is typical of ours
-                in_rounds = bool(times[row["name"]])
-                row |= relative(own, series[ours] if in_rounds else [statistics.median(series[ours])])
+    own = series.get(ours)
+    for row in (row for row in rows if row["name"] in series):
+        taken = series[row["name"]]
+        row |= summary(taken)
+        if own:  # what was in no round is held against what is typical of ours
+            row |= relative(taken, own if times[row["name"]] else [statistics.median(own)])
     return rows, others
 
 
 def _shares(first: Mapping[str, float], ours: str, seconds: float) -> dict[str, int]:
     """In how many rounds each takes part by its first time: a few at least, and ours in all; what is `SLOW` in none."""
-    counts = {
-        name: min(_MOST_EACH, max(_FEWEST_EACH, math.ceil(seconds / taken))) for name, taken in first.items()
-    }
-    found = {name: 0 if first[name] > SLOW else count for name, count in counts.items()}
+    wanted = {name: max(_FEWEST_EACH, math.ceil(seconds / taken)) for name, taken in first.items()}
+    found = {name: 0 if first[name] > SLOW else min(_MOST_EACH, count) for name, count in wanted.items()}
     return found | ({ours: max(found.values())} if ours in found else {})
 
 
@@ -124,9 +117,8 @@ def interleaved(
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, most = list(steps), rounds.most if shares is None else max(shares.values(), default=0)
-    evicts = rounds.flush and device.type == "cuda"
+    evicts, shuffle = rounds.flush and device.type == "cuda", random.Random(seed).shuffle
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if evicts else None
-    shuffle = random.Random(seed).shuffle
     gc.collect()
     if not rounds.collect:
         gc.disable()

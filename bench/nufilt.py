@@ -47,13 +47,14 @@ class FilterLayer(NamedTuple):
     start: Tensor
 
 
-#: A [r_l, d] and B [d, r_l] of every layer after so many steps of a learning rate
-Train = Callable[[Sequence[FilterLayer], int, float], list[tuple[Tensor, Tensor]]]
+Factors = tuple[Tensor, Tensor]
+#: A [r_l, d] and B [d, r_l] of every layer after that many steps of a learning rate
+Train = Callable[[Sequence[FilterLayer], int, float], list[Factors]]
 
 
 @dataclass(frozen=True)
 class NufiltPlan:
-    """Settings of the method, rounds, steps of the published training in a round, and seconds after which no round begins."""
+    """Settings of the method, rounds, steps of the published training in a round, and the seconds that all may take."""
 
     options: NufiltOptions = field(default_factory=NufiltOptions)
     rounds: int = 7
@@ -64,15 +65,18 @@ class NufiltPlan:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it.  Returns 0, or 1 where a result of ours was wrong."""
     parser = command.parser("Time NUFILT's training steps at the sizes of a ViT-B/32, results checked first.")
-    quick = "one layer of each shape, two rounds: does it work at all?"
-    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument(
+        "--quick", action="store_true", help="one layer of each shape, two rounds: does it work?"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="how often each contender is timed")
     args = command.begin(parser, arguments)
-    shapes = tuple(replace(shape, count=1) for shape in CASE.shapes) if args.quick else CASE.shapes
-    plan = NufiltPlan(rounds=2 if args.quick else args.rounds)
-    return command.finish(
-        run(replace(CASE, shapes=shapes), plan, args.device, args.seed), args.out, CASE.name
-    )
+    case, plan = CASE, NufiltPlan(rounds=args.rounds)
+    if args.quick:
+        case, plan = (
+            replace(CASE, shapes=tuple(replace(shape, count=1) for shape in CASE.shapes)),
+            NufiltPlan(rounds=2),
+        )
+    return command.finish(run(case, plan, args.device, args.seed), args.out, CASE.name)
 
 
 def run(case: ExpertCase, plan: NufiltPlan, device: torch.device, seed: int = 0) -> Results:
@@ -80,9 +84,7 @@ def run(case: ExpertCase, plan: NufiltPlan, device: torch.device, seed: int = 0)
     layers, vectors_seconds = make(case, plan.options, device, seed)
     log.info("%d layers; their singular vectors took %.1f s", len(layers), vectors_seconds)
     rows, others = measure(layers, plan, device, seed)
-    shapes = [asdict(shape) for shape in case.shapes]
-    facts = {
-        "shapes": shapes,
+    facts = asdict(case) | {
         "layers": len(layers),
         "spectrum": cases.SPECTRUM,
         "options": asdict(plan.options),
@@ -96,34 +98,26 @@ def run(case: ExpertCase, plan: NufiltPlan, device: torch.device, seed: int = 0)
 def make(
     case: ExpertCase, options: NufiltOptions, device: torch.device, seed: int
 ) -> tuple[list[FilterLayer], float]:
-    """The layers of a second task, with the singular vectors both contenders are given, and the seconds that those took."""
-    deltas, merged = (
-        [
-            M
-            for shape in case.shapes
-            for M in cases.make(case, shape, shape.count, device, 2 * seed + part).deltas
-        ]
-        for part in (0, 1)
-    )
+    """The layers of a second task, with the singular vectors that both are given, and the seconds that those took."""
+
+    def matrices(seed: int) -> list[Tensor]:
+        problems = (cases.make(case, shape, shape.count, device, seed) for shape in case.shapes)
+        return [delta for problem in problems for delta in problem.deltas]
+
+    deltas, merged = matrices(2 * seed), matrices(2 * seed + 1)
     names = [f"layer {i}" for i in range(len(deltas))]
-
-    def vectors() -> tuple[list[Tensor], list[Tensor]]:
-        old = nufilt.right_vectors(merged, options.r_p, names)
-        return old, nufilt.right_vectors(deltas, options.r_v, names)
-
-    seconds, (old, new) = timed(vectors, device)
-
-    def start(name: str, delta: Tensor) -> Tensor:
+    wanted = (merged, options.r_p, names), (deltas, options.r_v, names)
+    seconds, (old, new) = timed(lambda: [nufilt.right_vectors(*one) for one in wanted], device)
+    starts = []
+    for name, delta in zip(names, deltas, strict=True):
         rank, width = min(options.r_l, *delta.shape), delta.shape[1]
-        return nufilt.INIT_STD * gaussian(seed, [name], rank, width, device, delta.dtype)[0]
-
-    starts = map(start, names, deltas)
+        starts.append(nufilt.INIT_STD * gaussian(seed, [name], rank, width, device, delta.dtype)[0])
     return [FilterLayer(*parts) for parts in zip(deltas, merged, old, new, starts, strict=True)], seconds
 
 
-def ours(layers: Sequence[FilterLayer], steps: int, lr: float) -> list[tuple[Tensor, Tensor]]:
+def ours(layers: Sequence[FilterLayer], steps: int, lr: float) -> list[Factors]:
     """As `mingle.methods.nufilt.updates` trains: the layers of a shape together on a GPU, one after the other on a CPU."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    found: dict[int, Factors] = {}
     for places in buckets([layer.delta for layer in layers]):
         parts = zip(*(layers[i] for i in places), strict=True)
         delta, merged, old, new, start = (stacked(list(part)) for part in parts)
@@ -133,14 +127,13 @@ def ours(layers: Sequence[FilterLayer], steps: int, lr: float) -> list[tuple[Ten
     return [found[i] for i in range(len(layers))]
 
 
-def train(layers: Sequence[FilterLayer], steps: int, lr: float) -> list[tuple[Tensor, Tensor]]:
-    """As it was published: every product computed anew at each step, autograd and Adam over the sum of all layers' losses."""
+def train(layers: Sequence[FilterLayer], steps: int, lr: float) -> list[Factors]:
+    """As it was published: every product computed anew at each step, autograd and Adam over the sum of all losses."""
     factors = [(layer.start.clone(), torch.zeros_like(layer.start.mT).contiguous()) for layer in layers]
     optimizer = torch.optim.Adam([factor.requires_grad_() for pair in factors for factor in pair], lr=lr)
     for _ in range(steps):
-        torch.stack(
-            [_loss(layer, A, B) for layer, (A, B) in zip(layers, factors, strict=True)]
-        ).sum().backward()
+        losses = [_loss(layer, A, B) for layer, (A, B) in zip(layers, factors, strict=True)]
+        torch.stack(losses).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return [(A.detach(), B.detach()) for A, B in factors]
@@ -149,18 +142,17 @@ def train(layers: Sequence[FilterLayer], steps: int, lr: float) -> list[tuple[Te
 def _loss(layer: FilterLayer, A: Tensor, B: Tensor) -> Tensor:
     """‖ΔV_new − (M + Δ(P + BA))V_new‖² + ‖MV_old − (M + Δ(P + BA))V_old‖², P = I − V_old V_oldᵀ."""
     delta, merged, old, new, _ = layer
-
-    def distance(target: Tensor, V: Tensor) -> Tensor:
-        projected = delta @ (V - old @ (old.mT @ V))
-        return (target @ V - merged @ V - projected - delta @ (B @ (A @ V))).square().sum()
-
-    return distance(delta, new) + distance(merged, old)
+    loss = delta.new_zeros(())
+    for target, V in ((delta, new), (merged, old)):
+        filtered = delta @ (V - old @ (old.mT @ V)) + delta @ (B @ (A @ V))
+        loss = loss + (target @ V - merged @ V - filtered).square().sum()
+    return loss
 
 
 def measure(
     layers: Sequence[FilterLayer], plan: NufiltPlan, device: torch.device, seed: int
 ) -> tuple[list[Row], float | None]:
-    """Each contender's status and errors on one layer of every shape, and where it is right the seconds per step of all."""
+    """Each contender's errors on one layer of every shape, and where it is right the seconds per step of all layers."""
     firsts = list({layer.delta.shape: layer for layer in reversed(layers)}.values())
     steps, lr = plan.options.steps, plan.options.lr
     exact = train([FilterLayer(*(part.double() for part in layer)) for layer in firsts], steps, lr)
@@ -177,7 +169,7 @@ def measure(
     return compare(contestants, device, Rounds(plan.seconds, fewest=2, most=plan.rounds), seed)
 
 
-def _error(layer: FilterLayer, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
+def _error(layer: FilterLayer, found: Factors, exact: Factors) -> float:
     update, truth = (layer.delta.double() @ B.double() @ A.double() for A, B in (found, exact))
     error = ((update - truth).norm() / truth.norm()).item()
     return error if error == error else math.inf

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from mingle.bench import command, judge, results, table
-from mingle.bench.gated_experts import breakdown, cases, comparison, floor
+from mingle.bench.gated_experts import breakdown, cases, check, floor, inputs
 from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase, Selection
+from mingle.bench.gated_experts.floor import Ceilings
+from mingle.bench.gated_experts.handmade import KernelPeer
 from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, STRATEGIES
-from mingle.bench.measure import OURS, log
-from mingle.bench.results import Results
+from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, log, verdict
+from mingle.bench.results import CaseResult, Results, case_result
 from mingle.io.files import write_json
 from mingle.io.provenance import device_name
 
 _SECONDS = 5.0  # of timing for a case that was asked for by name
+#: `backend="auto"` should be within this factor of the best strategy
+DISPATCH_LIMIT = 1.10
 _HELP = {
     "quick": "two minutes on a CPU",
     "gpu": "ten minutes on a large GPU",
@@ -48,11 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 folder.mkdir(parents=True, exist_ok=True)  # better now than after ten minutes
     except (ValueError, OSError) as error:  # unknown names, a file that is not there or holds something else
         parser.error(str(error))
-    found = (
-        break_down(selection, args.seed)
-        if is_breakdown
-        else run(selection, peers, device, args.seed, args.until)
-    )
+    if is_breakdown:
+        began, device = time.monotonic(), torch.device("cpu")
+        parts = [breakdown.measure(case, selection.seconds, args.seed) for case in selection.cases]
+        found = results.envelope("breakdown", device, args.seed, parts, (), began)
+    else:
+        found = run(selection, peers, device, args.seed, args.until)
     if args.out:
         write_json(args.out, found)
     if args.plots:
@@ -62,45 +69,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if regressions or command.status(found) else 0
 
 
-def break_down(selection: Selection, seed: int = 0) -> Results:
-    began = time.monotonic()
-    found = [breakdown.measure(case, selection.seconds, seed) for case in selection.cases]
-    return results.envelope("breakdown", torch.device("cpu"), seed, found, (), began)
-
-
 def run(
-    selection: Selection,
-    peers: Sequence[str],
-    device: torch.device,
-    seed: int = 0,
-    until: float = float("inf"),
+    selection: Selection, peers: Sequence[str], device: torch.device, seed: int = 0, until: float = math.inf
 ) -> Results:
     """The measurements of all cases that can be started before `until` seconds have passed.
 
-    `peers`, where there are any, are all that is run; otherwise those that take long to build are left out of cases that are not
-    `compiled`, and everywhere once `selection.build_until` seconds, or half of `until`, have passed.
+    `peers`, where there are any, are all that is run; otherwise those that take long to build are left out of cases that
+    are not `compiled`, and everywhere once `selection.build_until` seconds, or half of `until`, have passed.
     """
     began = time.monotonic()
     log.info("measuring the ceilings of %s", device_name(device))
-    limits = floor.ceilings((case.dtype for case in selection.cases), device)
-    found = []
+    limits, found = floor.ceilings((case.dtype for case in selection.cases), device), []
     for case in selection.cases:
         passed = time.monotonic() - began
         if passed > until:
             log.warning("%s and all after it: not run, %.0f s have passed", case.name, passed)
             break
-        chosen = peers or _default_peers(case, may_be_slow=passed < min(selection.build_until, until / 2))
+        may_be_slow = case.compiled and passed < min(selection.build_until, until / 2)
+        chosen = peers or [name for name in PEERS if name not in SLOW_TO_BUILD or may_be_slow]
         log.info("%s: %d peers, after %.0f s", case.name, len(chosen), passed)
-        candidates = [PEERS[name] for name in chosen]
-        found.append(comparison.measure(case, candidates, device, limits, selection.seconds, seed))
+        found.append(measure(case, [PEERS[name] for name in chosen], device, limits, selection.seconds, seed))
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    more = {"ceilings": asdict(limits), "remarks": comparison.dispatch_remarks(found)}
+    judged = {case["name"]: case["dispatch"] for case in found if case["dispatch"]}
+    bad = {name: choice for name, choice in judged.items() if not choice["within_limit"]}
+    good = f"in {len(judged) - len(bad)} of {len(judged)} cases"
+    remarks = [f'backend="auto" is within 10 % of the best strategy {good}']
+    remarks += [
+        f"{name}: {one['auto_over_best']:.2f}× the time of {one['best']}" for name, one in bad.items()
+    ]
+    more = {"ceilings": asdict(limits), "remarks": remarks}
     return results.envelope("kernels", device, seed, found, cases.TARGETS, began, **more)
 
 
-def _default_peers(case: KernelCase, may_be_slow: bool) -> list[str]:
-    return [name for name in PEERS if name not in SLOW_TO_BUILD or (case.compiled and may_be_slow)]
+def measure(
+    case: KernelCase,
+    peers: Sequence[KernelPeer],
+    device: torch.device,
+    limits: Ceilings,
+    seconds: float,
+    seed: int = 0,
+) -> CaseResult:
+    """Everything about one case; `seconds` bounds the time of the timing rounds."""
+    case_inputs = inputs.make(case, device, seed)
+    oracle = check.Oracle(case_inputs)
+
+    def prepare(peer: KernelPeer) -> tuple[Run, Row]:
+        adapted = peer.adapt(case_inputs)
+        run = peer.build(adapted)
+        if not peer.same(adapted.case):
+            run()
+            return run, {"status": "bound", "errors": None}
+        own = oracle if adapted is case_inputs else check.Oracle(adapted)
+        return run, verdict(own.errors(run), check.tolerance(adapted.x.dtype, device))
+
+    def contestant(peer: KernelPeer) -> Contestant:
+        return Contestant(peer.name, partial(prepare, peer), {"note": peer.note}, memory=not peer.captured)
+
+    rows, others = compare(list(map(contestant, peers)), device, Rounds(seconds, flush=True), seed)
+    least, bound = floor.floor(case, limits)
+    for row in rows:
+        if "median" in row and row["status"] == "ok":  # bounds do less work
+            row["floor_fraction"] = least / row["median"]
+    found = case_result(case.name, case.title, asdict(case), rows, cpus_used_by_others=others)
+    strategies = [name for name in STRATEGIES if name != OURS]
+    choice = judge.choice(judge.by_name(found), strategies, DISPATCH_LIMIT)
+    lower = {"count": asdict(floor.count(case)), "floor": {"seconds": least, "bound": bound}}
+    return found | lower | {"dispatch": choice}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     falls = "flag ratios to peers that fell by more than 10 %% since"
     add("--compare", type=Path, metavar="OLD.json", help=falls)
     late = "start no case after that many"
-    add("--until", type=float, default=float("inf"), metavar="SECONDS", help=late)
+    add("--until", type=float, default=math.inf, metavar="SECONDS", help=late)
     add("--device", help="cuda, cuda:1, cpu; by default a GPU where there is one")
     add("--seed", type=int, default=0, help="of the random tensors")
     add("--list", action="store_true", help="the names of selections, cases and peers")
@@ -129,13 +164,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names() -> list[str]:
     chosen = [f"--{name}: {' '.join(case.name for case in s.cases)}\n" for name, s in SELECTIONS.items()]
-    known = [f"--case {case.name:32}{case.shape}" for case in CASES.values()]
+    known = [f"--case {case.name:32}{case.title}" for case in CASES.values()]
     return chosen + known + [f'--peer "{peer.name}": {peer.note}' for peer in PEERS.values()]
 
 
 def _selection(args: argparse.Namespace, device: torch.device) -> Selection:
     if args.case:
-        return Selection(tuple(cases.case(name) for name in args.case), _SECONDS)
+        return Selection(tuple(CASES[cases.known(name, CASES, "case")] for name in args.case), _SECONDS)
     return SELECTIONS[args.selection or ("gpu" if device.type == "cuda" else "quick")]
 
 

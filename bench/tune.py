@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mingle.bench import table
-from mingle.bench.gated_experts import cases, inputs
-from mingle.bench.gated_experts.cases import SELECTIONS, KernelCase
+from mingle.bench.gated_experts import inputs
+from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase, known
 from mingle.bench.measure import timed
 from mingle.kernels.tiles import Tile
 from mingle.ops import dispatch
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     try:
-        chosen = [cases.case(name) for name in args.case] or list(SELECTIONS["gpu"].cases)
+        chosen = [CASES[known(name, CASES, "case")] for name in args.case] or list(SELECTIONS["gpu"].cases)
         for case in chosen:
             if reason := dispatch.without_triton(device, case.torch_dtype):
                 raise ValueError(f"{case.name}: {reason}")

@@ -75,58 +75,50 @@ def parts(t: Inputs) -> Iterator[Part]:
     yield Part("prepacked", name, lambda: gemm.linear_packed(joined, packed, t.bias), base + added)
 
 
+def _ready(run: Run) -> tuple[Run, Row]:
+    return run, {"status": "ok"}
+
+
+def _built(name: str, t: Inputs) -> tuple[Run, Row]:
+    return _ready(PEERS[name].build(t))
+
+
 def measure(case: KernelCase, seconds: float, seed: int = 0) -> CaseResult:
     """The parts of a forward case, rows with a ``form`` and ``flop``, and some whole layers, timed in turns."""
     device = torch.device("cpu")
     t = inputs.make(case, device, seed)
-
-    def ready(run: Run) -> tuple[Run, Row]:
-        return run, {"status": "ok"}
-
-    def whole(name: str) -> tuple[Run, Row]:
-        return ready(PEERS[name].build(t))
-
     with torch.no_grad():
-        contestants = [
-            Contestant(f"{p.form}: {p.name}", partial(ready, p.run), {"form": p.form, "flop": p.flop})
+        pieces = [
+            Contestant(f"{p.form}: {p.name}", partial(_ready, p.run), {"form": p.form, "flop": p.flop})
             for p in parts(t)
         ]
-        contestants += [
-            Contestant(name, partial(whole, name)) for name in (OURS, "mingle prepacked", *MERGES)
-        ]
-        rows, others = compare(contestants, device, Rounds(seconds), seed)
-    pieces = [row for row in rows if "form" in row]
+        wholes = [Contestant(name, partial(_built, name, t)) for name in (OURS, "mingle prepacked", *MERGES)]
+        rows, others = compare([*pieces, *wholes], device, Rounds(seconds), seed)
+    found = [row for row in rows if "form" in row]
     large = floor.ceilings([case.dtype], device).flop_per_second[case.dtype]
-    best = max(large, *(row["flop"] / row["median"] for row in pieces))
-    for row in pieces:
+    best = max(large, *(row["flop"] / row["median"] for row in found))
+    for row in found:
         row["best_fraction"] = row["flop"] / row["median"] / best
-    wholes = {row["name"]: row for row in rows if row["name"] in MERGES and "median" in row}
-    limits = [limit(form, pieces, wholes, best) for form in dict.fromkeys(row["form"] for row in pieces)]
-    rates = {"large_product_flop_per_second": large, "best_flop_per_second": best}
+    merges = {row["name"]: row for row in rows if row["name"] in MERGES and "median" in row}
+    limits = [limit(form, found, merges, best) for form in dict.fromkeys(row["form"] for row in found)]
     remarks = [f"best: {best / 1e9:.0f} GFLOP/s"]
-    for one in limits:
-        for merge, ratios in one["ratios"].items():
-            told = ", ".join(f"{what} {ratio:.2f}×" for what, ratio in ratios.items())
-            remarks.append(f"{one['form']}: {merge} over {told}")
-    return case_result(
-        case.name,
-        case.title,
-        asdict(case),
-        rows,
-        **rates,
-        limits=limits,
-        remarks=remarks,
-        cpus_used_by_others=others,
-    )
+    for form, merge, ratios in ((one["form"], *item) for one in limits for item in one["ratios"].items()):
+        remarks.append(
+            f"{form}: {merge} over " + ", ".join(f"{k} {ratio:.2f}×" for k, ratio in ratios.items())
+        )
+    more = {
+        "large_product_flop_per_second": large,
+        "best_flop_per_second": best,
+        "cpus_used_by_others": others,
+    }
+    return case_result(case.name, case.title, asdict(case), rows, **more, limits=limits, remarks=remarks)
 
 
 def limit(form: str, pieces: Sequence[Row], wholes: Mapping[str, Row], best: float) -> dict[str, Any]:
     """How many times as long the merges take as a form's parts, as its products, and as these at the best rate."""
     own = [row for row in pieces if row["form"] == form]
-    seconds = {
-        "parts": sum(row["median"] for row in own),
-        "products": sum(row["median"] for row in own if row["flop"]),
-        "products at the best rate": sum(row["flop"] for row in own) / best,
-    }
+    products = [row for row in own if row["flop"]]
+    seconds = {"parts": sum(row["median"] for row in own), "products": sum(row["median"] for row in products)}
+    seconds["products at the best rate"] = sum(row["flop"] for row in products) / best
     ratios = {name: {k: whole["median"] / s for k, s in seconds.items()} for name, whole in wholes.items()}
     return {"form": form, "seconds": seconds, "ratios": ratios}

@@ -45,89 +45,48 @@ class Ceilings:
     bytes_per_second: float
 
 
-class _Work:
-    """Numbers of entries, operations and bytes; a token uses `active` experts, and `stored` ones are read at all."""
+class Work:
+    """Operations and bytes of a case; a token uses `active` experts, and `stored` ones are read at all."""
 
     def __init__(self, case: KernelCase) -> None:
         active = 1 if case.routed else case.experts
         stored = min(case.experts, case.samples) if case.routed else case.experts
-        n, G, self.d_in, self.d_out, self.routed = case.rows, case.groups, case.d_in, case.d_out, case.routed
-        self.R, self.stored_R, self.base = active * case.rank, stored * case.rank, case.d_in * case.d_out
-        self.n, self.x, self.y, self.hidden = n, n * case.d_in, n * case.d_out, n * self.R
-        self.weights, self.folding = G * self.base, 2.0 * self.base * (G * self.R + n)
-        self.products = 2.0 * n * (self.base + self.R * (case.d_in + case.d_out))
-        gate = 0 if case.routed else case.experts * case.d_in
-        self.gate, self.gate_flop, self.newest = gate, 2.0 * G * gate, 0 if case.routed else G * case.d_in
-        self.item, self.gate_bytes = case.torch_dtype.itemsize, G * case.experts * _GATE_BYTES
+        N, G, R, d_in, d_out = case.rows, case.groups, active * case.rank, case.d_in, case.d_out
+        base, x, y, hidden, weights = d_in * d_out, N * d_in, N * d_out, N * R, G * d_in * d_out
+        A, B = stored * case.rank * d_in, stored * case.rank * d_out
+        # in fp32 and in the case's dtype; where a router gives the gates, there are none to compute
+        values, linear = G * case.experts * _GATE_BYTES, not case.routed
+        gate, newest, item = linear * case.experts * d_in, linear * G * d_in, case.torch_dtype.itemsize
+
+        products, folding = 2.0 * N * (base + R * (d_in + d_out)), 2.0 * base * (G * R + N)
+        self.base_flop, self.forward_flop = 2.0 * N * base, products + 2.0 * G * gate
+        self.folded_forward_flop = folding + 2.0 * G * gate
+        gate_backward = 2.0 * G * gate + 2 * newest
+        self.backward_flop = products + linear * 2 * hidden + gate_backward
+        dz = linear * min(folding, 2.0 * hidden * (d_in + d_out))
+        self.folded_backward_flop = 2.0 * N * base + dz + gate_backward
+
+        # x and A in, H and z out; x, H, z, base and B in, y out
+        self.forward_bytes = (x + A + gate + hidden + x + hidden + base + B + y) * item + 2 * values
+        # the three GEMMs gate H in place, and read y again for the last product
+        self.chain_bytes = self.forward_bytes + 2 * (hidden + y) * item
+        # dy, B and the saved H in, u and dz out; dy, u, base, A, the gates and z, dz in, dx out; x for the newest gate
+        moved = y + B + 2 * hidden + y + hidden + base + A + x + gate + newest
+        self.backward_bytes = moved * item + (2 + linear) * values
+        # W₀, A and B in, W_eff out once per gate vector; x and W_eff in, y out; the gates read x before
+        self.folded_forward_bytes = (base + A + B + 2 * weights + x + y + linear * (x + gate)) * item
+        self.folded_backward_bytes = (weights + x + y + x + linear * (gate + y)) * item
 
 
 def count(case: KernelCase) -> Count:
-    """Of the forward pass, or of forward and backward together."""
-    low_rank, folded = forward_flop(case), folded_forward_flop(case)
-    moved, base = forward_bytes(case), 2.0 * case.rows * case.d_in * case.d_out
-    if case.backward:
-        low_rank, folded = low_rank + backward_flop(case), folded + folded_backward_flop(case)
-        moved, base = moved + backward_bytes(case), 2 * base
+    """Of the forward pass, or of forward and backward together, by the cheaper algorithm."""
+    w, back = Work(case), case.backward
+    low_rank = w.forward_flop + back * w.backward_flop
+    folded = w.folded_forward_flop + back * w.folded_backward_flop
+    base = w.base_flop * (1 + back)
     if folded < low_rank:
-        return Count(folded, "folded", base, folded_bytes(case))
-    return Count(low_rank, "low-rank", base, moved)
-
-
-def forward_flop(case: KernelCase) -> float:
-    w = _Work(case)
-    return w.products + w.gate_flop
-
-
-def folded_forward_flop(case: KernelCase) -> float:
-    w = _Work(case)
-    return w.folding + w.gate_flop
-
-
-def backward_flop(case: KernelCase) -> float:
-    """Of the gradients of x and the newest gate, everything else being frozen."""
-    w = _Work(case)
-    return w.products + (0 if w.routed else 2 * w.hidden) + w.gate_flop + 2 * w.newest
-
-
-def folded_backward_flop(case: KernelCase) -> float:
-    w = _Work(case)
-    dz = 0 if w.routed else min(w.folding, 2.0 * w.hidden * (w.d_in + w.d_out))
-    return 2.0 * w.n * w.base + dz + w.gate_flop + 2 * w.newest
-
-
-def forward_bytes(case: KernelCase) -> float:
-    """Of two launches: x and the shrinking half in, H and z out; x, H, z, base and the expanding half in, y out."""
-    w = _Work(case)
-    shrink = w.x + w.stored_R * w.d_in + w.gate + w.hidden
-    expand = w.x + w.hidden + w.base + w.stored_R * w.d_out + w.y
-    return (shrink + expand) * w.item + 2 * w.gate_bytes
-
-
-def chain_bytes(case: KernelCase) -> float:
-    """Of the forward pass as three GEMMs: H is gated in place, and y is read again by the last product."""
-    w = _Work(case)
-    return forward_bytes(case) + 2 * (w.hidden + w.y) * w.item
-
-
-def backward_bytes(case: KernelCase) -> float:
-    """Of two launches: dy, B and the saved H in, u and dz out; dy, u, base, A, the gates and z, dz in, dx out; x for
-    the newest gate.
-    """
-    w = _Work(case)
-    upstream = w.y + w.stored_R * w.d_out + 2 * w.hidden
-    expand = w.y + w.hidden + w.base + w.stored_R * w.d_in + w.x
-    return (upstream + expand + w.gate + w.newest) * w.item + (2 if w.routed else 3) * w.gate_bytes
-
-
-def folded_bytes(case: KernelCase) -> float:
-    """W₀, A and B in, W_eff out once per gate vector; then x and W_eff in, y out; the gates read x before.  Backward
-    likewise with dy.
-    """
-    w = _Work(case)
-    fold = w.base + w.stored_R * (w.d_in + w.d_out) + w.weights
-    forward = fold + w.weights + w.x + w.y + (0 if w.routed else w.x + w.gate)
-    backward = w.weights + w.x + w.y + w.x + (0 if w.routed else w.gate + w.y)
-    return (forward + backward * case.backward) * w.item
+        return Count(folded, "folded", base, w.folded_forward_bytes + back * w.folded_backward_bytes)
+    return Count(low_rank, "low-rank", base, w.forward_bytes + back * w.backward_bytes)
 
 
 def ceilings(

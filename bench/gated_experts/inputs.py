@@ -16,11 +16,11 @@ from mingle.kernels.gated_experts import reference
 
 @dataclass(frozen=True)
 class Inputs:
-    """x [samples, tokens, d_in], W₀ [d_out, d_in], b, A [T, r, d_in], B [T, d_out, r], the gates of all experts but the newest
-    and the newest one's, dy, and a router's gates [samples, T].
+    """x [samples, tokens, d_in], W₀ [d_out, d_in], b, A [T, r, d_in], B [T, d_out, r], dy, the gates of all experts but
+    the newest and the newest one's, and a router's gates [samples, T].
 
-    In a case with a backward pass x and the newest gate require gradients.  B is a view of [T, r, d_out], as `MingleLinear`
-    stores it.
+    In a case with a backward pass x and the newest gate require gradients.  B is a view of [T, r, d_out], as
+    `MingleLinear` stores it.
     """
 
     case: KernelCase
@@ -41,12 +41,10 @@ class Inputs:
         return self._joined() if self.case.backward else self._joined_once
 
     def _joined(self) -> tuple[Tensor, Tensor]:
-        weight = torch.cat([self.frozen_gate_weight, self.gate_weight])
-        return weight, torch.cat([self.frozen_gate_bias, self.gate_bias])
+        weights, biases = (self.frozen_gate_weight, self.gate_weight), (self.frozen_gate_bias, self.gate_bias)
+        return torch.cat(weights), torch.cat(biases)
 
-    @cached_property
-    def _joined_once(self) -> tuple[Tensor, Tensor]:
-        return self._joined()
+    _joined_once = cached_property(_joined)
 
     def gate_values(self) -> Tensor:
         """The gates of every token, sample or batch, linear in x or as given: broadcast against [samples, tokens, T]."""
@@ -86,31 +84,27 @@ class Inputs:
 def make(case: KernelCase, device: torch.device, seed: int = 0) -> Inputs:
     """Random inputs, the same on every device.
 
-    Every expert adds about as much to y as the base does, so that leaving one out is an error of 1/√(T + 1), well above bf16's
-    limit.  dy is random with some of the newest expert's output added: a gate's gradient is a sum over tokens and features, and
-    without a part that keeps its sign it could cancel to nothing, whose relative error means nothing.  The 1/√N keeps fp16
-    from overflowing.
+    Every expert adds about as much to y as the base does, so that leaving one out is an error of 1/√(T + 1), well above
+    bf16's limit.  dy is random with some of the newest expert's output added: a gate's gradient is a sum over tokens and
+    features, and without a part that keeps its sign it could cancel to nothing, whose relative error means nothing.
+    The 1/√N keeps fp16 from overflowing.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, variance: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator).mul_(variance**0.5).to(device)
 
-    experts, rank, d_in, d_out = case.experts, case.rank, case.d_in, case.d_out
-    x = normal(case.samples, case.tokens, d_in)
-    A = normal(experts, rank, d_in, variance=1 / d_in)
-    B_transposed = normal(experts, rank, d_out, variance=1 / rank)
-    gate_weight, sign = normal(experts, d_in, variance=1 / d_in), normal(experts).sign()
-    gate_bias = sign * (0.5 + torch.rand(experts, generator=generator).to(device))
+    T, r, d_in, d_out = case.experts, case.rank, case.d_in, case.d_out
+    x, A = normal(case.samples, case.tokens, d_in), normal(T, r, d_in, variance=1 / d_in)
+    B_transposed, w = normal(T, r, d_out, variance=1 / r), normal(T, d_in, variance=1 / d_in)
+    bias = normal(T).sign() * (0.5 + torch.rand(T, generator=generator).to(device))
     # the part that keeps its sign is at least 8 σ of the rest in a sample
     share = max(0.1, 8 / (case.tokens * d_out) ** 0.5)
     dy = normal(case.samples, case.tokens, d_out) + share * (x @ A[-1].mT @ B_transposed[-1])
     gates = None
     if case.routed:
-        chosen = torch.randint(experts, (case.samples,), generator=generator).sort().values
-        gates = torch.nn.functional.one_hot(chosen, experts).float().to(device)
-    weight, bias = normal(d_out, d_in, variance=1 / d_in), normal(d_out)
-    frozen, newest = (gate_weight[:-1], gate_bias[:-1]), (gate_weight[-1:], gate_bias[-1:])
-    scaled = dy / case.rows**0.5
-    inputs = Inputs(case, x, weight, bias, A, B_transposed.mT, *frozen, *newest, scaled, gates)
+        chosen = torch.randint(T, (case.samples,), generator=generator).sort().values
+        gates = torch.nn.functional.one_hot(chosen, T).float().to(device)
+    layer = normal(d_out, d_in, variance=1 / d_in), normal(d_out), A, B_transposed.mT
+    inputs = Inputs(case, x, *layer, w[:-1], bias[:-1], w[-1:], bias[-1:], dy / case.rows**0.5, gates)
     return inputs.to(case.torch_dtype)

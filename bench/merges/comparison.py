@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mingle.bench.machine import LoadMeter, PeakMemory, available
+from mingle.bench.machine import STAGES, LoadMeter, PeakMemory, Stopwatch, available
 from mingle.bench.measure import OURS, Rounds, Row, interleaved, log, relative, summary
 from mingle.bench.merges import agreement, contenders
 from mingle.bench.merges.agreement import Experts
 from mingle.bench.merges.cases import BF16, PUBLISHED, MergeProblem, Tuned
 from mingle.bench.merges.contenders import EXACT, NOTES, Contender
-from mingle.bench.merges.stopwatch import STAGES, Stopwatch
 from mingle.nn.inject import find_targets
 from mingle.nn.linear import LowRankExpert
 

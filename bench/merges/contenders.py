@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from mingle import linalg
+from mingle.bench.machine import Stopwatch
 from mingle.bench.measure import OURS
 from mingle.bench.merges.agreement import Experts, Gates
 from mingle.bench.merges.cases import BF16, EAGER, PUBLISHED, MergeProblem, Tuned
 from mingle.bench.merges.published import PublishedMerge
-from mingle.bench.merges.stopwatch import Stopwatch
 from mingle.io.state_dicts import task_vector
 from mingle.merging.evaluate import accuracy
 from mingle.merging.merger import MergedTask, Merger

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mingle.bench.machine import peak_bytes
+from mingle.bench.machine import Stopwatch, peak_bytes
 from mingle.bench.measure import OURS, Row, log, summary
 from mingle.bench.merges import cases, comparison, contenders
 from mingle.bench.merges.cases import PUBLISHED, MergeCase, MergeProblem
-from mingle.bench.merges.stopwatch import Stopwatch
 from mingle.bench.results import CaseResult, case_result
 from mingle.methods.mingle import Mingle
 from mingle.nn.linear import LowRankExpert
@@ -44,61 +44,49 @@ def sweep(
 ) -> CaseResult:
     """One curve of each contender: a row for each value, and what is fitted to them."""
     rows: list[Row] = []
-    for value in values:
-        for contender in (OURS, PUBLISHED):
-            row = _step(contender, FIXED | {name: value}, device, reduce, steps, seed)
-            rows.append({"name": contender, "status": "ok", "at": value} | row)
-            log.info("growth with %s = %d: %s: %.1f ms", name, value, contender, row["median"] * 1e3)
-    fitted = {
-        contender: {
-            key: exponents(values, [row[key] for row in rows if row["name"] == contender])
-            for key in ("median", "peak_bytes")
-        }
-        for contender in (OURS, PUBLISHED)
-    }
-    remarks = [
-        f"{contender}: exponent of {what} {one[key]['all']:.2f}, of the upper half {one[key]['upper']:.2f}"
-        for contender, one in fitted.items()
-        for key, what in (("median", "a step"), ("peak_bytes", "memory"))
-    ]
+    for value, contender in itertools.product(values, (OURS, PUBLISHED)):
+        row = _step(contender, FIXED | {name: value}, device, reduce, steps, seed)
+        rows.append({"name": contender, "status": "ok", "at": value} | row)
+        log.info("growth with %s = %d: %s: %.1f ms", name, value, contender, row["median"] * 1e3)
+    fitted: dict[str, dict[str, dict[str, float]]] = {OURS: {}, PUBLISHED: {}}
+    remarks = []
+    for (contender, one), key in itertools.product(fitted.items(), ("median", "peak_bytes")):
+        one[key] = exponents(values, [row[key] for row in rows if row["name"] == contender])
+        told = f"{one[key]['all']:.2f}, of the upper half {one[key]['upper']:.2f}"
+        remarks.append(f"{contender}: exponent of {'a step' if key == 'median' else 'memory'} {told}")
     facts = {"swept": name, "values": list(values)}
     return case_result(f"growth with {name}", _LABELS[name], facts, rows, exponents=fitted, remarks=remarks)
 
 
 def exponents(values: Sequence[float], costs: Sequence[float]) -> dict[str, float]:
     """p of cost ∝ valueᵖ, fitted to all points and to the upper half of them, at least two."""
-    half = max(2, (len(values) + 1) // 2)
-    points = {"all": len(values), "upper": half}
-    return {
-        name: float(np.polyfit(np.log(values[-n:]), np.log(costs[-n:]), 1)[0]) for name, n in points.items()
-    }
+    points = {"all": len(values), "upper": max(2, (len(values) + 1) // 2)}
+    logs = np.log(values), np.log(costs)
+    return {name: float(np.polyfit(logs[0][-n:], logs[1][-n:], 1)[0]) for name, n in points.items()}
 
 
 def small_problem(sizes: Mapping[str, int], reduce: str, steps: int, seed: int) -> MergeProblem:
     """A small tower of the sizes `tasks`, `layers` and `width`; its experts are state dicts, not files."""
-    width = sizes["width"]
-    vision = cases.vit(width, sizes["layers"], max(1, width // 64), 4, 28)
-    case = MergeCase("growth", f"{sizes['layers']} blocks of width {width}", vision, 64)
-    base = cases.random_clip(vision, 64, seed)
+    vision = cases.vit(sizes["width"], sizes["layers"], max(1, sizes["width"] // 64), 4, 28)
+    case, base = MergeCase("growth", "a small tower", vision, 64), cases.random_clip(vision, 64, seed)
     options = dict(rank=RANK, batch_size=BATCH, reduce=reduce, steps=steps)
     expert = partial(cases.tuned_tower, base, seed=seed)
     return cases.synthetic(case, base, sizes["tasks"], options, expert, seed, classes=10, seeds=SEEDS)
 
 
 def _step(
-    contender: str, sizes: Mapping[str, int], device: torch.device, reduce: str, steps: int, seed: int
+    name: str, sizes: Mapping[str, int], device: torch.device, reduce: str, steps: int, seed: int
 ) -> Row:
     """Seconds of the steps but the first, and the most bytes that one adaptation holds."""
     problem = small_problem(sizes, reduce, steps, seed)
     *past, new = comparison.history(problem, sizes["tasks"], seed)
-    layers = [name.removesuffix(".A") for name in new if name.endswith(".A")]
-    given = {name: LowRankExpert(new[f"{name}.A"], new[f"{name}.B"]) for name in layers}
-    expert, seeds = problem.expert(len(past)), problem.seeds(len(past))
-    running, once = (contenders.start(contender, problem, Stopwatch(device), steps=n) for n in (steps, 2))
+    layers = [key.removesuffix(".A") for key in new if key.endswith(".A")]
+    given = {layer: LowRankExpert(new[f"{layer}.A"], new[f"{layer}.B"]) for layer in layers}
+    running, once = (contenders.start(name, problem, Stopwatch(device), steps=n) for n in (steps, 2))
     for one in (running, once):
         one.restore(past)
-    seconds = summary(running.add(expert, seeds, given))
-    return seconds | {"peak_bytes": peak_bytes(lambda: once.add(expert, seeds, given), device) or 0}
+    task = problem.expert(len(past)), problem.seeds(len(past)), given
+    return summary(running.add(*task)) | {"peak_bytes": peak_bytes(lambda: once.add(*task), device) or 0}
 
 
 def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[str, Any]:
@@ -116,15 +104,10 @@ def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[s
         running.add(expert, seeds)
         held.append(_held(device) - before)
         accounted.append(_accounted(running.method))
-    rest = [h - a for h, a in zip(held, accounted, strict=True)]
-    slope = float(np.polyfit(range(1, tasks + 1), rest, 1)[0]) if tasks > 1 else 0.0
-    return {
-        "tasks": list(range(1, tasks + 1)),
-        "held_bytes": held,
-        "accounted_bytes": accounted,
-        "unaccounted_bytes_per_task": slope,
-        "ok": abs(slope) <= ALLOWED * accounted[-1] / tasks,
-    }
+    rest, count = np.subtract(held, accounted), np.arange(1, tasks + 1)
+    slope = float(np.polyfit(count, rest, 1)[0]) if tasks > 1 else 0.0
+    found = {"tasks": count.tolist(), "held_bytes": held, "accounted_bytes": accounted}
+    return found | {"unaccounted_bytes_per_task": slope, "ok": abs(slope) <= ALLOWED * accounted[-1] / tasks}
 
 
 def _accounted(method: Mingle) -> int:

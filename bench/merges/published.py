@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mingle.adaptation.train import shuffled_batches
+from mingle.bench.machine import Stopwatch
 from mingle.bench.merges.agreement import Experts, Gates
 from mingle.bench.merges.cases import MergeProblem, Tuned
-from mingle.bench.merges.stopwatch import Stopwatch
 from mingle.methods.mingle import MingleOptions
 from mingle.nn.linear import GATE_INIT_STD, LowRankExpert
 from mingle.tasks import TaskData

@@ -15,9 +15,9 @@ import torch
 
 from mingle import cli
 from mingle.bench import judge, machine, measure, plot, results, run, table
-from mingle.bench.gated_experts import breakdown, cases, check, comparison, floor, handmade, inputs
+from mingle.bench.gated_experts import breakdown, cases, check, floor, handmade, inputs
 from mingle.bench.gated_experts.cases import KernelCase, Selection
-from mingle.bench.gated_experts.peer import KernelPeer, differentiated
+from mingle.bench.gated_experts.handmade import KernelPeer, differentiated
 from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD
 from mingle.bench.judge import Target, by_name
 from mingle.bench.measure import OURS, Rounds, Unavailable
@@ -36,18 +36,20 @@ def tiny(reduce: str = "sample", **changes) -> KernelCase:
     [("vit-b16", 129.7, 29.7, 254, 461), ("vit-b32", 6.9, 3.8, 17.7, None), ("image", 0.26, 0.06, 5.6, None)],
 )
 def test_counts_are_those_of_the_published_table(shape, giga_flop, base, mega_bytes, chain):
-    case = cases.case(f"{shape}-token-bf16")
+    case = cases.CASES[f"{shape}-token-bf16"]
     count = floor.count(case)
     assert count.algorithm == "low-rank"
     assert count.flop / 1e9 == pytest.approx(giga_flop, rel=0.02)
     assert count.base_flop / 1e9 == pytest.approx(base, rel=0.02)
     assert count.bytes / 1e6 == pytest.approx(mega_bytes, rel=0.01)
     if chain:
-        assert floor.chain_bytes(case) / 1e6 == pytest.approx(chain, rel=0.01)
+        assert floor.Work(case).chain_bytes / 1e6 == pytest.approx(chain, rel=0.01)
 
 
 def test_the_floor_of_the_large_case_on_an_h100():
-    seconds, bound = floor.floor(cases.case("vit-b16-token-bf16"), floor.Ceilings({"bfloat16": 798e12}, 3e12))
+    seconds, bound = floor.floor(
+        cases.CASES["vit-b16-token-bf16"], floor.Ceilings({"bfloat16": 798e12}, 3e12)
+    )
     assert bound == "arithmetic"
     assert seconds == pytest.approx(162e-6, rel=0.01)
 
@@ -57,15 +59,17 @@ def test_folding_is_counted_where_it_is_cheaper(d_out, threshold):
     below, above = (KernelCase("", 1, threshold + more, 768, d_out, 8, reduce="batch") for more in (-2, 2))
     assert floor.count(below).algorithm == "low-rank"
     assert floor.count(above).algorithm == "folded"
-    assert floor.forward_flop(above) / floor.folded_forward_flop(above) == pytest.approx(1, rel=0.02)
+    assert floor.Work(above).forward_flop / floor.Work(above).folded_forward_flop == pytest.approx(
+        1, rel=0.02
+    )
 
 
 def test_a_backward_pass_doubles_the_products_and_routing_counts_one_expert():
     case = tiny(backward=True)
     assert 1.9 < floor.count(case).flop / floor.count(tiny()).flop < 2.2
     assert floor.count(case).bytes > 2 * floor.count(tiny()).bytes
-    assert floor.forward_flop(tiny(routed=True)) == pytest.approx(
-        floor.forward_flop(tiny(experts=1)), rel=0.02
+    assert floor.Work(tiny(routed=True)).forward_flop == pytest.approx(
+        floor.Work(tiny(experts=1)).forward_flop, rel=0.02
     )
 
 
@@ -167,7 +171,7 @@ def test_a_wrong_peer_is_named_and_gets_no_time(dtype):
         KernelPeer("careless", one_dropped, "one expert short"),
         KernelPeer("broken", lambda t: lambda: 1 / 0, "raises"),
     ]
-    result = by_name(comparison.measure(tiny(dtype=dtype), peers, CPU, LIMITS, 0.0))
+    result = by_name(run.measure(tiny(dtype=dtype), peers, CPU, LIMITS, 0.0))
     assert result[OURS]["status"] == "ok" and result[OURS]["median"] > 0
     assert result["careless"]["status"] == "wrong" and result["careless"]["errors"]["y"] > 0.05
     assert "y is off by" in result["careless"]["reason"]
@@ -178,7 +182,7 @@ def test_a_wrong_peer_is_named_and_gets_no_time(dtype):
 
 def test_not_a_number_is_wrong_and_fits_into_json():
     peer = KernelPeer("poisoned", lambda t: lambda: {"y": torch.full_like(t.dy, float("nan"))}, "NaN")
-    result = by_name(comparison.measure(tiny(), [peer], CPU, LIMITS, 0.0))["poisoned"]
+    result = by_name(run.measure(tiny(), [peer], CPU, LIMITS, 0.0))["poisoned"]
     assert result["status"] == "wrong"
     assert result["errors"] == {"y": None}
 
@@ -269,8 +273,9 @@ def test_a_breakdown_makes_the_products_of_the_case(monkeypatch, tmp_path, capsy
     (found,) = results.read(tmp_path / "breakdown.json")["cases"]
     parts = [row for row in found["rows"] if "form" in row]
     assert list(dict.fromkeys(part["form"] for part in parts)) == forms
-    count = floor.folded_forward_flop if reduce == "batch" else floor.forward_flop
-    assert sum(part["flop"] for part in parts) == pytest.approx(count(case), rel=0.03)
+    work = floor.Work(case)
+    count = work.folded_forward_flop if reduce == "batch" else work.forward_flop
+    assert sum(part["flop"] for part in parts) == pytest.approx(count, rel=0.03)
     assert all(0 < part["p20"] <= part["median"] <= part["p80"] for part in parts)
     assert "tiny" in capsys.readouterr().out
     for limit in found["limits"]:

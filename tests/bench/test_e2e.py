@@ -16,11 +16,11 @@ from transformers import CLIPModel
 
 from mingle.bench import e2e, judge, results
 from mingle.bench.judge import by_name
+from mingle.bench.machine import STAGES, Stopwatch
 from mingle.bench.measure import OURS
 from mingle.bench.merges import agreement, cases, comparison, contenders, growth
 from mingle.bench.merges.cases import BF16, CASES, EAGER, PUBLISHED, MergeProblem
 from mingle.bench.merges.published import PublishedMerge
-from mingle.bench.merges.stopwatch import STAGES, Stopwatch
 from mingle.tasks import TaskData, get
 
 CPU = torch.device("cpu")
