@@ -51,7 +51,7 @@ def projections(
     """Every peer from the problem's Δ and earlier experts to new experts."""
     optima, ranks = check.projected_optima(problem)
     found = _compared("project", problem, peers, check.expert_errors, optima, budget, seed)
-    return found | {"effective_ranks": list(ranks.values())}
+    return found | {"effective_ranks": ranks}
 
 
 def _compared(
@@ -79,11 +79,12 @@ def _compared(
         row = verdict(errors(output, seen), peer.limit, limits if part == "decompose" else {})
         return run, row | ({"first_seconds": seconds} if row["status"] == "ok" else {})
 
-    contestants = []
-    for peer in peers:
+    def contestant(peer: ExpertPeer) -> Contestant:
         own = problem if peer.batched else problem.first()
         facts = {"telling": peer.telling, "layers": own.layers, **peer.facts}
-        contestants.append(Contestant(peer.name, partial(prepare, peer, own), facts, own.layers))
+        return Contestant(peer.name, partial(prepare, peer, own), facts, own.layers)
+
+    contestants = list(map(contestant, peers))
     rows, others = compare(contestants, device, Rounds(each=budget.seconds, warm_ups=0), seed, peers[0].name)
     shape = problem.shape
     facts = {"part": part, "shape": asdict(shape), "timed_layers": problem.layers}
@@ -97,26 +98,21 @@ def whole(case: ExpertCase, part: str, shapes: Sequence[CaseResult], ours: str) 
     Percentiles are the sums of the shapes' percentiles, wider than those of a whole task; ratios to ours are weighted
     with our time.  A row that is missing for a shape, or wrong, is ``left out``.
     """
-    counts = [one["facts"]["shape"]["count"] for one in shapes]
-    named, rows = [by_name(one) for one in shapes], []
-    own = [
-        n * here[ours]["median"] if "median" in here.get(ours, {}) else None
-        for n, here in zip(counts, named, strict=True)
-    ]
+    counts, named = [one["facts"]["shape"]["count"] for one in shapes], [by_name(one) for one in shapes]
+    own, rows = [here.get(ours, {}).get("median") for here in named], []
     for first in shapes[0]["rows"]:
         row: Row = {key: first[key] for key in ("name", "telling", "note") if key in first}
         found = [here.get(row["name"], {}) for here in named]
-        missing = [one["name"] for one, peer in zip(shapes, found, strict=True) if "median" not in peer]
         rows.append(row)
-        if missing:
+        if missing := [one["name"] for one, peer in zip(shapes, found, strict=True) if "median" not in peer]:
             row |= {"status": "left out", "reason": f"no time of {', '.join(missing)}"}
             continue
         row |= {"status": "ok", "errors": {"excess": max(peer["errors"]["excess"] for peer in found)}}
         for key in ("median", "p20", "p80"):
             row[key] = sum(n * peer[key] for n, peer in zip(counts, found, strict=True))
-        if weights := [w for w in own if w is not None] if None not in own else []:
-            for key in ("round_ratio", "round_ratio_p20", "round_ratio_p80"):
-                row[key] = sum(w * peer[key] for w, peer in zip(weights, found, strict=True)) / sum(weights)
+        for key in ("round_ratio", "round_ratio_p20", "round_ratio_p80") if all(own) else ():
+            weights = [n * taken for n, taken in zip(counts, own, strict=True)]
+            row[key] = sum(w * peer[key] for w, peer in zip(weights, found, strict=True)) / sum(weights)
     title = f"{part}: {case.title}, {case.layers} layers, after {case.earlier} tasks"
     return case_result(f"{case.name} {part}", title, {"part": part, "shape": None}, rows)
 
@@ -146,12 +142,9 @@ def run(case: ExpertCase, device: torch.device, seconds: float, seed: int = 0) -
         problem = cases.make(case, shape, shape.count if device.type == "cuda" else 1, device, seed)
         decomposed.append(decompositions(problem, peers(device), budget, seed))
         projected.append(projections(problem, pipelines(device), budget, seed))
-    wholes = [
-        whole(case, "decompose", decomposed, ACCURATE),
-        whole(case, "project", projected, OURS),
-    ]
+    sums = whole(case, "decompose", decomposed, ACCURATE), whole(case, "project", projected, OURS)
     model = asdict(case) | {"layers": case.layers, "spectrum": cases.SPECTRUM}
-    found = [*decomposed, *projected, *wholes]
+    found = [*decomposed, *projected, *sums]
     return results.envelope("experts", device, seed, found, cases.TARGETS, began, model=model, method=_METHOD)
 
 

@@ -70,13 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=7, help="how often each contender is timed")
     args = command.begin(parser, arguments)
-    case, plan = CASE, NufiltPlan(rounds=args.rounds)
-    if args.quick:
-        case, plan = (
-            replace(CASE, shapes=tuple(replace(shape, count=1) for shape in CASE.shapes)),
-            NufiltPlan(rounds=2),
-        )
-    return command.finish(run(case, plan, args.device, args.seed), args.out, CASE.name)
+    once = tuple(replace(shape, count=1) for shape in CASE.shapes)
+    case, rounds = (replace(CASE, shapes=once), 2) if args.quick else (CASE, args.rounds)
+    found = run(case, NufiltPlan(rounds=rounds), args.device, args.seed)
+    return command.finish(found, args.out, CASE.name)
 
 
 def run(case: ExpertCase, plan: NufiltPlan, device: torch.device, seed: int = 0) -> Results:
@@ -84,11 +81,8 @@ def run(case: ExpertCase, plan: NufiltPlan, device: torch.device, seed: int = 0)
     layers, vectors_seconds = make(case, plan.options, device, seed)
     log.info("%d layers; their singular vectors took %.1f s", len(layers), vectors_seconds)
     rows, others = measure(layers, plan, device, seed)
-    facts = asdict(case) | {
-        "layers": len(layers),
-        "spectrum": cases.SPECTRUM,
-        "options": asdict(plan.options),
-    }
+    facts: Row = {"layers": len(layers), "spectrum": cases.SPECTRUM, "options": asdict(plan.options)}
+    facts["shapes"] = [asdict(shape) for shape in case.shapes]
     found = [case_result(case.name, case.title, facts, rows, cpus_used_by_others=others)]
     more = {"method": _METHOD, "singular_vectors_seconds": vectors_seconds}
     asked = [Target(case.name, PUBLISHED, TARGET)]

@@ -103,12 +103,10 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     pattern = _mixed(shape, generator, device)
     deltas = torch.stack([_shuffled(pattern, generator) for _ in range(layers)])
-
-    def expert() -> LowRankExpert:
-        return LowRankExpert.from_dense(_shuffled(pattern, generator), case.rank)
-
-    earlier = tuple(tuple(expert() for _ in range(case.earlier)) for _ in range(layers))
-    return ExpertProblem(shape, case.rank, deltas, earlier)
+    count = layers * case.earlier
+    experts = [LowRankExpert.from_dense(_shuffled(pattern, generator), case.rank) for _ in range(count)]
+    earlier = (tuple(experts[i * case.earlier : (i + 1) * case.earlier]) for i in range(layers))
+    return ExpertProblem(shape, case.rank, deltas, tuple(earlier))
 
 
 def _mixed(shape: LayerShape, generator: torch.Generator, device: torch.device) -> Tensor:

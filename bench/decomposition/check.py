@@ -58,44 +58,43 @@ Optima = Mapping[int, Optimum]
 
 
 def optima(problem: ExpertProblem) -> Optima:
-    return {i: Optimum.of(problem.deltas[i], problem.rank) for i in sorted({0, problem.layers - 1})}
+    return {i: Optimum.of(problem.deltas[i], problem.rank) for i in {0, problem.layers - 1}}
 
 
-def projected_optima(problem: ExpertProblem) -> tuple[Optima, dict[int, int]]:
+def projected_optima(problem: ExpertProblem) -> tuple[Optima, list[int]]:
     """The same for Δ without the leading block of the earlier updates, by QR and SVD in float64; and that block's size."""
-    found, ranks = {}, {}
+    found, ranks = {}, []
     for i in sorted({0, problem.layers - 1}):
         B, A = (part.double() for part in concatenated(problem.earlier[i]))
         (left, upper), (right, lower) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
         U, S, Vh = torch.linalg.svd(upper @ lower.mT)
-        ranks[i] = effective_rank(S)
-        U, V = left @ U[:, : ranks[i]], right @ Vh[: ranks[i]].mT
-        delta = problem.deltas[i].double()
+        ranks.append(rank := effective_rank(S))
+        U, V, delta = left @ U[:, :rank], right @ Vh[:rank].mT, problem.deltas[i].double()
         found[i] = Optimum.of(delta - U @ (U.mT @ delta @ V) @ V.mT, problem.rank)
     return found, ranks
 
 
 def decomposition_errors(result: Triplets, expected: Optima) -> dict[str, float]:
     """The worst of the layers that were looked at; infinite where a shape is wrong or an entry is not finite."""
-
-    def errors(i: int, optimum: Optimum) -> dict[str, float]:
+    found = []
+    for i, optimum in expected.items():
         (m, n), r = optimum.M.shape, len(optimum.sigma)
-        shapes = [tuple(part[i].shape) for part in result] if i < len(result[0]) else []
-        if shapes != [(m, r), (r,), (r, n)]:
-            return dict.fromkeys(_ERRORS, math.inf)
-        return optimum.errors(*(part[i] for part in result))
-
-    return _worst([errors(i, optimum) for i, optimum in expected.items()])
+        parts = [part[i] for part in result] if i < len(result[0]) else []
+        right = [tuple(part.shape) for part in parts] == [(m, r), (r,), (r, n)]
+        found.append(optimum.errors(*parts) if right else dict.fromkeys(_ERRORS, math.inf))
+    return _worst(found)
 
 
 def expert_errors(result: Factors, expected: Optima) -> dict[str, float]:
-    def excess(i: int, optimum: Optimum) -> float:
-        B, A = result[i] if i < len(result) else (optimum.M[:0], optimum.M[:0])
-        if (len(B), A.shape[1]) != optimum.M.shape or B.shape[1] != len(optimum.sigma):
-            return math.inf
-        return optimum.excess(B.double() @ A.double())
-
-    return _worst([{"excess": excess(i, optimum)} for i, optimum in expected.items()])
+    found = []
+    for i, optimum in expected.items():
+        shapes = [tuple(part.shape) for part in result[i]] if i < len(result) else []
+        (m, n), r = optimum.M.shape, len(optimum.sigma)
+        right = shapes == [(m, r), (r, n)]
+        found.append(
+            {"excess": optimum.excess(result[i][0].double() @ result[i][1].double()) if right else math.inf}
+        )
+    return _worst(found)
 
 
 def _worst(layers: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -19,18 +19,17 @@ from mingle.kernels.gated_experts import reference
 
 #: one forward pass, or one forward and backward pass where the case says so
 Pass = Callable[[], Outputs]
+#: dense updates that autograd would keep for the backward pass
+_MOST_BYTES = {"cpu": 4e9, "cuda": 40e9}
 
 
 @dataclass(frozen=True)
 class KernelPeer:
     """One way to compute a case.
 
-    Attributes:
-        build: makes the callable; raises `Unavailable` with a reason.
-        note: what it is, for people.
-        adapt: the tensors it works on instead of the case's, with an oracle of their own.
-        same: whether it computes the case's function; otherwise it is a bound, never compared with the oracle.
-        captured: its memory belongs to a CUDA graph, so that peak memory says nothing.
+    `build` makes the callable, or raises `Unavailable`; `adapt`: the tensors it works on instead of the case's, with an
+    oracle of their own; `same`: whether it computes the case's function, otherwise it is a bound, never compared;
+    `captured`: its memory belongs to a CUDA graph, so that peak memory says nothing.
     """
 
     name: str
@@ -41,14 +40,14 @@ class KernelPeer:
     captured: bool = False
 
 
-def differentiated(inputs: Inputs, forward: Callable[[], Tensor]) -> Pass:
+def differentiated(t: Inputs, forward: Callable[[], Tensor]) -> Pass:
     """`forward` without gradients, or with those of x and the newest gate for the upstream gradient dy."""
-    wanted = inputs.differentiated() if inputs.case.backward else {}
+    wanted = t.differentiated() if t.case.backward else {}
 
     def run() -> Outputs:
         with torch.set_grad_enabled(bool(wanted)):
             y = forward()
-        gradients = torch.autograd.grad(y, tuple(wanted.values()), inputs.dy) if wanted else ()
+        gradients = torch.autograd.grad(y, tuple(wanted.values()), t.dy) if wanted else ()
         return {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
 
     return run
@@ -57,10 +56,10 @@ def differentiated(inputs: Inputs, forward: Callable[[], Tensor]) -> Pass:
 def replayed(build: Callable[[Inputs], Pass]) -> Callable[[Inputs], Pass]:
     """Another peer's pass, backward included, recorded once in a CUDA graph; outputs stay in the graph's memory."""
 
-    def build_graph(inputs: Inputs) -> Pass:
-        if not inputs.x.is_cuda:
+    def build_graph(t: Inputs) -> Pass:
+        if not t.x.is_cuda:
             raise Unavailable("CUDA graphs need a CUDA device")
-        run, graph, stream = build(inputs), torch.cuda.CUDAGraph(), torch.cuda.Stream(inputs.x.device)
+        run, graph, stream = build(t), torch.cuda.CUDAGraph(), torch.cuda.Stream(t.x.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # warms up
@@ -81,19 +80,14 @@ def replayed(build: Callable[[Inputs], Pass]) -> Callable[[Inputs], Pass]:
     return build_graph
 
 
-#: dense updates that autograd would keep for the backward pass
-_MOST_BYTES = {"cpu": 4e9, "cuda": 40e9}
-
-
 def build_loop(t: Inputs) -> Pass:
-    """The published way: one expert after another, each with two narrow products and an addition into y."""
     return differentiated(
         t, lambda: reference.gated_experts(t.x, t.weight, t.bias, t.A, t.B, t.gate_values())
     )
 
 
 def build_chain(t: Inputs) -> Pass:
-    """Three GEMMs: all A side by side, the base, all B side by side added into y; gates in place where possible."""
+    """All A side by side, the base, all B side by side added into y; gates in place where nothing is saved."""
     down, up = t.side_by_side()
     return differentiated(t, lambda: chain(t, down, up, in_place=not t.case.backward))
 
@@ -129,8 +123,8 @@ def build_compiled(t: Inputs) -> Pass:
 
 
 def build_fold(t: Inputs) -> Pass:
-    """One product makes W₀ + B_cat diag(g) A_cat, one more applies it: right for one gate vector."""
-    _one_gate_vector(t)
+    """One product makes W₀ + B_cat diag(g) A_cat, one more applies it."""
+    _need(t.case.groups == 1, "gates differ within the batch")
     down, up = t.side_by_side()
 
     def forward() -> Tensor:
@@ -138,11 +132,6 @@ def build_fold(t: Inputs) -> Pass:
         return F.linear(t.x, torch.addmm(t.weight, (up * gates.unsqueeze(1)).mT, down), t.bias)
 
     return differentiated(t, forward)
-
-
-def _one_gate_vector(t: Inputs) -> None:
-    if t.case.groups > 1:
-        raise Unavailable("gates differ within the batch")
 
 
 def merge(t: Inputs, gates: Tensor) -> Tensor:
@@ -154,10 +143,8 @@ def merge(t: Inputs, gates: Tensor) -> Tensor:
 
 
 def build_per_sample(t: Inputs) -> Pass:
-    """Every sample has a weight of its own, merged densely and used once."""
-    other = {"token": "one weight for each token", "batch": "one weight for the whole batch: see dense merge"}
-    if reason := other.get(t.case.reduce):
-        raise Unavailable(reason)
+    _need(t.case.reduce != "token", "one weight for each token")
+    _need(t.case.reduce != "batch", "one weight for the whole batch: see dense merge")
     _refuse_too_large(t, t.case.samples)
 
     def forward() -> Tensor:
@@ -168,26 +155,23 @@ def build_per_sample(t: Inputs) -> Pass:
 
 
 def build_dense(t: Inputs) -> Pass:
-    """One merged weight for the batch, expert by expert."""
-    _one_gate_vector(t)
+    _need(t.case.groups == 1, "gates differ within the batch")
     _refuse_too_large(t, 1)
     return differentiated(t, lambda: F.linear(t.x, merge(t, t.gate_values().flatten()), t.bias))
 
 
+def _need(condition: bool, reason: str) -> None:
+    if not condition:
+        raise Unavailable(reason)
+
+
 def _refuse_too_large(t: Inputs, weights: int) -> None:
     kept = weights * (t.case.experts if t.case.backward else 1) * t.weight.nbytes
-    if kept > _MOST_BYTES.get(t.x.device.type, 4e9):
-        raise Unavailable(f"autograd would keep {kept / 1e9:.0f} GB of dense updates")
-
-
-def build_folded(t: Inputs) -> Pass:
-    """One product with a weight merged before: the same function only as long as the gates do not change."""
-    with torch.no_grad():
-        return build_linear(t, merge(t, t.gate_values().flatten(0, -2)[0]))
+    _need(kept <= _MOST_BYTES[t.x.device.type], f"autograd would keep {kept / 1e9:.0f} GB of dense updates")
 
 
 def build_linear(t: Inputs, weight: Tensor | None = None) -> Pass:
-    """The base layer alone, or one with another weight."""
+    """The base layer, or another `weight`; the gates are not differentiated."""
     used = t.weight if weight is None else weight
 
     def run() -> Outputs:
@@ -198,9 +182,13 @@ def build_linear(t: Inputs, weight: Tensor | None = None) -> Pass:
     return run
 
 
+@torch.no_grad()
+def build_folded(t: Inputs) -> Pass:
+    return build_linear(t, merge(t, t.gate_values().flatten(0, -2)[0]))
+
+
 def _single_precision(t: Inputs) -> Inputs:
-    if t.case.dtype == "float32":
-        raise Unavailable("the case is in fp32 already")
+    _need(t.case.dtype != "float32", "the case is in fp32 already")
     return t.to(torch.float32)
 
 

@@ -36,8 +36,8 @@ def build(t: Inputs, backend: str = "auto") -> Pass:
     return differentiated(t, forward)
 
 
-def _build_explicit(inputs: Inputs, backend: str) -> Pass:
-    run = build(inputs, backend)
+def _build_explicit(t: Inputs, backend: str) -> Pass:
+    run = build(t, backend)
     try:
         run()
     except RuntimeError as error:
@@ -47,12 +47,12 @@ def _build_explicit(inputs: Inputs, backend: str) -> Pass:
     return run
 
 
-def build_prepacked(inputs: Inputs) -> Pass:
+def build_prepacked(t: Inputs) -> Pass:
     """As `MingleLinear(…, prepack=True)` does, check for changed weights at every call included."""
-    if inputs.case.routed or not gemm.packing_pays(inputs.x.flatten(0, 1), inputs.case.d_out):
+    if t.case.routed or not gemm.packing_pays(t.x.flatten(0, 1), t.case.d_out):
         raise Unavailable("no packed product would be the fastest here")
-    up = inputs.B.mT.clone()  # copies are found by memory: the other peers are to have none
-    own = replace(inputs, weight=inputs.weight.clone(), A=inputs.A.clone(), B=up.mT)
+    up = t.B.mT.clone()  # copies are found by memory: the other peers are to have none
+    own = replace(t, weight=t.weight.clone(), A=t.A.clone(), B=up.mT)
     run = build(own)
 
     def packed() -> Outputs:
@@ -62,10 +62,10 @@ def build_prepacked(inputs: Inputs) -> Pass:
     return packed
 
 
-def _one_expert(inputs: Inputs) -> Inputs:
-    if not inputs.case.routed:
+def _one_expert(t: Inputs) -> Inputs:
+    if not t.case.routed:
         raise Unavailable("only where a router opens one expert per sample")
-    return inputs.one_expert()
+    return t.one_expert()
 
 
 def build_xlora(t: Inputs) -> Pass:

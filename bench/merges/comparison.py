@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mingle.bench.machine import STAGES, LoadMeter, PeakMemory, Stopwatch, available
-from mingle.bench.measure import OURS, Rounds, Row, interleaved, log, relative, summary
+from mingle.bench.measure import OURS, Rounds, Row, interleaved, log, relative, summary, timed
 from mingle.bench.merges import agreement, contenders
 from mingle.bench.merges.agreement import Experts
 from mingle.bench.merges.cases import BF16, PUBLISHED, MergeProblem, Tuned
@@ -72,16 +72,19 @@ def _agree(row: Row, verdicts: Mapping[str, Any]) -> None:
 def run(problem: MergeProblem, name: str, device: torch.device) -> Row:
     """One merge of all tasks, and the accuracy after the last; making experts and samples is not counted."""
     memory, load, clock = PeakMemory(device), LoadMeter(), Stopwatch(device)
-    began, waiting, steps = time.perf_counter(), 0.0, []
+    waiting, steps = 0.0, []
+
+    def made(*parts: Callable[[], Any]) -> list[Any]:
+        nonlocal waiting
+        seconds, found = timed(lambda: [part() for part in parts], torch.device("cpu"))
+        waiting += seconds
+        return found
+
+    began = time.perf_counter()
     contender = contenders.start(name, problem, clock)
     for i in range(problem.tasks):
-        made = time.perf_counter()
-        expert, seeds = problem.expert(i), problem.seeds(i)
-        waiting += time.perf_counter() - made
-        steps.append(contender.add(expert, seeds))
-    made = time.perf_counter()
-    tests = [problem.tests(i) for i in range(problem.tasks)]
-    waiting += time.perf_counter() - made
+        steps.append(contender.add(*made(partial(problem.expert, i), partial(problem.seeds, i))))
+    tests = made(*(partial(problem.tests, i) for i in range(problem.tasks)))
     accuracy = contenders.mean_accuracy(contender, tests)
     wall = time.perf_counter() - began - waiting
     log.info("%s: %s: %.1f s", problem.case.name, name, wall)
