@@ -1,4 +1,4 @@
-"""What making a task's experts costs, beside LAPACK, cuSOLVER and torch.svd_lowrank: ``python bench/decompose.py``."""
+"""What making a task's experts costs, beside LAPACK and torch.svd_lowrank: ``python bench/decompose.py``."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _compared(
 def whole(case: ExpertCase, part: str, shapes: Sequence[CaseResult], ours: str) -> CaseResult:
     """All layers together: the sum over shapes of the measured seconds per layer times the count of layers.
 
-    Percentiles are the sums of the shapes' percentiles, wider than those of a whole task; ratios to ours are weighted
+    Percentiles are the sums of the shapes', wider than those of a whole task; ratios to ours are weighted
     with our time.  A row that is missing for a shape, or wrong, is ``left out``.
     """
     counts, named = [one["facts"]["shape"]["count"] for one in shapes], [by_name(one) for one in shapes]

@@ -1,4 +1,4 @@
-"""What a whole continual merge costs: ``python bench/e2e.py``, against plain formulas with full SVDs and the published procedure."""
+"""What a whole continual merge costs, beside the published procedure: ``python bench/e2e.py``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROUNDS, _STEPS, _MEASURED_STEPS = 3, 50, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one case, or the growth curves.  Returns 0, or 1 where gates did not agree or memory grew beyond what is kept."""
+    """Run one case, or the growth curves.  Returns 1 where gates did not agree or memory leaked, else 0."""
     args = _arguments(arguments)
     _quiet()
     if args.growth:
@@ -92,7 +92,9 @@ def run(
         facts = {"tasks": tasks, "options": problem.options, "seeds": len(problem.seeds(0))}
     comparison.relate(rows)
     method = comparison.WHOLE if is_whole else comparison.STAGED
-    title = f"Merging {tasks} tasks into {case.title}, gates of a {reduce}{'' if is_whole else '; a sum of parts'}"
+    title = f"Merging {tasks} tasks into {case.title}, gates of a {reduce}" + "; a sum of parts" * (
+        not is_whole
+    )
     more = {} if is_whole else {"remarks": [f"a sum, not a measured whole: {method}"]}
     facts |= {"model": case.title, "data": "the suite's own" if is_whole else cases.SYNTHETIC}
     found = [case_result(f"{case.name}, {tasks} tasks", title, facts, rows, **more)]
@@ -109,8 +111,8 @@ def grow(device: torch.device, reduce: str, quick: bool, seed: int = 0) -> Resul
     kept, fixed = growth.kept(device, tasks, reduce, seed), growth.FIXED
     held, known = (kept[key][-1] / 1e6 for key in ("held_bytes", "accounted_bytes"))
     remark = (
-        f"after {tasks} tasks: {held:.2f} MB in tensors beyond the base, {known:.2f} MB of them experts, gates and bases; "
-        f"unaccounted per task: {kept['unaccounted_bytes_per_task']:.0f} bytes"
+        f"after {tasks} tasks: {held:.2f} MB in tensors beyond the base, {known:.2f} MB of them experts, "
+        f"gates and bases; unaccounted per task: {kept['unaccounted_bytes_per_task']:.0f} bytes"
     )
     sizes = fixed | {"rank": growth.RANK, "batch": growth.BATCH, "tokens": 50, "reduce": reduce}
     varied = (

@@ -20,7 +20,7 @@ DROP = 0.5
 class Target:
     """In `case` `peer` should take at least `ratio` times as long as `ours`, as a whole or in one `stage`.
 
-    It counts on a `device` of that type, and is met only where the first of our errors is at most `error`, our
+    It counts on a `device` of that type, and is met only where the first of our errors is at most `error`,
     accuracy is unchanged, and no other processes disturbed either row.
     """
 
@@ -38,7 +38,7 @@ def by_name(case: Mapping[str, Any]) -> dict[str, Row]:
 
 
 def targets(cases: Iterable[Mapping[str, Any]], asked: Iterable[Target], device: str) -> list[dict[str, Any]]:
-    """What the targets of these cases ask for and what was found; those whose rows have no times are left out."""
+    """What the targets of these cases ask for and what was found; left out where rows have no times."""
     rows, judged = {case["name"]: by_name(case) for case in cases}, []
     for target in asked:
         here = rows.get(target.case, {})
@@ -62,7 +62,7 @@ def targets(cases: Iterable[Mapping[str, Any]], asked: Iterable[Target], device:
 
 
 def _ratio(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> float | None:
-    """The median over common rounds, or by way of what both take relative to ours; None where there are no times."""
+    """The median over common rounds, or by way of both ratios to ours; None where there are no times."""
     there, here = theirs.get("seconds", ()), own.get("seconds", ())
     if there and len(there) == len(here) and all(here):
         return statistics.median(a / b for a, b in zip(there, here, strict=True))
@@ -93,7 +93,7 @@ def regressions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def choice(rows: Mapping[str, Row], strategies: Sequence[str], limit: float) -> dict[str, Any] | None:
-    """Whether `OURS` was within `limit` of the fastest of the strategies; None where there is nothing to compare."""
+    """Whether `OURS` was within `limit` of the fastest strategy; None where there is nothing to compare."""
     timed = {name: rows[name]["round_ratio"] for name in strategies if "round_ratio" in rows.get(name, {})}
     if not timed:
         return None

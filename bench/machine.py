@@ -1,4 +1,4 @@
-"""What is read from the machine while something runs: others on the CPUs, memory held, and seconds by stage."""
+"""What is read from the machine meanwhile: others on the CPUs, memory held, and seconds by stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MUCH = 0.2
 
 
 class LoadMeter:
-    """How many CPUs other processes keep busy from its making on: they slow threads that wait for one another."""
+    """How many CPUs other processes keep busy from its making on."""
 
     def __init__(self) -> None:
         self._began, self._start = time.monotonic(), self._others()

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 Run = Callable[[], Any]
 #: ratios are relative to this row; rows whose names begin with it are other forms of this library
 OURS = "mingle"
-#: seconds; what takes longer is not called again where rounds are counted by `each`: its time is that of the checked call
+#: seconds; where rounds are counted by `each`, what takes longer has the time of the call that was checked
 SLOW = 4.0
 _FEWEST_EACH, _MOST_EACH = 3, 40
 _FLUSH_BYTES = 2**28  # more than the L2 cache of any GPU
@@ -35,8 +35,9 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to be timed: `prepare` returns what is called, if there is any use in it, and what a check found.  Its
-    seconds are those of one of `parts` parts; `facts` go into its row, and peak memory where that is wanted.
+    """Something to be timed: `prepare` returns what is called, if there is any use in it, and what a check
+    found. Its seconds are those of one of `parts` parts; `facts` go into its row, and peak memory where
+    wanted.
     """
 
     name: str
@@ -48,10 +49,10 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Rounds:
-    """How often: after the `fewest` rounds, none is begun that would not end within `seconds`; or, every contestant
+    """How often: after the `fewest` rounds, none is begun that would not end within `seconds`; or, everything
     takes part in as many of the first rounds as last `each` seconds.
 
-    `flush`: on a GPU evict the L2 cache before each call, which also gives the host time to enqueue the launches.
+    `flush`: on a GPU evict the L2 cache before each call, which gives the host time to enqueue the launches.
     `collect`: let Python collect garbage meanwhile, for calls that make cycles of large tensors.
     """
 
@@ -67,7 +68,7 @@ class Rounds:
 def compare(
     contestants: Sequence[Contestant], device: torch.device, rounds: Rounds, seed: int = 0, ours: str = OURS
 ) -> tuple[list[Row], float | None]:
-    """A row for each, correctness first, then times of those that are right; and the CPUs that others used meanwhile."""
+    """A row for each, correctness first, then times of what is right; and the CPUs others used meanwhile."""
     rows, runs, parts = [], {}, {one.name: one.parts for one in contestants}
     for one in contestants:
         row: Row = {"name": one.name, "status": "failed", **one.facts}
@@ -99,7 +100,7 @@ def compare(
 
 
 def _shares(first: Mapping[str, float], ours: str, seconds: float) -> dict[str, int]:
-    """In how many rounds each takes part by its first time: a few at least, and ours in all; what is `SLOW` in none."""
+    """In how many rounds each takes part: a few at least, and ours in all; what is `SLOW` in none."""
     wanted = {name: max(_FEWEST_EACH, math.ceil(seconds / taken)) for name, taken in first.items()}
     found = {name: 0 if first[name] > SLOW else min(_MOST_EACH, count) for name, count in wanted.items()}
     return found | ({ours: max(found.values())} if ours in found else {})
@@ -112,8 +113,8 @@ def interleaved(
     seed: int = 0,
     shares: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every step in every round; a round calls each step once, in an order of its own, so that noise hits
-    all alike.  With `shares`, every step takes part in that many of the first rounds.
+    """Seconds of every step in every round; a round calls each step once, in an order of its own, so that
+    noise hits all alike.  With `shares`, every step takes part in that many of the first rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, most = list(steps), rounds.most if shares is None else max(shares.values(), default=0)
@@ -155,7 +156,7 @@ def _round(
 
 
 def timed(run: Run, device: torch.device) -> tuple[float, Any]:
-    """Seconds of one call, and its result; on a GPU between events around it, the second of which is waited for."""
+    """Seconds of one call, and its result; on a GPU between events around it."""
     if device.type != "cuda":
         began, result = time.perf_counter(), run()
         return time.perf_counter() - began, result
@@ -174,7 +175,7 @@ def _event() -> torch.cuda.Event:
 def verdict(errors: Mapping[str, float], tolerance: float, others: Mapping[str, float] | None = None) -> Row:
     """Status, errors and tolerance: each error is at most `tolerance` on both sides of zero.
 
-    With `others`, that is the first error's limit, these are the limits of others, and the rest are only shown.
+    With `others`, that is the limit of the first, these are limits of more, and the rest are only shown.
     """
     limits = dict.fromkeys(errors if others is None else list(errors)[:1], tolerance) | dict(others or {})
     wrong = [name for name, limit in limits.items() if not -limit <= errors[name] <= limit]
@@ -192,8 +193,8 @@ def summary(series: Sequence[float]) -> Row:
 
 
 def relative(series: Sequence[float], ours: Sequence[float]) -> Row:
-    """How many times as long as ours: by the medians, and per round, which is what drift of the machine does not touch;
-    the i-th times are those of one round.
+    """How many times as long as ours: by the medians, and per round, which drift of the machine does not
+    touch; the i-th times are those of one round.
     """
     ratios = [theirs / own for theirs, own in zip(series, ours, strict=False)]
     low, high = percentiles(ratios)

@@ -1,4 +1,4 @@
-"""What NUFILT's training costs, beside one that computes every product anew at each step: ``python bench/nufilt.py``."""
+"""What NUFILT's training costs, beside the published one: ``python bench/nufilt.py``."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ TOLERANCE = 1e-4
 _SHAPES = LayerShape(768, 768, 48), LayerShape(3072, 768, 12)
 CASE = ExpertCase("vit-b-32", "attention and fc1 of a ViT-B/32", _SHAPES, earlier=0)
 _METHOD = (
-    "seconds per step, of all layers: ours from whole trainings, what is made once per layer included; the published "
-    "training from a few steps in a row, as all its steps are alike.  Medians over rounds, in which both take turns.  "
-    "Singular vectors are given to both."
+    "seconds per step, of all layers: ours from whole trainings, what is made once per layer included; "
+    "the published training from a few steps in a row, as all its steps are alike.  Medians over rounds, "
+    "in which both take turns.  Singular vectors are given to both."
 )
 
 
@@ -54,7 +54,7 @@ Train = Callable[[Sequence[FilterLayer], int, float], list[Factors]]
 
 @dataclass(frozen=True)
 class NufiltPlan:
-    """Settings of the method, rounds, steps of the published training in a round, and the seconds that all may take."""
+    """Settings of the method, rounds, steps of the published training in one, and seconds for all."""
 
     options: NufiltOptions = field(default_factory=NufiltOptions)
     rounds: int = 7
@@ -92,7 +92,7 @@ def run(case: ExpertCase, plan: NufiltPlan, device: torch.device, seed: int = 0)
 def make(
     case: ExpertCase, options: NufiltOptions, device: torch.device, seed: int
 ) -> tuple[list[FilterLayer], float]:
-    """The layers of a second task, with the singular vectors that both are given, and the seconds that those took."""
+    """The layers of a second task, with the singular vectors both are given, and the seconds those took."""
 
     def matrices(seed: int) -> list[Tensor]:
         problems = (cases.make(case, shape, shape.count, device, seed) for shape in case.shapes)
@@ -110,7 +110,7 @@ def make(
 
 
 def ours(layers: Sequence[FilterLayer], steps: int, lr: float) -> list[Factors]:
-    """As `mingle.methods.nufilt.updates` trains: the layers of a shape together on a GPU, one after the other on a CPU."""
+    """As `mingle.methods.nufilt.updates` trains: on a GPU the layers of a shape together."""
     found: dict[int, Factors] = {}
     for places in buckets([layer.delta for layer in layers]):
         parts = zip(*(layers[i] for i in places), strict=True)
@@ -122,7 +122,7 @@ def ours(layers: Sequence[FilterLayer], steps: int, lr: float) -> list[Factors]:
 
 
 def train(layers: Sequence[FilterLayer], steps: int, lr: float) -> list[Factors]:
-    """As it was published: every product computed anew at each step, autograd and Adam over the sum of all losses."""
+    """As published: every product anew at each step, autograd and Adam over the sum of all losses."""
     factors = [(layer.start.clone(), torch.zeros_like(layer.start.mT).contiguous()) for layer in layers]
     optimizer = torch.optim.Adam([factor.requires_grad_() for pair in factors for factor in pair], lr=lr)
     for _ in range(steps):
@@ -146,7 +146,7 @@ def _loss(layer: FilterLayer, A: Tensor, B: Tensor) -> Tensor:
 def measure(
     layers: Sequence[FilterLayer], plan: NufiltPlan, device: torch.device, seed: int
 ) -> tuple[list[Row], float | None]:
-    """Each contender's errors on one layer of every shape, and where it is right the seconds per step of all layers."""
+    """Each one's errors on one layer of every shape, and where it is right the seconds per step of all."""
     firsts = list({layer.delta.shape: layer for layer in reversed(layers)}.values())
     steps, lr = plan.options.steps, plan.options.lr
     exact = train([FilterLayer(*(part.double() for part in layer)) for layer in firsts], steps, lr)

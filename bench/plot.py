@@ -1,4 +1,4 @@
-"""Pictures of results: rows as bars, cases under the measured roofline, error over time, and cost over size."""
+"""Pictures of results: rows as bars, cases under the roofline, error over time, and cost over size."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ _DTYPES = {
 _STYLE = {
     "font.size": 9, "axes.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8.5, "figure.titlesize": 11,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#E4E4E4",
-    "hatch.linewidth": 0.6, "legend.fontsize": 8, "legend.frameon": False, "savefig.dpi": 150, "savefig.bbox": "tight",
+    "hatch.linewidth": 0.6, "legend.fontsize": 8, "legend.frameon": False, "savefig.dpi": 150,
+    "savefig.bbox": "tight",
 }
 # fmt: on
 #: excess residuals under this are rounding errors, and drawn there
@@ -40,9 +41,9 @@ _LEAST = 1e-13
 
 
 def write_plots(results: Results, folder: Path, name: str) -> list[Path]:
-    """Every picture of the results in `folder`, which is made where it is missing; none where nothing was timed.
+    """Every picture of the results in `folder`, which is made if missing; none where nothing was timed.
 
-    ``bars-CASE`` and ``roofline`` of kernels, ``curves-NAME`` and ``task-NAME`` of experts, ``NAME`` of others.
+    ``bars-CASE`` and ``roofline`` of kernels, ``curves-NAME`` and ``task-NAME`` of experts, else ``NAME``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -125,7 +126,7 @@ def _bar(ax: Axes, y: int, row: Row) -> None:
 
 
 def _roofline(results: Results, cases: Sequence[CaseResult]) -> Figure:
-    """Operations per second over operations per byte, those of the cheaper algorithm, under the measured ceilings."""
+    """Operations per second over operations per byte, of the cheaper algorithm, under the ceilings."""
     copy = results["ceilings"]["bytes_per_second"] / 1e12
     roofs = {dtype: rate / 1e12 for dtype, rate in results["ceilings"]["flop_per_second"].items()}
     figure = _figure(

@@ -1,15 +1,15 @@
 """The one form of every result, as plain data.
 
-    envelope  format, format_version, benchmark, date, device, versions, commit, float32_matmul_precision, seed,
-              seconds, cases, targets, and what a benchmark says of the whole run
+    envelope  format, format_version, benchmark, date, device, versions, commit, float32_matmul_precision,
+              seed, seconds, cases, targets, and what a benchmark says of the whole run
     case      name, title, facts (what was computed), rows, and where known cpus_used_by_others, remarks
               (sentences for people), and what this benchmark alone says of a case
-    row       name and status; ``errors`` and ``tolerance`` where it was checked; a ``reason`` where it has no
-              times, else ``median``, ``p20``, ``p80``, ``repetitions``, ``seconds`` (of every round), ``ratio`` (of
-              the medians to ours), ``round_ratio`` with its percentiles (of each round to ours); ``peak_bytes``,
-              ``note``, and what is said of this row alone
+    row       name and status; ``errors`` and ``tolerance`` where it was checked; a ``reason`` where it has
+              no times, else ``median``, ``p20``, ``p80``, ``repetitions``, ``seconds`` (of every round),
+              ``ratio`` (of the medians to ours), ``round_ratio`` with its percentiles (of each round to
+              ours); ``peak_bytes``, ``note``, and what is said of this row alone
 
-A status is ``ok``, ``bound`` (another function, not compared), ``wrong``, ``failed``, ``unavailable`` or ``left out``.
+A status: ``ok``, ``bound`` (of another function), ``wrong``, ``failed``, ``unavailable``, ``left out``.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _HELP = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a selection.  Returns 0, or 1 where a result of ours was wrong or failed, or a comparison found a regression."""
+    """Run a selection.  Returns 1 where a result of ours was wrong or failed, or regressed, else 0."""
     parser = _parser()
     args = parser.parse_args(arguments)
     command.show_progress()
@@ -74,8 +74,9 @@ def run(
 ) -> Results:
     """The measurements of all cases that can be started before `until` seconds have passed.
 
-    `peers`, where there are any, are all that is run; otherwise those that take long to build are left out of cases that
-    are not `compiled`, and everywhere once `selection.build_until` seconds, or half of `until`, have passed.
+    `peers`, where there are any, are all that is run; otherwise those that take long to build are left out of
+    cases that are not `compiled`, and everywhere once `selection.build_until` seconds, or half of `until`,
+    have passed.
     """
     began = time.monotonic()
     log.info("measuring the ceilings of %s", device_name(device))
@@ -141,7 +142,7 @@ def measure(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mingle bench",
-        description="Time the gated sum of experts against other ways to compute it, each checked against float64 first.",
+        description="Time the gated sum of experts beside other ways to compute it, each checked first.",
         epilog="Without a selection: --gpu where there is a CUDA device, else --quick.",
     )
     select, add = parser.add_mutually_exclusive_group(), parser.add_argument

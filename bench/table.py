@@ -115,7 +115,7 @@ def _table(results: Results, plain: bool) -> Table:
 
 
 def _notes(results: Results) -> Iterator[tuple[str, str | None]]:
-    """Rows that ran nowhere with their reasons, faults, disturbed cases, what each benchmark remarks, the targets."""
+    """What ran nowhere, faults, disturbed cases, what each benchmark remarks, and the targets."""
     rows = [(case["name"], row) for case in results["cases"] for row in case["rows"]]
     ran = {row["name"] for _, row in rows if row["status"] in ("ok", "bound")}
     absent = {row["name"]: row["reason"] for _, row in rows if row["status"] == "unavailable"}

@@ -1,6 +1,7 @@
-"""Search tile sizes for cases of the kernels' benchmark on this GPU: ``python bench/tune.py --case vit-b16-sample-bf16``.
+"""Search tile sizes for cases on this GPU: ``python bench/tune.py --case vit-b16-sample-bf16``.
 
-What is found is kept for this user and GPU, and used from then on (`mingle.kernels.tiles`).  Nothing is ever searched unasked.
+What is found is kept for this user and GPU, and used from then on (`mingle.kernels.tiles`).  Nothing is ever
+searched unasked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is decomposed: the layers of a task, task vectors with a stated spectrum, and the experts of the tasks before."""
+"""What is decomposed: the layers of a task, task vectors with a stated spectrum, and earlier experts."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def make(
 def _mixed(shape: LayerShape, generator: torch.Generator, device: torch.device) -> Tensor:
     """A matrix [m, n] in float64 with this spectrum and singular vectors without any structure.
 
-    Random orthogonal factors of 14336 rows take minutes; Hartley transforms of random signs, twice over, seconds.
+    Random orthogonal factors of 14336 rows take minutes; Hartley transforms of random signs take seconds.
     """
     M = torch.zeros(shape.m, shape.n, dtype=torch.float64, device=device)
     M.diagonal().copy_(spectrum(shape.shorter) * _ENTRY * (shape.m * shape.n) ** 0.5)
@@ -129,7 +129,7 @@ def _hartley(rows: Tensor) -> Tensor:
 
 
 def _shuffled(M: Tensor, generator: torch.Generator) -> Tensor:
-    """M in fp32 with rows and columns permuted and their signs drawn anew: M's singular values, but not its directions."""
+    """M in fp32, rows and columns permuted, signs drawn anew: its singular values, but not its directions."""
     rows, columns = (torch.randperm(size, generator=generator).to(M.device) for size in M.shape)
     left, right = (_signs(size, generator, M.device) for size in M.shape)
     return (M[rows][:, columns] * left.unsqueeze(1) * right).float()

@@ -13,18 +13,18 @@ from mingle.bench.decomposition.cases import ExpertProblem
 from mingle.bench.decomposition.peers import Factors, Triplets, effective_rank
 from mingle.methods.experts import concatenated
 
-# Beside the excess residual: max |UᵀU − I|, and of V, which LAPACK's fp32 keeps for 14336 rows, and the largest singular
-# value, which every sketch finds.  Of our orthogonality the specification asks for more.
+# Beside the excess residual: max |UᵀU − I|, and of V, which LAPACK's fp32 keeps for 14336 rows, and the
+# largest singular value, which every sketch finds.  Of our orthogonality more is asked.
 LIMITS = {"orthogonality": 2e-5, "leading value": 1e-2}
 OUR_LIMITS = LIMITS | {"orthogonality": 2e-6}
 _ERRORS = ("excess", *LIMITS, "values")
-#: a shorter side up to which singular values are LAPACK's own; beyond, from the Gram matrix, ten times as fast
+#: a shorter side up to which singular values are LAPACK's own; beyond, the Gram matrix's, ten times as fast
 _DIRECT = 1100
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best a rank allows for M [m, n]: the residual ‖M − M_r‖ and the leading singular values σ [r]; all in float64."""
+    """The best a rank allows for M [m, n], in float64: ‖M − M_r‖ and the leading singular values σ [r]."""
 
     M: Tensor
     residual: float
@@ -62,7 +62,7 @@ def optima(problem: ExpertProblem) -> Optima:
 
 
 def projected_optima(problem: ExpertProblem) -> tuple[Optima, list[int]]:
-    """The same for Δ without the leading block of the earlier updates, by QR and SVD in float64; and that block's size."""
+    """The same for Δ without the leading block of the earlier updates, and that block's size."""
     found, ranks = {}, []
     for i in sorted({0, problem.layers - 1}):
         B, A = (part.double() for part in concatenated(problem.earlier[i]))
@@ -75,7 +75,7 @@ def projected_optima(problem: ExpertProblem) -> tuple[Optima, list[int]]:
 
 
 def decomposition_errors(result: Triplets, expected: Optima) -> dict[str, float]:
-    """The worst of the layers that were looked at; infinite where a shape is wrong or an entry is not finite."""
+    """The worst of the layers looked at; infinite where a shape is wrong or an entry is not finite."""
     found = []
     for i, optimum in expected.items():
         (m, n), r = optimum.M.shape, len(optimum.sigma)

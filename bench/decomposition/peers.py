@@ -1,4 +1,4 @@
-"""Ways to the leading singular triplets of matrices, and ways to the experts of a task that is not the first."""
+"""Ways to the leading singular triplets of matrices, and to the experts of a task that is not the first."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ LARGE = 4096
 class ExpertPeer:
     """One way with one setting; `run` makes triplets or factors of a problem.
 
-    One that is not `batched` works layer by layer, so that one tells the time of all.  `telling` settings are run on
-    large matrices too; `limit` bounds the excess residual; `facts` are said of its row.
+    One that is not `batched` works layer by layer, so that one tells the time of all.  `telling` settings are
+    run on large matrices too; `limit` bounds the excess residual; `facts` are said of its row.
     """
 
     name: str
@@ -65,7 +65,7 @@ class ExpertPeer:
 def decomposition(
     method: str, setting: str, run: Decompose, limit: float, curve: str = "", label: str = "", **options: bool
 ) -> ExpertPeer:
-    """A point on the curve of its method or of a fixed parameter, with the setting or what varies as its label."""
+    """A point on the curve of its method or of a fixed parameter, labelled by the setting or what varies."""
     facts = {"method": method, "setting": setting, "curve": curve or method, "label": label or setting}
     return ExpertPeer(f"{method} {setting}", lambda p: run(p.deltas, p.rank), limit, facts, **options)
 
@@ -119,7 +119,7 @@ def _sketches() -> list[ExpertPeer]:
 
 
 def gram_eigh(M: Tensor, r: int) -> Triplets:
-    """From the eigenvectors of the smaller Gram matrix in float64, as one would write it with a library's solver."""
+    """From the eigenvectors of the smaller Gram matrix in float64, by a library's solver."""
     if M.shape[-2] < M.shape[-1]:
         V, S, Uh = gram_eigh(M.mT, r)
         return Uh.mT, S, V.mT
@@ -139,7 +139,7 @@ def full_svd(full_matrices: bool, driver: str | None = None) -> Decompose:
 
 
 def pipelines(device: torch.device) -> tuple[ExpertPeer, ...]:
-    """From Δ and earlier experts to new ones, ours first.  On a GPU the published procedure asks for gesvd."""
+    """From Δ and earlier experts to new ones, ours first.  On a GPU the published one asks for gesvd."""
     driver = "gesvd" if device.type == "cuda" else None
     own = {"note": "mingle.methods.experts.make_experts"}
     by_library = {"note": "thin factors all the way: QR of both, SVD of the core in fp64, then a sketch"}
@@ -160,8 +160,9 @@ def ours(problem: ExpertProblem) -> Factors:
 
 
 def decomposed_twice(full: bool, driver: str | None = None) -> Callable[[ExpertProblem], Factors]:
-    """Layer by layer: decompose the dense sum of the earlier updates, zero the leading block of Uᵀ Δ V, decompose what
-    is left.  With thin factors Uᵀ Δ V does not hold all of Δ, and the block is subtracted instead.
+    """Layer by layer: decompose the dense sum of the earlier updates, zero the leading block of Uᵀ Δ V,
+    decompose what is left.  With thin factors Uᵀ Δ V does not hold all of Δ, and the block is subtracted
+    instead.
     """
 
     def expert(delta: Tensor, experts: tuple[LowRankExpert, ...], r: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Where the time of a case goes on a CPU: every product against the best rate seen in the run, the passes between
+"""Where the time of a case goes on a CPU: every product against the best rate of the run, the passes between
 them, and what follows for any implementation that has to make the same products.
 
     python bench/run.py --breakdown
@@ -84,7 +84,7 @@ def _built(name: str, t: Inputs) -> tuple[Run, Row]:
 
 
 def measure(case: KernelCase, seconds: float, seed: int = 0) -> CaseResult:
-    """The parts of a forward case, rows with a ``form`` and ``flop``, and some whole layers, timed in turns."""
+    """The parts of a forward case, rows with ``form`` and ``flop``, and some whole layers, timed in turns."""
     device = torch.device("cpu")
     t = inputs.make(case, device, seed)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def measure(case: KernelCase, seconds: float, seed: int = 0) -> CaseResult:
 
 
 def limit(form: str, pieces: Sequence[Row], wholes: Mapping[str, Row], best: float) -> dict[str, Any]:
-    """How many times as long the merges take as a form's parts, as its products, and as these at the best rate."""
+    """How many times as long the merges take as a form's parts, its products, and these at the best rate."""
     own = [row for row in pieces if row["form"] == form]
     products = [row for row in own if row["flop"]]
     seconds = {"parts": sum(row["median"] for row in own), "products": sum(row["median"] for row in products)}

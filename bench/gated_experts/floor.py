@@ -1,15 +1,15 @@
-"""What the hardware allows: operations and bytes of a case, two measured ceilings, and the time below which nothing can run.
+"""What the hardware allows: operations and bytes of a case, two measured ceilings, and the time they imply.
 
-With N tokens, T experts of rank r, R = T·r and G gate vectors (one per token, sample or batch), operations (multiply-adds count
-two):
+With N tokens, T experts of rank r, R = T·r and G gate vectors (one per token, sample or batch), operations,
+of which a multiply-add counts two:
 
     low-rank forward   2N (d_in d_out + R (d_in + d_out)) + 2GT d_in
     folded forward     2 d_in d_out (GR + N) + 2GT d_in
-    low-rank backward  the same products with u = dy B_catᵀ for H, then 2NR for dz and 2G d_in for the newest gate
+    low-rank backward  the same products with u = dy B_catᵀ for H, 2NR for dz and 2G d_in for the newest gate
     folded backward    2N d_in d_out for x, and for dz the cheaper of dyᵀx or the low-rank u and H
 
-Bytes: two launches, shrink and expand, and again two for the backward pass; each reads each of its inputs once and writes each of
-its outputs once, gate values in fp32.  A hand-made chain of three GEMMs also carries H and y through memory between its products.
+Bytes: two launches, shrink and expand, and again two for the backward pass; each reads each of its inputs
+once and writes each of its outputs once, gate values in fp32.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine was measured to do: operations per second by dtype, and bytes per second of a copy, read and written."""
+    """Measured operations per second by dtype, and bytes per second of a copy, read and written."""
 
     flop_per_second: dict[str, float]
     bytes_per_second: float
@@ -70,7 +70,7 @@ class Work:
         self.forward_bytes = (x + A + gate + hidden + x + hidden + base + B + y) * item + 2 * values
         # the three GEMMs gate H in place, and read y again for the last product
         self.chain_bytes = self.forward_bytes + 2 * (hidden + y) * item
-        # dy, B and the saved H in, u and dz out; dy, u, base, A, the gates and z, dz in, dx out; x for the newest gate
+        # dy, B, saved H in, u and dz out; dy, u, base, A, gates, z and dz in, dx out; x for the newest gate
         moved = y + B + 2 * hidden + y + hidden + base + A + x + gate + newest
         self.backward_bytes = moved * item + (2 + linear) * values
         # W₀, A and B in, W_eff out once per gate vector; x and W_eff in, y out; the gates read x before
@@ -112,9 +112,7 @@ def floor(case: KernelCase, limits: Ceilings) -> tuple[float, str]:
 
 
 def products(x: Tensor, weight: Tensor) -> list[Callable[[], Tensor]]:
-    """x weightᵀ in every library that PyTorch has for it here: `F.linear`, and on CPUs oneDNN through an operator that is not
-    public.
-    """
+    """x weightᵀ in every library here: `F.linear`, on CPUs also oneDNN by an operator that is not public."""
     found: list[Callable[[], Tensor]] = [lambda: F.linear(x, weight)]
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         try:

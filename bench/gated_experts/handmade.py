@@ -1,4 +1,4 @@
-"""A peer, and the sum as one would write it with PyTorch alone: in a loop, as three products, folded, or densely."""
+"""A peer, and the sum written with PyTorch alone: in a loop, as three products, folded, or densely."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _MOST_BYTES = {"cpu": 4e9, "cuda": 40e9}
 class KernelPeer:
     """One way to compute a case.
 
-    `build` makes the callable, or raises `Unavailable`; `adapt`: the tensors it works on instead of the case's, with an
-    oracle of their own; `same`: whether it computes the case's function, otherwise it is a bound, never compared;
-    `captured`: its memory belongs to a CUDA graph, so that peak memory says nothing.
+    `build` makes the callable, or raises `Unavailable`; `adapt`: the tensors it works on instead of the
+    case's, with an oracle of their own; `same`: whether it computes the case's function, otherwise it is a
+    bound; `captured`: its memory belongs to a CUDA graph, so that peak memory says nothing.
     """
 
     name: str
@@ -54,7 +54,7 @@ def differentiated(t: Inputs, forward: Callable[[], Tensor]) -> Pass:
 
 
 def replayed(build: Callable[[Inputs], Pass]) -> Callable[[Inputs], Pass]:
-    """Another peer's pass, backward included, recorded once in a CUDA graph; outputs stay in the graph's memory."""
+    """Another peer's pass, recorded once in a CUDA graph; outputs stay in the graph's memory."""
 
     def build_graph(t: Inputs) -> Pass:
         if not t.x.is_cuda:
@@ -87,7 +87,7 @@ def build_loop(t: Inputs) -> Pass:
 
 
 def build_chain(t: Inputs) -> Pass:
-    """All A side by side, the base, all B side by side added into y; gates in place where nothing is saved."""
+    """All A side by side, the base, all B side by side added to y; gates in place where nothing is saved."""
     down, up = t.side_by_side()
     return differentiated(t, lambda: chain(t, down, up, in_place=not t.case.backward))
 

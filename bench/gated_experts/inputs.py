@@ -1,4 +1,4 @@
-"""The tensors of a case: random, seeded, and scaled so that a wrong expert or gate cannot hide in rounding."""
+"""The tensors of a case: random, and scaled so that a wrong expert or gate cannot hide in rounding."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mingle.kernels.gated_experts import reference
 
 @dataclass(frozen=True)
 class Inputs:
-    """x [samples, tokens, d_in], W₀ [d_out, d_in], b, A [T, r, d_in], B [T, d_out, r], dy, the gates of all experts but
-    the newest and the newest one's, and a router's gates [samples, T].
+    """x [samples, tokens, d_in], W₀ [d_out, d_in], b, A [T, r, d_in], B [T, d_out, r], dy, the gates of all
+    experts but the newest and the newest one's, and a router's gates [samples, T].
 
     In a case with a backward pass x and the newest gate require gradients.  B is a view of [T, r, d_out], as
     `MingleLinear` stores it.
@@ -37,7 +37,7 @@ class Inputs:
     gates: Tensor | None = None
 
     def all_gates(self) -> tuple[Tensor, Tensor]:
-        """w [T, d_in] and β [T], oldest first; gradients flow to the newest.  Joined once where there are none."""
+        """w [T, d_in] and β [T]; gradients flow to the newest.  Joined once where there are none."""
         return self._joined() if self.case.backward else self._joined_once
 
     def _joined(self) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ class Inputs:
     _joined_once = cached_property(_joined)
 
     def gate_values(self) -> Tensor:
-        """The gates of every token, sample or batch, linear in x or as given: broadcast against [samples, tokens, T]."""
+        """The gates, linear in x or as given; they broadcast against [samples, tokens, T]."""
         if self.gates is not None:
             return self.gates.unsqueeze(1)
         return reference.gate_values(self.x, *self.all_gates(), self.case.reduce)
@@ -84,10 +84,10 @@ class Inputs:
 def make(case: KernelCase, device: torch.device, seed: int = 0) -> Inputs:
     """Random inputs, the same on every device.
 
-    Every expert adds about as much to y as the base does, so that leaving one out is an error of 1/√(T + 1), well above
-    bf16's limit.  dy is random with some of the newest expert's output added: a gate's gradient is a sum over tokens and
-    features, and without a part that keeps its sign it could cancel to nothing, whose relative error means nothing.
-    The 1/√N keeps fp16 from overflowing.
+    Every expert adds about as much to y as the base does, so that leaving one out is an error of 1/√(T + 1),
+    well above bf16's limit.  dy is random with some of the newest expert's output added: a gate's gradient is
+    a sum over tokens and features, and without a part that keeps its sign it could cancel to nothing, whose
+    relative error means nothing.  The 1/√N keeps fp16 from overflowing.
     """
     generator = torch.Generator().manual_seed(seed)
 

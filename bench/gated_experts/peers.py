@@ -1,4 +1,4 @@
-"""What is compared: this library in all its forms, other packages, and what is written by hand (`handmade`)."""
+"""What is compared: this library in all its forms, other packages, and what is written by hand."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _one_expert(t: Inputs) -> Inputs:
 
 
 def build_xlora(t: Inputs) -> Pass:
-    """PEFT's own layer classes around one linear layer with T adapters, scaled by our gates, not its classifier."""
+    """PEFT's layer classes around one linear layer with T adapters, scaled by our gates."""
     try:
         from peft import LoraConfig, XLoraConfig, get_peft_model
         from peft.tuners.xlora.layer import XLoraLinearLayer
@@ -140,7 +140,7 @@ PEERS = {
         KernelPeer("gemms alone (best library)", build_products, _ALONE, same=lambda case: False),
     )
 }
-#: peers whose building alone takes tens of seconds: left out unless the case is `compiled` or they are asked for
+#: built in tens of seconds: left out unless the case is `compiled` or they are asked for
 SLOW_TO_BUILD = ("grouped compiled",)
 #: ways to compute a case among which `backend="auto"` chooses, or could have
 STRATEGIES = (OURS, *(f"mingle {backend}" for backend in EXPLICIT), "grouped eager", "fold eager")

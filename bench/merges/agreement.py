@@ -41,7 +41,7 @@ def experts(found: Experts, expected: Experts) -> dict[str, Any]:
 
 
 def bases(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The sine of the largest angle between protected directions [d_in, K] in any layer; 1 where K differs."""
+    """The sine of the largest angle between bases [d_in, K] in any layer; 1 where K differs."""
     errors = {}
     for name, U in expected.items():
         V = found[name]

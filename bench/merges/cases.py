@@ -1,4 +1,4 @@
-"""What is merged: the embedded suite with its own experts, or CLIP models of the published sizes with synthetic ones."""
+"""What is merged: the embedded suite with its experts, or CLIPs of published sizes with synthetic ones."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from mingle.tasks import TaskData, TaskType, get
 Tuned = Path | Mapping[str, Tensor]
 BF16, EAGER, PUBLISHED = "mingle bf16", "eager, full SVDs", "published"
 SYNTHETIC = (
-    "randomly initialised; task vectors on the target layers with σ_k ∝ 1/√k over 128 random directions under white "
-    "noise, 2 % and 1 % of the weight's norm; images of Gaussian noise with as much power in every octave, random unit "
-    "class embeddings"
+    "randomly initialised; task vectors on the target layers with σ_k ∝ 1/√k over 128 random directions "
+    "under white noise, 2 % and 1 % of the weight's norm; images of Gaussian noise with as much power in "
+    "every octave, random unit class embeddings"
 )
 _DIRECTIONS, _STRUCTURE, _NOISE = 128, 0.02, 0.01
 _TEXT: dict[str, int | None] = dict(
     hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
 )
 _TEXT |= dict(max_position_embeddings=8, bos_token_id=None, eos_token_id=None)
-#: classes as the embedded suite has them (the published vision tasks have from 10 to 397), and test images per task
+#: classes as the embedded suite has them (published tasks have from 10 to 397); seeds and tests per task
 _CLASSES, _SEEDS, _TESTS = 20, 100, 128
 
 
@@ -66,7 +66,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class MergeProblem:
-    """A case with its data: the base, and by number of the task its expert, its seed samples and its test samples."""
+    """A case with its data: the base, and by number of the task its expert, seed samples and test samples."""
 
     case: MergeCase
     task: TaskType
@@ -83,7 +83,7 @@ class MergeProblem:
 
 @contextmanager
 def problem(case: MergeCase, tasks: int, options: dict[str, Any], seed: int = 0) -> Iterator[MergeProblem]:
-    """The case with its data; what has to be written for it is deleted at the end.  `options` overrule its own."""
+    """The case with its data; what is written for it is deleted at the end.  `options` overrule its own."""
     if case.vision is None:
         yield _glyphs(case, tasks, options, seed)
         return
@@ -106,8 +106,8 @@ def _glyphs(case: MergeCase, tasks: int, options: dict[str, Any], seed: int) -> 
 
 
 def synthetic(
-    case: MergeCase, base: nn.Module, tasks: int, options: dict[str, Any], expert: Callable[[int], Tuned], seed: int,
-    classes: int = _CLASSES, seeds: int = _SEEDS,
+    case: MergeCase, base: nn.Module, tasks: int, options: dict[str, Any], expert: Callable[[int], Tuned],
+    seed: int, classes: int = _CLASSES, seeds: int = _SEEDS,
 ) -> MergeProblem:  # fmt: skip
     """Random images for a case with a vision tower of its own."""
     assert case.vision is not None
@@ -161,7 +161,7 @@ def tuned_tower(base: nn.Module, index: int, seed: int = 0) -> dict[str, Tensor]
 
 
 def _expert(base: nn.Module, folder: Path, seed: int, index: int) -> Path:
-    """A hub folder with the expert of a task, in the place of the one before, as twenty of them would fill a disk."""
+    """A hub folder with the expert of a task, in the place of the one before: twenty would fill a disk."""
     from safetensors.torch import save_file
 
     target, config = folder / "expert", getattr(base, "config")  # noqa: B009

@@ -21,17 +21,18 @@ from mingle.bench.merges.contenders import EXACT, NOTES, Contender
 from mingle.nn.inject import find_targets
 from mingle.nn.linear import LowRankExpert
 
-WHOLE = "Every stage of every task was run and timed.  Seconds are medians over rounds, in which the contenders take turns."
+WHOLE = "Every stage of every task was run and timed.  Seconds are medians over rounds, taken in turns."
 STAGED = (
-    "Not measured as a whole.  Measured: at each of `at`, behind random experts of that many tasks less one, the "
-    "adaptation of one task with `steps_measured` steps; at the last of them also load, project, decompose, subspace and "
-    "evaluate, once.  Summed: the adaptation of a task is what it does once (teacher, first step) plus `steps` - 1 times "
-    "the median step, linear in the number of tasks between the measured ones; any other stage counts as often as there "
-    "are tasks (project once less) as measured for the last one.  With `layers`, project and decompose were measured on "
-    "one layer of each shape, times their count.  With bf16 products only the adaptation was measured: the other stages "
-    "are those of fp32"
+    "Not measured as a whole.  Measured: at each of `at`, behind random experts of that many tasks less "
+    "one, the adaptation of one task with `steps_measured` steps; at the last of them also load, project, "
+    "decompose, subspace and evaluate, once.  Summed: the adaptation of a task is what it does once "
+    "(teacher, first step) plus `steps` - 1 times the median step, linear in the number of tasks between "
+    "the measured ones; any other stage counts as often as there are tasks (project once less) as measured "
+    "for the last one.  With `layers`, project and decompose were measured on one layer of each shape, "
+    "times their count.  With bf16 products only the adaptation was measured: the other stages are those of"
+    " fp32"
 )
-#: of the merge whose gates are compared: long runs drift apart by rounding, as Adam divides by small gradients
+#: of the merge whose gates are compared: long runs drift apart, as Adam divides by small gradients
 _CHECK_TASKS, _CHECK_STEPS = 3, 6
 #: seconds that timing whole merges may take: no round is begun that would not fit
 _LONGEST = 200.0
@@ -40,7 +41,7 @@ _LONGEST = 200.0
 def whole(
     problem: MergeProblem, names: Sequence[str], device: torch.device, rounds: int, seed: int = 0
 ) -> list[Row]:
-    """The seconds of every stage of the whole merge, of a step, peak memory and accuracy of each contender."""
+    """Seconds of the whole merge, its stages and steps, peak memory and accuracy of each contender."""
     rows: list[Row] = [{"name": name, "status": "ok", "note": NOTES[name]} for name in names]
     ours: agreement.Gates = {}
     for row in rows:
@@ -175,8 +176,8 @@ def _staged_task(
     problem: MergeProblem, name: str, device: torch.device, past: contenders.History, steps: int, last: bool,
     ours: Contender | None,
 ) -> tuple[Row, Contender, Experts]:  # fmt: skip
-    """One task of one contender behind `past`, with the experts that ours made; at the last one layer of each shape is
-    also decomposed, and all that follows adaptation is run.
+    """One task of one contender behind `past`, with the experts that ours made; at the last one layer of each
+    shape is also decomposed, and all that follows adaptation is run.
     """
     index, last = len(past), last and name != BF16
     expert, seeds, tests = problem.expert(index), problem.seeds(index), problem.tests(index)
@@ -195,7 +196,7 @@ def _staged_task(
 
 
 def _decomposed(contender: Contender, expert: Tuned) -> tuple[Experts, dict[str, str], dict[str, float]]:
-    """The experts of one layer of each shape, which these are, and the seconds of project and decompose for all."""
+    """The experts of one layer of each shape, these, and the seconds of project and decompose for all."""
     shapes: dict[str, list[str]] = {}
     for name, layer in contender.layers.items():
         shapes.setdefault("×".join(map(str, layer.weight.shape)), []).append(name)
@@ -219,7 +220,7 @@ def _wide(contender: Contender) -> dict[str, Tensor]:
 
 
 def published_bytes(problem: MergeProblem) -> float:
-    """Of the published procedure's last task: five models, and 2.3 times its dense experts, as measured at ViT-B/32."""
+    """Of the published procedure's last task: five models, and 2.3 times its dense experts (ViT-B/32)."""
     model = problem.module()
     targets = find_targets(model.get_submodule(problem.task.tower), problem.task.layer_sets["full"])
     dense = sum(layer.weight.nbytes for layer in targets.values())
@@ -227,7 +228,7 @@ def published_bytes(problem: MergeProblem) -> float:
 
 
 def history(problem: MergeProblem, count: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    """What `count` earlier tasks might have left in the layers: random experts as large as real ones, gates and bases."""
+    """What `count` earlier tasks might have left: random experts as large as real ones, gates and bases."""
     generator, tower = torch.Generator().manual_seed(seed), problem.module().get_submodule(problem.task.tower)
     rank, k = problem.options.get("rank", 64), problem.options.get("k", 3)
     tasks: list[dict[str, Tensor]] = [{} for _ in range(count)]

@@ -1,4 +1,4 @@
-"""The ways to a merged model: this library, its plain formulas with full decompositions, and the published procedure."""
+"""The ways to a merged model: this library, its plain formulas with full SVDs, and the published way."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ EXACT = (OURS, EAGER, PUBLISHED)
 
 
 class OurMerge:
-    """`mingle.Merger`, its clock told which stage is running; `full`: with LAPACK's decompositions in float64."""
+    """`mingle.Merger`, its clock told which stage runs; `full`: with LAPACK's decompositions in float64."""
 
     def __init__(
         self, problem: MergeProblem, clock: Stopwatch, options: Mapping[str, Any], full: bool = False
@@ -70,8 +70,8 @@ class OurMerge:
     def add(
         self, expert: Tuned, seeds: TaskData, given: Experts | None = None, *, protect: bool = True
     ) -> list[float]:
-        """Merge one more task, its experts `given` or made, with or without the last stage, which protects its
-        directions.  Returns the seconds of every adaptation step but the first.
+        """Merge one more task, its experts `given` or made, with or without the last stage, its directions.
+        Returns the seconds of every adaptation step but the first.
         """
         marks: list[tuple[float, int]] = []
         replaced: list[Replaced] = [] if protect else [(Mingle, "_protect", lambda method, *_: method.bases)]

@@ -1,4 +1,4 @@
-"""How the cost of one adaptation step grows with tasks, layers and width, and what is kept after many tasks."""
+"""How the cost of an adaptation step grows with tasks, layers and width, and what many tasks leave."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _LABELS = {
 SWEEPS = {"tasks": (1, 2, 4, 8, 16, 32, 64), "layers": (1, 2, 4, 8, 16), "width": (64, 128, 256, 512)}
 QUICK = {"tasks": (1, 2, 4), "width": (32, 64)}
 METHOD = (
-    "seconds of one adaptation step behind random experts of all tasks but the newest, medians; memory: the most that "
-    "PyTorch's allocator hands out in one adaptation of one step beyond what was held before, on a CPU; exponents: slopes "
-    "of log over log by least squares"
+    "seconds of one adaptation step behind random experts of all tasks but the newest, medians; memory: "
+    "the most that PyTorch's allocator hands out in one adaptation of one step beyond what was held "
+    "before, on a CPU; exponents: slopes of log over log by least squares"
 )
 
 
@@ -90,7 +90,7 @@ def _step(
 
 
 def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[str, Any]:
-    """Bytes in living tensors after each of `tasks` merges of ours, and how many of them are experts, gates and bases."""
+    """Bytes in living tensors after each of our merges, and how many are experts, gates and bases."""
     problem = small_problem(FIXED | {"tasks": tasks, "width": 64}, reduce, 2, seed)
     expert, seeds = (
         problem.expert(0),

@@ -1,7 +1,7 @@
-"""The published procedure, written a second time from the paper: every forward pass adds dense experts to the weight.
+"""The published procedure, written a second time from the paper: each forward adds dense experts to weights.
 
-What it shares with this library is how a batch becomes logits, the names of the options, and the gates and batches
-that our seeds make; no kernel, no layer, no decomposition.
+What it shares with this library is how a batch becomes logits, the names of the options, and the gates and
+batches that our seeds make; no kernel, no layer, no decomposition.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class PublishedMerge:
 
 
 def _without_earlier(delta: Tensor, earlier: Tensor) -> Tensor:
-    """Δ without the block that the leading directions of the earlier update span, as many as its effective rank."""
+    """Δ without the block that the leading directions of the earlier update span, by its effective rank."""
     U, S, Vh = torch.linalg.svd(earlier, full_matrices=True)
     share = S / S.sum()
     rank = int(math.exp(-torch.xlogy(share, share).sum().item()))
