@@ -52,7 +52,7 @@ def finish(results: Results, folder: Path | None, name: str, *, peers_too: bool 
 
 def status(results: Results, peers_too: bool = False) -> int:
     """1 where something of ours was wrong or failed, with `peers_too` where anything was, else 0."""
-    rows = [row for case in results["cases"] for row in case["rows"] if row["status"] in ("wrong", "failed")]
+    rows = (row for case in results["cases"] for row in case["rows"] if row["status"] in ("wrong", "failed"))
     return int(any(peers_too or row["name"].startswith(OURS) for row in rows))
 
 

@@ -8,7 +8,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from mingle.bench.machine import LoadMeter, peak_bytes
 
 log = logging.getLogger("mingle.bench")
-
 #: what is known of one contestant, as `mingle.bench.results` says
 Row = dict[str, Any]
 Run = Callable[[], Any]
@@ -35,9 +34,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to be timed: `prepare` returns what is called, if there is any use in it, and what a check
-    found. Its seconds are those of one of `parts` parts; `facts` go into its row, and peak memory where
-    wanted.
+    """Something to be timed: `prepare` returns what is called, or None, and what a check found.  Its seconds are
+    those of one of `parts` parts; `facts` go into its row, and peak memory where wanted.
     """
 
     name: str
@@ -69,10 +67,11 @@ def compare(
     contestants: Sequence[Contestant], device: torch.device, rounds: Rounds, seed: int = 0, ours: str = OURS
 ) -> tuple[list[Row], float | None]:
     """A row for each, correctness first, then times of what is right; and the CPUs others used meanwhile."""
-    rows, runs, parts = [], {}, {one.name: one.parts for one in contestants}
-    for one in contestants:
-        row: Row = {"name": one.name, "status": "failed", **one.facts}
-        rows.append(row)
+    rows: dict[str, Row] = {
+        one.name: {"name": one.name, "status": "failed", **one.facts} for one in contestants
+    }
+    runs: dict[str, Run] = {}
+    for one, row in zip(contestants, rows.values(), strict=True):
         try:
             run, found = one.prepare()
             row |= found
@@ -83,20 +82,19 @@ def compare(
             row |= {"status": "unavailable", "reason": str(reason)}
         except Exception as error:  # one's failure is a result, and must not take the others along
             log.warning("%s failed", one.name, exc_info=error)
-            row |= {"reason": f"{type(error).__name__}: {error}"}
+            row["reason"] = f"{type(error).__name__}: {error}"
         if row["status"] == "wrong":
             log.warning("%s is WRONG: %s", one.name, row["reason"])
-    first = {row["name"]: row.pop("first_seconds") for row in rows if "first_seconds" in row}
+    first = {name: row.pop("first_seconds") for name, row in rows.items() if "first_seconds" in row}
     shares, load = None if rounds.each is None else _shares(first, ours, rounds.each), LoadMeter()
     times, others = interleaved(runs, device, rounds, seed, shares), load.others()
-    series = {name: [s / parts[name] for s in found or [first[name]]] for name, found in times.items()}
-    own = series.get(ours)
-    for row in (row for row in rows if row["name"] in series):
-        taken = series[row["name"]]
-        row |= summary(taken)
-        if own:  # what was in no round is held against what is typical of ours
-            row |= relative(taken, own if times[row["name"]] else [statistics.median(own)])
-    return rows, others
+    parts = {one.name: one.parts for one in contestants}
+    taken = {name: [s / parts[name] for s in series or [first[name]]] for name, series in times.items()}
+    for name, series in taken.items():
+        rows[name] |= summary(series)
+        if own := taken.get(ours):  # what was in no round is held against what is typical of ours
+            rows[name] |= relative(series, own if times[name] else [statistics.median(own)])
+    return list(rows.values()), others
 
 
 def _shares(first: Mapping[str, float], ours: str, seconds: float) -> dict[str, int]:
@@ -107,14 +105,11 @@ def _shares(first: Mapping[str, float], ours: str, seconds: float) -> dict[str, 
 
 
 def interleaved(
-    steps: Mapping[str, Run],
-    device: torch.device,
-    rounds: Rounds,
-    seed: int = 0,
+    steps: Mapping[str, Run], device: torch.device, rounds: Rounds, seed: int = 0,
     shares: Mapping[str, int] | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of every step in every round; a round calls each step once, in an order of its own, so that
-    noise hits all alike.  With `shares`, every step takes part in that many of the first rounds.
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of every step in every round; a round calls each step once, in an order of its own, so that noise
+    hits all alike.  With `shares`, every step takes part in that many of the first rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, most = list(steps), rounds.most if shares is None else max(shares.values(), default=0)
@@ -141,7 +136,7 @@ def interleaved(
 
 
 def _round(
-    steps: Mapping[str, Run], order: Iterable[str], device: torch.device, flush: torch.Tensor | None
+    steps: Mapping[str, Run], order: Sequence[str], device: torch.device, flush: torch.Tensor | None
 ) -> list[tuple[str, float]]:
     """With `flush`, the GPU is waited for after the last step only."""
     if flush is None:
@@ -187,23 +182,23 @@ def verdict(errors: Mapping[str, float], tolerance: float, others: Mapping[str, 
 
 def summary(series: Sequence[float]) -> Row:
     """Median, 20th and 80th percentile, count and all of the times in seconds."""
-    low, high = percentiles(series)
-    spread = {"median": statistics.median(series), "p20": low, "p80": high}
+    spread = dict(zip(("median", "p20", "p80"), percentiles(series), strict=True))
     return spread | {"repetitions": len(series), "seconds": list(series)}
 
 
 def relative(series: Sequence[float], ours: Sequence[float]) -> Row:
-    """How many times as long as ours: by the medians, and per round, which drift of the machine does not
-    touch; the i-th times are those of one round.
+    """How many times as long as ours: by the medians, and per round, which drift of the machine does not touch;
+    the i-th times are those of one round.
     """
-    ratios = [theirs / own for theirs, own in zip(series, ours, strict=False)]
-    low, high = percentiles(ratios)
-    spread = {"round_ratio_p20": low, "round_ratio_p80": high}
-    typical = statistics.median(series) / statistics.median(ours)
-    return {"ratio": typical, "round_ratio": statistics.median(ratios)} | spread
+    ratios = percentiles([theirs / own for theirs, own in zip(series, ours, strict=False)])
+    names = ("round_ratio", "round_ratio_p20", "round_ratio_p80")
+    return {
+        "ratio": statistics.median(series) / statistics.median(ours),
+        **dict(zip(names, ratios, strict=True)),
+    }
 
 
-def percentiles(series: Sequence[float]) -> tuple[float, float]:
-    """The 20th and the 80th."""
+def percentiles(series: Sequence[float]) -> tuple[float, float, float]:
+    """The median, the 20th and the 80th."""
     cuts = statistics.quantiles(series, n=5, method="inclusive") if len(series) > 1 else [series[0]] * 4
-    return cuts[0], cuts[3]
+    return statistics.median(series), cuts[0], cuts[3]

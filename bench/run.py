@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from mingle.io.provenance import device_name
 _SECONDS = 5.0  # of timing for a case that was asked for by name
 #: `backend="auto"` should be within this factor of the best strategy
 DISPATCH_LIMIT = 1.10
-_HELP = {
+_SELECTIONS = {
     "quick": "two minutes on a CPU",
     "gpu": "ten minutes on a large GPU",
     "dispatch": 'does backend="auto" choose well?',
@@ -36,28 +37,58 @@ _HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a selection.  Returns 1 where a result of ours was wrong or failed, or regressed, else 0."""
-    parser = _parser()
+    about = "Time the gated sum of experts beside other ways to compute it, each checked first."
+    default = "Without a selection: --gpu where there is a CUDA device, else --quick."
+    parser = argparse.ArgumentParser(prog="mingle bench", description=about, epilog=default)
+    select, add = parser.add_mutually_exclusive_group(), parser.add_argument
+    several: dict[str, Any] = dict(action="append", default=[], metavar="NAME")
+    for name, text in _SELECTIONS.items():
+        select.add_argument(f"--{name}", action="store_const", const=name, dest="selection", help=text)
+    select.add_argument("--case", help="one case; may be repeated", **several)
+    add("--peer", help=f"beside {OURS!r} only this one; may be repeated", **several)
+    add("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
+    add("--plots", type=Path, metavar="DIR", help="bars per case and a roofline, as PNG")
+    add(
+        "--compare",
+        type=Path,
+        metavar="OLD.json",
+        help="flag ratios to peers that fell by more than 10 %% since",
+    )
+    add("--until", type=float, default=math.inf, metavar="SECONDS", help="start no case after that many")
+    add("--device", help="cuda, cuda:1, cpu; by default a GPU where there is one")
+    add("--seed", type=int, default=0, help="of the random tensors")
+    add("--list", action="store_true", help="the names of selections, cases and peers")
     args = parser.parse_args(arguments)
     command.show_progress()
     if args.list:
-        table.write_lines(_names())
+        chosen = (f"--{name}: {' '.join(case.name for case in s.cases)}\n" for name, s in SELECTIONS.items())
+        known = (f"--case {case.name:32}{case.title}" for case in CASES.values())
+        table.write_lines(
+            [*chosen, *known, *(f'--peer "{peer.name}": {peer.note}' for peer in PEERS.values())]
+        )
         return 0
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    is_breakdown = args.selection == "breakdown"
-    if is_breakdown and (args.peer or args.plots or args.compare or args.device not in (None, "cpu")):
+    chosen_name = args.selection or ("gpu" if device.type == "cuda" else "quick")
+    if chosen_name == "breakdown" and (
+        args.peer or args.plots or args.compare or args.device not in (None, "cpu")
+    ):
         parser.error("--breakdown takes none of --peer, --plots and --compare, and runs on the CPU")
     try:
-        selection, peers = _selection(args, device), _peers(args)
+        named = [CASES[cases.known(name, CASES, "case")] for name in args.case]
+        selection = Selection(tuple(named), _SECONDS) if named else SELECTIONS[chosen_name]
+        peers = [cases.known(name, PEERS, "peer") for name in args.peer]
+        if not peers and args.selection == "dispatch":
+            peers = list(STRATEGIES)
         old = results.read(args.compare) if args.compare else None
         for folder in (args.out and args.out.parent, args.plots):
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)  # better now than after ten minutes
     except (ValueError, OSError) as error:  # unknown names, a file that is not there or holds something else
         parser.error(str(error))
-    if is_breakdown:
-        began, device = time.monotonic(), torch.device("cpu")
+    if chosen_name == "breakdown" and not named:
+        began, cpu = time.monotonic(), torch.device("cpu")
         parts = [breakdown.measure(case, selection.seconds, args.seed) for case in selection.cases]
-        found = results.envelope("breakdown", device, args.seed, parts, (), began)
+        found = results.envelope("breakdown", cpu, args.seed, parts, (), began)
     else:
         found = run(selection, peers, device, args.seed, args.until)
     if args.out:
@@ -74,9 +105,9 @@ def run(
 ) -> Results:
     """The measurements of all cases that can be started before `until` seconds have passed.
 
-    `peers`, where there are any, are all that is run; otherwise those that take long to build are left out of
-    cases that are not `compiled`, and everywhere once `selection.build_until` seconds, or half of `until`,
-    have passed.
+    Ours and `peers`, where there are any, are all that is run; otherwise those that take long to build are left out
+    of cases that are not `compiled`, and everywhere once `selection.build_until` seconds, or half of `until`, have
+    passed.
     """
     began = time.monotonic()
     log.info("measuring the ceilings of %s", device_name(device))
@@ -87,9 +118,10 @@ def run(
             log.warning("%s and all after it: not run, %.0f s have passed", case.name, passed)
             break
         may_be_slow = case.compiled and passed < min(selection.build_until, until / 2)
-        chosen = peers or [name for name in PEERS if name not in SLOW_TO_BUILD or may_be_slow]
+        default = [name for name in PEERS if name not in SLOW_TO_BUILD or may_be_slow]
+        chosen = [PEERS[name] for name in dict.fromkeys([OURS, *(peers or default)])]
         log.info("%s: %d peers, after %.0f s", case.name, len(chosen), passed)
-        found.append(measure(case, [PEERS[name] for name in chosen], device, limits, selection.seconds, seed))
+        found.append(measure(case, chosen, device, limits, selection.seconds, seed))
         if device.type == "cuda":
             torch.cuda.empty_cache()
     judged = {case["name"]: case["dispatch"] for case in found if case["dispatch"]}
@@ -124,62 +156,18 @@ def measure(
         own = oracle if adapted is case_inputs else check.Oracle(adapted)
         return run, verdict(own.errors(run), check.tolerance(adapted.x.dtype, device))
 
-    def contestant(peer: KernelPeer) -> Contestant:
-        return Contestant(peer.name, partial(prepare, peer), {"note": peer.note}, memory=not peer.captured)
-
-    rows, others = compare(list(map(contestant, peers)), device, Rounds(seconds, flush=True), seed)
+    contestants = [
+        Contestant(p.name, partial(prepare, p), {"note": p.note}, memory=not p.captured) for p in peers
+    ]
+    rows, others = compare(contestants, device, Rounds(seconds, flush=True), seed)
     least, bound = floor.floor(case, limits)
     for row in rows:
         if "median" in row and row["status"] == "ok":  # bounds do less work
             row["floor_fraction"] = least / row["median"]
     found = case_result(case.name, case.title, asdict(case), rows, cpus_used_by_others=others)
     strategies = [name for name in STRATEGIES if name != OURS]
-    choice = judge.choice(judge.by_name(found), strategies, DISPATCH_LIMIT)
-    lower = {"count": asdict(floor.count(case)), "floor": {"seconds": least, "bound": bound}}
-    return found | lower | {"dispatch": choice}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mingle bench",
-        description="Time the gated sum of experts beside other ways to compute it, each checked first.",
-        epilog="Without a selection: --gpu where there is a CUDA device, else --quick.",
-    )
-    select, add = parser.add_mutually_exclusive_group(), parser.add_argument
-    for name, text in _HELP.items():
-        select.add_argument(f"--{name}", action="store_const", const=name, dest="selection", help=text)
-    several = dict(action="append", default=[], metavar="NAME")
-    select.add_argument("--case", help="one case; may be repeated", **several)  # type: ignore[arg-type]
-    add("--peer", help=f"beside {OURS!r} only this one; may be repeated", **several)  # type: ignore[arg-type]
-    add("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
-    add("--plots", type=Path, metavar="DIR", help="bars per case and a roofline, as PNG")
-    falls = "flag ratios to peers that fell by more than 10 %% since"
-    add("--compare", type=Path, metavar="OLD.json", help=falls)
-    late = "start no case after that many"
-    add("--until", type=float, default=math.inf, metavar="SECONDS", help=late)
-    add("--device", help="cuda, cuda:1, cpu; by default a GPU where there is one")
-    add("--seed", type=int, default=0, help="of the random tensors")
-    add("--list", action="store_true", help="the names of selections, cases and peers")
-    return parser
-
-
-def _names() -> list[str]:
-    chosen = [f"--{name}: {' '.join(case.name for case in s.cases)}\n" for name, s in SELECTIONS.items()]
-    known = [f"--case {case.name:32}{case.title}" for case in CASES.values()]
-    return chosen + known + [f'--peer "{peer.name}": {peer.note}' for peer in PEERS.values()]
-
-
-def _selection(args: argparse.Namespace, device: torch.device) -> Selection:
-    if args.case:
-        return Selection(tuple(CASES[cases.known(name, CASES, "case")] for name in args.case), _SECONDS)
-    return SELECTIONS[args.selection or ("gpu" if device.type == "cuda" else "quick")]
-
-
-def _peers(args: argparse.Namespace) -> tuple[str, ...]:
-    """Ours first, which the ratios need; none for the default."""
-    if args.peer:
-        return tuple(dict.fromkeys([OURS, *(cases.known(name, PEERS, "peer") for name in args.peer)]))
-    return STRATEGIES if args.selection == "dispatch" else ()
+    found["dispatch"] = judge.choice(judge.by_name(found), strategies, DISPATCH_LIMIT)
+    return found | {"count": asdict(floor.count(case)), "floor": {"seconds": least, "bound": bound}}
 
 
 if __name__ == "__main__":
