@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from mingle.bench.measure import OURS, Row
 from mingle.bench.results import CaseResult, Results, timed_rows
 from mingle.bench.table import duration, where
+from mingle.runs.report.canvas import STYLE, figure_of
 
 #: by the beginning of a row's name, the first that fits: ours warm, what others compute cool
 _COLORS = {"mingle accurate": "#CC3311", "mingle 128": "#CC3311", "mingle ": "#EE9944", "mingle": "#CC3311"}
@@ -28,14 +28,6 @@ _DTYPES = {
     "float16": ("fp16", "#44AA99", "^"),
     "bfloat16": ("bf16", "#CC3311", "o"),
 }
-# fmt: off
-_STYLE = {
-    "font.size": 9, "axes.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8.5, "figure.titlesize": 11,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#E4E4E4",
-    "hatch.linewidth": 0.6, "legend.fontsize": 8, "legend.frameon": False, "savefig.dpi": 150,
-    "savefig.bbox": "tight",
-}
-# fmt: on
 #: excess residuals under this are rounding errors, and drawn there
 _LEAST = 1e-13
 
@@ -47,7 +39,7 @@ def write_plots(results: Results, folder: Path, name: str) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with style.context(_STYLE, after_reset=True):
+    with style.context(STYLE, after_reset=True):
         for stem, figure in _figures(results, name):
             written.append(folder / f"{stem}.png")
             figure.savefig(written[-1])
@@ -66,14 +58,6 @@ def _figures(results: Results, name: str) -> Iterator[tuple[str, Figure]]:
         yield name, _growth(results, cases) if kind == "growth" else _bars(results, cases[0])
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure of that many inches, unknown to pyplot."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    return figure
-
-
 def _color(name: str) -> str:
     return next((color for start, color in _COLORS.items() if name.startswith(start)), _OTHERS)
 
@@ -87,7 +71,7 @@ def _bars(results: Results, case: CaseResult) -> Figure:
     """Median times from fastest to slowest, whiskers from p20 to p80; stages stacked, the floor as a line."""
     timed, floor = timed_rows(case), case.get("floor")
     names = [row["name"] for row in timed + [row for row in case["rows"] if row["status"] == "wrong"]]
-    figure = _figure(8.8, 1.9 + 0.3 * len(names), case["title"])
+    figure = figure_of(8.8, 1.9 + 0.3 * len(names), case["title"])
     ax = figure.subplots()
     for y, row in enumerate(timed):
         _bar(ax, y, row)
@@ -129,7 +113,7 @@ def _roofline(results: Results, cases: Sequence[CaseResult]) -> Figure:
     """Operations per second over operations per byte, of the cheaper algorithm, under the ceilings."""
     copy = results["ceilings"]["bytes_per_second"] / 1e12
     roofs = {dtype: rate / 1e12 for dtype, rate in results["ceilings"]["flop_per_second"].items()}
-    figure = _figure(
+    figure = figure_of(
         10.2, max(5.2, 0.21 * len(cases) + 1.6), "What this library reaches of what the machine allows"
     )
     ax, edges = figure.subplots(), [roof / copy for roof in roofs.values()]
@@ -179,7 +163,7 @@ def _logarithmic(ax: Axes, ticks: Sequence[int] | None = None) -> None:
 
 def _curves(results: Results, cases: Sequence[CaseResult]) -> Figure:
     """Error over time for every shape, one line per method and fixed parameter."""
-    figure = _figure(1.2 + 4.1 * len(cases), 5.4, f"Error over time    ({where(results)})")
+    figure = figure_of(1.2 + 4.1 * len(cases), 5.4, f"Error over time    ({where(results)})")
     panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
     handles: dict[str, Any] = {}
     for ax, case in zip(panels, cases, strict=True):
@@ -204,7 +188,7 @@ def _curves(results: Results, cases: Sequence[CaseResult]) -> Figure:
 def _growth(results: Results, cases: Sequence[CaseResult]) -> Figure:
     """Above the seconds of a step, below the memory of an adaptation; last what many tasks leave behind."""
     figure, kept = (
-        _figure(3.5 * (len(cases) + 1), 6.2, f"{results['title']}\n{where(results)}"),
+        figure_of(3.5 * (len(cases) + 1), 6.2, f"{results['title']}\n{where(results)}"),
         results["kept"],
     )
     axes = figure.subplots(2, len(cases) + 1, squeeze=False)
