@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = ["vit-b"] if args.quick else list(CASES) if args.case == "all" else [args.case]
     seconds = _QUICK_SECONDS if args.quick else _SECONDS
     found = ((name, run(CASES[name], args.device, seconds, args.seed)) for name in chosen)
-    return max([command.finish(results, args.out, name) for name, results in found])
+    return max([command.finish(one, args.out, name) for name, one in found])
 
 
 def run(case: ExpertCase, device: torch.device, seconds: float, seed: int = 0) -> Results:

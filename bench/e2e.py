@@ -92,9 +92,8 @@ def run(
         facts = {"tasks": tasks, "options": problem.options, "seeds": len(problem.seeds(0))}
     comparison.relate(rows)
     method = comparison.WHOLE if is_whole else comparison.STAGED
-    title = f"Merging {tasks} tasks into {case.title}, gates of a {reduce}" + "; a sum of parts" * (
-        not is_whole
-    )
+    parts = "" if is_whole else "; a sum of parts"
+    title = f"Merging {tasks} tasks into {case.title}, gates of a {reduce}{parts}"
     more = {} if is_whole else {"remarks": [f"a sum, not a measured whole: {method}"]}
     facts |= {"model": case.title, "data": "the suite's own" if is_whole else cases.SYNTHETIC}
     found = [case_result(f"{case.name}, {tasks} tasks", title, facts, rows, **more)]

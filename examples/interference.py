@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from mingle import suites
-from mingle.io.provenance import describe
 from mingle.io.files import write_json
+from mingle.io.provenance import describe
 from mingle.kernels.gated_experts import reference
 from mingle.merging.evaluate import accuracy
 from mingle.merging.merger import Merger
