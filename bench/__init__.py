@@ -1,7 +1,11 @@
-"""The kernel benchmark; installed as ``mingle.bench``, run as ``python bench/run.py`` or ``mingle bench``.
+"""The benchmarks; installed as ``mingle.bench``.
 
-`registry` names the cases, `inputs` makes their tensors, `peers` builds what is compared, `check` refuses
-wrong answers, `measure` times, `floor` says what the hardware allows, `judge` holds results against targets
-and earlier ones, `machine` says where they come from, `table` and `plot` show them, and `run` is the command
-line.
+    run.py        the kernels (also ``mingle bench``); `gated_experts` holds cases, peers and the oracle
+    decompose.py  making a task's experts; `decomposition`
+    e2e.py        whole merges, and how their cost grows; `merges`
+    nufilt.py     NUFILT's training steps
+    tune.py       the search for tile sizes; gpu.sh: all that needs a GPU; results/: what was measured
+
+All share `measure` (the one loop that times, in turns, what was found right), `machine` (memory, stages,
+other processes), `results` (the one form of a result), `judge`, `table`, `plot` and `command`.
 """

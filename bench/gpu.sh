@@ -11,19 +11,13 @@ out=$(cd "$1" && pwd)
 python=${PYTHON:-python3}
 limit=${MINGLE_GPU_SECONDS:-570}
 
-# The package as an installation would lay it out: kernels/ and bench/ inside mingle/.
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
-mkdir "$site/mingle"
-ln -s "$root"/mingle/* "$root/kernels" "$root/bench" "$site/mingle/"
-export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 status=0
 tests() { # name, seconds, pytest's arguments
     local name=$1 seconds=$2
     shift 2
-    # -P keeps the checkout's own mingle/, which lacks kernels/, off the path
-    (cd "$root" && timeout "$seconds" "$python" -P -m pytest -q -p no:cacheprovider --maxfail=25 --junit-xml="$out/junit-$name.xml" "$@") || status=1
+    (cd "$root" && timeout "$seconds" "$python" -m pytest -q -p no:cacheprovider --maxfail=25 --junit-xml="$out/junit-$name.xml" "$@") || status=1
     echo "gpu.sh: $name: done after $SECONDS s"
 }
 

@@ -1,68 +1,41 @@
-"""Where numbers come from: the device, versions, the commit, and whether other processes were using the CPUs
-meanwhile.
-"""
+"""What is read from the machine meanwhile: others on the CPUs, memory held, and seconds by stage."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import ctypes
+import gc
+import math
 import os
-import platform
-import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-
-from mingle.io import merger_folder
 
 #: CPUs used by others from which timings are called disturbed
 MUCH = 0.2
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Device, versions and commit, as plain data."""
-    return {
-        "device": {"type": device.type, "name": device_name(device), "threads": torch.get_num_threads()},
-        "versions": merger_folder.versions() | {package: _version(package) for package in ("triton", "peft")},
-        "commit": _commit(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-class Load:
-    """How many CPUs other processes keep busy from its making on: they slow threads that wait for one another
-    out of all proportion.
-    """
+class LoadMeter:
+    """How many CPUs other processes keep busy from its making on."""
 
     def __init__(self) -> None:
         self._began, self._start = time.monotonic(), self._others()
 
     def others(self) -> float | None:
         """Busy CPUs on average, ours not counted; None where the system does not tell."""
-        now = self._others()
-        if now is None or self._start is None:
-            return None
-        return max(0.0, (now - self._start) / max(time.monotonic() - self._began, 1e-9))
+        now, passed = self._others(), time.monotonic() - self._began
+        return (
+            None if now is None or self._start is None else max(0.0, (now - self._start) / max(passed, 1e-9))
+        )
 
     @staticmethod
     def _others() -> float | None:
         """CPU seconds that everyone else has used, and those that a hypervisor has taken."""
         try:
-            user, nice, system, _, _, irq, softirq, steal, *_ = map(
-                int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-            )
+            first = Path("/proc/stat").read_text().split("\n", 1)[0]
+            user, nice, system, _, _, irq, softirq, steal, *_ = map(int, first.split()[1:])
         except (OSError, ValueError):
             return None
         own = os.times()
@@ -70,25 +43,106 @@ class Load:
         return total - (own.user + own.system + own.children_user + own.children_system)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+class PeakMemory:
+    """The most bytes held since its making, beyond what was held then.
 
-
-def _commit() -> str | None:
-    """The checkout's commit, with a ``+`` where tracked files differ from it; None outside a checkout of this
-    project.
+    On a GPU what PyTorch's allocator has handed out, on a CPU the process's resident memory; None where the
+    system does not tell.
     """
-    here = Path(__file__).resolve()
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.before = device, None
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+            return
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what comes
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+            self.before = _size("/proc/self/status", "VmRSS")
+        except (OSError, AttributeError):
+            pass
+
+    def grown(self) -> int | None:
+        if self.before is None:
+            return None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return max(0, torch.cuda.max_memory_allocated(self.device) - self.before)
+        return max(0, _size("/proc/self/status", "VmHWM") - self.before)
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The most that one call holds beyond what was allocated before it, outputs included.
+
+    On CPUs this is what PyTorch's allocator hands out, from the profiler's record of it; workspaces inside
+    MKL and oneDNN do not show.
+    """
+    if device.type == "cuda":
+        peak, _ = PeakMemory(device), run()
+        return peak.grown()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it announces every start and stop on stderr
     try:
-        tracked, commit, changes = (
-            subprocess.run(
-                ["git", *command], cwd=here.parent, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-            for command in (("ls-files", here.name), ("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
-        )
-    except (OSError, subprocess.SubprocessError):
+        with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+            outputs = run()
+        events = profiler.kineto_results.events()
+    except (AttributeError, RuntimeError):  # not public API
         return None
-    return commit + "+" * bool(changes) if tracked else None
+    del outputs
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def available(device: torch.device) -> float:
+    """Free bytes of memory; infinite where the system does not tell."""
+    try:
+        cuda = device.type == "cuda"
+        return torch.cuda.mem_get_info(device)[0] if cuda else _size("/proc/meminfo", "MemAvailable")
+    except (OSError, StopIteration):
+        return math.inf
+
+
+def _size(path: str, key: str) -> int:
+    """A size in bytes from a file in which the system tells kilobytes by key."""
+    lines = Path(path).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+
+
+#: of a merge
+STAGES = ("load", "project", "decompose", "adapt", "subspace", "evaluate")
+
+
+class Stopwatch:
+    """Seconds by stage; a stage within another one takes its time from it, so that no second counts twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict.fromkeys(STAGES, 0.0)
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._account()
+        self._running.append(stage)
+        try:
+            yield
+        finally:
+            self._account()
+            self._running.pop()
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _account(self) -> None:
+        """Put what has passed to the account of the running stage."""
+        before, self._since = self._since, self.now()
+        if self._running:
+            self.seconds[self._running[-1]] += self._since - before

@@ -1,242 +1,204 @@
-"""One case, all peers: correctness first, then times taken in turns, memory, and what the times mean."""
+"""How everything is timed: correctness first, then all that is right in turns, round by round."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
-import os
+import math
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mingle.bench import check, floor, inputs, machine
-from mingle.bench.floor import Ceilings
-from mingle.bench.peers import OURS, STRATEGIES
-from mingle.bench.peers.peer import Peer, Step, Unavailable
-from mingle.bench.registry import Case
+from mingle.bench.machine import LoadMeter, peak_bytes
 
-_log = logging.getLogger(__name__)
-
-#: `backend="auto"` should be within this factor of the best strategy
-DISPATCH_LIMIT = 1.10
+log = logging.getLogger("mingle.bench")
+#: what is known of one contestant, as `mingle.bench.results` says
+Row = dict[str, Any]
+Run = Callable[[], Any]
+#: ratios are relative to this row; rows whose names begin with it are other forms of this library
+OURS = "mingle"
+#: seconds; where rounds are counted by `each`, what takes longer has the time of the call that was checked
+SLOW = 4.0
+_FEWEST_EACH, _MOST_EACH = 3, 40
 _FLUSH_BYTES = 2**28  # more than the L2 cache of any GPU
-_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 100
 
 
-def measure(
-    case: Case,
-    peers: Sequence[Peer],
-    device: torch.device,
-    limits: Ceilings,
-    *,
-    seconds: float,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Everything about one case as plain data; `seconds` bounds the time of the timing rounds.
+class Unavailable(Exception):
+    """Something cannot run here, or has nothing to do with the case; the message is the reason."""
 
-    A peer's ``status`` is ``ok``, ``bound`` (another function, not compared), ``wrong`` (with ``errors``, and
-    without times), ``unavailable`` or ``failed`` (with ``reason``).
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something to be timed: `prepare` returns what is called, or None, and what a check found.  Its seconds are
+    those of one of `parts` parts; `facts` go into its row, and peak memory where wanted.
     """
-    case_inputs = inputs.make(case, device, seed)
-    oracles = {id(case_inputs): check.Oracle(case_inputs, seed)}
-    found: dict[str, dict[str, Any]] = {}
-    steps: dict[str, Step] = {}
-    for peer in peers:
-        found[peer.name] = result = {"status": "failed", "note": peer.note}
-        try:
-            adapted = peer.adapt(case_inputs)
-            run = peer.build(adapted)
-            if id(adapted) not in oracles:
-                oracles[id(adapted)] = check.Oracle(adapted, seed)
-            result |= _verdict(peer, run, oracles[id(adapted)])
-            if result["status"] in ("ok", "bound"):
-                result["peak_bytes"] = None if peer.captured else peak_bytes(run, device)
-                steps[peer.name] = run
-        except Unavailable as reason:
-            result |= {"status": "unavailable", "reason": str(reason)}
-        except Exception as error:  # one peer's failure is a result, and must not take the others along
-            _log.warning("%s: %s failed", case.name, peer.name, exc_info=error)
-            result |= {"reason": f"{type(error).__name__}: {error}"}
-    load = machine.Load()
-    times = interleaved(steps, device, seconds, seed)
-    others = load.others()
-    needed, (least, bound) = floor.count(case), floor.floor(case, limits)
-    for name, series in times.items():
-        fraction = (
-            least / statistics.median(series) if found[name]["status"] == "ok" else None
-        )  # bounds do less work
-        found[name] |= summary(series) | {"floor_fraction": fraction}
-        if OURS in times:
-            found[name] |= relative(series, times[OURS])
-    return {
-        "case": asdict(case),
-        "count": asdict(needed),
-        "floor": {"seconds": least, "bound": bound},
-        "checked_samples": oracles[id(case_inputs)].samples,
-        "peers": found,
-        "dispatch": dispatch(found),
-        "cpus_used_by_others": others,
+
+    name: str
+    prepare: Callable[[], tuple[Run | None, Row]]
+    facts: Row = field(default_factory=dict)
+    parts: int = 1
+    memory: bool = False
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often: after the `fewest` rounds, none is begun that would not end within `seconds`; or, everything
+    takes part in as many of the first rounds as last `each` seconds.
+
+    `flush`: on a GPU evict the L2 cache before each call, which gives the host time to enqueue the launches.
+    `collect`: let Python collect garbage meanwhile, for calls that make cycles of large tensors.
+    """
+
+    seconds: float = 0.0
+    fewest: int = 5
+    most: int = 100
+    each: float | None = None
+    warm_ups: int = 1
+    flush: bool = False
+    collect: bool = False
+
+
+def compare(
+    contestants: Sequence[Contestant], device: torch.device, rounds: Rounds, seed: int = 0, ours: str = OURS
+) -> tuple[list[Row], float | None]:
+    """A row for each, correctness first, then times of what is right; and the CPUs others used meanwhile."""
+    rows: dict[str, Row] = {
+        one.name: {"name": one.name, "status": "failed", **one.facts} for one in contestants
     }
+    runs: dict[str, Run] = {}
+    for one, row in zip(contestants, rows.values(), strict=True):
+        try:
+            run, found = one.prepare()
+            row |= found
+            if run is not None and row["status"] in ("ok", "bound"):
+                runs[one.name] = run
+                row |= {"peak_bytes": peak_bytes(run, device)} if one.memory else {}
+        except Unavailable as reason:
+            row |= {"status": "unavailable", "reason": str(reason)}
+        except Exception as error:  # one's failure is a result, and must not take the others along
+            log.warning("%s failed", one.name, exc_info=error)
+            row["reason"] = f"{type(error).__name__}: {error}"
+        if row["status"] == "wrong":
+            log.warning("%s is WRONG: %s", one.name, row["reason"])
+    first = {name: row.pop("first_seconds") for name, row in rows.items() if "first_seconds" in row}
+    shares, load = None if rounds.each is None else _shares(first, ours, rounds.each), LoadMeter()
+    times, others = interleaved(runs, device, rounds, seed, shares), load.others()
+    parts = {one.name: one.parts for one in contestants}
+    taken = {name: [s / parts[name] for s in series or [first[name]]] for name, series in times.items()}
+    for name, series in taken.items():
+        rows[name] |= summary(series)
+        if own := taken.get(ours):  # what was in no round is held against what is typical of ours
+            rows[name] |= relative(series, own if times[name] else [statistics.median(own)])
+    return list(rows.values()), others
 
 
-def _verdict(peer: Peer, run: Step, oracle: check.Oracle) -> dict[str, Any]:
-    """Status and errors of one peer, from the outputs of one call."""
-    case = oracle.inputs.case
-    if not peer.same(case):
-        run()
-        return {"status": "bound", "errors": None}
-    errors = oracle.errors(run)
-    limit = check.tolerance(oracle.inputs.x.dtype, oracle.inputs.x.device)
-    wrong = {name: error for name, error in errors.items() if error > limit}
-    finite = {
-        name: error if error < float("inf") else None for name, error in errors.items()
-    }  # JSON knows no infinity
-    if not wrong:
-        return {"status": "ok", "errors": finite, "tolerance": limit}
-    reason = "; ".join(f"{name} is off by {error:.1e}, allowed {limit:.1e}" for name, error in wrong.items())
-    _log.warning("%s: %s is WRONG: %s", case.name, peer.name, reason)
-    return {"status": "wrong", "errors": finite, "tolerance": limit, "reason": reason}
+def _shares(first: Mapping[str, float], ours: str, seconds: float) -> dict[str, int]:
+    """In how many rounds each takes part: a few at least, and ours in all; what is `SLOW` in none."""
+    wanted = {name: max(_FEWEST_EACH, math.ceil(seconds / taken)) for name, taken in first.items()}
+    found = {name: 0 if first[name] > SLOW else min(_MOST_EACH, count) for name, count in wanted.items()}
+    return found | ({ours: max(found.values())} if ours in found else {})
 
 
 def interleaved(
-    steps: Mapping[str, Step], device: torch.device, seconds: float, seed: int = 0
-) -> dict[str, list[float]]:
-    """Seconds of every step in every round; a round calls each step once, in an order of its own, so that
-    noise hits all alike.
-
-    GPU times are between CUDA events, after a write that evicts the L2 cache and gives the host time to
-    enqueue the launches.
+    steps: Mapping[str, Run], device: torch.device, rounds: Rounds, seed: int = 0,
+    shares: Mapping[str, int] | None = None,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of every step in every round; a round calls each step once, in an order of its own, so that noise
+    hits all alike.  With `shares`, every step takes part in that many of the first rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle = list(steps), random.Random(seed).shuffle
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
-    with _no_collection():
-        for run in steps.values():
-            run()  # warm-up, beyond what building and checking did
-        began, rounds = time.perf_counter(), 0
-        while (
-            steps
-            and rounds < _MOST_ROUNDS
-            and (rounds < _FEWEST_ROUNDS or time.perf_counter() - began < seconds)
-        ):
+    order, most = list(steps), rounds.most if shares is None else max(shares.values(), default=0)
+    evicts, shuffle = rounds.flush and device.type == "cuda", random.Random(seed).shuffle
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if evicts else None
+    gc.collect()
+    if not rounds.collect:
+        gc.disable()
+    try:
+        for run in (run for run in steps.values() for _ in range(rounds.warm_ups)):
+            run()
+        began = time.perf_counter()
+        for done in range(most if steps else 0):
+            passed = time.perf_counter() - began
+            if shares is None and done >= rounds.fewest and passed * (done + 1) / done > rounds.seconds:
+                break
             shuffle(order)
-            for name, taken in _round(steps, order, flush).items():
-                times[name].append(taken)
-            rounds += 1
+            chosen = [name for name in order if shares is None or done < shares[name]]
+            for name, seconds in _round(steps, chosen, device, flush):
+                times[name].append(seconds)
+    finally:
+        gc.enable()
     return times
 
 
-def _round(steps: Mapping[str, Step], order: Sequence[str], flush: torch.Tensor | None) -> dict[str, float]:
-    taken = {}
+def _round(
+    steps: Mapping[str, Run], order: Sequence[str], device: torch.device, flush: torch.Tensor | None
+) -> list[tuple[str, float]]:
+    """With `flush`, the GPU is waited for after the last step only."""
     if flush is None:
-        for name in order:
-            start = time.perf_counter()
-            steps[name]()
-            taken[name] = time.perf_counter() - start
-        return taken
-    events = {
-        name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in order
-    }
+        return [(name, timed(steps[name], device)[0]) for name in order]
+    marks = []
     for name in order:
         flush.zero_()
-        events[name][0].record()
-        steps[name]()
-        events[name][1].record()
-    torch.cuda.synchronize(flush.device)
-    return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in events.items()}
+        start, _, end = _event(), steps[name](), _event()
+        marks.append((name, start, end))
+    torch.cuda.synchronize(device)
+    return [(name, start.elapsed_time(end) / 1e3) for name, start, end in marks]
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+def timed(run: Run, device: torch.device) -> tuple[float, Any]:
+    """Seconds of one call, and its result; on a GPU between events around it."""
+    if device.type != "cuda":
+        began, result = time.perf_counter(), run()
+        return time.perf_counter() - began, result
+    torch.cuda.synchronize(device)
+    start, result, end = _event(), run(), _event()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3, result
 
 
-def peak_bytes(run: Step, device: torch.device) -> int | None:
-    """The most memory that one call holds beyond what was allocated before it, outputs included.
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    On CPUs this is what PyTorch's allocator hands out, from the profiler's record of it; workspaces inside
-    MKL and oneDNN do not show.
+
+def verdict(errors: Mapping[str, float], tolerance: float, others: Mapping[str, float] | None = None) -> Row:
+    """Status, errors and tolerance: each error is at most `tolerance` on both sides of zero.
+
+    With `others`, that is the limit of the first, these are limits of more, and the rest are only shown.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it announces every start and stop on stderr
-    try:
-        with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-            outputs = run()
-        records = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-        changes = [event.nbytes() for event in sorted(records, key=lambda event: event.start_ns())]
-    except (AttributeError, RuntimeError):  # not public API
-        return None
-    del outputs
-    held = most = 0
-    for change in changes:
-        held += change
-        most = max(most, held)
-    return most
+    limits = dict.fromkeys(errors if others is None else list(errors)[:1], tolerance) | dict(others or {})
+    wrong = [name for name, limit in limits.items() if not -limit <= errors[name] <= limit]
+    shown = {name: error if math.isfinite(error) else None for name, error in errors.items()}  # as JSON wants
+    reasons = [f"{name} is off by {errors[name]:.1e}, allowed {limits[name]:.1e}" for name in wrong]
+    row: Row = {"status": "wrong" if wrong else "ok", "errors": shown, "tolerance": tolerance}
+    return row | ({"reason": "; ".join(reasons)} if wrong else {})
 
 
-def summary(series: Sequence[float]) -> dict[str, Any]:
+def summary(series: Sequence[float]) -> Row:
     """Median, 20th and 80th percentile, count and all of the times in seconds."""
-    low, high = percentiles(series)
-    return {
-        "median": statistics.median(series),
-        "p20": low,
-        "p80": high,
-        "repetitions": len(series),
-        "seconds": list(series),
-    }
+    spread = dict(zip(("median", "p20", "p80"), percentiles(series), strict=True))
+    return spread | {"repetitions": len(series), "seconds": list(series)}
 
 
-def relative(series: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
-    """How many times as long as ours: by the medians, and per round, which is what drift of the machine does
-    not touch.
+def relative(series: Sequence[float], ours: Sequence[float]) -> Row:
+    """How many times as long as ours: by the medians, and per round, which drift of the machine does not touch;
+    the i-th times are those of one round.
     """
-    ratios = [theirs / own for theirs, own in zip(series, ours, strict=True)]
-    low, high = percentiles(ratios)
+    ratios = percentiles([theirs / own for theirs, own in zip(series, ours, strict=False)])
+    names = ("round_ratio", "round_ratio_p20", "round_ratio_p80")
     return {
         "ratio": statistics.median(series) / statistics.median(ours),
-        "round_ratio": statistics.median(ratios),
-        "round_ratio_p20": low,
-        "round_ratio_p80": high,
+        **dict(zip(names, ratios, strict=True)),
     }
 
 
-def percentiles(series: Sequence[float]) -> tuple[float, float]:
-    """The 20th and the 80th."""
+def percentiles(series: Sequence[float]) -> tuple[float, float, float]:
+    """The median, the 20th and the 80th."""
     cuts = statistics.quantiles(series, n=5, method="inclusive") if len(series) > 1 else [series[0]] * 4
-    return cuts[0], cuts[3]
-
-
-def dispatch(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Whether `backend="auto"` was about as fast as the best strategy; None where there is nothing to
-    compare.
-    """
-    timed = {
-        name: found[name]["round_ratio"]
-        for name in STRATEGIES
-        if name != OURS and "round_ratio" in found.get(name, {})
-    }
-    if not timed:
-        return None
-    best = min(timed, key=timed.__getitem__)
-    return {
-        "best": best,
-        "auto_over_best": 1 / timed[best],
-        "within_limit": 1 / timed[best] <= DISPATCH_LIMIT,
-    }
+    return statistics.median(series), cuts[0], cuts[3]

@@ -1,216 +1,173 @@
-"""The benchmark's command line: ``python bench/run.py --quick``, or ``mingle bench --quick``."""
+"""The kernels' command line: ``python bench/run.py --quick``, or ``mingle bench --quick``."""
 
 from __future__ import annotations
 
 import argparse
-import logging
+import math
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mingle.bench import floor, judge, machine, measure, registry, table
-from mingle.bench.peers import OURS, PEERS, STRATEGIES
-from mingle.bench.registry import CASES, SELECTIONS, SLOW_TO_BUILD, Case, Selection
-from mingle.io.files import CheckpointError, read_json, write_json
+from mingle.bench import command, judge, results, table
+from mingle.bench.gated_experts import breakdown, cases, check, floor, inputs
+from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase, Selection
+from mingle.bench.gated_experts.floor import Ceilings
+from mingle.bench.gated_experts.peer import KernelPeer
+from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, STRATEGIES
+from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, log, verdict
+from mingle.bench.results import CaseResult, Results, case_result
+from mingle.io.files import write_json
+from mingle.io.provenance import device_name
 
-_log = logging.getLogger("mingle.bench")
-
-FORMAT, FORMAT_VERSION = "mingle-bench", 1
 _SECONDS = 5.0  # of timing for a case that was asked for by name
+#: `backend="auto"` should be within this factor of the best strategy
+DISPATCH_LIMIT = 1.10
+_SELECTIONS = {
+    "quick": "two minutes on a CPU",
+    "gpu": "ten minutes on a large GPU",
+    "dispatch": 'does backend="auto" choose well?',
+    "breakdown": "where the time goes on a CPU, and what limits it",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a selection.  Returns 0, or 1 where a result of ours was wrong or failed, or a comparison found a
-    regression.
-    """
-    parser = _parser()
-    args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    _log.setLevel(logging.INFO)
-    if args.list:
-        table.write_names(
-            {name: [case.name for case in s.cases] for name, s in SELECTIONS.items()}, CASES, PEERS
-        )
-        return 0
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if args.selection == "breakdown":
-        return _break_down(parser, args)
-    try:
-        selection, peers = _selection(args, device), _peers(args)
-        old = _earlier(args.compare) if args.compare else None
-        for folder in (args.out and args.out.parent, args.plots):
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)  # better now than after ten minutes
-    except (ValueError, OSError) as error:  # unknown names, a file that is not there or holds something else
-        parser.error(str(error))
-    results = run(selection, peers, device, args.seed, args.until)
-    if args.out:
-        write_json(args.out, results)
-    if args.plots:
-        from mingle.bench import plot
-
-        for path in plot.write_plots(results, args.plots):
-            _log.info("wrote %s", path)
-    regressions = judge.regressions(old, results) if old else None
-    table.write(results, regressions)
-    ours = [
-        peer["status"]
-        for case in results["cases"]
-        for name, peer in case["peers"].items()
-        if name.startswith(OURS)
-    ]
-    return 1 if regressions or "wrong" in ours or "failed" in ours else 0
-
-
-def _break_down(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from mingle.bench import breakdown
-
-    if args.peer or args.plots or args.compare or args.device not in (None, "cpu"):
-        parser.error("--breakdown takes none of --peer, --plots and --compare, and runs on the CPU")
-    selection = SELECTIONS["breakdown"]
-    found = [breakdown.measured(case, selection.seconds, args.seed) for case in selection.cases]
-    results = {
-        "format": "mingle-breakdown",
-        "format_version": 1,
-        **_provenance(torch.device("cpu"), args.seed),
-        "cases": found,
-    }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, results)
-    table.write_breakdown(results)
-    return 0
-
-
-def _provenance(device: torch.device, seed: int) -> dict[str, Any]:
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), **machine.describe(device), "seed": seed}
-
-
-def run(
-    selection: Selection,
-    peers: Sequence[str],
-    device: torch.device,
-    seed: int = 0,
-    until: float = float("inf"),
-) -> dict[str, Any]:
-    """The measurements of all cases that can be started before `until` seconds have passed, as plain data.
-
-    `peers`, where there are any, are all that is run; otherwise those that take long to build are left out of
-    cases that are not `compiled`, and everywhere once `selection.build_until` seconds, or half of `until`,
-    have passed.
-    """
-    began = time.monotonic()
-    _log.info("measuring the ceilings of %s", machine.device_name(device))
-    limits = floor.ceilings((case.dtype for case in selection.cases), device)
-    cases = []
-    for case in selection.cases:
-        passed = time.monotonic() - began
-        if passed > until:
-            _log.warning("%s and all after it: not run, %.0f s have passed", case.name, passed)
-            break
-        chosen = peers or _default_peers(case, may_be_slow=passed < min(selection.build_until, until / 2))
-        _log.info("%s: %d peers, after %.0f s", case.name, len(chosen), passed)
-        cases.append(
-            measure.measure(
-                case, [PEERS[name] for name in chosen], device, limits, seconds=selection.seconds, seed=seed
-            )
-        )
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        **_provenance(device, seed),
-        "seconds": time.monotonic() - began,
-        "ceilings": {"flop_per_second": limits.flop_per_second, "bytes_per_second": limits.bytes_per_second},
-        "cases": cases,
-        "targets": judge.targets(cases),
-    }
-
-
-def _default_peers(case: Case, may_be_slow: bool) -> list[str]:
-    return [name for name in PEERS if name not in SLOW_TO_BUILD or (case.compiled and may_be_slow)]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mingle bench",
-        description="Time the gated sum of experts against other ways to compute it, each checked against float64 first.",
-        epilog="Without a selection: --gpu where there is a CUDA device, else --quick.",
-    )
-    select = parser.add_mutually_exclusive_group()
-    select.add_argument(
-        "--quick", action="store_const", const="quick", dest="selection", help="two minutes on a CPU"
-    )
-    select.add_argument(
-        "--gpu", action="store_const", const="gpu", dest="selection", help="ten minutes on a large GPU"
-    )
-    select.add_argument(
-        "--dispatch",
-        action="store_const",
-        const="dispatch",
-        dest="selection",
-        help='does backend="auto" choose well?',
-    )
-    select.add_argument(
-        "--breakdown",
-        action="store_const",
-        const="breakdown",
-        dest="selection",
-        help="where the time goes on a CPU, and what limits it",
-    )
-    select.add_argument(
-        "--case", action="append", default=[], metavar="NAME", help="one case; may be repeated"
-    )
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help=f"beside {OURS!r} only this one; may be repeated",
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="bars per case and a roofline, as PNG")
-    parser.add_argument(
+    """Run a selection.  Returns 1 where a result of ours was wrong or failed, or regressed, else 0."""
+    about = "Time the gated sum of experts beside other ways to compute it, each checked first."
+    default = "Without a selection: --gpu where there is a CUDA device, else --quick."
+    parser = argparse.ArgumentParser(prog="mingle bench", description=about, epilog=default)
+    select, add = parser.add_mutually_exclusive_group(), parser.add_argument
+    several: dict[str, Any] = dict(action="append", default=[], metavar="NAME")
+    for name, text in _SELECTIONS.items():
+        select.add_argument(f"--{name}", action="store_const", const=name, dest="selection", help=text)
+    select.add_argument("--case", help="one case; may be repeated", **several)
+    add("--peer", help=f"beside {OURS!r} only this one; may be repeated", **several)
+    add("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
+    add("--plots", type=Path, metavar="DIR", help="bars per case and a roofline, as PNG")
+    add(
         "--compare",
         type=Path,
         metavar="OLD.json",
         help="flag ratios to peers that fell by more than 10 %% since",
     )
-    parser.add_argument(
-        "--until", type=float, default=float("inf"), metavar="SECONDS", help="start no case after so many"
-    )
-    parser.add_argument("--device", help="cuda, cuda:1, cpu; by default a GPU where there is one")
-    parser.add_argument("--seed", type=int, default=0, help="of the random tensors")
-    parser.add_argument("--list", action="store_true", help="the names of selections, cases and peers")
-    return parser
-
-
-def _selection(args: argparse.Namespace, device: torch.device) -> Selection:
-    if args.case:
-        return Selection(tuple(registry.case(name) for name in args.case), _SECONDS)
-    return SELECTIONS[args.selection or ("gpu" if device.type == "cuda" else "quick")]
-
-
-def _peers(args: argparse.Namespace) -> tuple[str, ...]:
-    """Ours first, which the ratios need; none for the default."""
-    if args.peer:
-        return tuple(dict.fromkeys([OURS, *(registry.known(name, PEERS, "peer") for name in args.peer)]))
-    return STRATEGIES if args.selection == "dispatch" else ()
-
-
-def _earlier(path: Path) -> dict[str, Any]:
-    results = read_json(path)
-    if not isinstance(results, dict) or (results.get("format"), results.get("format_version")) != (
-        FORMAT,
-        FORMAT_VERSION,
+    add("--until", type=float, default=math.inf, metavar="SECONDS", help="start no case after that many")
+    add("--device", help="cuda, cuda:1, cpu; by default a GPU where there is one")
+    add("--seed", type=int, default=0, help="of the random tensors")
+    add("--list", action="store_true", help="the names of selections, cases and peers")
+    args = parser.parse_args(arguments)
+    command.show_progress()
+    if args.list:
+        chosen = (f"--{name}: {' '.join(case.name for case in s.cases)}\n" for name, s in SELECTIONS.items())
+        known = (f"--case {case.name:32}{case.title}" for case in CASES.values())
+        table.write_lines(
+            [*chosen, *known, *(f'--peer "{peer.name}": {peer.note}' for peer in PEERS.values())]
+        )
+        return 0
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen_name = args.selection or ("gpu" if device.type == "cuda" else "quick")
+    if chosen_name == "breakdown" and (
+        args.peer or args.plots or args.compare or args.device not in (None, "cpu")
     ):
-        raise CheckpointError(f"{path}: not the results of this benchmark, format version {FORMAT_VERSION}")
-    return results
+        parser.error("--breakdown takes none of --peer, --plots and --compare, and runs on the CPU")
+    try:
+        named = [CASES[cases.known(name, CASES, "case")] for name in args.case]
+        selection = Selection(tuple(named), _SECONDS) if named else SELECTIONS[chosen_name]
+        peers = [cases.known(name, PEERS, "peer") for name in args.peer]
+        if not peers and args.selection == "dispatch":
+            peers = list(STRATEGIES)
+        old = results.read(args.compare) if args.compare else None
+        for folder in (args.out and args.out.parent, args.plots):
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)  # better now than after ten minutes
+    except (ValueError, OSError) as error:  # unknown names, a file that is not there or holds something else
+        parser.error(str(error))
+    if chosen_name == "breakdown" and not named:
+        began, cpu = time.monotonic(), torch.device("cpu")
+        parts = [breakdown.measure(case, selection.seconds, args.seed) for case in selection.cases]
+        found = results.envelope("breakdown", cpu, args.seed, parts, (), began)
+    else:
+        found = run(selection, peers, device, args.seed, args.until)
+    if args.out:
+        write_json(args.out, found)
+    if args.plots:
+        command.write_plots(found, args.plots, "kernels")
+    regressions = judge.regressions(old, found) if old else None
+    table.write(found, regressions)
+    return 1 if regressions or command.status(found) else 0
+
+
+def run(
+    selection: Selection, peers: Sequence[str], device: torch.device, seed: int = 0, until: float = math.inf
+) -> Results:
+    """The measurements of all cases that can be started before `until` seconds have passed.
+
+    Ours and `peers`, where there are any, are all that is run; otherwise those that take long to build are left out
+    of cases that are not `compiled`, and everywhere once `selection.build_until` seconds, or half of `until`, have
+    passed.
+    """
+    began = time.monotonic()
+    log.info("measuring the ceilings of %s", device_name(device))
+    limits, found = floor.ceilings((case.dtype for case in selection.cases), device), []
+    for case in selection.cases:
+        passed = time.monotonic() - began
+        if passed > until:
+            log.warning("%s and all after it: not run, %.0f s have passed", case.name, passed)
+            break
+        may_be_slow = case.compiled and passed < min(selection.build_until, until / 2)
+        default = [name for name in PEERS if name not in SLOW_TO_BUILD or may_be_slow]
+        chosen = [PEERS[name] for name in dict.fromkeys([OURS, *(peers or default)])]
+        log.info("%s: %d peers, after %.0f s", case.name, len(chosen), passed)
+        found.append(measure(case, chosen, device, limits, selection.seconds, seed))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    judged = {case["name"]: case["dispatch"] for case in found if case["dispatch"]}
+    bad = {name: choice for name, choice in judged.items() if not choice["within_limit"]}
+    good = f"in {len(judged) - len(bad)} of {len(judged)} cases"
+    remarks = [f'backend="auto" is within 10 % of the best strategy {good}']
+    remarks += [
+        f"{name}: {one['auto_over_best']:.2f}× the time of {one['best']}" for name, one in bad.items()
+    ]
+    more = {"ceilings": asdict(limits), "remarks": remarks}
+    return results.envelope("kernels", device, seed, found, cases.TARGETS, began, **more)
+
+
+def measure(
+    case: KernelCase,
+    peers: Sequence[KernelPeer],
+    device: torch.device,
+    limits: Ceilings,
+    seconds: float,
+    seed: int = 0,
+) -> CaseResult:
+    """Everything about one case; `seconds` bounds the time of the timing rounds."""
+    case_inputs = inputs.make(case, device, seed)
+    oracle = check.Oracle(case_inputs)
+
+    def prepare(peer: KernelPeer) -> tuple[Run, Row]:
+        adapted = peer.adapt(case_inputs)
+        run = peer.build(adapted)
+        if not peer.same(adapted.case):
+            run()
+            return run, {"status": "bound", "errors": None}
+        own = oracle if adapted is case_inputs else check.Oracle(adapted)
+        return run, verdict(own.errors(run), check.tolerance(adapted.x.dtype, device))
+
+    contestants = [
+        Contestant(p.name, partial(prepare, p), {"note": p.note}, memory=not p.captured) for p in peers
+    ]
+    rows, others = compare(contestants, device, Rounds(seconds, flush=True), seed)
+    least, bound = floor.floor(case, limits)
+    for row in rows:
+        if "median" in row and row["status"] == "ok":  # bounds do less work
+            row["floor_fraction"] = least / row["median"]
+    found = case_result(case.name, case.title, asdict(case), rows, cpus_used_by_others=others)
+    strategies = [name for name in STRATEGIES if name != OURS]
+    found["dispatch"] = judge.choice(judge.by_name(found), strategies, DISPATCH_LIMIT)
+    return found | {"count": asdict(floor.count(case)), "floor": {"seconds": least, "bound": bound}}
 
 
 if __name__ == "__main__":

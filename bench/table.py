@@ -1,8 +1,8 @@
-"""Results as text for a terminal or a log."""
+"""Results as text for a terminal or a log: one table for every benchmark, whose columns are data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich import box
@@ -10,123 +10,139 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mingle.bench import machine
-from mingle.bench.peers import OURS, Peer
-from mingle.bench.registry import Case
+from mingle.bench.machine import MUCH
+from mingle.bench.measure import OURS, Row
+from mingle.bench.results import Results, timed_rows
 
-_WIDTH = 120  # of output that no terminal limits
-_COLUMNS = ("median", "p20 … p80", "× ours", "of floor", "peak MB", "error")
+_WIDTH = 130  # of output that no terminal limits
+Column = Callable[[Row], str]
 
 
-def write(results: Mapping[str, Any], regressions: Sequence[str] | None = None) -> None:
-    """All cases in one table, then who could not run, how well we chose, the targets, and what became slower."""
+def write(results: Results, regressions: list[str] | None = None) -> None:
+    """All cases in one table, then what is to be said of them, the targets, and what became slower."""
     console = _console()
-    _notes(console, results)
     console.print(_table(results, plain=not console.is_terminal))
-    for target in results["targets"]:
-        mark = "[green]met[/]" if target["met"] else "[red]missed[/]"
-        asked, found = target["ratio"], target["found"]
-        text = (
-            f"≥ {asked:.4g}×, found {found:.2f}×"
-            if asked >= 1
-            else f"ours ≤ {1 / asked:.4g}× its time, found {1 / found:.2f}×"
-        )
-        console.print(
-            f"target {target['case']}, {target['peer']} against {target['ours']}: {text}: {mark}",
-            highlight=False,
-        )
+    for text, style in _notes(results):
+        console.print(escape(text), style=style, highlight=False)
     if regressions is not None:
         for line in regressions or ["no regression beyond 10 %"]:
             console.print(escape(line), style="red" if regressions else "green", highlight=False)
 
 
-def write_names(
-    selections: Mapping[str, Iterable[str]], cases: Mapping[str, Case], peers: Mapping[str, Peer]
-) -> None:
+def write_lines(lines: Iterable[str]) -> None:
+    """Each as it is found."""
     console = _console()
-    for name, chosen in selections.items():
-        console.print(f"--{name}: {' '.join(chosen)}\n", highlight=False, soft_wrap=True)
-    for case in cases.values():
-        console.print(f"--case {case.name:32}{shape(case)}", highlight=False)
-    for peer in peers.values():
-        console.print(f'--peer "{peer.name}": {escape(peer.note)}', highlight=False, soft_wrap=True)
-
-
-def write_tiles(found: Iterable[tuple[str, str, Sequence[int]]]) -> None:
-    """Each line as it is found: case, kernel, tile."""
-    console = _console()
-    for case, kernel, (rows, columns, depth, warps, stages) in found:
-        console.print(
-            f"{case:32}{kernel:10}{rows} × {columns} × {depth}, {warps} warps, {stages} stages",
-            highlight=False,
-        )
-
-
-def write_breakdown(results: Mapping[str, Any]) -> None:
-    """Per case its parts by form, the whole layers, and the limits."""
-    console = _console()
-    out = Table(
-        title=_machine(results),
-        title_justify="left",
-        box=box.SIMPLE_HEAD if console.is_terminal else None,
-        pad_edge=False,
-    )
-    for column, justify in (
-        ("case and part", "left"),
-        ("median", "right"),
-        ("p20 … p80", "right"),
-        ("GFLOP", "right"),
-        ("of best", "right"),
-    ):
-        out.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for found in results["cases"]:
-        out.add_row(
-            f"[bold]{found['case']['name']}[/]",
-            f"best: {found['best_flop_per_second'] / 1e9:.0f} GFLOP/s",
-            style="cyan",
-        )
-        for part in found["parts"]:
-            flop = part["flop"]
-            rate = f"{flop / part['median'] / found['best_flop_per_second']:.0%}" if flop else ""
-            out.add_row(
-                f"  {part['form']}: {escape(part['name'])}",
-                *_spread(part),
-                f"{flop / 1e9:.3f}" if flop else "",
-                rate,
-            )
-        for name, whole in found["wholes"].items():
-            out.add_row(f"  {name}", *_spread(whole), "", "", style="bold" if name == OURS else None)
-        out.add_section()
-    console.print(out)
-    for found in results["cases"]:
-        for limit in found["limits"]:
-            for merge, ratios in limit["ratios"].items():
-                text = ", ".join(f"{what} {ratio:.2f}×" for what, ratio in ratios.items())
-                console.print(
-                    f"{found['case']['name']}, {limit['form']}: {merge} over {text}", highlight=False
-                )
-
-
-def _spread(timed: Mapping[str, Any]) -> tuple[str, str]:
-    return duration(timed["median"]), f"{duration(timed['p20'])} … {duration(timed['p80'])}"
-
-
-def _machine(results: Mapping[str, Any]) -> str:
-    device = results["device"]
-    return f"{device['name']}, {device['threads']} threads, torch {results['versions']['torch']}"
-
-
-def shape(case: Case) -> str:
-    return f"{case.samples}×{case.tokens} tokens, {case.d_in}→{case.d_out}, T {case.experts}, r {case.rank}"
+    for line in lines:
+        console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
     """With three digits and a unit."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1 or unit == "µs":
-            digits = max(0, 2 - len(str(int(seconds * factor))) + 1)
-            return f"{seconds * factor:.{digits}f} {unit}"
-    raise AssertionError
+    units = ("s", 1.0), ("ms", 1e3), ("µs", 1e6)
+    unit, factor = next((one for one in units if seconds * one[1] >= 1), units[-1])
+    return f"{seconds * factor:.{max(0, 3 - len(str(int(seconds * factor))))}f} {unit}"
+
+
+def where(results: Results) -> str:
+    device = results["device"]
+    threads = f", {device['threads']} threads" if device["type"] == "cpu" else ""
+    return f"{device['name']}{threads}, torch {results['versions']['torch']}"
+
+
+def _known(key: str, form: Callable[[Any], str]) -> Column:
+    """A column of a figure that not every row has."""
+    return lambda row: "–" if row.get(key) is None else form(row[key])
+
+
+def _spread(key: str, form: Callable[[float], str]) -> Column:
+    low, high = (f"{key}_p20", f"{key}_p80") if key else ("p20", "p80")
+    return lambda row: f"{form(row[low])} … {form(row[high])}" if low in row else "–"
+
+
+def _error(row: Row) -> str:
+    known = [error for error in (row.get("errors") or {}).values() if error is not None]
+    return "bound" if row["status"] == "bound" else f"{max(known):.0e}" if known else "–"
+
+
+def _stage(name: str) -> Column:
+    return lambda row: duration(row["stages"][name]["median"]) if "stages" in row else "–"
+
+
+_TIMES = {"median": _known("median", duration), "p20 … p80": _spread("", duration)}
+_RATIO, _CALLS = {"× ours": _known("round_ratio", "{:.2f}".format)}, {"calls": _known("repetitions", str)}
+_PEAK = {"peak MB": _known("peak_bytes", lambda size: f"{size / 1e6:.1f}")}
+_OF_RATIO = {"p20 … p80 of it": _spread("round_ratio", "{:.2f}".format)}
+_EXCESS = {"residual/best − 1": _known("errors", lambda errors: f"{errors['excess']:.0e}")}
+_FLOOR, _BEST = _known("floor_fraction", "{:.0%}".format), _known("best_fraction", "{:.0%}".format)
+_STAGES = ("load", "project", "decompose", "adapt", "subspace", "evaluate")
+_STEP = _known("step_seconds", lambda steps: duration(steps[-1]))
+#: by benchmark
+COLUMNS: dict[str, dict[str, Column]] = {
+    "kernels": _TIMES | _RATIO | {"of floor": _FLOOR} | _PEAK | {"error": _error},
+    "breakdown": _TIMES | {"GFLOP": _known("flop", lambda flop: f"{flop / 1e9:.3f}"), "of best": _BEST},
+    "experts": _TIMES | _RATIO | _OF_RATIO | _EXCESS | _CALLS,
+    "nufilt": _TIMES | _RATIO | {"error": _error} | _CALLS,
+    "merges": {stage: _stage(stage) for stage in _STAGES}
+    | {"whole": _TIMES["median"], **_RATIO, "step, last task": _STEP, **_PEAK}
+    | {"accuracy": _known("accuracy", "{:.1f} %".format)},
+    "growth": {"at": _known("at", str)} | _TIMES | _PEAK,
+}
+
+
+def _table(results: Results, plain: bool) -> Table:
+    columns = COLUMNS[results["benchmark"]]
+    style = None if plain else box.SIMPLE_HEAD
+    out = Table(title=where(results), title_justify="left", box=style, pad_edge=False)
+    for name in ("case", *columns):
+        out.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
+    for case in results["cases"]:
+        floor = case.get("floor")
+        heading = (duration(floor["seconds"]), f"floor: {floor['bound']}") if floor else ()
+        out.add_row(f"[bold]{escape(case['name'])}[/]", *heading, style="cyan")
+        # of experts the other points of the curves are in the file and the picture
+        for row in timed_rows(case) if results["benchmark"] != "growth" else case["rows"]:
+            if row.get("telling", True):
+                ours, bound = row["name"] in (OURS, f"{OURS} accurate"), row["status"] == "bound"
+                cells = [column(row) for column in columns.values()]
+                out.add_row(
+                    f"  {escape(row['name'])}", *cells, style="bold" if ours else "dim" if bound else None
+                )
+        for row in case["rows"]:
+            if row["status"] in ("wrong", "failed"):
+                out.add_row(f"  {escape(row['name'])}", row["status"].upper(), style="bold red")
+        out.add_section()
+    return out
+
+
+def _notes(results: Results) -> Iterator[tuple[str, str | None]]:
+    """What ran nowhere, faults, disturbed cases, what each benchmark remarks, and the targets."""
+    rows = [(case["name"], row) for case in results["cases"] for row in case["rows"]]
+    ran = {row["name"] for _, row in rows if row["status"] in ("ok", "bound")}
+    absent = {row["name"]: row["reason"] for _, row in rows if row["status"] == "unavailable"}
+    yield from ((f"not run: {name}: {reason}", "dim") for name, reason in absent.items() if name not in ran)
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for case, row in rows:
+        if "reason" in row and row["status"] != "unavailable":
+            reasons.setdefault((case, row["status"], row["reason"]), []).append(row["name"])
+    for (case, status, reason), names in reasons.items():
+        yield f"{case}: {', '.join(names)}: {status}: {reason}", "dim" if status == "left out" else "red"
+    for case in results["cases"]:
+        busy = max(one.get("cpus_used_by_others") or 0.0 for one in (case, *case["rows"]))
+        if busy > MUCH:
+            yield f"{case['name']}: others kept {busy:.1f} CPUs busy; take its times with care", "yellow"
+        yield from ((f"{case['name']}: {text}", None) for text in case.get("remarks", ()))
+    yield from ((text, None) for text in results.get("remarks", ()))
+    for target in results["targets"]:
+        mark = "disturbed" if target.get("disturbed") else "met" if target["met"] else "missed"
+        asked, found = target["ratio"], target["found"]
+        text = f"≥ {asked:.4g}×, found {found:.2f}×"
+        if asked < 1:
+            text = f"ours ≤ {1 / asked:.4g}× its time, found {1 / found:.2f}×"
+        stage = f", {target['stage']}" if target.get("stage") else ""
+        error = f", residual/best − 1 {target['found_error']:.0e}" if "found_error" in target else ""
+        pair = f"{target['peer']} against {target['ours']}"
+        style = {"met": "green", "missed": "red", "disturbed": "yellow"}[mark]
+        yield f"target {target['case']}{stage}, {pair}: {text}{error}: {mark}", style
 
 
 def _console() -> Console:
@@ -134,93 +150,3 @@ def _console() -> Console:
     if not console.is_terminal:
         console.width = _WIDTH
     return console
-
-
-def _table(results: Mapping[str, Any], plain: bool) -> Table:
-    out = Table(
-        title=_machine(results), title_justify="left", box=None if plain else box.SIMPLE_HEAD, pad_edge=False
-    )
-    out.add_column("case and peer", no_wrap=True)
-    for column in _COLUMNS:
-        out.add_column(column, justify="right", no_wrap=True)
-    for measured in results["cases"]:
-        case, floor = Case(**measured["case"]), measured["floor"]
-        out.add_row(
-            f"[bold]{case.name}[/]",
-            duration(floor["seconds"]),
-            f"floor: {floor['bound']}",
-            "",
-            "",
-            "",
-            "",
-            style="cyan",
-        )
-        timed = {name: peer for name, peer in measured["peers"].items() if "median" in peer}
-        for name, peer in sorted(timed.items(), key=lambda item: item[1]["median"]):
-            out.add_row(f"  {name}", *_cells(peer), style=_style(name, peer))
-        for name, peer in measured["peers"].items():
-            if peer["status"] in ("wrong", "failed"):
-                out.add_row(
-                    f"  {name}", peer["status"].upper(), "", "", "", "", _error(peer), style="bold red"
-                )
-        out.add_section()
-    return out
-
-
-def _cells(peer: Mapping[str, Any]) -> tuple[str, ...]:
-    ratio, size, fraction = peer.get("round_ratio"), peer["peak_bytes"], peer["floor_fraction"]
-    return (
-        *_spread(peer),
-        "–" if ratio is None else f"{ratio:.2f}",
-        "–" if fraction is None else f"{fraction:.0%}",
-        "–" if size is None else f"{size / 1e6:.1f}",
-        _error(peer),
-    )
-
-
-def _error(peer: Mapping[str, Any]) -> str:
-    if peer["status"] == "bound":
-        return "bound"
-    known = [error for error in (peer.get("errors") or {}).values() if error is not None]
-    return f"{max(known):.0e}" if known else "–"
-
-
-def _style(name: str, peer: Mapping[str, Any]) -> str | None:
-    return "bold" if name == OURS else "dim" if peer["status"] == "bound" else None
-
-
-def _notes(console: Console, results: Mapping[str, Any]) -> None:
-    """Peers that ran nowhere with their reasons, failures, disturbed cases, and whether `auto` chose well."""
-    cases = results["cases"]
-    ran = {
-        name for case in cases for name, peer in case["peers"].items() if peer["status"] in ("ok", "bound")
-    }
-    absent = {
-        name: peer["reason"]
-        for case in cases
-        for name, peer in case["peers"].items()
-        if peer["status"] == "unavailable"
-    }
-    for name, reason in absent.items():
-        if name not in ran:
-            console.print(f"not run: {name}: {escape(reason)}", style="dim", highlight=False)
-    for case in cases:
-        for name, peer in case["peers"].items():
-            if peer["status"] in ("wrong", "failed"):
-                console.print(
-                    f"{case['case']['name']}: {name}: {escape(peer['reason'])}", style="red", highlight=False
-                )
-        if (others := case["cpus_used_by_others"] or 0) > machine.MUCH:
-            text = f"{case['case']['name']}: other processes kept {others:.1f} CPUs busy; take its times with care"
-            console.print(text, style="yellow", highlight=False)
-    judged = [(case["case"]["name"], case["dispatch"]) for case in cases if case["dispatch"]]
-    good = sum(choice["within_limit"] for _, choice in judged)
-    console.print(
-        f'backend="auto" is within 10 % of the best strategy in {good} of {len(judged)} cases',
-        highlight=False,
-    )
-    for name, choice in judged:
-        if not choice["within_limit"]:
-            console.print(
-                f"  {name}: {choice['auto_over_best']:.2f}× the time of {choice['best']}", highlight=False
-            )

@@ -1,5 +1,4 @@
-"""Search tile sizes for cases of the benchmark on this GPU: ``python bench/tune.py --case
-vit-b16-sample-bf16``.
+"""Search tile sizes for cases on this GPU: ``python bench/tune.py --case vit-b16-sample-bf16``.
 
 What is found is kept for this user and GPU, and used from then on (`mingle.kernels.tiles`).  Nothing is ever
 searched unasked.
@@ -8,111 +7,94 @@ searched unasked.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from mingle.bench import inputs, registry, table
-from mingle.bench.registry import SELECTIONS, Case
+from mingle.bench import table
+from mingle.bench.gated_experts import inputs
+from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase, known
+from mingle.bench.measure import timed
 from mingle.kernels.tiles import Tile
 from mingle.ops import dispatch
 
-Launch = tuple[str, torch.Tensor, int, int, int, Callable[[], object]]
+#: name of the kernel, operand, rows, columns and depth of its products, one launch
+Launch = tuple[str, Tensor, int, int, int, Callable[[], object]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Search every kernel of the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split(":", 1)[0] + ".")
-    parser.add_argument(
-        "--case",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="one case; may be repeated; default: all of --gpu",
-    )
-    parser.add_argument(
-        "--device", default="cuda", help="cuda, cuda:1; cpu runs Triton's interpreter, to try this out"
-    )
+    which = "one case; may be repeated; default: all of --gpu"
+    parser.add_argument("--case", action="append", default=[], metavar="NAME", help=which)
+    devices = "cuda, cuda:1; cpu runs Triton's interpreter, to try this out"
+    parser.add_argument("--device", default="cuda", help=devices)
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     try:
-        cases = [registry.case(name) for name in args.case] or list(SELECTIONS["gpu"].cases)
-        for case in cases:
+        chosen = [CASES[known(name, CASES, "case")] for name in args.case] or list(SELECTIONS["gpu"].cases)
+        for case in chosen:
             if reason := dispatch.without_triton(device, case.torch_dtype):
                 raise ValueError(f"{case.name}: {reason}")
     except ValueError as error:
         parser.error(str(error))
-    table.write_tiles((case.name, kernel, tile) for case in cases for kernel, tile in tune(case, device))
+    table.write_lines(
+        f"{case.name:32}{kernel:10}{rows} × {columns} × {depth}, {warps} warps, {stages} stages"
+        for case in chosen
+        for kernel, (rows, columns, depth, warps, stages) in tune(case, device)
+    )
     return 0
 
 
 def tune(
-    case: Case, device: torch.device, candidates: Sequence[Tile] | None = None
+    case: KernelCase, device: torch.device, candidates: Sequence[Tile] | None = None
 ) -> Iterator[tuple[str, Tile]]:
     """Search every kernel that the case runs; yields its name and the best tile."""
     from mingle.kernels import tiles
 
     strain = "special" if case.routed else "plain"  # zeros are skipped
-    for kernel, x, rows, columns, depth, launch in launches(case, device):
-        yield (
-            kernel,
-            tiles.search(
-                kernel, x, rows, columns, depth, launch, lambda run: seconds(run, device), candidates, strain
-            ),
-        )
+    for launch in launches(case, device):
+        yield launch[0], tiles.search(*launch, lambda run: seconds(run, device), candidates, strain)
 
 
-def launches(case: Case, device: torch.device) -> Iterator[Launch]:
-    """Each kernel of the case as (name, operand, rows, columns, depth of its products, one launch)."""
+def launches(case: KernelCase, device: torch.device) -> Iterator[Launch]:
+    """Each kernel of the case."""
     from mingle.kernels.gated_experts import fold
-    from mingle.kernels.gated_experts import triton as gated_experts
+    from mingle.kernels.gated_experts import triton as kernels
 
     t = inputs.make(case, device)
     x, dy = t.x.detach().flatten(0, 1), t.dy.flatten(0, 1)
-    weight, gate_bias = (joined.detach() for joined in t.all_gates())
-    ranks, group = case.experts * case.rank, case.rows // case.groups
-    given = None if t.gates is None else t.gates.float()
-    hidden, z, _ = gated_experts.shrink(x, t.A, weight, gate_bias, given, None, group, False)
+    weight, bias = (joined.detach() for joined in t.all_gates())
+    rows, width, outputs, ranks = case.rows, case.d_in, case.d_out, case.experts * case.rank
+    given, group = None if t.gates is None else t.gates.float(), case.rows // case.groups
     skip = given is not None
-    yield (
-        "shrink",
-        x,
-        case.rows,
-        ranks,
-        case.d_in,
-        lambda: gated_experts.shrink(x, t.A, weight, gate_bias, given, None, group, skip),
-    )
-    yield (
-        "expand", x, case.rows, case.d_out, case.d_in + ranks,
-        lambda: gated_experts.expand(x, t.weight, t.bias, hidden, t.B.mT, z, group, skip),
-    )  # fmt: skip
+
+    def shrink(skip: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.shrink(x, t.A, weight, bias, given, None, group, skip)
+
+    hidden, z, _ = shrink(False)
+
+    def expand(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor) -> Callable[[], object]:
+        return lambda: kernels.expand(x, weight, bias, hidden, up, z, group, skip)
+
+    yield "shrink", x, rows, ranks, width, lambda: shrink(skip)
+    yield "expand", x, rows, outputs, width + ranks, expand(x, t.weight, t.bias, t.B.mT)
     if case.reduce == "batch":
-        yield "fold", t.weight, case.d_out, case.d_in, ranks, lambda: fold.fold(t.weight, t.A, t.B, z[0])
+        yield "fold", t.weight, outputs, width, ranks, lambda: fold.fold(t.weight, t.A, t.B, z[0])
     if case.backward:
-        yield (
-            "upstream",
-            dy,
-            case.rows,
-            ranks,
-            case.d_out,
-            lambda: gated_experts.upstream(dy, t.B, hidden, z, group, skip),
-        )
-        yield (
-            "expand", dy, case.rows, case.d_in, case.d_out + ranks,
-            lambda: gated_experts.expand(dy, t.weight.mT, None, hidden, t.A, z, group, skip),
-        )  # fmt: skip
+        upstream = lambda: kernels.upstream(dy, t.B, hidden, z, group, skip)  # noqa: E731
+        yield "upstream", dy, rows, ranks, outputs, upstream
+        yield "expand", dy, rows, width, outputs + ranks, expand(dy, t.weight.mT, None, t.A)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Median time of one launch."""
-    if device.type == "cuda":
-        import triton
+    if device.type != "cuda":
+        return timed(run, device)[0]
+    import triton
 
-        return float(triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")) / 1e3
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    return float(triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")) / 1e3
 
 
 if __name__ == "__main__":

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mingle.bench.decomposition.cases import Problem
-from mingle.bench.decomposition.peers import Triplets
-from mingle.bench.decomposition.pipelines import Factors, effective_rank
+from mingle.bench.decomposition.cases import ExpertProblem
+from mingle.bench.decomposition.peers import Factors, Triplets, effective_rank
 from mingle.methods.experts import concatenated
 
 # Beside the excess residual: max |UᵀU − I|, and of V, which LAPACK's fp32 keeps for 14336 rows, and the
-# largest singular value, which every sketch finds.  Of our orthogonality the specification asks for more.
-_LIMITS = {"orthogonality": 2e-5, "leading value": 1e-2}
-_OUR_LIMITS = _LIMITS | {"orthogonality": 2e-6}
-#: a shorter side up to which singular values are LAPACK's own; beyond, the square roots of the Gram matrix's
-#: eigenvalues, ten times as fast
+# largest singular value, which every sketch finds.  Of our orthogonality more is asked.
+LIMITS = {"orthogonality": 2e-5, "leading value": 1e-2}
+OUR_LIMITS = LIMITS | {"orthogonality": 2e-6}
+_ERRORS = ("excess", *LIMITS, "values")
+#: a shorter side up to which singular values are LAPACK's own; beyond, the Gram matrix's, ten times as fast
 _DIRECT = 1100
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best a rank allows for M [m, n]: the residual ‖M − M_r‖, and the leading singular values σ [r]; all
-    in float64.
-    """
+    """The best a rank allows for M [m, n], in float64: ‖M − M_r‖ and the leading singular values σ [r]."""
 
     M: Tensor
     residual: float
@@ -37,11 +33,10 @@ class Optimum:
     @classmethod
     def of(cls, M: Tensor, r: int) -> Optimum:
         M = M.double()
-        shorter = min(M.shape)
-        if shorter <= _DIRECT:
+        if min(M.shape) <= _DIRECT:
             squares = torch.linalg.svdvals(M).square()
         else:
-            rows = M if M.shape[0] == shorter else M.mT
+            rows = M if M.shape[0] <= M.shape[1] else M.mT
             squares = torch.linalg.eigvalsh(rows @ rows.mT).flip(0).clamp_min(0)
         return cls(M, float(squares[r:].sum().sqrt()), squares[:r].sqrt())
 
@@ -54,82 +49,55 @@ class Optimum:
         identity = torch.eye(len(S), dtype=torch.float64, device=S.device)
         off = float(torch.maximum((U.mT @ U - identity).abs().max(), (Vh @ Vh.mT - identity).abs().max()))
         values = ((S - self.sigma) / self.sigma).abs()
-        return {
-            "excess": self.excess(U * S @ Vh),
-            "orthogonality": off,
-            "leading value": float(values[0]),
-            "values": float(values.max()),
-        }
+        found = self.excess(U * S @ Vh), off, float(values[0]), float(values.max())
+        return dict(zip(_ERRORS, found, strict=True))
 
 
-def optima(problem: Problem) -> dict[int, Optimum]:
-    """Of the first and the last layer."""
-    return {i: Optimum.of(problem.deltas[i], problem.rank) for i in sorted({0, problem.layers - 1})}
+#: of the first and the last layer
+Optima = Mapping[int, Optimum]
 
 
-def projected_optima(problem: Problem) -> tuple[dict[int, Optimum], dict[int, int]]:
-    """The same for Δ without the leading block of the earlier updates, found by LAPACK's QR and SVD in
-    float64; and that block's size.
-    """
-    found, ranks = {}, {}
+def optima(problem: ExpertProblem) -> Optima:
+    return {i: Optimum.of(problem.deltas[i], problem.rank) for i in {0, problem.layers - 1}}
+
+
+def projected_optima(problem: ExpertProblem) -> tuple[Optima, list[int]]:
+    """The same for Δ without the leading block of the earlier updates, and that block's size."""
+    found, ranks = {}, []
     for i in sorted({0, problem.layers - 1}):
         B, A = (part.double() for part in concatenated(problem.earlier[i]))
         (left, upper), (right, lower) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
         U, S, Vh = torch.linalg.svd(upper @ lower.mT)
-        ranks[i] = effective_rank(S)
-        U, V = left @ U[:, : ranks[i]], right @ Vh[: ranks[i]].mT
-        delta = problem.deltas[i].double()
+        ranks.append(rank := effective_rank(S))
+        U, V, delta = left @ U[:, :rank], right @ Vh[:rank].mT, problem.deltas[i].double()
         found[i] = Optimum.of(delta - U @ (U.mT @ delta @ V) @ V.mT, problem.rank)
     return found, ranks
 
 
-def decomposition_errors(result: Triplets, expected: dict[int, Optimum], r: int) -> dict[str, float]:
-    """The worst of the layers that were looked at; infinite where a shape is wrong or an entry is not finite."""
-    U, S, Vh = result
-
-    def errors(i: int, optimum: Optimum) -> dict[str, float]:
-        m, n = optimum.M.shape
-        if i >= len(U) or (U[i].shape, S[i].shape, Vh[i].shape) != ((m, r), (r,), (r, n)):
-            return dict.fromkeys(("excess", *_LIMITS, "values"), math.inf)
-        return optimum.errors(U[i], S[i], Vh[i])
-
-    return _worst([errors(i, optimum) for i, optimum in expected.items()])
+def decomposition_errors(result: Triplets, expected: Optima) -> dict[str, float]:
+    """The worst of the layers looked at; infinite where a shape is wrong or an entry is not finite."""
+    found = []
+    for i, optimum in expected.items():
+        (m, n), r = optimum.M.shape, len(optimum.sigma)
+        parts = [part[i] for part in result] if i < len(result[0]) else []
+        right = [tuple(part.shape) for part in parts] == [(m, r), (r,), (r, n)]
+        found.append(optimum.errors(*parts) if right else dict.fromkeys(_ERRORS, math.inf))
+    return _worst(found)
 
 
-def expert_errors(result: Factors, expected: dict[int, Optimum]) -> dict[str, float]:
-    def excess(i: int, optimum: Optimum) -> float:
-        B, A = result[i]
-        if (len(B), A.shape[1]) != optimum.M.shape or B.shape[1] != len(optimum.sigma):
-            return math.inf
-        return optimum.excess(B.double() @ A.double())
-
-    return _worst(
-        [{"excess": excess(i, optimum) if i < len(result) else math.inf} for i, optimum in expected.items()]
-    )
-
-
-def verdict(errors: dict[str, float], limit: float, ours: bool) -> dict[str, Any]:
-    """``status`` and ``errors`` of one result, and where it is wrong the ``reason``; `limit` bounds the
-    excess residual on both sides.
-    """
-    limits = {"excess": limit, **(_OUR_LIMITS if ours else _LIMITS)}
-    wrong = {
-        name: error
-        for name, error in errors.items()
-        if name in limits and not -limits[name] <= error <= limits[name]
-    }
-    finite = {
-        name: error if error < math.inf else None for name, error in errors.items()
-    }  # JSON knows no infinity
-    if not wrong:
-        return {"status": "ok", "errors": finite, "limit": limit}
-    reason = "; ".join(f"{name} {error:.1e}, allowed {limits[name]:.1e}" for name, error in wrong.items())
-    return {"status": "wrong", "errors": finite, "limit": limit, "reason": reason}
+def expert_errors(result: Factors, expected: Optima) -> dict[str, float]:
+    found = []
+    for i, optimum in expected.items():
+        shapes = [tuple(part.shape) for part in result[i]] if i < len(result) else []
+        (m, n), r = optimum.M.shape, len(optimum.sigma)
+        right = shapes == [(m, r), (r, n)]
+        found.append(
+            {"excess": optimum.excess(result[i][0].double() @ result[i][1].double()) if right else math.inf}
+        )
+    return _worst(found)
 
 
 def _worst(layers: Sequence[dict[str, float]]) -> dict[str, float]:
     """Of each error the largest; infinite where one is not a number."""
-    return {
-        name: max(layer[name] if layer[name] == layer[name] else math.inf for layer in layers)
-        for name in layers[0]
-    }
+    finite = [{k: error if error == error else math.inf for k, error in layer.items()} for layer in layers]
+    return {name: max(layer[name] for layer in finite) for name in finite[0]}

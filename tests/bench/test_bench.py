@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 import subprocess
@@ -15,18 +14,21 @@ import pytest
 import torch
 
 from mingle import cli
-from mingle.bench import breakdown, check, floor, inputs, judge, measure, plot, registry, run
-from mingle.bench.peers import OURS, PEERS, Peer, Unavailable, handmade
-from mingle.bench.peers.peer import step
-from mingle.bench.registry import SLOW_TO_BUILD, Case, Selection
+from mingle.bench import judge, machine, measure, plot, results, run, table
+from mingle.bench.gated_experts import breakdown, cases, check, floor, handmade, inputs
+from mingle.bench.gated_experts.cases import KernelCase, Selection
+from mingle.bench.gated_experts.peer import KernelPeer, differentiated
+from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD
+from mingle.bench.judge import Target, by_name
+from mingle.bench.measure import OURS, Rounds, Unavailable
 from mingle.kernels.gated_experts import reference
 
 CPU = torch.device("cpu")
 LIMITS = floor.Ceilings({"float32": 1e11, "bfloat16": 2e11, "float16": 1e11}, 1e10)
 
 
-def tiny(reduce: str = "sample", **changes) -> Case:
-    return replace(Case("tiny", 3, 5, 48, 40, 4, rank=16, reduce=reduce), **changes)
+def tiny(reduce: str = "sample", **changes) -> KernelCase:
+    return replace(KernelCase("tiny", 3, 5, 48, 40, 4, rank=16, reduce=reduce), **changes)
 
 
 @pytest.mark.parametrize(
@@ -34,19 +36,19 @@ def tiny(reduce: str = "sample", **changes) -> Case:
     [("vit-b16", 129.7, 29.7, 254, 461), ("vit-b32", 6.9, 3.8, 17.7, None), ("image", 0.26, 0.06, 5.6, None)],
 )
 def test_counts_are_those_of_the_published_table(shape, giga_flop, base, mega_bytes, chain):
-    case = registry.case(f"{shape}-token-bf16")
+    case = cases.CASES[f"{shape}-token-bf16"]
     count = floor.count(case)
     assert count.algorithm == "low-rank"
     assert count.flop / 1e9 == pytest.approx(giga_flop, rel=0.02)
     assert count.base_flop / 1e9 == pytest.approx(base, rel=0.02)
     assert count.bytes / 1e6 == pytest.approx(mega_bytes, rel=0.01)
     if chain:
-        assert floor.chain_bytes(case) / 1e6 == pytest.approx(chain, rel=0.01)
+        assert floor.Work(case).chain_bytes / 1e6 == pytest.approx(chain, rel=0.01)
 
 
 def test_the_floor_of_the_large_case_on_an_h100():
     seconds, bound = floor.floor(
-        registry.case("vit-b16-token-bf16"), floor.Ceilings({"bfloat16": 798e12}, 3e12)
+        cases.CASES["vit-b16-token-bf16"], floor.Ceilings({"bfloat16": 798e12}, 3e12)
     )
     assert bound == "arithmetic"
     assert seconds == pytest.approx(162e-6, rel=0.01)
@@ -54,18 +56,20 @@ def test_the_floor_of_the_large_case_on_an_h100():
 
 @pytest.mark.parametrize(("d_out", "threshold"), [(768, 384), (3072, 614)])
 def test_folding_is_counted_where_it_is_cheaper(d_out, threshold):
-    below, above = (Case("", 1, threshold + more, 768, d_out, 8, reduce="batch") for more in (-2, 2))
+    below, above = (KernelCase("", 1, threshold + more, 768, d_out, 8, reduce="batch") for more in (-2, 2))
     assert floor.count(below).algorithm == "low-rank"
     assert floor.count(above).algorithm == "folded"
-    assert floor.forward_flop(above) / floor.folded_forward_flop(above) == pytest.approx(1, rel=0.02)
+    assert floor.Work(above).forward_flop / floor.Work(above).folded_forward_flop == pytest.approx(
+        1, rel=0.02
+    )
 
 
 def test_a_backward_pass_doubles_the_products_and_routing_counts_one_expert():
     case = tiny(backward=True)
     assert 1.9 < floor.count(case).flop / floor.count(tiny()).flop < 2.2
     assert floor.count(case).bytes > 2 * floor.count(tiny()).bytes
-    assert floor.forward_flop(tiny(routed=True)) == pytest.approx(
-        floor.forward_flop(tiny(experts=1)), rel=0.02
+    assert floor.Work(tiny(routed=True)).forward_flop == pytest.approx(
+        floor.Work(tiny(experts=1)).forward_flop, rel=0.02
     )
 
 
@@ -73,9 +77,9 @@ def test_ceilings_are_the_work_over_the_shortest_time(monkeypatch):
     clock = iter([0.0, 7.0, 10.0, 10.5, 20.0, 22.0])
     monkeypatch.setattr(floor.time, "perf_counter", lambda: next(clock))
     calls = []
-    assert floor._fastest(lambda: calls.append(None), CPU, repetitions=3) == 0.5 and len(calls) == 3
+    assert floor.fastest(lambda: calls.append(None), CPU, repetitions=3) == 0.5 and len(calls) == 3
     for seconds in (0.5, 0.25):
-        monkeypatch.setattr(floor, "_fastest", lambda run, device, seconds=seconds: (run(), seconds)[1])
+        monkeypatch.setattr(floor, "fastest", lambda run, device, seconds=seconds: (run(), seconds)[1])
         limits = floor.ceilings(["float32"], CPU, gemm_size=64, copy_bytes=2**16)
         assert limits.flop_per_second == {"float32": 2 * 64**3 / seconds}
         assert limits.bytes_per_second == 2 * 2**16 / seconds
@@ -86,7 +90,7 @@ EVERYWHERE = {"mingle", "mingle eager", "mingle grouped", "eager loop", "grouped
 ALSO = {"token": set(), "sample": {"per-sample merge"}, "batch": {"fold eager", "dense merge"}}
 
 
-def agreeing(case: Case) -> set[str]:
+def agreeing(case: KernelCase) -> set[str]:
     """The peers that can run and compute the case's function, once they were found to agree with the oracle."""
     case_inputs, agreed = inputs.make(case, CPU), set()
     for name, peer in PEERS.items():
@@ -131,20 +135,28 @@ def test_the_compiled_peer_agrees_with_the_oracle():
     assert check.Oracle(case_inputs).errors(PEERS["grouped compiled"].build(case_inputs))["y"] < 2e-6
 
 
-def test_large_cases_are_checked_on_some_samples_without_losing_gradients(monkeypatch):
-    monkeypatch.setitem(check._MOST_FLOP, "cpu", 5e5)
+def test_every_sample_and_gradient_of_large_cases_is_checked():
     for reduce in reference.REDUCTIONS:
         case_inputs = inputs.make(tiny(reduce, samples=8, backward=True), CPU)
         dy, oracle = case_inputs.dy.clone(), check.Oracle(case_inputs)
-        assert oracle.samples[0] == 0 and oracle.samples[-1] == 7 and len(oracle.samples) < 8
-        assert max(oracle.errors(PEERS["eager loop"].build(case_inputs)).values()) < 2e-6
+        assert len(oracle.expected["y"]) == 8 and oracle.expected.keys() == {
+            "y",
+            "x",
+            "gate_weight",
+            "gate_bias",
+        }
+        right = PEERS["eager loop"].build(case_inputs)
+        assert max(oracle.errors(right).values()) < 2e-6
         assert torch.equal(case_inputs.dy, dy)
+        for name, found in right().items():  # an error anywhere is seen
+            wrong = right() | {name: 1.01 * found}
+            assert oracle.errors(lambda wrong=wrong: wrong)[name] > 5e-3
 
 
 def one_dropped(case_inputs: inputs.Inputs):
     """Leaves the second expert out."""
     t, keep = case_inputs, [0, 2, 3]
-    return step(
+    return differentiated(
         t,
         lambda: reference.gated_experts(
             t.x, t.weight, t.bias, t.A[keep], t.B[keep], t.gate_values()[..., keep]
@@ -156,10 +168,10 @@ def one_dropped(case_inputs: inputs.Inputs):
 def test_a_wrong_peer_is_named_and_gets_no_time(dtype):
     peers = [
         PEERS[OURS],
-        Peer("careless", one_dropped, "one expert short"),
-        Peer("broken", lambda t: lambda: 1 / 0, "raises"),
+        KernelPeer("careless", one_dropped, "one expert short"),
+        KernelPeer("broken", lambda t: lambda: 1 / 0, "raises"),
     ]
-    result = measure.measure(tiny(dtype=dtype), peers, CPU, LIMITS, seconds=0)["peers"]
+    result = by_name(run.measure(tiny(dtype=dtype), peers, CPU, LIMITS, 0.0))
     assert result[OURS]["status"] == "ok" and result[OURS]["median"] > 0
     assert result["careless"]["status"] == "wrong" and result["careless"]["errors"]["y"] > 0.05
     assert "y is off by" in result["careless"]["reason"]
@@ -169,8 +181,8 @@ def test_a_wrong_peer_is_named_and_gets_no_time(dtype):
 
 
 def test_not_a_number_is_wrong_and_fits_into_json():
-    peer = Peer("poisoned", lambda t: lambda: {"y": torch.full_like(t.dy, float("nan"))}, "NaN")
-    result = measure.measure(tiny(), [peer], CPU, LIMITS, seconds=0)["peers"]["poisoned"]
+    peer = KernelPeer("poisoned", lambda t: lambda: {"y": torch.full_like(t.dy, float("nan"))}, "NaN")
+    result = by_name(run.measure(tiny(), [peer], CPU, LIMITS, 0.0))["poisoned"]
     assert result["status"] == "wrong"
     assert result["errors"] == {"y": None}
 
@@ -178,36 +190,36 @@ def test_not_a_number_is_wrong_and_fits_into_json():
 def test_every_round_times_every_peer_and_memory_is_what_was_allocated():
     calls: list[str] = []
     steps = {name: lambda name=name: calls.append(name) or {} for name in "abc"}
-    times = measure.interleaved(steps, CPU, seconds=0)
+    times = measure.interleaved(steps, CPU, Rounds())
     rounds = [sorted(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert rounds == [["a", "b", "c"]] * len(rounds) and {len(series) for series in times.values()} == {
         len(rounds) - 1
     }
-    assert measure.peak_bytes(lambda: {"y": torch.empty(1000).add_(1) + 1}, CPU) == pytest.approx(
+    assert machine.peak_bytes(lambda: {"y": torch.empty(1000).add_(1) + 1}, CPU) == pytest.approx(
         8000, abs=200
     )
     assert measure.relative([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])["round_ratio"] == 2
 
 
 @pytest.fixture
-def results(monkeypatch) -> dict:
+def found(monkeypatch) -> dict:
     """Of a run with two tiny cases."""
     monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
-    cases = (tiny(), tiny("batch", name="tiny-batch", backward=True))
-    return run.run(Selection(cases, seconds=0), (OURS, "mingle grouped", "eager loop", "grouped eager"), CPU)
+    two = (tiny(), tiny("batch", name="tiny-batch", backward=True))
+    return run.run(Selection(two, seconds=0), (OURS, "mingle grouped", "eager loop", "grouped eager"), CPU)
 
 
 def test_the_command_line_writes_results_and_plots(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
-    monkeypatch.setitem(registry.CASES, "tiny", tiny())
+    monkeypatch.setitem(cases.CASES, "tiny", tiny())
     monkeypatch.setattr(run, "_SECONDS", 0.0)
     out = tmp_path / "new" / "results.json"
     chosen = ["--case", "tiny", "--peer", "eager loop", "--peer", "nn.Linear", "--device", "cpu"]
     assert cli.main(["bench", *chosen, "--out", str(out), "--plots", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "eager loop" in printed and "× ours" in printed
-    found = json.loads(out.read_text())
-    assert {
+    found = results.read(out)
+    about = {
         "format",
         "date",
         "commit",
@@ -218,26 +230,29 @@ def test_the_command_line_writes_results_and_plots(monkeypatch, tmp_path, capsys
         "ceilings",
         "cases",
         "targets",
-    } <= found.keys()
+    }
+    assert about <= found.keys() and found["benchmark"] == "kernels"
     assert {"torch", "triton", "transformers", "mingle", "python"} <= found["versions"].keys()
     assert {"type", "name", "threads"} <= found["device"].keys()
     (case,) = found["cases"]
     assert {
-        "case",
+        "name",
+        "title",
+        "facts",
+        "rows",
         "count",
         "floor",
-        "checked_samples",
-        "peers",
         "dispatch",
         "cpus_used_by_others",
     } == case.keys()
-    assert set(case["peers"]) == {OURS, "eager loop", "nn.Linear"}
-    ours = case["peers"][OURS]
+    rows = by_name(case)
+    assert set(rows) == {OURS, "eager loop", "nn.Linear"}
+    ours = rows[OURS]
     assert ours["repetitions"] == len(ours["seconds"]) >= 5
     assert ours["p20"] <= ours["median"] <= ours["p80"] and ours["ratio"] == ours["round_ratio"] == 1
     assert ours["floor_fraction"] == pytest.approx(case["floor"]["seconds"] / ours["median"])
     assert ours["peak_bytes"] >= 3 * 5 * 40 * 4
-    assert case["peers"]["nn.Linear"]["status"] == "bound" and case["peers"]["nn.Linear"]["errors"] is None
+    assert rows["nn.Linear"]["status"] == "bound" and rows["nn.Linear"]["errors"] is None
     assert (tmp_path / "bars-tiny.png").stat().st_size > 10_000 and (
         tmp_path / "roofline.png"
     ).stat().st_size > 10_000
@@ -253,19 +268,22 @@ def test_the_command_line_writes_results_and_plots(monkeypatch, tmp_path, capsys
 def test_a_breakdown_makes_the_products_of_the_case(monkeypatch, tmp_path, capsys, reduce, forms):
     case = tiny(reduce, samples=20)  # 100 tokens: enough to fold, too few for a packed product
     monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
-    monkeypatch.setitem(registry.SELECTIONS, "breakdown", Selection((case,), seconds=0))
+    monkeypatch.setitem(cases.SELECTIONS, "breakdown", Selection((case,), seconds=0))
     assert run.main(["--breakdown", "--out", str(tmp_path / "breakdown.json")]) == 0
-    (found,) = json.loads((tmp_path / "breakdown.json").read_text())["cases"]
-    assert list(dict.fromkeys(part["form"] for part in found["parts"])) == forms
-    count = floor.folded_forward_flop if reduce == "batch" else floor.forward_flop
-    assert sum(part["flop"] for part in found["parts"]) == pytest.approx(count(case), rel=0.03)
-    assert all(0 < part["p20"] <= part["median"] <= part["p80"] for part in found["parts"])
+    (found,) = results.read(tmp_path / "breakdown.json")["cases"]
+    parts = [row for row in found["rows"] if "form" in row]
+    assert list(dict.fromkeys(part["form"] for part in parts)) == forms
+    work = floor.Work(case)
+    count = work.folded_forward_flop if reduce == "batch" else work.forward_flop
+    assert sum(part["flop"] for part in parts) == pytest.approx(count, rel=0.03)
+    assert all(0 < part["p20"] <= part["median"] <= part["p80"] for part in parts)
     assert "tiny" in capsys.readouterr().out
     for limit in found["limits"]:
         seconds = limit["seconds"]
         assert seconds["products at the best rate"] <= seconds["products"] <= seconds["parts"]
+        assert limit["ratios"] or reduce == "token"
         for merge, ratios in limit["ratios"].items():
-            assert ratios["parts"] == pytest.approx(found["wholes"][merge]["median"] / seconds["parts"])
+            assert ratios["parts"] == pytest.approx(by_name(found)[merge]["median"] / seconds["parts"])
 
 
 @pytest.mark.parametrize("reduce", reference.REDUCTIONS)
@@ -295,42 +313,48 @@ def test_a_breakdown_is_of_the_cpu_alone(capsys):
 
 def test_no_case_is_started_too_late(monkeypatch):
     monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
-    cases = (tiny(), tiny("batch", name="tiny-batch"))
-    assert run.run(Selection(cases, seconds=0), (OURS,), CPU, until=0)["cases"] == []
-    assert len(run.run(Selection(cases, seconds=0), (OURS,), CPU, until=60)["cases"]) == 2
+    two = Selection((tiny(), tiny("batch", name="tiny-batch")), seconds=0)
+    assert run.run(two, (OURS,), CPU, until=0)["cases"] == []
+    assert len(run.run(two, (OURS,), CPU, until=60)["cases"]) == 2
 
 
-def test_a_regression_is_flagged(results):
-    assert judge.regressions(results, results) == []
-    worse = copy.deepcopy(results)
-    worse["cases"][1]["peers"]["grouped eager"]["round_ratio"] /= 1.2
-    worse["cases"][1]["peers"]["mingle grouped"]["round_ratio"] /= 2  # ours as well: says nothing
-    (line,) = judge.regressions(results, worse)
+def test_a_regression_is_flagged(found):
+    assert judge.regressions(found, found) == []
+    worse = copy.deepcopy(found)
+    first, second = (by_name(case) for case in worse["cases"])
+    second["grouped eager"]["round_ratio"] /= 1.2
+    second["mingle grouped"]["round_ratio"] /= 2  # ours as well: says nothing
+    (line,) = judge.regressions(found, worse)
     assert line.startswith("tiny-batch: grouped eager takes") and "-17%" in line
-    worse["cases"][0]["peers"][OURS] = {"status": "wrong"}
-    assert "tiny: mingle is wrong, it was ok" in judge.regressions(results, worse)
+    first[OURS]["status"] = "wrong"
+    assert "tiny: mingle is wrong, it was ok" in judge.regressions(found, worse)
 
 
-def test_targets_and_dispatch(results):
-    case = results["cases"][0]
+def test_targets_and_dispatch(found):
+    case = found["cases"][0]
     assert case["dispatch"]["best"] in ("mingle grouped", "grouped eager")
-    case["case"]["name"], case["peers"]["eager loop"]["round_ratio"] = "square-sample-fp32", 1.5
-    (target,) = judge.targets(results["cases"])
-    assert target == {
-        "case": "square-sample-fp32",
-        "peer": "eager loop",
-        "ratio": 2,
-        "ours": OURS,
-        "found": 1.5,
-        "met": False,
-    }
-    case["peers"]["mingle prepacked"] = {"round_ratio": 0.6}
-    assert [(target["found"], target["met"]) for target in judge.targets(results["cases"])] == [
-        (1.5, False),
-        (2.5, True),
-    ]
-    for target in registry.TARGETS:
-        assert target.case in registry.CASES and target.peer in PEERS and target.ours in PEERS
+    rows = [{"name": OURS, "round_ratio": 1.0}, {"name": "eager loop", "round_ratio": 1.5}]
+    judged = [{"name": "square-sample-fp32", "rows": rows}]
+    (target,) = judge.targets(judged, cases.TARGETS, "cpu")
+    assert (target["case"], target["peer"], target["ratio"]) == ("square-sample-fp32", "eager loop", 2)
+    assert (target["ours"], target["found"], target["met"]) == (OURS, 1.5, False)
+    rows.append({"name": "mingle prepacked", "round_ratio": 0.6})
+    both = judge.targets(judged, cases.TARGETS, "cpu")
+    assert [(target["found"], target["met"]) for target in both] == [(1.5, False), (2.5, True)]
+    for target in cases.TARGETS:
+        assert target.case in cases.CASES and target.peer in PEERS and target.ours in PEERS
+
+
+def test_a_ratio_to_another_form_of_ours_is_taken_round_by_round():
+    rows = [{"name": "mingle x", "seconds": [1.0, 2.0, 4.0]}, {"name": "peer", "seconds": [2.0, 6.0, 16.0]}]
+    (target,) = judge.targets([{"name": "a", "rows": rows}], [Target("a", "peer", 3.0, "mingle x")], "cpu")
+    assert target["found"] == 3.0 and target["met"]
+    assert (
+        judge.targets(
+            [{"name": "a", "rows": rows}], [Target("a", "peer", 3.0, "mingle x", device="cuda")], "cpu"
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -355,9 +379,9 @@ def test_unknown_names_are_refused_with_the_nearest(arguments, message, capsys):
 
 
 def test_selections_and_the_script(tmp_path):
-    for selection in registry.SELECTIONS.values():
+    for selection in cases.SELECTIONS.values():
         assert selection.cases and selection.seconds > 0
-    assert all(case.dtype != "float16" for case in registry.SELECTIONS["quick"].cases)
+    assert all(case.dtype != "float16" for case in cases.SELECTIONS["quick"].cases)
     script = Path(__file__).parents[2] / "bench" / "run.py"
     listed = subprocess.run(
         [sys.executable, str(script), "--list"], capture_output=True, text=True, check=True, cwd=tmp_path
@@ -366,18 +390,27 @@ def test_selections_and_the_script(tmp_path):
 
 
 def test_results_without_cases_draw_nothing(tmp_path):
-    empty = {
-        "cases": [],
-        "device": {"name": "x", "type": "cpu", "threads": 1},
-        "versions": {"torch": "2"},
-        "ceilings": {},
-    }
-    assert plot.write_plots(empty, tmp_path) == []
+    assert plot.write_plots({"benchmark": "kernels", "cases": []}, tmp_path, "kernels") == []
+
+
+COMMITTED = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*/[dekn]*/*.json"))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in COMMITTED if "demo" not in path.parts], ids=lambda path: path.stem
+)
+def test_committed_results_are_read_shown_and_drawn(path, tmp_path, capsys):
+    found = results.read(path)
+    assert all({"name", "title", "facts", "rows"} <= case.keys() for case in found["cases"])
+    assert all({"name", "status"} <= row.keys() for case in found["cases"] for row in case["rows"])
+    table.write(found)
+    assert found["cases"][0]["name"] in capsys.readouterr().out
+    assert plot.write_plots(found, tmp_path, path.stem)
 
 
 def test_the_handmade_chain_is_the_same_in_place_and_not():
     t = inputs.make(tiny("token"), CPU)
-    down, up = handmade.side_by_side(t)
+    down, up = t.side_by_side()
     torch.testing.assert_close(
         handmade.chain(t, down, up, in_place=True), handmade.chain(t, down, up, in_place=False)
     )
@@ -389,11 +422,11 @@ def test_a_search_tries_every_kernel_and_keeps_what_it_finds(tmp_path):
     script = """
 import torch
 from mingle.bench import tune
-from mingle.bench.registry import Case
+from mingle.bench.gated_experts.cases import KernelCase
 from mingle.kernels import tiles
 small, odd = tiles.Tile(16, 16, 16, 4, 1), tiles.Tile(16, 32, 32, 4, 1)
 for reduce in ("sample", "batch"):
-    case = Case("tiny", 2, 5, 24, 20, 2, rank=4, reduce=reduce, backward=True)
+    case = KernelCase("tiny", 2, 5, 24, 20, 2, rank=4, reduce=reduce, backward=True)
     print(*sorted({kernel for kernel, tile in tune.tune(case, torch.device("cpu"), [small, odd]) if tile in (small, odd)}))
 x = torch.zeros(10, 24)
 assert tiles.choose("shrink", x, 10, 8, 24) in (small, odd)

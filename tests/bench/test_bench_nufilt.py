@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from mingle.bench import nufilt as bench
-from mingle.bench.decomposition.cases import Case, Shape
-from mingle.bench.nufilt import OURS, PUBLISHED, Plan
+from mingle.bench.decomposition.cases import ExpertCase, LayerShape
+from mingle.bench.judge import by_name
+from mingle.bench.measure import OURS
+from mingle.bench.nufilt import PUBLISHED, NufiltPlan
 from mingle.methods import nufilt
 from mingle.methods.nufilt import NufiltOptions
 
 CPU = torch.device("cpu")
-TOY = Case("toy", "a toy", (Shape(24, 20, 2), Shape(40, 20, 1)), earlier=0)
-PLAN = Plan(NufiltOptions(r_p=6, r_v=3, r_l=4, steps=6), rounds=2, peer_steps=2)
+TOY = ExpertCase("toy", "a toy", (LayerShape(24, 20, 2), LayerShape(40, 20, 1)), earlier=0)
+PLAN = NufiltPlan(NufiltOptions(r_p=6, r_v=3, r_l=4, steps=6), rounds=2, peer_steps=2)
 
 
 def test_the_layers_of_the_case():
@@ -28,15 +30,16 @@ def test_the_layers_of_the_case():
 def test_a_run_is_plain_data_with_equal_rounds():
     results = bench.run(TOY, PLAN, CPU)
     assert json.loads(json.dumps(results)) == results
-    assert results["case"]["layers"] == 3
+    (case,) = results["cases"]
+    assert case["facts"]["layers"] == 3
     for name, steps in ((OURS, 6), (PUBLISHED, 2)):
-        found = results["contenders"][name]
+        found = by_name(case)[name]
         assert found["status"] == "ok" and found["repetitions"] == 2 and found["steps_in_a_row"] == steps
         assert (
             set(found["errors"]) == {"24×20", "40×20"} and max(found["errors"].values()) <= found["tolerance"]
         )
     (target,) = results["targets"]
-    assert target["met"] == (results["contenders"][PUBLISHED]["round_ratio"] >= target["ratio"] == 10)
+    assert target["met"] == (by_name(case)[PUBLISHED]["round_ratio"] >= target["ratio"] == 10)
 
 
 def test_contenders_train_what_the_method_trains():
@@ -65,5 +68,6 @@ def test_a_wrong_answer_gets_no_time(monkeypatch, name):
 
     monkeypatch.setattr(bench, attribute, wrong)
     results = bench.run(TOY, PLAN, CPU)
-    assert results["contenders"][name]["status"] == "wrong" and "median" not in results["contenders"][name]
+    found = by_name(results["cases"][0])[name]
+    assert found["status"] == "wrong" and "median" not in found
     assert results["targets"] == []

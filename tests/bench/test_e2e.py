@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
-from mingle.bench import e2e
-from mingle.bench.endtoend import agreement, contenders, growth, judge, staged, whole
-from mingle.bench.endtoend.cases import CASES, Problem
-from mingle.bench.endtoend.clock import STAGES, Stopwatch
-from mingle.bench.endtoend.contenders import BF16, EAGER, OURS, PUBLISHED
-from mingle.bench.peers.published import Published
+from mingle.bench import e2e, judge, results
+from mingle.bench.judge import by_name
+from mingle.bench.machine import STAGES, Stopwatch
+from mingle.bench.measure import OURS
+from mingle.bench.merges import agreement, cases, comparison, contenders, growth
+from mingle.bench.merges.cases import BF16, CASES, EAGER, PUBLISHED, MergeProblem
+from mingle.bench.merges.published import PublishedMerge
 from mingle.tasks import TaskData, get
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def problem(base_model, tuned_states, samples, tmp_path):
     return make(base_model, tuned_states, samples, tmp_path)
 
 
-def make(base_model, tuned_states, samples, folder, dtype=torch.float32, **options) -> Problem:
+def make(base_model, tuned_states, samples, folder, dtype=torch.float32, **options) -> MergeProblem:
     """The three tasks of the other tests, as a case of the benchmark."""
     base = CLIPModel(base_model.config).to(dtype).eval()
     base.load_state_dict(base_model.state_dict())
@@ -58,7 +59,7 @@ def make(base_model, tuned_states, samples, folder, dtype=torch.float32, **optio
         return TaskData(inputs, shared, samples[i].labels)
 
     case = replace(CASES["glyphs8"], name="tiny", title="tiny")
-    return Problem(case, get("clip"), base, 3, SETTINGS | options, lambda i: folder / str(i), data, data)
+    return MergeProblem(case, get("clip"), base, 3, SETTINGS | options, lambda i: folder / str(i), data, data)
 
 
 @pytest.mark.parametrize(("dtype", "gate_init"), [(torch.float32, "normal"), (torch.float64, "zeros")])
@@ -80,10 +81,10 @@ def test_the_published_procedure_gives_our_gates(
     assert first.shape[0] == 3 and first.dtype == dtype
 
 
-def test_the_published_procedure_refuses_what_was_not_published(base_model):
+def test_the_published_procedure_refuses_what_was_not_published(problem):
     for options in (dict(reduce="token"), dict(gates="all"), dict(constraint="none"), dict(precision="bf16")):
         with pytest.raises(ValueError, match="published procedure"):
-            Published(base_model, get("clip"), contenders.MingleOptions(**options), ("q_proj",))
+            contenders.start(PUBLISHED, problem, Stopwatch(CPU), **options)
 
 
 def test_a_clock_gives_every_second_to_one_stage():
@@ -105,20 +106,15 @@ def test_a_clock_gives_every_second_to_one_stage():
 
 
 def test_a_whole_merge_is_accounted_for(problem):
-    found = whole.measure(problem, [OURS, BF16, EAGER, PUBLISHED], CPU, rounds=1)
+    rows = comparison.whole(problem, [OURS, BF16, EAGER, PUBLISHED], CPU, rounds=1)
+    found = {row["name"]: row for row in rows}
     assert {name: result["status"] for name, result in found.items()} == dict.fromkeys(found, "ok")
     for result in found.values():
-        assert set(result["stages"]) == set(STAGES) and all(
-            seconds > 0 for seconds in result["stages"].values()
-        )
-        assert sum(result["stages"].values()) + result["rest_seconds"] == pytest.approx(
-            result["whole_seconds"]
-        )
-        assert 0 <= result["rest_seconds"] < 0.3 * result["whole_seconds"]
-        assert (
-            len(result["step_seconds"]) == 3
-            and 0 < sum(result["step_seconds"]) * 5 < result["stages"]["adapt"]
-        )
+        stages = {name: stage["median"] for name, stage in result["stages"].items()}
+        assert set(stages) == set(STAGES) and all(seconds > 0 for seconds in stages.values())
+        assert sum(stages.values()) + result["rest_seconds"] == pytest.approx(result["median"])
+        assert 0 <= result["rest_seconds"] < 0.3 * result["median"]
+        assert len(result["step_seconds"]) == 3 and 0 < sum(result["step_seconds"]) * 5 < stages["adapt"]
         assert result["peak_bytes"] is None or result["peak_bytes"] >= 0
     assert found[OURS]["accuracy"] == pytest.approx(found[PUBLISHED]["accuracy"], abs=5)
     assert found[PUBLISHED]["agreement"]["gates"]["ok"] and found[BF16]["agreement"]["gates"]["error"] > 0
@@ -130,23 +126,25 @@ def test_a_whole_merge_is_accounted_for(problem):
 )
 def test_a_wrong_peer_is_refused_and_not_timed(fault, problem, monkeypatch):
     if fault == "_without_earlier":
-        monkeypatch.setattr("mingle.bench.peers.published._without_earlier", lambda delta, earlier: delta)
+        monkeypatch.setattr("mingle.bench.merges.published._without_earlier", lambda delta, earlier: delta)
     elif fault == "basis":
-        monkeypatch.setattr(Published, "protect", lambda self, seeds: None)
+        monkeypatch.setattr(PublishedMerge, "protect", lambda self, seeds: None)
     elif fault == "relaxation":
-        monkeypatch.setattr(Published, "_project", lambda self, layer, S: None)
+        monkeypatch.setattr(PublishedMerge, "_project", lambda self, layer, S: None)
     else:
-        began = Published.__init__
+        began = PublishedMerge.__init__
 
-        def colder(self, base, task, options, *rest):
-            began(self, base, task, replace(options, temperature=1.0), *rest)
+        def colder(self, problem, clock, options):
+            began(self, problem, clock, options | {"temperature": 1.0})
 
-        monkeypatch.setattr(Published, "__init__", colder)
-    found = whole.measure(problem, [OURS, PUBLISHED], CPU, rounds=1)
+        monkeypatch.setattr(PublishedMerge, "__init__", colder)
+    rows = comparison.whole(problem, [OURS, PUBLISHED], CPU, rounds=1)
+    found = {row["name"]: row for row in rows}
     assert found[OURS]["status"] == "ok" and "stages" in found[OURS]
     assert found[PUBLISHED]["status"] == "wrong" and "stages" not in found[PUBLISHED]
     assert "gates of" in found[PUBLISHED]["reason"]
-    assert PUBLISHED not in judge.ratios(found)[OURS]
+    comparison.relate(rows)
+    assert "round_ratio" not in found[PUBLISHED] and found[OURS]["round_ratio"] == 1
 
 
 def test_gates_that_are_not_numbers_do_not_agree():
@@ -159,14 +157,16 @@ def test_gates_that_are_not_numbers_do_not_agree():
 
 def test_a_sum_says_what_it_is_made_of(problem, tmp_path):
     small = replace(problem, options=problem.options | {"steps": 50, "reduce": "batch"})
-    found = staged.measure(small, [OURS, BF16, EAGER, PUBLISHED], CPU, 3, [1, 2, 3])
+    rows = comparison.staged(small, [OURS, BF16, EAGER, PUBLISHED], CPU, 3, [1, 2, 3])
+    found = {row["name"]: row for row in rows}
     assert {result["status"] for result in found.values()} == {"ok"}
     for name, result in found.items():
         last, adapt = result["at"]["3"], [one["adapt_seconds"] for one in result["at"].values()]
-        assert result["stages"]["adapt"] == pytest.approx(sum(adapt))
-        assert result["stages"]["project"] == pytest.approx(2 * last["seconds"]["project"])
-        assert result["stages"]["subspace"] == pytest.approx(3 * last["seconds"]["subspace"])
-        assert result["whole_seconds"] == pytest.approx(sum(result["stages"].values()))
+        stages = {name: stage["median"] for name, stage in result["stages"].items()}
+        assert stages["adapt"] == pytest.approx(sum(adapt))
+        assert stages["project"] == pytest.approx(2 * last["seconds"]["project"])
+        assert stages["subspace"] == pytest.approx(3 * last["seconds"]["subspace"])
+        assert result["median"] == pytest.approx(sum(stages.values()))
         assert last["adapt_seconds"] == pytest.approx(last["adapt_once_seconds"] + 49 * last["step_seconds"])
         assert result["measured"]["adapt"] == "3 of 50 steps"
         assert result["measured"]["decompose"] == (
@@ -189,8 +189,8 @@ def test_between_measured_numbers_of_tasks_a_sum_is_linear():
         return dict(adapt_seconds=adapt, step_seconds=adapt / 50, seconds=seconds, layers=None, steps_measured=3, peak_bytes=1,
                     cpus_used_by_others=None)  # fmt: skip
 
-    found = staged.total({"1": at(10.0), "4": at(40.0)}, 4, 50)
-    assert found["stages"] == {
+    found = comparison.total({"1": at(10.0), "4": at(40.0)}, 4, 50)
+    assert {name: stage["median"] for name, stage in found["stages"].items()} == {
         "load": 4.0,
         "project": 3.0,
         "decompose": 4.0,
@@ -218,54 +218,60 @@ def test_many_merges_keep_experts_gates_and_bases_and_nothing_else():
 
 
 def test_a_leak_is_seen(monkeypatch):
-    leaked, add = [], contenders.Ours.add
+    leaked, add = [], contenders.OurMerge.add
     monkeypatch.setattr(
-        contenders.Ours, "add", lambda self, *rest: (leaked.append(torch.zeros(10_000)), add(self, *rest))[1]
+        contenders.OurMerge,
+        "add",
+        lambda self, *rest: (leaked.append(torch.zeros(10_000)), add(self, *rest))[1],
     )
     assert not growth.kept(CPU, 4, "batch")["ok"]
 
 
 def test_the_command_line_writes_what_it_found(tmp_path, capsys, monkeypatch, problem):
     monkeypatch.setattr(
-        e2e.cases,
+        cases,
         "problem",
         lambda case, tasks, options, seed: nullcontext(replace(problem, options=SETTINGS | options)),
     )
     assert e2e.main(["--quick", "--precision", "bf16", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} >= {"glyphs8-2-batch.json", "glyphs8-2-batch.png"}
-    results = json.loads((tmp_path / "glyphs8-2-batch.json").read_text())
-    assert results["format"] == "mingle-e2e" and results["mode"] == "whole" and results["quick"]
-    assert {
-        "device",
-        "versions",
-        "commit",
-        "date",
-        "case",
-        "method",
-        "contenders",
-        "ratios",
-        "targets",
-    } <= set(results)
-    assert set(results["ratios"][OURS][PUBLISHED]) >= {"whole", *STAGES}
+    found = results.read(tmp_path / "glyphs8-2-batch.json")
+    assert (found["format"], found["benchmark"]) == ("mingle-bench", "merges")
+    assert found["mode"] == "whole" and found["quick"]
+    assert {"device", "versions", "commit", "date", "cases", "method", "targets"} <= set(found)
+    (case,) = found["cases"]
+    published = by_name(case)[PUBLISHED]
+    assert published["round_ratio"] > 0
+    assert {name for name, stage in published["stages"].items() if stage["round_ratio"] > 0} == set(STAGES)
     assert PUBLISHED in capsys.readouterr().out
     assert e2e.main(["--quick", "--alone", "--out", str(tmp_path)]) == 0
-    alone = json.loads((tmp_path / "glyphs8-2-batch-alone.json").read_text())
-    assert list(alone["contenders"]) == [OURS] and alone["contenders"][OURS]["status"] == "ok"
+    (alone,) = results.read(tmp_path / "glyphs8-2-batch-alone.json")["cases"]
+    assert [(row["name"], row["status"]) for row in alone["rows"]] == [(OURS, "ok")]
+
+
+def test_growth_is_written_and_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(growth, "QUICK", {"tasks": (1, 2), "width": (32, 64)})
+    assert e2e.main(["--growth", "--quick", "--out", str(tmp_path)]) == 0
+    found = results.read(tmp_path / "growth.json")
+    assert found["kept"]["ok"] and [case["facts"]["values"] for case in found["cases"]] == [[1, 2], [32, 64]]
+    for case in found["cases"]:
+        points = [(row["name"], row["at"]) for row in case["rows"]]
+        assert points == [(name, value) for value in case["facts"]["values"] for name in (OURS, PUBLISHED)]
+        assert all(row["median"] > 0 and row["peak_bytes"] > 0 for row in case["rows"])
+        assert case["exponents"].keys() == {OURS, PUBLISHED}
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert "MB in tensors beyond the base" in capsys.readouterr().out
 
 
 def test_a_peer_that_memory_does_not_suffice_for_is_left_out_and_said_so(problem, monkeypatch):
-    needed = staged.published_bytes(problem)
-    monkeypatch.setattr(staged, "available", lambda device: needed - 1)
-    found = staged.measure(
-        replace(problem, options=problem.options | {"reduce": "batch"}), [OURS, PUBLISHED], CPU, 3, [1, 3]
-    )
-    assert found[OURS]["status"] == "ok" and "stages" in found[OURS]
-    assert (
-        found[PUBLISHED]["status"] == contenders.LEFT_OUT
-        and "GB" in found[PUBLISHED]["reason"]
-        and found[PUBLISHED]["at"] == {}
-    )
-    assert list(judge.ratios(found)[OURS]) == []
+    needed = comparison.published_bytes(problem)
+    monkeypatch.setattr(comparison, "available", lambda device: needed - 1)
+    small = replace(problem, options=problem.options | {"reduce": "batch"})
+    ours, published = comparison.staged(small, [OURS, PUBLISHED], CPU, 3, [1, 3])
+    assert ours["status"] == "ok" and "stages" in ours
+    assert published["status"] == "left out" and "GB" in published["reason"] and published["at"] == {}
+    comparison.relate([ours, published])
+    assert "round_ratio" not in published
 
 
 def test_token_gates_have_no_published_peer(capsys):
@@ -275,26 +281,36 @@ def test_token_gates_have_no_published_peer(capsys):
 
 
 def test_targets_count_bf16_only_at_unchanged_accuracy():
-    results = {
-        "case": {"name": "glyphs8", "tasks": 8},
-        "device": {"type": "cpu"},
-        "quick": False,
-        "ratios": {
-            OURS: {PUBLISHED: {"whole": 3.5, "adapt": 2.0}},
-            BF16: {PUBLISHED: {"whole": 4.0, "adapt": 5.0}},
-        },
-        "contenders": {
-            OURS: {"accuracy": 80.0},
-            BF16: {"accuracy": 79.0},
-            PUBLISHED: {"cpus_used_by_others": 0.1},
-        },
-    }
-    judged = {(target["ours"], target["part"]): target["met"] for target in judge.targets(results)}
-    assert judged == {(OURS, "whole"): True, (OURS, "adapt"): False, (BF16, "adapt"): False}
-    results["contenders"][BF16]["accuracy"] = 79.8
-    assert judge.targets(results)[2]["met"]
-    results["contenders"][PUBLISHED]["cpus_used_by_others"] = 0.5
-    assert [target["met"] for target in judge.targets(results)] == [False] * 3 and judge.targets(results)[0][
-        "disturbed"
+    def row(name, whole, adapt, **more):
+        return {"name": name, "seconds": [whole], "stages": {"adapt": {"seconds": [adapt]}}, **more}
+
+    rows = [
+        row(OURS, 2.0, 3.0, accuracy=80.0),
+        row(BF16, 1.75, 1.2, accuracy=79.0),
+        row(PUBLISHED, 7.0, 6.0, cpus_used_by_others=0.1),
     ]
-    assert judge.targets(results | {"quick": True}) == []
+    judged = [{"name": "glyphs8, 8 tasks", "rows": rows}]
+
+    def met():
+        return {
+            (one["ours"], one["stage"]): one["met"] for one in judge.targets(judged, cases.TARGETS, "cpu")
+        }
+
+    assert met() == {(OURS, None): True, (OURS, "adapt"): False, (BF16, "adapt"): False}
+    rows[1]["accuracy"] = 79.8
+    assert met()[BF16, "adapt"]
+    rows[2]["cpus_used_by_others"] = 0.5
+    assert list(met().values()) == [False] * 3
+    assert all(target["disturbed"] for target in judge.targets(judged, cases.TARGETS, "cpu"))
+
+
+def test_quick_runs_are_held_against_no_target(problem, monkeypatch):
+    whole = lambda case, tasks, options, seed: nullcontext(replace(problem, options=SETTINGS | options))  # noqa: E731
+    monkeypatch.setattr(cases, "problem", whole)
+    target = judge.Target("tiny, 2 tasks", PUBLISHED, 0.0)
+    monkeypatch.setattr(cases, "TARGETS", (target,))
+    case = replace(CASES["glyphs8"], name="tiny")
+    assert e2e.run(case, 2, [OURS, PUBLISHED], CPU, quick=True)["targets"] == []
+    monkeypatch.setattr(e2e, "_ROUNDS", 1)
+    (judged,) = e2e.run(case, 2, [OURS, PUBLISHED], CPU, steps=5)["targets"]
+    assert judged["found"] > 0

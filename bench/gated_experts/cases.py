@@ -1,0 +1,176 @@
+"""The problems, the selections of them, and the targets that a selection shows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from mingle.bench.judge import Target
+from mingle.kernels.gated_experts.reference import REDUCTIONS
+from mingle.options import OptionError, nearest
+
+#: short names, as in the names of cases
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+Sizes = tuple[int, int, int, int, int]
+# fmt: off
+#: samples, tokens per sample, d_in, d_out, experts; rank 64 throughout
+SHAPES: dict[str, Sizes] = {
+    "vit-b16":     (128, 197, 768, 768, 20),   # ViT-B/16, 224 pixels, batch 128: arithmetic decides
+    "vit-b32":     (16, 50, 768, 3072, 8),     # fc1 of ViT-B/32, batch 16: launches and waves decide
+    "vit-b32-t1":  (16, 50, 768, 3072, 1),
+    "vit-b32-t20": (16, 50, 768, 3072, 20),
+    "vit-b32-t64": (16, 50, 768, 3072, 64),
+    "square":      (16, 50, 768, 768, 8),      # an attention projection of ViT-B/32
+    "image":       (1, 50, 768, 768, 20),      # one image: launches decide
+    "vit-l-fc1":     (16, 257, 1024, 4096, 8),
+    "vit-l-fc1-t20": (16, 257, 1024, 4096, 20),
+    "vit-l-fc2":     (16, 257, 4096, 1024, 8),
+    "vit-l-fc2-t20": (16, 257, 4096, 1024, 20),
+    "llm":         (2, 1024, 4096, 4096, 8),   # a projection of a 7B language model
+}
+#: one-hot gates from a router, samples sorted by expert
+ROUTED: dict[str, Sizes] = {
+    "routed":       (16, 50, 768, 768, 64),
+    "routed-large": (128, 197, 768, 768, 64),
+}
+#: batch gates around the number of tokens from which folding is cheaper: 384 at 768 → 768, 614 at 768 → 3072
+FOLDING: dict[str, Sizes] = {
+    "fold-n96":       (2, 48, 768, 768, 8),
+    "fold-n288":      (6, 48, 768, 768, 8),
+    "fold-n480":      (10, 48, 768, 768, 8),
+    "fold-n1536":     (32, 48, 768, 768, 8),
+    "fold-wide-n384":  (8, 48, 768, 3072, 8),
+    "fold-wide-n1536": (32, 48, 768, 3072, 8),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One problem: the shape of a layer, how its gates are reduced, and what is computed.
+
+    `routed`: the gates are given, one-hot per sample and sorted by expert, instead of linear in x.
+    `compiled`: peers that take long to build are part of this case.
+    """
+
+    name: str
+    samples: int
+    tokens: int
+    d_in: int
+    d_out: int
+    experts: int
+    rank: int = 64
+    reduce: str = "sample"
+    dtype: str = "float32"
+    backward: bool = False
+    routed: bool = False
+    compiled: bool = False
+
+    @property
+    def rows(self) -> int:
+        """N, the tokens of all samples."""
+        return self.samples * self.tokens
+
+    @property
+    def groups(self) -> int:
+        """How many gate vectors there are."""
+        return {"token": self.rows, "sample": self.samples, "batch": 1}[self.reduce]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def title(self) -> str:
+        shape = (
+            f"{self.samples}×{self.tokens} tokens, {self.d_in}→{self.d_out}, T {self.experts}, r {self.rank}"
+        )
+        gates = "routed one-hot gates" if self.routed else f"{self.reduce} gates"
+        return f"{shape}, {gates}, {self.dtype}, {'forward and backward' if self.backward else 'forward'}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Cases to run, the seconds of timing each may take, and those after which nothing slow is built."""
+
+    cases: tuple[KernelCase, ...]
+    seconds: float
+    build_until: float = float("inf")
+
+
+def _cases(
+    shapes: Mapping[str, Sizes], reductions: Iterable[str], routed: bool = False
+) -> dict[str, KernelCase]:
+    """Every shape with every reduction and dtype, forward and forward+backward."""
+    found = {}
+    for shape, reduce, dtype, backward in itertools.product(shapes, reductions, DTYPES, (False, True)):
+        name = f"{shape}-{reduce}-{dtype}{'-bw' * backward}"
+        found[name] = KernelCase(name, *shapes[shape], 64, reduce, DTYPES[dtype], backward, routed)
+    return found
+
+
+CASES = _cases(SHAPES, REDUCTIONS) | _cases(ROUTED, ("sample",), routed=True) | _cases(FOLDING, ("batch",))
+
+
+def _select(
+    names: str, compiled: str = "", *, seconds: float, build_until: float = float("inf")
+) -> Selection:
+    chosen = (replace(CASES[name], compiled=name in compiled.split()) for name in names.split())
+    return Selection(tuple(chosen), seconds, build_until)
+
+
+_QUICK = """square-sample-fp32 square-sample-bf16 square-batch-fp32 square-token-fp32 vit-b32-batch-fp32
+    vit-b32-sample-fp32 square-sample-fp32-bw image-sample-fp32 routed-sample-fp32 fold-n96-batch-fp32
+    fold-n1536-batch-fp32"""
+_GPU_COMPILED = (
+    "vit-b16-sample-bf16 vit-b32-sample-bf16 image-sample-bf16 vit-b16-sample-bf16-bw llm-token-bf16"
+)
+_GPU = f"""{_GPU_COMPILED} vit-b16-token-bf16 vit-b16-token-bf16-bw vit-b16-batch-bf16 vit-b16-sample-fp16
+    vit-b16-sample-fp32 vit-b32-sample-bf16-bw vit-b32-batch-bf16 vit-b32-t1-sample-bf16
+    vit-b32-t20-sample-bf16 vit-b32-t64-sample-bf16 vit-l-fc1-sample-bf16 vit-l-fc2-sample-bf16
+    vit-l-fc1-t20-sample-bf16
+    vit-l-fc2-t20-sample-bf16 vit-l-fc1-sample-bf16-bw llm-token-bf16-bw llm-sample-bf16 routed-sample-bf16
+    routed-large-sample-bf16"""
+_FOLDED = " ".join(
+    f"{s}-batch-{d}{bw}" for s, d, bw in itertools.product(FOLDING, ("fp32", "bf16"), ("", "-bw"))
+)
+_OTHERS = "square-token-fp32 square-sample-fp32 vit-b32-sample-fp32 image-sample-fp32 routed-sample-fp32"
+_PARTS = "square-sample-fp32 square-sample-bf16 square-batch-fp32 vit-b32-batch-fp32"
+SELECTIONS = {
+    "quick": _select(_QUICK, "square-sample-fp32", seconds=6, build_until=60),
+    "gpu": _select(_GPU, _GPU_COMPILED, seconds=6, build_until=300),
+    "breakdown": _select(_PARTS, seconds=8),
+    "dispatch": _select(f"{_FOLDED} {_OTHERS}", seconds=4),
+}
+
+#: what the measurements of this library have shown; a run prints those of its cases
+TARGETS = (
+    Target("square-sample-fp32", "per-sample merge", 13),
+    Target("square-sample-fp32", "eager loop", 2),
+    Target("square-sample-fp32", "gemms alone (best library)", 1 / 1.15),
+    Target("square-sample-bf16", "eager loop fp32", 4),
+    Target("square-sample-fp32", "per-sample merge", 13, "mingle prepacked"),
+    Target("square-sample-fp32", "eager loop", 2, "mingle prepacked"),
+    Target("square-sample-bf16", "eager loop fp32", 4, "mingle prepacked"),
+    Target("square-batch-fp32", "dense merge", 3),
+    Target("vit-b32-batch-fp32", "dense merge", 4),
+    Target("routed-sample-fp32", "mingle one expert", 1 / 1.3),
+    Target("routed-sample-bf16", "mingle one expert", 1 / 1.3),
+    Target("routed-large-sample-bf16", "mingle one expert", 1 / 1.3),
+)
+
+
+def known(name: str, names: Iterable[str], what: str) -> str:
+    """`name` itself.
+
+    Raises:
+        OptionError: there is none of that name; the message says which is nearest.
+    """
+    if name not in (every := list(names)):
+        raise OptionError(f"no {what} is called {name!r}{nearest(name, every)}")
+    return name

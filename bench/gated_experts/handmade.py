@@ -1,0 +1,149 @@
+"""The sum as one would write it with PyTorch alone: in a loop, as three products, folded, or densely."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mingle.bench.gated_experts.check import Outputs
+from mingle.bench.gated_experts.inputs import Inputs
+from mingle.bench.gated_experts.peer import KernelPeer, Pass, differentiated, replayed
+from mingle.bench.measure import Unavailable
+from mingle.kernels.gated_experts import reference
+
+#: dense updates that autograd would keep for the backward pass
+_MOST_BYTES = {"cpu": 4e9, "cuda": 40e9}
+
+
+def build_loop(t: Inputs) -> Pass:
+    return differentiated(
+        t, lambda: reference.gated_experts(t.x, t.weight, t.bias, t.A, t.B, t.gate_values())
+    )
+
+
+def build_chain(t: Inputs) -> Pass:
+    """All A side by side, the base, all B side by side added to y; gates in place where nothing is saved."""
+    down, up = t.side_by_side()
+    return differentiated(t, lambda: chain(t, down, up, in_place=not t.case.backward))
+
+
+def chain(t: Inputs, down: Tensor, up: Tensor, in_place: bool) -> Tensor:
+    case, gates = t.case, t.gate_values().unsqueeze(-1)  # [samples or 1, tokens or 1, T, 1]
+    hidden = F.linear(t.x, down).unflatten(-1, (case.experts, case.rank))
+    hidden = (hidden.mul_(gates) if in_place else hidden * gates).reshape(case.rows, len(down))
+    y = F.linear(t.x, t.weight, t.bias).flatten(0, 1)
+    y = y.addmm_(hidden, up) if in_place else torch.addmm(y, hidden, up)
+    return y.unflatten(0, (case.samples, case.tokens))
+
+
+def build_compiled(t: Inputs) -> Pass:
+    """The chain under torch.compile, without a place left for it to search on GPUs."""
+    cuda = t.x.is_cuda
+    if not cuda and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+        raise Unavailable("torch.compile needs a C++ compiler on the CPU")
+    torch._dynamo.reset()  # one peer at a time: earlier ones would count towards the limit of recompilations
+    down, up = t.side_by_side()
+    t.all_gates()  # joined before tracing
+    mode = "max-autotune" if cuda else "default"
+    compiled = torch.compile(chain, dynamic=False, fullgraph=True, mode=mode)
+
+    def forward() -> Tensor:
+        if cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        return compiled(t, down, up, in_place=False)
+
+    run = differentiated(t, forward)
+    run()
+    return run
+
+
+def build_fold(t: Inputs) -> Pass:
+    """One product makes W₀ + B_cat diag(g) A_cat, one more applies it."""
+    _need(t.case.groups == 1, "gates differ within the batch")
+    down, up = t.side_by_side()
+
+    def forward() -> Tensor:
+        gates = t.gate_values().flatten().repeat_interleave(t.case.rank)  # [R]
+        return F.linear(t.x, torch.addmm(t.weight, (up * gates.unsqueeze(1)).mT, down), t.bias)
+
+    return differentiated(t, forward)
+
+
+def merge(t: Inputs, gates: Tensor) -> Tensor:
+    """W₀ + Σ_i g_i B_i A_i for one gate vector [T], expert by expert."""
+    weight = t.weight
+    for gate, A, B in zip(gates, t.A, t.B, strict=True):
+        weight = weight + gate * (B @ A)
+    return weight
+
+
+def build_per_sample(t: Inputs) -> Pass:
+    _need(t.case.reduce != "token", "one weight for each token")
+    _need(t.case.reduce != "batch", "one weight for the whole batch: see dense merge")
+    _refuse_too_large(t, t.case.samples)
+
+    def forward() -> Tensor:
+        pairs = zip(t.x, t.gate_values().flatten(0, 1), strict=True)
+        return torch.stack([F.linear(x, merge(t, gates), t.bias) for x, gates in pairs])
+
+    return differentiated(t, forward)
+
+
+def build_dense(t: Inputs) -> Pass:
+    _need(t.case.groups == 1, "gates differ within the batch")
+    _refuse_too_large(t, 1)
+    return differentiated(t, lambda: F.linear(t.x, merge(t, t.gate_values().flatten()), t.bias))
+
+
+def _need(condition: bool, reason: str) -> None:
+    if not condition:
+        raise Unavailable(reason)
+
+
+def _refuse_too_large(t: Inputs, weights: int) -> None:
+    kept = weights * (t.case.experts if t.case.backward else 1) * t.weight.nbytes
+    _need(kept <= _MOST_BYTES[t.x.device.type], f"autograd would keep {kept / 1e9:.0f} GB of dense updates")
+
+
+def build_linear(t: Inputs, weight: Tensor | None = None) -> Pass:
+    """The base layer, or another `weight`; the gates are not differentiated."""
+    used = t.weight if weight is None else weight
+
+    def run() -> Outputs:
+        with torch.set_grad_enabled(t.case.backward):
+            y = F.linear(t.x, used, t.bias)
+        return {"y": y.detach()} | ({"x": torch.autograd.grad(y, t.x, t.dy)[0]} if t.case.backward else {})
+
+    return run
+
+
+@torch.no_grad()
+def build_folded(t: Inputs) -> Pass:
+    return build_linear(t, merge(t, t.gate_values().flatten(0, -2)[0]))
+
+
+def _single_precision(t: Inputs) -> Inputs:
+    _need(t.case.dtype != "float32", "the case is in fp32 already")
+    return t.to(torch.float32)
+
+
+_LOOP_32 = "the eager reference on the same values in fp32"
+_PER_SAMPLE = "the public reference procedure: a dense weight per sample, expert by expert"
+_FOLDED = "a weight merged before: the same function while the gates stay as they are, otherwise a bound"
+_BASE = "the base alone: the price of the experts"
+PEERS = (
+    KernelPeer("eager loop", build_loop, "the eager reference, expert by expert"),
+    KernelPeer("eager loop fp32", build_loop, _LOOP_32, adapt=_single_precision),
+    KernelPeer("grouped eager", build_chain, "three GEMMs by hand"),
+    KernelPeer("fold eager", build_fold, "fold, then one GEMM, by hand"),
+    KernelPeer("grouped compiled", build_compiled, "three GEMMs by hand under torch.compile", captured=True),
+    KernelPeer("grouped CUDA graph", replayed(build_chain), "three GEMMs by hand, replayed", captured=True),
+    KernelPeer("per-sample merge", build_per_sample, _PER_SAMPLE),
+    KernelPeer("dense merge", build_dense, "one dense weight for the batch, expert by expert"),
+    KernelPeer("folded weight", build_folded, _FOLDED, same=lambda c: c.reduce == "batch" and not c.backward),
+    KernelPeer("nn.Linear", build_linear, _BASE, same=lambda case: False),
+)

@@ -1,0 +1,1 @@
+"""Whole merges: cases, contenders, whether they agree, their times, and how cost grows."""

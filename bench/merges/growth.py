@@ -1,0 +1,128 @@
+"""How the cost of an adaptation step grows with tasks, layers and width, and what many tasks leave."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from mingle.bench.machine import Stopwatch, peak_bytes
+from mingle.bench.measure import OURS, Row, log, summary
+from mingle.bench.merges import cases, comparison, contenders
+from mingle.bench.merges.cases import PUBLISHED, MergeCase, MergeProblem
+from mingle.bench.results import CaseResult, case_result
+from mingle.methods.mingle import Mingle
+from mingle.nn.linear import LowRankExpert
+
+#: what stays while one of them grows
+FIXED = {"tasks": 8, "layers": 2, "width": 128}
+RANK, BATCH, SEEDS = 16, 16, 32
+#: what one more task may leave beside its experts, gates and directions, as a share of these
+ALLOWED = 0.01
+_OF_A_LAYER = ("A", "B_transposed", "gate_weight", "gate_bias", "frozen_gate_weight", "frozen_gate_bias")
+_LABELS = {
+    "tasks": "the number of tasks",
+    "layers": "the number of blocks, six target layers each",
+    "width": "the width",
+}
+SWEEPS = {"tasks": (1, 2, 4, 8, 16, 32, 64), "layers": (1, 2, 4, 8, 16), "width": (64, 128, 256, 512)}
+QUICK = {"tasks": (1, 2, 4), "width": (32, 64)}
+METHOD = (
+    "seconds of one adaptation step behind random experts of all tasks but the newest, medians; memory: "
+    "the most that PyTorch's allocator hands out in one adaptation of one step beyond what was held "
+    "before, on a CPU; exponents: slopes of log over log by least squares"
+)
+
+
+def sweep(
+    name: str, values: Sequence[int], device: torch.device, reduce: str, steps: int, seed: int = 0
+) -> CaseResult:
+    """One curve of each contender: a row for each value, and what is fitted to them."""
+    rows: list[Row] = []
+    for value, contender in itertools.product(values, (OURS, PUBLISHED)):
+        row = _step(contender, FIXED | {name: value}, device, reduce, steps, seed)
+        rows.append({"name": contender, "status": "ok", "at": value} | row)
+        log.info("growth with %s = %d: %s: %.1f ms", name, value, contender, row["median"] * 1e3)
+    fitted: dict[str, dict[str, dict[str, float]]] = {OURS: {}, PUBLISHED: {}}
+    remarks = []
+    for (contender, one), key in itertools.product(fitted.items(), ("median", "peak_bytes")):
+        one[key] = exponents(values, [row[key] for row in rows if row["name"] == contender])
+        told = f"{one[key]['all']:.2f}, of the upper half {one[key]['upper']:.2f}"
+        remarks.append(f"{contender}: exponent of {'a step' if key == 'median' else 'memory'} {told}")
+    facts = {"swept": name, "values": list(values)}
+    return case_result(f"growth with {name}", _LABELS[name], facts, rows, exponents=fitted, remarks=remarks)
+
+
+def exponents(values: Sequence[float], costs: Sequence[float]) -> dict[str, float]:
+    """p of cost ∝ valueᵖ, fitted to all points and to the upper half of them, at least two."""
+    points = {"all": len(values), "upper": max(2, (len(values) + 1) // 2)}
+    logs = np.log(values), np.log(costs)
+    return {name: float(np.polyfit(logs[0][-n:], logs[1][-n:], 1)[0]) for name, n in points.items()}
+
+
+def small_problem(sizes: Mapping[str, int], reduce: str, steps: int, seed: int) -> MergeProblem:
+    """A small tower of the sizes `tasks`, `layers` and `width`; its experts are state dicts, not files."""
+    vision = cases.vit(sizes["width"], sizes["layers"], max(1, sizes["width"] // 64), 4, 28)
+    case, base = MergeCase("growth", "a small tower", vision, 64), cases.random_clip(vision, 64, seed)
+    options = dict(rank=RANK, batch_size=BATCH, reduce=reduce, steps=steps)
+    expert = partial(cases.tuned_tower, base, seed=seed)
+    return cases.synthetic(case, base, sizes["tasks"], options, expert, seed, classes=10, seeds=SEEDS)
+
+
+def _step(
+    name: str, sizes: Mapping[str, int], device: torch.device, reduce: str, steps: int, seed: int
+) -> Row:
+    """Seconds of the steps but the first, and the most bytes that one adaptation holds."""
+    problem = small_problem(sizes, reduce, steps, seed)
+    *past, new = comparison.history(problem, sizes["tasks"], seed)
+    layers = [key.removesuffix(".A") for key in new if key.endswith(".A")]
+    given = {layer: LowRankExpert(new[f"{layer}.A"], new[f"{layer}.B"]) for layer in layers}
+    running, once = (contenders.start(name, problem, Stopwatch(device), steps=n) for n in (steps, 2))
+    for one in (running, once):
+        one.restore(past)
+    task = problem.expert(len(past)), problem.seeds(len(past)), given
+    return summary(running.add(*task)) | {"peak_bytes": peak_bytes(lambda: once.add(*task), device) or 0}
+
+
+def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[str, Any]:
+    """Bytes in living tensors after each of our merges, and how many are experts, gates and bases."""
+    problem = small_problem(FIXED | {"tasks": tasks, "width": 64}, reduce, 2, seed)
+    expert, seeds = (
+        problem.expert(0),
+        problem.seeds(0),
+    )  # the same for all: what they are does not matter here
+    running = contenders.start(OURS, problem, Stopwatch(device))
+    assert isinstance(running, contenders.OurMerge)
+    before = _held(device)
+    held, accounted = [], []
+    for _ in range(tasks):
+        running.add(expert, seeds)
+        held.append(_held(device) - before)
+        accounted.append(_accounted(running.method))
+    rest, count = np.subtract(held, accounted), np.arange(1, tasks + 1)
+    slope = float(np.polyfit(count, rest, 1)[0]) if tasks > 1 else 0.0
+    found = {"tasks": count.tolist(), "held_bytes": held, "accounted_bytes": accounted}
+    return found | {"unaccounted_bytes_per_task": slope, "ok": abs(slope) <= ALLOWED * accounted[-1] / tasks}
+
+
+def _accounted(method: Mingle) -> int:
+    """Bytes of a merge's experts, gates and bases."""
+    tensors = [getattr(layer, name) for layer in method.layers.values() for name in _OF_A_LAYER]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *method.bases.values()))
+
+
+def _held(device: torch.device) -> int:
+    """Bytes of all storages that living dense tensors share; a merge makes no others."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        plain = type(thing) in (torch.Tensor, torch.nn.Parameter)
+        if plain and thing.device.type == device.type and thing.layout == torch.strided:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
