@@ -271,7 +271,7 @@ def test_unknown_methods_and_options(capsys, tmp_path):
         capsys, "demo", "--methods", "mingel", "--out", tmp_path
     )
     assert "no method has this option" in fails(capsys, "demo", "--set", "gama=1", "--out", tmp_path)
-    assert "holds no saved merge" in fails(capsys, "inspect", tmp_path)
+    assert "does not hold a saved merge" in fails(capsys, "inspect", tmp_path)
     assert main(["env"]) == 0
 
 

@@ -80,7 +80,7 @@ def test_resuming_adding_and_evaluating_keep_to_the_commits_of_the_beginning(ima
     assert after["metadata"]["revisions"][model] == first
     capsys.readouterr()
     assert main(["merge", write_config(tmp_path, revisions={model: second}), "--out", str(out)]) == 2
-    assert f"begun with {model} at commit {first}, not {second}" in capsys.readouterr().out
+    assert f"started with {model} at commit {first}, not {second}" in capsys.readouterr().out
     assert main(["eval", str(out)]) == 0
     assert main(["add", str(out), "--name", "mnist", "--model", model, "--revision", second]) == 2
     assert (

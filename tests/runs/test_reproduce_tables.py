@@ -100,7 +100,7 @@ def test_measured_stands_beside_published_with_the_difference(tmp_path, monkeypa
         "| other BWT | other published | other difference | other seconds | other orders |",
     ]
     assert f"| 50.0 | {mingle['difference']['acc']:.1f} |".replace("-", "−") in text.replace("**", "")
-    assert "measured under the protocol official" in text
+    assert "measured under the official protocol" in text
 
 
 def test_the_published_figures_belong_to_their_rows():
