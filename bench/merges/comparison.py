@@ -43,6 +43,15 @@ def whole(
 ) -> list[Row]:
     """Seconds of the whole merge, its stages and steps, peak memory and accuracy of each contender."""
     rows: list[Row] = [{"name": name, "status": "ok", "note": NOTES[name]} for name in names]
+    _check(problem, rows, device)
+    runs: dict[str, list[Row]] = {row["name"]: [] for row in rows if row["status"] == "ok"}
+    steps = {name: partial(lambda name: runs[name].append(run(problem, name, device)), name) for name in runs}
+    interleaved(steps, device, Rounds(_LONGEST, fewest=1, most=rounds, warm_ups=0, collect=True), seed)
+    return [row | (of_runs(runs[row["name"]]) if row["name"] in runs else {}) for row in rows]
+
+
+def _check(problem: MergeProblem, rows: Sequence[Row], device: torch.device) -> None:
+    """Status and agreement of every contender, by a short merge each, of which nothing is left."""
     ours: agreement.Gates = {}
     for row in rows:
         contender = contenders.start(row["name"], problem, Stopwatch(device), steps=_CHECK_STEPS)
@@ -50,10 +59,6 @@ def whole(
             contender.add(problem.expert(i), problem.seeds(i))
         ours = ours or contender.gates()  # the first one's
         _agree(row, {"gates": agreement.gates(contender.gates(), ours)})
-    runs: dict[str, list[Row]] = {row["name"]: [] for row in rows if row["status"] == "ok"}
-    steps = {name: partial(lambda name: runs[name].append(run(problem, name, device)), name) for name in runs}
-    interleaved(steps, device, Rounds(_LONGEST, fewest=1, most=rounds, warm_ups=0, collect=True), seed)
-    return [row | (of_runs(runs[row["name"]]) if row["name"] in runs else {}) for row in rows]
 
 
 def _agree(row: Row, verdicts: Mapping[str, Any]) -> None:
