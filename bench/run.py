@@ -105,9 +105,9 @@ def run(
 ) -> Results:
     """The measurements of all cases that can be started before `until` seconds have passed.
 
-    Ours and `peers`, where there are any, are all that is run; otherwise those that take long to build are left out
-    of cases that are not `compiled`, and everywhere once `selection.build_until` seconds, or half of `until`, have
-    passed.
+    Ours and `peers`, where there are any, are all that is run; otherwise those that take long to build are
+    left out of cases that are not `compiled`, and everywhere once `selection.build_until` seconds, or half of
+    `until`, have passed.
     """
     began = time.monotonic()
     log.info("measuring the ceilings of %s", device_name(device))

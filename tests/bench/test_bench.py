@@ -1,4 +1,4 @@
-"""The benchmark: its counts, its peers, and that it neither times wrong answers nor overlooks a regression."""
+"""The kernels' benchmark: counts, peers, and that no wrong answer is timed and no regression overlooked."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ ALSO = {"token": set(), "sample": {"per-sample merge"}, "batch": {"fold eager", 
 
 
 def agreeing(case: KernelCase) -> set[str]:
-    """The peers that can run and compute the case's function, once they were found to agree with the oracle."""
+    """The peers that can run and compute the case's function, once found to agree with the oracle."""
     case_inputs, agreed = inputs.make(case, CPU), set()
     for name, peer in PEERS.items():
         if name in SLOW_TO_BUILD:
@@ -427,7 +427,8 @@ from mingle.kernels import tiles
 small, odd = tiles.Tile(16, 16, 16, 4, 1), tiles.Tile(16, 32, 32, 4, 1)
 for reduce in ("sample", "batch"):
     case = KernelCase("tiny", 2, 5, 24, 20, 2, rank=4, reduce=reduce, backward=True)
-    print(*sorted({kernel for kernel, tile in tune.tune(case, torch.device("cpu"), [small, odd]) if tile in (small, odd)}))
+    found = tune.tune(case, torch.device("cpu"), [small, odd])
+    print(*sorted({kernel for kernel, tile in found if tile in (small, odd)}))
 x = torch.zeros(10, 24)
 assert tiles.choose("shrink", x, 10, 8, 24) in (small, odd)
 """

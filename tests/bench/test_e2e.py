@@ -186,8 +186,8 @@ def test_a_sum_says_what_it_is_made_of(problem, tmp_path):
 def test_between_measured_numbers_of_tasks_a_sum_is_linear():
     def at(adapt: float) -> dict:
         seconds = dict.fromkeys(STAGES, 1.0)
-        return dict(adapt_seconds=adapt, step_seconds=adapt / 50, seconds=seconds, layers=None, steps_measured=3, peak_bytes=1,
-                    cpus_used_by_others=None)  # fmt: skip
+        step = dict(adapt_seconds=adapt, step_seconds=adapt / 50, steps_measured=3)
+        return step | dict(seconds=seconds, layers=None, peak_bytes=1, cpus_used_by_others=None)
 
     found = comparison.total({"1": at(10.0), "4": at(40.0)}, 4, 50)
     assert {name: stage["median"] for name, stage in found["stages"].items()} == {
