@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in ten minutes at most: the tests, then the benchmark.  Needs PyTorch and pytest, no installation:
+# Everything that only a GPU can show, in ten minutes at most: the tests, then the benchmark.  Needs PyTorch and
+# pytest, no installation:
 #
 #     bench/gpu.sh FOLDER         # gets junit-*.xml, kernels.json and plots/
 #
-# Exits with 1 where a test failed or a result of ours was wrong.  The first tests compile the kernels, eight at a time with pytest-xdist.
+# Exits with 1 where a test failed or a result of ours was wrong.  The first tests compile the kernels, eight at a
+# time with pytest-xdist.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "${1:?usage: bench/gpu.sh FOLDER}"
@@ -17,7 +19,8 @@ status=0
 tests() { # name, seconds, pytest's arguments
     local name=$1 seconds=$2
     shift 2
-    (cd "$root" && timeout "$seconds" "$python" -m pytest -q -p no:cacheprovider --maxfail=25 --junit-xml="$out/junit-$name.xml" "$@") || status=1
+    local options=(-q -p no:cacheprovider --maxfail=25 --junit-xml="$out/junit-$name.xml")
+    (cd "$root" && timeout "$seconds" "$python" -m pytest "${options[@]}" "$@") || status=1
     echo "gpu.sh: $name: done after $SECONDS s"
 }
 
