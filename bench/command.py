@@ -11,7 +11,7 @@ import torch
 
 from mingle.bench import table
 from mingle.bench.measure import OURS, log
-from mingle.bench.results import Results
+from mingle.bench.record import Results
 from mingle.io.files import write_json
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from mingle.bench import command, results
+from mingle.bench import command, record
 from mingle.bench.decomposition import cases, check
 from mingle.bench.decomposition.cases import ACCURATE, CASES, ExpertCase, ExpertProblem
 from mingle.bench.decomposition.check import Optima
 from mingle.bench.decomposition.peers import ExpertPeer, peers, pipelines
 from mingle.bench.judge import by_name
 from mingle.bench.measure import OURS, SLOW, Contestant, Rounds, Row, Run, compare, log, timed, verdict
-from mingle.bench.results import CaseResult, Results, case_result
+from mingle.bench.record import CaseResult, Results, case_result
 
 #: seconds of timing per peer and shape, and on a GPU of a case after which no further peer is begun
 _SECONDS, _QUICK_SECONDS, _GPU_CASE_SECONDS = 1.0, 0.4, 80.0
@@ -145,7 +145,7 @@ def run(case: ExpertCase, device: torch.device, seconds: float, seed: int = 0) -
     sums = whole(case, "decompose", decomposed, ACCURATE), whole(case, "project", projected, OURS)
     model = asdict(case) | {"layers": case.layers, "spectrum": cases.SPECTRUM}
     found = [*decomposed, *projected, *sums]
-    return results.envelope("experts", device, seed, found, cases.TARGETS, began, model=model, method=_METHOD)
+    return record.envelope("experts", device, seed, found, cases.TARGETS, began, model=model, method=_METHOD)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import torch
 
-from mingle.bench import command, results
+from mingle.bench import command, record
 from mingle.bench.machine import LoadMeter
 from mingle.bench.measure import OURS
 from mingle.bench.merges import cases, comparison, growth
 from mingle.bench.merges.cases import BF16, CASES, EAGER, PUBLISHED, MergeCase
-from mingle.bench.results import Results, case_result
+from mingle.bench.record import Results, case_result
 
 PEERS = {"eager": EAGER, "published": PUBLISHED}
 _ROUNDS, _STEPS, _MEASURED_STEPS = 3, 50, 4
@@ -99,7 +99,7 @@ def run(
     found = [case_result(f"{case.name}, {tasks} tasks", title, facts, rows, **more)]
     about = {"quick": quick, "mode": "whole" if is_whole else "staged", "method": method}
     asked = () if quick else cases.TARGETS
-    return results.envelope("merges", device, seed, found, asked, began, **about)
+    return record.envelope("merges", device, seed, found, asked, began, **about)
 
 
 def grow(device: torch.device, reduce: str, quick: bool, seed: int = 0) -> Results:
@@ -120,7 +120,7 @@ def grow(device: torch.device, reduce: str, quick: bool, seed: int = 0) -> Resul
     title = f"How the cost of an adaptation step grows: {varied}; gates of a {reduce}"
     about = {"title": title, "quick": quick, "method": growth.METHOD, "sizes": sizes, "kept": kept}
     more = {"remarks": [remark], "cpus_used_by_others": load.others()}
-    return results.envelope("growth", device, seed, found, (), began, **about, **more)
+    return record.envelope("growth", device, seed, found, (), began, **about, **more)
 
 
 def _quiet() -> None:

@@ -17,7 +17,7 @@ import torch
 from mingle.bench.machine import LoadMeter, peak_bytes
 
 log = logging.getLogger("mingle.bench")
-#: what is known of one contestant, as `mingle.bench.results` says
+#: what is known of one contestant, as `mingle.bench.record` says
 Row = dict[str, Any]
 Run = Callable[[], Any]
 #: ratios are relative to this row; rows whose names begin with it are other forms of this library

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from mingle.bench.measure import OURS, Row
-from mingle.bench.results import CaseResult, Results, timed_rows
+from mingle.bench.record import CaseResult, Results, timed_rows
 from mingle.bench.table import duration, where
 from mingle.runs.report.canvas import STYLE, figure_of
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from mingle.bench import command, judge, results, table
+from mingle.bench import command, judge, record, table
 from mingle.bench.gated_experts import breakdown, cases, check, floor, inputs
 from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase, Selection
 from mingle.bench.gated_experts.floor import Ceilings
 from mingle.bench.gated_experts.peer import KernelPeer
 from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, STRATEGIES
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, log, verdict
-from mingle.bench.results import CaseResult, Results, case_result
+from mingle.bench.record import CaseResult, Results, case_result
 from mingle.io.files import write_json
 from mingle.io.provenance import device_name
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peers = [cases.known(name, PEERS, "peer") for name in args.peer]
         if not peers and args.selection == "dispatch":
             peers = list(STRATEGIES)
-        old = results.read(args.compare) if args.compare else None
+        old = record.read(args.compare) if args.compare else None
         for folder in (args.out and args.out.parent, args.plots):
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)  # better now than after ten minutes
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen_name == "breakdown" and not named:
         began, cpu = time.monotonic(), torch.device("cpu")
         parts = [breakdown.measure(case, selection.seconds, args.seed) for case in selection.cases]
-        found = results.envelope("breakdown", cpu, args.seed, parts, (), began)
+        found = record.envelope("breakdown", cpu, args.seed, parts, (), began)
     else:
         found = run(selection, peers, device, args.seed, args.until)
     if args.out:
@@ -132,7 +132,7 @@ def run(
         f"{name}: {one['auto_over_best']:.2f}× the time of {one['best']}" for name, one in bad.items()
     ]
     more = {"ceilings": asdict(limits), "remarks": remarks}
-    return results.envelope("kernels", device, seed, found, cases.TARGETS, began, **more)
+    return record.envelope("kernels", device, seed, found, cases.TARGETS, began, **more)
 
 
 def measure(

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mingle.bench.machine import MUCH
 from mingle.bench.measure import OURS, Row
-from mingle.bench.results import Results, timed_rows
+from mingle.bench.record import Results, timed_rows
 
 _WIDTH = 130  # of output that no terminal limits
 Column = Callable[[Row], str]

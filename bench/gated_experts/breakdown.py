@@ -18,7 +18,7 @@ from mingle.bench.gated_experts.cases import KernelCase
 from mingle.bench.gated_experts.inputs import Inputs
 from mingle.bench.gated_experts.peers import PEERS
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare
-from mingle.bench.results import CaseResult, case_result
+from mingle.bench.record import CaseResult, case_result
 from mingle.kernels import gemm
 from mingle.kernels.gated_experts import grouped
 from mingle.ops.dispatch import folding_pays

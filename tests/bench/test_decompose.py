@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mingle import linalg
-from mingle.bench import decompose, judge, measure, plot, results, table
+from mingle.bench import decompose, judge, measure, plot, record, table
 from mingle.bench.decompose import Budget
 from mingle.bench.decomposition import cases, check, peers
 from mingle.bench.decomposition.cases import (
@@ -212,7 +212,7 @@ def test_what_was_in_no_round_is_held_against_our_median():
 def test_the_results_of_a_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(decompose, "CASES", {"vit-b": TOY})
     assert decompose.main(["--quick", "--out", str(tmp_path)]) == 0
-    found = results.read(tmp_path / "vit-b.json")
+    found = record.read(tmp_path / "vit-b.json")
     assert (found["format"], found["benchmark"]) == ("mingle-bench", "experts")
     assert {"date", "device", "versions", "commit", "seed", "seconds", "method", "targets"} <= found.keys()
     assert found["model"]["layers"] == 5 and "k^-½" in found["model"]["spectrum"]

@@ -1,4 +1,8 @@
-"""What NUFILT's training costs, beside the published one: ``python bench/nufilt.py``."""
+"""What NUFILT's training costs at the sizes of a ViT-B/32, beside the published training.
+
+python examples/nufilt_training.py --out FOLDER     # all layers, some minutes on a CPU
+python examples/nufilt_training.py --quick
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mingle.bench import command, results
+from mingle.bench import command, record
 from mingle.bench.decomposition import cases
 from mingle.bench.decomposition.cases import ExpertCase, LayerShape
 from mingle.bench.judge import Target
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, log, timed, verdict
-from mingle.bench.results import Results, case_result
+from mingle.bench.record import Results, case_result
 from mingle.linalg.arithmetic import buckets, stacked
 from mingle.linalg.sketch import gaussian
 from mingle.methods import nufilt
@@ -86,7 +90,7 @@ def run(case: ExpertCase, plan: NufiltPlan, device: torch.device, seed: int = 0)
     found = [case_result(case.name, case.title, facts, rows, cpus_used_by_others=others)]
     more = {"method": _METHOD, "singular_vectors_seconds": vectors_seconds}
     asked = [Target(case.name, PUBLISHED, TARGET)]
-    return results.envelope("nufilt", device, seed, found, asked, began, **more)
+    return record.envelope("nufilt", device, seed, found, asked, began, **more)
 
 
 def make(
