@@ -16,11 +16,12 @@ from mingle.io.files import write_json
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """With --gpu, --out FOLDER and --seed."""
+    """With --gpu, --out FOLDER, --seed and --quick."""
     found = argparse.ArgumentParser(description=description)
     found.add_argument("--gpu", action="store_true", help="on the current CUDA device")
     found.add_argument("--out", type=Path, metavar="FOLDER", help="every number as JSON, and plots")
     found.add_argument("--seed", type=int, default=0, help="of everything random")
+    found.add_argument("--quick", action="store_true", help="a small part of it: does it work at all?")
     return found
 
 
@@ -42,7 +43,7 @@ def show_progress() -> None:
 
 
 def finish(results: Results, folder: Path | None, name: str, *, peers_too: bool = False) -> int:
-    """Write NAME.json and its pictures into `folder`, show the results, and return `status`."""
+    """Write NAME.json and its pictures into `folder`, show the results, and return their `status`."""
     if folder:
         write_json(folder / f"{name}.json", results)
         write_plots(results, folder, name)

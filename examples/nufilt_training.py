@@ -1,7 +1,7 @@
 """What NUFILT's training costs at the sizes of a ViT-B/32, beside the published training.
 
-python examples/nufilt_training.py --out FOLDER     # all layers, some minutes on a CPU
-python examples/nufilt_training.py --quick
+``python examples/nufilt_training.py --out FOLDER`` takes some minutes on a CPU; ``--quick``, with one layer of
+each shape and two rounds, shows whether it works.
 """
 
 from __future__ import annotations
@@ -69,9 +69,6 @@ class NufiltPlan:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it.  Returns 0, or 1 where a result of ours was wrong."""
     parser = command.parser("Time NUFILT's training steps at the sizes of a ViT-B/32, results checked first.")
-    parser.add_argument(
-        "--quick", action="store_true", help="one layer of each shape, two rounds: does it work?"
-    )
     parser.add_argument("--rounds", type=int, default=7, help="how often each contender is timed")
     args = command.begin(parser, arguments)
     once = tuple(replace(shape, count=1) for shape in CASE.shapes)
