@@ -16,6 +16,7 @@ from mingle.bench import table
 from mingle.bench.gated_experts import inputs
 from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase, known
 from mingle.bench.measure import timed
+from mingle.kernels import tiles
 from mingle.kernels.tiles import Tile
 from mingle.ops import dispatch
 
@@ -26,9 +27,8 @@ Launch = tuple[str, Tensor, int, int, int, Callable[[], object]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Search every kernel of the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split(":", 1)[0] + ".")
-    which = "one case; may be repeated; default: all of --gpu"
+    which, devices = "one case; may be repeated; default: all of --gpu", "cuda, cuda:1; cpu: interpreted"
     parser.add_argument("--case", action="append", default=[], metavar="NAME", help=which)
-    devices = "cuda, cuda:1; cpu runs Triton's interpreter, to try this out"
     parser.add_argument("--device", default="cuda", help=devices)
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
@@ -51,8 +51,6 @@ def tune(
     case: KernelCase, device: torch.device, candidates: Sequence[Tile] | None = None
 ) -> Iterator[tuple[str, Tile]]:
     """Search every kernel that the case runs; yields its name and the best tile."""
-    from mingle.kernels import tiles
-
     strain = "special" if case.routed else "plain"  # zeros are skipped
     for launch in launches(case, device):
         yield launch[0], tiles.search(*launch, lambda run: seconds(run, device), candidates, strain)

@@ -7,7 +7,7 @@ them, and what follows for any implementation that has to make the same products
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -36,9 +36,6 @@ class Part:
     name: str
     run: Run
     flop: float = 0.0
-
-    def made(self) -> Run:
-        return self.run
 
 
 def parts(t: Inputs) -> Iterator[Part]:
@@ -91,17 +88,17 @@ def measure(case: KernelCase, seconds: float, seed: int = 0) -> CaseResult:
     device = torch.device("cpu")
     t = inputs.make(case, device, seed)
 
-    def ready(build: Callable[[], Run]) -> tuple[Run, Row]:
-        return build(), {"status": "ok"}
+    def ready(run: Run) -> tuple[Run, Row]:
+        return run, {"status": "ok"}
+
+    def built(name: str) -> tuple[Run, Row]:
+        return ready(PEERS[name].build(t))
 
     with torch.no_grad():
-        contestants = []
-        for part in parts(t):
-            facts = {"form": part.form, "flop": part.flop}
-            contestants.append(Contestant(f"{part.form}: {part.name}", partial(ready, part.made), facts))
-        wholes = (PEERS[name] for name in (OURS, "mingle prepacked", *MERGES))
-        contestants += [Contestant(peer.name, partial(ready, partial(peer.build, t))) for peer in wholes]
-        rows, others = compare(contestants, device, Rounds(seconds), seed)
+        pieces = [(p, {"form": p.form, "flop": p.flop}) for p in parts(t)]
+        those = [Contestant(f"{p.form}: {p.name}", partial(ready, p.run), facts) for p, facts in pieces]
+        those += [Contestant(name, partial(built, name)) for name in (OURS, "mingle prepacked", *MERGES)]
+        rows, others = compare(those, device, Rounds(seconds), seed)
     found = [row for row in rows if "form" in row]
     large = floor.ceilings([case.dtype], device).flop_per_second[case.dtype]
     best = max(large, *(row["flop"] / row["median"] for row in found))

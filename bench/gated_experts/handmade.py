@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,13 @@ _MOST_BYTES = {"cpu": 4e9, "cuda": 40e9}
 
 
 def build_loop(t: Inputs) -> Pass:
-    return differentiated(
-        t, lambda: reference.gated_experts(t.x, t.weight, t.bias, t.A, t.B, t.gate_values())
-    )
+    layer = t.x, t.weight, t.bias, t.A, t.B
+    return differentiated(t, lambda: reference.gated_experts(*layer, t.gate_values()))
 
 
 def build_chain(t: Inputs) -> Pass:
     """All A side by side, the base, all B side by side added to y; gates in place where nothing is saved."""
-    down, up = t.side_by_side()
-    return differentiated(t, lambda: chain(t, down, up, in_place=not t.case.backward))
+    return differentiated(t, partial(chain, t, *t.side_by_side(), in_place=not t.case.backward))
 
 
 def chain(t: Inputs, down: Tensor, up: Tensor, in_place: bool) -> Tensor:
@@ -43,8 +42,8 @@ def chain(t: Inputs, down: Tensor, up: Tensor, in_place: bool) -> Tensor:
 def build_compiled(t: Inputs) -> Pass:
     """The chain under torch.compile, without a place left for it to search on GPUs."""
     cuda = t.x.is_cuda
-    if not cuda and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
-        raise Unavailable("torch.compile needs a C++ compiler on the CPU")
+    compilers = os.environ.get("CXX", "c++"), "g++", "clang++", "cl"
+    _need(cuda or any(map(shutil.which, compilers)), "torch.compile needs a C++ compiler on the CPU")
     torch._dynamo.reset()  # one peer at a time: earlier ones would count towards the limit of recompilations
     down, up = t.side_by_side()
     t.all_gates()  # joined before tracing
@@ -84,7 +83,7 @@ def merge(t: Inputs, gates: Tensor) -> Tensor:
 def build_per_sample(t: Inputs) -> Pass:
     _need(t.case.reduce != "token", "one weight for each token")
     _need(t.case.reduce != "batch", "one weight for the whole batch: see dense merge")
-    _refuse_too_large(t, t.case.samples)
+    _need_memory(t, t.case.samples)
 
     def forward() -> Tensor:
         pairs = zip(t.x, t.gate_values().flatten(0, 1), strict=True)
@@ -95,7 +94,7 @@ def build_per_sample(t: Inputs) -> Pass:
 
 def build_dense(t: Inputs) -> Pass:
     _need(t.case.groups == 1, "gates differ within the batch")
-    _refuse_too_large(t, 1)
+    _need_memory(t, 1)
     return differentiated(t, lambda: F.linear(t.x, merge(t, t.gate_values().flatten()), t.bias))
 
 
@@ -104,7 +103,7 @@ def _need(condition: bool, reason: str) -> None:
         raise Unavailable(reason)
 
 
-def _refuse_too_large(t: Inputs, weights: int) -> None:
+def _need_memory(t: Inputs, weights: int) -> None:
     kept = weights * (t.case.experts if t.case.backward else 1) * t.weight.nbytes
     _need(kept <= _MOST_BYTES[t.x.device.type], f"autograd would keep {kept / 1e9:.0f} GB of dense updates")
 

@@ -76,10 +76,8 @@ def build_xlora(t: Inputs) -> Pass:
     except ImportError as error:
         raise Unavailable("the package peft is not installed") from error
     case, names = t.case, [f"expert{i}" for i in range(t.case.experts)]
-    frozen, linear = (
-        partial(nn.Parameter, requires_grad=False),
-        nn.Linear(case.d_in, case.d_out, device="meta"),
-    )
+    frozen = partial(nn.Parameter, requires_grad=False)
+    linear = nn.Linear(case.d_in, case.d_out, device="meta")
     linear.weight, linear.bias = frozen(t.weight), frozen(t.bias)
     config = LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules=["layer"], init_lora_weights=False)
     base: Any = nn.Sequential(OrderedDict(layer=linear))

@@ -75,7 +75,7 @@ def test_a_backward_pass_doubles_the_products_and_routing_counts_one_expert():
 
 def test_ceilings_are_the_work_over_the_shortest_time(monkeypatch):
     clock = iter([0.0, 7.0, 10.0, 10.5, 20.0, 22.0])
-    monkeypatch.setattr(floor.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
     calls = []
     assert floor.fastest(lambda: calls.append(None), CPU, repetitions=3) == 0.5 and len(calls) == 3
     for seconds in (0.5, 0.25):
