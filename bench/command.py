@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -13,15 +13,28 @@ from mingle.bench import table
 from mingle.bench.measure import OURS, log
 from mingle.bench.record import Results
 from mingle.io.files import write_json
+from mingle.options import nearest
+
+
+def known(names: Collection[str], what: str) -> Callable[[str], str]:
+    """A type of arguments: one of these names; others are refused, and the nearest is named."""
+
+    def name(given: str) -> str:
+        if given not in names:
+            raise argparse.ArgumentTypeError(f"no {what} is called {given!r}{nearest(given, names)}")
+        return given
+
+    return name
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """With --gpu, --out FOLDER, --seed and --quick."""
     found = argparse.ArgumentParser(description=description)
-    found.add_argument("--gpu", action="store_true", help="on the current CUDA device")
-    found.add_argument("--out", type=Path, metavar="FOLDER", help="every number as JSON, and plots")
-    found.add_argument("--seed", type=int, default=0, help="of everything random")
-    found.add_argument("--quick", action="store_true", help="a small part of it: does it work at all?")
+    add = found.add_argument
+    add("--gpu", action="store_true", help="on the current CUDA device")
+    add("--out", type=Path, metavar="FOLDER", help="every number as JSON, and plots")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--quick", action="store_true", help="a small part of it: does it work at all?")
     return found
 
 

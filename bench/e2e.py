@@ -110,8 +110,8 @@ def grow(device: torch.device, reduce: str, quick: bool, seed: int = 0) -> Resul
     same = f"width {fixed['width']}, {fixed['layers']} blocks, {fixed['tasks']} tasks where they do not vary"
     title = f"How the cost of an adaptation step grows: {same}; gates of a {reduce}"
     about = {"title": title, "quick": quick, "method": growth.METHOD, "sizes": sizes, "kept": kept}
-    more = {"remarks": [remark], "cpus_used_by_others": load.others()}
-    return record.envelope("growth", device, seed, found, (), began, **about, **more)
+    about |= {"remarks": [remark], "cpus_used_by_others": load.others()}
+    return record.envelope("growth", device, seed, found, (), began, **about)
 
 
 if __name__ == "__main__":

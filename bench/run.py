@@ -45,20 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name == "breakdown" and (args.peer or args.plots or args.compare or args.device not in (None, "cpu")):
         parser.error("--breakdown takes none of --peer, --plots and --compare, and runs on the CPU")
     try:
-        named = tuple(CASES[cases.known(name, CASES, "case")] for name in args.case)
-        selection = Selection(named, _SECONDS) if named else SELECTIONS[name]
-        peers = [cases.known(name, PEERS, "peer") for name in args.peer]
         old = record.read(args.compare) if args.compare else None
         for folder in (args.out and args.out.parent, args.plots):
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)  # better now than after ten minutes
-    except (ValueError, OSError) as error:  # unknown names, a file that is not there or holds something else
+    except (ValueError, OSError) as error:  # a file that is not there or holds something else
         parser.error(str(error))
-    if name == "breakdown" and not named:
-        found = breakdown.run(selection, args.seed)
+    if name == "breakdown":
+        found = breakdown.run(SELECTIONS[name], args.seed)
     else:
-        default = STRATEGIES if args.selection == "dispatch" else ()
-        found = run(selection, peers or default, device, args.seed, args.until)
+        named = tuple(CASES[case] for case in args.case)
+        selection = Selection(named, _SECONDS) if named else SELECTIONS[name]
+        peers = args.peer or (STRATEGIES if name == "dispatch" else ())
+        found = run(selection, peers, device, args.seed, args.until)
     if args.out:
         write_json(args.out, found)
     if args.plots:
@@ -77,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, selection in SELECTIONS.items():
         help = selection.about
         select.add_argument(f"--{name}", action="store_const", const=name, dest="selection", help=help)
-    select.add_argument("--case", help="one case; may be repeated", **several)
-    add("--peer", help=f"beside {OURS!r} only this one; may be repeated", **several)
+    a_case, a_peer = command.known(CASES, "case"), command.known(PEERS, "peer")
+    select.add_argument("--case", type=a_case, help="one case; may be repeated", **several)
+    add("--peer", type=a_peer, help=f"beside {OURS!r} only this one; may be repeated", **several)
     add("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
     add("--plots", type=Path, metavar="DIR", help="bars per case and a roofline, as PNG")
     flagged = "flag ratios to peers that fell by more than 10 %% since"

@@ -1,6 +1,6 @@
-"""Entry points for pytest-benchmark: ``pytest bench/test_benchmarks.py``, with ``--benchmark-compare`` for two runs.
+"""For pytest-benchmark: every backend on small cases, each checked against float64 before it is timed.
 
-Small cases of every backend, each checked against float64 before it is timed.
+``pytest bench/test_benchmarks.py``; with ``--benchmark-compare`` beside an earlier run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from mingle.bench.gated_experts import check, inputs
 from mingle.bench.gated_experts.cases import CASES
 from mingle.bench.gated_experts.peers import EXPLICIT, PEERS
-from mingle.bench.measure import Unavailable
+from mingle.bench.measure import Unavailable, timed
 
 pytest.importorskip("pytest_benchmark")
 
@@ -33,10 +33,5 @@ def test_gated_experts(benchmark: Any, name: str, backend: str) -> None:
     errors = check.Oracle(case_inputs).errors(run)
     assert max(errors.values()) <= check.tolerance(case_inputs.x.dtype, DEVICE), errors
 
-    def finished() -> None:
-        run()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
     benchmark.group = name
-    benchmark(finished)
+    benchmark(timed, run, DEVICE)  # waits for the device

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mingle.bench import table
+from mingle.bench import command, table
 from mingle.bench.gated_experts import inputs
-from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase, known
+from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase
 from mingle.bench.measure import timed
 from mingle.kernels import tiles
 from mingle.kernels.tiles import Tile
@@ -28,17 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Search every kernel of the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split(":", 1)[0] + ".")
     which, devices = "one case; may be repeated; default: all of --gpu", "cuda, cuda:1; cpu: interpreted"
-    parser.add_argument("--case", action="append", default=[], metavar="NAME", help=which)
+    a_case = command.known(CASES, "case")
+    parser.add_argument("--case", type=a_case, action="append", default=[], metavar="NAME", help=which)
     parser.add_argument("--device", default="cuda", help=devices)
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
-    try:
-        chosen = [CASES[known(name, CASES, "case")] for name in args.case] or list(SELECTIONS["gpu"].cases)
-        for case in chosen:
-            if reason := dispatch.without_triton(device, case.torch_dtype):
-                raise ValueError(f"{case.name}: {reason}")
-    except ValueError as error:
-        parser.error(str(error))
+    chosen = [CASES[name] for name in args.case] or SELECTIONS["gpu"].cases
+    for case in chosen:
+        if reason := dispatch.without_triton(device, case.torch_dtype):
+            parser.error(f"{case.name}: {reason}")
     table.write_lines(
         f"{case.name:32}{kernel:10}{rows} × {columns} × {depth}, {warps} warps, {stages} stages"
         for case in chosen

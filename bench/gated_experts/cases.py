@@ -11,7 +11,6 @@ import torch
 
 from mingle.bench.judge import Target
 from mingle.kernels.gated_experts.reference import REDUCTIONS
-from mingle.options import OptionError, nearest
 
 #: short names, as in the names of cases
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -52,7 +51,7 @@ FOLDING: dict[str, Sizes] = {
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One problem: the shape of a layer, how its gates are reduced, and what is computed.
+    """The shape of a layer, how its gates are reduced, and what is computed.
 
     `routed`: the gates are given, one-hot per sample and sorted by expert, instead of linear in x.
     `compiled`: peers that take long to build are part of this case.
@@ -83,8 +82,7 @@ class KernelCase:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return getattr(torch, self.dtype)
 
     @property
     def title(self) -> str:
@@ -158,14 +156,3 @@ TARGETS = (
     Target("routed-sample-bf16", "mingle one expert", 1 / 1.3),
     Target("routed-large-sample-bf16", "mingle one expert", 1 / 1.3),
 )
-
-
-def known(name: str, names: Iterable[str], what: str) -> str:
-    """`name` itself.
-
-    Raises:
-        OptionError: there is none of that name; the message says which is nearest.
-    """
-    if name not in (every := list(names)):
-        raise OptionError(f"no {what} is called {name!r}{nearest(name, every)}")
-    return name
