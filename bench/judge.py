@@ -72,8 +72,7 @@ def _ratio(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> float | None:
 def regressions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Where we became slower relative to a peer, or stopped being right, in the cases that both results hold.
 
-    Ratios within a round compare runs on a machine whose speed varies better than times do.  Our own explicit
-    backends are no yardstick: the library's changes move them as well.
+    Ratios within a round hold where the machine's speed varies.  Other forms of ours are no yardstick.
     """
     found, earlier = [], {case["name"]: by_name(case) for case in old["cases"]}
     for case in new["cases"]:

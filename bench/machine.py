@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import math
 import os
 import time
@@ -83,16 +84,12 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     try:
         with torch.autograd.profiler.profile(profile_memory=True) as profiler:
             outputs = run()
-        events = profiler.kineto_results.events()
+        events = sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns())
     except (AttributeError, RuntimeError):  # not public API
         return None
     del outputs
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    changes = (event.nbytes() for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def available(device: torch.device) -> float:

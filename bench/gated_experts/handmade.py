@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mingle.bench.gated_experts.check import Outputs
-from mingle.bench.gated_experts.inputs import Inputs
-from mingle.bench.gated_experts.peer import KernelPeer, Pass, differentiated, replayed
+from mingle.bench.gated_experts.inputs import Inputs, Outputs, Pass, differentiated
+from mingle.bench.gated_experts.peer import KernelPeer, replayed
 from mingle.bench.measure import Unavailable
 from mingle.kernels.gated_experts import reference
 

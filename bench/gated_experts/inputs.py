@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,11 @@ from torch import Tensor
 
 from mingle.bench.gated_experts.cases import KernelCase
 from mingle.kernels.gated_experts import reference
+
+#: y, and in a case with a backward pass the gradient of every differentiated tensor
+Outputs = dict[str, Tensor]
+#: one forward pass, or one forward and backward pass where the case says so
+Pass = Callable[[], Outputs]
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,19 @@ class Inputs:
         assert self.gates is not None
         case, gates = replace(self.case, experts=1), torch.ones_like(self.gates[:, :1])
         return replace(self, case=case, A=self.A[:1], B=self.B[:1], gates=gates).to(self.x.dtype)
+
+
+def differentiated(t: Inputs, forward: Callable[[], Tensor]) -> Pass:
+    """`forward` without gradients, or with those of x and the newest gate for the upstream gradient dy."""
+    wanted = t.differentiated() if t.case.backward else {}
+
+    def run() -> Outputs:
+        with torch.set_grad_enabled(bool(wanted)):
+            y = forward()
+        gradients = torch.autograd.grad(y, tuple(wanted.values()), t.dy) if wanted else ()
+        return {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+    return run
 
 
 def make(case: KernelCase, device: torch.device, seed: int = 0) -> Inputs:

@@ -6,15 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mingle.bench.gated_experts.cases import KernelCase
-from mingle.bench.gated_experts.check import Outputs
-from mingle.bench.gated_experts.inputs import Inputs
+from mingle.bench.gated_experts.inputs import Inputs, Outputs, Pass
 from mingle.bench.measure import Unavailable
-
-#: one forward pass, or one forward and backward pass where the case says so
-Pass = Callable[[], Outputs]
 
 
 @dataclass(frozen=True)
@@ -32,19 +27,6 @@ class KernelPeer:
     adapt: Callable[[Inputs], Inputs] = lambda inputs: inputs
     same: Callable[[KernelCase], bool] = lambda case: True
     captured: bool = False
-
-
-def differentiated(t: Inputs, forward: Callable[[], Tensor]) -> Pass:
-    """`forward` without gradients, or with those of x and the newest gate for the upstream gradient dy."""
-    wanted = t.differentiated() if t.case.backward else {}
-
-    def run() -> Outputs:
-        with torch.set_grad_enabled(bool(wanted)):
-            y = forward()
-        gradients = torch.autograd.grad(y, tuple(wanted.values()), t.dy) if wanted else ()
-        return {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
-
-    return run
 
 
 def replayed(build: Callable[[Inputs], Pass]) -> Callable[[Inputs], Pass]:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from mingle import functional
 from mingle.bench.gated_experts import handmade
-from mingle.bench.gated_experts.check import Outputs
 from mingle.bench.gated_experts.floor import fastest, products
-from mingle.bench.gated_experts.inputs import Inputs
-from mingle.bench.gated_experts.peer import KernelPeer, Pass, differentiated, replayed
+from mingle.bench.gated_experts.inputs import Inputs, Outputs, Pass, differentiated
+from mingle.bench.gated_experts.peer import KernelPeer, replayed
 from mingle.bench.measure import OURS, Unavailable
 from mingle.kernels import gemm, prepack
 from mingle.ops import dispatch

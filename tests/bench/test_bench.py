@@ -17,7 +17,8 @@ from mingle import cli
 from mingle.bench import judge, machine, measure, plot, record, run, table
 from mingle.bench.gated_experts import breakdown, cases, check, floor, handmade, inputs
 from mingle.bench.gated_experts.cases import KernelCase, Selection
-from mingle.bench.gated_experts.peer import KernelPeer, differentiated
+from mingle.bench.gated_experts.inputs import differentiated
+from mingle.bench.gated_experts.peer import KernelPeer
 from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD
 from mingle.bench.judge import Target, by_name
 from mingle.bench.measure import OURS, Rounds, Unavailable
