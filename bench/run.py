@@ -17,8 +17,7 @@ from mingle.bench import command, judge, record, table
 from mingle.bench.gated_experts import breakdown, cases, check, floor, inputs
 from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase, Selection
 from mingle.bench.gated_experts.floor import Ceilings
-from mingle.bench.gated_experts.peer import KernelPeer
-from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, STRATEGIES
+from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, STRATEGIES, KernelPeer
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, log, verdict
 from mingle.bench.record import CaseResult, Results, case_result
 from mingle.io.files import write_json

@@ -18,8 +18,7 @@ from mingle.bench import judge, machine, measure, plot, record, run, table
 from mingle.bench.gated_experts import breakdown, cases, check, floor, handmade, inputs
 from mingle.bench.gated_experts.cases import KernelCase, Selection
 from mingle.bench.gated_experts.inputs import differentiated
-from mingle.bench.gated_experts.peer import KernelPeer
-from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD
+from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, KernelPeer
 from mingle.bench.judge import Target, by_name
 from mingle.bench.measure import OURS, Rounds, Unavailable
 from mingle.kernels.gated_experts import reference
