@@ -59,7 +59,9 @@ def finish(results: Results, folder: Path | None, name: str, *, peers_too: bool 
     """Write NAME.json and its pictures into `folder`, show the results, and return their `status`."""
     if folder:
         write_json(folder / f"{name}.json", results)
-        write_plots(results, folder, name)
+        from mingle.bench import plot  # matplotlib only where it is used
+
+        plot.write_plots(results, folder, name)
     table.write(results)
     return status(results, peers_too)
 
@@ -68,10 +70,3 @@ def status(results: Results, peers_too: bool = False) -> int:
     """1 where something of ours was wrong or failed, with `peers_too` where anything was, else 0."""
     rows = (row for case in results["cases"] for row in case["rows"] if row["status"] in ("wrong", "failed"))
     return int(any(peers_too or row["name"].startswith(OURS) for row in rows))
-
-
-def write_plots(results: Results, folder: Path, name: str) -> None:
-    from mingle.bench import plot
-
-    for path in plot.write_plots(results, folder, name):
-        log.info("wrote %s", path)

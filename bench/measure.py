@@ -32,6 +32,11 @@ class Unavailable(Exception):
     """Something cannot run here, or has nothing to do with the case; the message is the reason."""
 
 
+def need(condition: bool, reason: str) -> None:
+    if not condition:
+        raise Unavailable(reason)
+
+
 @dataclass(frozen=True)
 class Contestant:
     """Something to be timed: `prepare` returns what is called, or None, and what a check found; `facts` go into
@@ -67,11 +72,10 @@ def compare(
     contestants: Sequence[Contestant], device: torch.device, rounds: Rounds, seed: int = 0, ours: str = OURS
 ) -> tuple[list[Row], float | None]:
     """A row for each, correctness first, then times of what is right; and the CPUs others used meanwhile."""
-    rows: dict[str, Row] = {
-        one.name: {"name": one.name, "status": "failed", **one.facts} for one in contestants
-    }
+    rows: dict[str, Row] = {}
     runs: dict[str, Run] = {}
-    for one, row in zip(contestants, rows.values(), strict=True):
+    for one in contestants:
+        rows[one.name] = row = {"name": one.name, "status": "failed", **one.facts}
         try:
             run, found = one.prepare()
             row |= found

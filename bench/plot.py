@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from mingle.bench.machine import STAGES
-from mingle.bench.measure import OURS, Row
+from mingle.bench.measure import OURS, Row, log
 from mingle.bench.record import CaseResult, Results, timed_rows
 from mingle.bench.table import duration, where
 from mingle.runs.report.canvas import STYLE, figure_of
@@ -45,6 +45,7 @@ def write_plots(results: Results, folder: Path, name: str) -> list[Path]:
         for stem, figure in _figures(results, name):
             written.append(folder / f"{stem}.png")
             figure.savefig(written[-1])
+            log.info("wrote %s", written[-1])
     return written
 
 

@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out:
         write_json(args.out, found)
     if args.plots:
-        command.write_plots(found, args.plots, "kernels")
+        from mingle.bench import plot  # matplotlib only where it is used
+
+        plot.write_plots(found, args.plots, "kernels")
     regressions = judge.regressions(old, found) if old else None
     table.write(found, regressions)
     return 1 if regressions or command.status(found) else 0

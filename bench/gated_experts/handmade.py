@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mingle.bench.gated_experts.cases import KernelCase
 from mingle.bench.gated_experts.inputs import Inputs, Outputs, Pass, differentiated
-from mingle.bench.measure import Unavailable
+from mingle.bench.measure import need
 from mingle.kernels.gated_experts import reference
 
 #: dense updates that autograd would keep for the backward pass
@@ -42,7 +42,7 @@ def compiled(t: Inputs) -> Pass:
     """The chain under torch.compile, without a place left for it to search on GPUs."""
     cuda = t.x.is_cuda
     compilers = os.environ.get("CXX", "c++"), "g++", "clang++", "cl"
-    _need(cuda or any(map(shutil.which, compilers)), "torch.compile needs a C++ compiler on the CPU")
+    need(cuda or any(map(shutil.which, compilers)), "torch.compile needs a C++ compiler on the CPU")
     torch._dynamo.reset()  # one peer at a time: earlier ones would count towards the limit of recompilations
     down, up = t.side_by_side()
     t.all_gates()  # joined before tracing
@@ -61,7 +61,7 @@ def compiled(t: Inputs) -> Pass:
 
 def folding(t: Inputs) -> Pass:
     """One product makes W₀ + B_cat diag(g) A_cat, one more applies it."""
-    _need(t.case.groups == 1, "gates differ within the batch")
+    need(t.case.groups == 1, "gates differ within the batch")
     down, up = t.side_by_side()
 
     def forward() -> Tensor:
@@ -80,8 +80,8 @@ def merge(t: Inputs, gates: Tensor) -> Tensor:
 
 
 def per_sample(t: Inputs) -> Pass:
-    _need(t.case.reduce != "token", "one weight for each token")
-    _need(t.case.reduce != "batch", "one weight for the whole batch: see dense merge")
+    need(t.case.reduce != "token", "one weight for each token")
+    need(t.case.reduce != "batch", "one weight for the whole batch: see dense merge")
     _need_memory(t, t.case.samples)
 
     def forward() -> Tensor:
@@ -92,19 +92,14 @@ def per_sample(t: Inputs) -> Pass:
 
 
 def dense(t: Inputs) -> Pass:
-    _need(t.case.groups == 1, "gates differ within the batch")
+    need(t.case.groups == 1, "gates differ within the batch")
     _need_memory(t, 1)
     return differentiated(t, lambda: F.linear(t.x, merge(t, t.gate_values().flatten()), t.bias))
 
 
-def _need(condition: bool, reason: str) -> None:
-    if not condition:
-        raise Unavailable(reason)
-
-
 def _need_memory(t: Inputs, weights: int) -> None:
     kept = weights * (t.case.experts if t.case.backward else 1) * t.weight.nbytes
-    _need(kept <= _MOST_BYTES[t.x.device.type], f"autograd would keep {kept / 1e9:.0f} GB of dense updates")
+    need(kept <= _MOST_BYTES[t.x.device.type], f"autograd would keep {kept / 1e9:.0f} GB of dense updates")
 
 
 def linear(t: Inputs, weight: Tensor | None = None) -> Pass:
@@ -125,7 +120,7 @@ def folded(t: Inputs) -> Pass:
 
 
 def single_precision(t: Inputs) -> Inputs:
-    _need(t.case.dtype != "float32", "the case is in fp32 already")
+    need(t.case.dtype != "float32", "the case is in fp32 already")
     return t.to(torch.float32)
 
 

@@ -18,7 +18,7 @@ from mingle.bench.gated_experts import handmade
 from mingle.bench.gated_experts.cases import KernelCase
 from mingle.bench.gated_experts.floor import fastest, products
 from mingle.bench.gated_experts.inputs import Inputs, Outputs, Pass, differentiated
-from mingle.bench.measure import OURS, Unavailable
+from mingle.bench.measure import OURS, Unavailable, need
 from mingle.kernels import gemm, prepack
 from mingle.ops import dispatch
 
@@ -67,8 +67,8 @@ def _build_explicit(t: Inputs, backend: str) -> Pass:
 
 def build_prepacked(t: Inputs) -> Pass:
     """As `MingleLinear(…, prepack=True)` does, check for changed weights at every call included."""
-    if t.case.routed or not gemm.packing_pays(t.x.flatten(0, 1), t.case.d_out):
-        raise Unavailable("no packed product would be the fastest here")
+    pays = not t.case.routed and gemm.packing_pays(t.x.flatten(0, 1), t.case.d_out)
+    need(pays, "no packed product would be the fastest here")
     up = t.B.mT.clone()  # copies are found by memory: the other peers are to have none
     own = replace(t, weight=t.weight.clone(), A=t.A.clone(), B=up.mT)
     run = build(own)
@@ -81,8 +81,7 @@ def build_prepacked(t: Inputs) -> Pass:
 
 
 def _one_expert(t: Inputs) -> Inputs:
-    if not t.case.routed:
-        raise Unavailable("only where a router opens one expert per sample")
+    need(t.case.routed, "only where a router opens one expert per sample")
     return t.one_expert()
 
 
@@ -123,8 +122,7 @@ def build_xlora(t: Inputs) -> Pass:
 
 def build_products(t: Inputs) -> Pass:
     """The low-rank path's products and nothing else, each in the library that is fastest at it here."""
-    if t.case.routed:
-        raise Unavailable("the products depend on the routing")
+    need(not t.case.routed, "the products depend on the routing")
     down, up = t.side_by_side()
     x, dy = t.x.detach().flatten(0, 1), t.dy.flatten(0, 1)
     hidden = x @ down.mT
@@ -144,8 +142,7 @@ def replayed(build: Callable[[Inputs], Pass]) -> Callable[[Inputs], Pass]:
     """Another peer's pass, recorded once in a CUDA graph; outputs stay in the graph's memory."""
 
     def build_graph(t: Inputs) -> Pass:
-        if not t.x.is_cuda:
-            raise Unavailable("CUDA graphs need a CUDA device")
+        need(t.x.is_cuda, "CUDA graphs need a CUDA device")
         run, graph, stream = build(t), torch.cuda.CUDAGraph(), torch.cuda.Stream(t.x.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
