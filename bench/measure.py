@@ -39,8 +39,8 @@ def need(condition: bool, reason: str) -> None:
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to be timed: `prepare` returns what is called, or None, and what a check found; `facts` go into
-    its row, and peak `memory` where wanted.  Its seconds are those of one of `parts` parts.
+    """Something to be timed: `prepare` returns what is called, or None, and what a check found; `facts` go
+    into its row, and peak `memory` where wanted.  Its seconds are those of one of `parts` parts.
     """
 
     name: str
@@ -112,8 +112,8 @@ def interleaved(
     steps: Mapping[str, Run], device: torch.device, rounds: Rounds, seed: int = 0,
     shares: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds of every step in every round; a round calls each step once, in an order of its own, so that noise
-    hits all alike.  With `shares`, every step takes part in that many of the first rounds.
+    """Seconds of every step in every round; a round calls each step once, in an order of its own, so that
+    noise hits all alike.  With `shares`, every step takes part in that many of the first rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, most = list(steps), rounds.most if shares is None else max(shares.values(), default=0)
@@ -183,8 +183,8 @@ def summary(series: Sequence[float]) -> Row:
 
 
 def relative(series: Sequence[float], ours: Sequence[float]) -> Row:
-    """How many times as long as ours: by the medians, and per round, which drift of the machine does not touch;
-    the i-th times are those of one round.
+    """How many times as long as ours: by the medians, and per round, which drift of the machine does not
+    touch; the i-th times are those of one round.
     """
     rounds = _percentiles("round_ratio_", [theirs / own for theirs, own in zip(series, ours, strict=False)])
     ratio = {"ratio": statistics.median(series) / statistics.median(ours)}

@@ -96,8 +96,8 @@ def run(
 ) -> Results:
     """The measurements of all cases that can be started before `until` seconds have passed.
 
-    Ours and `peers`, where there are any, are all that is run; otherwise those that take long to build are left
-    out of cases that are not `compiled`, and of all after `selection.build_until` seconds, or half of `until`.
+    Ours and `peers`, where there are any, are all that is run; otherwise all, but what takes long to build
+    only in `compiled` cases, and not after `selection.build_until` seconds or half of `until`.
     """
     began, found = time.monotonic(), []
     log.info("measuring the ceilings of %s", device_name(device))

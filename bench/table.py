@@ -121,7 +121,7 @@ def _table(results: Results, plain: bool) -> Table:
 
 
 def _notes(results: Results) -> Iterator[tuple[str, str]]:
-    """What ran nowhere, faults, disturbed cases, what each benchmark remarks, and the targets; with styles."""
+    """What ran nowhere, faults, disturbed cases, remarks, and the targets, each with its style."""
     rows = [(case["name"], row) for case in results["cases"] for row in case["rows"]]
     ran = {row["name"] for _, row in rows if row["status"] in ("ok", "bound")}
     absent = {row["name"]: row["reason"] for _, row in rows if row["status"] == "unavailable"}

@@ -94,7 +94,7 @@ class KernelCase:
 
 @dataclass(frozen=True)
 class Selection:
-    """Cases to run, the seconds of timing each may take, those after which nothing slow is built, and help."""
+    """Cases to run, seconds of timing for each, those after which nothing slow is built, and the help."""
 
     cases: tuple[KernelCase, ...]
     seconds: float

@@ -98,9 +98,9 @@ def differentiated(t: Inputs, forward: Callable[[], Tensor]) -> Pass:
 def make(case: KernelCase, device: torch.device, seed: int = 0) -> Inputs:
     """Random inputs, the same on every device.
 
-    Every expert adds about as much to y as the base does: leaving one out is an error of 1/√(T + 1), well above
-    bf16's limit.  dy holds some of the newest expert's output, as a gate's gradient, a sum over tokens and
-    features, could otherwise cancel to nothing.  The 1/√N keeps fp16 from overflowing.
+    Every expert adds about as much to y as the base does: leaving one out is an error of 1/√(T + 1), well
+    above bf16's limit.  dy holds some of the newest expert's output, as a gate's gradient, a sum over tokens
+    and features, could otherwise cancel to nothing.  The 1/√N keeps fp16 from overflowing.
     """
     generator = torch.Generator().manual_seed(seed)
 
