@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 
 from mingle.bench import table
 from mingle.bench.measure import OURS, log
-from mingle.bench.results import Results
+from mingle.bench.record import Results
 from mingle.io.files import write_json
+from mingle.options import nearest
+
+
+def known(names: Collection[str], what: str) -> Callable[[str], str]:
+    """A type of arguments: one of these names; others are refused, and the nearest is named."""
+
+    def name(given: str) -> str:
+        if given not in names:
+            raise argparse.ArgumentTypeError(f"no {what} is called {given!r}{nearest(given, names)}")
+        return given
+
+    return name
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """With --gpu, --out FOLDER and --seed."""
+    """With --gpu, --out FOLDER, --seed and --quick."""
     found = argparse.ArgumentParser(description=description)
-    found.add_argument("--gpu", action="store_true", help="on the current CUDA device")
-    found.add_argument("--out", type=Path, metavar="FOLDER", help="every number as JSON, and plots")
-    found.add_argument("--seed", type=int, default=0, help="of everything random")
+    add = found.add_argument
+    add("--gpu", action="store_true", help="on the current CUDA device")
+    add("--out", type=Path, metavar="FOLDER", help="every number as JSON, and plots")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--quick", action="store_true", help="a small part of it: does it work at all?")
     return found
 
 
@@ -42,10 +56,12 @@ def show_progress() -> None:
 
 
 def finish(results: Results, folder: Path | None, name: str, *, peers_too: bool = False) -> int:
-    """Write NAME.json and its pictures into `folder`, show the results, and return `status`."""
+    """Write NAME.json and its pictures into `folder`, show the results, and return their `status`."""
     if folder:
         write_json(folder / f"{name}.json", results)
-        write_plots(results, folder, name)
+        from mingle.bench import plot  # matplotlib only where it is used
+
+        plot.write_plots(results, folder, name)
     table.write(results)
     return status(results, peers_too)
 
@@ -54,10 +70,3 @@ def status(results: Results, peers_too: bool = False) -> int:
     """1 where something of ours was wrong or failed, with `peers_too` where anything was, else 0."""
     rows = (row for case in results["cases"] for row in case["rows"] if row["status"] in ("wrong", "failed"))
     return int(any(peers_too or row["name"].startswith(OURS) for row in rows))
-
-
-def write_plots(results: Results, folder: Path, name: str) -> None:
-    from mingle.bench import plot
-
-    for path in plot.write_plots(results, folder, name):
-        log.info("wrote %s", path)

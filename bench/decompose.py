@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 
-from mingle.bench import command, results
+from mingle.bench import command, record
 from mingle.bench.decomposition import cases, check
 from mingle.bench.decomposition.cases import ACCURATE, CASES, ExpertCase, ExpertProblem
-from mingle.bench.decomposition.check import Optima
 from mingle.bench.decomposition.peers import ExpertPeer, peers, pipelines
 from mingle.bench.judge import by_name
 from mingle.bench.measure import OURS, SLOW, Contestant, Rounds, Row, Run, compare, log, timed, verdict
-from mingle.bench.results import CaseResult, Results, case_result
+from mingle.bench.record import CaseResult, Results, case_result
 
 #: seconds of timing per peer and shape, and on a GPU of a case after which no further peer is begun
 _SECONDS, _QUICK_SECONDS, _GPU_CASE_SECONDS = 1.0, 0.4, 80.0
@@ -28,68 +27,46 @@ _METHOD = (
 )
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Seconds of timing per peer, and the moment of `time.monotonic` from which no further peer is begun."""
+def compared(
+    part: str, problem: ExpertProblem, peers: Sequence[ExpertPeer], seconds: float, until: float = math.inf,
+    seed: int = 0,
+) -> CaseResult:  # fmt: skip
+    """Every peer on the problem's Δ ("decompose"), or from Δ and earlier experts to new ones ("project").
 
-    seconds: float
-    until: float = math.inf
-
-
-def decompositions(
-    problem: ExpertProblem, peers: Sequence[ExpertPeer], budget: Budget, seed: int = 0
-) -> CaseResult:
-    """Every peer on the problem's Δ."""
-    return _compared(
-        "decompose", problem, peers, check.decomposition_errors, check.optima(problem), budget, seed
-    )
-
-
-def projections(
-    problem: ExpertProblem, peers: Sequence[ExpertPeer], budget: Budget, seed: int = 0
-) -> CaseResult:
-    """Every peer from the problem's Δ and earlier experts to new experts."""
-    optima, ranks = check.projected_optima(problem)
-    found = _compared("project", problem, peers, check.expert_errors, optima, budget, seed)
-    return found | {"effective_ranks": ranks}
-
-
-def _compared(
-    part: str,
-    problem: ExpertProblem,
-    peers: Sequence[ExpertPeer],
-    errors: Callable[[Any, Optima], dict[str, float]],
-    optima: Optima,
-    budget: Budget,
-    seed: int,
-) -> CaseResult:
-    """Seconds are per layer; ``layers`` of a row says of how many in one call.  The first peer is ours."""
+    The first peer is ours.  Each is timed for that many seconds, and none is begun after `until`, a moment of
+    `time.monotonic`.  Times are per layer; ``layers`` of a row says how many were done in one call.
+    """
+    more: dict[str, Any] = {}
+    errors: Callable[[Any, check.Optima], dict[str, float]]
+    if part == "decompose":
+        errors, optima = check.decomposition_errors, check.optima(problem)
+    else:
+        errors, (optima, more["effective_ranks"]) = check.expert_errors, check.projected_optima(problem)
     device = problem.deltas.device
 
     def prepare(peer: ExpertPeer, own: ExpertProblem) -> tuple[Run | None, Row]:
-        late = "no time was left for it" if time.monotonic() > budget.until else None
+        late = "no time was left for it" if time.monotonic() > until else None
         if reason := peer.left_out(problem.shape) or late:
             return None, {"status": "left out", "reason": reason}
         run = partial(peer.run, own)
-        seconds, output = timed(run, device)
-        if seconds < SLOW or peer is peers[0]:
-            seconds, output = timed(run, device)  # without what only the first call does
+        taken, output = timed(run, device)
+        if taken < SLOW or peer is peers[0]:
+            taken, output = timed(run, device)  # without what only the first call does
         limits = check.OUR_LIMITS if peer.name.startswith(OURS) else check.LIMITS
         seen = {i: optimum for i, optimum in optima.items() if i < own.layers}
         row = verdict(errors(output, seen), peer.limit, limits if part == "decompose" else {})
-        return run, row | ({"first_seconds": seconds} if row["status"] == "ok" else {})
+        return run, row | ({"first_seconds": taken} if row["status"] == "ok" else {})
 
-    def contestant(peer: ExpertPeer) -> Contestant:
+    contestants = []
+    for peer in peers:
         own = problem if peer.batched else problem.first()
         facts = {"telling": peer.telling, "layers": own.layers, **peer.facts}
-        return Contestant(peer.name, partial(prepare, peer, own), facts, own.layers)
-
-    contestants = list(map(contestant, peers))
-    rows, others = compare(contestants, device, Rounds(each=budget.seconds, warm_ups=0), seed, peers[0].name)
+        contestants.append(Contestant(peer.name, partial(prepare, peer, own), facts, own.layers))
+    rows, others = compare(contestants, device, Rounds(each=seconds, warm_ups=0), seed, peers[0].name)
     shape = problem.shape
-    facts = {"part": part, "shape": asdict(shape), "timed_layers": problem.layers}
-    title = f"{part} {shape.name}, {shape.count} layers"
-    return case_result(f"{part} {shape.name}", title, facts, rows, cpus_used_by_others=others)
+    about = {"part": part, "shape": asdict(shape), "timed_layers": problem.layers}
+    title, more["cpus_used_by_others"] = f"{part} {shape.name}, {shape.count} layers", others
+    return case_result(f"{part} {shape.name}", title, about, rows, **more)
 
 
 def whole(case: ExpertCase, part: str, shapes: Sequence[CaseResult], ours: str) -> CaseResult:
@@ -120,9 +97,8 @@ def whole(case: ExpertCase, part: str, shapes: Sequence[CaseResult], ours: str) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases asked for.  Returns 0, or 1 where a result of ours was wrong or failed."""
     parser = command.parser("Time the decompositions behind a task's experts, each checked against LAPACK.")
-    models = "the layers of which model; all take ten minutes on a CPU"
+    models = "the layers of which model; all take ten minutes on a CPU; --quick: vit-b, in two minutes"
     parser.add_argument("--case", choices=[*CASES, "all"], default="all", help=models)
-    parser.add_argument("--quick", action="store_true", help="the layers of a ViT-B only, in two minutes")
     args = command.begin(parser, arguments)
     if args.quick and args.case not in ("all", "vit-b"):
         parser.error(f"--quick measures vit-b, not {args.case}")
@@ -134,18 +110,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(case: ExpertCase, device: torch.device, seconds: float, seed: int = 0) -> Results:
     """Both parts of one case, shape by shape and for the whole task."""
-    began = time.monotonic()
-    budget = Budget(seconds, began + _GPU_CASE_SECONDS if device.type == "cuda" else float("inf"))
-    decomposed, projected = [], []
+    began, cuda = time.monotonic(), device.type == "cuda"
+    until = began + _GPU_CASE_SECONDS if cuda else math.inf
+    found: dict[str, list[CaseResult]] = {"decompose": [], "project": []}
     for shape in case.shapes:
         log.info("%s: %s", case.name, shape.name)
-        problem = cases.make(case, shape, shape.count if device.type == "cuda" else 1, device, seed)
-        decomposed.append(decompositions(problem, peers(device), budget, seed))
-        projected.append(projections(problem, pipelines(device), budget, seed))
-    sums = whole(case, "decompose", decomposed, ACCURATE), whole(case, "project", projected, OURS)
+        problem = cases.make(case, shape, shape.count if cuda else 1, device, seed)
+        for part, those in (("decompose", peers(device)), ("project", pipelines(device))):
+            found[part].append(compared(part, problem, those, seconds, until, seed))
+    sums = [
+        whole(case, part, found[part], ours) for part, ours in (("decompose", ACCURATE), ("project", OURS))
+    ]
+    every = [*found["decompose"], *found["project"], *sums]
     model = asdict(case) | {"layers": case.layers, "spectrum": cases.SPECTRUM}
-    found = [*decomposed, *projected, *sums]
-    return results.envelope("experts", device, seed, found, cases.TARGETS, began, model=model, method=_METHOD)
+    return record.envelope("experts", device, seed, every, cases.TARGETS, began, model=model, method=_METHOD)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 
 import torch
+from transformers.utils import logging as transformers_logging
 
-from mingle.bench import command, results
+from mingle.bench import command, record
 from mingle.bench.machine import LoadMeter
 from mingle.bench.measure import OURS
 from mingle.bench.merges import cases, comparison, growth
 from mingle.bench.merges.cases import BF16, CASES, EAGER, PUBLISHED, MergeCase
-from mingle.bench.results import Results, case_result
+from mingle.bench.record import Results, case_result
 
 PEERS = {"eager": EAGER, "published": PUBLISHED}
 _ROUNDS, _STEPS, _MEASURED_STEPS = 3, 50, 4
@@ -22,16 +23,16 @@ _ROUNDS, _STEPS, _MEASURED_STEPS = 3, 50, 4
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one case, or the growth curves.  Returns 1 where gates did not agree or memory leaked, else 0."""
     args = _arguments(arguments)
-    _quiet()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if args.growth:
         found = grow(args.device, args.reduce, args.quick, args.seed)
         return command.finish(found, args.out, "growth") or int(not found["kept"]["ok"])
     peers = [PEERS[peer] for peer in args.peer]
     names = [OURS, *([BF16] if args.precision == "bf16" else []), *peers]
     tasks = min(args.tasks, 2) if args.quick else args.tasks
-    found = run(
-        CASES[args.case], tasks, names, args.device, args.reduce, args.steps, quick=args.quick, seed=args.seed
-    )
+    settings = dict(reduce=args.reduce, steps=args.steps, quick=args.quick, seed=args.seed)
+    found = run(CASES[args.case], tasks, names, args.device, **settings)
     beside = "" if len(peers) == len(PEERS) else f"-{args.peer[0]}" if peers else "-alone"
     name = f"{args.case}-{found['cases'][0]['facts']['tasks']}-{args.reduce}{beside}"
     return command.finish(found, args.out, name, peers_too=True)
@@ -51,7 +52,6 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--reduce", choices=("batch", "sample", "token"), default="batch", help=seen)
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 adds ours with bf16 products")
     add("--steps", type=int, help="of adaptation to be timed: 50, or 4 where the whole is a sum")
-    add("--quick", action="store_true", help="two tasks, few steps, one round: does it work at all?")
     add("--growth", action="store_true", help="instead: how a step's cost grows with tasks, layers and width")
     args = command.begin(parser, arguments)
     if args.steps is not None and args.steps < 3:
@@ -64,16 +64,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(
-    case: MergeCase,
-    tasks: int,
-    names: Sequence[str],
-    device: torch.device,
-    reduce: str = "batch",
-    steps: int | None = None,
-    *,
-    quick: bool = False,
-    seed: int = 0,
-) -> Results:
+    case: MergeCase, tasks: int, names: Sequence[str], device: torch.device, *, reduce: str = "batch",
+    steps: int | None = None, quick: bool = False, seed: int = 0,
+) -> Results:  # fmt: skip
     """The measurements of one case; on a GPU ours is timed as a whole for every case."""
     began = time.monotonic()
     is_whole = case.vision is None
@@ -99,7 +92,7 @@ def run(
     found = [case_result(f"{case.name}, {tasks} tasks", title, facts, rows, **more)]
     about = {"quick": quick, "mode": "whole" if is_whole else "staged", "method": method}
     asked = () if quick else cases.TARGETS
-    return results.envelope("merges", device, seed, found, asked, began, **about)
+    return record.envelope("merges", device, seed, found, asked, began, **about)
 
 
 def grow(device: torch.device, reduce: str, quick: bool, seed: int = 0) -> Results:
@@ -114,21 +107,11 @@ def grow(device: torch.device, reduce: str, quick: bool, seed: int = 0) -> Resul
         f"gates and bases; unaccounted per task: {kept['unaccounted_bytes_per_task']:.0f} bytes"
     )
     sizes = fixed | {"rank": growth.RANK, "batch": growth.BATCH, "tokens": 50, "reduce": reduce}
-    varied = (
-        f"width {fixed['width']}, {fixed['layers']} blocks, {fixed['tasks']} tasks where they do not vary"
-    )
-    title = f"How the cost of an adaptation step grows: {varied}; gates of a {reduce}"
+    same = f"width {fixed['width']}, {fixed['layers']} blocks, {fixed['tasks']} tasks where they do not vary"
+    title = f"How the cost of an adaptation step grows: {same}; gates of a {reduce}"
     about = {"title": title, "quick": quick, "method": growth.METHOD, "sizes": sizes, "kept": kept}
-    more = {"remarks": [remark], "cpus_used_by_others": load.others()}
-    return results.envelope("growth", device, seed, found, (), began, **about, **more)
-
-
-def _quiet() -> None:
-    """No progress bars of transformers between the lines."""
-    from transformers.utils import logging as theirs
-
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
+    about |= {"remarks": [remark], "cpus_used_by_others": load.others()}
+    return record.envelope("growth", device, seed, found, (), began, **about)
 
 
 if __name__ == "__main__":

@@ -43,9 +43,8 @@ def targets(cases: Iterable[Mapping[str, Any]], asked: Iterable[Target], device:
     for target in asked:
         here = rows.get(target.case, {})
         own, peer = here.get(target.ours, {}), here.get(target.peer, {})
-        found = _ratio(
-            *(row.get("stages", {}).get(target.stage, {}) if target.stage else row for row in (peer, own))
-        )
+        parts = (row.get("stages", {}).get(target.stage, {}) if target.stage else row for row in (peer, own))
+        found = _ratio(*parts)
         if found is None or target.device not in (None, device):
             continue
         verdict: dict[str, Any] = {"found": found}
@@ -66,18 +65,14 @@ def _ratio(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> float | None:
     there, here = theirs.get("seconds", ()), own.get("seconds", ())
     if there and len(there) == len(here) and all(here):
         return statistics.median(a / b for a, b in zip(there, here, strict=True))
-    return (
-        theirs["round_ratio"] / own["round_ratio"]
-        if "round_ratio" in theirs and "round_ratio" in own
-        else None
-    )
+    known = "round_ratio" in theirs and "round_ratio" in own
+    return theirs["round_ratio"] / own["round_ratio"] if known else None
 
 
 def regressions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Where we became slower relative to a peer, or stopped being right, in the cases that both results hold.
 
-    Ratios within a round compare runs on a machine whose speed varies better than times do.  Our own explicit
-    backends are no yardstick: the library's changes move them as well.
+    Ratios within a round hold where the machine's speed varies.  Other forms of ours are no yardstick.
     """
     found, earlier = [], {case["name"]: by_name(case) for case in old["cases"]}
     for case in new["cases"]:

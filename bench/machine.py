@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import math
 import os
 import time
@@ -25,10 +26,8 @@ class LoadMeter:
 
     def others(self) -> float | None:
         """Busy CPUs on average, ours not counted; None where the system does not tell."""
-        now, passed = self._others(), time.monotonic() - self._began
-        return (
-            None if now is None or self._start is None else max(0.0, (now - self._start) / max(passed, 1e-9))
-        )
+        now, passed = self._others(), max(time.monotonic() - self._began, 1e-9)
+        return None if now is None or self._start is None else max(0.0, (now - self._start) / passed)
 
     @staticmethod
     def _others() -> float | None:
@@ -44,10 +43,9 @@ class LoadMeter:
 
 
 class PeakMemory:
-    """The most bytes held since its making, beyond what was held then.
+    """The most bytes held since its making, beyond what was held then; None where the system does not tell.
 
-    On a GPU what PyTorch's allocator has handed out, on a CPU the process's resident memory; None where the
-    system does not tell.
+    On a GPU what PyTorch's allocator has handed out, on a CPU the process's resident memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,8 +75,7 @@ class PeakMemory:
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """The most that one call holds beyond what was allocated before it, outputs included.
 
-    On CPUs this is what PyTorch's allocator hands out, from the profiler's record of it; workspaces inside
-    MKL and oneDNN do not show.
+    On CPUs from the profiler's record of PyTorch's allocator; workspaces inside MKL and oneDNN do not show.
     """
     if device.type == "cuda":
         peak, _ = PeakMemory(device), run()
@@ -87,16 +84,12 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     try:
         with torch.autograd.profiler.profile(profile_memory=True) as profiler:
             outputs = run()
-        events = profiler.kineto_results.events()
+        events = sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns())
     except (AttributeError, RuntimeError):  # not public API
         return None
     del outputs
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    changes = (event.nbytes() for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def available(device: torch.device) -> float:

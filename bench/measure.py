@@ -17,7 +17,7 @@ import torch
 from mingle.bench.machine import LoadMeter, peak_bytes
 
 log = logging.getLogger("mingle.bench")
-#: what is known of one contestant, as `mingle.bench.results` says
+#: what is known of one contestant, as `mingle.bench.record` says
 Row = dict[str, Any]
 Run = Callable[[], Any]
 #: ratios are relative to this row; rows whose names begin with it are other forms of this library
@@ -32,10 +32,15 @@ class Unavailable(Exception):
     """Something cannot run here, or has nothing to do with the case; the message is the reason."""
 
 
+def need(condition: bool, reason: str) -> None:
+    if not condition:
+        raise Unavailable(reason)
+
+
 @dataclass(frozen=True)
 class Contestant:
-    """Something to be timed: `prepare` returns what is called, or None, and what a check found.  Its seconds
-    are those of one of `parts` parts; `facts` go into its row, and peak memory where wanted.
+    """Something to be timed: `prepare` returns what is called, or None, and what a check found; `facts` go
+    into its row, and peak `memory` where wanted.  Its seconds are those of one of `parts` parts.
     """
 
     name: str
@@ -67,11 +72,10 @@ def compare(
     contestants: Sequence[Contestant], device: torch.device, rounds: Rounds, seed: int = 0, ours: str = OURS
 ) -> tuple[list[Row], float | None]:
     """A row for each, correctness first, then times of what is right; and the CPUs others used meanwhile."""
-    rows: dict[str, Row] = {
-        one.name: {"name": one.name, "status": "failed", **one.facts} for one in contestants
-    }
+    rows: dict[str, Row] = {}
     runs: dict[str, Run] = {}
-    for one, row in zip(contestants, rows.values(), strict=True):
+    for one in contestants:
+        rows[one.name] = row = {"name": one.name, "status": "failed", **one.facts}
         try:
             run, found = one.prepare()
             row |= found
@@ -127,27 +131,20 @@ def interleaved(
             if shares is None and done >= rounds.fewest and passed * (done + 1) / done > rounds.seconds:
                 break
             shuffle(order)
-            chosen = [name for name in order if shares is None or done < shares[name]]
-            for name, seconds in _round(steps, chosen, device, flush):
-                times[name].append(seconds)
+            marks = []
+            for name in (name for name in order if shares is None or done < shares[name]):
+                if flush is None:
+                    times[name].append(timed(steps[name], device)[0])
+                else:
+                    flush.zero_()
+                    marks.append((name, _event(), steps[name](), _event()))
+            if marks:  # the GPU is waited for after the last step only
+                torch.cuda.synchronize(device)
+            for name, start, _, end in marks:
+                times[name].append(start.elapsed_time(end) / 1e3)
     finally:
         gc.enable()
     return times
-
-
-def _round(
-    steps: Mapping[str, Run], order: Sequence[str], device: torch.device, flush: torch.Tensor | None
-) -> list[tuple[str, float]]:
-    """With `flush`, the GPU is waited for after the last step only."""
-    if flush is None:
-        return [(name, timed(steps[name], device)[0]) for name in order]
-    marks = []
-    for name in order:
-        flush.zero_()
-        start, _, end = _event(), steps[name](), _event()
-        marks.append((name, start, end))
-    torch.cuda.synchronize(device)
-    return [(name, start.elapsed_time(end) / 1e3) for name, start, end in marks]
 
 
 def timed(run: Run, device: torch.device) -> tuple[float, Any]:
@@ -182,23 +179,18 @@ def verdict(errors: Mapping[str, float], tolerance: float, others: Mapping[str, 
 
 def summary(series: Sequence[float]) -> Row:
     """Median, 20th and 80th percentile, count and all of the times in seconds."""
-    spread = dict(zip(("median", "p20", "p80"), percentiles(series), strict=True))
-    return spread | {"repetitions": len(series), "seconds": list(series)}
+    return _percentiles("", series) | {"repetitions": len(series), "seconds": list(series)}
 
 
 def relative(series: Sequence[float], ours: Sequence[float]) -> Row:
     """How many times as long as ours: by the medians, and per round, which drift of the machine does not
     touch; the i-th times are those of one round.
     """
-    ratios = percentiles([theirs / own for theirs, own in zip(series, ours, strict=False)])
-    names = ("round_ratio", "round_ratio_p20", "round_ratio_p80")
-    return {
-        "ratio": statistics.median(series) / statistics.median(ours),
-        **dict(zip(names, ratios, strict=True)),
-    }
+    rounds = _percentiles("round_ratio_", [theirs / own for theirs, own in zip(series, ours, strict=False)])
+    ratio = {"ratio": statistics.median(series) / statistics.median(ours)}
+    return ratio | {"round_ratio": rounds.pop("round_ratio_median"), **rounds}
 
 
-def percentiles(series: Sequence[float]) -> tuple[float, float, float]:
-    """The median, the 20th and the 80th."""
+def _percentiles(prefix: str, series: Sequence[float]) -> Row:
     cuts = statistics.quantiles(series, n=5, method="inclusive") if len(series) > 1 else [series[0]] * 4
-    return statistics.median(series), cuts[0], cuts[3]
+    return {f"{prefix}median": statistics.median(series), f"{prefix}p20": cuts[0], f"{prefix}p80": cuts[3]}

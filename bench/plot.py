@@ -12,22 +12,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from mingle.bench.measure import OURS, Row
-from mingle.bench.results import CaseResult, Results, timed_rows
+from mingle.bench.machine import STAGES
+from mingle.bench.measure import OURS, Row, log
+from mingle.bench.record import CaseResult, Results, timed_rows
 from mingle.bench.table import duration, where
 from mingle.runs.report.canvas import STYLE, figure_of
 
 #: by the beginning of a row's name, the first that fits: ours warm, what others compute cool
 _COLORS = {"mingle accurate": "#CC3311", "mingle 128": "#CC3311", "mingle ": "#EE9944", "mingle": "#CC3311"}
-_COLORS |= {"torch.svd_lowrank 64": "#88BBDD", "Gram": "#228833", "torch.linalg.svd": "#555555"}
-_OTHERS, _BOUND, _WRONG, _FLOOR, _GREY = "#4477AA", "#999999", "#882255", "#117733", "#666666"
-_STAGES = {"load": "#BBBBBB", "project": "#AA3377", "decompose": "#EE6677", "adapt": "#4477AA"}
-_STAGES |= {"subspace": "#228833", "evaluate": "#CCBB44"}
-_DTYPES = {
-    "float32": ("fp32", "#4477AA", "s"),
-    "float16": ("fp16", "#44AA99", "^"),
-    "bfloat16": ("bf16", "#CC3311", "o"),
+_COLORS |= {
+    "torch.svd_lowrank 64": "#88BBDD",
+    "Gram": "#228833",
+    "torch.linalg.svd": "#555555",
+    "": "#4477AA",
 }
+_BOUND, _WRONG, _FLOOR, _GREY, _DASHED = "#999999", "#882255", "#117733", "#666666", (0, (4, 2))
+_STAGES = dict(zip(STAGES, ["#BBBBBB", "#AA3377", "#EE6677", "#4477AA", "#228833", "#CCBB44"], strict=True))
+_DTYPES = {"float32": ("fp32", "#4477AA", "s"), "float16": ("fp16", "#44AA99", "^")}
+_DTYPES |= {"bfloat16": ("bf16", "#CC3311", "o")}
 #: excess residuals under this are rounding errors, and drawn there
 _LEAST = 1e-13
 
@@ -43,6 +45,7 @@ def write_plots(results: Results, folder: Path, name: str) -> list[Path]:
         for stem, figure in _figures(results, name):
             written.append(folder / f"{stem}.png")
             figure.savefig(written[-1])
+            log.info("wrote %s", written[-1])
     return written
 
 
@@ -59,12 +62,11 @@ def _figures(results: Results, name: str) -> Iterator[tuple[str, Figure]]:
 
 
 def _color(name: str) -> str:
-    return next((color for start, color in _COLORS.items() if name.startswith(start)), _OTHERS)
+    return next(color for start, color in _COLORS.items() if name.startswith(start))
 
 
 def _text(ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **options: Any) -> None:
-    style: dict[str, Any] = {"fontsize": 8, "va": "center", **options}
-    ax.annotate(text, at, xytext=offset, textcoords="offset points", **style)
+    ax.annotate(text, at, offset, textcoords="offset points", **{"fontsize": 8, "va": "center", **options})
 
 
 def _bars(results: Results, case: CaseResult) -> Figure:
@@ -81,7 +83,7 @@ def _bars(results: Results, case: CaseResult) -> Figure:
     for y in range(len(timed), len(names)):
         _text(ax, "WRONG", (0, y), (5, 0), color=_WRONG, fontweight="bold")
     if floor:
-        ax.axvline(floor["seconds"], color=_FLOOR, linewidth=1.2, linestyle=(0, (4, 2)), zorder=3)
+        ax.axvline(floor["seconds"], color=_FLOOR, linewidth=1.2, linestyle=_DASHED, zorder=3)
         label = f"floor {duration(floor['seconds'])}: {floor['bound']}"
         _text(ax, label, (floor["seconds"], -0.82), (4, 0), color=_FLOOR)
     longest = max(row["p80"] for row in timed)
@@ -113,34 +115,25 @@ def _roofline(results: Results, cases: Sequence[CaseResult]) -> Figure:
     """Operations per second over operations per byte, of the cheaper algorithm, under the ceilings."""
     copy = results["ceilings"]["bytes_per_second"] / 1e12
     roofs = {dtype: rate / 1e12 for dtype, rate in results["ceilings"]["flop_per_second"].items()}
-    figure = figure_of(
-        10.2, max(5.2, 0.21 * len(cases) + 1.6), "What this library reaches of what the machine allows"
-    )
+    title, height = "What this library reaches of what the machine allows", 0.21 * len(cases) + 1.6
+    figure = figure_of(10.2, max(5.2, height), title)
     ax, edges = figure.subplots(), [roof / copy for roof in roofs.values()]
     for number, case in enumerate(cases, start=1):
-        seconds = next((row["median"] for row in timed_rows(case) if row["name"] == OURS), None)
-        if seconds is None:
-            continue
-        dtype, done = case["facts"]["dtype"], case["count"]["flop"]
-        x, y = done / case["count"]["bytes"], done / seconds / 1e12
-        _, color, marker = _DTYPES[dtype]
-        label = f"{number} {case['name']}: {y / min(x * copy, roofs[dtype]):.0%}"
-        face = "white" if case["facts"]["backward"] else color
-        ax.plot(x, y, marker, markerfacecolor=face, markeredgecolor=color, alpha=0.9, label=label)
-        _text(ax, str(number), (x, y), (6, -5), fontsize=7.5)
-        edges.append(x)
+        for row in (row for row in timed_rows(case) if row["name"] == OURS):
+            dtype, done = case["facts"]["dtype"], case["count"]["flop"]
+            x, y = done / case["count"]["bytes"], done / row["median"] / 1e12
+            _, color, marker = _DTYPES[dtype]
+            label = f"{number} {case['name']}: {y / min(x * copy, roofs[dtype]):.0%}"
+            face = "white" if case["facts"]["backward"] else color
+            ax.plot(x, y, marker, markerfacecolor=face, markeredgecolor=color, alpha=0.9, label=label)
+            _text(ax, str(number), (x, y), (6, -5), fontsize=7.5)
+            edges.append(x)
     intensity = np.geomspace(min(edges) / 4, max(edges) * 3, 400)
     for dtype, roof in roofs.items():
         name, color, _ = _DTYPES[dtype]
         ax.plot(intensity, np.minimum(intensity * copy, roof), color=color, linewidth=1.6)
-        _text(
-            ax,
-            f"{name}, large product: {roof:.3g} TFLOP/s",
-            (intensity[-1], roof),
-            (-4, 7),
-            ha="right",
-            color=color,
-        )
+        label = f"{name}, large product: {roof:.3g} TFLOP/s"
+        _text(ax, label, (intensity[-1], roof), (-4, 7), ha="right", color=color)
     _text(ax, f"large copy: {copy * 1e3:.3g} GB/s", (intensity[60], intensity[60] * copy), (9, -3))
     _logarithmic(ax)
     ax.set(xlabel="operations per byte of memory traffic (FLOP/B)", ylabel="operations per second (TFLOP/s)")
@@ -149,13 +142,13 @@ def _roofline(results: Results, cases: Sequence[CaseResult]) -> Figure:
     return figure
 
 
-def _logarithmic(ax: Axes, ticks: Sequence[int] | None = None) -> None:
+def _logarithmic(ax: Axes, ticks: Sequence[int] = ()) -> None:
     ax.set(xscale="log", yscale="log")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_formatter(NullFormatter())
-    if ticks is not None:
+    if ticks:
         ax.set_xticks(ticks, list(map(str, ticks)))
         ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(True, which="major")
@@ -171,7 +164,7 @@ def _curves(results: Results, cases: Sequence[CaseResult]) -> Figure:
         for row in timed_rows(case):
             curves.setdefault(row["curve"], []).append(row)
         for limit in (1e-5, 1e-4):  # of accurate and of fast
-            ax.axhline(limit, color=_FLOOR, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+            ax.axhline(limit, color=_FLOOR, linewidth=0.9, linestyle=_DASHED, zorder=1)
         for curve, rows in curves.items():
             points = [(row["median"] * 1e3, max(row["errors"]["excess"], _LEAST)) for row in rows]
             color, line = _color(rows[-1]["name"]), "o-" if len(rows) > 2 else "o"
@@ -187,10 +180,7 @@ def _curves(results: Results, cases: Sequence[CaseResult]) -> Figure:
 
 def _growth(results: Results, cases: Sequence[CaseResult]) -> Figure:
     """Above the seconds of a step, below the memory of an adaptation; last what many tasks leave behind."""
-    figure, kept = (
-        figure_of(3.5 * (len(cases) + 1), 6.2, f"{results['title']}\n{where(results)}"),
-        results["kept"],
-    )
+    figure = figure_of(3.5 * (len(cases) + 1), 6.2, f"{results['title']}\n{where(results)}")
     axes = figure.subplots(2, len(cases) + 1, squeeze=False)
     measures = ("median", 1e3, "step (ms)"), ("peak_bytes", 1e-6, "peak (MB)")
     for column, case in enumerate(cases):
@@ -202,14 +192,12 @@ def _growth(results: Results, cases: Sequence[CaseResult]) -> Figure:
             _logarithmic(ax, case["facts"]["values"])
             ax.set(xlabel=case["title"], ylabel=unit)
             ax.legend(fontsize=7, title="exponent", title_fontsize=7, loc="upper left")
-    held, known = (np.array(kept[key]) for key in ("held_bytes", "accounted_bytes"))
-    over, left = axes[:, -1]
-    over.plot(
-        kept["tasks"], held / 1e6, color=_color(OURS), linewidth=2.4, label="all tensors beyond the base"
-    )
-    over.plot(kept["tasks"], known / 1e6, "--", color="black", linewidth=1, label="experts, gates, bases")
+    kept, (over, left) = results["kept"], axes[:, -1]
+    tasks, held, known = (np.array(kept[key]) for key in ("tasks", "held_bytes", "accounted_bytes"))
+    over.plot(tasks, held / 1e6, color=_color(OURS), linewidth=2.4, label="all tensors beyond the base")
+    over.plot(tasks, known / 1e6, "--", color="black", linewidth=1, label="experts, gates, bases")
     over.legend(fontsize=7)
-    left.plot(kept["tasks"], (held - known) / 1e3, color=_color(OURS), linewidth=1.4)
     over.set(xlabel="tasks merged", ylabel="kept (MB)")
+    left.plot(tasks, (held - known) / 1e3, color=_color(OURS), linewidth=1.4)
     left.set(xlabel="tasks merged", ylabel="kept beyond these (kB)", ylim=(min(0, *(held - known)), None))
     return figure

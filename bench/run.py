@@ -13,91 +13,82 @@ from typing import Any
 
 import torch
 
-from mingle.bench import command, judge, results, table
+from mingle.bench import command, judge, record, table
 from mingle.bench.gated_experts import breakdown, cases, check, floor, inputs
 from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase, Selection
 from mingle.bench.gated_experts.floor import Ceilings
-from mingle.bench.gated_experts.peer import KernelPeer
-from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, STRATEGIES
+from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, STRATEGIES, KernelPeer
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, log, verdict
-from mingle.bench.results import CaseResult, Results, case_result
+from mingle.bench.record import CaseResult, Results, case_result
 from mingle.io.files import write_json
 from mingle.io.provenance import device_name
 
 _SECONDS = 5.0  # of timing for a case that was asked for by name
 #: `backend="auto"` should be within this factor of the best strategy
 DISPATCH_LIMIT = 1.10
-_SELECTIONS = {
-    "quick": "two minutes on a CPU",
-    "gpu": "ten minutes on a large GPU",
-    "dispatch": 'does backend="auto" choose well?',
-    "breakdown": "where the time goes on a CPU, and what limits it",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a selection.  Returns 1 where a result of ours was wrong or failed, or regressed, else 0."""
-    about = "Time the gated sum of experts beside other ways to compute it, each checked first."
-    default = "Without a selection: --gpu where there is a CUDA device, else --quick."
-    parser = argparse.ArgumentParser(prog="mingle bench", description=about, epilog=default)
-    select, add = parser.add_mutually_exclusive_group(), parser.add_argument
-    several: dict[str, Any] = dict(action="append", default=[], metavar="NAME")
-    for name, text in _SELECTIONS.items():
-        select.add_argument(f"--{name}", action="store_const", const=name, dest="selection", help=text)
-    select.add_argument("--case", help="one case; may be repeated", **several)
-    add("--peer", help=f"beside {OURS!r} only this one; may be repeated", **several)
-    add("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
-    add("--plots", type=Path, metavar="DIR", help="bars per case and a roofline, as PNG")
-    add(
-        "--compare",
-        type=Path,
-        metavar="OLD.json",
-        help="flag ratios to peers that fell by more than 10 %% since",
-    )
-    add("--until", type=float, default=math.inf, metavar="SECONDS", help="start no case after that many")
-    add("--device", help="cuda, cuda:1, cpu; by default a GPU where there is one")
-    add("--seed", type=int, default=0, help="of the random tensors")
-    add("--list", action="store_true", help="the names of selections, cases and peers")
+    parser = _parser()
     args = parser.parse_args(arguments)
     command.show_progress()
     if args.list:
         chosen = (f"--{name}: {' '.join(case.name for case in s.cases)}\n" for name, s in SELECTIONS.items())
         known = (f"--case {case.name:32}{case.title}" for case in CASES.values())
-        table.write_lines(
-            [*chosen, *known, *(f'--peer "{peer.name}": {peer.note}' for peer in PEERS.values())]
-        )
+        peer_notes = (f'--peer "{peer.name}": {peer.note}' for peer in PEERS.values())
+        table.write_lines([*chosen, *known, *peer_notes])
         return 0
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen_name = args.selection or ("gpu" if device.type == "cuda" else "quick")
-    if chosen_name == "breakdown" and (
-        args.peer or args.plots or args.compare or args.device not in (None, "cpu")
-    ):
+    name = args.selection or ("gpu" if device.type == "cuda" else "quick")
+    if name == "breakdown" and (args.peer or args.plots or args.compare or args.device not in (None, "cpu")):
         parser.error("--breakdown takes none of --peer, --plots and --compare, and runs on the CPU")
     try:
-        named = [CASES[cases.known(name, CASES, "case")] for name in args.case]
-        selection = Selection(tuple(named), _SECONDS) if named else SELECTIONS[chosen_name]
-        peers = [cases.known(name, PEERS, "peer") for name in args.peer]
-        if not peers and args.selection == "dispatch":
-            peers = list(STRATEGIES)
-        old = results.read(args.compare) if args.compare else None
+        old = record.read(args.compare) if args.compare else None
         for folder in (args.out and args.out.parent, args.plots):
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)  # better now than after ten minutes
-    except (ValueError, OSError) as error:  # unknown names, a file that is not there or holds something else
+    except (ValueError, OSError) as error:  # a file that is not there or holds something else
         parser.error(str(error))
-    if chosen_name == "breakdown" and not named:
-        began, cpu = time.monotonic(), torch.device("cpu")
-        parts = [breakdown.measure(case, selection.seconds, args.seed) for case in selection.cases]
-        found = results.envelope("breakdown", cpu, args.seed, parts, (), began)
+    if name == "breakdown":
+        found = breakdown.run(SELECTIONS[name], args.seed)
     else:
+        named = tuple(CASES[case] for case in args.case)
+        selection = Selection(named, _SECONDS) if named else SELECTIONS[name]
+        peers = args.peer or (STRATEGIES if name == "dispatch" else ())
         found = run(selection, peers, device, args.seed, args.until)
     if args.out:
         write_json(args.out, found)
     if args.plots:
-        command.write_plots(found, args.plots, "kernels")
+        from mingle.bench import plot  # matplotlib only where it is used
+
+        plot.write_plots(found, args.plots, "kernels")
     regressions = judge.regressions(old, found) if old else None
     table.write(found, regressions)
     return 1 if regressions or command.status(found) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Time the gated sum of experts beside other ways to compute it, each checked first."
+    default = "Without a selection: --gpu where there is a CUDA device, else --quick."
+    parser = argparse.ArgumentParser(prog="mingle bench", description=about, epilog=default)
+    select, add = parser.add_mutually_exclusive_group(), parser.add_argument
+    several: dict[str, Any] = dict(action="append", default=[], metavar="NAME")
+    for name, selection in SELECTIONS.items():
+        help = selection.about
+        select.add_argument(f"--{name}", action="store_const", const=name, dest="selection", help=help)
+    a_case, a_peer = command.known(CASES, "case"), command.known(PEERS, "peer")
+    select.add_argument("--case", type=a_case, help="one case; may be repeated", **several)
+    add("--peer", type=a_peer, help=f"beside {OURS!r} only this one; may be repeated", **several)
+    add("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
+    add("--plots", type=Path, metavar="DIR", help="bars per case and a roofline, as PNG")
+    flagged = "flag ratios to peers that fell by more than 10 %% since"
+    add("--compare", type=Path, metavar="OLD.json", help=flagged)
+    add("--until", type=float, default=math.inf, metavar="SECONDS", help="start no case after that many")
+    add("--device", help="cuda, cuda:1, cpu; by default a GPU where there is one")
+    add("--seed", type=int, default=0, help="of the random tensors")
+    add("--list", action="store_true", help="the names of selections, cases and peers")
+    return parser
 
 
 def run(
@@ -105,13 +96,12 @@ def run(
 ) -> Results:
     """The measurements of all cases that can be started before `until` seconds have passed.
 
-    Ours and `peers`, where there are any, are all that is run; otherwise those that take long to build are
-    left out of cases that are not `compiled`, and everywhere once `selection.build_until` seconds, or half of
-    `until`, have passed.
+    Ours and `peers`, where there are any, are all that is run; otherwise all, but what takes long to build
+    only in `compiled` cases, and not after `selection.build_until` seconds or half of `until`.
     """
-    began = time.monotonic()
+    began, found = time.monotonic(), []
     log.info("measuring the ceilings of %s", device_name(device))
-    limits, found = floor.ceilings((case.dtype for case in selection.cases), device), []
+    limits = floor.ceilings((case.dtype for case in selection.cases), device)
     for case in selection.cases:
         passed = time.monotonic() - began
         if passed > until:
@@ -132,17 +122,13 @@ def run(
         f"{name}: {one['auto_over_best']:.2f}× the time of {one['best']}" for name, one in bad.items()
     ]
     more = {"ceilings": asdict(limits), "remarks": remarks}
-    return results.envelope("kernels", device, seed, found, cases.TARGETS, began, **more)
+    return record.envelope("kernels", device, seed, found, cases.TARGETS, began, **more)
 
 
 def measure(
-    case: KernelCase,
-    peers: Sequence[KernelPeer],
-    device: torch.device,
-    limits: Ceilings,
-    seconds: float,
+    case: KernelCase, peers: Sequence[KernelPeer], device: torch.device, limits: Ceilings, seconds: float,
     seed: int = 0,
-) -> CaseResult:
+) -> CaseResult:  # fmt: skip
     """Everything about one case; `seconds` bounds the time of the timing rounds."""
     case_inputs = inputs.make(case, device, seed)
     oracle = check.Oracle(case_inputs)
@@ -156,17 +142,14 @@ def measure(
         own = oracle if adapted is case_inputs else check.Oracle(adapted)
         return run, verdict(own.errors(run), check.tolerance(adapted.x.dtype, device))
 
-    contestants = [
-        Contestant(p.name, partial(prepare, p), {"note": p.note}, memory=not p.captured) for p in peers
-    ]
-    rows, others = compare(contestants, device, Rounds(seconds, flush=True), seed)
+    those = [Contestant(p.name, partial(prepare, p), {"note": p.note}, memory=not p.captured) for p in peers]
+    rows, others = compare(those, device, Rounds(seconds, flush=True), seed)
     least, bound = floor.floor(case, limits)
     for row in rows:
         if "median" in row and row["status"] == "ok":  # bounds do less work
             row["floor_fraction"] = least / row["median"]
     found = case_result(case.name, case.title, asdict(case), rows, cpus_used_by_others=others)
-    strategies = [name for name in STRATEGIES if name != OURS]
-    found["dispatch"] = judge.choice(judge.by_name(found), strategies, DISPATCH_LIMIT)
+    found["dispatch"] = judge.choice(judge.by_name(found), STRATEGIES[1:], DISPATCH_LIMIT)
     return found | {"count": asdict(floor.count(case)), "floor": {"seconds": least, "bound": bound}}
 
 

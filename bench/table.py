@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mingle.bench.machine import MUCH
+from mingle.bench.machine import MUCH, STAGES
 from mingle.bench.measure import OURS, Row
-from mingle.bench.results import Results, timed_rows
+from mingle.bench.record import Results, timed_rows
 
 _WIDTH = 130  # of output that no terminal limits
+_MARKS = {"met": "green", "missed": "red", "disturbed": "yellow"}
 Column = Callable[[Row], str]
 
 
@@ -22,11 +23,12 @@ def write(results: Results, regressions: list[str] | None = None) -> None:
     """All cases in one table, then what is to be said of them, the targets, and what became slower."""
     console = _console()
     console.print(_table(results, plain=not console.is_terminal))
-    for text, style in _notes(results):
-        console.print(escape(text), style=style, highlight=False)
+    lines = list(_notes(results))
     if regressions is not None:
-        for line in regressions or ["no regression beyond 10 %"]:
-            console.print(escape(line), style="red" if regressions else "green", highlight=False)
+        color = "red" if regressions else "green"
+        lines += [(line, color) for line in regressions or ["no regression beyond 10 %"]]
+    for text, style in lines:
+        console.print(escape(text), style=style, highlight=False)
 
 
 def write_lines(lines: Iterable[str]) -> None:
@@ -34,6 +36,13 @@ def write_lines(lines: Iterable[str]) -> None:
     console = _console()
     for line in lines:
         console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH
+    return console
 
 
 def duration(seconds: float) -> str:
@@ -54,8 +63,8 @@ def _known(key: str, form: Callable[[Any], str]) -> Column:
     return lambda row: "–" if row.get(key) is None else form(row[key])
 
 
-def _spread(key: str, form: Callable[[float], str]) -> Column:
-    low, high = (f"{key}_p20", f"{key}_p80") if key else ("p20", "p80")
+def _spread(prefix: str, form: Callable[[float], str]) -> Column:
+    low, high = f"{prefix}p20", f"{prefix}p80"
     return lambda row: f"{form(row[low])} … {form(row[high])}" if low in row else "–"
 
 
@@ -65,16 +74,15 @@ def _error(row: Row) -> str:
 
 
 def _stage(name: str) -> Column:
-    return lambda row: duration(row["stages"][name]["median"]) if "stages" in row else "–"
+    return _known("stages", lambda stages: duration(stages[name]["median"]))
 
 
 _TIMES = {"median": _known("median", duration), "p20 … p80": _spread("", duration)}
 _RATIO, _CALLS = {"× ours": _known("round_ratio", "{:.2f}".format)}, {"calls": _known("repetitions", str)}
 _PEAK = {"peak MB": _known("peak_bytes", lambda size: f"{size / 1e6:.1f}")}
-_OF_RATIO = {"p20 … p80 of it": _spread("round_ratio", "{:.2f}".format)}
+_OF_RATIO = {"p20 … p80 of it": _spread("round_ratio_", "{:.2f}".format)}
 _EXCESS = {"residual/best − 1": _known("errors", lambda errors: f"{errors['excess']:.0e}")}
 _FLOOR, _BEST = _known("floor_fraction", "{:.0%}".format), _known("best_fraction", "{:.0%}".format)
-_STAGES = ("load", "project", "decompose", "adapt", "subspace", "evaluate")
 _STEP = _known("step_seconds", lambda steps: duration(steps[-1]))
 #: by benchmark
 COLUMNS: dict[str, dict[str, Column]] = {
@@ -82,7 +90,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
     "breakdown": _TIMES | {"GFLOP": _known("flop", lambda flop: f"{flop / 1e9:.3f}"), "of best": _BEST},
     "experts": _TIMES | _RATIO | _OF_RATIO | _EXCESS | _CALLS,
     "nufilt": _TIMES | _RATIO | {"error": _error} | _CALLS,
-    "merges": {stage: _stage(stage) for stage in _STAGES}
+    "merges": {stage: _stage(stage) for stage in STAGES}
     | {"whole": _TIMES["median"], **_RATIO, "step, last task": _STEP, **_PEAK}
     | {"accuracy": _known("accuracy", "{:.1f} %".format)},
     "growth": {"at": _known("at", str)} | _TIMES | _PEAK,
@@ -90,23 +98,21 @@ COLUMNS: dict[str, dict[str, Column]] = {
 
 
 def _table(results: Results, plain: bool) -> Table:
-    columns = COLUMNS[results["benchmark"]]
-    style = None if plain else box.SIMPLE_HEAD
-    out = Table(title=where(results), title_justify="left", box=style, pad_edge=False)
-    for name in ("case", *columns):
-        out.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
+    columns, style = COLUMNS[results["benchmark"]], None if plain else box.SIMPLE_HEAD
+    out = Table("case", title=where(results), title_justify="left", box=style, pad_edge=False)
+    for name in columns:
+        out.add_column(name, justify="right", no_wrap=True)
+    out.columns[0].no_wrap = True
     for case in results["cases"]:
         floor = case.get("floor")
         heading = (duration(floor["seconds"]), f"floor: {floor['bound']}") if floor else ()
         out.add_row(f"[bold]{escape(case['name'])}[/]", *heading, style="cyan")
         # of experts the other points of the curves are in the file and the picture
-        for row in timed_rows(case) if results["benchmark"] != "growth" else case["rows"]:
-            if row.get("telling", True):
-                ours, bound = row["name"] in (OURS, f"{OURS} accurate"), row["status"] == "bound"
-                cells = [column(row) for column in columns.values()]
-                out.add_row(
-                    f"  {escape(row['name'])}", *cells, style="bold" if ours else "dim" if bound else None
-                )
+        shown = timed_rows(case) if results["benchmark"] != "growth" else case["rows"]
+        for row in (row for row in shown if row.get("telling", True)):
+            ours, bound = row["name"] in (OURS, f"{OURS} accurate"), row["status"] == "bound"
+            cells = [column(row) for column in columns.values()]
+            out.add_row(f"  {escape(row['name'])}", *cells, style="bold" if ours else "dim" if bound else "")
         for row in case["rows"]:
             if row["status"] in ("wrong", "failed"):
                 out.add_row(f"  {escape(row['name'])}", row["status"].upper(), style="bold red")
@@ -114,8 +120,8 @@ def _table(results: Results, plain: bool) -> Table:
     return out
 
 
-def _notes(results: Results) -> Iterator[tuple[str, str | None]]:
-    """What ran nowhere, faults, disturbed cases, what each benchmark remarks, and the targets."""
+def _notes(results: Results) -> Iterator[tuple[str, str]]:
+    """What ran nowhere, faults, disturbed cases, remarks, and the targets, each with its style."""
     rows = [(case["name"], row) for case in results["cases"] for row in case["rows"]]
     ran = {row["name"] for _, row in rows if row["status"] in ("ok", "bound")}
     absent = {row["name"]: row["reason"] for _, row in rows if row["status"] == "unavailable"}
@@ -130,23 +136,18 @@ def _notes(results: Results) -> Iterator[tuple[str, str | None]]:
         busy = max(one.get("cpus_used_by_others") or 0.0 for one in (case, *case["rows"]))
         if busy > MUCH:
             yield f"{case['name']}: others kept {busy:.1f} CPUs busy; take its times with care", "yellow"
-        yield from ((f"{case['name']}: {text}", None) for text in case.get("remarks", ()))
-    yield from ((text, None) for text in results.get("remarks", ()))
-    for target in results["targets"]:
-        mark = "disturbed" if target.get("disturbed") else "met" if target["met"] else "missed"
-        asked, found = target["ratio"], target["found"]
-        text = f"≥ {asked:.4g}×, found {found:.2f}×"
-        if asked < 1:
-            text = f"ours ≤ {1 / asked:.4g}× its time, found {1 / found:.2f}×"
-        stage = f", {target['stage']}" if target.get("stage") else ""
-        error = f", residual/best − 1 {target['found_error']:.0e}" if "found_error" in target else ""
-        pair = f"{target['peer']} against {target['ours']}"
-        style = {"met": "green", "missed": "red", "disturbed": "yellow"}[mark]
-        yield f"target {target['case']}{stage}, {pair}: {text}{error}: {mark}", style
+        yield from ((f"{case['name']}: {text}", "") for text in case.get("remarks", ()))
+    yield from ((text, "") for text in results.get("remarks", ()))
+    yield from map(_target, results["targets"])
 
 
-def _console() -> Console:
-    console = Console()
-    if not console.is_terminal:
-        console.width = _WIDTH
-    return console
+def _target(target: dict[str, Any]) -> tuple[str, str]:
+    mark = "disturbed" if target.get("disturbed") else "met" if target["met"] else "missed"
+    asked, found = target["ratio"], target["found"]
+    text = f"≥ {asked:.4g}×, found {found:.2f}×"
+    if asked < 1:
+        text = f"ours ≤ {1 / asked:.4g}× its time, found {1 / found:.2f}×"
+    stage = f", {target['stage']}" if target.get("stage") else ""
+    error = f", residual/best − 1 {target['found_error']:.0e}" if "found_error" in target else ""
+    pair = f"{target['peer']} against {target['ours']}"
+    return f"target {target['case']}{stage}, {pair}: {text}{error}: {mark}", _MARKS[mark]

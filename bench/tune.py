@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mingle.bench import table
+from mingle.bench import command, table
 from mingle.bench.gated_experts import inputs
-from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase, known
+from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase
 from mingle.bench.measure import timed
+from mingle.kernels import tiles
 from mingle.kernels.tiles import Tile
 from mingle.ops import dispatch
 
@@ -26,19 +27,16 @@ Launch = tuple[str, Tensor, int, int, int, Callable[[], object]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Search every kernel of the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split(":", 1)[0] + ".")
-    which = "one case; may be repeated; default: all of --gpu"
-    parser.add_argument("--case", action="append", default=[], metavar="NAME", help=which)
-    devices = "cuda, cuda:1; cpu runs Triton's interpreter, to try this out"
+    which, devices = "one case; may be repeated; default: all of --gpu", "cuda, cuda:1; cpu: interpreted"
+    a_case = command.known(CASES, "case")
+    parser.add_argument("--case", type=a_case, action="append", default=[], metavar="NAME", help=which)
     parser.add_argument("--device", default="cuda", help=devices)
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
-    try:
-        chosen = [CASES[known(name, CASES, "case")] for name in args.case] or list(SELECTIONS["gpu"].cases)
-        for case in chosen:
-            if reason := dispatch.without_triton(device, case.torch_dtype):
-                raise ValueError(f"{case.name}: {reason}")
-    except ValueError as error:
-        parser.error(str(error))
+    chosen = [CASES[name] for name in args.case] or SELECTIONS["gpu"].cases
+    for case in chosen:
+        if reason := dispatch.without_triton(device, case.torch_dtype):
+            parser.error(f"{case.name}: {reason}")
     table.write_lines(
         f"{case.name:32}{kernel:10}{rows} × {columns} × {depth}, {warps} warps, {stages} stages"
         for case in chosen
@@ -51,8 +49,6 @@ def tune(
     case: KernelCase, device: torch.device, candidates: Sequence[Tile] | None = None
 ) -> Iterator[tuple[str, Tile]]:
     """Search every kernel that the case runs; yields its name and the best tile."""
-    from mingle.kernels import tiles
-
     strain = "special" if case.routed else "plain"  # zeros are skipped
     for launch in launches(case, device):
         yield launch[0], tiles.search(*launch, lambda run: seconds(run, device), candidates, strain)

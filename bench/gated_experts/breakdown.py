@@ -6,6 +6,7 @@ them, and what follows for any implementation that has to make the same products
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 
 from mingle.bench.gated_experts import floor, inputs
-from mingle.bench.gated_experts.cases import KernelCase
+from mingle.bench.gated_experts.cases import KernelCase, Selection
 from mingle.bench.gated_experts.inputs import Inputs
 from mingle.bench.gated_experts.peers import PEERS
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare
-from mingle.bench.results import CaseResult, case_result
+from mingle.bench.record import CaseResult, Results, case_result, envelope
 from mingle.kernels import gemm
 from mingle.kernels.gated_experts import grouped
 from mingle.ops.dispatch import folding_pays
@@ -75,25 +76,29 @@ def parts(t: Inputs) -> Iterator[Part]:
     yield Part("prepacked", name, lambda: gemm.linear_packed(joined, packed, t.bias), base + added)
 
 
-def _ready(run: Run) -> tuple[Run, Row]:
-    return run, {"status": "ok"}
-
-
-def _built(name: str, t: Inputs) -> tuple[Run, Row]:
-    return _ready(PEERS[name].build(t))
+def run(selection: Selection, seed: int = 0) -> Results:
+    """Of every case of the selection."""
+    began = time.monotonic()
+    found = [measure(case, selection.seconds, seed) for case in selection.cases]
+    return envelope("breakdown", torch.device("cpu"), seed, found, (), began)
 
 
 def measure(case: KernelCase, seconds: float, seed: int = 0) -> CaseResult:
     """The parts of a forward case, rows with ``form`` and ``flop``, and some whole layers, timed in turns."""
     device = torch.device("cpu")
     t = inputs.make(case, device, seed)
+
+    def ready(run: Run) -> tuple[Run, Row]:
+        return run, {"status": "ok"}
+
+    def built(name: str) -> tuple[Run, Row]:
+        return ready(PEERS[name].build(t))
+
     with torch.no_grad():
-        pieces = [
-            Contestant(f"{p.form}: {p.name}", partial(_ready, p.run), {"form": p.form, "flop": p.flop})
-            for p in parts(t)
-        ]
-        wholes = [Contestant(name, partial(_built, name, t)) for name in (OURS, "mingle prepacked", *MERGES)]
-        rows, others = compare([*pieces, *wholes], device, Rounds(seconds), seed)
+        pieces = [(p, {"form": p.form, "flop": p.flop}) for p in parts(t)]
+        those = [Contestant(f"{p.form}: {p.name}", partial(ready, p.run), facts) for p, facts in pieces]
+        those += [Contestant(name, partial(built, name)) for name in (OURS, "mingle prepacked", *MERGES)]
+        rows, others = compare(those, device, Rounds(seconds), seed)
     found = [row for row in rows if "form" in row]
     large = floor.ceilings([case.dtype], device).flop_per_second[case.dtype]
     best = max(large, *(row["flop"] / row["median"] for row in found))
@@ -103,15 +108,11 @@ def measure(case: KernelCase, seconds: float, seed: int = 0) -> CaseResult:
     limits = [limit(form, found, merges, best) for form in dict.fromkeys(row["form"] for row in found)]
     remarks = [f"best: {best / 1e9:.0f} GFLOP/s"]
     for form, merge, ratios in ((one["form"], *item) for one in limits for item in one["ratios"].items()):
-        remarks.append(
-            f"{form}: {merge} over " + ", ".join(f"{k} {ratio:.2f}×" for k, ratio in ratios.items())
-        )
-    more = {
-        "large_product_flop_per_second": large,
-        "best_flop_per_second": best,
-        "cpus_used_by_others": others,
-    }
-    return case_result(case.name, case.title, asdict(case), rows, **more, limits=limits, remarks=remarks)
+        said = ", ".join(f"{parts} {ratio:.2f}×" for parts, ratio in ratios.items())
+        remarks.append(f"{form}: {merge} over {said}")
+    more = {"limits": limits, "remarks": remarks, "cpus_used_by_others": others}
+    more |= {"large_product_flop_per_second": large, "best_flop_per_second": best}
+    return case_result(case.name, case.title, asdict(case), rows, **more)
 
 
 def limit(form: str, pieces: Sequence[Row], wholes: Mapping[str, Row], best: float) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from mingle.bench.judge import Target
 from mingle.kernels.gated_experts.reference import REDUCTIONS
-from mingle.options import OptionError, nearest
 
 #: short names, as in the names of cases
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -51,7 +51,7 @@ FOLDING: dict[str, Sizes] = {
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One problem: the shape of a layer, how its gates are reduced, and what is computed.
+    """The shape of a layer, how its gates are reduced, and what is computed.
 
     `routed`: the gates are given, one-hot per sample and sorted by expert, instead of linear in x.
     `compiled`: peers that take long to build are part of this case.
@@ -82,25 +82,24 @@ class KernelCase:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return getattr(torch, self.dtype)
 
     @property
     def title(self) -> str:
-        shape = (
-            f"{self.samples}×{self.tokens} tokens, {self.d_in}→{self.d_out}, T {self.experts}, r {self.rank}"
-        )
-        gates = "routed one-hot gates" if self.routed else f"{self.reduce} gates"
-        return f"{shape}, {gates}, {self.dtype}, {'forward and backward' if self.backward else 'forward'}"
+        sizes = f"{self.d_in}→{self.d_out}, T {self.experts}, r {self.rank}"
+        gates = "routed one-hot" if self.routed else self.reduce
+        passes = f"forward{' and backward' * self.backward}"
+        return f"{self.samples}×{self.tokens} tokens, {sizes}, {gates} gates, {self.dtype}, {passes}"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Cases to run, the seconds of timing each may take, and those after which nothing slow is built."""
+    """Cases to run, seconds of timing for each, those after which nothing slow is built, and the help."""
 
     cases: tuple[KernelCase, ...]
     seconds: float
     build_until: float = float("inf")
+    about: str = ""
 
 
 def _cases(
@@ -117,35 +116,29 @@ def _cases(
 CASES = _cases(SHAPES, REDUCTIONS) | _cases(ROUTED, ("sample",), routed=True) | _cases(FOLDING, ("batch",))
 
 
-def _select(
-    names: str, compiled: str = "", *, seconds: float, build_until: float = float("inf")
-) -> Selection:
+def _select(names: str, compiled: str = "", **settings: Any) -> Selection:
     chosen = (replace(CASES[name], compiled=name in compiled.split()) for name in names.split())
-    return Selection(tuple(chosen), seconds, build_until)
+    return Selection(tuple(chosen), **settings)
 
 
 _QUICK = """square-sample-fp32 square-sample-bf16 square-batch-fp32 square-token-fp32 vit-b32-batch-fp32
     vit-b32-sample-fp32 square-sample-fp32-bw image-sample-fp32 routed-sample-fp32 fold-n96-batch-fp32
     fold-n1536-batch-fp32"""
-_GPU_COMPILED = (
-    "vit-b16-sample-bf16 vit-b32-sample-bf16 image-sample-bf16 vit-b16-sample-bf16-bw llm-token-bf16"
-)
+_GPU_COMPILED = """vit-b16-sample-bf16 vit-b32-sample-bf16 image-sample-bf16 vit-b16-sample-bf16-bw
+    llm-token-bf16"""
 _GPU = f"""{_GPU_COMPILED} vit-b16-token-bf16 vit-b16-token-bf16-bw vit-b16-batch-bf16 vit-b16-sample-fp16
     vit-b16-sample-fp32 vit-b32-sample-bf16-bw vit-b32-batch-bf16 vit-b32-t1-sample-bf16
     vit-b32-t20-sample-bf16 vit-b32-t64-sample-bf16 vit-l-fc1-sample-bf16 vit-l-fc2-sample-bf16
-    vit-l-fc1-t20-sample-bf16
-    vit-l-fc2-t20-sample-bf16 vit-l-fc1-sample-bf16-bw llm-token-bf16-bw llm-sample-bf16 routed-sample-bf16
-    routed-large-sample-bf16"""
-_FOLDED = " ".join(
-    f"{s}-batch-{d}{bw}" for s, d, bw in itertools.product(FOLDING, ("fp32", "bf16"), ("", "-bw"))
-)
+    vit-l-fc1-t20-sample-bf16 vit-l-fc2-t20-sample-bf16 vit-l-fc1-sample-bf16-bw llm-token-bf16-bw
+    llm-sample-bf16 routed-sample-bf16 routed-large-sample-bf16"""
+_FOLDED = " ".join(name for name in CASES if name.startswith("fold-") and "fp16" not in name)
 _OTHERS = "square-token-fp32 square-sample-fp32 vit-b32-sample-fp32 image-sample-fp32 routed-sample-fp32"
 _PARTS = "square-sample-fp32 square-sample-bf16 square-batch-fp32 vit-b32-batch-fp32"
 SELECTIONS = {
-    "quick": _select(_QUICK, "square-sample-fp32", seconds=6, build_until=60),
-    "gpu": _select(_GPU, _GPU_COMPILED, seconds=6, build_until=300),
-    "breakdown": _select(_PARTS, seconds=8),
-    "dispatch": _select(f"{_FOLDED} {_OTHERS}", seconds=4),
+    "quick": _select(_QUICK, "square-sample-fp32", seconds=6, build_until=60, about="two minutes on a CPU"),
+    "gpu": _select(_GPU, _GPU_COMPILED, seconds=6, build_until=300, about="ten minutes on a large GPU"),
+    "dispatch": _select(f"{_FOLDED} {_OTHERS}", seconds=4, about='does backend="auto" choose well?'),
+    "breakdown": _select(_PARTS, seconds=8, about="where the time goes on a CPU, and what limits it"),
 }
 
 #: what the measurements of this library have shown; a run prints those of its cases
@@ -163,14 +156,3 @@ TARGETS = (
     Target("routed-sample-bf16", "mingle one expert", 1 / 1.3),
     Target("routed-large-sample-bf16", "mingle one expert", 1 / 1.3),
 )
-
-
-def known(name: str, names: Iterable[str], what: str) -> str:
-    """`name` itself.
-
-    Raises:
-        OptionError: there is none of that name; the message says which is nearest.
-    """
-    if name not in (every := list(names)):
-        raise OptionError(f"no {what} is called {name!r}{nearest(name, every)}")
-    return name

@@ -7,14 +7,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from mingle.bench.gated_experts.inputs import Inputs
+from mingle.bench.gated_experts.inputs import Inputs, differentiated
 from mingle.kernels.gated_experts import reference
 
 #: ‖err‖/‖ref‖ allowed per tensor
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 TF32_TOLERANCE = 1.5e-3
-#: what a peer computes: y, and in a case with a backward pass the gradient of every differentiated tensor
-Outputs = dict[str, Tensor]
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
@@ -27,12 +25,9 @@ class Oracle:
     """The case in float64 by the eager reference."""
 
     def __init__(self, inputs: Inputs) -> None:
-        t, case = inputs.to(torch.float64), inputs.case
-        wanted = t.differentiated() if case.backward else {}
-        with torch.set_grad_enabled(case.backward):
-            y = reference.gated_experts(t.x, t.weight, t.bias, t.A, t.B, t.gate_values())
-        gradients = torch.autograd.grad(y, tuple(wanted.values()), t.dy) if wanted else ()
-        self.expected: Outputs = {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
+        t = inputs.to(torch.float64)
+        layer = t.x, t.weight, t.bias, t.A, t.B
+        self.expected = differentiated(t, lambda: reference.gated_experts(*layer, t.gate_values()))()
 
     def errors(self, run: Callable[[], Mapping[str, Tensor]]) -> dict[str, float]:
         """‖err‖/‖ref‖ of every output of `run`; infinite where one is missing or not finite."""

@@ -14,7 +14,6 @@ once and writes each of its outputs once, gate values in fp32.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mingle.bench.gated_experts.cases import KernelCase
+from mingle.bench.measure import timed
 
 _GATE_BYTES = 4
 
@@ -90,7 +90,7 @@ def count(case: KernelCase) -> Count:
 
 
 def ceilings(
-    dtypes: Iterable[str], device: torch.device, gemm_size: int | None = None, copy_bytes: int | None = None
+    dtypes: Iterable[str], device: torch.device, gemm_size: int = 0, copy_bytes: int = 0
 ) -> Ceilings:
     """Measured now: the fastest of several large products per dtype, and of several large copies."""
     cuda = device.type == "cuda"
@@ -127,13 +127,4 @@ def products(x: Tensor, weight: Tensor) -> list[Callable[[], Tensor]]:
 
 def fastest(run: Callable[[], object], device: torch.device, repetitions: int = 6) -> float:
     """Seconds of the shortest of several calls."""
-    seconds = []
-    for _ in range(repetitions):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timed(run, device)[0] for _ in range(repetitions))

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mingle.bench.gated_experts.check import Outputs
-from mingle.bench.gated_experts.inputs import Inputs
-from mingle.bench.gated_experts.peer import KernelPeer, Pass, differentiated, replayed
-from mingle.bench.measure import Unavailable
+from mingle.bench.gated_experts.cases import KernelCase
+from mingle.bench.gated_experts.inputs import Inputs, Outputs, Pass, differentiated
+from mingle.bench.measure import need
 from mingle.kernels.gated_experts import reference
 
 #: dense updates that autograd would keep for the backward pass
 _MOST_BYTES = {"cpu": 4e9, "cuda": 40e9}
 
 
-def build_loop(t: Inputs) -> Pass:
-    return differentiated(
-        t, lambda: reference.gated_experts(t.x, t.weight, t.bias, t.A, t.B, t.gate_values())
-    )
+def loop(t: Inputs) -> Pass:
+    layer = t.x, t.weight, t.bias, t.A, t.B
+    return differentiated(t, lambda: reference.gated_experts(*layer, t.gate_values()))
 
 
-def build_chain(t: Inputs) -> Pass:
+def chained(t: Inputs) -> Pass:
     """All A side by side, the base, all B side by side added to y; gates in place where nothing is saved."""
-    down, up = t.side_by_side()
-    return differentiated(t, lambda: chain(t, down, up, in_place=not t.case.backward))
+    return differentiated(t, partial(chain, t, *t.side_by_side(), in_place=not t.case.backward))
 
 
 def chain(t: Inputs, down: Tensor, up: Tensor, in_place: bool) -> Tensor:
@@ -40,30 +38,30 @@ def chain(t: Inputs, down: Tensor, up: Tensor, in_place: bool) -> Tensor:
     return y.unflatten(0, (case.samples, case.tokens))
 
 
-def build_compiled(t: Inputs) -> Pass:
+def compiled(t: Inputs) -> Pass:
     """The chain under torch.compile, without a place left for it to search on GPUs."""
     cuda = t.x.is_cuda
-    if not cuda and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
-        raise Unavailable("torch.compile needs a C++ compiler on the CPU")
+    compilers = os.environ.get("CXX", "c++"), "g++", "clang++", "cl"
+    need(cuda or any(map(shutil.which, compilers)), "torch.compile needs a C++ compiler on the CPU")
     torch._dynamo.reset()  # one peer at a time: earlier ones would count towards the limit of recompilations
     down, up = t.side_by_side()
     t.all_gates()  # joined before tracing
     mode = "max-autotune" if cuda else "default"
-    compiled = torch.compile(chain, dynamic=False, fullgraph=True, mode=mode)
+    traced = torch.compile(chain, dynamic=False, fullgraph=True, mode=mode)
 
     def forward() -> Tensor:
         if cuda:
             torch.compiler.cudagraph_mark_step_begin()
-        return compiled(t, down, up, in_place=False)
+        return traced(t, down, up, in_place=False)
 
     run = differentiated(t, forward)
     run()
     return run
 
 
-def build_fold(t: Inputs) -> Pass:
+def folding(t: Inputs) -> Pass:
     """One product makes W₀ + B_cat diag(g) A_cat, one more applies it."""
-    _need(t.case.groups == 1, "gates differ within the batch")
+    need(t.case.groups == 1, "gates differ within the batch")
     down, up = t.side_by_side()
 
     def forward() -> Tensor:
@@ -81,10 +79,10 @@ def merge(t: Inputs, gates: Tensor) -> Tensor:
     return weight
 
 
-def build_per_sample(t: Inputs) -> Pass:
-    _need(t.case.reduce != "token", "one weight for each token")
-    _need(t.case.reduce != "batch", "one weight for the whole batch: see dense merge")
-    _refuse_too_large(t, t.case.samples)
+def per_sample(t: Inputs) -> Pass:
+    need(t.case.reduce != "token", "one weight for each token")
+    need(t.case.reduce != "batch", "one weight for the whole batch: see dense merge")
+    _need_memory(t, t.case.samples)
 
     def forward() -> Tensor:
         pairs = zip(t.x, t.gate_values().flatten(0, 1), strict=True)
@@ -93,23 +91,18 @@ def build_per_sample(t: Inputs) -> Pass:
     return differentiated(t, forward)
 
 
-def build_dense(t: Inputs) -> Pass:
-    _need(t.case.groups == 1, "gates differ within the batch")
-    _refuse_too_large(t, 1)
+def dense(t: Inputs) -> Pass:
+    need(t.case.groups == 1, "gates differ within the batch")
+    _need_memory(t, 1)
     return differentiated(t, lambda: F.linear(t.x, merge(t, t.gate_values().flatten()), t.bias))
 
 
-def _need(condition: bool, reason: str) -> None:
-    if not condition:
-        raise Unavailable(reason)
-
-
-def _refuse_too_large(t: Inputs, weights: int) -> None:
+def _need_memory(t: Inputs, weights: int) -> None:
     kept = weights * (t.case.experts if t.case.backward else 1) * t.weight.nbytes
-    _need(kept <= _MOST_BYTES[t.x.device.type], f"autograd would keep {kept / 1e9:.0f} GB of dense updates")
+    need(kept <= _MOST_BYTES[t.x.device.type], f"autograd would keep {kept / 1e9:.0f} GB of dense updates")
 
 
-def build_linear(t: Inputs, weight: Tensor | None = None) -> Pass:
+def linear(t: Inputs, weight: Tensor | None = None) -> Pass:
     """The base layer, or another `weight`; the gates are not differentiated."""
     used = t.weight if weight is None else weight
 
@@ -122,28 +115,14 @@ def build_linear(t: Inputs, weight: Tensor | None = None) -> Pass:
 
 
 @torch.no_grad()
-def build_folded(t: Inputs) -> Pass:
-    return build_linear(t, merge(t, t.gate_values().flatten(0, -2)[0]))
+def folded(t: Inputs) -> Pass:
+    return linear(t, merge(t, t.gate_values().flatten(0, -2)[0]))
 
 
-def _single_precision(t: Inputs) -> Inputs:
-    _need(t.case.dtype != "float32", "the case is in fp32 already")
+def single_precision(t: Inputs) -> Inputs:
+    need(t.case.dtype != "float32", "the case is in fp32 already")
     return t.to(torch.float32)
 
 
-_LOOP_32 = "the eager reference on the same values in fp32"
-_PER_SAMPLE = "the public reference procedure: a dense weight per sample, expert by expert"
-_FOLDED = "a weight merged before: the same function while the gates stay as they are, otherwise a bound"
-_BASE = "the base alone: the price of the experts"
-PEERS = (
-    KernelPeer("eager loop", build_loop, "the eager reference, expert by expert"),
-    KernelPeer("eager loop fp32", build_loop, _LOOP_32, adapt=_single_precision),
-    KernelPeer("grouped eager", build_chain, "three GEMMs by hand"),
-    KernelPeer("fold eager", build_fold, "fold, then one GEMM, by hand"),
-    KernelPeer("grouped compiled", build_compiled, "three GEMMs by hand under torch.compile", captured=True),
-    KernelPeer("grouped CUDA graph", replayed(build_chain), "three GEMMs by hand, replayed", captured=True),
-    KernelPeer("per-sample merge", build_per_sample, _PER_SAMPLE),
-    KernelPeer("dense merge", build_dense, "one dense weight for the batch, expert by expert"),
-    KernelPeer("folded weight", build_folded, _FOLDED, same=lambda c: c.reduce == "batch" and not c.backward),
-    KernelPeer("nn.Linear", build_linear, _BASE, same=lambda case: False),
-)
+def folds(case: KernelCase) -> bool:
+    return case.reduce == "batch" and not case.backward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,11 @@ from torch import Tensor
 
 from mingle.bench.gated_experts.cases import KernelCase
 from mingle.kernels.gated_experts import reference
+
+#: y, and in a case with a backward pass the gradient of every differentiated tensor
+Outputs = dict[str, Tensor]
+#: one forward pass, or one forward and backward pass where the case says so
+Pass = Callable[[], Outputs]
 
 
 @dataclass(frozen=True)
@@ -62,32 +67,40 @@ class Inputs:
         return {"x": self.x, **gate}
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        """The same values in another dtype, which nothing else refers to."""
-        return self._map(lambda t: t.to(dtype, copy=True))
+        """Copies in that dtype, to which nothing else refers."""
+        tensors = {k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        copies: dict[str, Any] = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+        copied = replace(self, **copies)
+        for tensor in copied.differentiated().values():
+            tensor.requires_grad_(self.case.backward)
+        return copied
 
     def one_expert(self) -> Inputs:
         """The same layer with its first expert alone, open to every sample."""
         assert self.gates is not None
         case, gates = replace(self.case, experts=1), torch.ones_like(self.gates[:, :1])
-        one = replace(self, case=case, A=self.A[:1], B=self.B[:1], gates=gates)
-        return one._map(lambda t: t.clone(memory_format=torch.preserve_format))
+        return replace(self, case=case, A=self.A[:1], B=self.B[:1], gates=gates).to(self.x.dtype)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {k: change(v.detach()) for k, v in values.items() if isinstance(v, Tensor)}
-        mapped = replace(self, **changed)
-        for tensor in mapped.differentiated().values():
-            tensor.requires_grad_(self.case.backward)
-        return mapped
+
+def differentiated(t: Inputs, forward: Callable[[], Tensor]) -> Pass:
+    """`forward` without gradients, or with those of x and the newest gate for the upstream gradient dy."""
+    wanted = t.differentiated() if t.case.backward else {}
+
+    def run() -> Outputs:
+        with torch.set_grad_enabled(bool(wanted)):
+            y = forward()
+        gradients = torch.autograd.grad(y, tuple(wanted.values()), t.dy) if wanted else ()
+        return {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+    return run
 
 
 def make(case: KernelCase, device: torch.device, seed: int = 0) -> Inputs:
     """Random inputs, the same on every device.
 
-    Every expert adds about as much to y as the base does, so that leaving one out is an error of 1/√(T + 1),
-    well above bf16's limit.  dy is random with some of the newest expert's output added: a gate's gradient is
-    a sum over tokens and features, and without a part that keeps its sign it could cancel to nothing, whose
-    relative error means nothing.  The 1/√N keeps fp16 from overflowing.
+    Every expert adds about as much to y as the base does: leaving one out is an error of 1/√(T + 1), well
+    above bf16's limit.  dy holds some of the newest expert's output, as a gate's gradient, a sum over tokens
+    and features, could otherwise cancel to nothing.  The 1/√N keeps fp16 from overflowing.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,30 @@ from torch import Tensor, nn
 
 from mingle import functional
 from mingle.bench.gated_experts import handmade
-from mingle.bench.gated_experts.check import Outputs
+from mingle.bench.gated_experts.cases import KernelCase
 from mingle.bench.gated_experts.floor import fastest, products
-from mingle.bench.gated_experts.inputs import Inputs
-from mingle.bench.gated_experts.peer import KernelPeer, Pass, differentiated, replayed
-from mingle.bench.measure import OURS, Unavailable
+from mingle.bench.gated_experts.inputs import Inputs, Outputs, Pass, differentiated
+from mingle.bench.measure import OURS, Unavailable, need
 from mingle.kernels import gemm, prepack
 from mingle.ops import dispatch
+
+
+@dataclass(frozen=True)
+class KernelPeer:
+    """One way to compute a case.
+
+    `build` makes the callable, or raises `Unavailable`; `adapt`: the tensors it works on instead of the
+    case's, with an oracle of their own; `same`: whether it computes the case's function, otherwise it is a
+    bound; `captured`: its memory belongs to a CUDA graph, so that peak memory says nothing.
+    """
+
+    name: str
+    build: Callable[[Inputs], Pass]
+    note: str
+    adapt: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    same: Callable[[KernelCase], bool] = lambda case: True
+    captured: bool = False
+
 
 EXPLICIT = tuple(backend for backend in dispatch.BACKENDS if backend != "auto")
 
@@ -49,8 +67,8 @@ def _build_explicit(t: Inputs, backend: str) -> Pass:
 
 def build_prepacked(t: Inputs) -> Pass:
     """As `MingleLinear(…, prepack=True)` does, check for changed weights at every call included."""
-    if t.case.routed or not gemm.packing_pays(t.x.flatten(0, 1), t.case.d_out):
-        raise Unavailable("no packed product would be the fastest here")
+    pays = not t.case.routed and gemm.packing_pays(t.x.flatten(0, 1), t.case.d_out)
+    need(pays, "no packed product would be the fastest here")
     up = t.B.mT.clone()  # copies are found by memory: the other peers are to have none
     own = replace(t, weight=t.weight.clone(), A=t.A.clone(), B=up.mT)
     run = build(own)
@@ -63,8 +81,7 @@ def build_prepacked(t: Inputs) -> Pass:
 
 
 def _one_expert(t: Inputs) -> Inputs:
-    if not t.case.routed:
-        raise Unavailable("only where a router opens one expert per sample")
+    need(t.case.routed, "only where a router opens one expert per sample")
     return t.one_expert()
 
 
@@ -76,10 +93,8 @@ def build_xlora(t: Inputs) -> Pass:
     except ImportError as error:
         raise Unavailable("the package peft is not installed") from error
     case, names = t.case, [f"expert{i}" for i in range(t.case.experts)]
-    frozen, linear = (
-        partial(nn.Parameter, requires_grad=False),
-        nn.Linear(case.d_in, case.d_out, device="meta"),
-    )
+    frozen = partial(nn.Parameter, requires_grad=False)
+    linear = nn.Linear(case.d_in, case.d_out, device="meta")
     linear.weight, linear.bias = frozen(t.weight), frozen(t.bias)
     config = LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules=["layer"], init_lora_weights=False)
     base: Any = nn.Sequential(OrderedDict(layer=linear))
@@ -107,8 +122,7 @@ def build_xlora(t: Inputs) -> Pass:
 
 def build_products(t: Inputs) -> Pass:
     """The low-rank path's products and nothing else, each in the library that is fastest at it here."""
-    if t.case.routed:
-        raise Unavailable("the products depend on the routing")
+    need(not t.case.routed, "the products depend on the routing")
     down, up = t.side_by_side()
     x, dy = t.x.detach().flatten(0, 1), t.dy.flatten(0, 1)
     hidden = x @ down.mT
@@ -124,6 +138,37 @@ def build_products(t: Inputs) -> Pass:
     return run
 
 
+def replayed(build: Callable[[Inputs], Pass]) -> Callable[[Inputs], Pass]:
+    """Another peer's pass, recorded once in a CUDA graph; outputs stay in the graph's memory."""
+
+    def build_graph(t: Inputs) -> Pass:
+        need(t.x.is_cuda, "CUDA graphs need a CUDA device")
+        run, graph, stream = build(t), torch.cuda.CUDAGraph(), torch.cuda.Stream(t.x.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # warms up
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.graph(graph):
+                outputs = run()
+        except RuntimeError as error:
+            raise Unavailable(f"cannot be captured: {error}") from error
+
+        def replay() -> Outputs:
+            graph.replay()
+            return outputs
+
+        return replay
+
+    return build_graph
+
+
+_GEMMS = "three GEMMs by hand"
+_LOOP_32 = "the eager reference on the same values in fp32"
+_PER_SAMPLE = "the public reference procedure: a dense weight per sample, expert by expert"
+_FOLDED = "a weight merged before: the same function while the gates stay as they are, otherwise a bound"
+_BASE = "the base alone: the price of the experts"
 _PACKED = "frozen weights packed for the CPU, which takes their memory again"
 _ALONE = "the low-rank path's products and nothing else"
 #: by name
@@ -135,7 +180,16 @@ PEERS = {
         KernelPeer("mingle prepacked", build_prepacked, _PACKED),
         KernelPeer("mingle one expert", build, "T = 1: what routed gates should cost", adapt=_one_expert),
         KernelPeer("mingle CUDA graph", replayed(build), "replayed", captured=True),
-        *handmade.PEERS,
+        KernelPeer("eager loop", handmade.loop, "the eager reference, expert by expert"),
+        KernelPeer("eager loop fp32", handmade.loop, _LOOP_32, adapt=handmade.single_precision),
+        KernelPeer("grouped eager", handmade.chained, _GEMMS),
+        KernelPeer("fold eager", handmade.folding, "fold, then one GEMM, by hand"),
+        KernelPeer("grouped compiled", handmade.compiled, f"{_GEMMS} under torch.compile", captured=True),
+        KernelPeer("grouped CUDA graph", replayed(handmade.chained), f"{_GEMMS}, replayed", captured=True),
+        KernelPeer("per-sample merge", handmade.per_sample, _PER_SAMPLE),
+        KernelPeer("dense merge", handmade.dense, "one dense weight for the batch, expert by expert"),
+        KernelPeer("folded weight", handmade.folded, _FOLDED, same=handmade.folds),
+        KernelPeer("nn.Linear", handmade.linear, _BASE, same=lambda case: False),
         KernelPeer("peft x-lora", build_xlora, "PEFT's X-LoRA layer, driven by our gates"),
         KernelPeer("gemms alone (best library)", build_products, _ALONE, same=lambda case: False),
     )

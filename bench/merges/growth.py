@@ -15,7 +15,7 @@ from mingle.bench.machine import Stopwatch, peak_bytes
 from mingle.bench.measure import OURS, Row, log, summary
 from mingle.bench.merges import cases, comparison, contenders
 from mingle.bench.merges.cases import PUBLISHED, MergeCase, MergeProblem
-from mingle.bench.results import CaseResult, case_result
+from mingle.bench.record import CaseResult, case_result
 from mingle.methods.mingle import Mingle
 from mingle.nn.linear import LowRankExpert
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from mingle import cli
-from mingle.bench import judge, machine, measure, plot, results, run, table
+from mingle.bench import judge, machine, measure, plot, record, run, table
 from mingle.bench.gated_experts import breakdown, cases, check, floor, handmade, inputs
 from mingle.bench.gated_experts.cases import KernelCase, Selection
-from mingle.bench.gated_experts.peer import KernelPeer, differentiated
-from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD
+from mingle.bench.gated_experts.inputs import differentiated
+from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, KernelPeer
 from mingle.bench.judge import Target, by_name
 from mingle.bench.measure import OURS, Rounds, Unavailable
 from mingle.kernels.gated_experts import reference
@@ -75,7 +75,7 @@ def test_a_backward_pass_doubles_the_products_and_routing_counts_one_expert():
 
 def test_ceilings_are_the_work_over_the_shortest_time(monkeypatch):
     clock = iter([0.0, 7.0, 10.0, 10.5, 20.0, 22.0])
-    monkeypatch.setattr(floor.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
     calls = []
     assert floor.fastest(lambda: calls.append(None), CPU, repetitions=3) == 0.5 and len(calls) == 3
     for seconds in (0.5, 0.25):
@@ -218,7 +218,7 @@ def test_the_command_line_writes_results_and_plots(monkeypatch, tmp_path, capsys
     assert cli.main(["bench", *chosen, "--out", str(out), "--plots", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "eager loop" in printed and "× ours" in printed
-    found = results.read(out)
+    found = record.read(out)
     about = {
         "format",
         "date",
@@ -270,7 +270,7 @@ def test_a_breakdown_makes_the_products_of_the_case(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
     monkeypatch.setitem(cases.SELECTIONS, "breakdown", Selection((case,), seconds=0))
     assert run.main(["--breakdown", "--out", str(tmp_path / "breakdown.json")]) == 0
-    (found,) = results.read(tmp_path / "breakdown.json")["cases"]
+    (found,) = record.read(tmp_path / "breakdown.json")["cases"]
     parts = [row for row in found["rows"] if "form" in row]
     assert list(dict.fromkeys(part["form"] for part in parts)) == forms
     work = floor.Work(case)
@@ -400,7 +400,7 @@ COMMITTED = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*/[de
     "path", [path for path in COMMITTED if "demo" not in path.parts], ids=lambda path: path.stem
 )
 def test_committed_results_are_read_shown_and_drawn(path, tmp_path, capsys):
-    found = results.read(path)
+    found = record.read(path)
     assert all({"name", "title", "facts", "rows"} <= case.keys() for case in found["cases"])
     assert all({"name", "status"} <= row.keys() for case in found["cases"] for row in case["rows"])
     table.write(found)

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from mingle import linalg
-from mingle.bench import decompose, judge, measure, plot, results, table
-from mingle.bench.decompose import Budget
+from mingle.bench import decompose, judge, measure, plot, record, table
 from mingle.bench.decomposition import cases, check, peers
 from mingle.bench.decomposition.cases import (
     ACCURATE,
@@ -29,7 +28,7 @@ from mingle.bench.measure import OURS, Rounds
 
 CPU = torch.device("cpu")
 TOY = ExpertCase("vit-b", "a toy", (LayerShape(60, 44, 3), LayerShape(44, 70, 2)), rank=4, earlier=2)
-ONCE = Budget(seconds=0.0)
+ONCE = 0.0  # seconds
 
 
 def toy(shape: LayerShape = TOY.shapes[0], layers: int = 1) -> cases.ExpertProblem:
@@ -86,7 +85,7 @@ def test_every_peer_is_right(shape):
     problem = toy(shape, layers=2)
     candidates = peers.peers(CPU)
     assert candidates[0].name == ACCURATE
-    found = by_name(decompose.decompositions(problem, candidates, ONCE))
+    found = by_name(decompose.compared("decompose", problem, candidates, ONCE))
     assert {name for name, row in found.items() if row["status"] != "ok"} == set()
     assert all(row["median"] > 0 and row["ratio"] > 0 and row["repetitions"] for row in found.values())
     excess = {name: row["errors"]["excess"] for name, row in found.items()}
@@ -99,7 +98,7 @@ def test_every_peer_is_right(shape):
 def test_every_pipeline_makes_the_same_experts(shape):
     problem = toy(shape, layers=2)
     candidates = peers.pipelines(CPU)
-    found = decompose.projections(problem, candidates, ONCE)
+    found = decompose.compared("project", problem, candidates, ONCE)
     assert {row["name"] for row in found["rows"] if row["status"] != "ok"} == set()
     assert 1 < found["effective_ranks"][0] <= TOY.rank * TOY.earlier
     (B, A), (B2, A2) = candidates[0].run(problem)[0], candidates[-1].run(problem)[0]
@@ -141,7 +140,7 @@ def test_a_wrong_peer_is_named_and_gets_no_time():
         decomposition("wrong", "layer alone", lambda M, r: linalg.svd_lowrank(M[:1], r), SKETCH),
         decomposition("broken", "", impossible, SKETCH),
     ]
-    found = by_name(decompose.decompositions(toy(layers=2), [*peers.peers(CPU)[:1], *wrong], ONCE))
+    found = by_name(decompose.compared("decompose", toy(layers=2), [*peers.peers(CPU)[:1], *wrong], ONCE))
     assert found[ACCURATE]["status"] == "ok" and found[ACCURATE]["median"] > 0
     assert {found[peer.name]["status"] for peer in wrong[:-1]} == {"wrong"}
     assert "orthogonality" in found["wrong skewed"]["reason"] and "excess" in found["wrong signs"]["reason"]
@@ -155,7 +154,7 @@ def test_wrong_experts_are_named_and_get_no_time():
         return peers.ours(replace(problem, earlier=((),) * problem.layers))
 
     forgets = ExpertPeer("forgets", unprojected, EXACT, batched=False)
-    found = by_name(decompose.projections(toy(), [*peers.pipelines(CPU)[:1], forgets], ONCE))
+    found = by_name(decompose.compared("project", toy(), [*peers.pipelines(CPU)[:1], forgets], ONCE))
     assert found[OURS]["status"] == "ok"
     assert found["forgets"]["status"] == "wrong" and "median" not in found["forgets"]
 
@@ -168,7 +167,7 @@ def test_what_is_left_out_says_why():
     assert published.left_out(LayerShape(14336, 4096, 3)) and not published.left_out(
         LayerShape(4096, 4096, 1)
     )
-    late = decompose.decompositions(toy(), peers.peers(CPU), Budget(0.0, until=0.0))["rows"]
+    late = decompose.compared("decompose", toy(), peers.peers(CPU), ONCE, until=0.0)["rows"]
     assert {(row["status"], row["reason"]) for row in late} == {("left out", "no time was left for it")}
 
 
@@ -178,7 +177,7 @@ def test_slow_peers_are_called_once(monkeypatch):
     calls = []
     ours = decomposition("ours", "", linalg.svd_lowrank, EXACT)
     counted = decomposition("counted", "", lambda M, r: calls.append(0) or linalg.svd_lowrank(M, r), EXACT)
-    found = by_name(decompose.decompositions(toy(), [ours, counted], ONCE))
+    found = by_name(decompose.compared("decompose", toy(), [ours, counted], ONCE))
     assert len(calls) == 1 and found["counted "]["repetitions"] == 1 and found["ours "]["round_ratio"] == 1
 
 
@@ -212,7 +211,7 @@ def test_what_was_in_no_round_is_held_against_our_median():
 def test_the_results_of_a_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(decompose, "CASES", {"vit-b": TOY})
     assert decompose.main(["--quick", "--out", str(tmp_path)]) == 0
-    found = results.read(tmp_path / "vit-b.json")
+    found = record.read(tmp_path / "vit-b.json")
     assert (found["format"], found["benchmark"]) == ("mingle-bench", "experts")
     assert {"date", "device", "versions", "commit", "seed", "seconds", "method", "targets"} <= found.keys()
     assert found["model"]["layers"] == 5 and "k^-½" in found["model"]["spectrum"]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
-from mingle.bench import e2e, judge, results
+from mingle.bench import e2e, judge, record
 from mingle.bench.judge import by_name
 from mingle.bench.machine import STAGES, Stopwatch
 from mingle.bench.measure import OURS
@@ -235,7 +235,7 @@ def test_the_command_line_writes_what_it_found(tmp_path, capsys, monkeypatch, pr
     )
     assert e2e.main(["--quick", "--precision", "bf16", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} >= {"glyphs8-2-batch.json", "glyphs8-2-batch.png"}
-    found = results.read(tmp_path / "glyphs8-2-batch.json")
+    found = record.read(tmp_path / "glyphs8-2-batch.json")
     assert (found["format"], found["benchmark"]) == ("mingle-bench", "merges")
     assert found["mode"] == "whole" and found["quick"]
     assert {"device", "versions", "commit", "date", "cases", "method", "targets"} <= set(found)
@@ -245,14 +245,14 @@ def test_the_command_line_writes_what_it_found(tmp_path, capsys, monkeypatch, pr
     assert {name for name, stage in published["stages"].items() if stage["round_ratio"] > 0} == set(STAGES)
     assert PUBLISHED in capsys.readouterr().out
     assert e2e.main(["--quick", "--alone", "--out", str(tmp_path)]) == 0
-    (alone,) = results.read(tmp_path / "glyphs8-2-batch-alone.json")["cases"]
+    (alone,) = record.read(tmp_path / "glyphs8-2-batch-alone.json")["cases"]
     assert [(row["name"], row["status"]) for row in alone["rows"]] == [(OURS, "ok")]
 
 
 def test_growth_is_written_and_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(growth, "QUICK", {"tasks": (1, 2), "width": (32, 64)})
     assert e2e.main(["--growth", "--quick", "--out", str(tmp_path)]) == 0
-    found = results.read(tmp_path / "growth.json")
+    found = record.read(tmp_path / "growth.json")
     assert found["kept"]["ok"] and [case["facts"]["values"] for case in found["cases"]] == [[1, 2], [32, 64]]
     for case in found["cases"]:
         points = [(row["name"], row["at"]) for row in case["rows"]]

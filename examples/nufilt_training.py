@@ -1,4 +1,8 @@
-"""What NUFILT's training costs, beside the published one: ``python bench/nufilt.py``."""
+"""What NUFILT's training costs at the sizes of a ViT-B/32, beside the published training.
+
+``python examples/nufilt_training.py --out FOLDER`` takes some minutes on a CPU; ``--quick``, with one layer
+of each shape and two rounds, shows whether it works.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mingle.bench import command, results
+from mingle.bench import command, record
 from mingle.bench.decomposition import cases
 from mingle.bench.decomposition.cases import ExpertCase, LayerShape
 from mingle.bench.judge import Target
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, log, timed, verdict
-from mingle.bench.results import Results, case_result
+from mingle.bench.record import Results, case_result
 from mingle.linalg.arithmetic import buckets, stacked
 from mingle.linalg.sketch import gaussian
 from mingle.methods import nufilt
@@ -65,9 +69,6 @@ class NufiltPlan:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it.  Returns 0, or 1 where a result of ours was wrong."""
     parser = command.parser("Time NUFILT's training steps at the sizes of a ViT-B/32, results checked first.")
-    parser.add_argument(
-        "--quick", action="store_true", help="one layer of each shape, two rounds: does it work?"
-    )
     parser.add_argument("--rounds", type=int, default=7, help="how often each contender is timed")
     args = command.begin(parser, arguments)
     once = tuple(replace(shape, count=1) for shape in CASE.shapes)
@@ -86,7 +87,7 @@ def run(case: ExpertCase, plan: NufiltPlan, device: torch.device, seed: int = 0)
     found = [case_result(case.name, case.title, facts, rows, cpus_used_by_others=others)]
     more = {"method": _METHOD, "singular_vectors_seconds": vectors_seconds}
     asked = [Target(case.name, PUBLISHED, TARGET)]
-    return results.envelope("nufilt", device, seed, found, asked, began, **more)
+    return record.envelope("nufilt", device, seed, found, asked, began, **more)
 
 
 def make(

@@ -34,14 +34,9 @@ FORMAT, FORMAT_VERSION = "mingle-bench", 2
 
 
 def envelope(
-    benchmark: str,
-    device: torch.device,
-    seed: int,
-    cases: Sequence[CaseResult],
-    asked: Iterable[Target],
-    began: float,
-    **facts: Any,
-) -> Results:
+    benchmark: str, device: torch.device, seed: int, cases: Sequence[CaseResult], asked: Iterable[Target],
+    began: float, **facts: Any,
+) -> Results:  # fmt: skip
     """A whole result, measured just now, since `began` by `time.monotonic`, and held against the targets."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
     form = {"format": FORMAT, "format_version": FORMAT_VERSION, "benchmark": benchmark, "date": date}
