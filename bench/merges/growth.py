@@ -25,18 +25,13 @@ RANK, BATCH, SEEDS = 16, 16, 32
 #: what one more task may leave beside its experts, gates and directions, as a share of these
 ALLOWED = 0.01
 _OF_A_LAYER = ("A", "B_transposed", "gate_weight", "gate_bias", "frozen_gate_weight", "frozen_gate_bias")
-_LABELS = {
-    "tasks": "the number of tasks",
-    "layers": "the number of blocks, six target layers each",
-    "width": "the width",
-}
+_BLOCKS = "the number of blocks, six target layers each"
+_LABELS = {"tasks": "the number of tasks", "layers": _BLOCKS, "width": "the width"}
 SWEEPS = {"tasks": (1, 2, 4, 8, 16, 32, 64), "layers": (1, 2, 4, 8, 16), "width": (64, 128, 256, 512)}
 QUICK = {"tasks": (1, 2, 4), "width": (32, 64)}
-METHOD = (
-    "seconds of one adaptation step behind random experts of all tasks but the newest, medians; memory: "
-    "the most that PyTorch's allocator hands out in one adaptation of one step beyond what was held "
-    "before, on a CPU; exponents: slopes of log over log by least squares"
-)
+METHOD = """seconds of one adaptation step behind random experts of all tasks but the newest, medians; memory: \
+the most that PyTorch's allocator hands out in one adaptation of one step beyond what was held before, on a CPU; \
+exponents: slopes of log over log by least squares"""
 
 
 def sweep(
@@ -82,26 +77,21 @@ def _step(
     *past, new = comparison.history(problem, sizes["tasks"], seed)
     layers = [key.removesuffix(".A") for key in new if key.endswith(".A")]
     given = {layer: LowRankExpert(new[f"{layer}.A"], new[f"{layer}.B"]) for layer in layers}
-    running, once = (contenders.start(name, problem, Stopwatch(device), steps=n) for n in (steps, 2))
-    for one in (running, once):
-        one.restore(past)
     task = problem.expert(len(past)), problem.seeds(len(past)), given
+    running, once = (contenders.start(name, problem, Stopwatch(device), past, steps=n) for n in (steps, 2))
     return summary(running.add(*task)) | {"peak_bytes": peak_bytes(lambda: once.add(*task), device) or 0}
 
 
 def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[str, Any]:
     """Bytes in living tensors after each of our merges, and how many are experts, gates and bases."""
     problem = small_problem(FIXED | {"tasks": tasks, "width": 64}, reduce, 2, seed)
-    expert, seeds = (
-        problem.expert(0),
-        problem.seeds(0),
-    )  # the same for all: what they are does not matter here
+    task = problem.expert(0), problem.seeds(0)  # the same for all: what they are does not matter here
     running = contenders.start(OURS, problem, Stopwatch(device))
     assert isinstance(running, contenders.OurMerge)
     before = _held(device)
     held, accounted = [], []
     for _ in range(tasks):
-        running.add(expert, seeds)
+        running.add(*task)
         held.append(_held(device) - before)
         accounted.append(_accounted(running.method))
     rest, count = np.subtract(held, accounted), np.arange(1, tasks + 1)
@@ -113,16 +103,13 @@ def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[s
 def _accounted(method: Mingle) -> int:
     """Bytes of a merge's experts, gates and bases."""
     tensors = [getattr(layer, name) for layer in method.layers.values() for name in _OF_A_LAYER]
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *method.bases.values()))
+    return sum(tensor.nbytes for tensor in (*tensors, *method.bases.values()))
 
 
 def _held(device: torch.device) -> int:
     """Bytes of all storages that living dense tensors share; a merge makes no others."""
     gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        plain = type(thing) in (torch.Tensor, torch.nn.Parameter)
-        if plain and thing.device.type == device.type and thing.layout == torch.strided:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+    tensors = (thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter))
+    here = (one for one in tensors if one.device.type == device.type and one.layout == torch.strided)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (one.untyped_storage() for one in here)}
     return sum(storages.values())

@@ -122,11 +122,11 @@ def test_a_whole_merge_is_accounted_for(problem):
 
 @pytest.mark.parametrize(
     "fault",
-    ["_without_earlier", "relaxation", "temperature", "basis"],
+    ["without_leading", "relaxation", "temperature", "basis"],
 )
 def test_a_wrong_peer_is_refused_and_not_timed(fault, problem, monkeypatch):
-    if fault == "_without_earlier":
-        monkeypatch.setattr("mingle.bench.merges.published._without_earlier", lambda delta, earlier: delta)
+    if fault == "without_leading":
+        monkeypatch.setattr("mingle.bench.merges.published.without_leading", lambda delta, earlier: delta)
     elif fault == "basis":
         monkeypatch.setattr(PublishedMerge, "protect", lambda self, seeds: None)
     elif fault == "relaxation":
