@@ -40,7 +40,7 @@ class Optimum:
         return cls(M, float(squares[r:].sum().sqrt()), squares[:r].sqrt())
 
     def errors(self, *parts: Tensor) -> list[float]:
-        """Of B and A, ‖M − B A‖ over the least possible, less one; of U, S and Vh also the other `_ERRORS`."""
+        """Of B and A ‖M − B A‖ over the least possible, less one; of U, S and Vh all `_ERRORS`."""
         left, *S, right = (part.double() for part in parts)
         excess = float((self.M - (left * S[0] if S else left) @ right).norm()) / self.residual - 1
         if not S:
@@ -61,12 +61,10 @@ def optima(problem: ExpertProblem) -> Optima:
 
 def projected_optima(problem: ExpertProblem) -> tuple[Optima, list[int]]:
     """The same for Δ without the leading block of the earlier updates, and that block's size."""
-    found = {
-        i: projected(problem.deltas[i, None].double(), problem.earlier[i : i + 1])
-        for i in sorted({0, problem.layers - 1})
-    }
-    ranks = [rank for _, (rank,) in found.values()]
-    return {i: Optimum.of(deltas[0], problem.rank) for i, (deltas, _) in found.items()}, ranks
+    ends = sorted({0, problem.layers - 1})
+    parts = [projected(problem.deltas[i, None].double(), problem.earlier[i : i + 1]) for i in ends]
+    found = {i: Optimum.of(rest[0], problem.rank) for i, (rest, _) in zip(ends, parts, strict=True)}
+    return found, [leading for _, (leading,) in parts]
 
 
 def decomposition_errors(result: Triplets, expected: Optima) -> dict[str, float]:

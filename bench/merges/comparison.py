@@ -24,11 +24,11 @@ from mingle.nn.linear import LowRankExpert
 WHOLE = "Every stage of every task was run and timed.  Seconds are medians over rounds, taken in turns."
 STAGED = """Not measured as a whole.  Measured: at each of `at`, behind random experts of that many tasks \
 less one, the adaptation of one task with `steps_measured` steps; at the last of them also load, project, \
-decompose, subspace and evaluate, once.  Summed: the adaptation of a task is what it does once (teacher, first \
-step) plus `steps` - 1 times the median step, linear in the number of tasks between the measured ones; any other \
-stage counts as often as there are tasks (project once less) as measured for the last one.  With `layers`, \
-project and decompose were measured on one layer of each shape, times their count.  With bf16 products only the \
-adaptation was measured: the other stages are those of fp32"""
+decompose, subspace and evaluate, once.  Summed: the adaptation of a task is what it does once (teacher, \
+first step) plus `steps` - 1 times the median step, linear in the number of tasks between the measured \
+ones; any other stage counts as often as there are tasks (project once less) as measured for the last \
+one.  With `layers`, project and decompose were measured on one layer of each shape, times their count.  \
+With bf16 products only the adaptation was measured: the other stages are those of fp32"""
 #: of the merge whose gates are compared: long runs drift apart, as Adam divides by small gradients
 _CHECK_TASKS, _CHECK_STEPS = 3, 6
 #: seconds that timing whole merges may take: no round is begun that would not fit
@@ -39,12 +39,18 @@ def whole(
     problem: MergeProblem, names: Sequence[str], device: torch.device, rounds: int, seed: int = 0
 ) -> list[Row]:
     """Seconds of the whole merge, its stages and steps, peak memory and accuracy of each contender."""
-    rows: list[Row] = [{"name": name, "status": "ok", "note": NOTES[name]} for name in names]
+    rows = _rows(names)
     _check(problem, rows, device)
     runs: dict[str, list[Row]] = {row["name"]: [] for row in _right(rows)}
     steps = {name: partial(lambda name: runs[name].append(run(problem, name, device)), name) for name in runs}
     interleaved(steps, device, Rounds(_LONGEST, fewest=1, most=rounds, warm_ups=0, collect=True), seed)
-    return [row | (of_runs(runs[row["name"]]) if row["name"] in runs else {}) for row in rows]
+    for row in _right(rows):
+        row |= of_runs(runs[row["name"]])
+    return rows
+
+
+def _rows(names: Sequence[str]) -> list[Row]:
+    return [{"name": name, "status": "ok", "note": NOTES[name]} for name in names]
 
 
 def _right(rows: Sequence[Row]) -> Iterator[Row]:
@@ -67,13 +73,10 @@ def _agree(row: Row, verdicts: Mapping[str, Any]) -> None:
     agreed = row.setdefault("agreement", {})
     agreed |= verdicts
     row["errors"] = {what: one["error"] for what, one in agreed.items()}
-    reasons = [
-        f"{what} of {one['layer']} are off by {one['error']}, allowed {one['tolerance']}"
-        for what, one in agreed.items()
-        if not one["ok"]
-    ]
-    if reasons and row["name"] in EXACT:
-        row |= {"status": "wrong", "reason": "; ".join(reasons)}
+    wrong = {f"{what} of {one['layer']}": one for what, one in agreed.items() if not one["ok"]}
+    if wrong and row["name"] in EXACT:
+        told = (f"{k} are off by {one['error']}, allowed {one['tolerance']}" for k, one in wrong.items())
+        row |= {"status": "wrong", "reason": "; ".join(told)}
         log.warning("%s is WRONG: %s", row["name"], row["reason"])
 
 
@@ -92,20 +95,15 @@ def run(problem: MergeProblem, name: str, device: torch.device) -> Row:
     accuracy = contenders.mean_accuracy(contender, tests)
     wall = time.perf_counter() - began - clock.seconds.pop("inputs")
     log.info("%s: %s: %.1f s", problem.case.name, name, wall)
-    return {
-        "wall_seconds": wall,
-        "stages": clock.seconds,
-        "accuracy": accuracy,
-        "peak_bytes": memory.grown(),
-        "step_seconds": [statistics.median(series) if series else None for series in steps],
-        "cpus_used_by_others": load.others(),
-    }
+    medians = [statistics.median(series) if series else None for series in steps]
+    found = dict(wall_seconds=wall, stages=clock.seconds, accuracy=accuracy, step_seconds=medians)
+    return found | dict(peak_bytes=memory.grown(), cpus_used_by_others=load.others())
 
 
 def of_runs(runs: Sequence[Row]) -> Row:
     """Medians over rounds, with every round beside them."""
     wholes, stages = [run["wall_seconds"] for run in runs], [run["stages"] for run in runs]
-    rest = [wall - sum(of.values()) for wall, of in zip(wholes, stages, strict=True)]
+    rest = [wall - sum(seconds.values()) for wall, seconds in zip(wholes, stages, strict=True)]
     steps = zip(*(run["step_seconds"] for run in runs), strict=True)
     return _times(stages, wholes) | {
         "measured": dict.fromkeys(STAGES, "whole"),
@@ -136,9 +134,7 @@ def staged(
     seed: int = 0,
 ) -> list[Row]:  # fmt: skip
     """The stages of the whole merge as the sum that `STAGED` says, and what was measured for it."""
-    rows: list[Row] = [
-        {"name": name, "status": "ok", "note": NOTES[name], "at": {}, "agreement": {}} for name in names
-    ]
+    rows = [row | {"at": {}, "agreement": {}} for row in _rows(names)]
     needed, free = published_bytes(problem), available(device)
     for row in rows if needed > free else ():
         if row["name"] == PUBLISHED:
@@ -169,8 +165,8 @@ def _staged_task(
     problem: MergeProblem, name: str, device: torch.device, past: contenders.History, steps: int, every: bool,
     ours: Contender | None,
 ) -> tuple[Row, Contender, Experts]:  # fmt: skip
-    """One task of one contender behind `past`, with the experts that ours made; where `every` stage is wanted,
-    one layer of each shape is also decomposed, and all that follows adaptation is run.
+    """One task of one contender behind `past`, with the experts that ours made; for `every` stage one layer
+    of each shape is also decomposed, and all that follows adaptation is run.
     """
     index = len(past)
     expert, seeds, tests = problem.expert(index), problem.seeds(index), problem.tests(index)
@@ -181,23 +177,14 @@ def _staged_task(
     taken = contender.add(expert, seeds, _newest(ours) if ours else None, protect=every)
     if every:
         contenders.mean_accuracy(contender, [tests])
-    seconds = {
-        stage: clock.seconds[stage] for stage in (STAGES if every else ("load", "adapt"))
-    } | decomposing
+    measured = STAGES if every else ("load", "adapt")
+    seconds = {stage: clock.seconds[stage] for stage in measured} | decomposing
     log.info("%s: %s, task %d: adapted in %.1f s", problem.case.name, name, index + 1, seconds["adapt"])
     once, step = seconds["adapt"] - sum(taken), statistics.median(taken)
-    found = {
-        "seconds": seconds,
-        "layers": layers,
-        "steps": taken,
-        "steps_measured": len(taken) + 1,
-        "peak_bytes": memory.grown(),
-        "cpus_used_by_others": load.others(),
-        "step_seconds": step,
-        "adapt_once_seconds": once,
-        "adapt_seconds": once + (problem.options["steps"] - 1) * step,
-    }
-    return found, contender, made
+    found: Row = dict(seconds=seconds, layers=layers, steps=taken, steps_measured=len(taken) + 1)
+    found |= dict(peak_bytes=memory.grown(), cpus_used_by_others=load.others())
+    adapt = once + (problem.options["steps"] - 1) * step
+    return found | dict(step_seconds=step, adapt_once_seconds=once, adapt_seconds=adapt), contender, made
 
 
 def _decomposed(contender: Contender, expert: Tuned) -> tuple[Experts, dict[str, str], dict[str, float]]:
@@ -223,16 +210,14 @@ def _newest(ours: Contender) -> Experts:
 def total(at: Mapping[str, Mapping[str, Any]], tasks: int, steps: int) -> Row:
     """The stages of the whole merge, as `STAGED` adds them up."""
     *_, last = at.values()
+    seconds = last["seconds"]
 
     def of_each_task(key: str) -> list[float]:
         known = list(map(int, at)), [one[key] for one in at.values()]
         return [float(value) for value in np.interp(range(1, tasks + 1), *known)]
 
-    stages = {stage: tasks * last["seconds"][stage] for stage in STAGES}
-    stages |= {
-        "adapt": sum(of_each_task("adapt_seconds")),
-        "project": (tasks - 1) * last["seconds"]["project"],
-    }
+    stages = {stage: tasks * seconds[stage] for stage in STAGES}
+    stages |= {"adapt": sum(of_each_task("adapt_seconds")), "project": (tasks - 1) * seconds["project"]}
     layers = "once" if last["layers"] is None else "one layer of each shape"
     measured = {"adapt": f"{last['steps_measured']} of {steps} steps", "project": layers, "decompose": layers}
     return _times([stages], [sum(stages.values())]) | {
@@ -259,13 +244,10 @@ def history(problem: MergeProblem, count: int, seed: int = 0) -> list[dict[str, 
         (outputs, inputs), size = layer.weight.shape, layer.weight.detach().norm()
         basis = torch.linalg.qr(randn(inputs, min(count * k, inputs))).Q
         for i, tensors in enumerate(tasks):
-            left = dict(
-                A=randn(rank, inputs) * (0.02 * size / (inputs * rank) ** 0.5),
-                B=torch.linalg.qr(randn(outputs, rank)).Q,
-                gate_weight=0.01 * randn(inputs),
-                gate_bias=torch.zeros(()),
-                basis=basis[:, i * k : (i + 1) * k],
-            )
+            A = randn(rank, inputs) * (0.02 * size / (inputs * rank) ** 0.5)
+            B, own = torch.linalg.qr(randn(outputs, rank)).Q, basis[:, i * k : (i + 1) * k]
+            gate = dict(gate_weight=0.01 * randn(inputs), gate_bias=torch.zeros(()))
+            left = {"A": A, "B": B, **gate, "basis": own}
             tensors |= {f"{name}.{key}": tensor for key, tensor in left.items()}
     return tasks
 

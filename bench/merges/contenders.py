@@ -36,29 +36,24 @@ NOTES = {
     OURS: "this library, fp32",
     BF16: "this library, bf16 products during adaptation",
     EAGER: 'this library with backend="eager" and LAPACK\'s full decompositions in float64',
-    PUBLISHED: "the published procedure: dense experts merged in every forward, a teacher pass at every step, "
-    "two full SVDs per layer",
+    PUBLISHED: """the published procedure: dense experts merged in every forward, a teacher pass at every \
+step, two full SVDs per layer""",
 }
 #: whose gates must be ours within rounding
 EXACT = (OURS, EAGER, PUBLISHED)
 
 
 class OurMerge:
-    """`mingle.Merger`, its clock told which stage runs; `full`: with LAPACK's decompositions in float64."""
+    """`mingle.Merger`, its clock told which stage runs; eager with LAPACK's decompositions in float64."""
 
-    def __init__(
-        self, problem: MergeProblem, clock: Stopwatch, options: Mapping[str, Any], full: bool = False
-    ) -> None:
-        self.clock, self.full = clock, full
+    def __init__(self, problem: MergeProblem, clock: Stopwatch, options: Mapping[str, Any]) -> None:
+        self.clock, self.full = clock, options.get("backend") == "eager"
         with clock("load"):
             self.merger = Merger(problem.base, "mingle", problem.task.name, device=clock.device, **options)
         self.task, self.model = self.merger.task, self.merger.model
         assert isinstance(self.merger.method, Mingle)
         self.method = self.merger.method
-
-    @property
-    def layers(self) -> Mapping[str, Any]:
-        return self.method.layers
+        self.layers: Mapping[str, Any] = self.method.layers
 
     def restore(self, history: History) -> None:
         """Take on the experts, gates and bases of earlier tasks."""
@@ -95,8 +90,8 @@ class OurMerge:
             return experts.make_experts(named, earlier, self.method.options.rank)
 
     def gates(self) -> Gates:
-        every = {name: layer.all_gates() for name, layer in self.method.layers.items()}
-        return {name: (weight.detach(), bias.detach()) for name, (weight, bias) in every.items()}
+        every = {name: layer.all_gates() for name, layer in self.layers.items()}
+        return {name: torch.cat([w, b[:, None]], 1).detach() for name, (w, b) in every.items()}
 
     def bases(self) -> Mapping[str, Tensor]:
         """By layer the protected directions [d_in, K]."""
@@ -135,13 +130,9 @@ def start(
     name: str, problem: MergeProblem, clock: Stopwatch, past: History = (), **overrides: Any
 ) -> Contender:
     """A contender by name, behind the tasks of `past`; `overrides` of the problem's options."""
-    options = problem.options | overrides
-    contender: Contender
-    if name == PUBLISHED:
-        contender = PublishedMerge(problem, clock, options)
-    else:
-        own = {EAGER: {"backend": "eager"}, BF16: {"precision": "bf16"}}.get(name, {})
-        contender = OurMerge(problem, clock, options | own, full=name == EAGER)
+    own = {EAGER: {"backend": "eager"}, BF16: {"precision": "bf16"}}.get(name, {})
+    make = PublishedMerge if name == PUBLISHED else OurMerge
+    contender: Contender = make(problem, clock, {**problem.options, **overrides, **own})
     if past:
         contender.restore(past)
     return contender

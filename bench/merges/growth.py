@@ -16,7 +16,6 @@ from mingle.bench.measure import OURS, Row, log, summary
 from mingle.bench.merges import cases, comparison, contenders
 from mingle.bench.merges.cases import PUBLISHED, MergeCase, MergeProblem
 from mingle.bench.results import CaseResult, case_result
-from mingle.methods.mingle import Mingle
 from mingle.nn.linear import LowRankExpert
 
 #: what stays while one of them grows
@@ -29,9 +28,9 @@ _BLOCKS = "the number of blocks, six target layers each"
 _LABELS = {"tasks": "the number of tasks", "layers": _BLOCKS, "width": "the width"}
 SWEEPS = {"tasks": (1, 2, 4, 8, 16, 32, 64), "layers": (1, 2, 4, 8, 16), "width": (64, 128, 256, 512)}
 QUICK = {"tasks": (1, 2, 4), "width": (32, 64)}
-METHOD = """seconds of one adaptation step behind random experts of all tasks but the newest, medians; memory: \
-the most that PyTorch's allocator hands out in one adaptation of one step beyond what was held before, on a CPU; \
-exponents: slopes of log over log by least squares"""
+METHOD = """seconds of one adaptation step behind random experts of all tasks but the newest, medians; \
+memory: the most that PyTorch's allocator hands out in one adaptation of one step beyond what was held \
+before, on a CPU; exponents: slopes of log over log by least squares"""
 
 
 def sweep(
@@ -45,10 +44,11 @@ def sweep(
         log.info("growth with %s = %d: %s: %.1f ms", name, value, contender, row["median"] * 1e3)
     fitted: dict[str, dict[str, dict[str, float]]] = {OURS: {}, PUBLISHED: {}}
     remarks = []
-    for (contender, one), key in itertools.product(fitted.items(), ("median", "peak_bytes")):
-        one[key] = exponents(values, [row[key] for row in rows if row["name"] == contender])
-        told = f"{one[key]['all']:.2f}, of the upper half {one[key]['upper']:.2f}"
-        remarks.append(f"{contender}: exponent of {'a step' if key == 'median' else 'memory'} {told}")
+    for contender, (key, cost) in itertools.product(fitted, (("median", "a step"), ("peak_bytes", "memory"))):
+        found = exponents(values, [row[key] for row in rows if row["name"] == contender])
+        told = f"{found['all']:.2f}, of the upper half {found['upper']:.2f}"
+        remarks.append(f"{contender}: exponent of {cost} {told}")
+        fitted[contender][key] = found
     facts = {"swept": name, "values": list(values)}
     return case_result(f"growth with {name}", _LABELS[name], facts, rows, exponents=fitted, remarks=remarks)
 
@@ -93,17 +93,12 @@ def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[s
     for _ in range(tasks):
         running.add(*task)
         held.append(_held(device) - before)
-        accounted.append(_accounted(running.method))
+        of_layers = sum(getattr(one, name).nbytes for one in running.layers.values() for name in _OF_A_LAYER)
+        accounted.append(of_layers + sum(basis.nbytes for basis in running.bases().values()))
     rest, count = np.subtract(held, accounted), np.arange(1, tasks + 1)
     slope = float(np.polyfit(count, rest, 1)[0]) if tasks > 1 else 0.0
     found = {"tasks": count.tolist(), "held_bytes": held, "accounted_bytes": accounted}
     return found | {"unaccounted_bytes_per_task": slope, "ok": abs(slope) <= ALLOWED * accounted[-1] / tasks}
-
-
-def _accounted(method: Mingle) -> int:
-    """Bytes of a merge's experts, gates and bases."""
-    tensors = [getattr(layer, name) for layer in method.layers.values() for name in _OF_A_LAYER]
-    return sum(tensor.nbytes for tensor in (*tensors, *method.bases.values()))
 
 
 def _held(device: torch.device) -> int:

@@ -149,7 +149,7 @@ class PublishedMerge:
         return found
 
     def _adapt(self, tuned: Mapping[str, Tensor], seeds: TaskData, batches: Iterable[Tensor]) -> list[float]:
-        """Train the newest gates by distillation, the teacher answering at every step; when each step ended."""
+        """Train the newest gates by distillation, asking the teacher at every step; when each step ended."""
         teacher = copy.deepcopy(self.base).eval()
         teacher.get_submodule(self.task.tower).load_state_dict(dict(tuned))
         gates = [p for layer in self.layers.values() for p in layer.gates[-1].parameters()]
@@ -194,11 +194,10 @@ class PublishedMerge:
             layer.basis, layer.covariance = torch.linalg.qr(torch.cat([layer.basis, leading], 1)).Q, None
 
     def gates(self) -> Gates:
-        def of(layer: MergedLinear) -> tuple[Tensor, Tensor]:
-            weights, biases = zip(*((gate.weight.data, gate.bias.data) for gate in layer.gates), strict=True)
-            return torch.cat(weights), torch.cat(biases)
+        def of(gates: Iterable[Any]) -> Tensor:
+            return torch.stack([torch.cat([gate.weight[0], gate.bias]).detach() for gate in gates])
 
-        return {name: of(layer) for name, layer in self.layers.items()}
+        return {name: of(layer.gates) for name, layer in self.layers.items()}
 
     def bases(self) -> dict[str, Tensor]:
         return {name: layer.basis for name, layer in self.layers.items()}
