@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,8 @@ from mingle.bench.judge import Target
 from mingle.nn.linear import LowRankExpert
 
 #: of every task vector, up to a factor
-SPECTRUM = (
-    "σ_k ∝ k^-½ (1 + 3 exp(−k/16)): a slow tail under a head of some sixteen directions;"
-    " entries 1e-3 in root mean square, fp32"
-)
+SPECTRUM = """σ_k ∝ k^-½ (1 + 3 exp(−k/16)): a slow tail under a head of some sixteen directions; \
+entries 1e-3 in root mean square, fp32"""
 _ENTRY = 1e-3
 #: the excess residual that a result may have; a sketch's is a matter of degree, and shown
 EXACT, FAST, SKETCH = 1e-5, 1e-4, 0.5
@@ -92,7 +91,6 @@ class ExpertProblem:
         return len(self.deltas)
 
     def first(self) -> ExpertProblem:
-        """Its first layer alone."""
         return ExpertProblem(self.shape, self.rank, self.deltas[:1], self.earlier[:1])
 
 
@@ -103,10 +101,12 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     pattern = _mixed(shape, generator, device)
     deltas = torch.stack([_shuffled(pattern, generator) for _ in range(layers)])
-    count = layers * case.earlier
-    experts = [LowRankExpert.from_dense(_shuffled(pattern, generator), case.rank) for _ in range(count)]
-    earlier = (tuple(experts[i * case.earlier : (i + 1) * case.earlier]) for i in range(layers))
-    return ExpertProblem(shape, case.rank, deltas, tuple(earlier))
+
+    def experts() -> Iterator[LowRankExpert]:
+        for _ in range(case.earlier):
+            yield LowRankExpert.from_dense(_shuffled(pattern, generator), case.rank)
+
+    return ExpertProblem(shape, case.rank, deltas, tuple(tuple(experts()) for _ in range(layers)))
 
 
 def _mixed(shape: LayerShape, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -123,8 +123,7 @@ def _mixed(shape: LayerShape, generator: torch.Generator, device: torch.device) 
 
 
 def _hartley(rows: Tensor) -> Tensor:
-    """The discrete Hartley transform of every row, which is orthogonal."""
-    transformed = torch.fft.fft(rows)
+    transformed = torch.fft.fft(rows)  # orthogonal, once divided
     return (transformed.real - transformed.imag) / rows.shape[-1] ** 0.5
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mingle.bench.decomposition.cases import ExpertProblem
-from mingle.bench.decomposition.peers import Factors, Triplets, effective_rank
-from mingle.methods.experts import concatenated
+from mingle.bench.decomposition.peers import Factors, Triplets, projected
 
 # Beside the excess residual: max |UᵀU − I|, and of V, which LAPACK's fp32 keeps for 14336 rows, and the
 # largest singular value, which every sketch finds.  Of our orthogonality more is asked.
@@ -40,17 +39,16 @@ class Optimum:
             squares = torch.linalg.eigvalsh(rows @ rows.mT).flip(0).clamp_min(0)
         return cls(M, float(squares[r:].sum().sqrt()), squares[:r].sqrt())
 
-    def excess(self, approximation: Tensor) -> float:
-        """‖M − approximation‖ over the least possible, less one."""
-        return float((self.M - approximation).norm()) / self.residual - 1
-
-    def errors(self, U: Tensor, S: Tensor, Vh: Tensor) -> dict[str, float]:
-        U, S, Vh = U.double(), S.double(), Vh.double()
-        identity = torch.eye(len(S), dtype=torch.float64, device=S.device)
-        off = float(torch.maximum((U.mT @ U - identity).abs().max(), (Vh @ Vh.mT - identity).abs().max()))
-        values = ((S - self.sigma) / self.sigma).abs()
-        found = self.excess(U * S @ Vh), off, float(values[0]), float(values.max())
-        return dict(zip(_ERRORS, found, strict=True))
+    def errors(self, *parts: Tensor) -> list[float]:
+        """Of B and A ‖M − B A‖ over the least possible, less one; of U, S and Vh all `_ERRORS`."""
+        left, *S, right = (part.double() for part in parts)
+        excess = float((self.M - (left * S[0] if S else left) @ right).norm()) / self.residual - 1
+        if not S:
+            return [excess]
+        identity = torch.eye(len(right), dtype=torch.float64, device=right.device)
+        off = max(float((gram - identity).abs().max()) for gram in (left.mT @ left, right @ right.mT))
+        values = ((S[0] - self.sigma) / self.sigma).abs()
+        return [excess, off, float(values[0]), float(values.max())]
 
 
 #: of the first and the last layer
@@ -63,41 +61,27 @@ def optima(problem: ExpertProblem) -> Optima:
 
 def projected_optima(problem: ExpertProblem) -> tuple[Optima, list[int]]:
     """The same for Δ without the leading block of the earlier updates, and that block's size."""
-    found, ranks = {}, []
-    for i in sorted({0, problem.layers - 1}):
-        B, A = (part.double() for part in concatenated(problem.earlier[i]))
-        (left, upper), (right, lower) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
-        U, S, Vh = torch.linalg.svd(upper @ lower.mT)
-        ranks.append(rank := effective_rank(S))
-        U, V, delta = left @ U[:, :rank], right @ Vh[:rank].mT, problem.deltas[i].double()
-        found[i] = Optimum.of(delta - U @ (U.mT @ delta @ V) @ V.mT, problem.rank)
-    return found, ranks
+    ends = sorted({0, problem.layers - 1})
+    parts = [projected(problem.deltas[i, None].double(), problem.earlier[i : i + 1]) for i in ends]
+    found = {i: Optimum.of(rest[0], problem.rank) for i, (rest, _) in zip(ends, parts, strict=True)}
+    return found, [leading for _, (leading,) in parts]
 
 
 def decomposition_errors(result: Triplets, expected: Optima) -> dict[str, float]:
-    """The worst of the layers looked at; infinite where a shape is wrong or an entry is not finite."""
-    found = []
-    for i, optimum in expected.items():
-        (m, n), r = optimum.M.shape, len(optimum.sigma)
-        parts = [part[i] for part in result] if i < len(result[0]) else []
-        right = [tuple(part.shape) for part in parts] == [(m, r), (r,), (r, n)]
-        found.append(optimum.errors(*parts) if right else dict.fromkeys(_ERRORS, math.inf))
-    return _worst(found)
+    return _worst(list(zip(*result, strict=False)), expected, _ERRORS)
 
 
 def expert_errors(result: Factors, expected: Optima) -> dict[str, float]:
-    found = []
+    return _worst(result, expected, _ERRORS[:1])
+
+
+def _worst(result: Sequence[tuple[Tensor, ...]], expected: Optima, names: Sequence[str]) -> dict[str, float]:
+    """Of the layers looked at; infinite where a layer is missing, a shape wrong or an entry not finite."""
+    found = dict.fromkeys(names, -math.inf)
     for i, optimum in expected.items():
-        shapes = [tuple(part.shape) for part in result[i]] if i < len(result) else []
-        (m, n), r = optimum.M.shape, len(optimum.sigma)
-        right = shapes == [(m, r), (r, n)]
-        found.append(
-            {"excess": optimum.excess(result[i][0].double() @ result[i][1].double()) if right else math.inf}
-        )
-    return _worst(found)
-
-
-def _worst(layers: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of each error the largest; infinite where one is not a number."""
-    finite = [{k: error if error == error else math.inf for k, error in layer.items()} for layer in layers]
-    return {name: max(layer[name] for layer in finite) for name in finite[0]}
+        parts, (m, n), r = result[i] if i < len(result) else (), optimum.M.shape, len(optimum.sigma)
+        right = [tuple(part.shape) for part in parts] == [(m, r), *[(r,)] * (len(parts) - 2), (r, n)]
+        errors = optimum.errors(*parts) if right else [math.inf] * len(names)
+        for name, error in zip(names, errors, strict=True):
+            found[name] = max(found[name], math.inf if math.isnan(error) else error)
+    return found

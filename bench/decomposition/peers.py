@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mingle import linalg
-from mingle.bench.decomposition.cases import (
-    ACCURATE,
-    EXACT,
-    FAST,
-    PUBLISHED,
-    SKETCH,
-    THIN,
-    ExpertProblem,
-    LayerShape,
-)
+from mingle.bench.decomposition.cases import EXACT, FAST, PUBLISHED, SKETCH, THIN, ExpertProblem, LayerShape
 from mingle.bench.measure import OURS
 from mingle.methods.experts import concatenated, make_experts
 from mingle.nn.linear import LowRankExpert
 
 #: U [b, m, r], S [b, r], Vh [b, r, n]
 Triplets = tuple[Tensor, Tensor, Tensor]
-#: of M [b, m, n] and the rank r
-Decompose = Callable[[Tensor, int], Triplets]
 #: B [m, r] and A [r, n] by layer
 Factors = list[tuple[Tensor, Tensor]]
 #: a side from which on a full decomposition takes seconds on a CPU, so that curves get fewer points
 LARGE = 4096
+# Curves: by the vectors that iterate for rank 64 the numbers of power iterations, and which are `telling`.
+_OURS = {128: (0, 1, 2, 4, 12), 96: (1, 3, 12)}
+_THEIRS = {64: (2, 8, 16), 128: (0, 1, 2, 4, 8, 12)}
+_TELLING = ("64/2", "128/2", "128/4", "128/8")
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,9 @@ class ExpertPeer:
 
 
 def decomposition(
-    method: str, setting: str, run: Decompose, limit: float, curve: str = "", label: str = "", **options: bool
-) -> ExpertPeer:
+    method: str, setting: str, run: Callable[[Tensor, int], Triplets], limit: float, curve: str = "",
+    label: str = "", **options: bool,
+) -> ExpertPeer:  # fmt: skip
     """A point on the curve of its method or of a fixed parameter, labelled by the setting or what varies."""
     facts = {"method": method, "setting": setting, "curve": curve or method, "label": label or setting}
     return ExpertPeer(f"{method} {setting}", lambda p: run(p.deltas, p.rank), limit, facts, **options)
@@ -72,50 +68,42 @@ def decomposition(
 
 def peers(device: torch.device) -> tuple[ExpertPeer, ...]:
     """All that decompose and can run there, ours first, the slow ones last."""
-    gram = decomposition("Gram matrix, fp64", "eigh", gram_eigh, EXACT, batched=False)
-    found = [*_ours(), *_sketches(), gram]
-    settings: tuple[tuple[str, str | None], ...] = ("thin", None), ("full", None)
+    curve, fast = f"{OURS}, {{}} vectors, by power iterations", partial(linalg.svd_lowrank, mode="fast")
+    found = [
+        decomposition(OURS, "accurate", linalg.svd_lowrank, EXACT, curve.format(128)),
+        decomposition(OURS, "fast", fast, FAST, curve.format(96)),
+        *_curves(OURS, curve, _our_sketch, _OURS),
+        *_curves("torch.svd_lowrank", "torch.svd_lowrank, q = {}, by niter", _sketch, _THEIRS),
+        decomposition("Gram matrix, fp64", "eigh", gram_eigh, EXACT, batched=False),
+    ]
+    settings: dict[str, str | None] = {"thin": None, "full": None}
     if device.type == "cuda":  # cuSOLVER's drivers; on a CPU LAPACK's divide and conquer
-        thin = tuple((f"thin {driver}", driver) for driver in ("gesvda", "gesvdj", "gesvd"))
-        settings = *thin, ("full gesvd", "gesvd")
-    for name, driver in settings:
+        thin = {f"thin {driver}": driver for driver in ("gesvda", "gesvdj", "gesvd")}
+        settings = {**thin, "full gesvd": "gesvd"}
+    for name, driver in settings.items():
         full, batched = name.startswith("full"), driver == "gesvda"
-        run = full_svd(full, driver)
+        run = partial(_svd, full=full, driver=driver)
         found.append(decomposition("torch.linalg.svd", name, run, EXACT, batched=batched, full=full))
     return tuple(found)
 
 
-def _ours() -> list[ExpertPeer]:
-    """Named by the vectors that iterate for rank 64, and by the power iterations."""
+def _curves(
+    method: str, curve: str, run: Callable[..., Triplets], points: Mapping[int, Sequence[int]]
+) -> list[ExpertPeer]:
+    def point(q: int, n: int) -> ExpertPeer:
+        name, at = f"{q}/{n}", partial(run, q=q, n=n)
+        return decomposition(method, name, at, SKETCH, curve.format(q), str(n), telling=name in _TELLING)
 
-    def point(
-        name: str, extra: int, limit: float, label: str = "", telling: bool = True, **options: Any
-    ) -> ExpertPeer:
-        def run(M: Tensor, r: int) -> Triplets:
-            return linalg.svd_lowrank(M, r, **options)
-
-        curve = f"{OURS}, {64 + extra} vectors, by power iterations"
-        return decomposition(OURS, name, run, limit, curve, label, telling=telling)
-
-    def setting(extra: int, q: int) -> ExpertPeer:
-        telling, options = extra == 64 and q in (2, 4), dict(oversample=extra, power_iters=q)
-        return point(f"{64 + extra}/{q}", extra, SKETCH, str(q), telling, **options)
-
-    exact = [point(ACCURATE.removeprefix(f"{OURS} "), 64, EXACT), point("fast", 32, FAST, mode="fast")]
-    return exact + [setting(64, q) for q in (0, 1, 2, 4, 12)] + [setting(32, q) for q in (1, 3, 12)]
+    return [point(q, n) for q, numbers in points.items() for n in numbers]
 
 
-def _sketches() -> list[ExpertPeer]:
-    def setting(q: int, niter: int, telling: bool) -> ExpertPeer:
-        def run(M: Tensor, r: int) -> Triplets:
-            U, S, V = torch.svd_lowrank(M, min(q, *M.shape[-2:]), niter)
-            return U[..., :r], S[..., :r], V[..., :r].mT
+def _our_sketch(M: Tensor, r: int, q: int, n: int) -> Triplets:
+    return linalg.svd_lowrank(M, r, oversample=q - 64, power_iters=n)
 
-        method, curve = "torch.svd_lowrank", f"torch.svd_lowrank, q = {q}, by niter"
-        return decomposition(method, f"{q}/{niter}", run, SKETCH, curve, str(niter), telling=telling)
 
-    narrow = [setting(64, niter, niter == 2) for niter in (2, 8, 16)]
-    return narrow + [setting(128, niter, niter in (2, 4, 8)) for niter in (0, 1, 2, 4, 8, 12)]
+def _sketch(M: Tensor, r: int, q: int, n: int) -> Triplets:
+    U, S, V = torch.svd_lowrank(M, min(q, *M.shape[-2:]), n)
+    return U[..., :r], S[..., :r], V[..., :r].mT
 
 
 def gram_eigh(M: Tensor, r: int) -> Triplets:
@@ -130,26 +118,23 @@ def gram_eigh(M: Tensor, r: int) -> Triplets:
     return (images / S.unsqueeze(-2)).to(M.dtype), S.to(M.dtype), V.mT.to(M.dtype)
 
 
-def full_svd(full_matrices: bool, driver: str | None = None) -> Decompose:
-    def run(M: Tensor, r: int) -> Triplets:
-        U, S, Vh = torch.linalg.svd(M, full_matrices=full_matrices, driver=driver)
-        return U[..., :r], S[..., :r], Vh[..., :r, :]
-
-    return run
+def _svd(M: Tensor, r: int, full: bool, driver: str | None) -> Triplets:
+    U, S, Vh = torch.linalg.svd(M, full_matrices=full, driver=driver)
+    return U[..., :r], S[..., :r], Vh[..., :r, :]
 
 
 def pipelines(device: torch.device) -> tuple[ExpertPeer, ...]:
     """From Δ and earlier experts to new ones, ours first.  On a GPU the published one asks for gesvd."""
     driver = "gesvd" if device.type == "cuda" else None
-    own = {"note": "mingle.methods.experts.make_experts"}
-    by_library = {"note": "thin factors all the way: QR of both, SVD of the core in fp64, then a sketch"}
-    thin = {"note": "the published procedure with full_matrices=False"}
-    dense = {"note": "dense S = Σ B_i A_i and Δ', both decomposed with full_matrices=True"}
+    thin, full = (partial(decomposed_twice, full=full, driver=driver) for full in (False, True))
+    by_library = "thin factors all the way: QR of both, SVD of the core in fp64, then a sketch"
+    by_thin = "the published procedure with full_matrices=False"
+    by_full = "dense S = Σ B_i A_i and Δ', both decomposed with full_matrices=True"
     return (
-        ExpertPeer(OURS, ours, EXACT, own),
-        ExpertPeer("QR, then torch.svd_lowrank 128/8", library, 1e-3, by_library),
-        ExpertPeer(THIN, decomposed_twice(False, driver), EXACT, thin, batched=False),
-        ExpertPeer(PUBLISHED, decomposed_twice(True, driver), EXACT, dense, batched=False, full=True),
+        ExpertPeer(OURS, ours, EXACT, {"note": "mingle.methods.experts.make_experts"}),
+        ExpertPeer("QR, then torch.svd_lowrank 128/8", library, 1e-3, {"note": by_library}),
+        ExpertPeer(THIN, thin, EXACT, {"note": by_thin}, batched=False),
+        ExpertPeer(PUBLISHED, full, EXACT, {"note": by_full}, batched=False, full=True),
     )
 
 
@@ -159,47 +144,52 @@ def ours(problem: ExpertProblem) -> Factors:
     return [(expert.B, expert.A) for expert in make_experts(deltas, earlier, problem.rank).values()]
 
 
-def decomposed_twice(full: bool, driver: str | None = None) -> Callable[[ExpertProblem], Factors]:
-    """Layer by layer: decompose the dense sum of the earlier updates, zero the leading block of Uᵀ Δ V,
-    decompose what is left.  With thin factors Uᵀ Δ V does not hold all of Δ, and the block is subtracted
-    instead.
-    """
-
-    def expert(delta: Tensor, experts: tuple[LowRankExpert, ...], r: int) -> tuple[Tensor, Tensor]:
-        merged = torch.stack([expert.delta() for expert in experts]).sum(0)
-        U, S, Vh = torch.linalg.svd(merged, full_matrices=full, driver=driver)
-        leading = effective_rank(S)
-        if full:
-            core = U.mT @ delta @ Vh.mT
-            core[:leading, :leading] = 0
-            projected = U @ core @ Vh
-        else:
-            U, Vh = U[:, :leading], Vh[:leading]
-            projected = delta - U @ (U.mT @ delta @ Vh.mT) @ Vh
-        U, S, Vh = torch.linalg.svd(projected, full_matrices=full, driver=driver)
-        return U[:, :r], S[:r, None] * Vh[:r]
-
-    return lambda p: [expert(*layer, p.rank) for layer in zip(p.deltas, p.earlier, strict=True)]
-
-
 def library(problem: ExpertProblem) -> Factors:
     """What the same thought yields with PyTorch's own functions, the layers of a GPU in one batch."""
-    pairs = [concatenated(experts) for experts in problem.earlier]
-    B, A = (torch.stack(part).double() for part in zip(*pairs, strict=True))
+    rest, _ = projected(problem.deltas, problem.earlier)
+    U, S, Vh = _sketch(rest, problem.rank, 2 * problem.rank, 8)
+    return list(zip(U, S.unsqueeze(-1) * Vh, strict=True))
+
+
+def projected(deltas: Tensor, earlier: Sequence[Sequence[LowRankExpert]]) -> tuple[Tensor, list[int]]:
+    """Δ [b, m, n] without the leading block of the earlier updates, which is found from thin factors in
+    float64, and the size of that block in each layer.
+    """
+    B, A = (torch.stack(part).double() for part in zip(*map(concatenated, earlier), strict=True))
     (left, upper), (right, lower) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
-    core_U, S, core_Vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
-    U, V = (left @ core_U).to(problem.deltas.dtype), (right @ core_Vh.mT).to(problem.deltas.dtype)
-    core = U.mT @ problem.deltas @ V
-    for i, sigma in enumerate(S):
-        leading = effective_rank(sigma)
-        core[i, leading:], core[i, :, leading:] = 0, 0
-    r = problem.rank
-    U, S, V = torch.svd_lowrank(problem.deltas - U @ core @ V.mT, min(2 * r, problem.shape.shorter), 8)
-    return [(U[i, :, :r], S[i, :r, None] * V[i, :, :r].mT) for i in range(problem.layers)]
+    U, S, Vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
+    U, V = (left @ U).to(deltas.dtype), (right @ Vh.mT).to(deltas.dtype)
+    core, ranks = U.mT @ deltas @ V, [effective_rank(sigma) for sigma in S]
+    for block, rank in zip(core, ranks, strict=True):
+        block[rank:], block[:, rank:] = 0, 0
+    return deltas - U @ core @ V.mT, ranks
+
+
+def decomposed_twice(problem: ExpertProblem, full: bool, driver: str | None) -> Factors:
+    """Layer by layer: decompose the dense sum of the earlier updates, then Δ without its leading block."""
+    found = []
+    for delta, experts in zip(problem.deltas, problem.earlier, strict=True):
+        merged = torch.stack([expert.delta() for expert in experts]).sum(0)
+        U, S, Vh = _svd(without_leading(delta, merged, full, driver), problem.rank, full, driver)
+        found.append((U, S[:, None] * Vh))
+    return found
+
+
+def without_leading(delta: Tensor, earlier: Tensor, full: bool = True, driver: str | None = None) -> Tensor:
+    """Δ without the block that the leading directions of the dense earlier update span, as published.  With
+    thin factors Uᵀ Δ V does not hold all of Δ, and the block is subtracted instead of set to zero.
+    """
+    U, S, Vh = torch.linalg.svd(earlier, full_matrices=full, driver=driver)
+    rank = effective_rank(S)
+    if not full:
+        U, Vh = U[:, :rank], Vh[:rank]
+        return delta - U @ (U.mT @ delta @ Vh.mT) @ Vh
+    core = U.mT @ delta @ Vh.mT
+    core[:rank, :rank] = 0
+    return U @ core @ Vh
 
 
 def effective_rank(sigma: Tensor) -> int:
     """int(exp(−Σ p ln p)) with p = σ / Σσ, as published."""
     p = sigma / sigma.sum()
-    p = p[p > 0]
-    return int(torch.exp(-(p * p.log()).sum()))
+    return int(math.exp(-torch.xlogy(p, p).sum().item()))

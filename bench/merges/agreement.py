@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mingle.nn.linear import LowRankExpert
 
-#: by layer the weights [T, d_in] and biases [T] of all gates
-Gates = Mapping[str, tuple[Tensor, Tensor]]
+#: by layer the weights and biases of all gates, side by side [T, d_in + 1]
+Gates = Mapping[str, Tensor]
 Experts = Mapping[str, LowRankExpert]
 
 #: relative error of a task's gates in any layer, in fp32 and in fp64
@@ -23,34 +23,34 @@ EXPERTS, BASES = 1e-4, 1e-3
 
 def gates(found: Gates, expected: Gates) -> dict[str, Any]:
     """The worst relative error of one task's gate in one layer, weight and bias together, and where it is."""
-    errors = {}
-    for name, pair in expected.items():
-        own, truth = (torch.cat([w.double(), b.double()[:, None]], 1).cpu() for w, b in (found[name], pair))
-        relative = (own - truth).norm(dim=1) / truth.norm(dim=1).clamp_min(1e-30)
-        errors[name] = relative.max().item() if len(truth) else 0.0
-    return _verdict(errors, GATES[next(iter(expected.values()))[0].dtype])
+    limit = GATES[next(iter(expected.values())).dtype]
+    return _worst({layer: _error(found[layer], truth) for layer, truth in expected.items()}, limit)
 
 
 def experts(found: Experts, expected: Experts) -> dict[str, Any]:
     """The worst relative error of B A in the layers that `found` has."""
-    errors = {}
-    for name in found:
-        own, truth = (one[name].delta().double() for one in (found, expected))
-        errors[name] = ((own - truth).norm() / truth.norm()).item()
-    return _verdict(errors, EXPERTS)
+    pairs = {layer: (own.delta(), expected[layer].delta()) for layer, own in found.items()}
+    return _worst({layer: _error(*map(torch.ravel, pair)) for layer, pair in pairs.items()}, EXPERTS)
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    """The worst relative error of a row."""
+    found, truth = found.double().cpu(), truth.double().cpu()
+    return ((found - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(1e-30)).max().item()
 
 
 def bases(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Any]:
     """The sine of the largest angle between bases [d_in, K] in any layer; 1 where K differs."""
-    errors = {}
-    for name, U in expected.items():
-        V = found[name]
-        errors[name] = torch.linalg.matrix_norm(V - U @ (U.mT @ V), 2).item() if U.shape == V.shape else 1.0
-    return _verdict(errors, BASES)
+
+    def error(layer: str) -> float:
+        V, U = (one[layer].double().cpu() for one in (found, expected))
+        return torch.linalg.matrix_norm(V - U @ (U.mT @ V), 2).item() if U.shape == V.shape else 1.0
+
+    return _worst({layer: error(layer) for layer in expected}, BASES)
 
 
-def _verdict(errors: Mapping[str, float], limit: float) -> dict[str, Any]:
-    """Of the worst layer; what is not a number is worst."""
-    name = max(errors, key=lambda key: errors[key] if math.isfinite(errors[key]) else math.inf)
-    worst = errors[name] if math.isfinite(errors[name]) else None
-    return {"error": worst, "tolerance": limit, "layer": name, "ok": worst is not None and worst <= limit}
+def _worst(errors: Mapping[str, float], limit: float) -> dict[str, Any]:
+    """The error of the worst layer; what is not a number is worst."""
+    layer = max(errors, key=lambda key: errors[key] if math.isfinite(errors[key]) else math.inf)
+    worst = errors[layer] if math.isfinite(errors[layer]) else None
+    return {"error": worst, "tolerance": limit, "layer": layer, "ok": worst is not None and worst <= limit}

@@ -20,16 +20,14 @@ from mingle.tasks import TaskData, TaskType, get
 #: a fine-tuned model: a folder, or its tower's tensors
 Tuned = Path | Mapping[str, Tensor]
 BF16, EAGER, PUBLISHED = "mingle bf16", "eager, full SVDs", "published"
-SYNTHETIC = (
-    "randomly initialised; task vectors on the target layers with σ_k ∝ 1/√k over 128 random directions "
-    "under white noise, 2 % and 1 % of the weight's norm; images of Gaussian noise with as much power in "
-    "every octave, random unit class embeddings"
-)
+SYNTHETIC = """randomly initialised; task vectors on the target layers with σ_k ∝ 1/√k over 128 random \
+directions under white noise, 2 % and 1 % of the weight's norm; images of Gaussian noise with as much \
+power in every octave, random unit class embeddings"""
 _DIRECTIONS, _STRUCTURE, _NOISE = 128, 0.02, 0.01
 _TEXT: dict[str, int | None] = dict(
-    hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
-)
-_TEXT |= dict(max_position_embeddings=8, bos_token_id=None, eos_token_id=None)
+    hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+    max_position_embeddings=8, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
 #: classes as the embedded suite has them (published tasks have from 10 to 397); seeds and tests per task
 _CLASSES, _SEEDS, _TESTS = 20, 100, 128
 
@@ -112,11 +110,11 @@ def synthetic(
     """Random images for a case with a vision tower of its own."""
     assert case.vision is not None
     draw = partial(images, case.vision["image_size"], case.projection, classes)
-    parts = (
-        (lambda i: draw(seeds, seed + 1000 * i)),
-        (lambda i: draw(_TESTS, seed + 1000 * i + 1, labelled=True)),
-    )
-    return MergeProblem(case, get("clip"), base, tasks, options, expert, *parts)
+    return MergeProblem(
+        case, get("clip"), base, tasks, options, expert,
+        seeds=lambda i: draw(seeds, seed + 1000 * i),
+        tests=lambda i: draw(_TESTS, seed + 1000 * i + 1, labelled=True),
+    )  # fmt: skip
 
 
 def random_clip(vision: Mapping[str, int], projection: int, seed: int = 0) -> nn.Module:
@@ -150,7 +148,7 @@ def tuned_tower(base: nn.Module, index: int, seed: int = 0) -> dict[str, Tensor]
     generator, task = torch.Generator().manual_seed(1000 * seed + index + 1), get("clip")
     state: dict[str, Tensor] = dict(base.get_submodule(task.tower).state_dict())
     targets = tuple(f".{suffix}.weight" for suffix in task.layer_sets["full"])
-    for name, weight in ((name, weight) for name, weight in state.items() if name.endswith(targets)):
+    for name, weight in [item for item in state.items() if item[0].endswith(targets)]:
         count = min(_DIRECTIONS, *weight.shape)
         left, right = (torch.randn(size, count, generator=generator) for size in weight.shape)
         structure = (left * torch.arange(1, count + 1).rsqrt()) @ right.mT

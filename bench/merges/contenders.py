@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mingle import linalg
+from mingle.adaptation.train import StepProgress
 from mingle.bench.machine import Stopwatch
 from mingle.bench.measure import OURS
 from mingle.bench.merges.agreement import Experts, Gates
@@ -31,33 +32,28 @@ from mingle.tasks import TaskData
 History = Sequence[Mapping[str, Tensor]]
 #: owner, name and substitute of a function that is to run differently
 Replaced = tuple[Any, str, Callable[..., Any]]
-_PUBLISHED = "dense experts merged in every forward, a teacher pass at every step, two full SVDs per layer"
 NOTES = {
     OURS: "this library, fp32",
     BF16: "this library, bf16 products during adaptation",
     EAGER: 'this library with backend="eager" and LAPACK\'s full decompositions in float64',
-    PUBLISHED: f"the published procedure: {_PUBLISHED}",
+    PUBLISHED: """the published procedure: dense experts merged in every forward, a teacher pass at every \
+step, two full SVDs per layer""",
 }
 #: whose gates must be ours within rounding
 EXACT = (OURS, EAGER, PUBLISHED)
 
 
 class OurMerge:
-    """`mingle.Merger`, its clock told which stage runs; `full`: with LAPACK's decompositions in float64."""
+    """`mingle.Merger`, its clock told which stage runs; eager with LAPACK's decompositions in float64."""
 
-    def __init__(
-        self, problem: MergeProblem, clock: Stopwatch, options: Mapping[str, Any], full: bool = False
-    ) -> None:
-        self.clock, self.full = clock, full
+    def __init__(self, problem: MergeProblem, clock: Stopwatch, options: Mapping[str, Any]) -> None:
+        self.clock, self.full = clock, options.get("backend") == "eager"
         with clock("load"):
             self.merger = Merger(problem.base, "mingle", problem.task.name, device=clock.device, **options)
         self.task, self.model = self.merger.task, self.merger.model
         assert isinstance(self.merger.method, Mingle)
         self.method = self.merger.method
-
-    @property
-    def layers(self) -> Mapping[str, Any]:
-        return self.method.layers
+        self.layers: Mapping[str, Any] = self.method.layers
 
     def restore(self, history: History) -> None:
         """Take on the experts, gates and bases of earlier tasks."""
@@ -74,13 +70,14 @@ class OurMerge:
         Returns the seconds of every adaptation step but the first.
         """
         marks: list[tuple[float, int]] = []
+
+        def mark(progress: StepProgress) -> None:
+            marks.append((time.perf_counter(), progress.step))
+
         replaced: list[Replaced] = [] if protect else [(Mingle, "_protect", lambda method, *_: method.bases)]
         replaced += [] if given is None else [(method, "make_experts", lambda *_, **__: given)]
         with self._watched(replaced):
-            name = f"task {len(self.merger.merged)}"
-            self.merger.add(
-                name, expert, seeds, on_step=lambda step: marks.append((time.perf_counter(), step.step))
-            )
+            self.merger.add(f"task {len(self.merger.merged)}", expert, seeds, on_step=mark)
         return [(b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(marks)]
 
     def make_experts(self, expert: Tuned, names: Sequence[str]) -> Experts:
@@ -89,13 +86,12 @@ class OurMerge:
         deltas = task_vector(self.method.base, tuned, [f"{name}.weight" for name in names])
         named = dict(zip(names, deltas.values(), strict=True))
         earlier = {name: self.method.layers[name].experts() for name in names}
-        with self._watched([]):
-            found: Experts = getattr(method, "make_experts")(named, earlier, self.method.options.rank)  # noqa: B009
-            return found
+        with self._watched([]), self.clock("decompose"):
+            return experts.make_experts(named, earlier, self.method.options.rank)
 
     def gates(self) -> Gates:
-        every = {name: layer.all_gates() for name, layer in self.method.layers.items()}
-        return {name: (weight.detach(), bias.detach()) for name, (weight, bias) in every.items()}
+        every = {name: layer.all_gates() for name, layer in self.layers.items()}
+        return {name: torch.cat([w, b[:, None]], 1).detach() for name, (w, b) in every.items()}
 
     def bases(self) -> Mapping[str, Tensor]:
         """By layer the protected directions [d_in, K]."""
@@ -109,9 +105,7 @@ class OurMerge:
             return torch.linalg.svd((B @ A).double(), full_matrices=False)
 
         lapack = partial(linalg.svd_lowrank, backend="lapack")
-        full: list[Replaced] = (
-            [(linalg, "factored_svd", svd), (linalg, "svd_lowrank", lapack)] if self.full else []
-        )
+        full: list[Replaced] = [(linalg, "factored_svd", svd), (linalg, "svd_lowrank", lapack)]
         stages = (
             (Merger, "_tower_tensors", "load"),
             (gated, "task_vector", "load"),
@@ -121,33 +115,27 @@ class OurMerge:
             (Mingle, "_protect", "subspace"),
         )
         with ExitStack() as stack:
-            for owner, name, by in (*full, *replaced):
+            for owner, name, by in (*(full if self.full else ()), *replaced):
                 stack.enter_context(mock.patch.object(owner, name, by))
             for owner, name, stage in stages:
-                timed = _timed(self.clock, stage, getattr(owner, name))
+                timed = self.clock(stage)(getattr(owner, name))
                 stack.enter_context(mock.patch.object(owner, name, timed))
             yield
-
-
-def _timed(clock: Stopwatch, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        with clock(stage):
-            return function(*args, **kwargs)
-
-    return timed
 
 
 Contender = OurMerge | PublishedMerge
 
 
-def start(name: str, problem: MergeProblem, clock: Stopwatch, **overrides: Any) -> Contender:
-    """A contender by name, before its first task; `overrides` of the problem's options."""
-    options = problem.options | overrides
-    if name == PUBLISHED:
-        return PublishedMerge(problem, clock, options)
+def start(
+    name: str, problem: MergeProblem, clock: Stopwatch, past: History = (), **overrides: Any
+) -> Contender:
+    """A contender by name, behind the tasks of `past`; `overrides` of the problem's options."""
     own = {EAGER: {"backend": "eager"}, BF16: {"precision": "bf16"}}.get(name, {})
-    return OurMerge(problem, clock, options | own, full=name == EAGER)
+    make = PublishedMerge if name == PUBLISHED else OurMerge
+    contender: Contender = make(problem, clock, {**problem.options, **overrides, **own})
+    if past:
+        contender.restore(past)
+    return contender
 
 
 def mean_accuracy(contender: Contender, tests: Sequence[TaskData]) -> float:

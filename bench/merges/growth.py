@@ -16,7 +16,6 @@ from mingle.bench.measure import OURS, Row, log, summary
 from mingle.bench.merges import cases, comparison, contenders
 from mingle.bench.merges.cases import PUBLISHED, MergeCase, MergeProblem
 from mingle.bench.record import CaseResult, case_result
-from mingle.methods.mingle import Mingle
 from mingle.nn.linear import LowRankExpert
 
 #: what stays while one of them grows
@@ -25,18 +24,13 @@ RANK, BATCH, SEEDS = 16, 16, 32
 #: what one more task may leave beside its experts, gates and directions, as a share of these
 ALLOWED = 0.01
 _OF_A_LAYER = ("A", "B_transposed", "gate_weight", "gate_bias", "frozen_gate_weight", "frozen_gate_bias")
-_LABELS = {
-    "tasks": "the number of tasks",
-    "layers": "the number of blocks, six target layers each",
-    "width": "the width",
-}
+_BLOCKS = "the number of blocks, six target layers each"
+_LABELS = {"tasks": "the number of tasks", "layers": _BLOCKS, "width": "the width"}
 SWEEPS = {"tasks": (1, 2, 4, 8, 16, 32, 64), "layers": (1, 2, 4, 8, 16), "width": (64, 128, 256, 512)}
 QUICK = {"tasks": (1, 2, 4), "width": (32, 64)}
-METHOD = (
-    "seconds of one adaptation step behind random experts of all tasks but the newest, medians; memory: "
-    "the most that PyTorch's allocator hands out in one adaptation of one step beyond what was held "
-    "before, on a CPU; exponents: slopes of log over log by least squares"
-)
+METHOD = """seconds of one adaptation step behind random experts of all tasks but the newest, medians; \
+memory: the most that PyTorch's allocator hands out in one adaptation of one step beyond what was held \
+before, on a CPU; exponents: slopes of log over log by least squares"""
 
 
 def sweep(
@@ -50,10 +44,11 @@ def sweep(
         log.info("growth with %s = %d: %s: %.1f ms", name, value, contender, row["median"] * 1e3)
     fitted: dict[str, dict[str, dict[str, float]]] = {OURS: {}, PUBLISHED: {}}
     remarks = []
-    for (contender, one), key in itertools.product(fitted.items(), ("median", "peak_bytes")):
-        one[key] = exponents(values, [row[key] for row in rows if row["name"] == contender])
-        told = f"{one[key]['all']:.2f}, of the upper half {one[key]['upper']:.2f}"
-        remarks.append(f"{contender}: exponent of {'a step' if key == 'median' else 'memory'} {told}")
+    for contender, (key, cost) in itertools.product(fitted, (("median", "a step"), ("peak_bytes", "memory"))):
+        found = exponents(values, [row[key] for row in rows if row["name"] == contender])
+        told = f"{found['all']:.2f}, of the upper half {found['upper']:.2f}"
+        remarks.append(f"{contender}: exponent of {cost} {told}")
+        fitted[contender][key] = found
     facts = {"swept": name, "values": list(values)}
     return case_result(f"growth with {name}", _LABELS[name], facts, rows, exponents=fitted, remarks=remarks)
 
@@ -82,47 +77,34 @@ def _step(
     *past, new = comparison.history(problem, sizes["tasks"], seed)
     layers = [key.removesuffix(".A") for key in new if key.endswith(".A")]
     given = {layer: LowRankExpert(new[f"{layer}.A"], new[f"{layer}.B"]) for layer in layers}
-    running, once = (contenders.start(name, problem, Stopwatch(device), steps=n) for n in (steps, 2))
-    for one in (running, once):
-        one.restore(past)
     task = problem.expert(len(past)), problem.seeds(len(past)), given
+    running, once = (contenders.start(name, problem, Stopwatch(device), past, steps=n) for n in (steps, 2))
     return summary(running.add(*task)) | {"peak_bytes": peak_bytes(lambda: once.add(*task), device) or 0}
 
 
 def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[str, Any]:
     """Bytes in living tensors after each of our merges, and how many are experts, gates and bases."""
     problem = small_problem(FIXED | {"tasks": tasks, "width": 64}, reduce, 2, seed)
-    expert, seeds = (
-        problem.expert(0),
-        problem.seeds(0),
-    )  # the same for all: what they are does not matter here
+    task = problem.expert(0), problem.seeds(0)  # the same for all: what they are does not matter here
     running = contenders.start(OURS, problem, Stopwatch(device))
     assert isinstance(running, contenders.OurMerge)
     before = _held(device)
     held, accounted = [], []
     for _ in range(tasks):
-        running.add(expert, seeds)
+        running.add(*task)
         held.append(_held(device) - before)
-        accounted.append(_accounted(running.method))
+        of_layers = sum(getattr(one, name).nbytes for one in running.layers.values() for name in _OF_A_LAYER)
+        accounted.append(of_layers + sum(basis.nbytes for basis in running.bases().values()))
     rest, count = np.subtract(held, accounted), np.arange(1, tasks + 1)
     slope = float(np.polyfit(count, rest, 1)[0]) if tasks > 1 else 0.0
     found = {"tasks": count.tolist(), "held_bytes": held, "accounted_bytes": accounted}
     return found | {"unaccounted_bytes_per_task": slope, "ok": abs(slope) <= ALLOWED * accounted[-1] / tasks}
 
 
-def _accounted(method: Mingle) -> int:
-    """Bytes of a merge's experts, gates and bases."""
-    tensors = [getattr(layer, name) for layer in method.layers.values() for name in _OF_A_LAYER]
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *method.bases.values()))
-
-
 def _held(device: torch.device) -> int:
     """Bytes of all storages that living dense tensors share; a merge makes no others."""
     gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        plain = type(thing) in (torch.Tensor, torch.nn.Parameter)
-        if plain and thing.device.type == device.type and thing.layout == torch.strided:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+    tensors = (thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter))
+    here = (one for one in tensors if one.device.type == device.type and one.layout == torch.strided)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (one.untyped_storage() for one in here)}
     return sum(storages.values())

@@ -7,7 +7,6 @@ batches that our seeds make; no kernel, no layer, no decomposition.
 from __future__ import annotations
 
 import copy
-import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, pairwise
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mingle.adaptation.batches import shuffled_batches
+from mingle.bench.decomposition.peers import without_leading
 from mingle.bench.machine import Stopwatch
 from mingle.bench.merges.agreement import Experts, Gates
 from mingle.bench.merges.cases import MergeProblem, Tuned
@@ -33,39 +33,36 @@ class MergedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, per_batch: bool) -> None:
         super().__init__()
         self.weight, self.bias, self.per_batch = linear.weight, linear.bias, per_batch
-        self.A, self.B, self.gates = nn.ParameterList(), nn.ParameterList(), nn.ModuleList()
+        self.experts: list[LowRankExpert] = []
+        self.gates = nn.ModuleList()
         self.basis = torch.empty(linear.in_features, 0, dtype=linear.weight.dtype)  # stays on the CPU
         self.covariance: Tensor | None = None  # Σ xᵀx [d_in, d_in], while `PublishedMerge.protect` runs
 
+    @torch.no_grad()
     def add_expert(self, A: Tensor, B: Tensor, gate_weight: Tensor, gate_bias: float | Tensor = 0.0) -> None:
         """A [r, d_in], B [d_out, r]; all older gates freeze."""
         self.gates.requires_grad_(False)
         gate = nn.Linear(A.shape[1], 1).to(self.weight)
-        with torch.no_grad():
-            gate.weight.copy_(gate_weight)
-            gate.bias.fill_(gate_bias)
-        self.A.append(nn.Parameter(A.to(self.weight), requires_grad=False))
-        self.B.append(nn.Parameter(B.to(self.weight), requires_grad=False))
+        gate.weight.copy_(gate_weight)
+        gate.bias.fill_(gate_bias)
+        self.experts.append(LowRankExpert(A.to(self.weight), B.to(self.weight)))
         self.gates.append(gate)
 
     def dense_experts(self) -> list[Tensor]:
         """B_i A_i [d_out, d_in]."""
-        return [B @ A for A, B in zip(self.A, self.B, strict=True)]
+        return [B @ A for A, B in self.experts]
 
     def merged(self, gates: Tensor) -> Tensor:
         """W₀ + Σ_i g_i B_i A_i for gates [T]."""
-        weight: Tensor = self.weight
-        for gate, expert in zip(gates, self.dense_experts(), strict=True):
-            weight = weight + gate * expert
-        return weight
+        terms = zip(gates, self.dense_experts(), strict=True)
+        return sum((gate * expert for gate, expert in terms), self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.covariance is not None:
             rows = x.flatten(0, -2)
             self.covariance += rows.T @ rows
-        gates = torch.cat([gate(x) for gate in self.gates], -1).mean(
-            1
-        )  # [n, T], means over a sample's tokens
+        of_tokens = torch.cat([gate(x) for gate in self.gates], -1)  # [n, tokens, T]
+        gates = of_tokens.mean(1)
         if self.per_batch:
             return F.linear(x, self.merged(gates.mean(0)), self.bias)
         pairs = zip(x, gates, strict=True)
@@ -92,8 +89,7 @@ class PublishedMerge:
             self.model = copy.deepcopy(self.base).eval().requires_grad_(False)
             suffixes = tuple(f".{suffix}" for suffix in o.layers or self.task.layer_sets["full"])
             tower = self.model.get_submodule(self.task.tower)
-            targets = {name: one for name, one in tower.named_modules() if name.endswith(suffixes)}
-            for name, module in targets.items():
+            for name, module in [item for item in tower.named_modules() if item[0].endswith(suffixes)]:
                 assert isinstance(module, nn.Linear)
                 self.layers[name] = MergedLinear(module, o.reduce == "batch")
                 tower.set_submodule(name, self.layers[name])
@@ -110,25 +106,21 @@ class PublishedMerge:
     def add(
         self, expert: Tuned, seeds: TaskData, given: Experts | None = None, *, protect: bool = True
     ) -> list[float]:
-        tuned, marks = self._load(expert), []
+        tuned, options = self._load(expert), self.options
         generator = torch.Generator().manual_seed(zlib.crc32(f"0/{self.count}".encode()))
         gates = {name: torch.zeros(layer.weight.shape[1]) for name, layer in self.layers.items()}
-        for gate in gates.values() if self.options.gate_init == "normal" else ():
+        for gate in gates.values() if options.gate_init == "normal" else ():
             gate.normal_(std=GATE_INIT_STD, generator=generator)
-        for name, (A, B) in (given or self._experts(tuned, self.layers)).items():
+        for name, (A, B) in (given or self.make_experts(tuned, self.layers)).items():
             self.layers[name].add_expert(A, B, gates[name])
-        batches = shuffled_batches(len(seeds), self.options.batch_size, generator)
+        batches = islice(shuffled_batches(len(seeds), options.batch_size, generator), options.steps)
         with self.clock("adapt"):
-            for _ in self._adapted(tuned, seeds, islice(batches, self.options.steps)):
-                marks.append(self.clock.now())
+            marks = self._adapt(tuned, seeds, batches)
         if protect:
             with self.clock("subspace"):
                 self.protect(seeds)
         self.count += 1
         return [end - start for start, end in pairwise(marks)]
-
-    def make_experts(self, expert: Tuned, names: Sequence[str]) -> Experts:
-        return self._experts(self._load(expert), names)
 
     def _load(self, expert: Tuned) -> Mapping[str, Tensor]:
         from safetensors.torch import load_file
@@ -141,30 +133,29 @@ class PublishedMerge:
             return {name.removeprefix(self.task.prefixes[0]): tensor for name, tensor in kept.items()}
 
     @torch.no_grad()
-    def _experts(self, tuned: Mapping[str, Tensor], names: Iterable[str]) -> Experts:
+    def make_experts(self, expert: Tuned, names: Iterable[str]) -> Experts:
         """The new task's for the layers `names`."""
-        found, r = {}, self.options.rank
+        tuned, found, r = self._load(expert), {}, self.options.rank
         for name in names:
             layer = self.layers[name]
             with self.clock("load"):
                 delta = tuned[f"{name}.weight"] - layer.weight
-            if layer.gates:
+            if layer.experts:
                 with self.clock("project"):
-                    delta = _without_earlier(delta, torch.stack(layer.dense_experts()).sum(0))
+                    delta = without_leading(delta, torch.stack(layer.dense_experts()).sum(0))
             with self.clock("decompose"):
                 U, S, Vh = torch.linalg.svd(delta, full_matrices=True)
                 found[name] = LowRankExpert(S[:r, None] * Vh[:r], U[:, : min(r, len(S))])
         return found
 
-    def _adapted(
-        self, tuned: Mapping[str, Tensor], seeds: TaskData, batches: Iterable[Tensor]
-    ) -> Iterable[None]:
-        """Train the newest gates by distillation, pausing after every step; the teacher answers at each."""
+    def _adapt(self, tuned: Mapping[str, Tensor], seeds: TaskData, batches: Iterable[Tensor]) -> list[float]:
+        """Train the newest gates by distillation, asking the teacher at every step; when each step ended."""
         teacher = copy.deepcopy(self.base).eval()
         teacher.get_submodule(self.task.tower).load_state_dict(dict(tuned))
         gates = [p for layer in self.layers.values() for p in layer.gates[-1].parameters()]
         optimizer, temperature = torch.optim.Adam(gates, lr=self.options.lr), self.options.temperature
         interference = {name: torch.zeros_like(layer.basis[0]) for name, layer in self.layers.items()}
+        marks = []
         for index in batches:
             batch = seeds.select(index).to(self.clock.device)
             with torch.no_grad():
@@ -175,7 +166,8 @@ class PublishedMerge:
             for name, layer in self.layers.items():
                 self._project(layer, interference[name])
             optimizer.step()
-            yield
+            marks.append(self.clock.now())
+        return marks
 
     @torch.no_grad()
     def _project(self, layer: MergedLinear, S: Tensor) -> None:
@@ -193,7 +185,7 @@ class PublishedMerge:
     def protect(self, seeds: TaskData, batch_size: int = 128) -> None:
         """Add the task's leading input directions of every layer to its basis."""
         for layer in self.layers.values():
-            layer.covariance = layer.weight.new_zeros(layer.weight.shape[1], layer.weight.shape[1])
+            layer.covariance = layer.weight.new_zeros(*[layer.weight.shape[1]] * 2)
         for batch in seeds.batches(batch_size):
             self.task.logits(self.model, batch)
         for layer in self.layers.values():
@@ -202,22 +194,10 @@ class PublishedMerge:
             layer.basis, layer.covariance = torch.linalg.qr(torch.cat([layer.basis, leading], 1)).Q, None
 
     def gates(self) -> Gates:
-        found = {}
-        for name, layer in self.layers.items():
-            parts = zip(*((gate.weight, gate.bias) for gate in layer.gates), strict=True)
-            weight, bias = (torch.cat(part).detach() for part in parts)
-            found[name] = weight, bias
-        return found
+        def of(gates: Iterable[Any]) -> Tensor:
+            return torch.stack([torch.cat([gate.weight[0], gate.bias]).detach() for gate in gates])
+
+        return {name: of(layer.gates) for name, layer in self.layers.items()}
 
     def bases(self) -> dict[str, Tensor]:
         return {name: layer.basis for name, layer in self.layers.items()}
-
-
-def _without_earlier(delta: Tensor, earlier: Tensor) -> Tensor:
-    """Δ without the block that the leading directions of the earlier update span, by its effective rank."""
-    U, S, Vh = torch.linalg.svd(earlier, full_matrices=True)
-    share = S / S.sum()
-    rank = int(math.exp(-torch.xlogy(share, share).sum().item()))
-    core = U.T @ delta @ Vh.T
-    core[:rank, :rank] = 0
-    return U @ core @ Vh
