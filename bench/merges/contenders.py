@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mingle import linalg
-from mingle.adaptation.train import StepProgress
+from mingle.adaptation.trace import StepProgress
 from mingle.bench.machine import Stopwatch
 from mingle.bench.measure import OURS
 from mingle.bench.merges.agreement import Experts, Gates

@@ -1,4 +1,4 @@
-"""The configuration of a PEFT LoRA adapter: what it says about ranks and scalings, and what cannot be read."""
+"""The configuration of a PEFT LoRA adapter: its ranks and scalings, and why it cannot be read."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class AdapterConfig:
         path: of the file.
         r, alpha: the rank and α of every layer that no pattern matches.
         rslora: whether the scaling is α / √r instead of α / r.
-        rank_pattern, alpha_pattern: the option's own key → its regular expression, and the value of the layers
-            that it matches.
+        rank_pattern, alpha_pattern: the option's key → its regular expression, and the value of the layers that
+            it matches.
     """
 
     path: Path
@@ -73,8 +73,8 @@ class AdapterConfig:
         """The configuration in an adapter's folder.
 
         Raises:
-            CheckpointError: none there, a broken one, or that of an adapter which is more than a sum of low-rank
-                updates or does not fit the base as it is.
+            CheckpointError: none there, a broken one, or that of an adapter which is more than a sum of
+                low-rank updates or does not fit the base as it is.
         """
         path = contained(folder, CONFIG)
         if not path.is_file():

@@ -29,7 +29,7 @@ TEXT = dict(
 def student(
     base_model: torch.nn.Module, targets: tuple[str, ...] = ("q_proj", "fc1")
 ) -> tuple[torch.nn.Module, dict[str, MingleLinear]]:
-    """A frozen copy of the base model with a random expert of rank 4 in every target layer, always the same."""
+    """A frozen copy of the base model with a random expert of rank 4 in every target layer."""
     torch.manual_seed(0)
     model = copy.deepcopy(base_model).requires_grad_(False)
     layers = inject(model.get_submodule("vision_model"), targets)
