@@ -10,9 +10,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from mingle.bench import command, record
-from mingle.bench.machine import LoadMeter
 from mingle.bench.measure import OURS
-from mingle.bench.merges import cases, comparison, growth
+from mingle.bench.merges import cases, comparison
 from mingle.bench.merges.cases import BF16, CASES, EAGER, PUBLISHED, MergeCase
 from mingle.bench.record import Results, case_result
 
@@ -21,13 +20,10 @@ _ROUNDS, _STEPS, _MEASURED_STEPS = 3, 50, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one case, or the growth curves.  Returns 1 where gates did not agree or memory leaked, else 0."""
+    """Run one case.  Returns 1 where gates did not agree, else 0."""
     args = _arguments(arguments)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if args.growth:
-        found = grow(args.device, args.reduce, args.quick, args.seed)
-        return command.finish(found, args.out, "growth") or int(not found["kept"]["ok"])
     peers = [PEERS[peer] for peer in args.peer]
     names = [OURS, *([BF16] if args.precision == "bf16" else []), *peers]
     tasks = min(args.tasks, 2) if args.quick else args.tasks
@@ -52,7 +48,6 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--reduce", choices=("batch", "sample", "token"), default="batch", help=seen)
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 adds ours with bf16 products")
     add("--steps", type=int, help="of adaptation to be timed: 50, or 4 where the whole is a sum")
-    add("--growth", action="store_true", help="instead: how a step's cost grows with tasks, layers and width")
     args = command.begin(parser, arguments)
     if args.steps is not None and args.steps < 3:
         parser.error("--steps: at least 3, as the first is not timed")
@@ -93,25 +88,6 @@ def run(
     about = {"quick": quick, "mode": "whole" if is_whole else "staged", "method": method}
     asked = () if quick else cases.TARGETS
     return record.envelope("merges", device, seed, found, asked, began, **about)
-
-
-def grow(device: torch.device, reduce: str, quick: bool, seed: int = 0) -> Results:
-    """The growth curves, and what many merges leave behind."""
-    began, load = time.monotonic(), LoadMeter()
-    sweeps, tasks, steps = (growth.QUICK, 4, 3) if quick else (growth.SWEEPS, 64, 6)
-    found = [growth.sweep(name, values, device, reduce, steps, seed) for name, values in sweeps.items()]
-    kept, fixed = growth.kept(device, tasks, reduce, seed), growth.FIXED
-    held, known = (kept[key][-1] / 1e6 for key in ("held_bytes", "accounted_bytes"))
-    remark = (
-        f"after {tasks} tasks: {held:.2f} MB in tensors beyond the base, {known:.2f} MB of them experts, "
-        f"gates and bases; unaccounted per task: {kept['unaccounted_bytes_per_task']:.0f} bytes"
-    )
-    sizes = fixed | {"rank": growth.RANK, "batch": growth.BATCH, "tokens": 50, "reduce": reduce}
-    same = f"width {fixed['width']}, {fixed['layers']} blocks, {fixed['tasks']} tasks where they do not vary"
-    title = f"How the cost of an adaptation step grows: {same}; gates of a {reduce}"
-    about = {"title": title, "quick": quick, "method": growth.METHOD, "sizes": sizes, "kept": kept}
-    about |= {"remarks": [remark], "cpus_used_by_others": load.others()}
-    return record.envelope("growth", device, seed, found, (), began, **about)
 
 
 if __name__ == "__main__":

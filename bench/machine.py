@@ -107,7 +107,6 @@ def _size(path: str, key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
-#: of a merge
 STAGES = ("load", "project", "decompose", "adapt", "subspace", "evaluate")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mingle.bench import command, judge, record, table
-from mingle.bench.gated_experts import breakdown, cases, check, floor, inputs
+from mingle.bench.gated_experts import cases, check, floor, inputs
 from mingle.bench.gated_experts.cases import CASES, SELECTIONS, KernelCase, Selection
 from mingle.bench.gated_experts.floor import Ceilings
 from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, STRATEGIES, KernelPeer
@@ -41,8 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = args.selection or ("gpu" if device.type == "cuda" else "quick")
-    if name == "breakdown" and (args.peer or args.plots or args.compare or args.device not in (None, "cpu")):
-        parser.error("--breakdown takes none of --peer, --plots and --compare, and runs on the CPU")
     try:
         old = record.read(args.compare) if args.compare else None
         for folder in (args.out and args.out.parent, args.plots):
@@ -50,13 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 folder.mkdir(parents=True, exist_ok=True)  # better now than after ten minutes
     except (ValueError, OSError) as error:  # a file that is not there or holds something else
         parser.error(str(error))
-    if name == "breakdown":
-        found = breakdown.run(SELECTIONS[name], args.seed)
-    else:
-        named = tuple(CASES[case] for case in args.case)
-        selection = Selection(named, _SECONDS) if named else SELECTIONS[name]
-        peers = args.peer or (STRATEGIES if name == "dispatch" else ())
-        found = run(selection, peers, device, args.seed, args.until)
+    named = tuple(CASES[case] for case in args.case)
+    selection = Selection(named, _SECONDS) if named else SELECTIONS[name]
+    peers = args.peer or (STRATEGIES if name == "dispatch" else ())
+    found = run(selection, peers, device, args.seed, args.until)
     if args.out:
         write_json(args.out, found)
     if args.plots:

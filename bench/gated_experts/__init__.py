@@ -1,1 +1,1 @@
-"""The gated sum of experts: cases, their tensors, the float64 oracle, floors, peers, and a breakdown."""
+"""The gated sum of experts: cases, their tensors, the float64 oracle, floors and peers."""

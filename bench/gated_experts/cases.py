@@ -133,12 +133,10 @@ _GPU = f"""{_GPU_COMPILED} vit-b16-token-bf16 vit-b16-token-bf16-bw vit-b16-batc
     llm-sample-bf16 routed-sample-bf16 routed-large-sample-bf16"""
 _FOLDED = " ".join(name for name in CASES if name.startswith("fold-") and "fp16" not in name)
 _OTHERS = "square-token-fp32 square-sample-fp32 vit-b32-sample-fp32 image-sample-fp32 routed-sample-fp32"
-_PARTS = "square-sample-fp32 square-sample-bf16 square-batch-fp32 vit-b32-batch-fp32"
 SELECTIONS = {
     "quick": _select(_QUICK, "square-sample-fp32", seconds=6, build_until=60, about="two minutes on a CPU"),
     "gpu": _select(_GPU, _GPU_COMPILED, seconds=6, build_until=300, about="ten minutes on a large GPU"),
     "dispatch": _select(f"{_FOLDED} {_OTHERS}", seconds=4, about='does backend="auto" choose well?'),
-    "breakdown": _select(_PARTS, seconds=8, about="where the time goes on a CPU, and what limits it"),
 }
 
 #: what the measurements of this library have shown; a run prints those of its cases

@@ -1,16 +1,4 @@
-"""What the hardware allows: operations and bytes of a case, two measured ceilings, and the time they imply.
-
-With N tokens, T experts of rank r, R = T·r and G gate vectors (one per token, sample or batch), operations,
-of which a multiply-add counts two:
-
-    low-rank forward   2N (d_in d_out + R (d_in + d_out)) + 2GT d_in
-    folded forward     2 d_in d_out (GR + N) + 2GT d_in
-    low-rank backward  the same products with u = dy B_catᵀ for H, 2NR for dz and 2G d_in for the newest gate
-    folded backward    2N d_in d_out for x, and for dz the cheaper of dyᵀx or the low-rank u and H
-
-Bytes: two launches, shrink and expand, and again two for the backward pass; each reads each of its inputs
-once and writes each of its outputs once, gate values in fp32.
-"""
+"""What the hardware allows: two measured ceilings, and the time that a case takes at least by its work."""
 
 from __future__ import annotations
 
@@ -23,8 +11,7 @@ from torch import Tensor
 
 from mingle.bench.gated_experts.cases import KernelCase
 from mingle.bench.measure import timed
-
-_GATE_BYTES = 4
+from mingle.kernels.gated_experts.cost import Work
 
 
 @dataclass(frozen=True)
@@ -45,42 +32,17 @@ class Ceilings:
     bytes_per_second: float
 
 
-class Work:
-    """Operations and bytes of a case; a token uses `active` experts, and `stored` ones are read at all."""
-
-    def __init__(self, case: KernelCase) -> None:
-        active = 1 if case.routed else case.experts
-        stored = min(case.experts, case.samples) if case.routed else case.experts
-        N, G, R, d_in, d_out = case.rows, case.groups, active * case.rank, case.d_in, case.d_out
-        base, x, y, hidden, weights = d_in * d_out, N * d_in, N * d_out, N * R, G * d_in * d_out
-        A, B = stored * case.rank * d_in, stored * case.rank * d_out
-        # in fp32 and in the case's dtype; where a router gives the gates, there are none to compute
-        values, linear = G * case.experts * _GATE_BYTES, not case.routed
-        gate, newest, item = linear * case.experts * d_in, linear * G * d_in, case.torch_dtype.itemsize
-
-        products, folding = 2.0 * N * (base + R * (d_in + d_out)), 2.0 * base * (G * R + N)
-        self.base_flop, self.forward_flop = 2.0 * N * base, products + 2.0 * G * gate
-        self.folded_forward_flop = folding + 2.0 * G * gate
-        gate_backward = 2.0 * G * gate + 2 * newest
-        self.backward_flop = products + linear * 2 * hidden + gate_backward
-        dz = linear * min(folding, 2.0 * hidden * (d_in + d_out))
-        self.folded_backward_flop = 2.0 * N * base + dz + gate_backward
-
-        # x and A in, H and z out; x, H, z, base and B in, y out
-        self.forward_bytes = (x + A + gate + hidden + x + hidden + base + B + y) * item + 2 * values
-        # the three GEMMs gate H in place, and read y again for the last product
-        self.chain_bytes = self.forward_bytes + 2 * (hidden + y) * item
-        # dy, B, saved H in, u and dz out; dy, u, base, A, gates, z and dz in, dx out; x for the newest gate
-        moved = y + B + 2 * hidden + y + hidden + base + A + x + gate + newest
-        self.backward_bytes = moved * item + (2 + linear) * values
-        # W₀, A and B in, W_eff out once per gate vector; x and W_eff in, y out; the gates read x before
-        self.folded_forward_bytes = (base + A + B + 2 * weights + x + y + linear * (x + gate)) * item
-        self.folded_backward_bytes = (weights + x + y + x + linear * (gate + y)) * item
+def work(case: KernelCase) -> Work:
+    """Operations and bytes of a case; where a router gives the gates, a token uses one expert."""
+    active, stored = (1, min(case.experts, case.samples)) if case.routed else (case.experts, case.experts)
+    sizes = dict(tokens=case.rows, groups=case.groups, d_in=case.d_in, d_out=case.d_out, rank=case.rank)
+    experts = dict(experts=case.experts, active=active, stored=stored)
+    return Work(**sizes, **experts, itemsize=case.torch_dtype.itemsize, linear_gates=not case.routed)
 
 
 def count(case: KernelCase) -> Count:
     """Of the forward pass, or of forward and backward together, by the cheaper algorithm."""
-    w, back = Work(case), case.backward
+    w, back = work(case), case.backward
     low_rank = w.forward_flop + back * w.backward_flop
     folded = w.folded_forward_flop + back * w.folded_backward_flop
     base = w.base_flop * (1 + back)

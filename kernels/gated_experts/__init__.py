@@ -3,6 +3,7 @@
 reference   the formula, expert by expert: the oracle of the tests, backend "eager"
 grouped     dense products over concatenated experts, for any device: backend "grouped"
 triton      the fused kernels shrink, expand and upstream, and their launchers: backend "triton"
+cost        operations and bytes of a call, whatever computes it
 fold        one weight W_eff for tokens that share their gates, in Triton; dense: `grouped.fold`
 
 `mingle.ops` puts autograd around them and chooses between them; `mingle.functional.gated_experts` is public.

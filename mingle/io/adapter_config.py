@@ -49,7 +49,7 @@ class AdapterConfig:
         path: of the file.
         r, alpha: the rank and α of every layer that no pattern matches.
         rslora: whether the scaling is α / √r instead of α / r.
-        rank_pattern, alpha_pattern: the option's key → its regular expression, and the value of the layers that
+        rank_pattern, alpha_pattern: key → its regular expression, and the value of the layers that
             it matches.
     """
 

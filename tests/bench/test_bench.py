@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 
 from mingle import cli
 from mingle.bench import judge, machine, measure, plot, record, run, table
-from mingle.bench.gated_experts import breakdown, cases, check, floor, handmade, inputs
+from mingle.bench.gated_experts import cases, check, floor, handmade, inputs
 from mingle.bench.gated_experts.cases import KernelCase, Selection
 from mingle.bench.gated_experts.inputs import differentiated
 from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, KernelPeer
@@ -43,7 +42,7 @@ def test_counts_are_those_of_the_published_table(shape, giga_flop, base, mega_by
     assert count.base_flop / 1e9 == pytest.approx(base, rel=0.02)
     assert count.bytes / 1e6 == pytest.approx(mega_bytes, rel=0.01)
     if chain:
-        assert floor.Work(case).chain_bytes / 1e6 == pytest.approx(chain, rel=0.01)
+        assert floor.work(case).chain_bytes / 1e6 == pytest.approx(chain, rel=0.01)
 
 
 def test_the_floor_of_the_large_case_on_an_h100():
@@ -59,7 +58,7 @@ def test_folding_is_counted_where_it_is_cheaper(d_out, threshold):
     below, above = (KernelCase("", 1, threshold + more, 768, d_out, 8, reduce="batch") for more in (-2, 2))
     assert floor.count(below).algorithm == "low-rank"
     assert floor.count(above).algorithm == "folded"
-    assert floor.Work(above).forward_flop / floor.Work(above).folded_forward_flop == pytest.approx(
+    assert floor.work(above).forward_flop / floor.work(above).folded_forward_flop == pytest.approx(
         1, rel=0.02
     )
 
@@ -68,8 +67,8 @@ def test_a_backward_pass_doubles_the_products_and_routing_counts_one_expert():
     case = tiny(backward=True)
     assert 1.9 < floor.count(case).flop / floor.count(tiny()).flop < 2.2
     assert floor.count(case).bytes > 2 * floor.count(tiny()).bytes
-    assert floor.Work(tiny(routed=True)).forward_flop == pytest.approx(
-        floor.Work(tiny(experts=1)).forward_flop, rel=0.02
+    assert floor.work(tiny(routed=True)).forward_flop == pytest.approx(
+        floor.work(tiny(experts=1)).forward_flop, rel=0.02
     )
 
 
@@ -262,55 +261,6 @@ def test_the_command_line_writes_results_and_plots(monkeypatch, tmp_path, capsys
     assert ("takes" if status else "no regression") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("reduce", "forms"), [("token", ["low-rank"]), ("sample", ["low-rank"]), ("batch", ["folded"])]
-)
-def test_a_breakdown_makes_the_products_of_the_case(monkeypatch, tmp_path, capsys, reduce, forms):
-    case = tiny(reduce, samples=20)  # 100 tokens: enough to fold, too few for a packed product
-    monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
-    monkeypatch.setitem(cases.SELECTIONS, "breakdown", Selection((case,), seconds=0))
-    assert run.main(["--breakdown", "--out", str(tmp_path / "breakdown.json")]) == 0
-    (found,) = record.read(tmp_path / "breakdown.json")["cases"]
-    parts = [row for row in found["rows"] if "form" in row]
-    assert list(dict.fromkeys(part["form"] for part in parts)) == forms
-    work = floor.Work(case)
-    count = work.folded_forward_flop if reduce == "batch" else work.forward_flop
-    assert sum(part["flop"] for part in parts) == pytest.approx(count, rel=0.03)
-    assert all(0 < part["p20"] <= part["median"] <= part["p80"] for part in parts)
-    assert "tiny" in capsys.readouterr().out
-    for limit in found["limits"]:
-        seconds = limit["seconds"]
-        assert seconds["products at the best rate"] <= seconds["products"] <= seconds["parts"]
-        assert limit["ratios"] or reduce == "token"
-        for merge, ratios in limit["ratios"].items():
-            assert ratios["parts"] == pytest.approx(by_name(found)[merge]["median"] / seconds["parts"])
-
-
-@pytest.mark.parametrize("reduce", reference.REDUCTIONS)
-def test_the_parts_of_a_breakdown_make_the_layer(monkeypatch, reduce):
-    monkeypatch.setenv("MINGLE_CPU_GEMM", "onednn")
-    t = inputs.make(tiny(reduce, samples=20), CPU)
-    with torch.no_grad():
-        pieces = {(part.form, part.name): part for part in breakdown.parts(t)}
-        expected = PEERS[OURS].build(t)()["y"].flatten(0, 1)
-        if reduce == "batch":
-            merged = pieces["folded", "(z ⊙ B_cat) A_cat"].run() + t.weight
-            torch.testing.assert_close(t.x.flatten(0, 1) @ merged.mT + t.bias, expected, rtol=1e-4, atol=1e-4)
-        elif ("prepacked", "x A_catᵀ") in pieces:
-            for name in ("[x | …]", "[… | z ⊙ H]"):
-                pieces["prepacked", name].run()
-            torch.testing.assert_close(
-                pieces["prepacked", "[x | z ⊙ H] [W₀ | B_cat]ᵀ + b"].run(), expected, rtol=1e-4, atol=1e-4
-            )
-
-
-def test_a_breakdown_is_of_the_cpu_alone(capsys):
-    for arguments in (["--device", "cuda"], ["--peer", "eager loop"]):
-        with pytest.raises(SystemExit):
-            run.main(["--breakdown", *arguments])
-        assert "--breakdown takes none of" in capsys.readouterr().err
-
-
 def test_no_case_is_started_too_late(monkeypatch):
     monkeypatch.setattr(floor, "ceilings", lambda dtypes, device: LIMITS)
     two = Selection((tiny(), tiny("batch", name="tiny-batch")), seconds=0)
@@ -414,28 +364,3 @@ def test_the_handmade_chain_is_the_same_in_place_and_not():
     torch.testing.assert_close(
         handmade.chain(t, down, up, in_place=True), handmade.chain(t, down, up, in_place=False)
     )
-
-
-def test_a_search_tries_every_kernel_and_keeps_what_it_finds(tmp_path):
-    """In Triton's interpreter, which has to be asked for before triton is imported."""
-    pytest.importorskip("triton")
-    script = """
-import torch
-from mingle.bench import tune
-from mingle.bench.gated_experts.cases import KernelCase
-from mingle.kernels import tiles
-small, odd = tiles.Tile(16, 16, 16, 4, 1), tiles.Tile(16, 32, 32, 4, 1)
-for reduce in ("sample", "batch"):
-    case = KernelCase("tiny", 2, 5, 24, 20, 2, rank=4, reduce=reduce, backward=True)
-    found = tune.tune(case, torch.device("cpu"), [small, odd])
-    print(*sorted({kernel for kernel, tile in found if tile in (small, odd)}))
-x = torch.zeros(10, 24)
-assert tiles.choose("shrink", x, 10, 8, 24) in (small, odd)
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "MINGLE_CACHE": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split("\n")[:2] == ["expand shrink upstream", "expand fold shrink upstream"]
-    assert len(list(tmp_path.glob("tiles-*.json"))) == 1

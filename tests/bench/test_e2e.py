@@ -18,7 +18,7 @@ from mingle.bench import e2e, judge, record
 from mingle.bench.judge import by_name
 from mingle.bench.machine import STAGES, Stopwatch
 from mingle.bench.measure import OURS
-from mingle.bench.merges import agreement, cases, comparison, contenders, growth
+from mingle.bench.merges import agreement, cases, comparison, contenders
 from mingle.bench.merges.cases import BF16, CASES, EAGER, PUBLISHED, MergeProblem
 from mingle.bench.merges.published import PublishedMerge
 from mingle.tasks import TaskData, get
@@ -201,32 +201,6 @@ def test_between_measured_numbers_of_tasks_a_sum_is_linear():
     assert found["step_seconds"] == pytest.approx([0.2, 0.4, 0.6, 0.8])
 
 
-def test_exponents_are_slopes():
-    values = [1, 2, 4, 8, 16]
-    assert growth.exponents(values, [3.0 * v**1.5 for v in values]) == pytest.approx(
-        {"all": 1.5, "upper": 1.5}
-    )
-    flat_then_linear = growth.exponents(values, [4.0, 4.0, 4.0, 8.0, 16.0])
-    assert flat_then_linear["upper"] == pytest.approx(1.0) and 0 < flat_then_linear["all"] < 1
-
-
-def test_many_merges_keep_experts_gates_and_bases_and_nothing_else():
-    bystander = torch.eye(3).to_sparse()  # has no storage to ask for
-    found = growth.kept(CPU, 6, "batch")
-    assert bystander.is_sparse and found["ok"] and len(found["held_bytes"]) == 6
-    assert found["accounted_bytes"][-1] == pytest.approx(6 * found["accounted_bytes"][0], rel=0.1)
-
-
-def test_a_leak_is_seen(monkeypatch):
-    leaked, add = [], contenders.OurMerge.add
-    monkeypatch.setattr(
-        contenders.OurMerge,
-        "add",
-        lambda self, *rest: (leaked.append(torch.zeros(10_000)), add(self, *rest))[1],
-    )
-    assert not growth.kept(CPU, 4, "batch")["ok"]
-
-
 def test_the_command_line_writes_what_it_found(tmp_path, capsys, monkeypatch, problem):
     monkeypatch.setattr(
         cases,
@@ -247,20 +221,6 @@ def test_the_command_line_writes_what_it_found(tmp_path, capsys, monkeypatch, pr
     assert e2e.main(["--quick", "--alone", "--out", str(tmp_path)]) == 0
     (alone,) = record.read(tmp_path / "glyphs8-2-batch-alone.json")["cases"]
     assert [(row["name"], row["status"]) for row in alone["rows"]] == [(OURS, "ok")]
-
-
-def test_growth_is_written_and_drawn(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(growth, "QUICK", {"tasks": (1, 2), "width": (32, 64)})
-    assert e2e.main(["--growth", "--quick", "--out", str(tmp_path)]) == 0
-    found = record.read(tmp_path / "growth.json")
-    assert found["kept"]["ok"] and [case["facts"]["values"] for case in found["cases"]] == [[1, 2], [32, 64]]
-    for case in found["cases"]:
-        points = [(row["name"], row["at"]) for row in case["rows"]]
-        assert points == [(name, value) for value in case["facts"]["values"] for name in (OURS, PUBLISHED)]
-        assert all(row["median"] > 0 and row["peak_bytes"] > 0 for row in case["rows"])
-        assert case["exponents"].keys() == {OURS, PUBLISHED}
-    assert (tmp_path / "growth.png").stat().st_size > 10_000
-    assert "MB in tensors beyond the base" in capsys.readouterr().out
 
 
 def test_a_peer_that_memory_does_not_suffice_for_is_left_out_and_said_so(problem, monkeypatch):

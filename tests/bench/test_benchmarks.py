@@ -1,6 +1,6 @@
 """For pytest-benchmark: every backend on small cases, each checked against float64 before it is timed.
 
-``pytest bench/test_benchmarks.py``; with ``--benchmark-compare`` beside an earlier run.
+``pytest -m slow tests/bench/test_benchmarks.py``; with ``--benchmark-compare`` beside an earlier run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mingle.bench.gated_experts.peers import EXPLICIT, PEERS
 from mingle.bench.measure import Unavailable, timed
 
 pytest.importorskip("pytest_benchmark")
+pytestmark = pytest.mark.slow
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = """square-sample-fp32 square-batch-fp32 square-token-bf16 image-sample-fp32 image-sample-fp32-bw

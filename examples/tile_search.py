@@ -1,4 +1,4 @@
-"""Search tile sizes for cases on this GPU: ``python bench/tune.py --case vit-b16-sample-bf16``.
+"""Search tile sizes for cases on this GPU: ``python examples/tile_search.py --case vit-b16-sample-bf16``.
 
 What is found is kept for this user and GPU, and used from then on (`mingle.kernels.tiles`).  Nothing is ever
 searched unasked.

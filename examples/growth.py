@@ -1,9 +1,13 @@
-"""How the cost of an adaptation step grows with tasks, layers and width, and what many tasks leave."""
+"""How the cost of an adaptation step grows with tasks, layers and width, and what many tasks leave behind.
+
+``python examples/growth.py --out FOLDER`` takes some minutes on a CPU; ``--quick`` shows whether it works.
+"""
 
 from __future__ import annotations
 
 import gc
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mingle.bench.machine import Stopwatch, peak_bytes
+from mingle.bench import command
+from mingle.bench.machine import LoadMeter, Stopwatch, peak_bytes
 from mingle.bench.measure import OURS, Row, log, summary
 from mingle.bench.merges import cases, comparison, contenders
 from mingle.bench.merges.cases import PUBLISHED, MergeCase, MergeProblem
-from mingle.bench.record import CaseResult, case_result
+from mingle.bench.record import CaseResult, Results, case_result, envelope
 from mingle.nn.linear import LowRankExpert
 
 #: what stays while one of them grows
@@ -31,6 +36,36 @@ QUICK = {"tasks": (1, 2, 4), "width": (32, 64)}
 METHOD = """seconds of one adaptation step behind random experts of all tasks but the newest, medians; \
 memory: the most that PyTorch's allocator hands out in one adaptation of one step beyond what was held \
 before, on a CPU; exponents: slopes of log over log by least squares"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the curves.  Returns 1 where memory leaked, else 0."""
+    parser = command.parser("How the cost of an adaptation step grows with tasks, layers and width.")
+    parser.add_argument(
+        "--reduce", choices=("batch", "sample", "token"), default="batch", help="what gates see"
+    )
+    args = command.begin(parser, arguments)
+    found = grow(args.device, args.reduce, args.quick, args.seed)
+    return command.finish(found, args.out, "growth") or int(not found["kept"]["ok"])
+
+
+def grow(device: torch.device, reduce: str, quick: bool, seed: int = 0) -> Results:
+    """The growth curves, and what many merges leave behind."""
+    began, load = time.monotonic(), LoadMeter()
+    sweeps, tasks, steps = (QUICK, 4, 3) if quick else (SWEEPS, 64, 6)
+    found = [sweep(name, values, device, reduce, steps, seed) for name, values in sweeps.items()]
+    left, fixed = kept(device, tasks, reduce, seed), FIXED
+    held, known = (left[key][-1] / 1e6 for key in ("held_bytes", "accounted_bytes"))
+    remark = (
+        f"after {tasks} tasks: {held:.2f} MB in tensors beyond the base, {known:.2f} MB of them experts, "
+        f"gates and bases; unaccounted per task: {left['unaccounted_bytes_per_task']:.0f} bytes"
+    )
+    sizes = fixed | {"rank": RANK, "batch": BATCH, "tokens": 50, "reduce": reduce}
+    same = f"width {fixed['width']}, {fixed['layers']} blocks, {fixed['tasks']} tasks where they do not vary"
+    title = f"How the cost of an adaptation step grows: {same}; gates of a {reduce}"
+    about = {"title": title, "quick": quick, "method": METHOD, "sizes": sizes, "kept": left}
+    about |= {"remarks": [remark], "cpus_used_by_others": load.others()}
+    return envelope("growth", device, seed, found, (), began, **about)
 
 
 def sweep(
@@ -108,3 +143,7 @@ def _held(device: torch.device) -> int:
     here = (one for one in tensors if one.device.type == device.type and one.layout == torch.strided)
     storages = {storage.data_ptr(): storage.nbytes() for storage in (one.untyped_storage() for one in here)}
     return sum(storages.values())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,29 +1,37 @@
 """Where the time of a case goes on a CPU: every product against the best rate of the run, the passes between
 them, and what follows for any implementation that has to make the same products.
 
-    python bench/run.py --breakdown
+    python examples/breakdown.py --out breakdown.json
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mingle.bench.gated_experts import floor, inputs
-from mingle.bench.gated_experts.cases import KernelCase, Selection
+from mingle.bench import command, table
+from mingle.bench.gated_experts import cases, floor, inputs
+from mingle.bench.gated_experts.cases import KernelCase
 from mingle.bench.gated_experts.inputs import Inputs
 from mingle.bench.gated_experts.peers import PEERS
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare
-from mingle.bench.record import CaseResult, Results, case_result, envelope
+from mingle.bench.record import CaseResult, case_result, envelope
+from mingle.io.files import write_json
 from mingle.kernels import gemm
 from mingle.kernels.gated_experts import grouped
 from mingle.ops.dispatch import folding_pays
 
+_NAMES = "square-sample-fp32", "square-sample-bf16", "square-batch-fp32", "vit-b32-batch-fp32"
+CASES = tuple(cases.CASES[name] for name in _NAMES)
+#: of timing, per case
+SECONDS = 8.0
 #: what the parts are held against
 MERGES = ("per-sample merge", "dense merge")
 
@@ -76,11 +84,22 @@ def parts(t: Inputs) -> Iterator[Part]:
     yield Part("prepacked", name, lambda: gemm.linear_packed(joined, packed, t.bias), base + added)
 
 
-def run(selection: Selection, seed: int = 0) -> Results:
-    """Of every case of the selection."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure `CASES`, show what was found and write it."""
+    parser = argparse.ArgumentParser(
+        description="Where the time of a layer goes on a CPU, and what limits it."
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="of the random tensors")
+    args = parser.parse_args(arguments)
+    command.show_progress()
     began = time.monotonic()
-    found = [measure(case, selection.seconds, seed) for case in selection.cases]
-    return envelope("breakdown", torch.device("cpu"), seed, found, (), began)
+    found = [measure(case, SECONDS, args.seed) for case in CASES]
+    results = envelope("breakdown", torch.device("cpu"), args.seed, found, (), began)
+    if args.out:
+        write_json(args.out, results)
+    table.write(results)
+    return command.status(results)
 
 
 def measure(case: KernelCase, seconds: float, seed: int = 0) -> CaseResult:
@@ -123,3 +142,7 @@ def limit(form: str, pieces: Sequence[Row], wholes: Mapping[str, Row], best: flo
     seconds["products at the best rate"] = sum(row["flop"] for row in products) / best
     ratios = {name: {k: whole["median"] / s for k, s in seconds.items()} for name, whole in wholes.items()}
     return {"form": form, "seconds": seconds, "ratios": ratios}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
