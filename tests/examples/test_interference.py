@@ -14,7 +14,7 @@ from mingle import suites
 from mingle.merging.evaluate import accuracy
 from mingle.merging.merger import Merger
 
-SCRIPT = Path(__file__).parents[2] / "examples/interference.py"
+SCRIPT = Path(__file__).parents[2] / "examples/studies/interference.py"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from mingle.bench.measure import OURS
 from mingle.methods import nufilt
 from mingle.methods.nufilt import NufiltOptions
 
-SCRIPT = Path(__file__).parents[2] / "examples/nufilt_training.py"
+SCRIPT = Path(__file__).parents[2] / "examples/studies/nufilt_training.py"
 CPU = torch.device("cpu")
 TOY = ExpertCase("toy", "a toy", (LayerShape(24, 20, 2), LayerShape(40, 20, 1)), earlier=0)
 OPTIONS = NufiltOptions(r_p=6, r_v=3, r_l=4, steps=6)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+STUDIES = Path(__file__).parents[2] / "examples/studies"
 
 
 def test_a_search_tries_every_kernel_and_keeps_what_it_finds(tmp_path):
@@ -32,7 +32,7 @@ assert tiles.choose("shrink", x, 10, 8, 24) in (small, odd)
         **os.environ,
         "TRITON_INTERPRET": "1",
         "MINGLE_CACHE": str(tmp_path),
-        "PYTHONPATH": str(EXAMPLES),
+        "PYTHONPATH": str(STUDIES),
     }
     result = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False

@@ -1,7 +1,7 @@
 """Where the time of a case goes on a CPU: every product against the best rate of the run, the passes between
 them, and what follows for any implementation that has to make the same products.
 
-    python examples/breakdown.py --out breakdown.json
+    python examples/studies/breakdown.py --out breakdown.json
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Search tile sizes for cases on this GPU: ``python examples/tile_search.py --case vit-b16-sample-bf16``.
+"""Search tile sizes for cases on this GPU.
+
+``python examples/studies/tile_search.py --case vit-b16-sample-bf16`` searches for one case.
 
 What is found is kept for this user and GPU, and used from then on (`mingle.kernels.tiles`).  Nothing is ever
 searched unasked.
@@ -26,7 +28,7 @@ Launch = tuple[str, Tensor, int, int, int, Callable[[], object]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Search every kernel of the cases asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.split(":", 1)[0] + ".")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     which, devices = "one case; may be repeated; default: all of --gpu", "cuda, cuda:1; cpu: interpreted"
     a_case = command.known(CASES, "case")
     parser.add_argument("--case", type=a_case, action="append", default=[], metavar="NAME", help=which)

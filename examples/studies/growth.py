@@ -1,6 +1,7 @@
 """How the cost of an adaptation step grows with tasks, layers and width, and what many tasks leave behind.
 
-``python examples/growth.py --out FOLDER`` takes some minutes on a CPU; ``--quick`` shows whether it works.
+``python examples/studies/growth.py --out FOLDER`` takes some minutes on a CPU; ``--quick`` shows whether it
+works.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What NUFILT's training costs at the sizes of a ViT-B/32, beside the published training.
 
-``python examples/nufilt_training.py --out FOLDER`` takes some minutes on a CPU; ``--quick``, with one layer
-of each shape and two rounds, shows whether it works.
+``python examples/studies/nufilt_training.py --out FOLDER`` takes some minutes on a CPU; ``--quick``, with one
+layer of each shape and two rounds, shows whether it works.
 """
 
 from __future__ import annotations

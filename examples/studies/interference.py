@@ -6,8 +6,7 @@ answer to inputs that they have never seen, is in no common measure.  Both are f
 the finished model: what a task's own expert and the older ones reach together is what was measured right
 after its merge.
 
-    python examples/interference.py bench/results/cpu/glyphs-interference.json --suites glyphs8,glyphs20
-    --orders 2
+    python examples/studies/interference.py FILE.json --suites glyphs8,glyphs20 --orders 2
 """
 
 from __future__ import annotations
