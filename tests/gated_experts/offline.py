@@ -43,7 +43,7 @@ _POINTERS = {
 }
 
 
-class Target(NamedTuple):
+class CompileTarget(NamedTuple):
     """A GPU to build for, what `configs.rule` needs to know of it, and what its assembly calls matrix
     products.
     """
@@ -55,7 +55,7 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    name: Target(
+    name: CompileTarget(
         GPUTarget(kind, arch, 32 if kind == "cuda" else 64),
         tiles.Chip(kind, f"some {chip}", *numbers),
         fastest,
@@ -127,7 +127,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
 PROJECTOR = {"measure": 0, "project": 1}
 
 
-class Case(NamedTuple):
+class CompileCase(NamedTuple):
     """One build: names out of `VARIANTS` or `PROJECTOR`, `DTYPES`, `TARGETS` and `LAYERS`."""
 
     variant: str
@@ -180,7 +180,7 @@ def missing(name: str) -> str | None:
     return None
 
 
-def record(call: Callable[[], object], target: Target, arithmetic: str) -> list[Launch]:
+def record(call: Callable[[], object], target: CompileTarget, arithmetic: str) -> list[Launch]:
     """The kernels that `call` launches when its tensors are on `target`."""
     launches: list[Launch] = []
 
@@ -264,7 +264,7 @@ def projection(layer: Layer) -> None:
     projector.project_(torch.empty(layout.size, device="meta"), layout)
 
 
-def source(launch: Launch, target: Target) -> ASTSource:
+def source(launch: Launch, target: CompileTarget) -> ASTSource:
     """The kernel as Triton's launcher specialises it: 1 is a constant, multiples of 16 are marked."""
     signature, constants, hints = {}, {}, {}
     aligned: list[list[Any]] = [["tt.divisibility", 16]]
@@ -288,7 +288,7 @@ def source(launch: Launch, target: Target) -> ASTSource:
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
 
 
-def find(case: Case, tile: tiles.Tile | None = None) -> Launch:
+def find(case: CompileCase, tile: tiles.Tile | None = None) -> Launch:
     """The launch that a case names; with `tile` instead of the rule's."""
     target = TARGETS[case.target]
     if case.variant in PROJECTOR:
@@ -300,14 +300,14 @@ def find(case: Case, tile: tiles.Tile | None = None) -> Launch:
     return launches[index]
 
 
-def key(case: Case) -> str:
+def key(case: CompileCase) -> str:
     """Equal for cases that are the same build."""
     launch = find(case)
     code = source(launch, TARGETS[case.target])
     return f"{case.target} {code.name} {code.signature} {code.constants} {code.attrs} {launch.options}"
 
 
-def build(case: Case, tile: tiles.Tile | None = None) -> Build:
+def build(case: CompileCase, tile: tiles.Tile | None = None) -> Build:
     """Compile one case in an environment with `ENVIRONMENT`."""
     target, launch = TARGETS[case.target], find(case, tile)
     log = io.StringIO()

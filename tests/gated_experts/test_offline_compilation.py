@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 import offline
-from offline import DTYPES, PROJECTOR, TARGETS, VARIANTS, Build, Case
+from offline import DTYPES, PROJECTOR, TARGETS, VARIANTS, Build, CompileCase
 
 from mingle.kernels import tiles
 
@@ -49,18 +49,18 @@ SELECTION = [
 ]
 
 
-def default_cases() -> Iterator[Case]:
+def default_cases() -> Iterator[CompileCase]:
     for target, (size, arithmetics, variants) in itertools.product(TARGETS, SELECTION):
         for variant, arithmetic in itertools.product(variants, arithmetics):
-            yield Case(variant, arithmetic, target, size)
+            yield CompileCase(variant, arithmetic, target, size)
 
 
-def every_case() -> Iterator[Case]:
+def every_case() -> Iterator[CompileCase]:
     for variant, arithmetic, target, size in itertools.product(VARIANTS, DTYPES, TARGETS, offline.LAYERS):
         if "wide" not in variant or DTYPES[arithmetic].itemsize == 2:
-            yield Case(variant, arithmetic, target, size)
+            yield CompileCase(variant, arithmetic, target, size)
     for variant, target, size in itertools.product(PROJECTOR, TARGETS, offline.LAYERS):
-        yield Case(variant, "float32", target, size)
+        yield CompileCase(variant, "float32", target, size)
 
 
 CASES = list(every_case() if os.environ.get("MINGLE_TEST_EVERY_BUILD") == "1" else default_cases())
@@ -74,7 +74,7 @@ PIPELINED = [
 ]
 
 
-def each(cases: list[Case]) -> pytest.MarkDecorator:
+def each(cases: list[CompileCase]) -> pytest.MarkDecorator:
     """The test runs for each of `cases`, slow ones on request."""
     return pytest.mark.parametrize(
         "case",
@@ -101,7 +101,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecut
 
 
 @pytest.fixture(scope="module")
-def builds(request: pytest.FixtureRequest, pool: ProcessPoolExecutor) -> Callable[[Case], Build]:
+def builds(request: pytest.FixtureRequest, pool: ProcessPoolExecutor) -> Callable[[CompileCase], Build]:
     """The build of a case.  All cases of the selected tests are started at once, equal ones together."""
     missing = {target: offline.missing(target) for target in TARGETS}
     parameters = [
@@ -119,7 +119,7 @@ def builds(request: pytest.FixtureRequest, pool: ProcessPoolExecutor) -> Callabl
         if key not in started:
             started[key] = pool.submit(offline.build, case)
 
-    def result(case: Case) -> Build:
+    def result(case: CompileCase) -> Build:
         if missing[case.target] is not None:
             pytest.skip(missing[case.target])
         return started[keys[case]].result()
@@ -138,7 +138,7 @@ def test_every_variant_is_built_for_every_target() -> None:
 
 @each(CASES)
 def test_no_register_is_spilled_and_shared_memory_suffices(
-    case: Case, builds: Callable[[Case], Build]
+    case: CompileCase, builds: Callable[[CompileCase], Build]
 ) -> None:
     built = builds(case)
     assert built.spills == 0, f"{built.spills} spilled, {built.registers} registers"
@@ -147,14 +147,14 @@ def test_no_register_is_spilled_and_shared_memory_suffices(
 
 @each(MATRIX)
 def test_large_products_use_the_fastest_matrix_instruction(
-    case: Case, builds: Callable[[Case], Build]
+    case: CompileCase, builds: Callable[[CompileCase], Build]
 ) -> None:
     assert builds(case).instructions[TARGETS[case.target].fastest] > 0
 
 
 @each([case for case in CASES if case.arithmetic == "float32"])
 def test_ieee_products_use_no_instruction_of_lower_precision(
-    case: Case, builds: Callable[[Case], Build]
+    case: CompileCase, builds: Callable[[CompileCase], Build]
 ) -> None:
     used = builds(case).instructions
     assert not any(used[name] for name in TARGETS[case.target].inexact)
@@ -162,7 +162,7 @@ def test_ieee_products_use_no_instruction_of_lower_precision(
 
 @each(PIPELINED)
 def test_the_next_operands_are_copied_while_a_product_runs(
-    case: Case, builds: Callable[[Case], Build]
+    case: CompileCase, builds: Callable[[CompileCase], Build]
 ) -> None:
     loops = builds(case).loops
     assert loops and all(loops)
@@ -177,5 +177,5 @@ def test_a_tile_that_is_too_large_is_seen(target: str, tile: tiles.Tile, pool: P
     # Without this, a report that no longer says what it used to say would pass for a kernel without spills.
     if reason := offline.missing(target):
         pytest.skip(reason)
-    built = pool.submit(offline.build, Case("expand", "bfloat16", target, "large"), tile).result()
+    built = pool.submit(offline.build, CompileCase("expand", "bfloat16", target, "large"), tile).result()
     assert built.spills > 0
