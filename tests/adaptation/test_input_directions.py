@@ -32,6 +32,7 @@ def test_input_directions_are_those_of_all_vectors_together(dtype, limit, offset
         nothing.including(x[:, 1:])
 
 
+@pytest.mark.slow
 def test_a_wide_stream_is_sketched(monkeypatch):
     monkeypatch.setattr(subspace, "WIDE", 64)
     x = stream(400, count=2000)

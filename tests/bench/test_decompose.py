@@ -26,6 +26,8 @@ from mingle.bench.decomposition.peers import ExpertPeer, decomposition
 from mingle.bench.judge import by_name
 from mingle.bench.measure import OURS, Rounds
 
+pytestmark = pytest.mark.slow  # the plain run has siblings of these
+
 CPU = torch.device("cpu")
 TOY = ExpertCase("vit-b", "a toy", (LayerShape(60, 44, 3), LayerShape(44, 70, 2)), rank=4, earlier=2)
 ONCE = 0.0  # seconds

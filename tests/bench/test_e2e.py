@@ -23,6 +23,8 @@ from mingle.bench.merges.cases import BF16, CASES, EAGER, PUBLISHED, MergeProble
 from mingle.bench.merges.published import PublishedMerge
 from mingle.tasks import TaskData, get
 
+pytestmark = pytest.mark.slow  # the plain run has siblings of these
+
 CPU = torch.device("cpu")
 SETTINGS = dict(rank=4, steps=6, lr=5e-3, batch_size=8, gate_init="normal")
 

@@ -88,6 +88,7 @@ def test_the_demo_s_merged_model_loads_and_goes_on(demo):
     assert merger.matrix[-1] == results["methods"]["mingle"]["matrix"][0][-1]
 
 
+@pytest.mark.slow
 def test_the_demo_s_merged_models_evaluate_as_they_did(demo, capsys):
     assert main(["eval", str(demo / "merged" / "average")]) == 0
     results = json.loads((demo / "results.json").read_text())
@@ -163,6 +164,7 @@ def test_several_orders_make_several_merges(tmp_path):
     assert {path.name for path in out.iterdir()} == {"order-42", "order-43"}
 
 
+@pytest.mark.slow
 @few_tasks
 def test_a_killed_merge_resumes_bit_for_bit(tmp_path, tasks):
     config = write_config(tmp_path, TASKS[:tasks])

@@ -53,6 +53,7 @@ def write_config(tmp_path: Path, tasks=("eurosat", "svhn"), **changes) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_check_merge_and_eval_as_a_user_runs_them(image_hub, tmp_path):
     config, out = write_config(tmp_path), tmp_path / "merged"
     for arguments in (["check", config], ["merge", config, "--out", str(out)], ["eval", str(out)]):

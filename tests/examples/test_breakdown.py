@@ -23,6 +23,7 @@ def tiny(reduce: str) -> KernelCase:
     return KernelCase("tiny", 20, 5, 48, 40, 4, rank=16, reduce=reduce)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reduce", "forms"), [("token", ["low-rank"]), ("sample", ["low-rank"]), ("batch", ["folded"])]
 )

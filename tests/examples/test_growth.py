@@ -11,6 +11,8 @@ from mingle.bench.measure import OURS
 from mingle.bench.merges import contenders
 from mingle.bench.merges.cases import PUBLISHED
 
+pytestmark = pytest.mark.slow  # the plain run has siblings of these
+
 CPU = torch.device("cpu")
 
 

@@ -25,7 +25,7 @@ def script():
     return module
 
 
-@pytest.mark.parametrize("protocol", ["strict", "official"])
+@pytest.mark.parametrize("protocol", ["strict", pytest.param("official", marks=pytest.mark.slow)])
 def test_parts_of_a_merge(script, protocol):
     suite = suites.load("glyphs4", protocol=protocol, samples_per_class=1)
     names = list(suite)[:2]
