@@ -70,7 +70,7 @@ def test_an_editable_install_is_the_checkout(tmp_path):
     program = f"""
 import importlib.util, sys
 sys.path += {[path for path in sys.path if path.endswith("-packages")]!r}
-import mingle.bench.registry
+import mingle.bench.run
 import mingle.kernels.gated_experts.reference
 print(mingle.__file__)
 for name in ("kernels", "bench", "tests"):
