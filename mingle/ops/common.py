@@ -34,10 +34,12 @@ class Operator(NamedTuple):
         return (self.differentiable if save else self.plain)(*arguments)
 
 
-def kernels_of(backend: str) -> ModuleType:
-    """The module whose `shrink`, `expand` and `upstream` compute."""
+def kernels_of(backend: str, fused: str = "triton") -> ModuleType:
+    """The module that computes: `grouped`, or the one with the Triton kernels, ``triton`` or ``fold``."""
     # Triton is imported at its first use: it may be absent, and it is slow to load.
-    return grouped if backend == "grouped" else importlib.import_module("mingle.kernels.gated_experts.triton")
+    return (
+        grouped if backend == "grouped" else importlib.import_module(f"mingle.kernels.gated_experts.{fused}")
+    )
 
 
 def share_of_a_token(dz: Tensor, mask: Tensor | None, group: int) -> Tensor:

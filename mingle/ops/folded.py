@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from mingle.ops.common import (
     differentiable,
     gate_gradients,
     keep,
+    kernels_of,
     share_of_a_token,
 )
 from mingle.ops.operands import FoldedOperands
@@ -49,13 +48,8 @@ def _gated_experts_folded(
         z, pooled = grouped.pooled_gates(x, gate_weight, gate_bias, mask, len(x))
     else:
         pooled, z = x.new_empty(0, x.shape[1], dtype=wide(x)), gates.clone()
-    folded = _kernels_of(backend).fold(weight, A, B, z[0])
+    folded = kernels_of(backend, "fold").fold(weight, A, B, z[0])
     return gemm.linear(x, folded, bias), folded, z, pooled
-
-
-def _kernels_of(backend: str) -> ModuleType:
-    """The module whose `fold` computes; Triton's is imported at its first use, as in `kernels_of`."""
-    return grouped if backend == "grouped" else importlib.import_module("mingle.kernels.gated_experts.fold")
 
 
 gated_experts_folded = torch.library.custom_op(

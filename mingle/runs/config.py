@@ -29,7 +29,7 @@ import yaml
 
 from mingle import methods
 from mingle.options import OptionError, build, refuse_unknown, require_positive
-from mingle.runs.settings import check_reduce
+from mingle.suites.protocol import PROTOCOLS
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,11 @@ class MergeConfig:
         given = {"rank": self.rank, "layers": self.layers, **asdict(self.gate), **adapt}
         given = {name: value for name, value in given.items() if value is not None} | self.options
         build(methods.get(self.method).Options, given, f"method {self.method!r}")
-        check_reduce(given.get("reduce"), self.adapt.protocol)
+        if given.get("reduce") == PROTOCOLS["official"] and self.adapt.protocol == "strict":
+            reason = (
+                "with batch gates predictions depend on the batch, which the strict protocol does not allow"
+            )
+            raise OptionError(f"gate: reduce: {reason}")
         return given
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from mingle import methods
-from mingle.options import OptionError, build
+from mingle.options import build
 from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
 
@@ -35,16 +35,12 @@ def resolve(
         given: the user's own options, which the method must have.
 
     Raises:
-        OptionError: an option that the method does not have, a value that it cannot have, or gates of a whole
-            batch under the strict protocol.
+        OptionError: an option that the method does not have, or a value that it cannot have.
     """
     recommended = {} if suite is None else suite.settings.get(method, {})
     defaults = methods.published(method, task_type, tasks) | recommended | {"reduce": PROTOCOLS[protocol]}
-    options = asdict(
-        build(methods.get(method).Options, known(method, defaults) | dict(given), f"method {method!r}")
-    )
-    check_reduce(options.get("reduce"), protocol)
-    return options
+    options = known(method, defaults) | dict(given)
+    return asdict(build(methods.get(method).Options, options, f"method {method!r}"))
 
 
 def for_suite(method: str, suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,10 +49,3 @@ def for_suite(method: str, suite: Suite, given: Mapping[str, Any]) -> dict[str, 
     return resolve(
         method, task_type=suite.task_type, tasks=len(suite), protocol=protocol, suite=suite, given=given
     )
-
-
-def check_reduce(reduce: str | None, protocol: str) -> None:
-    """Refuse gates that the protocol does not allow."""
-    if reduce == PROTOCOLS["official"] and protocol == "strict":
-        reason = "with batch gates predictions depend on the batch, which the strict protocol does not allow"
-        raise OptionError(f"gate: reduce: {reason}")

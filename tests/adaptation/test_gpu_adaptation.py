@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tiny_models import student
 
 from mingle import inject
 from mingle.adaptation import optimizer as gate_step
@@ -28,11 +29,7 @@ def adapted(
     base_model: torch.nn.Module, seeds: TaskData, device: str, **config: object
 ) -> tuple[AdaptTrace, torch.Tensor]:
     """Ten steps on a tiny model: what was recorded, and all gates."""
-    torch.manual_seed(0)
-    model = copy.deepcopy(base_model).requires_grad_(False)
-    layers = inject(model.vision_model, ("q_proj", "fc1"))
-    for layer in layers.values():
-        layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1)
+    model, layers = student(base_model)
     projector = RelaxedProjector(
         {name: torch.linalg.qr(torch.randn(layer.in_features, 2)).Q for name, layer in layers.items()}
     )

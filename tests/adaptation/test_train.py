@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny_models import student
 
-from mingle import inject
 from mingle.adaptation import train as adapt
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.adaptation.losses import distillation
@@ -66,10 +65,7 @@ def test_steps_that_are_skipped_between_two_looks_are_named(
 
 
 def prepared(base_model, tuned):
-    model = copy.deepcopy(base_model).requires_grad_(False)
-    layers = inject(model.vision_model, ("q_proj", "fc1"))
-    for layer in layers.values():
-        layer.add_expert(torch.randn(4, layer.in_features) * 0.1, torch.randn(layer.out_features, 4) * 0.1)
+    model, layers = student(base_model)
     teacher = copy.deepcopy(base_model)
     teacher.vision_model.load_state_dict(tuned)
     return model, layers, teacher
