@@ -33,7 +33,7 @@ few_tasks = pytest.mark.parametrize(
 
 
 @pytest.fixture(
-    scope="module", params=["1", pytest.param("2", marks=pytest.mark.slow)], ids="orders {}".format
+    scope="module", params=[pytest.param(n, marks=pytest.mark.slow) for n in "12"], ids="orders {}".format
 )
 def demo(request, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("demo")

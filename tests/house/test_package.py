@@ -39,6 +39,7 @@ def built(out: Path, *options: str) -> set[str]:
     return set(zipfile.ZipFile(next(out.glob("*.whl"))).namelist())
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_only_mingle_and_its_data(tmp_path):
     """An installed top-level package called `kernels` would shadow the one that transformers imports."""
     names = built(tmp_path, "--wheel")

@@ -87,6 +87,7 @@ def test_corruptions(name):
     assert 2 < (damaged.float() - pictures.float()).abs().mean() < 100
 
 
+@pytest.mark.slow
 def test_quality_without_which_the_suite_proves_nothing():
     """Base poor but not blind, experts good, on the two tasks quickest to check; bench/results has all."""
     suite = suites.load("glyphs8")

@@ -1,8 +1,8 @@
 """Runs the tests marked `interpret` under Triton's interpreter.
 
-TRITON_INTERPRET must be set before Triton is imported, so one subprocess of pytest runs all selected tests
-and each test here reports what became of it there.  Under TRITON_INTERPRET=1 the tests run in the process
-itself, for a debugger.
+TRITON_INTERPRET must be set before Triton is imported, so one subprocess of pytest for each file runs its
+selected tests, and each test here reports what became of it there.  Under TRITON_INTERPRET=1 the tests run in
+the process itself, for a debugger.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-_REPORTS = pytest.StashKey[dict[str, dict[str, str]]]()
-_OUTPUT = pytest.StashKey[str]()
+#: by file, what became of its tests, and what the subprocess printed
+_RUNS = pytest.StashKey[dict[Path, tuple[dict[str, dict[str, str]], str]]]()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if INTERPRETING or pyfuncitem.get_closest_marker("interpret") is None:
         return None
-    session = pyfuncitem.session
-    if _REPORTS not in session.stash:
-        _run(session)
-    report = session.stash[_REPORTS].get(pyfuncitem.nodeid)
+    runs = pyfuncitem.session.stash.setdefault(_RUNS, {})
+    if pyfuncitem.path not in runs:
+        runs[pyfuncitem.path] = _run(pyfuncitem.session, pyfuncitem.path)
+    reports, output = runs[pyfuncitem.path]
+    report = reports.get(pyfuncitem.nodeid)
     if report is None:
-        pytest.fail(f"did not run under the interpreter:\n{session.stash[_OUTPUT]}", pytrace=False)
+        pytest.fail(f"did not run under the interpreter:\n{output}", pytrace=False)
     if report["outcome"] == "skipped":
         pytest.skip(report["text"])
     if report["outcome"] != "passed":
@@ -36,11 +38,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-def _run(session: pytest.Session) -> None:
-    """Run the selected tests with the marker and keep what became of each, by node id."""
+def _run(session: pytest.Session, file: Path) -> tuple[dict[str, dict[str, str]], str]:
+    """What becomes of the selected tests of a file that have the marker, by node id, and what is printed."""
     factory: pytest.TempPathFactory = session.config._tmp_path_factory  # type: ignore[attr-defined]
     path = factory.mktemp("interpret") / "reports"
-    names = [item.nodeid for item in session.items if item.get_closest_marker("interpret")]
+    marked = [item for item in session.items if item.get_closest_marker("interpret")]
+    names = [item.nodeid for item in marked if item.path == file]
     options = ["-q", "-p", "no:cacheprovider", "-m", "", f"--rootdir={session.config.rootpath}"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *names],
@@ -51,8 +54,7 @@ def _run(session: pytest.Session) -> None:
         check=False,
     )
     lines = path.read_text().splitlines() if path.exists() else []
-    session.stash[_REPORTS] = {report["id"]: report for report in map(json.loads, lines)}
-    session.stash[_OUTPUT] = (done.stdout + done.stderr)[-4000:]
+    return {report["id"]: report for report in map(json.loads, lines)}, (done.stdout + done.stderr)[-4000:]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
