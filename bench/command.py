@@ -12,8 +12,9 @@ import torch
 from mingle.bench import table
 from mingle.bench.measure import OURS, log
 from mingle.bench.record import Results
-from mingle.io.files import write_json
+from mingle.io.files import file_path, writable, write_json
 from mingle.options import nearest
+from mingle.runs.report.text import visible
 
 
 def known(names: Collection[str], what: str) -> Callable[[str], str]:
@@ -27,12 +28,20 @@ def known(names: Collection[str], what: str) -> Callable[[str], str]:
     return name
 
 
+def device(given: str) -> torch.device:
+    """A type of arguments: a device that is there."""
+    try:
+        return torch.empty(0, device=given).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise argparse.ArgumentTypeError(f"{given!r}: {str(error).splitlines()[0]}") from None
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """With --gpu, --out FOLDER, --seed and --quick."""
     found = argparse.ArgumentParser(description=description)
     add = found.add_argument
     add("--gpu", action="store_true", help="on the current CUDA device")
-    add("--out", type=Path, metavar="FOLDER", help="every number as JSON, and plots")
+    add("--out", type=file_path, metavar="FOLDER", help="every number as JSON, and plots")
     add("--seed", type=int, default=0, help="of everything random")
     add("--quick", action="store_true", help="a small part of it: does it work at all?")
     return found
@@ -44,7 +53,11 @@ def begin(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: there is no CUDA device")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            writable(args.out)
+        except (ValueError, OSError) as error:
+            parser.error(visible(str(error)))
     args.device = torch.device("cuda" if args.gpu else "cpu")
     show_progress()
     return args

@@ -27,6 +27,7 @@ from mingle.bench.judge import Target
 from mingle.bench.measure import Row
 from mingle.io.files import CheckpointError, read_json
 from mingle.io.provenance import describe
+from mingle.io.schema import check
 
 CaseResult = dict[str, Any]
 Results = dict[str, Any]
@@ -59,8 +60,12 @@ def read(path: Path) -> Results:
     Raises:
         CheckpointError: it holds something else, or another version of the format.
     """
-    found = read_json(path)
+    found: Results = read_json(path)
     form = (found.get("format"), found.get("format_version")) if isinstance(found, dict) else None
     if form != (FORMAT, FORMAT_VERSION):
         raise CheckpointError(f"{path}: not the results of this benchmark, format version {FORMAT_VERSION}")
+    check(found, {"cases": [{"name": str, "rows": [{"name": str, "status": str}]}]}, path)
+    for case in found["cases"]:
+        for row in case["rows"]:
+            check(row.get("round_ratio"), (float, None), path)
     return found

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from mingle.bench.gated_experts.floor import Ceilings
 from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, STRATEGIES, KernelPeer
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, log, verdict
 from mingle.bench.record import CaseResult, Results, case_result
-from mingle.io.files import write_json
+from mingle.io.files import file_path, writable, write_json
 from mingle.io.provenance import device_name
+from mingle.runs.report.text import visible
 
 _SECONDS = 5.0  # of timing for a case that was asked for by name
 #: `backend="auto"` should be within this factor of the best strategy
@@ -39,15 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peer_notes = (f'--peer "{peer.name}": {peer.note}' for peer in PEERS.values())
         table.write_lines([*chosen, *known, *peer_notes])
         return 0
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = args.selection or ("gpu" if device.type == "cuda" else "quick")
     try:
         old = record.read(args.compare) if args.compare else None
         for folder in (args.out and args.out.parent, args.plots):
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)  # better now than after ten minutes
+                writable(folder)
+        if args.out and args.out.is_dir():
+            raise ValueError(f"{args.out}: a folder, expected a file")
     except (ValueError, OSError) as error:  # a file that is not there or holds something else
-        parser.error(str(error))
+        parser.error(visible(str(error)))
     named = tuple(CASES[case] for case in args.case)
     selection = Selection(named, _SECONDS) if named else SELECTIONS[name]
     peers = args.peer or (STRATEGIES if name == "dispatch" else ())
@@ -75,12 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     a_case, a_peer = command.known(CASES, "case"), command.known(PEERS, "peer")
     select.add_argument("--case", type=a_case, help="one case; may be repeated", **several)
     add("--peer", type=a_peer, help=f"beside {OURS!r} only this one; may be repeated", **several)
-    add("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
-    add("--plots", type=Path, metavar="DIR", help="bars per case and a roofline, as PNG")
+    add("--out", type=file_path, metavar="FILE.json", help="every number, as JSON")
+    add("--plots", type=file_path, metavar="DIR", help="bars per case and a roofline, as PNG")
     flagged = "flag ratios to peers that fell by more than 10 %% since"
-    add("--compare", type=Path, metavar="OLD.json", help=flagged)
+    add("--compare", type=file_path, metavar="OLD.json", help=flagged)
     add("--until", type=float, default=math.inf, metavar="SECONDS", help="start no case after that many")
-    add("--device", help="cuda, cuda:1, cpu; by default a GPU where there is one")
+    add("--device", type=command.device, help="cuda, cuda:1, cpu; by default a GPU where there is one")
     add("--seed", type=int, default=0, help="of the random tensors")
     add("--list", action="store_true", help="the names of selections, cases and peers")
     return parser

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mingle.bench.machine import MUCH, STAGES
 from mingle.bench.measure import OURS, Row
 from mingle.bench.record import Results, timed_rows
+from mingle.runs.report.text import visible
 
 _WIDTH = 130  # of output that no terminal limits
 _MARKS = {"met": "green", "missed": "red", "disturbed": "yellow"}
@@ -28,14 +29,14 @@ def write(results: Results, regressions: list[str] | None = None) -> None:
         color = "red" if regressions else "green"
         lines += [(line, color) for line in regressions or ["no regression beyond 10 %"]]
     for text, style in lines:
-        console.print(escape(text), style=style, highlight=False)
+        console.print(Text(visible(text), style))
 
 
 def write_lines(lines: Iterable[str]) -> None:
     """Each as it is found."""
     console = _console()
     for line in lines:
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(Text(visible(line, keep="\n")), soft_wrap=True)
 
 
 def _console() -> Console:
@@ -99,25 +100,29 @@ COLUMNS: dict[str, dict[str, Column]] = {
 
 def _table(results: Results, plain: bool) -> Table:
     columns, style = COLUMNS[results["benchmark"]], None if plain else box.SIMPLE_HEAD
-    out = Table("case", title=where(results), title_justify="left", box=style, pad_edge=False)
+    out = Table("case", title=Text(visible(where(results))), title_justify="left", box=style, pad_edge=False)
     for name in columns:
         out.add_column(name, justify="right", no_wrap=True)
     out.columns[0].no_wrap = True
     for case in results["cases"]:
         floor = case.get("floor")
         heading = (duration(floor["seconds"]), f"floor: {floor['bound']}") if floor else ()
-        out.add_row(f"[bold]{escape(case['name'])}[/]", *heading, style="cyan")
+        out.add_row(_name(case, style="bold"), *heading, style="cyan")
         # of experts the other points of the curves are in the file and the picture
         shown = timed_rows(case) if results["benchmark"] != "growth" else case["rows"]
         for row in (row for row in shown if row.get("telling", True)):
             ours, bound = row["name"] in (OURS, f"{OURS} accurate"), row["status"] == "bound"
             cells = [column(row) for column in columns.values()]
-            out.add_row(f"  {escape(row['name'])}", *cells, style="bold" if ours else "dim" if bound else "")
+            out.add_row(_name(row, "  "), *cells, style="bold" if ours else "dim" if bound else "")
         for row in case["rows"]:
             if row["status"] in ("wrong", "failed"):
-                out.add_row(f"  {escape(row['name'])}", row["status"].upper(), style="bold red")
+                out.add_row(_name(row, "  "), row["status"].upper(), style="bold red")
         out.add_section()
     return out
+
+
+def _name(named: Mapping[str, Any], indent: str = "", style: str = "") -> Text:
+    return Text(indent + visible(named["name"]), style)
 
 
 def _notes(results: Results) -> Iterator[tuple[str, str]]:

@@ -1,21 +1,33 @@
 """The command line, ``mingle …`` or ``python -m mingle …``: one module per command.
 
 Each command's module has `register`, which declares its arguments, and `run`, which carries it out.  Shared
-parts are in `arguments` (options), `output` (tables and the console) and `progress` (bars).
+parts are in `arguments` (options), `output` (tables and the console), `progress` (bars) and `crash` (errors
+that nobody foresaw).
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
+import sys
 from collections.abc import Sequence
 
-from rich.logging import RichHandler
-
 from mingle.adaptation.divergence import AdaptationDiverged
-from mingle.cli import add, bench, check, demo, env, evaluate, export, inspect, merge, report, reproduce
-from mingle.cli.output import console
+from mingle.cli import (
+    add,
+    bench,
+    check,
+    crash,
+    demo,
+    env,
+    evaluate,
+    export,
+    inspect,
+    merge,
+    output,
+    report,
+    reproduce,
+)
+from mingle.cli.arguments import LiteralParser
 
 _COMMANDS = (demo, reproduce, merge, check, add, evaluate, inspect, export, report, bench, env)
 
@@ -24,24 +36,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 for success; 1 where a benchmark found a fault; 2, after a message, where the input was wrong.
+        0 for success; 1, after a message, where it ran and ended badly: a benchmark found a fault, an
+        adaptation diverged, Ctrl-C; 2, after a message, where the input or the machine was not fit for it.
+
+    Raises:
+        SystemExit: with 0 after ``--help``; with 2 after a message, for arguments that cannot be parsed; with
+            1 where nobody reads on what is printed.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would break ours
-    handler = RichHandler(console=console, show_path=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    sys.excepthook = crash.report
+    output.set_up()
     args = _parser().parse_args(arguments)
     if getattr(args, "offline", False):
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        return args.run(args) or 0
-    except (ValueError, AdaptationDiverged, FileNotFoundError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        return 2
+        code: int = args.run(args) or 0
+        output.flush()
+        return code
+    except BrokenPipeError:
+        output.console.on_broken_pipe()
+    except KeyboardInterrupt:
+        output.say("interrupted: ", getattr(args, "kept", "nothing was changed"), style="")
+        return 1
+    except AdaptationDiverged as error:
+        output.fail(error)
+        return 1
+    except ValueError as error:
+        output.fail(error)
+    except OSError as error:
+        output.fail(output.explained(error))
+    except MemoryError as error:
+        output.fail(f"out of memory: {error}")
+    return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mingle", description="Merge fine-tuned models one after another.")
+def _parser() -> LiteralParser:
+    parser = LiteralParser(prog="mingle", description="Merge fine-tuned models one after another.")
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in _COMMANDS:
         command.register(commands)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
 from mingle.cli.output import console, result_table
 from mingle.cli.progress import bars
+from mingle.io.files import file_path
 from mingle.runs import merge
 from mingle.runs.config import Expert
 
 
 def register(commands: Commands) -> None:
     parser = commands.add_parser("add", help="merge one more model into a merged one")
-    parser.add_argument("folder", type=Path, help="the folder that merge wrote")
+    parser.add_argument("folder", type=file_path, help="the folder that merge wrote")
     parser.add_argument("--name", required=True, help="the task's name")
     parser.add_argument("--model", required=True, help="the fine-tuned model: a local folder or a hub id")
     parser.add_argument("--revision", help="a commit, branch or tag of the hub model")

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import yaml
 
 from mingle.methods import METHODS
 from mingle.options import OptionError
+from mingle.runs.report.text import visible
 from mingle.suites.protocol import PROTOCOLS
 
 #: the object that a command registers itself with
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+class LiteralParser(argparse.ArgumentParser):
+    """Shows what it complains about as it is; parsers of commands are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
 
 
 def offline(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +44,7 @@ def parsed_options(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
     """The options given by ``--set``, as names and YAML values.
 
     Raises:
-        OptionError: no ``=``, or a name that no method has as an option.
+        OptionError: no ``=``, a name that no method has as an option, or bad YAML.
     """
     known = sorted(
         {field for method in METHODS.values() for field in vars(method.Options)["__dataclass_fields__"]}
@@ -48,7 +56,11 @@ def parsed_options(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
             raise OptionError(f"--set {text}: expected NAME=VALUE")
         if name not in known:
             raise OptionError(f"--set {name}: no method has this option; known are {', '.join(known)}")
-        options.append((name, yaml.safe_load(value)))
+        try:
+            options.append((name, yaml.safe_load(value)))
+        # ValueError: a date that does not exist, a number of too many digits
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise OptionError(f"--set {text}: {error}") from None
     return tuple(options)
 
 
@@ -78,6 +90,6 @@ def names(text: str) -> tuple[str, ...]:
 def positive(text: str) -> int:
     """`text` as a whole number, 1 or more."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("expected a positive number")
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
     return value

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console
+from mingle.cli.output import say
+from mingle.io.files import file_path
 from mingle.runs import config
 from mingle.runs.check import check
 
@@ -16,11 +16,11 @@ def register(commands: Commands) -> None:
     parser = commands.add_parser(
         "check", help="find out whether merge would run: the YAML file and every file it names"
     )
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=file_path)
     arguments.offline(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     plan = check(config.load(args.config))
-    console.print(f"{args.config}: all {len(plan.experts)} experts fit the base")
+    say(f"{args.config}: all {len(plan.experts)} experts fit the base")

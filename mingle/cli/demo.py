@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console
+from mingle.cli.output import console, say
 from mingle.cli.progress import bars
+from mingle.io.files import file_path
 from mingle.methods import METHODS
 from mingle.runs import compare, report
 from mingle.suites.protocol import PROTOCOLS
@@ -26,10 +27,11 @@ def register(commands: Commands) -> None:
     parser.add_argument("--methods", default=chosen, help=f"comma-separated, of: {', '.join(METHODS)}")
     arguments.orders(parser)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--out", type=file_path, default=Path("runs/demo"))
     arguments.method_options(parser)
     arguments.offline(parser)
-    parser.set_defaults(run=run)
+    kept = "the results of finished methods are kept; the same command starts anew"
+    parser.set_defaults(run=run, kept=kept)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,4 +42,4 @@ def run(args: argparse.Namespace) -> None:
     with bars(len(names) * args.orders) as observer:
         results = compare.run(comparison, args.out, observer)
     console.print(report.table(results))
-    console.print(f"results, plots and merged models: [bold]{args.out}[/]")
+    say("results, plots and merged models: ", args.out)

@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console
+from mingle.cli.output import say
 from mingle.io.provenance import versions
 from mingle.kernels import gemm
 from mingle.ops import dispatch, extension
@@ -29,4 +29,4 @@ def run(args: argparse.Namespace) -> None:
         "cpu products": gemm.library(1024, 1024, 1024) + " (fp32, large)",
     }
     for name, value in facts.items():
-        console.print(f"{name:14}{value}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{name:14}{value}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
 from mingle.cli.output import console, result_table
+from mingle.io.files import file_path
 from mingle.runs import merge
 
 
 def register(commands: Commands) -> None:
     parser = commands.add_parser("eval", help="measure a merged model's accuracy on all its tasks")
-    parser.add_argument("folder", type=Path, help="the folder that merge wrote")
+    parser.add_argument("folder", type=file_path, help="the folder that merge wrote")
     parser.add_argument("--batch-size", type=arguments.positive, default=128)
     arguments.samples(parser)
     arguments.offline(parser)

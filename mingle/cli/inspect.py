@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from rich.table import Table
 
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console, percent
-from mingle.io import merger_folder
+from mingle.cli.output import console, percent, say
+from mingle.io.files import file_path
+from mingle.merging.opened import opened
+from mingle.runs.report.text import visible
 
 _COLUMNS = ("task", "seed samples", "accuracy when merged", "accuracy now", "bytes", "notes")
 
 
 def register(commands: Commands) -> None:
     parser = commands.add_parser("inspect", help="show what a merged model's folder holds")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=file_path)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    manifest = merger_folder.load(args.folder).manifest
-    title = f"{args.folder}: {manifest['method']}, {len(manifest['tasks'])} tasks"
+    manifest = opened(args.folder).manifest
+    title = visible(f"{args.folder}: {manifest['method']}, {len(manifest['tasks'])} tasks")
     table = Table(title=title, title_justify="left")
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in ("task", "notes") else "right")
+        table.add_column(column, justify="left" if column in ("task", "notes") else "right", overflow="fold")
     for i, task in enumerate(manifest["tasks"]):
         measured = [manifest["matrix"][row][i] if manifest["matrix"] else None for row in (i, -1)]
         size = task["tensors"]["bytes"] if task["tensors"] else 0
         notes = "; ".join([task["skipped"] or "", *task["notes"]]).strip("; ")
-        table.add_row(task["name"], str(task["seed_samples"]), *map(percent, measured), f"{size:,}", notes)
+        cells = (str(task["seed_samples"]), *map(percent, measured), f"{size:,}")
+        table.add_row(visible(task["name"]), *cells, visible(notes))
     console.print(table)
     base, options = manifest["base"]["sha256"][:16], json.dumps(manifest["options"])
-    console.print(f"base SHA-256 {base}…, options {options}", soft_wrap=True)
+    say(f"base SHA-256 {base}…, options {options}")

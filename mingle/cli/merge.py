@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console, result_table
+from mingle.cli.output import console, result_table, say
 from mingle.cli.progress import bars
+from mingle.io.files import file_path
 from mingle.runs import config
 from mingle.runs.check import check
 
@@ -17,10 +17,10 @@ def register(commands: Commands) -> None:
     parser = commands.add_parser(
         "merge", help="merge the models of a YAML file; resumes an interrupted merge"
     )
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the merged model")
+    parser.add_argument("config", type=file_path)
+    parser.add_argument("--out", type=file_path, required=True, help="folder for the merged model")
     arguments.offline(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kept="what was merged is saved; the same command goes on from there")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -28,4 +28,4 @@ def run(args: argparse.Namespace) -> None:
     with bars(len(plan.orders)) as observer:
         for result in plan.run(observer):
             console.print(result_table(result))
-    console.print(f"merged model: [bold]{args.out}[/]")
+    say("merged model: ", args.out)

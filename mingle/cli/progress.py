@@ -18,6 +18,7 @@ from mingle.adaptation.trace import StepProgress
 from mingle.cli.output import console, percent, points
 from mingle.merging.evaluate import Result
 from mingle.runs.observer import Observer
+from mingle.runs.report.text import visible
 
 
 @contextmanager
@@ -25,10 +26,10 @@ def bars(runs: int) -> Iterator[Observer]:
     """A block with bars for `runs` merges, each of all tasks by one method in one order."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         yield _Bars(progress, runs)
@@ -47,7 +48,7 @@ class _Bars(Observer):
             description=f"{method}, order {order + 1}",
             total=self.runs * len(tasks),
             completed=self.begun,
-            note=tasks[index],
+            note=visible(tasks[index]),
         )
         self.progress.update(self.inner, visible=False)
         self.begun += 1
@@ -59,7 +60,7 @@ class _Bars(Observer):
         self._inside("  adapting", progress.step, progress.steps, note)
 
     def training(self, task: str, step: int, steps: int) -> None:
-        self._inside(f"  training the expert {task} (once, then cached)", step, steps)
+        self._inside(f"  training the expert {visible(task)} (once, then cached)", step, steps)
 
     def _inside(self, description: str, done: int, total: int, note: str = "") -> None:
         self.progress.update(

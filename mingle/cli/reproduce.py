@@ -9,8 +9,9 @@ import torch
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console
+from mingle.cli.output import console, say
 from mingle.cli.progress import bars
+from mingle.io.files import file_path, naming, writable
 from mingle.runs import report, reproduce
 from mingle.runs.reproduce import summary
 from mingle.runs.reproduce.tables import TABLES
@@ -34,12 +35,12 @@ def register(commands: Commands) -> None:
     arguments.method_options(parser)
     text = "measure what ACC and BWT need (ends), or the whole matrix (every)"
     parser.add_argument("--evaluate", default="ends", choices=reproduce.EVALUATE, help=text)
-    parser.add_argument("--out", type=Path, help="by default runs/reproduce-<table>")
+    parser.add_argument("--out", type=file_path, help="by default runs/reproduce-<table>")
     parser.add_argument("--keep-models", action="store_true", help="keep every merged model")
     text = "CPU threads; for small models several processes of one thread each are fastest"
     parser.add_argument("--threads", type=arguments.positive, help=text)
     arguments.offline(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kept="what is finished is kept; the same command goes on from there")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,6 +58,9 @@ def run(args: argparse.Namespace) -> None:
     plan, out = reproduce.plan(request), args.out or Path("runs") / f"reproduce-{args.table}"
     if args.threads:
         torch.set_num_threads(args.threads)
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
+    writable(out)
     unfinished = sum(cell.result(out / "cells") is None for cell in plan.cells)
     try:
         with bars(unfinished) as observer:
@@ -64,4 +68,4 @@ def run(args: argparse.Namespace) -> None:
     finally:  # whatever ended the run, its finished cells are worth a table
         for table in report.comparison.tables(summary.write(plan, out)):
             console.print(table)
-        console.print(f"table and plots: [bold]{out}[/]")
+        say("table and plots: ", out)

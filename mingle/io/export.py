@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch import nn
 from mingle.io.files import (
     CheckpointError,
     contained,
+    free_space,
     lock,
     naming,
     read_json,
     rename,
+    writable,
     write_copy,
     write_json,
 )
@@ -67,6 +70,30 @@ def hub_config(base: nn.Module, source: Path | None, dtype: torch.dtype) -> dict
     return config | {"dtype": str(dtype).removeprefix("torch.")}
 
 
+def check_target(folder: Path) -> None:
+    """Raise `CheckpointError` unless a model can be written to `folder`, a new or an empty folder."""
+    if os.path.exists(folder) and (not os.path.isdir(folder) or any(folder.iterdir())):
+        raise CheckpointError(
+            f"{folder}: already exists and is not an empty folder; an export overwrites nothing"
+        )
+    writable(folder)
+    _check_staging(_staging(folder.resolve()))
+
+
+def _staging(folder: Path) -> Path:
+    """Where a model is written before it is moved to `folder`; only the beginning of a long name is kept."""
+    return folder.parent / f".mingle-export-{folder.name[:48]}"
+
+
+def _check_staging(staging: Path) -> None:
+    """Refuse to clear what no killed export has left: it leaves a folder of nothing but files."""
+    if os.path.lexists(staging):
+        real = staging.is_dir() and not staging.is_symlink()
+        strange = next((file for file in staging.iterdir() if file.is_dir()), None) if real else staging
+        if strange is not None:
+            raise CheckpointError(f"{strange}: in the way of an export, and not left by an earlier one")
+
+
 def write_model(
     folder: Path,
     state: Mapping[str, torch.Tensor],
@@ -82,12 +109,10 @@ def write_model(
     Raises:
         CheckpointError: the folder is in use, another process is writing it, or the disk is full.
     """
+    check_target(folder)
     folder = folder.resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(
-            f"{folder}: already exists and is not an empty folder; an export overwrites nothing"
-        )
-    staging = folder.parent / f".mingle-export-{folder.name}"
+    staging = _staging(folder)
+    free_space(staging, sum(tensor.nbytes for tensor in state.values()))
     with naming(staging):
         staging.mkdir(parents=True, exist_ok=True)
     with lock(staging):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO
@@ -42,11 +43,12 @@ class Locked(CheckpointError):
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinities raise `CheckpointError`."""
     try:
-        data = (
-            json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False) + "\n"
-        ).encode()
+        text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
         raise CheckpointError(f"{path}: not written: {error}") from error
+    # File names may hold bytes that are not UTF-8, in Python halves of surrogate pairs: Python's escape of
+    # them is also JSON's.
+    data = text.encode(errors="backslashreplace")
     with replacing(path, len(data)) as file:
         file.write(data)
 
@@ -159,10 +161,55 @@ def clean_stale(folder: Path) -> list[Path]:
     return stale
 
 
+def file_path(text: str) -> Path:
+    """A path as the user wrote it; an empty one would silently be the current folder.
+
+    Raises:
+        ValueError: no file can have this path.
+    """
+    if not text or "\0" in text:
+        raise ValueError(f"{text!r} is not a path")
+    return Path(text)
+
+
+def writable(folder: Path) -> None:
+    """Raise `CheckpointError` unless files can be written to `folder`, which need not exist yet.
+
+    What is missing of it is made, a file is written in it, and both are removed again: permissions alone do
+    not tell, least of all root, of read-only mounts, of /sys or of a disk without room.
+    """
+    missing = list(itertools.takewhile(lambda path: not os.path.lexists(path), (folder, *folder.parents)))
+    found = missing[-1].parent if missing else folder
+    if not os.path.exists(found):
+        raise CheckpointError(f"{found}: a symlink to {os.readlink(found)}, which does not exist")
+    if not os.path.isdir(found):
+        raise CheckpointError(f"{found}: not a folder")
+    made: list[Path] = []
+    probe = folder / f".mingle-tmp-{os.getpid()}-{secrets.token_hex(8)}-probe"
+    try:
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+        try:
+            with open(probe, "xb") as file:
+                file.write(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written to: {error.strerror}") from error
+    finally:
+        with suppress(OSError):  # another process has begun to use what was made
+            for path in reversed(made):
+                path.rmdir()
+
+
 def free_space(folder: Path, needed: int) -> None:
-    """Raise `CheckpointError` unless the disk of `folder` has room for `needed` bytes and 16 MiB more."""
+    """Raise `CheckpointError` unless the disk of `folder` has room for `needed` bytes and 16 MiB more.
+
+    The folder need not exist yet.
+    """
     with naming(folder):
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     if free < needed + _SPARE_BYTES:
         raise CheckpointError(
             f"{folder}: disk full: {needed} bytes and {_SPARE_BYTES} spare are needed, {free} are free"
@@ -184,7 +231,8 @@ def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
     `size`, in bytes, is how much will be written: the disk is checked for that much room first.
     """
     free_space(path.parent, size)
-    temporary = path.with_name(f".mingle-tmp-{os.getpid()}-{secrets.token_hex(8)}-{path.name}")
+    # Part of the name: the whole with what stands before it may be longer than a file's name can be.
+    temporary = path.with_name(f".mingle-tmp-{os.getpid()}-{secrets.token_hex(8)}-{path.name[:48]}")
     try:
         with naming(path):
             with open(temporary, "xb") as file:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mingle.io.files import (
     clean_stale,
     contained,
     lock,
+    naming,
     read_json,
     sha256,
     write_copy,
@@ -34,23 +35,37 @@ from mingle.io.files import (
 )
 from mingle.io.provenance import versions
 from mingle.io.safetensors import CheckpointReader, write_tensors
+from mingle.io.schema import check
 
 FORMAT = "mingle-merge"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_REQUIRED: dict[str, type] = {
+_BASE = re.compile(r"base-[0-9a-f]{12}")
+_TENSORS = re.compile(r"(state|tasks/\d{3,}-[A-Za-z0-9._-]*)-[0-9a-f]{12}\.safetensors")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+#: what of a base's folder belongs to the model
+_BASE_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
+_FILE = {"file": _TENSORS, "bytes": int, "sha256": _DIGEST}
+_TASK = {
+    "name": re.compile(r"(?s).+"),
+    "seed_samples": int,
+    "skipped": (str, None),
+    "notes": [str],
+    "tensors": (_FILE, None),
+}
+#: of the manifest; what the options may be, the method knows
+_FORM = {
     "method": str,
     "task_type": str,
     "seed": int,
-    "dtype": str,
-    "options": dict,
-    "tasks": list,
-    "matrix": list,
-    "metadata": dict,
-    "base": dict,
+    "dtype": re.compile("float64|float32|float16|bfloat16"),
+    "options": {str: object},
+    "tasks": [_TASK],
+    "matrix": [[(float, None)]],
+    "metadata": {str: object},
+    "base": {"sha256": _DIGEST, "folder": (_BASE, None)},
+    "state": (_FILE, None),
 }
-
-_OWN_NAME = re.compile(r"base-[0-9a-f]{12}|(state|tasks/\d{3}-.*)-[0-9a-f]{12}\.safetensors")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -66,6 +81,12 @@ def state_hash(source: nn.Module | Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def base_files(folder: Path) -> list[Path]:
+    """The files of a base model's folder that belong to the model."""
+    with naming(folder):
+        return sorted(path for path in folder.iterdir() if path.suffix in _BASE_SUFFIXES and path.is_file())
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """The base to put beside the merged state: a module, and the hub folder it came from, if any."""
@@ -74,11 +95,11 @@ class BaseModel:
     folder: Path | None
 
     def write(self, target: Path) -> None:
-        target.mkdir(parents=True, exist_ok=True)
+        with naming(target):
+            target.mkdir(exist_ok=True)
         if self.folder is not None:
-            for source in sorted(self.folder.iterdir()):
-                if source.suffix in (".json", ".safetensors", ".txt", ".model") and source.is_file():
-                    write_copy(contained(self.folder, source.name), target / source.name)
+            for source in base_files(self.folder):
+                write_copy(contained(self.folder, source.name), target / source.name)
             return
         config = getattr(self.model, "config", None)
         if config is None:
@@ -104,17 +125,21 @@ def save(
         CheckpointError: another process is writing to the folder, the disk is full, or the folder holds
             something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         clean_stale(folder)
-        old = _read_manifest(folder) if (folder / MANIFEST).exists() else None
+        old = read_manifest(folder) if (folder / MANIFEST).exists() else None
+        if old is None and foreign(folder) is None:
+            _sweep(folder, set())  # what is there is of a first save that did not end
         known = {entry["file"]: entry for entry in _files(old)} if old else {}
         base_name = f"base-{base_hash[:12]}"
         has_base = old is not None and old["base"]["folder"] == base_name
         if base is not None and not has_base:
             base.write(folder / base_name)
             has_base = True
-        (folder / "tasks").mkdir(exist_ok=True)
+        with naming(folder / "tasks"):
+            (folder / "tasks").mkdir(exist_ok=True)
         entries = [
             task | {"tensors": _write(folder, f"tasks/{i:03d}-{_slug(task['name'])}", tensors, known)}
             for i, (task, tensors) in enumerate(zip(manifest["tasks"], tasks, strict=True))
@@ -168,6 +193,42 @@ class Saved:
         return _read(self.folder, self.manifest["state"])
 
 
+def foreign(folder: Path) -> Path | None:
+    """The first file of a folder that is not ours; None where all of them are.
+
+    Ours is what a save writes before the manifest: a first save that was killed leaves such a folder.  Hidden
+    files do not count; those of ours are the lock and temporary files.
+    """
+    return next(_strangers(folder), None)
+
+
+def _strangers(folder: Path) -> Iterator[Path]:
+    for path in _shown(folder):
+        real = not path.is_symlink()
+        if real and path.is_dir() and path.name == "tasks":
+            yield from (file for file in _shown(path) if not _is_tensors(file, f"tasks/{file.name}"))
+        elif real and path.is_dir() and _BASE.fullmatch(path.name):
+            yield from (
+                file for file in _shown(path) if not _is_file(file) or file.suffix not in _BASE_SUFFIXES
+            )
+        elif not _is_tensors(path, path.name):
+            yield path
+
+
+def _shown(folder: Path) -> list[Path]:
+    with naming(folder):
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _is_tensors(path: Path, name: str) -> bool:
+    """Whether a file, by its name within the folder, holds tensors of ours."""
+    return _is_file(path) and _TENSORS.fullmatch(name) is not None
+
+
 def load(folder: Path) -> Saved:
     """The manifest of a merger's folder, once every file it names is checked.
 
@@ -177,7 +238,7 @@ def load(folder: Path) -> Saved:
         CheckpointError: no manifest, another format or version, or a missing, truncated or changed file; the
             message names the file.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     for entry in _files(manifest):
         path = contained(folder, entry["file"])
         if not path.is_file():
@@ -190,7 +251,12 @@ def load(folder: Path) -> Saved:
     return Saved(folder, manifest)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a merger's folder, in the form that it should have; the files it names may be missing.
+
+    Raises:
+        CheckpointError: no manifest, another format or version, or a fault; the message names file and key.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {folder} does not hold a saved merge")
@@ -201,14 +267,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: format version {manifest.get('format_version')}, this mingle reads {FORMAT_VERSION}"
         )
-    for key, kind in _REQUIRED.items():
-        if not isinstance(manifest.get(key), kind):
-            raise CheckpointError(f"{path}: {key!r} is missing or not a {kind.__name__}")
-    try:
-        for entry in _files(manifest):
-            _ = Path(entry["file"]), int(entry["bytes"]), str(entry["sha256"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: a task or file entry is malformed ({error!r})") from None
+    check(manifest, _FORM, path)
+    names, matrix = [task["name"] for task in manifest["tasks"]], manifest["matrix"]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{path}: tasks: two of them are called {twice!r}")
+    if [len(row) for row in matrix] != [i + 1 for i in range(len(names))]:
+        raise CheckpointError(
+            f"{path}: matrix: expected a row per task, of one value more than the row before"
+        )
     return manifest
 
 
@@ -234,11 +301,11 @@ def _sweep(folder: Path, kept: set[str]) -> None:
     """Remove our files that the manifest no longer names, be they of the last save or an interrupted one."""
     for path in [*folder.glob("base-*"), *folder.glob("state-*"), *folder.glob("tasks/*")]:
         name = path.relative_to(folder).as_posix()
-        if name in kept or not _OWN_NAME.fullmatch(name):
+        if name in kept or path.is_symlink():
             continue
-        if path.is_dir():
+        if _BASE.fullmatch(name) and path.is_dir():
             shutil.rmtree(path)
-        else:
+        elif _is_tensors(path, name):
             path.unlink()
 
 

@@ -16,9 +16,11 @@ from torch import nn
 from mingle import methods, tasks
 from mingle.adaptation.trace import StepProgress
 from mingle.io import export, merger_folder
+from mingle.io.files import CheckpointError
 from mingle.io.state_dicts import first_names
 from mingle.merging.evaluate import Result, accuracy
 from mingle.merging.finetuned import Model, tower_tensors
+from mingle.merging.opened import opened
 from mingle.methods import Arrival, StepReport
 from mingle.options import build
 from mingle.tasks import TaskData
@@ -281,7 +283,7 @@ class Merger:
                 model.
         """
         folder = Path(folder)
-        saved = merger_folder.load(folder)
+        saved = opened(folder)
         manifest = saved.manifest
         model = base if base is not None else saved.base_folder()
         if not isinstance(model, nn.Module):
@@ -300,9 +302,13 @@ class Merger:
         moved = [
             {name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved.task_tensors()
         ]
-        merger.method.restore(
-            moved, {name: tensor.to(place) for name, tensor in saved.state_tensors().items()}
-        )
+        state = {name: tensor.to(place) for name, tensor in saved.state_tensors().items()}
+        try:
+            merger.method.restore(moved, state)
+        # what names, numbers and shapes of tensors that belong to something else lead to
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"the tensors do not fit the method {merger.method.name!r} with these options"
+            raise CheckpointError(f"{folder}: {reason}: {error}") from error
         merger.merged = [
             MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__})
             for task in manifest["tasks"]

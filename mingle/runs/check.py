@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from mingle import methods, suites, tasks
 from mingle.io import hub, merger_folder
-from mingle.io.files import CheckpointError
+from mingle.io.files import CheckpointError, writable
 from mingle.io.state_dicts import IncompatibleModel, first_names
 from mingle.merging.finetuned import check_tower
 from mingle.options import OptionError, build
-from mingle.runs import settings
+from mingle.runs import settings, target
 from mingle.runs.config import MergeConfig
 from mingle.runs.merge import MergePlan
 from mingle.runs.orders import shuffled
+from mingle.runs.origin import check_origin
 from mingle.suites import Suite
 from mingle.tasks import TaskType
 
@@ -27,10 +28,13 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
 
     Raises:
         OptionError: the config asks for something that cannot be done.
-        CheckpointError: a model that is missing or broken; a folder in use for something else.
+        CheckpointError: a model that is missing or broken; a folder in use for something else, or without
+            room.
         IncompatibleModel: a model that is not a fine-tuned version of the base.
     """
     folders = _folders(config, out)
+    for folder in folders:
+        writable(folder)
     revisions = _revisions(config, folders)
     base = hub.resolve(config.base, None, revisions)
     task = tasks.of(base)
@@ -66,8 +70,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         folders=folders,
         revisions=revisions,
     )
-    for folder, order in zip(folders, orders, strict=bool(folders)):
-        _check_folder(folder, plan, order)
+    target.check(plan)
     return plan
 
 
@@ -84,7 +87,9 @@ def _revisions(config: MergeConfig, folders: list[Path]) -> dict[str, str]:
     revisions = dict(config.revisions)
     for folder in folders:
         if (folder / merger_folder.MANIFEST).exists():
-            noted = merger_folder.load(folder).manifest["metadata"].get("revisions", {})
+            metadata = merger_folder.load(folder).manifest["metadata"]
+            check_origin(metadata, folder)
+            noted = metadata.get("revisions", {})
             for repo, commit in noted.items():
                 if revisions.setdefault(repo, commit) != commit:
                     raise CheckpointError(
@@ -136,36 +141,3 @@ def _suite(
             f"experts: suite {suite.name!r} has no task {unknown[0]!r}; it has {', '.join(suite)}"
         )
     return suite
-
-
-def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> None:
-    """Refuse a folder that holds anything but the beginning of this very merge."""
-    if not folder.exists():
-        return
-    if not (folder / merger_folder.MANIFEST).exists():
-        if any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise CheckpointError(f"{folder}: not empty, and not a merge that could be resumed")
-        return
-    manifest = merger_folder.load(folder).manifest
-    revisions = {"revisions": plan.revisions}  # compared when they were read
-    found = _facts(manifest["method"], manifest["metadata"] | revisions, manifest["options"])
-    wanted = _facts(plan.config.method, plan.origin(), plan.options)
-    differing = [
-        f"{key}: {found.get(key)!r} there, {value!r} now"
-        for key, value in wanted.items()
-        if found.get(key) != value
-    ]
-    merged = [task["name"] for task in manifest["tasks"]]
-    if merged != order[: len(merged)]:
-        differing.append(f"tasks: {', '.join(merged)} there, the order is now {', '.join(order)}")
-    if differing:
-        reasons = "; ".join(differing)
-        raise CheckpointError(f"{folder}: holds another merge, which this one cannot resume; {reasons}")
-
-
-def _facts(method: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that must be the same for a merge to go on; JSON has lists where options have tuples."""
-    plain = {
-        f"option {key}": tuple(value) if isinstance(value, list) else value for key, value in options.items()
-    }
-    return {"method": method, "metadata": metadata, **plain}

@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from mingle import methods, suites
-from mingle.io.files import without_nan, write_json
+from mingle import methods, suites, tasks
+from mingle.io import merger_folder
+from mingle.io.files import free_space, without_nan, writable, write_json
 from mingle.io.provenance import versions
 from mingle.merging.merger import Merger
-from mingle.runs import report, settings
+from mingle.runs import report, room, settings
 from mingle.runs.loop import MergeStep, experts_of, merge_all
 from mingle.runs.observer import Observer
 from mingle.runs.orders import FIRST_ORDER_SEED, shuffled
@@ -68,8 +69,10 @@ def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> 
     Returns:
         What ``results.json`` holds.
     """
+    writable(out)
     observer = observer or Observer()
     suite = _prepared(comparison, observer)
+    _check_room(comparison, suite, out / "merged")
     out.mkdir(parents=True, exist_ok=True)
     asked = asdict(comparison) | {"methods": list(comparison.methods), "options": dict(comparison.options)}
     (out / "config.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
@@ -107,6 +110,21 @@ def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> 
     report.write_csv(results, out / "accuracy_matrix.csv")
     report.write_plots(results, traces, out)
     return results
+
+
+def _check_room(comparison: Comparison, suite: Suite, merged: Path) -> None:
+    """Refuse a disk without room for the merged models, and folders of theirs that something else is in."""
+    needed = 0
+    for method in comparison.methods:
+        if method not in report.REFERENCES:
+            size = room.of_merge(
+                method, comparison.options_for(method, suite), suite.base, tasks.get(suite.task_type)
+            )
+            needed += size.base + size.task * len(suite) + size.state
+            if (merged / method / merger_folder.MANIFEST).exists():
+                merger_folder.read_manifest(merged / method)
+                needed -= size.base
+    free_space(merged, needed)
 
 
 def _prepared(comparison: Comparison, observer: Observer) -> Suite:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mingle import suites
 from mingle.io import hub, merger_folder
-from mingle.io.files import CheckpointError
+from mingle.io.files import CheckpointError, free_space, writable
 from mingle.merging.evaluate import Result
 from mingle.merging.merger import Merger
 from mingle.options import OptionError
+from mingle.runs import room
 from mingle.runs.config import Expert, MergeConfig
 from mingle.runs.loop import Evaluate, merge_all
 from mingle.runs.observer import Observer
-from mingle.runs.origin import origin
+from mingle.runs.origin import check_origin, origin
 from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
 from mingle.tasks import TaskType
@@ -99,6 +100,7 @@ def add(
         overrides: the parts of the merge's origin that change from now on, see `mingle.runs.origin`.
         observer: told how the merge is getting on.
     """
+    writable(folder)
     merger, suite = _reopen(folder, overrides)
     if suite is not None and expert.name not in suite:
         raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
@@ -106,6 +108,9 @@ def add(
     if suite is not None:
         suite.check(expert.name)
     merger.check_name(expert.name)
+    assert merger.base_folder is not None  # without a base in the folder, it would not have been opened
+    size = room.of_merge(merger.method.name, asdict(merger.options), merger.base_folder, merger.task)
+    free_space(folder, size.task + size.state)
     order = [*merger.task_names, expert.name]
     for _ in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):
         merger.save_pretrained(folder)
@@ -126,6 +131,7 @@ def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite |
     pooled_over_batch = getattr(merger.options, "reduce", None) == PROTOCOLS["official"]
     protocol = "official" if pooled_over_batch else "strict"
     merger.metadata = origin(protocol=protocol) | merger.metadata | dict(overrides)
+    check_origin(merger.metadata, folder)
     if merger.metadata["suite"] is None:
         return merger, None
     if pooled_over_batch and merger.metadata["protocol"] == "strict":

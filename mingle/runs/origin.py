@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from mingle.io import schema
+from mingle.io.files import CheckpointError
 from mingle.io.hub import Revisions
+from mingle.io.merger_folder import MANIFEST
+
+_FORM = {
+    "suite": (str, None),
+    "protocol": str,
+    "samples_per_class": int,
+    "batch_size": int,
+    "revisions": {str: str},
+}
 
 
 def origin(
@@ -28,3 +41,12 @@ def origin(
         "batch_size": batch_size,
         "revisions": {} if revisions is None else revisions,
     }
+
+
+def check_origin(metadata: Mapping[str, Any], folder: Path) -> None:
+    """Raise `CheckpointError` where what there is of an origin in a saved merger's metadata is not one."""
+    form = {key: form for key, form in _FORM.items() if key in metadata}
+    schema.check({"metadata": metadata}, {"metadata": form}, folder / MANIFEST)
+    for key in ("samples_per_class", "batch_size"):
+        if metadata.get(key, 1) < 1:
+            raise CheckpointError(f"{folder / MANIFEST}: metadata.{key}: expected 1 or more")

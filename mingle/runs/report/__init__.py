@@ -12,8 +12,18 @@ merging task i).  A missing number is None or NaN.
 from __future__ import annotations
 
 from mingle.runs.report import comparison, sweeps
+from mingle.runs.report.files import read
 from mingle.runs.report.numbers import REFERENCES
 from mingle.runs.report.plots import write_plots
 from mingle.runs.report.tables import markdown_table, table, write_csv
 
-__all__ = ["REFERENCES", "comparison", "markdown_table", "sweeps", "table", "write_csv", "write_plots"]
+__all__ = [
+    "REFERENCES",
+    "comparison",
+    "markdown_table",
+    "read",
+    "sweeps",
+    "table",
+    "write_csv",
+    "write_plots",
+]

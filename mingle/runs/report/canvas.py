@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mingle.runs.report.numbers import is_known, number
+from mingle.runs.report.text import TITLE_LENGTH, plot_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ def figure_of(width: float, height: float, title: str) -> Figure:
 
     figure = Figure(figsize=(width, height), layout="compressed")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(plot_label(title, TITLE_LENGTH))
     return figure
 
 
@@ -76,14 +77,14 @@ def heat_map(
     rotation, size = (45, 8) if len(columns) <= MOST_NUMBERED else (90, 6.5)
     ax.set_xticks(
         range(len(columns)),
-        columns,
+        [plot_label(column) for column in columns],
         rotation=rotation,
         rotation_mode="anchor",
         ha="right",
         va="center",
         fontsize=size,
     )
-    ax.set_yticks(range(len(rows)), rows, fontsize=8 if len(rows) <= MOST_NUMBERED else 6.5)
+    ax.set_yticks(range(len(rows)), map(plot_label, rows), fontsize=8 if len(rows) <= MOST_NUMBERED else 6.5)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     bright = image.to_rgba(values)[..., :3] @ (0.3, 0.6, 0.1) > 0.42
@@ -111,7 +112,7 @@ def first_to_last(figure: Figure, axes: Sequence[Axes], labels: Sequence[str], t
         Normalize(-0.5, count - 0.5), LinearSegmentedColormap.from_list("", _FIRST_TO_LAST, count)
     )
     bar = figure.colorbar(colors, ax=axes, label=title, aspect=30)
-    bar.set_ticks(range(count), labels=labels)
+    bar.set_ticks(range(count), labels=[plot_label(label) for label in labels])
     bar.ax.invert_yaxis()
     return colors.to_rgba(np.arange(count))
 
@@ -124,7 +125,7 @@ def label_ends(figure: Figure, ax: Axes, ends: Sequence[tuple[str, float, float,
     heights = spread([y for _, _, y, _ in ends], gap, low, high)
     for (name, x, y, color), height in zip(ends, heights, strict=True):
         ax.annotate(
-            f"{name}  {number(y)}",
+            f"{plot_label(name)}  {number(y)}",
             xy=(x, y),
             xytext=(1.04, height),
             textcoords=ax.get_yaxis_transform(),

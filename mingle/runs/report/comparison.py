@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mingle.runs.report.numbers import REFERENCES, number
+from mingle.runs.report.text import markdown_cell, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,15 +29,17 @@ class _Block(NamedTuple):
 def tables(summary: Mapping[str, Any]) -> list[Table]:
     """The tables for a terminal; the best row of every suite is in bold, the reference rows are dim."""
     from rich.table import Table
+    from rich.text import Text
 
     made = []
     for block in _blocks(summary):
-        out = Table(title=block.caption)
+        out = Table(title=Text(visible(block.caption)))
         for i, column in enumerate(block.columns):
-            out.add_column(column.replace(" ", "\n", 1) if i else column, justify="right" if i else "left")
+            heading = visible(column).replace(" ", "\n", 1) if i else column
+            out.add_column(Text(heading), justify="right" if i else "left")
         for row, cells in block.rows:
             out.add_row(
-                *(f"[bold]{text}[/]" if best else text for text, best in cells),
+                *(Text(visible(text), style="bold" if best else "") for text, best in cells),
                 style="dim" if _reference(row) else None,
             )
         made.append(out)
@@ -48,16 +51,18 @@ def markdown(summary: Mapping[str, Any]) -> str:
     lines = []
     for block in _blocks(summary):
         lines += [
-            block.caption,
+            markdown_cell(block.caption),
             "",
-            f"| {' | '.join(block.columns)} |",
+            f"| {' | '.join(map(markdown_cell, block.columns))} |",
             "|---" + "|---:" * (len(block.columns) - 1) + "|",
         ]
         for row, cells in block.rows:
             marks = ["**" if best else "*" if _reference(row) else "" for _, best in cells]
             lines.append(
                 "| "
-                + " | ".join(f"{mark}{text}{mark}" for mark, (text, _) in zip(marks, cells, strict=True))
+                + " | ".join(
+                    f"{mark}{markdown_cell(text)}{mark}" for mark, (text, _) in zip(marks, cells, strict=True)
+                )
                 + " |"
             )
         lines.append("")

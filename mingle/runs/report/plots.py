@@ -21,6 +21,7 @@ from mingle.runs.report.canvas import (
     small_multiples,
 )
 from mingle.runs.report.numbers import REFERENCES, caption, mean_of, number
+from mingle.runs.report.text import plot_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +70,7 @@ def _plot_matrices(results: Mapping[str, Any]) -> Figure | None:
         )
         ax.tick_params(labelleft=left, labelbottom=bottom)
         ax.set(xlabel="accuracy on task" if bottom else None, ylabel="after merging task" if left else None)
-        ax.set_title(f"{name}: ACC {number(result['acc'][0])}, BWT {number(result['bwt'][0])}")
+        ax.set_title(f"{plot_label(name)}: ACC {number(result['acc'][0])}, BWT {number(result['bwt'][0])}")
     figure.colorbar(image, ax=axes, label="accuracy (%)", shrink=0.8, aspect=30)
     return figure
 
@@ -190,7 +191,7 @@ def _plot_interference(traces: Mapping[str, Any]) -> Figure | None:
     centres = [(starts[task] + starts[task + 1]) / 2 for task in tasks]
     top.set_xticks(
         centres,
-        [trace["order"][task] for task in tasks],
+        [plot_label(trace["order"][task]) for task in tasks],
         rotation=45 * crowded,
         ha="left" if crowded else "center",
     )
@@ -208,6 +209,6 @@ def _plot_loss(traces: Mapping[str, Any]) -> Figure | None:
     for ax, (name, trace) in zip(axes, methods.items(), strict=True):
         for color, loss in zip(colors, trace["loss"], strict=True):
             ax.plot(range(1, len(loss) + 1), loss, color=color, linewidth=1.2)
-        ax.set(title=name, xlabel="adaptation step", ylabel="loss")
+        ax.set(title=plot_label(name), xlabel="adaptation step", ylabel="loss")
         ax.grid(True)
     return figure

@@ -18,6 +18,7 @@ from mingle.runs.report.canvas import (
     small_multiples,
 )
 from mingle.runs.report.numbers import REFERENCES, number
+from mingle.runs.report.text import plot_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,7 +100,7 @@ def _plot_curves(rows: Sequence[Mapping[str, Any]], suite: str, axis: str, where
                 linewidth=1.6,
                 elinewidth=1,
                 capsize=2.5,
-                label=name,
+                label=plot_label(name),
             )
         ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         ax.set(xlabel=axis, ylabel=label)
@@ -140,7 +141,7 @@ def _plot_bars(rows: Sequence[Mapping[str, Any]], suite: str, where: str) -> Fig
                 ha="right" if side < 0 else "left",
                 fontsize=8,
             )
-        ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
+        ax.set_yticks(range(len(rows)), [plot_label(row["label"]) for row in rows])
         ax.tick_params(axis="y", length=0)
         ax.use_sticky_edges = False  # otherwise numbers at 0 would stand outside
         ax.margins(x=0.16)
@@ -175,7 +176,7 @@ def _plot_gates(traces: Mapping[str, Mapping[str, Any]], where: str) -> Figure |
         )
         ax.tick_params(labelleft=left, labelbottom=bottom)
         ax.set(
-            title=label,
+            title=plot_label(label),
             xlabel="expert of task" if bottom else None,
             ylabel="samples of task" if left else None,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mingle.runs.report.numbers import REFERENCES, caption, is_known, mean_of, mean_std, number
+from mingle.runs.report.text import csv_cell, markdown_cell, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,23 +23,27 @@ def table(results: Mapping[str, Any]) -> Table:
     The best merging method is in bold.
     """
     from rich.table import Table
+    from rich.text import Text
 
-    out = Table(title=caption(results))
+    out = Table(title=Text(visible(caption(results))))
     for column in _COLUMNS:
         out.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for reference, rows in itertools.groupby(_rows(results), key=lambda row: row[1]):
         for cells, _, best in rows:
-            out.add_row(*cells, style="dim" if reference else "bold" if best else None)
+            out.add_row(
+                *(Text(visible(cell)) for cell in cells),
+                style="dim" if reference else "bold" if best else None,
+            )
         out.add_section()
     return out
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
     """The same table as GitHub markdown: references in italics, the best merging method in bold."""
-    lines = [caption(results), "", f"| {' | '.join(_COLUMNS)} |", "|---|---:|---:|---:|"]
+    lines = [markdown_cell(caption(results)), "", f"| {' | '.join(_COLUMNS)} |", "|---|---:|---:|---:|"]
     for cells, reference, best in _rows(results):
         mark = "*" if reference else "**" if best else ""
-        lines.append(f"| {' | '.join(f'{mark}{cell}{mark}' for cell in cells)} |")
+        lines.append(f"| {' | '.join(f'{mark}{markdown_cell(cell)}{mark}' for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -55,7 +60,9 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
                 for step, (after, row) in enumerate(zip(tasks, matrix, strict=True), start=1):
                     cells = zip(tasks, row, strict=True)
                     writer.writerows(
-                        [name, order, step, after, task, value] for task, value in cells if is_known(value)
+                        [csv_cell(name), order, step, csv_cell(after), csv_cell(task), value]
+                        for task, value in cells
+                        if is_known(value)
                     )
 
 

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from mingle import methods
+from mingle import methods, tasks
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.adaptation.trace import AdaptTrace
 from mingle.io import merger_folder
 from mingle.io.files import read_json, without_nan, write_json
 from mingle.io.provenance import describe
+from mingle.io.schema import check
 from mingle.merging.merger import Merger
+from mingle.runs import room
 from mingle.runs.loop import Evaluate, MergeStep, experts_of, merge_all
 from mingle.runs.observer import Observer
 from mingle.runs.orders import FIRST_ORDER_SEED, shuffled
@@ -62,7 +64,13 @@ class Cell:
     def result(self, cells: Path) -> dict[str, Any] | None:
         """The results of the finished cell; None while it is not finished."""
         path = cells / self.folder_name / RESULT
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        result: dict[str, Any] = read_json(path)
+        check(result, {"failed": (str, None), "seconds": float}, path)
+        if result["failed"] is None:
+            check(result, {"acc": float, "bwt": float}, path)
+        return result
 
     def prepare(self, suite: Suite) -> None:
         """Check the samples, and fetch or train every fine-tuned model that is missing."""
@@ -70,6 +78,11 @@ class Cell:
         for index, task in enumerate(order):
             suite.check(task)
             suite.expert(task, order[:index] if sequential else ())
+
+    def room(self, suite: Suite, *, keep_model: bool) -> int:
+        """How many bytes the merge may take on the disk."""
+        size = room.of_merge(self.method, self.options, suite.base, tasks.get(suite.task_type))
+        return size.task * len(suite) + size.state + (size.base if keep_model else 0)
 
     def run(
         self, suite: Suite, cells: Path, observer: Observer, device: torch.device, *, keep_model: bool

@@ -10,6 +10,7 @@ from typing import Any
 from mingle.io import provenance
 from mingle.io.files import read_json, write_json
 from mingle.runs.report import comparison, sweeps
+from mingle.runs.report.files import check_traces
 from mingle.runs.reproduce.cells import TRACE
 from mingle.runs.reproduce.expected import expected
 from mingle.runs.reproduce.paper import Scores
@@ -56,7 +57,7 @@ def write(plan: TablePlan, out: Path) -> dict[str, Any]:
     """Write ``table.json``, ``table.md`` and the plots of the finished cells to `out`; returns the table."""
     summary, traces = gather(plan, out), _traces(plan, out / "cells")
     write_json(out / "table.json", summary)
-    (out / "table.md").write_text(comparison.markdown(summary))
+    (out / "table.md").write_text(comparison.markdown(summary), encoding="utf-8")
     sweeps.write_plots(summary, traces, out)
     return summary
 
@@ -67,9 +68,10 @@ def _traces(plan: TablePlan, cells: Path) -> dict[str, Any]:
     for entry in plan.entries:
         path = cells / entry.cells[0].folder_name / TRACE
         if path.exists():
-            traces.setdefault(entry.protocol, {}).setdefault(entry.suite, {})[entry.row.label] = read_json(
-                path
-            )
+            trace = read_json(path)
+            if trace != {}:  # of a method that does not adapt
+                check_traces({entry.row.method: trace}, path)
+            traces.setdefault(entry.protocol, {}).setdefault(entry.suite, {})[entry.row.label] = trace
     return traces
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mingle import suites
-from mingle.io.files import Locked, lock, read_json, write_json
+from mingle.io.files import Locked, free_space, lock, naming, read_json, writable, write_json
 from mingle.runs.observer import Observer
 from mingle.runs.reproduce.request import TablePlan
 from mingle.suites import Suite
@@ -32,7 +32,9 @@ def run(
     """
     observer, folder, revisions = observer or Observer(), out / "cells", out / "revisions.json"
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    writable(folder)
 
     @lru_cache(maxsize=2)  # neighbouring cells share a suite, and its samples may be large
     def suite(name: str, protocol: str, samples_per_class: int, seed: int) -> Suite:
@@ -59,6 +61,7 @@ def run(
                         # missing experts are fetched or trained once, and before anything is timed
                         with lock(folder, wait=True):
                             cell.prepare(loaded)
+                            free_space(own, cell.room(loaded, keep_model=keep_models))
                             if loaded.revisions:  # every later cell keeps to the commits of the first
                                 noted = read_json(revisions) if revisions.exists() else {}
                                 write_json(revisions, noted | dict(loaded.revisions))

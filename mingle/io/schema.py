@@ -1,0 +1,82 @@
+"""Strangers' JSON held against the form that it should have, before anything reads it.
+
+A form is one of these:
+
+    str, bool      a value of that type
+    int, float     a whole number of 64 bits; a finite number
+    re.Pattern     a text that the pattern matches as a whole
+    object         anything
+    [form]         a list of such
+    {"key": form}  an object that has these keys, and maybe others
+    {str: form}    an object with any keys
+    (form, None)   such, or null
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mingle.io.files import CheckpointError
+
+Form: TypeAlias = Any
+
+_NAMES = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def check(value: Any, form: Form, file: Path) -> None:
+    """Raise `CheckpointError`, naming the file and the place in it, unless the value has the form."""
+    for fault in _faults(value, form, ""):
+        raise CheckpointError(f"{file}: {fault}")
+
+
+def _faults(value: Any, form: Form, where: str) -> Iterator[str]:
+    if isinstance(form, tuple):
+        if value is not None:
+            yield from _faults(value, form[0], where)
+    elif not _fits(value, form):
+        text = repr(value)
+        found = text if len(text) < 80 else f"{text[:80]}…"
+        yield f"{where or 'the whole'}: expected {_described(form)}, found {found}"
+    elif isinstance(form, list):
+        for i, item in enumerate(value):
+            yield from _faults(item, form[0], f"{where}[{i}]")
+    elif isinstance(form, dict):
+        yield from (
+            f"{_inside(where, key)} is missing" for key in form if key is not str and key not in value
+        )
+        for key, item in value.items():
+            if (inner := form.get(key, form.get(str))) is not None:
+                yield from _faults(item, inner, _inside(where, key))
+
+
+def _fits(value: Any, form: Form) -> bool:
+    """Whether the value itself, without what is in it, is what the form says."""
+    if isinstance(form, re.Pattern):
+        return isinstance(value, str) and form.fullmatch(value) is not None
+    if form is int:
+        return type(value) is int and -(2**63) <= value < 2**63
+    if form is float:
+        return type(value) in (int, float) and -1e300 < value < 1e300
+    return isinstance(value, type(form) if isinstance(form, list | dict) else form)
+
+
+def _described(form: Form) -> str:
+    if isinstance(form, re.Pattern):
+        return f"a text of the form {form.pattern}"
+    return _NAMES[type(form) if isinstance(form, list | dict) else form]
+
+
+def _inside(where: str, key: str) -> str:
+    """The place of a key; quoted where it could be taken for something else."""
+    name = key if re.fullmatch(r"\w+", key) else repr(key)
+    return f"{where}.{name}" if where else name

@@ -1,0 +1,68 @@
+"""How much of a disk a merge will take, estimated from shapes before it begins; rather too much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mingle import methods
+from mingle.io.merger_folder import base_files
+from mingle.methods.base import PlainMethod
+from mingle.methods.gated import GatedMethod
+from mingle.options import build
+from mingle.tasks import TaskType
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a merger's folder holds, in bytes.
+
+    Attributes:
+        base: the copy of the base model.
+        task: what is kept of each task alone, at most.
+        state: what is kept of all tasks together, twice: the old stays until the new is written.
+    """
+
+    base: int
+    task: int
+    state: int
+
+
+def of_merge(method: str, options: Mapping[str, Any], base: Path, task: TaskType) -> Room:
+    """The room for a merge by `method`, with all of its options, into the base model in a folder."""
+    chosen, model = methods.get(method), task.skeleton(base)
+    tower = model.get_submodule(task.tower).state_dict()
+    fitted = chosen(model, task, tower, build(chosen.Options, options, f"method {method!r}"))
+    whole, kept, state = _bytes(tower.values()), 0, 0
+    if fitted.per_task:
+        kept = whole
+    elif isinstance(fitted, PlainMethod):
+        state = whole + whole // 2  # the tower, and in some methods a count for every entry
+    elif isinstance(fitted, GatedMethod):
+        kept = _expert(fitted)
+        state = 0 if type(fitted).state_tensors is GatedMethod.state_tensors else whole
+    return Room(sum(file.stat().st_size for file in base_files(base)), kept, 2 * state)
+
+
+def _expert(method: GatedMethod) -> int:
+    """A, B, gate and basis of every layer."""
+    rank, basis = method.options.rank, getattr(method.options, "k", 0)
+    size = 0
+    for layer in method.layers.values():
+        width, height = layer.in_features, layer.out_features
+        numbers = min(rank, width, height) * (width + height) + (basis + 1) * width + 1
+        size += numbers * _itemsize(layer.weight)
+    return size
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * _itemsize(tensor) for tensor in tensors)
+
+
+def _itemsize(tensor: Tensor) -> int:
+    """Of what is kept, which may be wider than the base."""
+    return max(tensor.dtype.itemsize, 4)

@@ -1,0 +1,61 @@
+"""The folders that merges are written to: free or the beginning of the same merge, writable, with room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mingle.io import merger_folder
+from mingle.io.files import CheckpointError, free_space
+from mingle.runs import room
+from mingle.runs.merge import MergePlan
+
+
+def check(plan: MergePlan) -> None:
+    """Refuse folders that hold anything but the beginning of this very merge, and a disk without room for it.
+
+    Raises:
+        CheckpointError: the message names the folder and the reason.
+    """
+    if not plan.folders:
+        return
+    size, needed = room.of_merge(plan.config.method, plan.options, plan.base, plan.task), 0
+    for folder, order in zip(plan.folders, plan.orders, strict=True):
+        merged = _check_folder(folder, plan, order) if folder.exists() else 0
+        needed += size.state + size.task * (len(order) - merged) + (0 if merged else size.base)
+    free_space(plan.folders[0], needed)
+
+
+def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
+    """How many tasks of this very merge the folder holds."""
+    if not (folder / merger_folder.MANIFEST).exists():
+        if (stranger := merger_folder.foreign(folder)) is not None:
+            raise CheckpointError(
+                f"{folder}: not empty, and not a merge that could be resumed: {stranger} is in it"
+            )
+        return 0
+    manifest = merger_folder.load(folder).manifest
+    revisions = {"revisions": plan.revisions}  # compared when they were read
+    found = _facts(manifest["method"], manifest["metadata"] | revisions, manifest["options"])
+    wanted = _facts(plan.config.method, plan.origin(), plan.options)
+    differing = [
+        f"{key}: {found.get(key)!r} there, {value!r} now"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
+    merged = [task["name"] for task in manifest["tasks"]]
+    if merged != order[: len(merged)]:
+        differing.append(f"tasks: {', '.join(merged)} there, the order is now {', '.join(order)}")
+    if differing:
+        reasons = "; ".join(differing)
+        raise CheckpointError(f"{folder}: holds another merge, which this one cannot resume; {reasons}")
+    return len(merged)
+
+
+def _facts(method: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that must be the same for a merge to go on; JSON has lists where options have tuples."""
+    plain = {
+        f"option {key}": tuple(value) if isinstance(value, list) else value for key, value in options.items()
+    }
+    return {"method": method, "metadata": metadata, **plain}
