@@ -24,8 +24,8 @@ def register(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     manifest = opened(args.folder).manifest
-    title = visible(f"{args.folder}: {manifest['method']}, {len(manifest['tasks'])} tasks")
-    table = Table(title=title, title_justify="left")
+    say(f"{args.folder}: {manifest['method']}, {len(manifest['tasks'])} tasks")
+    table = Table()
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column in ("task", "notes") else "right", overflow="fold")
     for i, task in enumerate(manifest["tasks"]):

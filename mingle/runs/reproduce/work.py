@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mingle import suites
-from mingle.io.files import Locked, free_space, lock, naming, read_json, writable, write_json
+from mingle.io.files import Locked, free_space, lock, read_json, writable, write_json
 from mingle.runs.observer import Observer
 from mingle.runs.reproduce.request import TablePlan
 from mingle.suites import Suite
@@ -32,9 +32,8 @@ def run(
     """
     observer, folder, revisions = observer or Observer(), out / "cells", out / "revisions.json"
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
     @lru_cache(maxsize=2)  # neighbouring cells share a suite, and its samples may be large
     def suite(name: str, protocol: str, samples_per_class: int, seed: int) -> Suite:
@@ -53,7 +52,7 @@ def run(
         held = []
         for cell in waiting:
             own = folder / cell.folder_name
-            own.mkdir(exist_ok=True)
+            own.mkdir(parents=True, exist_ok=True)
             try:
                 with lock(own):
                     if cell.result(folder) is None:
