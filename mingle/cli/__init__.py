@@ -7,6 +7,7 @@ that nobody foresaw).
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -46,17 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would break ours
     sys.excepthook = crash.report
     output.set_up()
-    args = _parser().parse_args(arguments)
-    if getattr(args, "offline", False):
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    args = argparse.Namespace(kept="nothing was changed")
     try:
-        code: int = args.run(args) or 0
-        output.flush()
-        return code
+        return _run(arguments, args)
     except BrokenPipeError:
         output.console.on_broken_pipe()
     except KeyboardInterrupt:
-        output.say("interrupted: ", getattr(args, "kept", "nothing was changed"), style="")
+        output.say(f"interrupted: {args.kept}")
         return 1
     except AdaptationDiverged as error:
         output.fail(error)
@@ -68,6 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         output.fail(f"out of memory: {error}")
     return 2
+
+
+def _run(arguments: Sequence[str] | None, args: argparse.Namespace) -> int:
+    """Parse the arguments into `args`, and run the command that they name."""
+    try:
+        _parser().parse_args(arguments, args)
+        if getattr(args, "offline", False):
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        return args.run(args) or 0
+    finally:
+        output.flush()
 
 
 def _parser() -> LiteralParser:

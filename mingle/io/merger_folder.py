@@ -263,10 +263,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not the manifest of a {FORMAT} folder")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {manifest.get('format_version')}, this mingle reads {FORMAT_VERSION}"
-        )
+    version = manifest.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version}, this mingle reads {FORMAT_VERSION}")
     check(manifest, _FORM, path)
     names, matrix = [task["name"] for task in manifest["tasks"]], manifest["matrix"]
     if len(set(names)) < len(names):

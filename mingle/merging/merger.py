@@ -288,14 +288,17 @@ class Merger:
         model = base if base is not None else saved.base_folder()
         if not isinstance(model, nn.Module):
             model = tasks.get(manifest["task_type"]).load(model).to(getattr(torch, manifest["dtype"]))
-        merger = cls(
-            model,
-            manifest["method"],
-            manifest["task_type"],
-            seed=manifest["seed"],
-            device=device,
-            **manifest["options"],
-        )
+        try:
+            merger = cls(
+                model,
+                manifest["method"],
+                manifest["task_type"],
+                seed=manifest["seed"],
+                device=device,
+                **manifest["options"],
+            )
+        except ValueError as error:  # options that do not suit this model
+            raise CheckpointError(f"{folder / merger_folder.MANIFEST}: {error}") from error
         merger.base_folder = None if isinstance(base, nn.Module) else Path(base or saved.base_folder())
         saved.check_base(merger_folder.state_hash(merger.base))
         place = next(merger.base.parameters()).device
