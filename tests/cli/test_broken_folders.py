@@ -26,7 +26,8 @@ def _wide(monkeypatch):
 @pytest.fixture(scope="module")
 def intact(base_model, tuned_states, samples, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("merges") / "intact"
-    merge(base_model, tuned_states, samples, count=2, steps=1, layers=("q_proj", "fc2")).save_pretrained(folder)
+    few = {"steps": 1, "layers": ("q_proj", "fc2")}
+    merge(base_model, tuned_states, samples, count=2, **few).save_pretrained(folder)
     return folder
 
 
