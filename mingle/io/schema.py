@@ -2,7 +2,7 @@
 
 A form is one of these:
 
-    str, bool      a value of that type
+    str            a text
     int, float     a whole number of 64 bits; a finite number
     re.Pattern     a text that the pattern matches as a whole
     object         anything
@@ -25,7 +25,6 @@ Form: TypeAlias = Any
 
 _NAMES = {
     str: "a text",
-    bool: "true or false",
     int: "a whole number",
     float: "a number",
     list: "a list",

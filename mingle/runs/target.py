@@ -23,7 +23,8 @@ def check(plan: MergePlan) -> None:
     size, needed = room.of_merge(plan.config.method, plan.options, plan.base, plan.task), 0
     for folder, order in zip(plan.folders, plan.orders, strict=True):
         merged = _check_folder(folder, plan, order) if folder.exists() else 0
-        needed += size.state + size.task * (len(order) - merged) + (0 if merged else size.base)
+        if merged < len(order):
+            needed += size.state + size.task * (len(order) - merged) + (0 if merged else size.base)
     free_space(plan.folders[0], needed)
 
 
