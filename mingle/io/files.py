@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 100_000_000
+#: how a file begins that stands for one which git has not fetched
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SPARE_BYTES = 16 << 20
 _TEMPORARY = re.compile(r"\.mingle-tmp-\d+-[0-9a-f]{16}-.+")
 
@@ -208,6 +210,8 @@ def rename(source: Path, target: Path) -> None:
 
 
 def parse_json(data: bytes, where: str) -> Any:
+    if data.startswith(LFS_POINTER):
+        raise CheckpointError(f"{where}: a Git LFS pointer, not the file itself; `git lfs pull` fetches it")
     try:
         return json.loads(data.decode(), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
