@@ -94,7 +94,13 @@ def check_tokenizer_files(folder: Path, *alternatives: Sequence[str]) -> list[Pa
     for name in _SETTINGS:
         if _exists(folder / name):
             path = contained(folder, name)
-            _require(path, "it", read_json(path), dict)
+            settings = read_json(path)
+            _require(path, "it", settings, dict)
+            length = settings.get("model_max_length")
+            if length is not None:
+                _require(path, "model_max_length", length, (int, float))
+                if not length >= 1:
+                    _refuse(path, "model_max_length", f"is {length}, expected 1 or more")
     for path in paths:
         if path.name == "tokenizer.json":
             _check_whole(path, read_json(path))

@@ -125,9 +125,13 @@ def _subfolders(folder: Path) -> list[Path]:
     for path in entries:
         if path.is_symlink() and not path.exists() and path.name != "templates.txt":
             raise ValueError(f"{path}: a link to {path.readlink()}, which does not exist")
-        if not path.name.isprintable():
-            raise ValueError(f"{path.name!r} in {folder}: a name with characters that cannot be printed")
-    return [path for path in entries if path.is_dir()]
+    folders = [path for path in entries if path.is_dir()]
+    for path in folders:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{folder}: the folder name {path.name!r} in it is not UTF-8 text") from None
+    return folders
 
 
 def _images(folder: Path) -> list[Path]:
