@@ -51,6 +51,13 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
         file.write(data)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    data = text.encode(errors="backslashreplace")
+    with replacing(path, len(data)) as file:
+        file.write(data)
+
+
 def without_nan(value: Any) -> Any:
     """Plain data with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
@@ -207,7 +214,16 @@ def rename(source: Path, target: Path) -> None:
         os.close(descriptor)
 
 
+def refuse_lfs_pointer(data: bytes, where: str) -> None:
+    """Raise `CheckpointError` for a file whose beginning, 8 bytes or more, is that of a Git LFS pointer."""
+    if data.startswith(b"version https://git-lfs"[: max(8, len(data))]):
+        raise CheckpointError(
+            f"{where}: a Git LFS pointer, not the file that it stands for; fetch that with `git lfs pull`"
+        )
+
+
 def parse_json(data: bytes, where: str) -> Any:
+    refuse_lfs_pointer(data, where)
     try:
         return json.loads(data.decode(), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
