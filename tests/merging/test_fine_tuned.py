@@ -220,6 +220,20 @@ def test_defaults_that_a_file_leaves_out_are_the_same(base, tuned, clip_config, 
     check(load(config_file(tmp_path, base, {"a": written(tmp_path / "a", tuned, sparse)})))
 
 
+def test_files_written_by_old_versions_note_more_settings(base, tuned, clip_config, tmp_path):
+    legacy = {
+        "max_length": 20,
+        "prefix": None,
+        "sep_token_id": None,
+        "tie_encoder_decoder": False,
+        "top_k": 50,
+    }
+    old = clip_config | {"vision_config": clip_config["vision_config"] | legacy | {"pruned_heads": {}}}
+    check(load(config_file(tmp_path, base, {"a": written(tmp_path / "a", tuned, old)})))
+    base = written(tmp_path / "old base", load_file(base / "model.safetensors"), old)
+    check(load(config_file(tmp_path, base, {"a": written(tmp_path / "b", tuned, clip_config)})))
+
+
 def test_another_kind_of_model_is_refused(base, tuned, clip_config, tmp_path):
     expert = written(tmp_path / "a", tuned, clip_config | {"model_type": "siglip"})
     refused(base, expert, "model_type is 'siglip', expected 'clip' or 'clip_vision_model'", tmp_path)
