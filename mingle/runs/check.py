@@ -21,6 +21,7 @@ from mingle.runs.merge import MergePlan
 from mingle.runs.orders import shuffled
 from mingle.suites import Suite
 from mingle.tasks import TaskType
+from mingle.tasks.configs import differing_preparation
 
 
 def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
@@ -51,7 +52,10 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
     )
     merged = _merged_names(config.method, model, task, options)
     values = CheckpointReader(base)
-    left = {name: expert.left(merged, values) for name, expert in finetuned.items()}
+    left = {
+        name: expert.left(merged, values) + differing_preparation(base, experts[name])
+        for name, expert in finetuned.items()
+    }
     if suite is not None:
         for name in experts:
             suite.check(name)
