@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 100_000_000
 #: how a file begins that stands for one which git has not fetched
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs"
 _SPARE_BYTES = 16 << 20
 _TEMPORARY = re.compile(r"\.mingle-tmp-\d+-[0-9a-f]{16}-.+")
 
@@ -49,6 +49,13 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
         ).encode()
     except ValueError as error:
         raise CheckpointError(f"{path}: not written: {error}") from error
+    with replacing(path, len(data)) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    data = text.encode(errors="backslashreplace")
     with replacing(path, len(data)) as file:
         file.write(data)
 
@@ -209,9 +216,16 @@ def rename(source: Path, target: Path) -> None:
         os.close(descriptor)
 
 
+def refuse_lfs_pointer(data: bytes, where: str) -> None:
+    """Raise `CheckpointError` for a file whose beginning, 8 bytes or more, is that of a Git LFS pointer."""
+    if data.startswith(LFS_POINTER[: max(8, len(data))]):
+        raise CheckpointError(
+            f"{where}: a Git LFS pointer, not the file that it stands for; fetch that with `git lfs pull`"
+        )
+
+
 def parse_json(data: bytes, where: str) -> Any:
-    if data.startswith(LFS_POINTER):
-        raise CheckpointError(f"{where}: a Git LFS pointer, not the file itself; `git lfs pull` fetches it")
+    refuse_lfs_pointer(data, where)
     try:
         return json.loads(data.decode(), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:

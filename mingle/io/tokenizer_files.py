@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mingle.io.files import LFS_POINTER, CheckpointError, contained, naming, read_json
+from mingle.io.files import CheckpointError, contained, naming, read_json, refuse_lfs_pointer
 
 
 def _plain(*kinds: str) -> dict[str, dict[str, Any]]:
@@ -247,8 +247,7 @@ def _check_text_or_binary(path: Path) -> None:
         content = path.read_bytes()
     if not content:
         _refuse(path, "it", "is empty")
-    if content.startswith(LFS_POINTER):
-        _refuse(path, "it", "is a Git LFS pointer, not the file itself; `git lfs pull` fetches it")
+    refuse_lfs_pointer(content, str(path))
     if path.suffix == ".txt":
         try:
             content.decode("utf-8")

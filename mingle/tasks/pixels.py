@@ -147,7 +147,7 @@ def _reason(error: BaseException, file: Path | bytes) -> str:
         if not file:
             return "an empty file"
         if file.startswith(LFS_POINTER):
-            return "a Git LFS pointer, not the image itself; `git lfs pull` fetches it"
+            return "a Git LFS pointer, not the image that it stands for; fetch that with `git lfs pull`"
         return "in no format that Pillow knows"
     if isinstance(error, FileNotFoundError) and isinstance(file, Path) and file.is_symlink():
         return f"a link to {file.readlink()}, which does not exist"

@@ -28,7 +28,7 @@ def folder(tmp_path):
     [
         (b"", "an empty file"),
         (b"hello, this is text", "in no format that Pillow knows"),
-        (LFS, "a Git LFS pointer, not the image itself"),
+        (LFS, "a Git LFS pointer"),
         (encoded(shade(0), "PNG")[:20], "Truncated File Read"),
         (encoded(shade(0), "JPEG")[:10], "Truncated File Read"),
     ],

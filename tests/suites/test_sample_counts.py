@@ -90,3 +90,13 @@ def test_images_of_the_papers_are_counted_without_decoding(image_hub):
 def test_fewer_than_no_seeds_are_refused():
     with pytest.raises(ValueError, match="samples_per_class=-1"):
         suites.load("glyphs4", samples_per_class=-1)
+
+
+def test_no_seeds_are_refused_by_a_method_that_adapts_on_them(tmp_path, capsys):
+    experts = [{"name": "greek-inverted", "model": str(glyphs.DATA / "experts/greek-inverted")}]
+    config = {"base": str(glyphs.BASE), "experts": experts, "eval": {"suite": "glyphs4"}}
+    for method, code in (("average", 0), ("mingle", 2)):
+        given = config | {"method": method, "adapt": {"samples_per_class": 0}}
+        (tmp_path / "m.yaml").write_text(yaml.safe_dump(given))
+        assert main(["check", str(tmp_path / "m.yaml")]) == code
+    assert "samples_per_class is 0, and method 'mingle' adapts on seed samples" in capsys.readouterr().out

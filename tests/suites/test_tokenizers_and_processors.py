@@ -391,12 +391,12 @@ def test_a_broken_tokenizer_of_a_t5_base_is_named(glue_hub, tmp_path, harm, mess
         suites.load("glue-8", base=tmp_path / "base").check("cola")
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (LFS.encode(), "is a Git LFS pointer")])
+@pytest.mark.parametrize(("content", "message"), [(b"", "it is empty"), (LFS.encode(), "a Git LFS pointer")])
 def test_a_broken_sentencepiece_model_is_named(glue_hub, tmp_path, content, message):
     import standin_hub
 
     standin_hub.t5_base(tmp_path / "base")
     (tmp_path / "base/tokenizer.json").unlink()
     (tmp_path / "base/spiece.model").write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"spiece\.model: it {message}"):
+    with pytest.raises(CheckpointError, match=rf"spiece\.model: {message}"):
         suites.load("glue-8", base=tmp_path / "base").check("cola")
