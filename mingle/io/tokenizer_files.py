@@ -93,25 +93,16 @@ def check_tokenizer_files(folder: Path, *alternatives: Sequence[str]) -> list[Pa
     paths = [contained(folder, name) for name in chosen]
     for name in _SETTINGS:
         if _exists(folder / name):
-            path = contained(folder, name)
-            settings = read_json(path)
-            _require(path, "it", settings, dict)
-            length = settings.get("model_max_length")
-            if length is not None:
-                _require(path, "model_max_length", length, (int, float))
-                if not length >= 1:
-                    _refuse(path, "model_max_length", f"is {length}, expected 1 or more")
+            _check_settings(contained(folder, name))
     for path in paths:
         if path.name == "tokenizer.json":
             _check_whole(path, read_json(path))
+        elif path.name == "merges.txt":
+            _check_merges(path, "it", _merge_lines(path), read_json(paths[0]), "")
         elif path.suffix == ".json":
             _check_vocabulary(path, "it", read_json(path))
         else:
-            _check_text_or_binary(path)
-    if paths[-1].name == "merges.txt":
-        lines = paths[-1].read_text(encoding="utf-8").splitlines()
-        merges = [line for line in lines if not line.startswith("#version")]
-        _check_merges(paths[-1], "it", merges, read_json(paths[0]), "")
+            _content(path)
     return paths
 
 
@@ -241,15 +232,29 @@ def _check_pieces(path: Path, model: Mapping[str, Any]) -> None:
             _refuse(path, "model: unk_id", f"is {unknown}, and there are {len(pieces)} pieces")
 
 
-def _check_text_or_binary(path: Path) -> None:
-    """Refuse a ``merges.txt`` or ``spiece.model`` that is empty, a Git LFS pointer, or not UTF-8 text."""
+def _check_settings(path: Path) -> None:
+    settings = read_json(path)
+    _require(path, "it", settings, dict)
+    length = settings.get("model_max_length")
+    if length is not None:
+        _require(path, "model_max_length", length, (int, float))
+        if not length >= 1:
+            _refuse(path, "model_max_length", f"is {length}, expected 1 or more")
+
+
+def _merge_lines(path: Path) -> list[str]:
+    try:
+        lines = _content(path).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        _refuse(path, "it", f"is not UTF-8 text ({error.reason} at byte {error.start})")
+    return [line for line in lines if not line.startswith("#version")]
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file that is neither empty nor a Git LFS pointer."""
     with naming(path):
         content = path.read_bytes()
     if not content:
         _refuse(path, "it", "is empty")
     refuse_lfs_pointer(content, str(path))
-    if path.suffix == ".txt":
-        try:
-            content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            _refuse(path, "it", f"is not UTF-8 text ({error.reason} at byte {error.start})")
+    return content

@@ -149,7 +149,7 @@ def prompt_tokens(
             other than the model's; two classes whose prompts are the same tokens.
     """
     text, where = config.text_config, tokenizer.name_or_path or "tokenizer"
-    length = min(tokenizer.model_max_length, text.max_position_embeddings)
+    length = int(min(tokenizer.model_max_length, text.max_position_embeddings))
     encoded = [
         tokenizer(
             [template.format(name) for name in class_names],
