@@ -21,12 +21,6 @@ _NO_MATTER = re.compile(
     r"|.*_token_id|tie_.*|logit_scale_init_value|projection_dim|name_or_path"
 )
 
-#: What changes the pixels that an image becomes.
-_PIXELS = (
-    "size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor",
-    "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb",
-)  # fmt: skip
-
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a folder.
@@ -98,35 +92,3 @@ def check_same_computation(base: Any, part: str, tuned: Path | Any) -> None:
             f"{where}{'; '.join(differing[:_SHOWN])}{more}: with other settings the same weights compute "
             "something else"
         )
-
-
-def differing_preparation(base: Path, tuned: Path) -> list[str]:
-    """How the image processors of two folders differ, in words; empty where one has none, or they are alike.
-
-    Raises:
-        CheckpointError: a broken configuration.
-    """
-    here, there = _preparation(base), _preparation(tuned)
-    differing = [
-        f"{name} is {there[name]!r}, in the base {value!r}"
-        for name, value in here.items()
-        if name in there and there[name] != value
-    ]
-    if not differing:
-        return []
-    return [f"its images were prepared otherwise ({'; '.join(differing)}); the base's way is kept"]
-
-
-def _preparation(folder: Path) -> dict[str, Any]:
-    """The settings of a folder's image processor that change the pixels, in one form."""
-    config: Any = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            config = read_json(contained(folder, name))
-            config = config.get("image_processor", config) if isinstance(config, dict) else {}
-            break
-    settings = {name: value for name, value in config.items() if name in _PIXELS}
-    for name, form in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
-        if isinstance(settings.get(name), int):  # as older files have it
-            settings[name] = dict.fromkeys(form, settings[name])
-    return settings

@@ -86,7 +86,45 @@ class ImageProcessor:
             raise CheckpointError(f"{self.path}: makes images that are not finite")
 
 
+def differing_preparation(base: Path, tuned: Path) -> list[str]:
+    """How the image processors of two folders differ, in words; empty where one has none, or they are alike.
+
+    Raises:
+        CheckpointError: a broken configuration.
+    """
+    found = [_found(folder) for folder in (base, tuned)]
+    here, there = (_pixels(settings[1]) if settings else {} for settings in found)
+    differing = [
+        f"{name} is {there[name]!r}, in the base {value!r}"
+        for name, value in here.items()
+        if name in there and there[name] != value
+    ]
+    if not differing:
+        return []
+    return [f"its images were prepared otherwise ({'; '.join(differing)}); the base's way is kept"]
+
+
+def _pixels(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that change the pixels, in the form of new files."""
+    names = (*_SWITCHES, "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+    pixels = {name: settings[name] for name in names if settings.get(name) is not None}
+    for name, sides in (("size", _SIDES[0]), ("crop_size", _SIDES[1])):
+        if isinstance(pixels.get(name), int):
+            pixels[name] = dict.fromkeys(sides, pixels[name])
+    return pixels
+
+
 def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    found = _found(folder)
+    if found is None:
+        raise CheckpointError(
+            f"{folder}: no image processor (preprocessor_config.json, or an image_processor in "
+            "processor_config.json)"
+        )
+    return found
+
+
+def _found(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The file that counts, by transformers' own rule, and the processor's settings in it."""
     for name in _FILES:
         path = contained(folder, name)
@@ -102,10 +140,7 @@ def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
             if not isinstance(found, dict):
                 raise CheckpointError(f"{path}: image_processor: expected an object, found {found!r}")
         return path, found
-    raise CheckpointError(
-        f"{folder}: no image processor (preprocessor_config.json, or an image_processor in "
-        "processor_config.json)"
-    )
+    return None
 
 
 def _check(settings: Mapping[str, Any], path: Path) -> None:
