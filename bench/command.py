@@ -14,7 +14,7 @@ from mingle.bench.measure import OURS, log
 from mingle.bench.record import Results
 from mingle.io.files import file_path, writable, write_json
 from mingle.options import nearest
-from mingle.runs.report.text import visible
+from mingle.text import visible
 
 
 def known(names: Collection[str], what: str) -> Callable[[str], str]:

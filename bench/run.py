@@ -21,7 +21,7 @@ from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, lo
 from mingle.bench.record import CaseResult, Results, case_result
 from mingle.io.files import file_path, writable, write_json
 from mingle.io.provenance import device_name
-from mingle.runs.report.text import visible
+from mingle.text import visible
 
 _SECONDS = 5.0  # of timing for a case that was asked for by name
 #: `backend="auto"` should be within this factor of the best strategy

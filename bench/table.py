@@ -13,7 +13,7 @@ from rich.text import Text
 from mingle.bench.machine import MUCH, STAGES
 from mingle.bench.measure import OURS, Row
 from mingle.bench.record import Results, timed_rows
-from mingle.runs.report.text import visible
+from mingle.text import visible
 
 _WIDTH = 130  # of output that no terminal limits
 _MARKS = {"met": "green", "missed": "red", "disturbed": "yellow"}

@@ -29,6 +29,7 @@ from mingle.cli import (
     reproduce,
 )
 from mingle.cli.arguments import LiteralParser
+from mingle.merging.merger import NonFiniteMerge
 
 _COMMANDS = (demo, reproduce, merge, check, add, evaluate, inspect, export, report, bench, env)
 
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 for success; 1, after a message, where it ran and ended badly: a benchmark found a fault, an
-        adaptation diverged, Ctrl-C; 2, after a message, where the input or the machine was not fit for it.
+        adaptation diverged, a result was not finite, Ctrl-C; 2, after a message, where the input or the
+        machine was not fit for it.
 
     Raises:
         SystemExit: with 0 after ``--help``; with 2 after a message, for arguments that cannot be parsed; with
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         output.say(f"interrupted: {args.kept}")
         return 1
-    except AdaptationDiverged as error:
+    except (AdaptationDiverged, NonFiniteMerge) as error:
         output.fail(error)
         return 1
     except ValueError as error:

@@ -9,8 +9,8 @@ import yaml
 
 from mingle.methods import METHODS
 from mingle.options import OptionError
-from mingle.runs.report.text import visible
 from mingle.suites.protocol import PROTOCOLS
+from mingle.text import visible
 
 #: the object that a command registers itself with
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -23,4 +23,7 @@ def register(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     plan = check(config.load(args.config))
+    for name, lines in plan.left.items():
+        for line in lines:
+            say(f"{name}: {line}")
     say(f"{args.config}: all {len(plan.experts)} experts fit the base")

@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from types import TracebackType
 
-from mingle.runs.report.text import visible
+from mingle.text import visible
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -11,7 +11,7 @@ from mingle.cli.arguments import Commands
 from mingle.cli.output import console, percent, say
 from mingle.io.files import file_path
 from mingle.merging.opened import opened
-from mingle.runs.report.text import visible
+from mingle.text import visible
 
 _COLUMNS = ("task", "seed samples", "accuracy when merged", "accuracy now", "bytes", "notes")
 

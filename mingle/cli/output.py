@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mingle.merging.evaluate import Result
-from mingle.runs.report.text import visible
+from mingle.text import visible
 
 
 class _LiteralConsole(Console):

@@ -18,7 +18,7 @@ from mingle.adaptation.trace import StepProgress
 from mingle.cli.output import console, percent, points
 from mingle.merging.evaluate import Result
 from mingle.runs.observer import Observer
-from mingle.runs.report.text import visible
+from mingle.text import visible
 
 
 @contextmanager

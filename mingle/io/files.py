@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 100_000_000
+#: how a file begins that stands for one which git has not fetched
+LFS_POINTER = b"version https://git-lfs"
 _SPARE_BYTES = 16 << 20
 _TEMPORARY = re.compile(r"\.mingle-tmp-\d+-[0-9a-f]{16}-.+")
 
@@ -48,6 +50,13 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
         raise CheckpointError(f"{path}: not written: {error}") from error
     # File names may hold bytes that are not UTF-8, in Python halves of surrogate pairs: Python's escape of
     # them is also JSON's.
+    data = text.encode(errors="backslashreplace")
+    with replacing(path, len(data)) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
     data = text.encode(errors="backslashreplace")
     with replacing(path, len(data)) as file:
         file.write(data)
@@ -255,7 +264,16 @@ def rename(source: Path, target: Path) -> None:
         os.close(descriptor)
 
 
+def refuse_lfs_pointer(data: bytes, where: str) -> None:
+    """Raise `CheckpointError` for a file whose beginning, 8 bytes or more, is that of a Git LFS pointer."""
+    if data.startswith(LFS_POINTER[: max(8, len(data))]):
+        raise CheckpointError(
+            f"{where}: a Git LFS pointer, not the file that it stands for; fetch that with `git lfs pull`"
+        )
+
+
 def parse_json(data: bytes, where: str) -> Any:
+    refuse_lfs_pointer(data, where)
     try:
         return json.loads(data.decode(), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mingle import methods, suites, tasks
 from mingle.io import hub, merger_folder
 from mingle.io.files import CheckpointError, writable
-from mingle.io.state_dicts import IncompatibleModel, first_names
-from mingle.merging.finetuned import check_tower
+from mingle.io.safetensors import CheckpointReader
+from mingle.io.state_dicts import IncompatibleModel
+from mingle.merging.finetuned import FineTuned
 from mingle.options import OptionError, build
 from mingle.runs import settings, target
 from mingle.runs.config import MergeConfig
@@ -21,6 +22,7 @@ from mingle.runs.orders import shuffled
 from mingle.runs.origin import check_origin
 from mingle.suites import Suite
 from mingle.tasks import TaskType
+from mingle.tasks.image_processor import differing_preparation
 
 
 def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
@@ -42,8 +44,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
     experts = {
         expert.name: hub.resolve(expert.model, expert.revision, revisions) for expert in config.experts
     }
-    tower = model.get_submodule(task.tower)
-    _check_experts(experts, tower, task)
+    finetuned = _fine_tuned(experts, model, task)
     suite = _suite(config, task, base, experts, revisions)
     options = settings.resolve(
         config.method,
@@ -53,7 +54,12 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         suite=suite,
         given=config.method_options(),
     )
-    _check_method(config.method, model, task, tower.state_dict(), options)
+    merged = _merged_names(config.method, model, task, options)
+    values = CheckpointReader(base)
+    left = {
+        name: expert.left(merged, values) + differing_preparation(base, experts[name])
+        for name, expert in finetuned.items()
+    }
     if suite is not None:
         for name in experts:
             suite.check(name)
@@ -69,6 +75,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         orders=orders,
         folders=folders,
         revisions=revisions,
+        left={name: lines for name, lines in left.items() if lines},
     )
     target.check(plan)
     return plan
@@ -98,23 +105,29 @@ def _revisions(config: MergeConfig, folders: list[Path]) -> dict[str, str]:
     return revisions
 
 
-def _check_experts(experts: Mapping[str, Path], tower: nn.Module, task: TaskType) -> None:
-    """Refuse a model that is not a fine-tuned version of the base, by its header alone."""
-    shapes, first = tower.state_dict(), first_names(tower)
+def _fine_tuned(experts: Mapping[str, Path], model: nn.Module, task: TaskType) -> dict[str, FineTuned]:
+    """The experts beside the base, each found to be a fine-tuned version of it, mostly by its header."""
+    found = {}
     for name, folder in experts.items():
         try:
-            check_tower(folder, shapes, first, task.prefixes)
+            found[name] = FineTuned(folder, model, task)
         except IncompatibleModel as error:
             raise IncompatibleModel(f"expert {name!r} ({folder}): {error}") from None
+    return found
 
 
-def _check_method(
-    method: str, model: nn.Module, task: TaskType, shapes: Mapping[str, Tensor], options: Mapping[str, Any]
-) -> None:
-    """Refuse layers or depths that the model does not have, by fitting the method to an empty model."""
+def _merged_names(
+    method: str, model: nn.Module, task: TaskType, options: Mapping[str, Any]
+) -> Collection[str]:
+    """The tower's tensors that the method merges, once it was fitted to an empty model.
+
+    Raises:
+        OptionError: layers or depths that the model does not have.
+    """
     chosen = methods.get(method)
+    shapes = model.get_submodule(task.tower).state_dict()
     try:
-        chosen(model, task, shapes, build(chosen.Options, options, "options"))
+        return chosen(model, task, shapes, build(chosen.Options, options, "options")).merges()
     except ValueError as error:
         raise OptionError(f"method {method!r}: {error}") from None
 
@@ -140,4 +153,8 @@ def _suite(
         raise OptionError(
             f"experts: suite {suite.name!r} has no task {unknown[0]!r}; it has {', '.join(suite)}"
         )
+    counted = suite.request.total is None  # where tasks are answered in words, the suite fixes the number
+    if methods.get(config.method).needs_seeds and counted and config.adapt.samples_per_class == 0:
+        need = f"method {config.method!r} adapts on seed samples"
+        raise OptionError(f"adapt: samples_per_class is 0, and {need}")
     return suite

@@ -37,6 +37,7 @@ class MergePlan:
         orders: the task orders to merge in.
         folders: where each order's merged model goes; empty for a plan that was only to be checked.
         revisions: the commits in use of whatever comes from the hub; they are saved with the merged model.
+        left: name → what fine-tuning changed in that model and merging leaves out, in words.
     """
 
     config: MergeConfig
@@ -48,6 +49,7 @@ class MergePlan:
     orders: list[list[str]]
     folders: list[Path]
     revisions: hub.Revisions
+    left: Mapping[str, list[str]]
 
     def run(self, observer: Observer | None = None) -> Iterator[Result]:
         """Merge in every order, saving after each task; the tasks that an earlier run has merged are kept.
@@ -145,4 +147,8 @@ def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite |
         revisions=merger.metadata["revisions"],
     )
     suite.check_task_type(merger.task.name, merger.base_folder)
+    for name in merger.task_names:
+        if name not in suite:
+            raise OptionError(f"suite {suite.name!r} has no samples of the merged task {name!r}")
+        suite.check(name)
     return merger, suite

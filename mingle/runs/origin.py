@@ -47,6 +47,6 @@ def check_origin(metadata: Mapping[str, Any], folder: Path) -> None:
     """Raise `CheckpointError` where what there is of an origin in a saved merger's metadata is not one."""
     form = {key: form for key, form in _FORM.items() if key in metadata}
     schema.check({"metadata": metadata}, {"metadata": form}, folder / MANIFEST)
-    for key in ("samples_per_class", "batch_size"):
-        if metadata.get(key, 1) < 1:
-            raise CheckpointError(f"{folder / MANIFEST}: metadata.{key}: expected 1 or more")
+    for key, least in (("samples_per_class", 0), ("batch_size", 1)):
+        if metadata.get(key, least) < least:
+            raise CheckpointError(f"{folder / MANIFEST}: metadata.{key}: expected {least} or more")

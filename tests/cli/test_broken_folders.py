@@ -193,7 +193,7 @@ def test_a_manifest_that_does_not_suit_its_files_is_named(path, new, message, sa
         ("suite", 3, "metadata.suite: expected a text, found 3"),
         ("protocol", None, "metadata.protocol: expected a text"),
         ("protocol", "x", "protocol: 'x'"),
-        ("samples_per_class", 0, "metadata.samples_per_class: expected 1 or more"),
+        ("samples_per_class", -1, "metadata.samples_per_class: expected 0 or more"),
         ("batch_size", "8", "metadata.batch_size: expected a whole number"),
         ("batch_size", 0, "metadata.batch_size: expected 1 or more"),
         ("revisions", [], "metadata.revisions: expected an object"),

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from mingle.cli import main, output
 from mingle.cli.progress import bars
 from mingle.runs import report
-from mingle.runs.report.text import csv_cell, markdown_cell, plot_label, visible
 from mingle.suites import glyphs
 from mingle.suites.glyphs.tasks import SUITES
+from mingle.text import csv_cell, markdown_cell, plot_label, visible
 
 #: name → how a terminal shows it
 NAMES = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mingle.runs.report.numbers import is_known, number
-from mingle.runs.report.text import TITLE_LENGTH, plot_label
+from mingle.text import TITLE_LENGTH, plot_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

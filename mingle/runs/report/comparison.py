@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mingle.runs.report.numbers import REFERENCES, number
-from mingle.runs.report.text import markdown_cell, visible
+from mingle.text import markdown_cell, visible
 
 if TYPE_CHECKING:
     from rich.table import Table

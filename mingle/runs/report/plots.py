@@ -21,7 +21,7 @@ from mingle.runs.report.canvas import (
     small_multiples,
 )
 from mingle.runs.report.numbers import REFERENCES, caption, mean_of, number
-from mingle.runs.report.text import plot_label
+from mingle.text import plot_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mingle.runs.report.numbers import REFERENCES, caption, is_known, mean_of, mean_std, number
-from mingle.runs.report.text import csv_cell, markdown_cell, visible
+from mingle.text import csv_cell, markdown_cell, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
