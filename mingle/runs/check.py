@@ -22,7 +22,7 @@ from mingle.runs.orders import shuffled
 from mingle.runs.origin import check_origin
 from mingle.suites import Suite
 from mingle.tasks import TaskType
-from mingle.tasks.image_processor import differing_preparation
+from mingle.tasks.image_settings import differing_preparation
 
 
 def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
