@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mingle.io import provenance
-from mingle.io.files import read_json, write_json
+from mingle.io.files import read_json, write_json, write_text
 from mingle.runs.report import comparison, sweeps
 from mingle.runs.report.files import check_traces
 from mingle.runs.reproduce.cells import TRACE
@@ -57,7 +57,7 @@ def write(plan: TablePlan, out: Path) -> dict[str, Any]:
     """Write ``table.json``, ``table.md`` and the plots of the finished cells to `out`; returns the table."""
     summary, traces = gather(plan, out), _traces(plan, out / "cells")
     write_json(out / "table.json", summary)
-    (out / "table.md").write_text(comparison.markdown(summary), encoding="utf-8")
+    write_text(out / "table.md", comparison.markdown(summary))
     sweeps.write_plots(summary, traces, out)
     return summary
 
