@@ -178,7 +178,7 @@ class RelaxedProjector(nn.Module):
         if reason is None and layout.directions > MOST_DIRECTIONS:
             reason = f"the kernels take up to {MOST_DIRECTIONS} directions, not {layout.directions}"
         if reason is not None and self.backend == "triton":
-            raise RuntimeError(f"backend='triton' cannot run: {reason}")
+            raise dispatch.BackendUnavailable(f"backend='triton' cannot run: {reason}")
         return reason is None
 
     def _project_layer(self, G: Tensor, U: Tensor, S: Tensor, broken: Tensor) -> None:

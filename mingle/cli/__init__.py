@@ -30,6 +30,7 @@ from mingle.cli import (
 )
 from mingle.cli.arguments import LiteralParser
 from mingle.merging.merger import NonFiniteMerge
+from mingle.ops.dispatch import BackendUnavailable
 
 _COMMANDS = (demo, reproduce, merge, check, add, evaluate, inspect, export, report, bench, env)
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (AdaptationDiverged, NonFiniteMerge) as error:
         output.fail(error)
         return 1
-    except ValueError as error:
+    except (ValueError, BackendUnavailable) as error:
         output.fail(error)
     except OSError as error:
         output.fail(output.explained(error))

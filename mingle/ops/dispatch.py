@@ -18,6 +18,10 @@ _LAUNCH = 3e-6  # seconds between launches of small kernels
 _TRITON_SHARE = 0.75  # of the vendor library's rate that the fused kernels reach on large products
 
 
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run here; the message says why."""
+
+
 class ExecutionPlan(NamedTuple):
     """How one call is computed."""
 
@@ -29,12 +33,12 @@ def plan(backend: str, x: torch.Tensor, group: int, d_out: int, columns: int) ->
     """How a layer of d_out outputs and T·r = `columns` computes x [N, d_in], `group` tokens to a gate row.
 
     Raises:
-        RuntimeError: an explicit backend cannot run; the message says why.
+        BackendUnavailable: an explicit backend cannot run.
     """
     if backend == "auto":
         backend = _cheapest(x, d_out, columns)
     elif backend == "triton" and (reason := without_triton(x.device, x.dtype)):
-        raise RuntimeError(f"backend='triton' cannot run: {reason}")
+        raise BackendUnavailable(f"backend='triton' cannot run: {reason}")
     return ExecutionPlan(backend, group == x.shape[0] and folding_pays(x.shape[0], x.shape[1], d_out))
 
 

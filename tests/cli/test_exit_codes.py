@@ -14,7 +14,8 @@ import yaml
 
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.cli import main
-from mingle.merging.merger import Merger
+from mingle.merging.merger import Merger, NonFiniteMerge
+from mingle.ops.dispatch import BackendUnavailable
 
 FEW = ("--suite", "glyphs4", "--methods", "average")
 
@@ -81,8 +82,11 @@ def test_an_interrupted_demo_and_table_say_so(tmp_path, capsys, monkeypatch):
 
 
 def test_a_merge_that_diverges_ran_and_ended_badly(config, tmp_path, capsys, monkeypatch):
-    failing(monkeypatch, "add", AdaptationDiverged("the loss [x] was not finite"))
-    assert "error: the loss [x] was not finite" in ends(capsys, 1, "merge", config, "--out", tmp_path / "out")
+    for error in (AdaptationDiverged, NonFiniteMerge):
+        with monkeypatch.context() as patch:
+            failing(patch, "add", error("the loss [x] was not finite"))
+            text = ends(capsys, 1, "merge", config, "--out", tmp_path / "out")
+        assert "error: the loss [x] was not finite" in text
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,7 @@ def test_a_merge_that_diverges_ran_and_ended_badly(config, tmp_path, capsys, mon
         (OSError(5, "Input/output error", "/x[/y]"), "error: /x[/y]: Input/output error"),
         (PermissionError(13, "Permission denied", "/x"), "error: /x: Permission denied"),
         (OSError("no path"), "error: no path"),
+        (BackendUnavailable("backend='triton' cannot run: [x]"), "error: backend='triton' cannot run: [x]"),
         (MemoryError("16 GB"), "error: out of memory: 16 GB"),
         (ValueError("wrong"), "error: wrong"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "error: 'utf-8' codec can't"),
