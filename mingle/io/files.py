@@ -21,9 +21,13 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
+from mingle.options import shown
+
 logger = logging.getLogger(__name__)
 
-MAX_JSON_BYTES = 100_000_000
+#: of one JSON text, and how many values are in it: the largest models have a few megabytes and a hundred
+#: thousand values in one, and whatever is within these limits takes less than 200 MB of memory
+MAX_JSON_BYTES, _MAX_JSON_VALUES = 16_000_000, 600_000
 _SPARE_BYTES = 16 << 20
 _TEMPORARY = re.compile(r"\.mingle-tmp-\d+-[0-9a-f]{16}-.+")
 
@@ -99,12 +103,12 @@ def contained(folder: Path, name: str) -> Path:
     # The Windows flavour splits at both slashes and knows drives: one check covers an index of any system.
     parts = PureWindowsPath(name)
     if parts.anchor or ".." in parts.parts:
-        raise CheckpointError(f"{folder}: refusing {name!r}, which points outside the folder")
+        raise CheckpointError(f"{folder}: refusing {shown(name)}, which points outside the folder")
     path = folder / name
     try:
         root, target = (Path(os.path.realpath(place)) for place in (folder, path))
     except ValueError as error:
-        raise CheckpointError(f"{folder}: {name!r} is not a file name: {error}") from error
+        raise CheckpointError(f"{folder}: {shown(name)} is not a file name: {error}") from error
     snapshots, repository = root.parent, root.parent.parent
     of_hub = snapshots.name == "snapshots" and repository.name.startswith(("models--", "datasets--"))
     cached = of_hub and target.parent == repository / "blobs"
@@ -208,6 +212,9 @@ def rename(source: Path, target: Path) -> None:
 
 
 def parse_json(data: bytes, where: str) -> Any:
+    # Some of these bytes may be inside strings; there are not that many in any that we read.
+    if (values := sum(map(data.count, (b",", b"[", b"{")))) > _MAX_JSON_VALUES:
+        raise CheckpointError(f"{where}: expected at most {_MAX_JSON_VALUES} JSON values, found {values}")
     try:
         return json.loads(data.decode(), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
@@ -221,7 +228,7 @@ def parse_json(data: bytes, where: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError(f"duplicate key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r}")
+        raise ValueError(f"duplicate key {shown(Counter(key for key, _ in pairs).most_common(1)[0][0])}")
     return value
 
 

@@ -157,7 +157,7 @@ def test_a_shard_outside_the_folder_is_refused_before_any_is_opened(tmp_path: Pa
 def test_a_shard_that_cannot_be_a_file_is_refused(tmp_path: Path, shard: str) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     write_index(tmp_path, {"a": shard})
-    refusal(tmp_path, str(tmp_path), repr(shard))
+    refusal(tmp_path, str(tmp_path), repr(shard)[:200])
 
 
 def test_a_model_linked_from_outside_is_refused(tmp_path: Path) -> None:
