@@ -92,9 +92,10 @@ def write_model(
         staging.mkdir(parents=True, exist_ok=True)
     with lock(staging):
         try:
-            for left in staging.iterdir():
-                if left.name != ".lock":
-                    left.unlink()
+            with naming(staging):
+                for left in staging.iterdir():
+                    if left.name != ".lock":
+                        left.unlink()
             for file in sorted(source.iterdir()) if source is not None else ():
                 if (
                     file.is_file()
@@ -105,8 +106,8 @@ def write_model(
                     write_copy(contained(file.parent, file.name), staging / file.name)
             write_json(staging / "config.json", config)
             _write_weights(staging, state, shard_bytes)
-            (staging / ".lock").unlink()
             with naming(folder):
+                (staging / ".lock").unlink()
                 rename(staging, folder)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)

@@ -129,10 +129,7 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with naming(path):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise Locked(f"{folder}: being written by {_holder(os.pread(descriptor, 4096, 0))}") from None
+            _flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), folder)
             since = datetime.now(UTC).isoformat(timespec="seconds")
             os.ftruncate(descriptor, 0)
             os.pwrite(
@@ -149,6 +146,14 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
+def refuse_locked(folder: Path) -> None:
+    """Raise `Locked` where another process is the writer of `folder`; nothing is written."""
+    path = folder / ".lock"
+    if path.is_file():
+        with naming(path), open(path, "rb") as file:
+            _flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB, folder)
+
+
 def clean_stale(folder: Path) -> list[Path]:
     """Remove the temporary files that killed writers left in `folder` and below; return their paths, sorted.
 
@@ -158,7 +163,8 @@ def clean_stale(folder: Path) -> list[Path]:
         path for path in folder.rglob(".mingle-tmp-*") if _TEMPORARY.fullmatch(path.name) and path.is_file()
     )
     for path in stale:
-        path.unlink(missing_ok=True)
+        with naming(path):
+            path.unlink(missing_ok=True)
         logger.info("removed %s, left by a killed writer", path)
     return stale
 
@@ -197,7 +203,8 @@ def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             rename(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with naming(temporary):
+            temporary.unlink(missing_ok=True)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -230,6 +237,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         raise ValueError(f"duplicate key {shown(Counter(key for key, _ in pairs).most_common(1)[0][0])}")
     return value
+
+
+def _flock(descriptor: int, operation: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        raise Locked(f"{folder}: being written by {_holder(os.pread(descriptor, 4096, 0))}") from None
 
 
 def _holder(text: bytes) -> str:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from mingle.io.files import (
     clean_stale,
     contained,
     lock,
+    naming,
     read_json,
     sha256,
     write_copy,
@@ -74,7 +77,8 @@ class BaseModel:
     folder: Path | None
 
     def write(self, target: Path) -> None:
-        target.mkdir(parents=True, exist_ok=True)
+        with naming(target):
+            target.mkdir(exist_ok=True)
         if self.folder is not None:
             for source in sorted(self.folder.iterdir()):
                 if source.suffix in (".json", ".safetensors", ".txt", ".model") and source.is_file():
@@ -88,6 +92,40 @@ class BaseModel:
             )
         write_json(target / "config.json", config.to_dict())
         write_tensors(target / "model.safetensors", self.model.state_dict(), {"format": "pt"})
+
+
+_written: ContextVar[frozenset[Path]] = ContextVar("folders whose writer this is", default=frozenset())
+
+
+@contextmanager
+def writing(folder: Path, *, new: bool = True) -> Iterator[None]:
+    """Be the only writer of a merger's folder for several saves, and clear up what interrupted ones left.
+
+    Args:
+        folder: made where it does not exist, unless `new` is off: then it has to hold a merger.
+
+    Raises:
+        CheckpointError: another process is writing to the folder, or it cannot be written to.
+    """
+    place = folder.resolve()
+    if place in _written.get():
+        yield
+        return
+    if new:
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    else:
+        _read_manifest(folder)
+    with lock(folder):
+        clean_stale(folder)
+        if (folder / MANIFEST).exists():
+            manifest = _read_manifest(folder)
+            _sweep(folder, {entry["file"] for entry in _files(manifest)} | {manifest["base"]["folder"]})
+        token = _written.set(_written.get() | {place})
+        try:
+            yield
+        finally:
+            _written.reset(token)
 
 
 def save(
@@ -104,9 +142,7 @@ def save(
         CheckpointError: another process is writing to the folder, the disk is full, or the folder holds
             something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder):
-        clean_stale(folder)
+    with writing(folder):
         old = _read_manifest(folder) if (folder / MANIFEST).exists() else None
         known = {entry["file"]: entry for entry in _files(old)} if old else {}
         base_name = f"base-{base_hash[:12]}"
@@ -114,7 +150,8 @@ def save(
         if base is not None and not has_base:
             base.write(folder / base_name)
             has_base = True
-        (folder / "tasks").mkdir(exist_ok=True)
+        with naming(folder / "tasks"):
+            (folder / "tasks").mkdir(exist_ok=True)
         entries = [
             task | {"tensors": _write(folder, f"tasks/{i:03d}-{_slug(task['name'])}", tensors, known)}
             for i, (task, tensors) in enumerate(zip(manifest["tasks"], tasks, strict=True))
@@ -236,10 +273,11 @@ def _sweep(folder: Path, kept: set[str]) -> None:
         name = path.relative_to(folder).as_posix()
         if name in kept or not _OWN_NAME.fullmatch(name):
             continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        with naming(path):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _read(folder: Path, entry: dict[str, Any] | None) -> Tensors:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mingle import methods, suites, tasks
 from mingle.io import hub, merger_folder
-from mingle.io.files import CheckpointError
+from mingle.io.files import CheckpointError, refuse_locked
 from mingle.io.state_dicts import IncompatibleModel, first_names
 from mingle.merging.finetuned import check_tower
 from mingle.options import OptionError, build
@@ -31,6 +31,8 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         IncompatibleModel: a model that is not a fine-tuned version of the base.
     """
     folders = _folders(config, out)
+    for folder in folders:
+        refuse_locked(folder)
     revisions = _revisions(config, folders)
     base = hub.resolve(config.base, None, revisions)
     task = tasks.of(base)

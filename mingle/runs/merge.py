@@ -57,10 +57,14 @@ class MergePlan:
         observer = observer or Observer()
         evaluate: Evaluate = "every" if self.config.eval.every_step else "last"
         for number, (order, folder) in enumerate(zip(self.orders, self.folders, strict=True)):
-            merger = self._begin(folder)
-            for _ in merge_all(merger, order, self._expert, self.suite, observer, number, evaluate=evaluate):
-                merger.save_pretrained(folder)
-            result = merger.result()
+            with merger_folder.writing(folder):
+                merger = self._begin(folder)
+                merging = merge_all(
+                    merger, order, self._expert, self.suite, observer, number, evaluate=evaluate
+                )
+                for _ in merging:
+                    merger.save_pretrained(folder)
+                result = merger.result()
             observer.merged(self.config.method, number, result)
             yield result
 
@@ -99,17 +103,18 @@ def add(
         overrides: the parts of the merge's origin that change from now on, see `mingle.runs.origin`.
         observer: told how the merge is getting on.
     """
-    merger, suite = _reopen(folder, overrides)
-    if suite is not None and expert.name not in suite:
-        raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
-    model = hub.resolve(expert.model, expert.revision, merger.metadata["revisions"])
-    if suite is not None:
-        suite.check(expert.name)
-    merger.check_name(expert.name)
-    order = [*merger.task_names, expert.name]
-    for _ in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):
-        merger.save_pretrained(folder)
-    return merger.result()
+    with merger_folder.writing(folder, new=False):
+        merger, suite = _reopen(folder, overrides)
+        if suite is not None and expert.name not in suite:
+            raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
+        model = hub.resolve(expert.model, expert.revision, merger.metadata["revisions"])
+        if suite is not None:
+            suite.check(expert.name)
+        merger.check_name(expert.name)
+        order = [*merger.task_names, expert.name]
+        for _ in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):
+            merger.save_pretrained(folder)
+        return merger.result()
 
 
 def evaluate(folder: Path, overrides: Mapping[str, Any], batch_size: int) -> Result:

@@ -12,6 +12,7 @@ from torch import nn
 from mingle.io.files import CheckpointError, contained, read_json
 from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import first_names
+from mingle.tasks.skeletons import skeleton
 
 
 def model_type(folder: str | Path) -> str:
@@ -50,8 +51,8 @@ class HubModel(ABC):
             raise CheckpointError(
                 f"{folder / 'config.json'}: model_type is {model_type(folder)!r}, expected {wanted!r}"
             )
-        with torch.device("meta"):
-            model: nn.Module = model_class(config_class.from_dict(read_json(folder / "config.json")))
+        path = folder / "config.json"
+        model = skeleton((model_class, config_class), read_json(path), path, len(reader))
         first = first_names(model)
         held = {first[name] for name in first if name in reader}
         for name, tensor in model.state_dict().items():
