@@ -20,8 +20,8 @@ from mingle.bench.measure import OURS
 from mingle.bench.merges.agreement import Experts, Gates
 from mingle.bench.merges.cases import BF16, EAGER, PUBLISHED, MergeProblem, Tuned
 from mingle.bench.merges.published import PublishedMerge
-from mingle.io.state_dicts import task_vector
 from mingle.merging.evaluate import accuracy
+from mingle.merging.finetuned import FineTuned
 from mingle.merging.merger import MergedTask, Merger
 from mingle.methods import experts, gated
 from mingle.methods import mingle as method
@@ -82,12 +82,11 @@ class OurMerge:
 
     def make_experts(self, expert: Tuned, names: Sequence[str]) -> Experts:
         """The experts of the task that would come next, for some layers only; changes nothing."""
-        tuned = self.merger._tower_tensors("next", expert)
-        deltas = task_vector(self.method.base, tuned, [f"{name}.weight" for name in names])
-        named = dict(zip(names, deltas.values(), strict=True))
+        tuned = FineTuned(expert, self.merger.base, self.merger.task).tensors()
+        deltas = {name: tuned[f"{name}.weight"] - self.method.base[f"{name}.weight"] for name in names}
         earlier = {name: self.method.layers[name].experts() for name in names}
         with self._watched([]), self.clock("decompose"):
-            return experts.make_experts(named, earlier, self.method.options.rank)
+            return experts.make_experts(deltas, earlier, self.method.options.rank)
 
     def gates(self) -> Gates:
         every = {name: layer.all_gates() for name, layer in self.layers.items()}

@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.cli import add, bench, check, demo, env, evaluate, export, inspect, merge, report, reproduce
 from mingle.cli.output import console
+from mingle.merging.merger import NonFiniteMerge
 
 _COMMANDS = (demo, reproduce, merge, check, add, evaluate, inspect, export, report, bench, env)
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         return args.run(args) or 0
-    except (ValueError, AdaptationDiverged, FileNotFoundError) as error:
+    except (ValueError, AdaptationDiverged, NonFiniteMerge, FileNotFoundError) as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         return 2
 

@@ -23,4 +23,7 @@ def register(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     plan = check(config.load(args.config))
+    for name, lines in plan.left.items():
+        for line in lines:
+            console.print(f"{name}: {line}")
     console.print(f"{args.config}: all {len(plan.experts)} experts fit the base")

@@ -19,6 +19,7 @@ from mingle.io.files import (
     rename,
     write_copy,
     write_json,
+    write_text,
 )
 from mingle.io.safetensors import write_tensors
 from mingle.io.state_dicts import first_names
@@ -72,9 +73,10 @@ def write_model(
     state: Mapping[str, torch.Tensor],
     config: dict[str, Any],
     source: Path | None,
+    card: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a hub folder: weights, configuration, and the tokenizer or processor of the base's folder.
+    """Write a hub folder: weights, configuration, model card, and the base's tokenizer or processor.
 
     Everything is written beside the folder and moved there whole: an interruption leaves no folder, and the
     next export to the same place clears away what was left behind.
@@ -105,6 +107,7 @@ def write_model(
                 ):
                     write_copy(contained(file.parent, file.name), staging / file.name)
             write_json(staging / "config.json", config)
+            write_text(staging / "README.md", card)
             _write_weights(staging, state, shard_bytes)
             with naming(folder):
                 (staging / ".lock").unlink()

@@ -55,6 +55,13 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
         file.write(data)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    data = text.encode(errors="backslashreplace")
+    with replacing(path, len(data)) as file:
+        file.write(data)
+
+
 def without_nan(value: Any) -> Any:
     """Plain data with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
@@ -218,7 +225,16 @@ def rename(source: Path, target: Path) -> None:
         os.close(descriptor)
 
 
+def refuse_lfs_pointer(data: bytes, where: str) -> None:
+    """Raise `CheckpointError` for a file whose beginning, 8 bytes or more, is that of a Git LFS pointer."""
+    if data.startswith(b"version https://git-lfs"[: max(8, len(data))]):
+        raise CheckpointError(
+            f"{where}: a Git LFS pointer, not the file that it stands for; fetch that with `git lfs pull`"
+        )
+
+
 def parse_json(data: bytes, where: str) -> Any:
+    refuse_lfs_pointer(data, where)
     # Some of these bytes may be inside strings; there are not that many in any that we read.
     if (values := sum(map(data.count, (b",", b"[", b"{")))) > _MAX_JSON_VALUES:
         raise CheckpointError(f"{where}: expected at most {_MAX_JSON_VALUES} JSON values, found {values}")

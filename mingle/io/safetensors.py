@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
 from mingle.io.files import (
     MAX_JSON_BYTES,
     CheckpointError,
@@ -28,8 +29,10 @@ from mingle.io.files import (
     naming,
     parse_json,
     read_json,
+    refuse_lfs_pointer,
     replacing,
 )
+from mingle.io.state_dicts import DEQUANTISE, non_finite
 from mingle.options import nearest, shown
 
 _DTYPES = {
@@ -43,7 +46,9 @@ _DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -51,7 +56,10 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_NAMES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+#: what only quantised models hold: packed values of less than a byte, and the scales of such values
+_QUANTISED = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"})
+_MODEL, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+_NAMES = (_MODEL, _INDEX, _ADAPTER)
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 _MAX_RANK = 64
 
@@ -67,10 +75,10 @@ class CheckpointReader:
     """The tensors of a checkpoint by name, each read from disk when asked for.
 
     Accepts one `.safetensors` file, an index of shards, or a folder that holds `model.safetensors`,
-    `model.safetensors.index.json` or `adapter_model.safetensors` (looked for in this order). Every shard's
-    header is checked here, so a missing, truncated or inconsistent file raises `CheckpointError` before any
-    tensor is read. With an index, only the tensors it lists are part of the checkpoint. The files stay open:
-    a rename over one of them does not change the reader.
+    `model.safetensors.index.json` or `adapter_model.safetensors`; a folder with two of them holds two models
+    and is refused. Every shard's header is checked here, so a missing, truncated or inconsistent file raises
+    `CheckpointError` before any tensor is read. With an index, only the tensors it lists are part of the
+    checkpoint. The files stay open: a rename over one of them does not change the reader.
     """
 
     def __init__(self, folder_or_file: str | Path) -> None:
@@ -118,8 +126,8 @@ class CheckpointReader:
         entry = self._entry(name)
         with naming(entry.path):
             tensor: torch.Tensor = self._files[entry.path].get_tensor(name)
-        if check_finite and (entry.dtype.is_floating_point or entry.dtype.is_complex):
-            _check_finite(tensor, f"{entry.path}: tensor {name!r}")
+        if check_finite and (found := non_finite(tensor)):
+            raise CheckpointError(f"{entry.path}: tensor {name!r}: {found}")
         return tensor
 
     def state_dict(self, *, check_finite: bool = True) -> dict[str, torch.Tensor]:
@@ -199,6 +207,7 @@ def _find(path: Path) -> Path:
         return path
     if not os.path.isdir(path):
         raise CheckpointError(f"{path}: no such file or folder")
+    refuse_two_models(path)
     for name in _NAMES:
         if os.path.isfile(file := contained(path, name)):
             return file
@@ -214,6 +223,21 @@ def _find(path: Path) -> Path:
     # training arguments.
     weights = models or adapters or [max(pickles, key=os.path.getsize)]
     raise _pickle_error(path, weights, path / (_NAMES[2] if weights == adapters else _NAMES[0]))
+
+
+def refuse_two_models(folder: Path) -> None:
+    """Raise `CheckpointError` for a folder with the files of two models, such as a model and an adapter.
+
+    Programs differ in which of them they read.
+    """
+    adapters = [name for name in (_ADAPTER, ADAPTER_CONFIG) if (folder / name).exists()]
+    models = [name for name in (_MODEL, _INDEX) if (folder / name).exists()]
+    if len(models) == 2 and set(_read_index(contained(folder, _INDEX)).values()) == {folder / _MODEL}:
+        models = [_MODEL]
+    if len(models) + bool(adapters) > 1:
+        one, other, *_ = models + adapters
+        reason = "which of them is meant cannot be told; move one to a folder of its own"
+        raise CheckpointError(f"{folder}: holds two models, {one} and {other}: {reason}")
 
 
 def _pickle_error(path: Path, weights: list[Path], target: Path) -> CheckpointError:
@@ -249,7 +273,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         raise _pickle_error(path, [path], path.with_suffix(".safetensors"))
     with naming(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        start = 8 + int.from_bytes(file.read(8), "little")
+        refuse_lfs_pointer(first := file.read(8), str(path))
+        start = 8 + int.from_bytes(first, "little")
         if start > size:
             raise CheckpointError(
                 f"{path}: truncated, or not safetensors: expected at least {start} bytes, found {size}"
@@ -291,6 +316,8 @@ def _parse_entry(path: Path, name: str, value: Any) -> tuple[_Entry, int, int]:
             sane = False
     if not sane:
         raise CheckpointError(f"{where}: malformed header entry")
+    if code in _QUANTISED:
+        raise CheckpointError(f"{where}: {code} holds the codes or scales of a quantised model; {DEQUANTISE}")
     if code not in _DTYPES:
         raise CheckpointError(f"{where}: unknown dtype {shown(code)}")
     dtype = _DTYPES[code]
@@ -310,14 +337,3 @@ def _open(path: Path) -> Any:
     # memory.
     with naming(path):
         return safe_open(path, "pt", backend="pread")
-
-
-def _check_finite(tensor: torch.Tensor, where: str) -> None:
-    # torch.isfinite has no float8 kernels.
-    bad = ~torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
-    if bad.any():
-        first = torch.unravel_index(bad.flatten().byte().argmax(), tensor.shape)
-        index = tuple(int(coordinate) for coordinate in first)
-        raise CheckpointError(
-            f"{where}: {int(bad.sum())} of {tensor.numel()} values are not finite, the first at {index}"
-        )

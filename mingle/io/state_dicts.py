@@ -1,4 +1,4 @@
-"""What fine-tuning changed: the difference between two checkpoints of one architecture."""
+"""Two states of one architecture: which tensor is which, and what fine-tuning changed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from torch import nn
 from mingle.kernels.dtypes import wide
 from mingle.options import closest
 
+#: what to do with integers or packed values where weights are expected
+DEQUANTISE = "only floating-point weights can be merged: dequantise the model first"
+
 
 class IncompatibleModel(ValueError):
     """A fine-tuned model whose parameters are not those of the base."""
 
 
-def align(
+def own_names(
     base: Mapping[str, torch.Tensor],
     tuned: Mapping[str, torch.Tensor],
     prefixes: Iterable[str] = (),
     first: Mapping[str, str] | None = None,
-) -> dict[str, torch.Tensor]:
-    """The tensors of `tuned` under the names of `base`, in the base's order.
+) -> dict[str, str]:
+    """The base's names, in its order, with the name that each tensor has in `tuned`.
+
+    Only names, shapes and dtypes count here, so tensors may be on the meta device.
 
     Args:
         base: the reference state, by name.
@@ -32,33 +37,45 @@ def align(
 
     Raises:
         IncompatibleModel: missing, extra or differently shaped tensors, with a list of each and the closest
-            match.
+            match; integers where the base has floating-point numbers.
     """
-    stripped = dict(tuned)
-    for prefix in prefixes:
-        inside = {
-            name.removeprefix(prefix): tensor for name, tensor in tuned.items() if name.startswith(prefix)
-        }
-        if inside:
-            stripped = inside
-            break
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in tuned)), "")
     # Older checkpoints store this counter as a tensor; it is not a parameter.
-    stripped = {name: tensor for name, tensor in stripped.items() if not name.endswith("position_ids")}
+    own = {
+        name.removeprefix(prefix): name
+        for name in tuned
+        if name.startswith(prefix) and not name.endswith("position_ids")
+    }
     if first is not None:
-        held = {first[name]: tensor for name, tensor in stripped.items() if name in first}
-        stripped = {name: held[first[name]] for name in base if first[name] in held} | stripped
-    missing = [name for name in base if name not in stripped]
-    extra = [name for name in stripped if name not in base]
+        held = {first[name]: source for name, source in own.items() if name in first}
+        own = {name: held[first[name]] for name in base if first[name] in held} | own
+    missing = [name for name in base if name not in own]
+    extra = [name for name in own if name not in base]
+    shared = {name: tuned[own[name]] for name in base if name in own}
     differing = [
-        f"{name} {list(stripped[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in base.items()
-        if name in stripped and stripped[name].shape != tensor.shape
+        f"{name} {list(tensor.shape)} instead of {list(base[name].shape)}"
+        for name, tensor in shared.items()
+        if tensor.shape != base[name].shape
     ]
     if missing or extra or differing:
-        raise IncompatibleModel(
-            "not a fine-tuned version of the base: " + "; ".join(_differences(missing, extra, differing))
-        )
-    return {name: stripped[name] for name in base}
+        reasons = [*_differences(missing, extra, differing)]
+        if any(_quantised(name, tuned[own[name]]) for name in own):
+            reasons.append(DEQUANTISE)
+        raise IncompatibleModel(f"not a fine-tuned version of the base: {'; '.join(reasons)}")
+    codes = [
+        f"{name} holds {tensor.dtype}"
+        for name, tensor in shared.items()
+        if base[name].is_floating_point() and not tensor.is_floating_point()
+    ]
+    if codes:
+        others = f", and so do {len(codes) - 1} others" if len(codes) > 1 else ""
+        raise IncompatibleModel(f"{codes[0]}{others}; {DEQUANTISE}")
+    return {name: own[name] for name in base}
+
+
+def _quantised(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor looks like the packed weights of a quantised model, or like their scales."""
+    return not tensor.is_floating_point() or name.endswith(("scale", "scale_inv", "scales", "absmax"))
 
 
 def _differences(missing: list[str], extra: list[str], differing: list[str], shown: int = 5) -> Iterable[str]:
@@ -83,3 +100,24 @@ def task_vector(
 ) -> dict[str, torch.Tensor]:
     """Δ = θ_t − θ₀ of the named tensors, in float32 or wider."""
     return {name: tuned[name].to(wide(tuned[name])) - base[name].to(wide(base[name])) for name in names}
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal where both are rounded to the less precise of their dtypes."""
+    if a.is_floating_point() and b.is_floating_point():
+        coarse = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        a, b = (x.to(coarse) for x in (a, b))
+        if coarse.itemsize == 1:  # torch.equal has no float8 kernels
+            a, b = a.float(), b.float()
+    return torch.equal(a, b)
+
+
+def non_finite(tensor: torch.Tensor) -> str:
+    """How many values of a tensor are NaN or infinite, and where the first is; empty if none is."""
+    # torch.isfinite has no float8 kernels.
+    bad = ~torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    if not bad.any():
+        return ""
+    first = torch.unravel_index(bad.flatten().byte().argmax(), tensor.shape)
+    index = tuple(int(coordinate) for coordinate in first)
+    return f"{int(bad.sum())} of {tensor.numel()} values are not finite, the first at {index}"

@@ -1,100 +1,186 @@
-"""A fine-tuned model, in whatever form it comes, as the tensors of its tower under the base's names."""
+"""A fine-tuned model beside its base, in whatever form it comes: its tower, and what is not merged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mingle.io.adapter_config import CONFIG
+from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
 from mingle.io.safetensors import CheckpointReader
-from mingle.io.state_dicts import IncompatibleModel, align
+from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, own_names, same_values
+from mingle.kernels.dtypes import wide
 from mingle.nn.linear import LowRankExpert
 from mingle.nn.peft import read_adapter
 from mingle.options import nearest
+from mingle.tasks import TaskType
+from mingle.tasks.configs import check_same_computation
 
 #: a module, a state dict, or a local folder: a checkpoint of the whole model or of its tower, or a PEFT LoRA
 #: adapter
 Model = nn.Module | Mapping[str, Tensor] | str | Path
+_SHOWN = 5
 
 
-def tower_tensors(
-    model: Model, base: Mapping[str, Tensor], first: Mapping[str, str], prefixes: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """The fine-tuned tower; for a LoRA adapter, the base with W₀ + B A in the layers that it names.
+class FineTuned:
+    """A fine-tuned model whose names, shapes, ties and settings were found to be those of the base.
+
+    Only what these need is read when it is made; other weights are read when they are asked for.
 
     Args:
         model: the fine-tuned model.
-        base: the base tower.
-        first: the base tower's `mingle.io.state_dicts.first_names`.
-        prefixes: what a checkpoint may put before the tower's names.
+        base: the whole base model; on the meta device, nothing can be asked for that needs its values.
+        task: its task type.
 
     Raises:
         IncompatibleModel: not a fine-tuned version of the base.
-        CheckpointError: a broken checkpoint, or one with NaN or infinite weights.
+        CheckpointError: a broken checkpoint.
     """
-    if isinstance(model, nn.Module):
-        return align(base, model.state_dict(), prefixes, first)
-    if isinstance(model, Mapping):
-        return align(base, model, prefixes, first)
-    if is_adapter(model):
-        experts = _named(model, base, prefixes)
-        updated = {
-            name: base[name] + (expert.B @ expert.A).to(base[name]) for name, expert in experts.items()
-        }
-        return dict(base) | updated
-    reader = CheckpointReader(model)
-    return align(base, {name: reader.tensor(name) for name in _own(reader, prefixes)}, prefixes, first)
 
+    def __init__(self, model: Model, base: nn.Module, task: TaskType) -> None:
+        tower = base.get_submodule(task.tower)
+        #: the base's tensors, those of its tower, and what comes before the latter's names in the former
+        self.whole, self.base = base.state_dict(), tower.state_dict()
+        self.prefix = f"{task.tower}." if task.tower else ""
+        #: every name, of the whole and of the tower → the first name of the same tensor
+        self.whole_first, self.first = first_names(base), first_names(tower)
+        #: the low-rank updates of an adapter by the weights' names; of any other model the tensors, on the
+        #: meta device where they are yet to be read, and the base tower's names → the model's own
+        self.adapter: dict[str, LowRankExpert] = {}
+        self.held: Mapping[str, Tensor] = {}
+        self.own: dict[str, str] = {}
+        self._read: Callable[[str], Tensor]
+        config: Any = model
+        if isinstance(model, nn.Module):
+            self.held, config = model.state_dict(), getattr(model, "config", None)
+            self._read = self.held.__getitem__
+        elif isinstance(model, Mapping):
+            self.held, config = model, None
+            self._read = self.held.__getitem__
+        elif is_adapter(folder := Path(model)):
+            self.adapter = self._named(folder, task.prefixes)
+            return
+        else:
+            reader, config = CheckpointReader(folder), folder
+            self._read = reader.tensor
+            self.held = {
+                name: torch.empty(reader.shape(name), dtype=reader.dtype(name), device="meta")
+                for name in reader
+            }
+        self.own = own_names(self.base, self.held, task.prefixes, self.first)
+        self._check_ties()
+        if config is not None and hasattr(base, "config"):
+            check_same_computation(base.config, task.config_part, config)
 
-def check_tower(
-    folder: str | Path, base: Mapping[str, Tensor], first: Mapping[str, str], prefixes: tuple[str, ...]
-) -> None:
-    """Raise what `tower_tensors` would raise for names and shapes, for a base on any device.
+    def tensors(self) -> dict[str, Tensor]:
+        """The fine-tuned tower under the base's names; for a LoRA adapter, W₀ + B A in the layers it names.
 
-    Only a checkpoint's header is read.
-    """
-    if is_adapter(folder):
-        _named(folder, base, prefixes)
-        return
-    reader = CheckpointReader(folder)
-    align(
-        base,
-        {name: torch.empty(reader.shape(name), device="meta") for name in _own(reader, prefixes)},
-        prefixes,
-        first,
-    )
+        Each is a copy on the base's device, in float32, or in float64 where the base is.
+
+        Raises:
+            IncompatibleModel, CheckpointError: NaN or infinite weights; the message names the tensor, their
+                number and where the first is.
+        """
+        return {name: self._tensor(name) for name in self.base}
+
+    def left(self, merged: Collection[str], base: CheckpointReader | None = None) -> list[str]:
+        """What fine-tuning changed and merging leaves out, in words.
+
+        There is a line for what stays as in the base, and one for what the base does not have.
+
+        Args:
+            merged: the names of the tower's tensors that are merged.
+            base: where the base's values are; None where the base model itself holds them.
+        """
+        kept = {self.first[name] for name in merged}
+        unmerged = [name for name in self.base if self.first[name] not in kept]
+        if self.adapter:
+            return self._lines([self.prefix + name for name in unmerged if name in self.adapter], [])
+        inside = {self.own[name]: self.prefix + name for name in unmerged}
+        taken = set(self.own.values())
+        # What the tower does not take is under the whole model's names, if the rest of the model is there.
+        others = [name for name in self.held if name not in taken and not name.endswith("position_ids")]
+        compared = inside | {name: name for name in others if name in self.whole}
+        changed = [name for own, name in compared.items() if self._differs(own, name, base)]
+        return self._lines(changed, [name for name in others if name not in self.whole])
+
+    def _tensor(self, name: str) -> Tensor:
+        base = self.base[name]
+        if self.own:
+            tensor = self._read(self.own[name]).detach().to(base.device, wide(base), copy=True)
+        else:
+            tensor = base.to(wide(base), copy=True)
+            if name in self.adapter:
+                expert = self.adapter[name]
+                tensor += (expert.B @ expert.A).to(tensor)
+        if found := non_finite(tensor):
+            raise IncompatibleModel(f"{name}: {found}")
+        return tensor
+
+    def _differs(self, own: str, name: str, base: CheckpointReader | None) -> bool:
+        """Whether the model's tensor `own` is another than the whole base's tensor `name`."""
+        if base is None:
+            before = self.whole[name]
+        else:  # a file may hold any one of the names that are tied together
+            ties = (other for other in self.whole if self.whole_first[other] == self.whole_first[name])
+            before = base.tensor(next(other for other in ties if other in base))
+        return not same_values(self._read(own).to(before.device), before)
+
+    def _check_ties(self) -> None:
+        """Refuse tensors that the base ties together and that differ in this model: one would be lost."""
+        sources: dict[str, str] = {}
+        for name, own in self.own.items():
+            source = sources.setdefault(self.first[name], own)
+            if source != own and not same_values(self._read(source), self._read(own)):
+                raise IncompatibleModel(
+                    f"{own!r} and {source!r} are one tensor in the base and differ in this model, so that no "
+                    "merge can keep both; give a base whose file holds both, apart from each other"
+                )
+
+    def _lines(self, changed: Iterable[str], unknown: Iterable[str]) -> list[str]:
+        lines = []
+        for reason, names in (
+            ("changed by fine-tuning and left as in the base", changed),
+            ("not in the base and left out", unknown),
+        ):
+            kinds = Counter(map(self._kind, names))
+            listed = [f"{kind} ({count} tensors)" if count > 1 else kind for kind, count in kinds.items()]
+            more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+            if listed:
+                lines.append(f"{reason}: {', '.join(listed[:_SHOWN])}{more}")
+        return lines
+
+    def _kind(self, name: str) -> str:
+        """Tensors of the tower count as alike where only numbers differ, others by the part they are in."""
+        return re.sub(r"\d+", "*", name) if name.startswith(self.prefix) else name.partition(".")[0]
+
+    def _named(self, folder: Path, prefixes: tuple[str, ...]) -> dict[str, LowRankExpert]:
+        """The adapter's experts, by the base's names of the weights that they change."""
+        named: dict[str, LowRankExpert] = {}
+        for layer, expert in read_adapter(folder).items():
+            prefix = next((prefix for prefix in prefixes if layer.startswith(prefix)), "")
+            name = f"{layer.removeprefix(prefix)}.weight"
+            where = f"the adapter's layer {layer!r}"
+            if name not in self.base:
+                raise IncompatibleModel(f"{where} is not in the base{nearest(name, self.base)}")
+            shape = [expert.B.shape[0], expert.A.shape[1]]
+            if list(self.base[name].shape) != shape:
+                raise IncompatibleModel(f"{where} is {shape}, in the base {list(self.base[name].shape)}")
+            tied = [other for other in self.base if self.first[other] == self.first[name] and other != name]
+            if tied:
+                raise IncompatibleModel(
+                    f"{where} is one tensor with {tied[0]!r} in the base, which the update would change too; "
+                    "give a base whose file holds both, apart from each other"
+                )
+            named[name] = expert
+        return named
 
 
 def is_adapter(folder: str | Path) -> bool:
     """Whether the folder holds a PEFT adapter."""
-    return (Path(folder) / CONFIG).exists()
-
-
-def _own(reader: CheckpointReader, prefixes: tuple[str, ...]) -> Iterable[str]:
-    """The names of the tower's tensors in a whole model's checkpoint, or all names of a tower's."""
-    return [name for name in reader if name.startswith(prefixes)] or list(reader)
-
-
-def _named(
-    folder: str | Path, base: Mapping[str, Tensor], prefixes: tuple[str, ...]
-) -> dict[str, LowRankExpert]:
-    """The adapter's experts, by the base's names of the weights that they change."""
-    named: dict[str, LowRankExpert] = {}
-    for layer, expert in read_adapter(folder).items():
-        name = (
-            next((layer.removeprefix(prefix) for prefix in prefixes if layer.startswith(prefix)), layer)
-            + ".weight"
-        )
-        if name not in base:
-            raise IncompatibleModel(
-                f"{folder}: the adapter's layer {layer!r} is not in the base{nearest(name, base)}"
-            )
-        shape = (expert.B.shape[0], expert.A.shape[1])
-        if tuple(base[name].shape) != shape:
-            shapes = f"{list(shape)}, in the base {list(base[name].shape)}"
-            raise IncompatibleModel(f"{folder}: the adapter's layer {layer!r} is {shapes}")
-        named[name] = expert
-    return named
+    return (Path(folder) / ADAPTER_CONFIG).exists()

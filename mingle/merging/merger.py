@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,20 @@ from torch import nn
 from mingle import methods, tasks
 from mingle.adaptation.trace import StepProgress
 from mingle.io import export, merger_folder
-from mingle.io.state_dicts import first_names
+from mingle.io.files import CheckpointError
+from mingle.io.model_card import CardTask, model_card
+from mingle.io.state_dicts import IncompatibleModel, non_finite
 from mingle.merging.evaluate import Result, accuracy
-from mingle.merging.finetuned import Model, tower_tensors
-from mingle.methods import Arrival, StepReport
+from mingle.merging.finetuned import FineTuned, Model
+from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
 from mingle.tasks import TaskData
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteMerge(ArithmeticError):
+    """A method's result has NaN or infinite values; the message names method, task and tensor."""
 
 
 @dataclass
@@ -61,7 +71,7 @@ class Merger:
         options: the method's own, see its ``Options``.
 
     Raises:
-        ValueError: an unknown method, task type or option.
+        ValueError: an unknown method, task type or option; a base with NaN or infinite weights.
         CheckpointError: a folder that does not hold an intact model.
     """
 
@@ -81,14 +91,15 @@ class Merger:
         self.seed = seed
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
         self.base = base_model if isinstance(base_model, nn.Module) else self.task.load(base_model)
+        for name, tensor in self.base.state_dict().items():
+            if found := non_finite(tensor):
+                raise ValueError(f"the base: {name}: {found}")
         if device is not None:
             self.base = copy.deepcopy(self.base).to(device)
-        self.model = copy.deepcopy(self.base).eval()
-        self._first_names = first_names(self.base.get_submodule(self.task.tower))
         self._base_tower = {
             name: t.detach() for name, t in self.base.get_submodule(self.task.tower).state_dict().items()
         }
-        self.method = method_class(self.model, self.task, self._base_tower, self.options)
+        self._begin(method_class)
         self.merged: list[MergedTask] = []
         self.matrix: list[list[float | None]] = []
         #: anything JSON can hold, saved with the merger
@@ -120,8 +131,11 @@ class Merger:
             ValueError: a name that is taken, missing seed samples, or a model that is not a fine-tuned
                 version of the base.
             CheckpointError: a broken checkpoint, or one with NaN or infinite weights.
-            AdaptationDiverged: the loss stayed non-finite.  Whatever is raised, the merger is as it was
-                before.
+            AdaptationDiverged: the loss stayed non-finite.
+            NonFiniteMerge: the method's result is not finite.
+
+        Whatever is raised, the merger is as it was before; after `NonFiniteMerge`, `model` is another module
+        with the same weights.
         """
         self.check_name(name)
         seeds = self.task.data(seed_data) if seed_data is not None and self.method.needs_seeds else None
@@ -129,7 +143,11 @@ class Merger:
             raise ValueError(
                 f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given"
             )
-        tuned = self._tower_tensors(name, finetuned_model)
+        try:
+            model = FineTuned(finetuned_model, self.base, self.task)
+            tuned, left = model.tensors(), model.left(self.method.merges())
+        except (IncompatibleModel, CheckpointError) as error:
+            raise type(error)(f"task {name!r}: {error}") from None
         index = len(self.merged)
         teacher = partial(self._teacher, tuned)
         if seeds is not None and self.method.needs_answers:
@@ -143,7 +161,17 @@ class Merger:
             seed=zlib.crc32(f"{self.seed}/{index}".encode()),
             on_step=on_step,
         )
+        before = [self.method.task_tensors(i) for i in range(index)], self.method.state_tensors()
         report = self.method.add(arrival)
+        try:
+            self._refuse_non_finite(name, [self.method.task_tensors(index)])
+        except NonFiniteMerge:
+            self._begin(type(self.method))
+            self.method.restore(*before)
+            raise
+        for line in left:
+            logger.info("%s: %s", name, line)
+        report.notes += left
         self.merged.append(MergedTask(name, len(seeds) if seeds else 0, report.skipped, report.notes))
         self.matrix.append([None] * len(self.merged))
         return report
@@ -211,6 +239,8 @@ class Merger:
             include_base: put the base model into the folder too, which makes it self-contained; without it,
                 `from_pretrained` needs `base`.
         """
+        task_tensors = [self.method.task_tensors(i) for i in range(len(self.merged))]
+        self._refuse_non_finite(self.task_names[-1] if self.merged else "none", task_tensors)
         manifest = {
             "method": self.method.name,
             "task_type": self.task.name,
@@ -221,7 +251,6 @@ class Merger:
             "matrix": self.matrix,
             "metadata": self.metadata,
         }
-        task_tensors = [self.method.task_tensors(i) for i in range(len(self.merged))]
         base = merger_folder.BaseModel(self.base, self.base_folder) if include_base else None
         merger_folder.save(
             Path(folder),
@@ -233,7 +262,7 @@ class Merger:
         )
 
     def export(self, folder: str | Path, task: str | None = None) -> None:
-        """Write the merged model to a new folder as a plain Hugging Face model.
+        """Write the merged model to a new folder as a plain Hugging Face model, with a model card.
 
         `transformers` loads it with `from_pretrained`.
 
@@ -257,7 +286,7 @@ class Merger:
             raise ValueError(f"task {task!r}: {reason}; leave the task out")
         state = export.whole_model(self.base, self.task.tower, self.method.plain_tower())
         config = export.hub_config(self.base, self.base_folder, next(self.base.parameters()).dtype)
-        export.write_model(Path(folder), state, config, self.base_folder)
+        export.write_model(Path(folder), state, config, self.base_folder, self._card(Path(folder).name))
 
     @classmethod
     def from_pretrained(
@@ -310,16 +339,26 @@ class Merger:
         merger.matrix, merger.metadata = manifest["matrix"], manifest["metadata"]
         return merger
 
-    def _tower_tensors(self, name: str, model: Model) -> dict[str, torch.Tensor]:
-        """The fine-tuned tower on the base's device and in its dtype, under the base tower's names."""
-        try:
-            aligned = tower_tensors(model, self._base_tower, self._first_names, self.task.prefixes)
-        except ValueError as error:
-            raise type(error)(f"task {name!r}: {error}") from None
-        broken = [key for key, tensor in aligned.items() if not tensor.isfinite().all()]
-        if broken:
-            raise ValueError(f"task {name!r}: {broken[0]} has NaN or infinite values")
-        return {key: tensor.detach().to(self._base_tower[key], copy=True) for key, tensor in aligned.items()}
+    def _card(self, title: str) -> str:
+        cards = [
+            CardTask(task.name, self.matrix[i][i], self.matrix[-1][i], task.notes)
+            for i, task in enumerate(self.merged)
+        ]
+        return model_card(title, self.method.name, asdict(self.options), cards)
+
+    def _begin(self, method: type[MergeMethod]) -> None:
+        """Set up a merged model into which nothing is merged yet."""
+        self.model = copy.deepcopy(self.base).eval()
+        self.method = method(self.model, self.task, self._base_tower, self.options)
+
+    def _refuse_non_finite(self, task: str, task_tensors: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Raise `NonFiniteMerge` if anything that merging `task` made or a save would write is not finite."""
+        kept = [*task_tensors, self.method.state_tensors(), self.model.state_dict()]
+        for name, tensor in chain.from_iterable(tensors.items() for tensors in kept):
+            if found := non_finite(tensor):
+                raise NonFiniteMerge(
+                    f"method {self.method.name!r}, task {task!r}: {name}: {found}; nothing was saved"
+                )
 
     def _teacher(self, tuned: Mapping[str, torch.Tensor]) -> nn.Module:
         teacher = copy.deepcopy(self.base).eval()

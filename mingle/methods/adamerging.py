@@ -135,9 +135,8 @@ class AdaMerging(PlainMethod):
 
         def loss(coefficients: Tensor, index: Tensor) -> Tensor:
             weights = combined(self.merged, delta, coefficients)
-            value: Tensor = functional_call(
-                entropy, {places[name]: w for name, w in weights.items()}, (seeds.select(index.to(device)),)
-            )
+            placed = {places[name]: weight.to(self.base[name]) for name, weight in weights.items()}
+            value: Tensor = functional_call(entropy, placed, (seeds.select(index.to(device)),))
             return value
 
         start = torch.full((len(delta),), self.options.init, device=device)

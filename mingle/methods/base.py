@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from mingle.adaptation.trace import AdaptTrace, StepProgress
 from mingle.io.state_dicts import first_names, task_vector
+from mingle.kernels.dtypes import wide
 from mingle.tasks import TaskData, TaskType
 
 Tensors = dict[str, torch.Tensor]
@@ -117,6 +118,10 @@ class MergeMethod(ABC):
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         """Return, bit for bit, to the state that `task_tensors` and `state_tensors` gave."""
 
+    def merges(self) -> Collection[str]:
+        """The names of the tower's tensors that merging changes; all others stay those of the base."""
+        return self.base.keys()
+
     def select(self, index: int) -> None:  # noqa: B027 – most methods have nothing to do
         """Make the model the one that serves task `index`; a merged model serves all tasks as it is."""
 
@@ -142,7 +147,8 @@ class PlainMethod(MergeMethod):
     Attributes:
         base: as given, but with only one entry for tensors that the model ties together, so that none counts
             twice.
-        merged: the merged tower, under the names of `base`.
+        merged: the merged tower, under the names of `base`, in float32 or float64: a base of half precision
+            gets it rounded, but the next step starts from what was not.
         state: the other tensors that the next step needs.
     """
 
@@ -154,7 +160,7 @@ class PlainMethod(MergeMethod):
         super().__init__(
             model, task, {name: base[name] for name, kept in self.kept_as.items() if name == kept}, options
         )
-        self.merged: Tensors = {name: tensor.clone() for name, tensor in self.base.items()}
+        self.merged: Tensors = widened(self.base)
         self.state: Tensors = {}
 
     def take(self, merged: Tensors, state: Tensors) -> None:
@@ -163,7 +169,7 @@ class PlainMethod(MergeMethod):
         self.merged, self.state = merged, state
 
     def plain_tower(self) -> Tensors:
-        return self.merged
+        return {name: tensor.to(self.base[name].dtype) for name, tensor in self.merged.items()}
 
     def task_tensors(self, index: int) -> Tensors:
         return {}
@@ -174,13 +180,13 @@ class PlainMethod(MergeMethod):
         }
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
-        self.take(_under("merged/", state), _under("state/", state))
+        self.take(widened(_under("merged/", state)), _under("state/", state))
 
 
 class WeightMethod(PlainMethod):
     """A method that is a pure function of weights.
 
-    Subclasses give `update`.  The merged tower is in the base's dtype.
+    Subclasses give `update`.
     """
 
     @abstractmethod
@@ -202,8 +208,13 @@ class WeightMethod(PlainMethod):
 def shifted(
     tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor], scaling: float = 1.0
 ) -> Tensors:
-    """tensor + scaling · vector for each name, in the tensor's dtype."""
-    return {name: (tensor + scaling * vectors[name]).to(tensor.dtype) for name, tensor in tensors.items()}
+    """tensor + scaling · vector for each name, in float32, or float64 where the tensor is."""
+    return {name: (tensor + scaling * vectors[name]).to(wide(tensor)) for name, tensor in tensors.items()}
+
+
+def widened(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Copies in float32, or float64 where a tensor is."""
+    return {name: tensor.to(wide(tensor), copy=True) for name, tensor in tensors.items()}
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +60,9 @@ class GatedMethod(MergeMethod):
             raise
         self._count(merged=True)
         return report
+
+    def merges(self) -> Collection[str]:
+        return [f"{name}.weight" for name in self.layers]
 
     def start(self) -> Mapping[str, torch.Tensor]:
         """The tower that the next model is compared with: the difference becomes an expert."""

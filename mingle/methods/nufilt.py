@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,9 @@ class Nufilt(WeightMethod):
         super().__init__(model, task, base, options)
         targets = options.layers or present(self.tower, task.layer_sets["nufilt"])
         self.targets = [f"{name}.weight" for name in find_targets(self.tower, targets)]
+
+    def merges(self) -> Collection[str]:
+        return self.targets
 
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
         deltas = task_vector(self.base, arrival.tuned, self.targets)

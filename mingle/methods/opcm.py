@@ -28,9 +28,9 @@ class OpcmOptions:
 
 
 def split_rank(singular_values: torch.Tensor, alpha: float) -> int:
-    """The first index at which the cumulative sum exceeds α times the total."""
+    """The first index at which the cumulative sum exceeds α times the total; 0 where that is 0."""
     cumulative = singular_values.cumsum(0)
-    return int((cumulative <= alpha * cumulative[-1]).sum())
+    return int((cumulative <= alpha * cumulative[-1]).sum()) if cumulative[-1] > 0 else 0
 
 
 def project(delta: torch.Tensor, merged: torch.Tensor, alpha: float, drop_diagonal: bool) -> torch.Tensor:
@@ -53,6 +53,7 @@ def opcm_step(
     """M_t and the running state, after `step` earlier models.
 
     M ← λ_{t−1} M + P(Δ), scaled so that ‖M‖ is the mean norm of the task vectors so far; λ_t is that scale.
+    A task vector of 0 counts in the mean; where M is 0, it stays 0.
 
     Args:
         vector: M_{t−1} by name.
@@ -72,7 +73,9 @@ def opcm_step(
         for name, d in delta.items()
     }
     mean_norm = state["mean_norm"] + (norm - state["mean_norm"]) / (step + 1)
-    scale = total_norm(raw) / mean_norm
+    size = total_norm(raw)
+    # Where nothing was merged yet, or everything cancels, M is 0, which no scale changes.
+    scale = size / mean_norm if size > 0 and mean_norm > 0 else torch.ones_like(size)
     return {name: (value / scale).to(delta[name].dtype) for name, value in raw.items()}, {
         "scale": scale,
         "mean_norm": mean_norm,

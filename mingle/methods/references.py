@@ -49,7 +49,7 @@ class Individual(MergeMethod):
         self.towers: list[Tensors] = []
 
     def add(self, arrival: Arrival) -> StepReport:
-        self.towers.append(dict(arrival.tuned))
+        self.towers.append({name: tensor.to(self.base[name]) for name, tensor in arrival.tuned.items()})
         self.select(arrival.index)
         return StepReport()
 

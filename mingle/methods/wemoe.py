@@ -5,7 +5,7 @@ After Tang et al., arXiv 2402.00433, made continual.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch import nn
 from mingle.adaptation.losses import entropy
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.kernels.gated_experts import reference
-from mingle.methods.base import Arrival, StepReport, Tensors
+from mingle.methods.base import Arrival, StepReport, Tensors, widened
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.task_arithmetic import add_task_vector
@@ -75,13 +75,15 @@ class Wemoe(GatedMethod):
         attention = [
             name for name in find_targets(self.tower, task.layer_sets["attention"]) if name not in self.layers
         ]
-        #: the tensors that task arithmetic merges
-        self.attention = [key for name in attention for key in base if key.rpartition(".")[0] == name]
+        #: the tensors that task arithmetic merges, not rounded to the base's dtype
+        self.attention: Tensors = widened(
+            {key: base[key] for name in attention for key in base if key.rpartition(".")[0] == name}
+        )
         #: the layers whose gates serve all target layers of their module
         self.routers = route_by_module(self.layers)
 
     def add(self, arrival: Arrival) -> StepReport:
-        before = self.state_tensors()
+        before = self.attention
         self._load(add_task_vector(before, self.base, arrival.tuned, self.options.init))
         try:
             return super().add(arrival)
@@ -123,16 +125,19 @@ class Wemoe(GatedMethod):
         layer.add_expert(A, B, gate_weight=gate, gate_bias=bias)
         layer.set_trainable_gates(layer.num_experts if name in self.routers else 0)
 
+    def merges(self) -> Collection[str]:
+        return [*super().merges(), *self.attention]
+
     def _load(self, tensors: Tensors) -> None:
         self.tower.load_state_dict(tensors, strict=False)
+        self.attention = tensors
 
     def state_tensors(self) -> Tensors:
-        state = self.tower.state_dict()
-        return {name: state[name].clone() for name in self.attention}
+        return self.attention
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         super().restore(tasks, state)
-        self._load(state)
+        self._load(widened(state))
 
 
 def route_by_module(layers: Mapping[str, MingleLinear]) -> dict[str, MingleLinear]:

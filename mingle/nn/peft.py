@@ -20,7 +20,7 @@ from torch import nn
 
 from mingle.io.adapter_config import AdapterConfig
 from mingle.io.files import CheckpointError, contained
-from mingle.io.safetensors import CheckpointReader
+from mingle.io.safetensors import CheckpointReader, refuse_two_models
 from mingle.kernels.dtypes import wide
 from mingle.nn.inject import refusal
 from mingle.nn.linear import LowRankExpert, MingleLinear
@@ -58,6 +58,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
             than configured, or with non-finite values.  The message names the file and the option or tensor.
     """
     folder = Path(folder)
+    refuse_two_models(folder)
     config = AdapterConfig.read(folder)
     path = contained(folder, _WEIGHTS)
     if not path.is_file():

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mingle import methods, suites, tasks
 from mingle.io import hub, merger_folder
 from mingle.io.files import CheckpointError, refuse_locked
-from mingle.io.state_dicts import IncompatibleModel, first_names
-from mingle.merging.finetuned import check_tower
+from mingle.io.safetensors import CheckpointReader
+from mingle.io.state_dicts import IncompatibleModel
+from mingle.merging.finetuned import FineTuned
 from mingle.options import OptionError, build
 from mingle.runs import settings
 from mingle.runs.config import MergeConfig
@@ -40,8 +41,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
     experts = {
         expert.name: hub.resolve(expert.model, expert.revision, revisions) for expert in config.experts
     }
-    tower = model.get_submodule(task.tower)
-    _check_experts(experts, tower, task)
+    finetuned = _fine_tuned(experts, model, task)
     suite = _suite(config, task, base, experts, revisions)
     options = settings.resolve(
         config.method,
@@ -51,7 +51,9 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         suite=suite,
         given=config.method_options(),
     )
-    _check_method(config.method, model, task, tower.state_dict(), options)
+    merged = _merged_names(config.method, model, task, options)
+    values = CheckpointReader(base)
+    left = {name: expert.left(merged, values) for name, expert in finetuned.items()}
     if suite is not None:
         for name in experts:
             suite.check(name)
@@ -67,6 +69,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         orders=orders,
         folders=folders,
         revisions=revisions,
+        left={name: lines for name, lines in left.items() if lines},
     )
     for folder, order in zip(folders, orders, strict=bool(folders)):
         _check_folder(folder, plan, order)
@@ -95,23 +98,29 @@ def _revisions(config: MergeConfig, folders: list[Path]) -> dict[str, str]:
     return revisions
 
 
-def _check_experts(experts: Mapping[str, Path], tower: nn.Module, task: TaskType) -> None:
-    """Refuse a model that is not a fine-tuned version of the base, by its header alone."""
-    shapes, first = tower.state_dict(), first_names(tower)
+def _fine_tuned(experts: Mapping[str, Path], model: nn.Module, task: TaskType) -> dict[str, FineTuned]:
+    """The experts beside the base, each found to be a fine-tuned version of it, mostly by its header."""
+    found = {}
     for name, folder in experts.items():
         try:
-            check_tower(folder, shapes, first, task.prefixes)
+            found[name] = FineTuned(folder, model, task)
         except IncompatibleModel as error:
             raise IncompatibleModel(f"expert {name!r} ({folder}): {error}") from None
+    return found
 
 
-def _check_method(
-    method: str, model: nn.Module, task: TaskType, shapes: Mapping[str, Tensor], options: Mapping[str, Any]
-) -> None:
-    """Refuse layers or depths that the model does not have, by fitting the method to an empty model."""
+def _merged_names(
+    method: str, model: nn.Module, task: TaskType, options: Mapping[str, Any]
+) -> Collection[str]:
+    """The tower's tensors that the method merges, once it was fitted to an empty model.
+
+    Raises:
+        OptionError: layers or depths that the model does not have.
+    """
     chosen = methods.get(method)
+    shapes = model.get_submodule(task.tower).state_dict()
     try:
-        chosen(model, task, shapes, build(chosen.Options, options, "options"))
+        return chosen(model, task, shapes, build(chosen.Options, options, "options")).merges()
     except ValueError as error:
         raise OptionError(f"method {method!r}: {error}") from None
 

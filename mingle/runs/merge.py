@@ -36,6 +36,7 @@ class MergePlan:
         orders: the task orders to merge in.
         folders: where each order's merged model goes; empty for a plan that was only to be checked.
         revisions: the commits in use of whatever comes from the hub; they are saved with the merged model.
+        left: name → what fine-tuning changed in that model and merging leaves out, in words.
     """
 
     config: MergeConfig
@@ -47,6 +48,7 @@ class MergePlan:
     orders: list[list[str]]
     folders: list[Path]
     revisions: hub.Revisions
+    left: Mapping[str, list[str]]
 
     def run(self, observer: Observer | None = None) -> Iterator[Result]:
         """Merge in every order, saving after each task; the tasks that an earlier run has merged are kept.

@@ -78,6 +78,8 @@ class TaskType(Protocol):
     tower: str
     #: what a fine-tuned checkpoint may put before the tower's own parameter names
     prefixes: tuple[str, ...]
+    #: the name of the tower's configuration in the model's; empty where the tower is the whole model
+    config_part: str
     #: named sets of target layers, as exact suffixes; a set may cover several variants of the architecture:
     #: only the suffixes that a model has count
     layer_sets: Mapping[str, tuple[str, ...]]

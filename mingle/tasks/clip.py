@@ -28,6 +28,7 @@ class ClipTask(HubModel):
     tower = "vision_model"
     blocks = "encoder.layers"
     prefixes: tuple[str, ...] = ("vision_model.",)
+    config_part = "vision_config"
     layer_sets: Mapping[str, tuple[str, ...]] = {
         "full": (*_ATTENTION, "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
         "light": (*_ATTENTION, "mlp.fc1"),

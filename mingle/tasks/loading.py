@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle.io.files import CheckpointError, contained, read_json
+from mingle.io.files import CheckpointError
 from mingle.io.safetensors import CheckpointReader
-from mingle.io.state_dicts import first_names
+from mingle.io.state_dicts import DEQUANTISE, first_names, same_values
+from mingle.tasks.configs import CONFIG, read_config
 from mingle.tasks.skeletons import skeleton
 
 
@@ -21,11 +22,7 @@ def model_type(folder: str | Path) -> str:
     Raises:
         CheckpointError: no such file, or one without a model type.
     """
-    path = contained(Path(folder), "config.json")
-    config = read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{path}: no model_type in it")
-    found: str = config["model_type"]
+    found: str = read_config(Path(folder))["model_type"]
     return found
 
 
@@ -39,7 +36,8 @@ class HubModel(ABC):
     def skeleton(self, folder: str | Path) -> nn.Module:
         """The model that a local folder describes, on the meta device, its checkpoint checked against it.
 
-        Of the tensors that the model ties together, the checkpoint needs to hold only one.
+        Of the tensors that the model ties together, the checkpoint needs to hold only one.  Where it holds
+        several that differ, they are not tied, whatever the configuration says: so does transformers.
 
         Raises:
             CheckpointError: the folder does not hold an intact safetensors checkpoint of this class.
@@ -47,20 +45,25 @@ class HubModel(ABC):
         model_class, config_class = self.classes()
         folder, wanted = Path(folder), config_class.model_type
         reader = CheckpointReader(folder)  # intact and inside the folder, before anything else opens it
-        if model_type(folder) != wanted:
+        config = read_config(folder)
+        if config["model_type"] != wanted:
             raise CheckpointError(
-                f"{folder / 'config.json'}: model_type is {model_type(folder)!r}, expected {wanted!r}"
+                f"{folder / CONFIG}: model_type is {config['model_type']!r}, expected {wanted!r}"
             )
-        path = folder / "config.json"
-        model = skeleton((model_class, config_class), read_json(path), path, len(reader))
+        model = skeleton(model_class, config_class, config, folder / CONFIG, len(reader))
         first = first_names(model)
         held = {first[name] for name in first if name in reader}
         for name, tensor in model.state_dict().items():
             if first[name] not in held:
                 raise CheckpointError(f"{folder}: the tensor {name!r} of a {model_class.__name__} is missing")
-            if name in reader and reader.shape(name) != tuple(tensor.shape):
+            if name not in reader:
+                continue
+            if reader.shape(name) != tuple(tensor.shape):
                 found, expected = list(reader.shape(name)), list(tensor.shape)
-                raise CheckpointError(f"{folder}: {name} has shape {found}, config.json says {expected}")
+                raise CheckpointError(f"{folder}: {name} has shape {found}, {CONFIG} says {expected}")
+            if tensor.is_floating_point() and not reader.dtype(name).is_floating_point:
+                raise CheckpointError(f"{folder}: {name} holds {reader.dtype(name)}; {DEQUANTISE}")
+        _untie(model, first, reader)
         return model
 
     def load(self, folder: str | Path) -> nn.Module:
@@ -69,11 +72,28 @@ class HubModel(ABC):
         Raises:
             CheckpointError: as in `skeleton`, and for weights that are NaN or infinite.
         """
-        self.skeleton(folder)
+        expected = first_names(self.skeleton(folder))
         model: nn.Module = self.classes()[0].from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
+        found = first_names(model)
         for name, tensor in model.state_dict().items():
             if not tensor.isfinite().all():
                 CheckpointReader(folder).tensor(name)  # raises, with the count and the first index
+            if found[name] != expected[name]:
+                raise CheckpointError(
+                    f"{folder}: {name!r} and {found[name]!r} are one tensor in the model that transformers "
+                    f"makes of it, and {expected[name]!r} by the files"
+                )
         return model.eval()
+
+
+def _untie(model: nn.Module, first: dict[str, str], reader: CheckpointReader) -> None:
+    """Give a parameter of its own to each tied name whose values in the checkpoint are not the first's."""
+    sources: dict[str, str] = {}
+    for name in filter(reader.__contains__, first):
+        source = sources.setdefault(first[name], name)
+        if source != name and not same_values(reader.tensor(source), reader.tensor(name)):
+            module, _, key = name.rpartition(".")
+            alone = nn.Parameter(torch.empty_like(model.get_parameter(name)))
+            setattr(model.get_submodule(module), key, alone)

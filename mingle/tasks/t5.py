@@ -40,6 +40,7 @@ class T5Task(HubModel):
     tower = ""
     blocks = "encoder.block"
     prefixes: tuple[str, ...] = ()
+    config_part = ""
     #: The published layers are attention and the inner feed-forward layers.
     layer_sets: Mapping[str, tuple[str, ...]] = {
         "full": (*_SELF, *_CROSS, *_INNER),

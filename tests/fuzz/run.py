@@ -25,9 +25,8 @@ def main() -> int:
     for number, defect in report.defects.items():
         print(f"case {number}:\n{defect}")
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in report.outcomes.most_common())
-    print(
-        f"{args.target}, seed {args.seed}: {report.outcomes.total()} cases in {report.seconds:.0f} s: {outcomes}"
-    )
+    print(f"{args.target}, seed {args.seed}: {report.outcomes.total()} cases in {report.seconds:.0f} s")
+    print(outcomes)
     print(f"slowest {report.slowest[0]:.2f} s (case {report.slowest[1]}), memory +{report.growth:.0f} MiB")
     return bool(report.defects)
 

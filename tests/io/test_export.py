@@ -31,6 +31,9 @@ PLAIN = {
     "mingle-light": SETTINGS | {"gates": "static"},
 }
 
+#: what an export writes itself
+WRITTEN = {"README.md", "config.json", "model.safetensors"}
+
 
 def merger_of(base, method, tuned, samples, count=2, **options):
     merger = mingle.Merger(base, method, **options)
@@ -112,7 +115,7 @@ def test_what_else_the_base_s_folder_holds(base_folder, tuned_states, samples, t
     merger.save_pretrained(tmp_path / "merged")
     merger.export(tmp_path / "plain")
     names = {path.name for path in (tmp_path / "plain").iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "merges.txt", "spiece.model"}
+    assert names == {"tokenizer.json", "merges.txt", "spiece.model"} | WRITTEN
     model = CLIPModel.from_pretrained(tmp_path / "plain", local_files_only=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(logits(model.eval(), samples), logits(merger.model, samples))
@@ -137,7 +140,7 @@ def test_large_models_are_sharded_and_tied_tensors_written_once(tmp_path):
     state = export.whole_model(base, "", tuned)
     assert "encoder.embed_tokens.weight" not in state
     export.write_model(
-        tmp_path / "plain", state, export.hub_config(base, None, torch.float32), None, shard_bytes=4000
+        tmp_path / "plain", state, export.hub_config(base, None, torch.float32), None, "", shard_bytes=4000
     )
     shards = sorted((tmp_path / "plain").glob("*.safetensors"))
     assert len(shards) > 2
@@ -190,7 +193,7 @@ def test_an_interrupted_export_leaves_nothing_and_the_next_clears_up(
         merger.export(tmp_path / "plain")
     merger.export(tmp_path / "plain")
     assert {path.name for path in tmp_path.iterdir()} == {"plain"}
-    assert {path.name for path in (tmp_path / "plain").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == WRITTEN
 
 
 def test_on_the_command_line(base_folder, tuned_states, samples, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -48,12 +49,21 @@ def test_reads_shards_and_only_what_the_index_lists(tmp_path: Path) -> None:
     )
 
 
-def test_a_whole_model_is_preferred_to_shards_and_an_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["model.safetensors", "adapter_model.safetensors", "adapter_config.json"])
+def test_a_folder_with_two_models_is_refused_with_both_names(tmp_path: Path, other: str) -> None:
     write_sharded(tmp_path)
-    save_file({"adapter": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     assert CheckpointReader(tmp_path).keys() == ["a", "b"]
-    save_file({"whole": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert CheckpointReader(tmp_path).keys() == ["whole"]
+    save_file({"other": torch.ones(1)}, tmp_path / other)
+    with pytest.raises(CheckpointError, match=f"two models, .*{other}") as caught:
+        CheckpointReader(tmp_path)
+    assert "model.safetensors.index.json" in str(caught.value)
+
+
+def test_a_single_file_with_an_index_of_itself_is_one_model(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    index = {"weight_map": {"w": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert CheckpointReader(tmp_path).keys() == ["w"]
 
 
 def test_every_read_is_a_fresh_tensor(tmp_path: Path) -> None:

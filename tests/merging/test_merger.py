@@ -192,7 +192,9 @@ def test_bad_tasks_are_refused_before_anything_happens(base_model, tuned_states,
         merger.add("two", cut, seeds)
     poisoned = dict(tuned_states[1])
     poisoned["post_layernorm.weight"] = torch.full((32,), float("inf"))
-    with pytest.raises(ValueError, match="'two': post_layernorm.weight has NaN or infinite values"):
+    with pytest.raises(
+        ValueError, match=r"'two': post_layernorm.weight: 32 of 32 values are not finite, the first at \(0,\)"
+    ):
         merger.add("two", poisoned, seeds)
     assert merger.task_names == ["one"]
 

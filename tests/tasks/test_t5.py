@@ -13,9 +13,9 @@ import mingle
 from mingle.adaptation import input_directions
 from mingle.adaptation.losses import distillation_loss
 from mingle.io.files import CheckpointError
-from mingle.io.state_dicts import IncompatibleModel, first_names
+from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging.evaluate import accuracy
-from mingle.merging.finetuned import check_tower
+from mingle.merging.finetuned import FineTuned
 from mingle.methods import METHODS
 from mingle.nn.linear import MingleLinear
 from mingle.tasks import TaskData
@@ -273,13 +273,13 @@ def test_a_lora_adapter_of_other_layers_is_refused(base, base_model, tmp_path):
     ):
         mingle.Merger(base, "average", "t5").add("x", tmp_path / "lora")
     with pytest.raises(IncompatibleModel, match="is not in the base"):
-        check_tower(tmp_path / "lora", base.state_dict(), first_names(base), ())
+        FineTuned(tmp_path / "lora", base, TASK)
 
 
 def test_folders_in_hub_format(base, tuned, tmp_path):
     base.save_pretrained(tmp_path / "base")
     tuned[0].save_pretrained(tmp_path / "tuned")
-    check_tower(tmp_path / "tuned", T5Task().skeleton(tmp_path / "base").state_dict(), first_names(base), ())
+    FineTuned(tmp_path / "tuned", TASK.skeleton(tmp_path / "base"), TASK)
     merger = mingle.Merger(tmp_path / "base", "average", "t5")
     merger.add("one", tmp_path / "tuned")
     same_bits(merger.model.state_dict(), tuned[0].state_dict())
