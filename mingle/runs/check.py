@@ -15,7 +15,7 @@ from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging.finetuned import FineTuned
 from mingle.options import OptionError, build
-from mingle.runs import settings
+from mingle.runs import inputs, settings
 from mingle.runs.config import MergeConfig
 from mingle.runs.merge import MergePlan
 from mingle.runs.orders import shuffled
@@ -158,6 +158,7 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> None:
             raise CheckpointError(f"{folder}: not empty, and not a merge that could be resumed")
         return
     manifest = merger_folder.load(folder).manifest
+    noted = manifest["metadata"].pop(inputs.INPUTS, {})  # compared one by one
     revisions = {"revisions": plan.revisions}  # compared when they were read
     found = _facts(manifest["method"], manifest["metadata"] | revisions, manifest["options"])
     wanted = _facts(plan.config.method, plan.origin(), plan.options)
@@ -169,6 +170,8 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> None:
     merged = [task["name"] for task in manifest["tasks"]]
     if merged != order[: len(merged)]:
         differing.append(f"tasks: {', '.join(merged)} there, the order is now {', '.join(order)}")
+    else:
+        differing += inputs.changed(noted, merged, plan.experts, plan.config.eval.suite)
     if differing:
         reasons = "; ".join(differing)
         raise CheckpointError(f"{folder}: holds another merge, which this one cannot resume; {reasons}")

@@ -13,6 +13,7 @@ from mingle.io.files import CheckpointError
 from mingle.merging.evaluate import Result
 from mingle.merging.merger import Merger
 from mingle.options import OptionError
+from mingle.runs import inputs
 from mingle.runs.config import Expert, MergeConfig
 from mingle.runs.loop import Evaluate, merge_all
 from mingle.runs.observer import Observer
@@ -64,7 +65,8 @@ class MergePlan:
                 merging = merge_all(
                     merger, order, self._expert, self.suite, observer, number, evaluate=evaluate
                 )
-                for _ in merging:
+                for step in merging:
+                    inputs.note(merger.metadata, step.task, self.experts[step.task])
                     merger.save_pretrained(folder)
                 result = merger.result()
             observer.merged(self.config.method, number, result)
@@ -115,6 +117,7 @@ def add(
         merger.check_name(expert.name)
         order = [*merger.task_names, expert.name]
         for _ in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):
+            inputs.note(merger.metadata, expert.name, model)
             merger.save_pretrained(folder)
         return merger.result()
 

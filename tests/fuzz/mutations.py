@@ -38,7 +38,7 @@ HOSTILE: list[Any] = [
 
 
 def edit_bytes(data: bytes, chance: random.Random) -> bytes:
-    """`data` after one or two edits: a bit flipped, bytes cut, repeated or inserted, a piece of text put in."""
+    """`data` after one or two edits: a bit flipped, bytes cut, repeated or inserted, or text put in."""
     result = bytearray(data)
     for _ in range(chance.randint(1, 2)):
         place = chance.randrange(len(result) + 1)
