@@ -37,6 +37,7 @@ from mingle.io.files import (
 )
 from mingle.io.provenance import versions
 from mingle.io.safetensors import CheckpointReader, write_tensors
+from mingle.options import shown
 
 FORMAT = "mingle-merge"
 FORMAT_VERSION = 1
@@ -235,9 +236,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not the manifest of a {FORMAT} folder")
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {manifest.get('format_version')}, this mingle reads {FORMAT_VERSION}"
-        )
+        found = shown(manifest.get("format_version"))
+        raise CheckpointError(f"{path}: format version {found}, this mingle reads {FORMAT_VERSION}")
     for key, kind in _REQUIRED.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path}: {key!r} is missing or not a {kind.__name__}")

@@ -11,6 +11,7 @@ import yaml
 from mingle.options import OptionError, shown
 
 _MAX_CHARACTERS, _MAX_NODES, _MAX_SCALAR, _MAX_DEPTH = 1_000_000, 20_000, 3000, 20
+_MERGE = "tag:yaml.org,2002:merge"  # of the key <<, which brings in the keys of another mapping
 
 
 def read(path: Path) -> Any:
@@ -39,6 +40,8 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(
@@ -57,9 +60,8 @@ def _refuse_excess(text: str) -> None:
     Aliases count as what they stand for: a few lines of them can stand for gigabytes.
     """
     sizes: dict[str | None, int] = {}  # anchor → characters
-    inside: list[tuple[str | None, int]] = [
-        (None, 0)
-    ]  # the collections around: anchor, and characters so far
+    # The collections around: anchor, and characters so far.
+    inside: list[tuple[str | None, int]] = [(None, 0)]
     for number, event in enumerate(yaml.parse(text, yaml.SafeLoader)):
         line = f"line {event.start_mark.line + 1}"
         anchor = getattr(event, "anchor", None)

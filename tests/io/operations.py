@@ -21,6 +21,7 @@ from mingle.io import files
 #: called with the number and the kind of a step before it is taken
 Act = Callable[[int, str], object]
 _EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+REMOVING = ("remove", "rmdir")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -65,10 +66,10 @@ def killing(at: int) -> Act:
 
 
 def failing(at: int, code: int) -> Act:
-    """Raises the `OSError` of this code at the step of this number."""
+    """Raises the `OSError` of this code from the step of this number on; only removing still works."""
 
     def act(number: int, kind: str) -> None:
-        if number == at:
+        if number >= at and kind not in REMOVING:
             raise OSError(code, os.strerror(code))
 
     return act
