@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from mingle import linalg
 from mingle.linalg import InputDirections
+
+_SHOWN = 5
 
 
 @contextmanager
@@ -61,6 +63,12 @@ def extend(
     }
 
 
-def saturated(bases: Mapping[str, torch.Tensor]) -> Iterable[str]:
-    """The layers whose basis fills the input space: under a hard constraint later gates cannot move there."""
-    return [name for name, basis in bases.items() if basis.shape[1] >= len(basis)]
+def crowded(bases: Mapping[str, torch.Tensor], k: int) -> str:
+    """Which layers' bases have no room for `k` more directions, in words; empty where there are none.
+
+    Where none remains, later gates cannot move under a hard constraint.
+    """
+    left = {name: (len(basis) - basis.shape[1], len(basis)) for name, basis in bases.items()}
+    full = [f"{name} ({free} of {width} left)" for name, (free, width) in left.items() if free < k]
+    more = f" and {len(full) - _SHOWN} more" if len(full) > _SHOWN else ""
+    return f"few input directions are left to later tasks in {', '.join(full[:_SHOWN])}{more}" if full else ""

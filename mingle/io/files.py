@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 #: of one JSON text, and how many values are in it: the largest models have a few megabytes and a hundred
 #: thousand values in one, and whatever is within these limits takes less than 200 MB of memory
 MAX_JSON_BYTES, _MAX_JSON_VALUES = 16_000_000, 600_000
+#: how a file begins that stands for one which git has not fetched
+LFS_POINTER = b"version https://git-lfs"
 _SPARE_BYTES = 16 << 20
 _TEMPORARY = re.compile(r"\.mingle-tmp-\d+-[0-9a-f]{16}-.+")
 
@@ -227,7 +229,7 @@ def rename(source: Path, target: Path) -> None:
 
 def refuse_lfs_pointer(data: bytes, where: str) -> None:
     """Raise `CheckpointError` for a file whose beginning, 8 bytes or more, is that of a Git LFS pointer."""
-    if data.startswith(b"version https://git-lfs"[: max(8, len(data))]):
+    if data.startswith(LFS_POINTER[: max(8, len(data))]):
         raise CheckpointError(
             f"{where}: a Git LFS pointer, not the file that it stands for; fetch that with `git lfs pull`"
         )

@@ -30,10 +30,16 @@ class InputDirections:
     [256, d] by Frequent Directions (Ghashami et al., SIAM J. Comput. 45, 2016), whose directional energies
     err by less than Σ‖x‖² / 256.  Both are in float64.  Never changed: `including` makes a new one, so that
     layers which have seen the same inputs can share one.
+
+    Attributes:
+        width: d.
+        statistic: the sum or the sketch; None before the first vector.
+        count: how many vectors were seen.
     """
 
     width: int
     statistic: Tensor | None = None
+    count: int = 0
 
     @ieee
     def including(self, x: Tensor) -> InputDirections:
@@ -45,19 +51,24 @@ class InputDirections:
         if x.shape[-1] != self.width:
             raise ValueError(f"x has width {x.shape[-1]}, expected {self.width}")
         vectors = x.reshape(-1, self.width)
+        count = self.count + len(vectors)
         if self.width < WIDE:
-            return InputDirections(self.width, _with_products(self.statistic, vectors))
+            return InputDirections(self.width, _with_products(self.statistic, vectors), count)
         vectors = vectors.double()
         sketch = vectors[:0] if self.statistic is None else self.statistic
         for chunk in vectors.split(_SKETCH_ROWS):
             sketch = _shrunk(torch.cat([sketch, chunk]))
-        return InputDirections(self.width, sketch)
+        return InputDirections(self.width, sketch, count)
 
     @ieee
     def top(self, k: int) -> Tensor:
-        """The k leading directions as orthonormal columns [d, ≤ k] in float64, without those of no energy."""
+        """The k leading directions as orthonormal columns [d, ≤ k] in float64, without those of no energy.
+
+        There are no more of them than vectors were seen: the next ones would be rounding errors.
+        """
         if self.statistic is None:
             return torch.empty(self.width, 0, dtype=torch.float64)
+        k = min(k, self.count)
         if self.width < WIDE:
             return top_subspace(self.statistic, k)
         rows = _energetic(*falling_eigh(gram(self.statistic)), k).mT @ self.statistic

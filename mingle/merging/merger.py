@@ -26,6 +26,7 @@ from mingle.merging.finetuned import FineTuned, Model
 from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
 from mingle.tasks import TaskData
+from mingle.tasks.image_processor import differing_preparation
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ class Merger:
         try:
             model = FineTuned(finetuned_model, self.base, self.task)
             tuned, left = model.tensors(), model.left(self.method.merges())
+            left += self._prepared_otherwise(finetuned_model)
         except (IncompatibleModel, CheckpointError) as error:
             raise type(error)(f"task {name!r}: {error}") from None
         index = len(self.merged)
@@ -338,6 +340,11 @@ class Merger:
         ]
         merger.matrix, merger.metadata = manifest["matrix"], manifest["metadata"]
         return merger
+
+    def _prepared_otherwise(self, model: Model) -> list[str]:
+        if self.base_folder is None or isinstance(model, nn.Module | Mapping):
+            return []
+        return differing_preparation(self.base_folder, Path(model))
 
     def _card(self, title: str) -> str:
         cards = [

@@ -161,10 +161,9 @@ class Mingle(GatedMethod):
                 if not self.task.logits(self.model, batch).isfinite().all():
                     raise AdaptationDiverged("the adapted model's answers to the seed samples are not finite")
         bases = input_directions.extend(self.bases, seen, options.k)
-        full = input_directions.saturated(bases)
-        if full:
-            report.notes.append(f"the protected directions fill the whole input space of {', '.join(full)}")
-            logger.warning("%s: %s", arrival.name, report.notes[-1])
+        if crowded := input_directions.crowded(bases, options.k):
+            report.notes.append(crowded)
+            logger.warning("%s: %s", arrival.name, crowded)
         return bases
 
     def plain_tower(self) -> Tensors:

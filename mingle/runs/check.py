@@ -21,6 +21,7 @@ from mingle.runs.merge import MergePlan
 from mingle.runs.orders import shuffled
 from mingle.suites import Suite
 from mingle.tasks import TaskType
+from mingle.tasks.image_processor import differing_preparation
 
 
 def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
@@ -53,7 +54,10 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
     )
     merged = _merged_names(config.method, model, task, options)
     values = CheckpointReader(base)
-    left = {name: expert.left(merged, values) for name, expert in finetuned.items()}
+    left = {
+        name: expert.left(merged, values) + differing_preparation(base, experts[name])
+        for name, expert in finetuned.items()
+    }
     if suite is not None:
         for name in experts:
             suite.check(name)
@@ -146,6 +150,10 @@ def _suite(
         raise OptionError(
             f"experts: suite {suite.name!r} has no task {unknown[0]!r}; it has {', '.join(suite)}"
         )
+    counted = suite.request.total is None  # where tasks are answered in words, the suite fixes the number
+    if methods.get(config.method).needs_seeds and counted and config.adapt.samples_per_class == 0:
+        need = f"method {config.method!r} adapts on seed samples"
+        raise OptionError(f"adapt: samples_per_class is 0, and {need}")
     return suite
 
 

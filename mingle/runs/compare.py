@@ -74,7 +74,6 @@ def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> 
     asked = asdict(comparison) | {"methods": list(comparison.methods), "options": dict(comparison.options)}
     (out / "config.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
     for name in suite:
-        suite.check(name)
         suite.expert(name)  # a missing one is fetched or trained before anything is timed
     results: dict[str, Any] = {
         "suite": comparison.suite,
@@ -122,6 +121,8 @@ def _prepared(comparison: Comparison, observer: Observer) -> Suite:
         comparison.options_for(method, suite)
         if methods.get(method).sequential:
             suite.check_sequential()
+    for name in suite:
+        suite.check(name)
     return suite
 
 

@@ -149,4 +149,8 @@ def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite |
         revisions=merger.metadata["revisions"],
     )
     suite.check_task_type(merger.task.name, merger.base_folder)
+    for name in merger.task_names:
+        if name not in suite:
+            raise OptionError(f"suite {suite.name!r} has no samples of the merged task {name!r}")
+        suite.check(name)
     return merger, suite

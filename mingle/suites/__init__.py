@@ -8,7 +8,7 @@ from typing import Any
 
 from mingle.io.hub import Revisions
 from mingle.options import OptionError, nearest
-from mingle.suites.protocol import PROTOCOLS, SeedRequest, split
+from mingle.suites.protocol import PROTOCOLS, Labels, SeedRequest, check_labels, split
 from mingle.tasks import TaskData
 
 #: Progress of training an expert that does not exist yet: called with (task, step, steps).
@@ -31,6 +31,8 @@ class Suite(Mapping[str, TaskData]):
             each is fine-tuned from the one before; None where all fine-tuned models of the suite start from
             the base.
         training: name → all unlabelled training samples of the task; empty where the suite has none.
+        labels: name → the labels of all its test samples, without the samples; a task whose samples have to
+            be made for that has none.
         checks: name → a function that raises for faults in the task's data, without reading all of it; a task
             that cannot be checked has none.
         revisions: the commits in use of whatever came from the hub; grows as the suite is used.
@@ -48,16 +50,18 @@ class Suite(Mapping[str, TaskData]):
         *,
         continued: Callable[[str, tuple[str, ...]], Path] | None = None,
         training: Mapping[str, Callable[[], TaskData]] | None = None,
+        labels: Mapping[str, Callable[[], Labels]] | None = None,
         checks: Mapping[str, Callable[[], None]] | None = None,
         revisions: Revisions | None = None,
     ) -> None:
         self.name, self.task_type, self.request = name, task_type, request
         self.revisions: Revisions = {} if revisions is None else revisions
-        self._base, self._checks = base, dict(checks or {})
+        self._base, self._labels, self._checks = base, dict(labels or {}), dict(checks or {})
         self.settings = dict(settings or {})
         self._samples, self._experts = dict(samples), dict(experts)
         self._continued, self._training = continued, dict(training or {})
         self._split: dict[str, tuple[TaskData, TaskData]] = {}
+        self._counted: set[str] = set()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._samples)
@@ -85,9 +89,13 @@ class Suite(Mapping[str, TaskData]):
             )
 
     def check(self, name: str) -> None:
-        """Check a task's data, short of heavy work; any error names the data set."""
+        """Check a task's data, and that it has the samples that seeds need, short of heavy work.
+
+        Any error names the data set or the task.
+        """
         if name in self._checks:
             self._checks[name]()
+        self._count(name)
 
     def seeds(self, name: str, *, whole: bool = False) -> TaskData:
         """The task's seed samples, without labels; or, for sequential methods, its `whole` training data.
@@ -138,8 +146,15 @@ class Suite(Mapping[str, TaskData]):
         if name not in self._split:
             if name not in self._samples:
                 raise KeyError(f"suite {self.name!r} has no task {name!r}{nearest(name, self._samples)}")
+            self._count(name)
             self._split[name] = split(name, self._samples[name](), self.request)
         return self._split[name]
+
+    def _count(self, name: str) -> None:
+        """Check the task's labels; once, as a warning should come once."""
+        if name in self._labels and name not in self._counted:
+            check_labels(name, self._labels[name](), self.request)
+            self._counted.add(name)
 
 
 def load(
@@ -169,7 +184,7 @@ def load(
             there.
 
     Raises:
-        OptionError: an unknown suite or protocol.
+        OptionError: an unknown suite or protocol, or a number of seed samples below 0.
     """
     from mingle.suites import fusionbench, glyphs, image_folder
 
@@ -177,6 +192,8 @@ def load(
         raise OptionError(
             f"protocol: {protocol!r}{nearest(protocol, PROTOCOLS)}; expected one of {', '.join(PROTOCOLS)}"
         )
+    if samples_per_class < 0:
+        raise OptionError(f"samples_per_class={samples_per_class}: expected 0 or more")
     request = SeedRequest(protocol, samples_per_class, seed)
     if name in glyphs.NAMES:
         return glyphs.load(name, base, request, on_training)

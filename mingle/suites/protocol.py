@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +42,48 @@ class SeedRequest:
     total: int | None = None
 
 
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a task's samples, known without making the samples.
+
+    Attributes:
+        numbers: class numbers, int64 [n]; where there are no classes, any tensor with one row per sample.
+        names: the classes' names by number; None where there are no classes, or they have no names.
+    """
+
+    numbers: torch.Tensor
+    names: Sequence[str] | None = None
+
+
+def check_labels(name: str, labels: Labels, request: SeedRequest) -> None:
+    """Count the samples of a task that a request for seeds is about.
+
+    Under ``official``, classes with too few samples are named in a warning, with their counts: their share of
+    the seeds is smaller.
+
+    Raises:
+        ValueError: labels that are not classes; under ``strict``, too few samples to leave any for the test.
+    """
+    numbers, names = labels.numbers, labels.names
+    if names is not None and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(names):
+        found = f"{int(numbers.min())} to {int(numbers.max())}"
+        raise ValueError(f"task {name!r}: labels from {found}, and there are {len(names)} classes, from 0 on")
+    if request.protocol == "strict":
+        _require_rest(name, len(numbers), _seeds(numbers, request))
+    elif request.total is None:
+        counts = torch.bincount(numbers, minlength=len(names or ()))
+        few = {
+            str(row if names is None else names[row]): count
+            for row, count in enumerate(counts.tolist())
+            if count < request.samples_per_class
+        }
+        if few:
+            listed = ", ".join(f"{found!r} has {count}" for found, count in few.items())
+            logger.warning(
+                "task %s: fewer than %d samples of a class: %s", name, request.samples_per_class, listed
+            )
+
+
 def split(name: str, samples: TaskData, request: SeedRequest) -> tuple[TaskData, TaskData]:
     """One task's seed samples, without labels, and its test samples, with labels.
 
@@ -51,32 +94,35 @@ def split(name: str, samples: TaskData, request: SeedRequest) -> tuple[TaskData,
         raise ValueError(f"task {name!r}: a suite's samples need labels")
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/seeds/{request.seed}".encode()))
     order = torch.randperm(len(samples), generator=generator)
-    classes = int(samples.labels.max()) + 1
-    total = None if request.total is None else min(request.total, len(samples) // 2)
+    seeds = _seeds(samples.labels, request)
     test = samples
     if request.protocol == "strict":
-        chosen = order[: total or request.samples_per_class * classes]
-        rest = order[len(chosen) :].sort().values
-        if not len(rest):
-            raise ValueError(
-                f"task {name!r}: all {len(samples)} samples are needed as seed samples; "
-                "none would be left for the test"
-            )
-        test = samples.select(rest)
-    elif total is not None:
-        chosen = order[:total]
+        _require_rest(name, len(samples), seeds)
+        chosen = order[:seeds]
+        test = samples.select(order[seeds:].sort().values)
+    elif request.total is not None:
+        chosen = order[:seeds]
     else:
         shuffled = samples.labels[order]
         chosen = torch.cat(
             [
                 order[(shuffled == label).nonzero().flatten()[: request.samples_per_class]]
-                for label in range(classes)
+                for label in range(int(samples.labels.max()) + 1)
             ]
         )
-        counts = torch.bincount(samples.labels[chosen], minlength=classes)
-        short = (counts < request.samples_per_class).nonzero().flatten().tolist()
-        if short:
-            logger.warning(
-                "task %s: fewer than %d samples of classes %s", name, request.samples_per_class, short
-            )
     return replace(samples.select(chosen).made(), labels=None), test
+
+
+def _seeds(labels: torch.Tensor, request: SeedRequest) -> int:
+    """How many seed samples are asked for."""
+    if request.total is not None:
+        return min(request.total, max(1, len(labels) // 2))
+    return request.samples_per_class * (int(labels.max()) + 1)
+
+
+def _require_rest(name: str, samples: int, seeds: int) -> None:
+    if seeds >= samples:
+        raise ValueError(
+            f"task {name!r}: {seeds} seed samples are needed of the {samples} that there are; none would be "
+            "left for the test"
+        )

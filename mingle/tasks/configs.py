@@ -22,8 +22,8 @@ BROKEN = (
 #: transformers fetches and runs what these can name
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _SHOWN, _MAX_LABELS = 5, 100_000
-#: Settings of training, of generation, of the form of outputs and of heads that are not merged, and notes on
-#: a model's past.  Which tensors are tied is judged by the files.
+#: Settings of training, generation, outputs and heads that are not merged, and notes on a model's past.
+#: Which tensors are tied is judged by the files.
 _NO_MATTER = re.compile(
     r"_.*|.*dropout.*|.*layerdrop|initializer_.*|.*loss.*|gradient_checkpointing|use_cache|output_.*|prefix"
     r"|return_dict.*|torchscript|torch_dtype|dtype|use_bfloat16|architectures|model_type|transformers_version"

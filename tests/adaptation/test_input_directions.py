@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mingle import linalg
-from mingle.adaptation.input_directions import collected, extend
+from mingle.adaptation.input_directions import collected, crowded, extend
 from mingle.linalg import subspace
 
 
@@ -75,3 +75,27 @@ def test_layers_that_share_their_inputs_share_what_is_kept_of_them():
     torch.testing.assert_close(seen["late"].statistic, second.mT @ second, rtol=1e-5, atol=1e-5)
     bases = extend({name: torch.zeros(6, 0) for name in layers}, seen, 2)
     assert all(basis.shape == (6, 2) for basis in bases.values())
+
+
+def test_fewer_samples_than_k_give_as_many_directions_as_there_are():
+    directions = linalg.InputDirections(20).including(stream(20, count=2))
+    bases = {"a": torch.empty(20, 0)}
+    for samples in (2, 2):  # the very same ones again add nothing
+        bases = extend(bases, {"a": directions}, 3)
+        assert bases["a"].shape == (20, samples)
+    torch.testing.assert_close(bases["a"].mT @ bases["a"], torch.eye(2))
+
+
+def test_a_basis_that_saturates_is_capped_and_named_with_what_is_left():
+    bases = {"narrow": torch.empty(4, 0), "wide": torch.empty(20, 0)}
+    for seed in range(3):
+        seen = {
+            name: linalg.InputDirections(len(basis)).including(stream(len(basis), seed=seed))
+            for name, basis in bases.items()
+        }
+        bases = extend(bases, seen, 3)
+        assert crowded(bases, 3) == (
+            f"few input directions are left to later tasks in narrow ({max(0, 1 - seed)} of 4 left)"
+        )
+    assert bases["narrow"].shape == (4, 4)
+    assert bases["wide"].shape == (20, 9)

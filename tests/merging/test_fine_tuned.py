@@ -274,6 +274,22 @@ def test_parts_outside_the_tower_are_named_by_check_merge_inspect_and_card(
     assert all(line.replace("_", r"\_") in card for line in (changed, unknown))
 
 
+def test_another_preparation_of_images_is_named(base, tuned, clip_config, tmp_path):
+    base_too = written(tmp_path / "base", load_file(base / "model.safetensors"), clip_config)
+    alike, other = (written(tmp_path / name, tuned, clip_config) for name in ("alike", "other"))
+    settings = {"size": {"shortest_edge": 16}, "image_mean": [0.5, 0.5, 0.5], "do_normalize": True}
+    (base_too / "preprocessor_config.json").write_text(json.dumps(settings))
+    (alike / "preprocessor_config.json").write_text(json.dumps(settings | {"size": 16, "crop_size": 16}))
+    changed = {"image_processor": settings | {"image_mean": [0.0, 0.0, 0.0]}}
+    (other / "processor_config.json").write_text(json.dumps(changed))
+    left = check(load(config_file(tmp_path, base_too, {"alike": alike, "other": other}))).left
+    line = "its images were prepared otherwise (image_mean is [0.0, 0.0, 0.0], in the base [0.5, 0.5, 0.5])"
+    assert left == {"other": [f"{line}; the base's way is kept"]}
+    merger = mingle.Merger(base_too, "average")
+    assert merger.add("alike", alike).notes == []
+    assert merger.add("other", other).notes == left["other"]
+
+
 def test_an_expert_rounded_to_half_precision_changed_nothing_outside_its_tower(
     base, tuned, clip_config, tmp_path
 ):

@@ -81,6 +81,16 @@ def test_the_same_task_twice_adds_no_junk_directions(base_model, tuned_states, s
     assert merger.method.bases[first].shape[1] == 3
 
 
+def test_a_saturated_layer_is_told_in_the_report(base_model, tuned_states, samples, caplog):
+    merger = merge(base_model, tuned_states, samples, count=0, k=30)
+    report = add(merger, 0, tuned_states, samples)
+    told = "few input directions are left to later tasks in encoder.layers.0.self_attn.q_proj (2 of 32 left)"
+    assert any(note.startswith(told) for note in report.notes)
+    assert told in caplog.text
+    add(merger, 1, tuned_states, samples)
+    assert all(basis.shape[1] <= len(basis) for basis in merger.method.bases.values())
+
+
 @pytest.mark.parametrize(
     ("options", "frozen", "projected"),
     [

@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessorPil
 from mingle.suites.fusionbench.clip import _Pixels
 from mingle.suites.fusionbench.datasets import Source
 from mingle.suites.fusionbench.loading import Split
+from mingle.tasks.image_processor import ImageProcessor
 
 
 def test_rows_labels_and_class_names_are_those_of_datasets(hub, tmp_path):
@@ -38,4 +39,4 @@ def test_rows_labels_and_class_names_are_those_of_datasets(hub, tmp_path):
             for row in theirs
         ]
     )
-    assert torch.equal(_Pixels([ours], base)(list(range(30)))["pixel_values"], expected)
+    assert torch.equal(_Pixels([ours], ImageProcessor(base))(list(range(30)))["pixel_values"], expected)

@@ -24,6 +24,7 @@ from mingle import suites
 from mingle.io.files import CheckpointError
 from mingle.merging.evaluate import accuracy
 from mingle.options import OptionError
+from mingle.suites import clip_base
 from mingle.suites.fusionbench import clip, prompts
 from mingle.suites.fusionbench.datasets import CORRUPTIONS, IMAGE_SUITES, IMAGE_TASKS
 from mingle.suites.fusionbench.layout import DatasetError
@@ -120,8 +121,8 @@ def test_the_head_is_the_mean_of_the_templates(image_hub):
 
 def test_heads_are_kept_by_the_content_of_the_base(image_hub, monkeypatch, tmp_path):
     calls = []
-    make = clip.zero_shot_head
-    monkeypatch.setattr(clip, "zero_shot_head", lambda *given: calls.append(1) or make(*given))
+    make = clip_base.zero_shot_head
+    monkeypatch.setattr(clip_base, "zero_shot_head", lambda *given: calls.append(1) or make(*given))
     first = [suites.load("clip-b32-8")["eurosat"].shared["text_embeds"] for _ in range(2)]
     assert torch.equal(*first) and len(calls) == 1
     suites.load("clip-b32-8")["svhn"]

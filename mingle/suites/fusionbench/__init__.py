@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mingle.io import hub
 from mingle.suites import Suite
+from mingle.suites.clip_base import ClipBase
 from mingle.suites.fusionbench.clip import ImageSamples
 from mingle.suites.fusionbench.datasets import GLUE_BASE, GLUE_SUITES, GLUE_TASKS, IMAGE_SUITES, NAMES
 from mingle.suites.fusionbench.glue import SEEDS, GlueSamples
@@ -30,7 +31,8 @@ def load(name: str, base: Path | None, request: SeedRequest, revisions: hub.Revi
 def _images(name: str, base: Path | None, request: SeedRequest, revisions: hub.Revisions) -> Suite:
     suite = IMAGE_SUITES[name]
     root = _base(base, suite.base, revisions)
-    samples = {task.name: ImageSamples(task, suite.splits, root, revisions) for task in suite.tasks}
+    prepared = cache(lambda: ClipBase(root()))
+    samples = {task.name: ImageSamples(task, suite.splits, prepared, revisions) for task in suite.tasks}
     models = {task.name: f"{_tuned(suite.base)}_{task.model}" for task in suite.tasks}
     return _suite(name, "clip", root, samples, models, request, revisions)
 
@@ -61,5 +63,14 @@ def _suite(
     revisions: hub.Revisions,
 ) -> Suite:
     experts = {task: partial(hub.resolve, model, None, revisions) for task, model in models.items()}
-    checks = {task: made.check for task, made in samples.items()}
-    return Suite(name, task_type, base, samples, experts, request, checks=checks, revisions=revisions)
+    return Suite(
+        name,
+        task_type,
+        base,
+        samples,
+        experts,
+        request,
+        labels={task: made.counted for task, made in samples.items()},
+        checks={task: made.check for task, made in samples.items()},
+        revisions=revisions,
+    )

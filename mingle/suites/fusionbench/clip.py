@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,22 +12,20 @@ from typing import Any
 
 import torch
 
-from mingle.io.files import CheckpointError, sha256
+from mingle.io.files import sha256
 from mingle.io.hub import Revisions
 from mingle.io.safetensors import CheckpointReader, write_tensors
 from mingle.kernels.store import cache_folder
+from mingle.suites.clip_base import ClipBase
 from mingle.suites.fusionbench import prompts
 from mingle.suites.fusionbench.datasets import ImageTask
 from mingle.suites.fusionbench.layout import DatasetError
 from mingle.suites.fusionbench.loading import Split
+from mingle.suites.protocol import Labels
 from mingle.tasks import TaskData
-from mingle.tasks.clip import ClipTask, zero_shot_head
+from mingle.tasks.image_processor import ImageProcessor
 from mingle.tasks.lazy import LazyInputs
-
-_PREPARING = {
-    "image processor": ("preprocessor_config.json", "processor_config.json"),
-    "tokenizer": ("tokenizer.json", "vocab.json"),
-}
+from mingle.tasks.pixels import ImageError, read_image
 
 
 class ImageSamples:
@@ -37,12 +34,12 @@ class ImageSamples:
     Args:
         task: the task.
         splits: take the place of the task's own test split, one after another; empty keeps it.
-        base: finds the folder of the base model, whose image processor and tokenizer prepare the samples.
+        base: finds the base model's folder, whose image processor and tokenizer prepare the samples.
         revisions: the commits to keep to, see `mingle.io.hub`.
     """
 
     def __init__(
-        self, task: ImageTask, splits: Sequence[str], base: Callable[[], Path], revisions: Revisions
+        self, task: ImageTask, splits: Sequence[str], base: Callable[[], ClipBase], revisions: Revisions
     ) -> None:
         self.task, self.base, self.revisions = task, base, revisions
         self.sources = [replace(task.source, split=split) for split in splits or (task.source.split,)]
@@ -63,28 +60,28 @@ class ImageSamples:
         """Class numbers, int64 [n]."""
         return torch.cat([split.class_labels(len(self.classes[0])) for split in self.splits])
 
+    def counted(self) -> Labels:
+        """The labels with the classes' names."""
+        return Labels(self.labels, self.classes[0])
+
     def check(self) -> None:
         """Check the data set, except for the images themselves, and the files that prepare them."""
         _ = self.labels
-        base = self.base()
-        for what, names in _PREPARING.items():
-            if not any((base / name).is_file() for name in names):
-                raise CheckpointError(f"{base}: no {what} ({' or '.join(names)})")
+        self.base().check(*self.classes)
 
     def __call__(self) -> TaskData:
         """The samples, with images that are yet to be decoded."""
         labels, base = self.labels, self.base()
-        inputs = LazyInputs(("pixel_values",), _Pixels(self.splits, base), torch.arange(len(labels)))
+        pixels = _Pixels(self.splits, base.processor)
+        inputs = LazyInputs(("pixel_values",), pixels, torch.arange(len(labels)))
         return TaskData(inputs, {"text_embeds": head(base, *self.classes)}, labels)
 
 
 class _Pixels:
     """Rows of the splits, one after another, through the base's image processor."""
 
-    def __init__(self, splits: Sequence[Split], base: Path) -> None:
-        from transformers import CLIPImageProcessorPil
-
-        self.processor = CLIPImageProcessorPil.from_pretrained(base, local_files_only=True)
+    def __init__(self, splits: Sequence[Split], processor: ImageProcessor) -> None:
+        self.processor = processor
         self.places = [(split, row) for split in splits for row in range(len(split))]
 
     def __call__(self, rows: list[int]) -> Mapping[str, torch.Tensor]:
@@ -102,40 +99,32 @@ class _Pixels:
         }
 
     def _decoded(self, split: Split, row: int, stored: Mapping[str, Any]) -> torch.Tensor:
-        from PIL import Image
-
         value = stored[split.source.columns[0]]
         encoded = value.get("bytes") if isinstance(value, dict) else value
         try:
             if not isinstance(encoded, bytes):
-                raise OSError("no bytes in it")
-            with Image.open(io.BytesIO(encoded)) as image:
-                rgb = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise ImageError("no bytes in it")
+            return self.processor([read_image(encoded)])
+        except ImageError as error:
             raise DatasetError(
                 f"{split.source}: not a readable image: {split.place(row)} ({error})"
             ) from None
-        pixels: torch.Tensor = self.processor(images=[rgb], return_tensors="pt")["pixel_values"]
-        return pixels
 
 
-def head(base: Path, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+def head(base: ClipBase, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
     """The zero-shot classifier [C, P] of these class names.
 
     It is kept in the user's cache by the base's content, the names and the templates.
     """
-    from transformers import CLIPTokenizer
-
-    files = tuple(sorted(path for path in base.iterdir() if path.suffix in (".safetensors", ".json", ".txt")))
+    files = tuple(
+        sorted(path for path in base.folder.iterdir() if path.suffix in (".safetensors", ".json", ".txt"))
+    )
     content = _content(files, tuple(path.stat().st_mtime_ns for path in files))
     key = hashlib.sha256(json.dumps([content, list(class_names), list(templates)]).encode()).hexdigest()
     path = cache_folder() / "heads" / f"{key[:32]}.safetensors"
     if not path.exists():
-        tokenizer = CLIPTokenizer.from_pretrained(base, local_files_only=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(
-            path, {"text_embeds": zero_shot_head(ClipTask().load(base), tokenizer, class_names, templates)}
-        )
+        write_tensors(path, {"text_embeds": base.head(class_names, templates)})
     return CheckpointReader(path).tensor("text_embeds")
 
 

@@ -14,8 +14,11 @@ from mingle.suites.fusionbench import prompts
 from mingle.suites.fusionbench.datasets import GLUE_TASKS
 from mingle.suites.fusionbench.layout import DatasetError
 from mingle.suites.fusionbench.loading import Split
+from mingle.suites.protocol import Labels
 from mingle.tasks import TaskData
 from mingle.tasks.lazy import LazyInputs
+from mingle.tasks.t5 import T5Task
+from mingle.tasks.tokenizer import t5_tokenizer
 
 #: seed samples of a task, as published
 SEEDS = 100
@@ -56,19 +59,27 @@ class GlueSamples:
                 )
         return answers
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, which has an embedding for each of its tokens."""
+        folder = self.base()
+        model: Any = T5Task().skeleton(folder)
+        return t5_tokenizer(folder, model.config.vocab_size)
+
+    def counted(self) -> Labels:
+        """A row for each sample: the answers are not classes."""
+        return Labels(torch.arange(len(self.split)))
+
     def check(self) -> None:
-        """Check the data set, except for the texts of the prompts."""
-        _ = self.answers
+        """Check the data set, except for the texts of the prompts, and the tokenizer."""
+        _ = self.answers, self.tokenizer
 
     def __call__(self) -> TaskData:
         """The samples, with prompts that are yet to be tokenised.
 
         Labels are the tokens of the answers, int64 [n, L], followed by pad tokens.
         """
-        from transformers import AutoTokenizer
-
-        answers = self.answers
-        tokenizer = AutoTokenizer.from_pretrained(self.base(), local_files_only=True, trust_remote_code=False)
+        answers, tokenizer = self.answers, self.tokenizer
         labels = tokenizer(answers, padding=True, return_tensors="pt")["input_ids"]
         inputs = LazyInputs(
             ("input_ids", "attention_mask"),

@@ -22,10 +22,12 @@ from torch import nn
 
 from mingle.kernels import store
 from mingle.suites import OnTraining, Suite
+from mingle.suites.clip_base import ClipBase
 from mingle.suites.glyphs import finetune
+from mingle.suites.glyphs.alphabets import TEMPLATES
 from mingle.suites.glyphs.corruptions import CORRUPTIONS, corrupt
 from mingle.suites.glyphs.tasks import SUITES, TRAIN_FACES, TUNING_TASKS, GlyphTask
-from mingle.suites.protocol import SeedRequest
+from mingle.suites.protocol import Labels, SeedRequest
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
 
@@ -57,6 +59,7 @@ def load(name: str, base: Path | None, request: SeedRequest, on_training: OnTrai
     """A glyph suite by name; see `mingle.suites.load`."""
     tasks, corruptions = _VARIANTS[name]
     base = base or BASE
+    prepared = ClipBase(base)
     return Suite(
         name,
         "clip",
@@ -69,11 +72,18 @@ def load(name: str, base: Path | None, request: SeedRequest, on_training: OnTrai
             *(_named(tasks, task) for task in (*after, name)), on_training=on_training
         ),
         training={task.name: partial(_training, task, base) for task in tasks},
+        labels={task.name: partial(_labels, task, corruptions) for task in tasks},
+        checks={task.name: partial(prepared.check, task.class_names, TEMPLATES) for task in tasks},
     )
 
 
 def _named(tasks: tuple[GlyphTask, ...], name: str) -> GlyphTask:
     return next(task for task in tasks if task.name == name)
+
+
+def _labels(task: GlyphTask, corruptions: tuple[str, ...]) -> Labels:
+    names = task.class_names
+    return Labels(torch.arange(len(names)).repeat(TEST_IMAGES_PER_CLASS * max(1, len(corruptions))), names)
 
 
 @cache

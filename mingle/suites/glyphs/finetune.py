@@ -19,6 +19,7 @@ from mingle.io.safetensors import CheckpointReader, write_tensors
 from mingle.suites.glyphs.alphabets import TEMPLATES
 from mingle.suites.glyphs.tasks import TRAIN_FACES, GlyphTask
 from mingle.tasks.clip import ClipTask, processor_pixels, zero_shot_head
+from mingle.tasks.tokenizer import clip_tokenizer
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,7 @@ def pixels(base: Path, pictures: torch.Tensor) -> torch.Tensor:
 
 def head(base: Path, model: torch.nn.Module, task: GlyphTask) -> torch.Tensor:
     """The zero-shot classifier of a task, [C, P]."""
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(base, local_files_only=True)
-    return zero_shot_head(model, tokenizer, task.class_names, TEMPLATES)
+    return zero_shot_head(model, clip_tokenizer(base), task.class_names, TEMPLATES)
 
 
 def finetune(
