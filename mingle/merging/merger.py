@@ -26,7 +26,7 @@ from mingle.merging.finetuned import FineTuned, Model
 from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
 from mingle.tasks import TaskData
-from mingle.tasks.image_processor import differing_preparation
+from mingle.tasks.image_settings import differing_preparation
 
 logger = logging.getLogger(__name__)
 

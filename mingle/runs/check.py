@@ -21,7 +21,7 @@ from mingle.runs.merge import MergePlan
 from mingle.runs.orders import shuffled
 from mingle.suites import Suite
 from mingle.tasks import TaskType
-from mingle.tasks.image_processor import differing_preparation
+from mingle.tasks.image_settings import differing_preparation
 
 
 def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
