@@ -190,3 +190,14 @@ def test_hostile_model_configurations_are_refused_before_they_cost_anything(
     with pytest.raises(CheckpointError, match=f"{tmp_path / 'config.json'}: .*{part}") as caught:
         mingle.Merger(tmp_path, "average")
     assert time.perf_counter() - begun < 5 and len(str(caught.value)) < 1000
+
+
+def test_a_base_of_terabytes_is_compared_with_its_file_before_memory_is_taken(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads((base_folder / "config.json").read_text())
+    content["vision_config"] |= {"hidden_size": 2**20, "intermediate_size": 2**20}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").write_bytes((base_folder / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"has shape \[32\], config.json says \[1048576\]"):
+        mingle.Merger(tmp_path, "average")

@@ -50,7 +50,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "x.bin", "x.pt", "x.pth", "x.ckpt"])
-def test_pickles_are_refused_and_not_loaded(tmp_path: Path, name: str) -> None:
+def test_pickles_are_refused_unread_with_the_conversion_command(tmp_path: Path, name: str) -> None:
     fired = tmp_path / "fired"
     (tmp_path / name).write_bytes(pickle.dumps(Bomb(fired)))
     for source in (tmp_path, tmp_path / name):
