@@ -131,15 +131,14 @@ def snapshot(
         CheckpointError: the repository can neither be fetched nor is it cached, or `revision` is another
             commit than the one noted in `revisions`.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
 
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise CheckpointError(f"{shown(repo)}: neither a folder nor a possible name on the hub") from None
     key = repo if kind == "model" else f"datasets/{repo}"
     noted = None if revisions is None else revisions.get(key)
-    found = _find(repo, kind, revision or noted or "main")
+    try:
+        found = _find(repo, kind, revision or noted or "main")
+    except HFValidationError:
+        raise CheckpointError(f"{shown(repo)}: neither a folder nor a possible name on the hub") from None
     if noted is not None and found.commit != noted:
         raise CheckpointError(
             f"{repo}: revision {revision!r} is commit {found.commit}, but commit {noted} is in use"
