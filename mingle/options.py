@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
@@ -13,6 +14,12 @@ T = TypeVar("T")
 
 class OptionError(ValueError):
     """An option that does not exist, or that has an impossible value."""
+
+
+def shown(value: object, limit: int = 300) -> str:
+    """`repr(value)` for a message, without its middle where it is long: strangers' files hold anything."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 50]} … {text[-50:]}"
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
@@ -31,7 +38,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
     known = list(known)
     for name in given:
         if name not in known:
-            raise OptionError(f"{where}: unknown option {name!r}{nearest(str(name), known)}")
+            raise OptionError(f"{where}: unknown option {shown(name)}{nearest(str(name), known)}")
 
 
 def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
@@ -59,28 +66,32 @@ def require_positive(options: object, *names: str) -> None:
     """Raise `ValueError` unless each of these whole numbers among the options is 1 or more."""
     for name in names:
         if getattr(options, name) < 1:
-            raise ValueError(f"{name}={getattr(options, name)}: expected a positive integer")
+            raise ValueError(f"{name}={shown(getattr(options, name))}: expected a positive integer")
 
 
 def require_not_negative(options: object, *names: str) -> None:
     """Raise `ValueError` unless each of these numbers among the options is 0 or more."""
     for name in names:
         if getattr(options, name) < 0:
-            raise ValueError(f"{name}={getattr(options, name)}: expected a value >= 0")
+            raise ValueError(f"{name}={shown(getattr(options, name))}: expected a value >= 0")
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`: int, float, str, bool, a Literal, a tuple of them, or a union.
+    """`value` as the type `hint`: int, float, str, bool, a Literal, a tuple or dict of them, or a union.
 
     Raises:
-        OptionError: it is not of that type.
+        OptionError: it is not of that type; NaN is not of any.
     """
+    if hint is Any:
+        return value
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in args:
             names = [str(arg) for arg in args]
             expected = ", ".join(names)
-            raise OptionError(f"{where}: {value!r}{nearest(str(value), names)}; expected one of {expected}")
+            raise OptionError(
+                f"{where}: {shown(value)}{nearest(str(value), names)}; expected one of {expected}"
+            )
         return value
     if origin in (Union, UnionType):
         for arg in args:
@@ -88,22 +99,26 @@ def checked(value: Any, hint: Any, where: str) -> Any:
                 return checked(value, arg, where)
             except OptionError:
                 continue
-        raise OptionError(f"{where}: {value!r} is not of type {hint}")
+        raise OptionError(f"{where}: {shown(value)} is not of type {hint}")
     if is_dataclass(hint):
         if not isinstance(value, hint):  # type: ignore[arg-type]
-            raise OptionError(f"{where}: {value!r} is not a mapping")
+            raise OptionError(f"{where}: {shown(value)} is not a mapping")
         return value
     if origin is dict:
-        hint = dict
+        if not isinstance(value, dict):
+            raise OptionError(f"{where}: {shown(value)} is not a mapping")
+        return {checked(key, args[0], where): checked(item, args[1], where) for key, item in value.items()}
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise OptionError(f"{where}: {value!r} is not a list")
+            raise OptionError(f"{where}: {shown(value)} is not a list")
         return tuple(checked(item, args[0], where) for item in value)
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-4 as a string
-        except ValueError:
-            raise OptionError(f"{where}: {value!r} is not a number") from None
+            value = float(value)  # YAML 1.1 reads 1e-4 as a string
+        except (ValueError, OverflowError):
+            raise OptionError(f"{where}: {shown(value)} is not a number") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise OptionError(f"{where}: {value!r} is not of type {getattr(hint, '__name__', hint)}")
+        raise OptionError(f"{where}: {shown(value)} is not of type {getattr(hint, '__name__', hint)}")
+    if isinstance(value, float) and math.isnan(value):
+        raise OptionError(f"{where}: NaN is not a number that can be worked with")
     return value

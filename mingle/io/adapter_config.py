@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mingle.io.files import CheckpointError, contained, read_json
+from mingle.io.patterns import Ending
+from mingle.options import shown
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +50,16 @@ class AdapterConfig:
         path: of the file.
         r, alpha: the rank and α of every layer that no pattern matches.
         rslora: whether the scaling is α / √r instead of α / r.
-        rank_pattern, alpha_pattern: key → its regular expression, and the value of the layers that
-            it matches.
+        rank_pattern, alpha_pattern: key → the ending of names that it stands for, and the value of the layers
+            with such a name.
     """
 
     path: Path
     r: int
     alpha: float
     rslora: bool
-    rank_pattern: dict[str, tuple[re.Pattern[str], int]]
-    alpha_pattern: dict[str, tuple[re.Pattern[str], float]]
+    rank_pattern: dict[str, tuple[Ending, int]]
+    alpha_pattern: dict[str, tuple[Ending, float]]
 
     def rank(self, module: str) -> int:
         return _resolve(self.rank_pattern, module, self.r, f"{self.path}: rank_pattern")
@@ -89,20 +90,20 @@ class AdapterConfig:
         _check_kind(path, config)
         _check_init(path, config.get("init_lora_weights", True))
         ranks = {
-            key: (pattern, _rank(path, f"rank_pattern: {key}", value))
-            for key, (pattern, value) in _compile(path, config, "rank_pattern").items()
+            key: (ending, _rank(path, f"rank_pattern: {shown(key)[1:-1]}", value))
+            for key, (ending, value) in _compile(path, config, "rank_pattern").items()
         }
         alphas = {
-            key: (pattern, _number(path, f"alpha_pattern: {key}", value))
-            for key, (pattern, value) in _compile(path, config, "alpha_pattern").items()
+            key: (ending, _number(path, f"alpha_pattern: {shown(key)[1:-1]}", value))
+            for key, (ending, value) in _compile(path, config, "alpha_pattern").items()
         }
         rank, alpha = _rank(path, "r", config.get("r")), _number(path, "lora_alpha", config.get("lora_alpha"))
         return cls(path, rank, alpha, bool(config.get("use_rslora")), ranks, alphas)
 
 
-def _resolve(patterns: Mapping[str, tuple[re.Pattern[str], V]], module: str, default: V, where: str) -> V:
+def _resolve(patterns: Mapping[str, tuple[Ending, V]], module: str, default: V, where: str) -> V:
     """The value of the first pattern that matches the module's name."""
-    matching = {key: value for key, (pattern, value) in patterns.items() if pattern.fullmatch(module)}
+    matching = {key: value for key, (ending, value) in patterns.items() if ending.matches(module)}
     if len(set(matching.values())) > 1:
         # PEFT sorts the patterns when it saves them, so the order that the adapter was trained with is lost.
         logger.warning(
@@ -115,7 +116,7 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse an adapter that is more than a sum of low-rank updates."""
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{path}: peft_type={config.get('peft_type')!r}: only LORA adapters can be read"
+            f"{path}: peft_type={shown(config.get('peft_type'))}: only LORA adapters can be read"
         )
     for option, effect in _REFUSED.items():
         if config.get(option):
@@ -125,7 +126,7 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
             )
     if config.get("bias", "none") != "none":
         raise CheckpointError(
-            f"{path}: bias={config['bias']!r}: biases of the base were trained; only 'none' can be read"
+            f"{path}: bias={shown(config['bias'])}: biases of the base were trained; only 'none' can be read"
         )
 
 
@@ -137,32 +138,32 @@ def _check_init(path: Path, init: Any) -> None:
         conversion = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         hint = f"; save it with {conversion}, which makes it a plain LoRA adapter"
     raise CheckpointError(
-        f"{path}: init_lora_weights={init!r} is not known to leave the base weights as they are{hint}"
+        f"{path}: init_lora_weights={shown(init)} is not known to leave the base weights as they are{hint}"
     )
 
 
-def _compile(path: Path, config: Mapping[str, Any], option: str) -> dict[str, tuple[re.Pattern[str], Any]]:
+def _compile(path: Path, config: Mapping[str, Any], option: str) -> dict[str, tuple[Ending, Any]]:
     """The patterns of a `*_pattern` option: regular expressions for whole last components of a name."""
     patterns = config.get(option) or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{path}: {option}: expected a JSON object")
-    compiled = {}
+    endings = {}
     for key, value in patterns.items():
         try:
-            compiled[key] = (re.compile(rf"(.*\.)?({key})"), value)
-        except (re.error, RecursionError, OverflowError) as error:
-            wrong = f"{key!r} is not a regular expression: {error}"
+            endings[key] = (Ending(key), value)
+        except ValueError as error:
+            wrong = f"{shown(key)} is not a regular expression that can be read: {error}"
             raise CheckpointError(f"{path}: {option}: {wrong}") from error
-    return compiled
+    return endings
 
 
 def _rank(path: Path, option: str, value: Any) -> int:
     if type(value) is not int or value < 1:
-        raise CheckpointError(f"{path}: {option}={value!r}: expected a positive integer")
+        raise CheckpointError(f"{path}: {option}={shown(value)}: expected a positive integer")
     return value
 
 
 def _number(path: Path, option: str, value: Any) -> float:
     if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise CheckpointError(f"{path}: {option}={value!r}: expected a finite number")
+        raise CheckpointError(f"{path}: {option}={shown(value)}: expected a finite number")
     return float(value)

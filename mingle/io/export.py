@@ -73,6 +73,8 @@ def hub_config(base: nn.Module, source: Path | None, dtype: torch.dtype) -> dict
 
 def check_target(folder: Path) -> None:
     """Raise `CheckpointError` unless a model can be written to `folder`, a new or an empty folder."""
+    if os.path.isdir(folder):
+        writable(folder)
     if os.path.exists(folder) and (not os.path.isdir(folder) or any(folder.iterdir())):
         raise CheckpointError(
             f"{folder}: already exists and is not an empty folder; an export overwrites nothing"
@@ -119,9 +121,10 @@ def write_model(
         staging.mkdir(parents=True, exist_ok=True)
     with lock(staging):
         try:
-            for left in staging.iterdir():
-                if left.name != ".lock":
-                    left.unlink()
+            with naming(staging):
+                for left in staging.iterdir():
+                    if left.name != ".lock":
+                        left.unlink()
             for file in sorted(source.iterdir()) if source is not None else ():
                 if (
                     file.is_file()
@@ -133,8 +136,8 @@ def write_model(
             write_json(staging / "config.json", config)
             write_text(staging / "README.md", card)
             _write_weights(staging, state, shard_bytes)
-            (staging / ".lock").unlink()
             with naming(folder):
+                (staging / ".lock").unlink()
                 rename(staging, folder)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)

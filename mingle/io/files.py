@@ -22,9 +22,13 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
+from mingle.options import shown
+
 logger = logging.getLogger(__name__)
 
-MAX_JSON_BYTES = 100_000_000
+#: of one JSON text, and how many values are in it: the largest models have a few megabytes and a hundred
+#: thousand values in one, and whatever is within these limits takes less than 200 MB of memory
+MAX_JSON_BYTES, _MAX_JSON_VALUES = 16_000_000, 600_000
 #: how a file begins that stands for one which git has not fetched
 LFS_POINTER = b"version https://git-lfs"
 _SPARE_BYTES = 16 << 20
@@ -110,12 +114,12 @@ def contained(folder: Path, name: str) -> Path:
     # The Windows flavour splits at both slashes and knows drives: one check covers an index of any system.
     parts = PureWindowsPath(name)
     if parts.anchor or ".." in parts.parts:
-        raise CheckpointError(f"{folder}: refusing {name!r}, which points outside the folder")
+        raise CheckpointError(f"{folder}: refusing {shown(name)}, which points outside the folder")
     path = folder / name
     try:
         root, target = (Path(os.path.realpath(place)) for place in (folder, path))
     except ValueError as error:
-        raise CheckpointError(f"{folder}: {name!r} is not a file name: {error}") from error
+        raise CheckpointError(f"{folder}: {shown(name)} is not a file name: {error}") from error
     snapshots, repository = root.parent, root.parent.parent
     of_hub = snapshots.name == "snapshots" and repository.name.startswith(("models--", "datasets--"))
     cached = of_hub and target.parent == repository / "blobs"
@@ -136,10 +140,7 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with naming(path):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise Locked(f"{folder}: being written by {_holder(os.pread(descriptor, 4096, 0))}") from None
+            _flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), folder)
             since = datetime.now(UTC).isoformat(timespec="seconds")
             os.ftruncate(descriptor, 0)
             os.pwrite(
@@ -156,6 +157,14 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
+def refuse_locked(folder: Path) -> None:
+    """Raise `Locked` where another process is the writer of `folder`; nothing is written."""
+    path = folder / ".lock"
+    if path.is_file():
+        with naming(path), open(path, "rb") as file:
+            _flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB, folder)
+
+
 def clean_stale(folder: Path) -> list[Path]:
     """Remove the temporary files that killed writers left in `folder` and below; return their paths, sorted.
 
@@ -165,7 +174,8 @@ def clean_stale(folder: Path) -> list[Path]:
         path for path in folder.rglob(".mingle-tmp-*") if _TEMPORARY.fullmatch(path.name) and path.is_file()
     )
     for path in stale:
-        path.unlink(missing_ok=True)
+        with naming(path):
+            path.unlink(missing_ok=True)
         logger.info("removed %s, left by a killed writer", path)
     return stale
 
@@ -185,7 +195,8 @@ def writable(folder: Path) -> None:
     """Raise `CheckpointError` unless files can be written to `folder`, which need not exist yet.
 
     What is missing of it is made, a file is written in it, and both are removed again: permissions alone do
-    not tell, least of all root, of read-only mounts, of /sys or of a disk without room.
+    not tell, least of all root, of read-only mounts, of /sys or of a disk without room.  A file that a killed
+    process left of this is removed too.
     """
     missing = list(itertools.takewhile(lambda path: not os.path.lexists(path), (folder, *folder.parents)))
     found = missing[-1].parent if missing else folder
@@ -194,22 +205,27 @@ def writable(folder: Path) -> None:
     if not os.path.isdir(found):
         raise CheckpointError(f"{found}: not a folder")
     made: list[Path] = []
-    probe = folder / f".mingle-tmp-{os.getpid()}-{secrets.token_hex(8)}-probe"
     try:
         for path in reversed(missing):
             path.mkdir()
             made.append(path)
-        try:
-            with open(probe, "xb") as file:
-                file.write(bytes(4096))
-        finally:
-            probe.unlink(missing_ok=True)
+        for stale in folder.glob(".mingle-tmp-*-probe"):
+            stale.unlink(missing_ok=True)
+        _probe(folder / f".mingle-tmp-{os.getpid()}-{secrets.token_hex(8)}-probe")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written to: {error.strerror}") from error
     finally:
         with suppress(OSError):  # another process has begun to use what was made
             for path in reversed(made):
                 path.rmdir()
+
+
+def _probe(path: Path) -> None:
+    try:
+        with open(path, "xb") as file:
+            file.write(bytes(4096))
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def free_space(folder: Path, needed: int) -> None:
@@ -250,7 +266,8 @@ def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             rename(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with naming(temporary):
+            temporary.unlink(missing_ok=True)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -274,6 +291,9 @@ def refuse_lfs_pointer(data: bytes, where: str) -> None:
 
 def parse_json(data: bytes, where: str) -> Any:
     refuse_lfs_pointer(data, where)
+    # Some of these bytes may be inside strings; there are not that many in any that we read.
+    if (values := sum(map(data.count, (b",", b"[", b"{")))) > _MAX_JSON_VALUES:
+        raise CheckpointError(f"{where}: expected at most {_MAX_JSON_VALUES} JSON values, found {values}")
     try:
         return json.loads(data.decode(), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
@@ -287,8 +307,15 @@ def parse_json(data: bytes, where: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError(f"duplicate key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r}")
+        raise ValueError(f"duplicate key {shown(Counter(key for key, _ in pairs).most_common(1)[0][0])}")
     return value
+
+
+def _flock(descriptor: int, operation: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        raise Locked(f"{folder}: being written by {_holder(os.pread(descriptor, 4096, 0))}") from None
 
 
 def _holder(text: bytes) -> str:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mingle.io.files import CheckpointError
+from mingle.io.files import CheckpointError, naming
+from mingle.options import shown
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,12 @@ def resolve(model: str, revision: str | None = None, revisions: Revisions | None
         CheckpointError: `model` is neither a folder nor a hub model that can be fetched, or it is at another
             commit than noted.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        found_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long, the home of nobody
+        raise CheckpointError(f"{shown(model)}: {error}") from None
+    if found_folder:
         if revision is not None:
             raise CheckpointError(f"{folder}: a local folder has no revision {revision!r}")
         return folder
@@ -126,9 +131,14 @@ def snapshot(
         CheckpointError: the repository can neither be fetched nor is it cached, or `revision` is another
             commit than the one noted in `revisions`.
     """
+    from huggingface_hub.errors import HFValidationError
+
     key = repo if kind == "model" else f"datasets/{repo}"
     noted = None if revisions is None else revisions.get(key)
-    found = _find(repo, kind, revision or noted or "main")
+    try:
+        found = _find(repo, kind, revision or noted or "main")
+    except HFValidationError:
+        raise CheckpointError(f"{shown(repo)}: neither a folder nor a possible name on the hub") from None
     if noted is not None and found.commit != noted:
         raise CheckpointError(
             f"{repo}: revision {revision!r} is commit {found.commit}, but commit {noted} is in use"
@@ -175,12 +185,13 @@ def _cached(repo: str, kind: Kind, revision: str) -> Snapshot | None:
 
     storage = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
     reference = storage / "refs" / revision
-    commit = (
-        reference.read_text().strip() if ".." not in reference.parts and reference.is_file() else revision
-    )
-    folder = storage / "snapshots" / commit
-    if "/" in commit or commit in ("", ".", "..") or not folder.is_dir():
-        return None
+    inside = ".." not in reference.parts and not Path(revision).is_absolute()
+    with naming(reference):
+        known = inside and reference.is_file()
+        commit = reference.read_text(errors="replace").strip() if known else revision
+        folder = storage / "snapshots" / commit
+        if "/" in commit or commit in ("", ".", "..") or not folder.is_dir():
+            return None
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return Snapshot(repo, kind, commit, tuple(files), folder, revision)
 

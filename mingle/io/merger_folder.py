@@ -15,6 +15,8 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from mingle.io.files import (
 from mingle.io.provenance import versions
 from mingle.io.safetensors import CheckpointReader, write_tensors
 from mingle.io.schema import check
+from mingle.options import shown
 
 FORMAT = "mingle-merge"
 FORMAT_VERSION = 1
@@ -111,6 +114,42 @@ class BaseModel:
         write_tensors(target / "model.safetensors", self.model.state_dict(), {"format": "pt"})
 
 
+_written: ContextVar[frozenset[Path]] = ContextVar("folders whose writer this is", default=frozenset())
+
+
+@contextmanager
+def writing(folder: Path, *, new: bool = True) -> Iterator[None]:
+    """Be the only writer of a merger's folder for several saves, and clear up what interrupted ones left.
+
+    Args:
+        folder: made where it does not exist, unless `new` is off: then it has to hold a merger.
+
+    Raises:
+        CheckpointError: another process is writing to the folder, or it cannot be written to.
+    """
+    place = folder.resolve()
+    if place in _written.get():
+        yield
+        return
+    if new:
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    else:
+        read_manifest(folder)
+    with lock(folder):
+        clean_stale(folder)
+        if (folder / MANIFEST).exists():
+            manifest = read_manifest(folder)
+            _sweep(folder, {entry["file"] for entry in _files(manifest)} | {manifest["base"]["folder"]})
+        elif foreign(folder) is None:
+            _sweep(folder, set())  # what is there is of a first save that did not end
+        token = _written.set(_written.get() | {place})
+        try:
+            yield
+        finally:
+            _written.reset(token)
+
+
 def save(
     folder: Path,
     manifest: dict[str, Any],
@@ -125,13 +164,8 @@ def save(
         CheckpointError: another process is writing to the folder, the disk is full, or the folder holds
             something else.
     """
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder):
-        clean_stale(folder)
+    with writing(folder):
         old = read_manifest(folder) if (folder / MANIFEST).exists() else None
-        if old is None and foreign(folder) is None:
-            _sweep(folder, set())  # what is there is of a first save that did not end
         known = {entry["file"]: entry for entry in _files(old)} if old else {}
         base_name = f"base-{base_hash[:12]}"
         has_base = old is not None and old["base"]["folder"] == base_name
@@ -265,7 +299,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not the manifest of a {FORMAT} folder")
     version = manifest.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {version}, this mingle reads {FORMAT_VERSION}")
+        raise CheckpointError(f"{path}: format version {shown(version)}, this mingle reads {FORMAT_VERSION}")
     check(manifest, _FORM, path)
     names, matrix = [task["name"] for task in manifest["tasks"]], manifest["matrix"]
     if len(set(names)) < len(names):
@@ -302,10 +336,11 @@ def _sweep(folder: Path, kept: set[str]) -> None:
         name = path.relative_to(folder).as_posix()
         if name in kept or path.is_symlink():
             continue
-        if _BASE.fullmatch(name) and path.is_dir():
-            shutil.rmtree(path)
-        elif _is_tensors(path, name):
-            path.unlink()
+        with naming(path):
+            if _BASE.fullmatch(name) and path.is_dir():
+                shutil.rmtree(path)
+            elif _is_tensors(path, name):
+                path.unlink()
 
 
 def _read(folder: Path, entry: dict[str, Any] | None) -> Tensors:

@@ -33,7 +33,7 @@ from mingle.io.files import (
     replacing,
 )
 from mingle.io.state_dicts import DEQUANTISE, non_finite
-from mingle.options import nearest
+from mingle.options import nearest, shown
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -88,7 +88,7 @@ class CheckpointReader:
             headers = {shard: _read_header(shard) for shard in sorted(set(shard_of.values()))}
             for name, shard in shard_of.items():
                 if name not in headers[shard]:
-                    raise CheckpointError(f"{source}: tensor {name!r} is not in its shard {shard}")
+                    raise CheckpointError(f"{source}: tensor {shown(name)} is not in its shard {shard}")
             entries = {name: headers[shard][name] for name, shard in shard_of.items()}
         else:
             entries = _read_header(source)
@@ -136,7 +136,7 @@ class CheckpointReader:
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
-            raise CheckpointError(f"{self._source}: no tensor {name!r}{nearest(name, self._entries)}")
+            raise CheckpointError(f"{self._source}: no tensor {shown(name)}{nearest(name, self._entries)}")
         return self._entries[name]
 
 
@@ -263,7 +263,7 @@ def _read_index(index: Path) -> dict[str, Path]:
     shards = {shard: contained(index.parent, shard) for shard in sorted(set(weight_map.values()))}
     for shard, path in shards.items():
         if not os.path.isfile(path):
-            raise CheckpointError(f"{index}: shard {shard!r} is missing")
+            raise CheckpointError(f"{index}: shard {shown(shard)} is missing")
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 
@@ -296,7 +296,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     for begin, end, name in sorted(spans):
         if begin != position:
             raise CheckpointError(
-                f"{path}: tensor {name!r}: expected its data at offset {position}, found {begin}"
+                f"{path}: tensor {shown(name)}: expected its data at offset {position}, found {begin}"
             )
         position = end
     if start + position != size:
@@ -306,7 +306,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
 
 def _parse_entry(path: Path, name: str, value: Any) -> tuple[_Entry, int, int]:
     """A header's entry and the begin and end of its data, as offsets into the data."""
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {shown(name)}"
     match value:
         case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]}:
             sane = len(shape) <= _MAX_RANK and all(
@@ -319,7 +319,7 @@ def _parse_entry(path: Path, name: str, value: Any) -> tuple[_Entry, int, int]:
     if code in _QUANTISED:
         raise CheckpointError(f"{where}: {code} holds the codes or scales of a quantised model; {DEQUANTISE}")
     if code not in _DTYPES:
-        raise CheckpointError(f"{where}: unknown dtype {code!r}")
+        raise CheckpointError(f"{where}: unknown dtype {shown(code)}")
     dtype = _DTYPES[code]
     # Without its zeros: strides overflow even in an empty tensor.
     if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 2**63:

@@ -24,7 +24,7 @@ from mingle.io.safetensors import CheckpointReader, refuse_two_models
 from mingle.kernels.dtypes import wide
 from mingle.nn.inject import refusal
 from mingle.nn.linear import LowRankExpert, MingleLinear
-from mingle.options import nearest
+from mingle.options import nearest, shown
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _FACTOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SHOWN = 5
+_SHOWN, _MAX_NAME = 5, 1000
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
@@ -139,10 +139,10 @@ def _pair(reader: CheckpointReader, path: Path) -> dict[str, tuple[str, str]]:
     adapters = set()
     for name in reader:
         match = _FACTOR.fullmatch(name)
-        if match is None:
+        if match is None or len(name) > _MAX_NAME:
             expected = "base_model.model.<layer>.lora_A.weight and .lora_B.weight"
             raise CheckpointError(
-                f"{path}: tensor {name!r} is not a factor of a linear layer; expected {expected}"
+                f"{path}: tensor {shown(name)} is not a factor of a linear layer; expected {expected}"
             )
         adapters.add(match["adapter"])
         if len(adapters) > 1:

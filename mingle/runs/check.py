@@ -11,7 +11,7 @@ from torch import nn
 
 from mingle import methods, suites, tasks
 from mingle.io import hub, merger_folder
-from mingle.io.files import CheckpointError, writable
+from mingle.io.files import CheckpointError, refuse_locked, writable
 from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging.finetuned import FineTuned
@@ -38,6 +38,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
     """
     folders = _folders(config, out)
     for folder in folders:
+        refuse_locked(folder)
         writable(folder)
     revisions = _revisions(config, folders)
     base = hub.resolve(config.base, None, revisions)

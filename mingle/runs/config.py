@@ -25,10 +25,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from mingle import methods
-from mingle.options import OptionError, build, refuse_unknown, require_positive
+from mingle.options import OptionError, build, refuse_unknown, require_positive, shown
+from mingle.runs import strict_yaml
 from mingle.suites.protocol import PROTOCOLS
 
 
@@ -134,19 +133,6 @@ class MergeConfig:
         return given
 
 
-class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads only YAML's plain types, and refuses a key that appears twice: the second would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} appears twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
 _SECTIONS: dict[str, type] = {"order": Order, "gate": Gate, "adapt": Adapt, "eval": Eval}
 
 
@@ -157,12 +143,7 @@ def load(path: str | Path) -> MergeConfig:
         OptionError: bad YAML, an unknown key (the message names the nearest known one), or a value of the
             wrong type; the message names the file.
     """
-    path = Path(path)
-    try:
-        content = yaml.load(path.read_text(), _UniqueKeys)
-    except (OSError, yaml.YAMLError) as error:
-        raise OptionError(f"{path}: {error}") from None
-    return parse(content, str(path))
+    return parse(strict_yaml.read(Path(path)), str(path))
 
 
 def parse(content: Any, where: str) -> MergeConfig:
@@ -199,5 +180,5 @@ def parse(content: Any, where: str) -> MergeConfig:
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise OptionError(f"{where}: {value!r} is not a mapping")
+        raise OptionError(f"{where}: {shown(value)} is not a mapping")
     return value

@@ -13,7 +13,7 @@ from mingle.io.files import CheckpointError, free_space, writable
 from mingle.merging.evaluate import Result
 from mingle.merging.merger import Merger
 from mingle.options import OptionError
-from mingle.runs import room
+from mingle.runs import inputs, room
 from mingle.runs.config import Expert, MergeConfig
 from mingle.runs.loop import Evaluate, merge_all
 from mingle.runs.observer import Observer
@@ -60,10 +60,15 @@ class MergePlan:
         observer = observer or Observer()
         evaluate: Evaluate = "every" if self.config.eval.every_step else "last"
         for number, (order, folder) in enumerate(zip(self.orders, self.folders, strict=True)):
-            merger = self._begin(folder)
-            for _ in merge_all(merger, order, self._expert, self.suite, observer, number, evaluate=evaluate):
-                merger.save_pretrained(folder)
-            result = merger.result()
+            with merger_folder.writing(folder):
+                merger = self._begin(folder)
+                merging = merge_all(
+                    merger, order, self._expert, self.suite, observer, number, evaluate=evaluate
+                )
+                for step in merging:
+                    inputs.note(merger.metadata, step.task, self.experts[step.task])
+                    merger.save_pretrained(folder)
+                result = merger.result()
             observer.merged(self.config.method, number, result)
             yield result
 
@@ -103,20 +108,22 @@ def add(
         observer: told how the merge is getting on.
     """
     writable(folder)
-    merger, suite = _reopen(folder, overrides)
-    if suite is not None and expert.name not in suite:
-        raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
-    model = hub.resolve(expert.model, expert.revision, merger.metadata["revisions"])
-    if suite is not None:
-        suite.check(expert.name)
-    merger.check_name(expert.name)
-    assert merger.base_folder is not None  # without a base in the folder, it would not have been opened
-    size = room.of_merge(merger.method.name, asdict(merger.options), merger.base_folder, merger.task)
-    free_space(folder, size.task + size.state)
-    order = [*merger.task_names, expert.name]
-    for _ in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):
-        merger.save_pretrained(folder)
-    return merger.result()
+    with merger_folder.writing(folder, new=False):
+        merger, suite = _reopen(folder, overrides)
+        if suite is not None and expert.name not in suite:
+            raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
+        model = hub.resolve(expert.model, expert.revision, merger.metadata["revisions"])
+        if suite is not None:
+            suite.check(expert.name)
+        merger.check_name(expert.name)
+        assert merger.base_folder is not None  # without a base in the folder, it would not have been opened
+        size = room.of_merge(merger.method.name, asdict(merger.options), merger.base_folder, merger.task)
+        free_space(folder, size.task + size.state)
+        order = [*merger.task_names, expert.name]
+        for _ in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):
+            inputs.note(merger.metadata, expert.name, model)
+            merger.save_pretrained(folder)
+        return merger.result()
 
 
 def evaluate(folder: Path, overrides: Mapping[str, Any], batch_size: int) -> Result:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mingle.io import merger_folder
 from mingle.io.files import CheckpointError, free_space
-from mingle.runs import room
+from mingle.runs import inputs, room
 from mingle.runs.merge import MergePlan
 
 
@@ -37,6 +37,7 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
             )
         return 0
     manifest = merger_folder.load(folder).manifest
+    noted = manifest["metadata"].pop(inputs.INPUTS, {})  # compared one by one
     revisions = {"revisions": plan.revisions}  # compared when they were read
     found = _facts(manifest["method"], manifest["metadata"] | revisions, manifest["options"])
     wanted = _facts(plan.config.method, plan.origin(), plan.options)
@@ -48,6 +49,8 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
     merged = [task["name"] for task in manifest["tasks"]]
     if merged != order[: len(merged)]:
         differing.append(f"tasks: {', '.join(merged)} there, the order is now {', '.join(order)}")
+    else:
+        differing += inputs.changed(noted, merged, plan.experts, plan.config.eval.suite)
     if differing:
         reasons = "; ".join(differing)
         raise CheckpointError(f"{folder}: holds another merge, which this one cannot resume; {reasons}")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mingle.io.files import CheckpointError
+from mingle.options import shown
 from mingle.tasks.lazy import LazyInputs
 
 
@@ -127,7 +128,7 @@ def get(name: str) -> TaskType:
 
     known: dict[str, TaskType] = {task.name: task for task in (ClipTask(), T5Task())}
     if name not in known:
-        raise ValueError(f"unknown task type {name!r}: expected one of {', '.join(known)}")
+        raise ValueError(f"unknown task type {shown(name)}: expected one of {', '.join(known)}")
     return known[name]
 
 

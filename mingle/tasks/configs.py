@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from mingle.io.files import CheckpointError, contained, read_json
 from mingle.io.state_dicts import DEQUANTISE, IncompatibleModel
+from mingle.options import shown
 
 CONFIG = "config.json"
-_SHOWN = 5
+#: what transformers and torch raise for values of a wrong type, sizes that do not fit and unknown names
+BROKEN = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError),
+    *(StrictDataclassError, TypeError, ValueError),
+)
+#: transformers fetches and runs what these can name
+_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_SHOWN, _MAX_LABELS = 5, 100_000
 #: Settings of training, generation, outputs and heads that are not merged, and notes on a model's past.
 #: Which tensors are tied is judged by the files.
 _NO_MATTER = re.compile(
@@ -41,12 +51,31 @@ def parsed(config_class: type[Any], config: Mapping[str, Any], path: Path) -> An
     """The configuration object for plain data, with the defaults of its class.
 
     Raises:
-        CheckpointError: values that the class does not take; the message names the file.
+        CheckpointError: values that the class does not take, or that name code or another file to load; the
+            message names the file.
     """
+    for name, value in with_parts(config):
+        if name == "num_labels" and isinstance(value, int) and value > _MAX_LABELS:
+            raise CheckpointError(f"{path}: num_labels={shown(value)}: expected at most {_MAX_LABELS}")
+        if name in _ATTENTION and value not in (None, "eager", "sdpa"):
+            raise CheckpointError(f"{path}: {name}={shown(value)}: only 'eager' and 'sdpa' come without code")
+        if name == "transformers_weights":
+            raise CheckpointError(
+                f"{path}: {name}={shown(value)}: weights are read from the usual files only"
+            )
     try:
         return config_class.from_dict(dict(config))
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        raise CheckpointError(f"{path}: not a configuration of {config_class.__name__}: {error}") from error
+    except BROKEN as error:
+        reason = shown(str(error))
+        raise CheckpointError(f"{path}: not a configuration of {config_class.__name__}: {reason}") from error
+
+
+def with_parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All names and values, also of the configurations of parts."""
+    for name, value in config.items():
+        yield name, value
+        if isinstance(value, Mapping):
+            yield from with_parts(value)
 
 
 def check_same_computation(base: Any, part: str, tuned: Path | Any) -> None:
@@ -72,7 +101,9 @@ def check_same_computation(base: Any, part: str, tuned: Path | Any) -> None:
         known = {config.model_type: type(config) for config in (wanted, base)}
         if content["model_type"] not in known:
             expected = " or ".join(map(repr, sorted(known)))
-            raise IncompatibleModel(f"{where}model_type is {content['model_type']!r}, expected {expected}")
+            raise IncompatibleModel(
+                f"{where}model_type is {shown(content['model_type'])}, expected {expected}"
+            )
         tuned = parsed(known[content["model_type"]], content, tuned / CONFIG)
     else:
         where = "its configuration: "
@@ -82,7 +113,7 @@ def check_same_computation(base: Any, part: str, tuned: Path | Any) -> None:
     there = tuned.to_dict()
     # Files of different ages note different settings; those that the class knows are in both.
     differing = [
-        f"{name} is {there[name]!r} and in the base {value!r}"
+        f"{name} is {shown(there[name])} and in the base {shown(value)}"
         for name, value in sorted(here.items())
         if name in there and there[name] != value
     ]

@@ -12,7 +12,8 @@ from torch import nn
 from mingle.io.files import CheckpointError
 from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import DEQUANTISE, first_names, same_values
-from mingle.tasks.configs import CONFIG, parsed, read_config
+from mingle.tasks.configs import CONFIG, read_config
+from mingle.tasks.skeletons import skeleton
 
 
 def model_type(folder: str | Path) -> str:
@@ -49,8 +50,7 @@ class HubModel(ABC):
             raise CheckpointError(
                 f"{folder / CONFIG}: model_type is {config['model_type']!r}, expected {wanted!r}"
             )
-        with torch.device("meta"):
-            model: nn.Module = model_class(parsed(config_class, config, folder / CONFIG))
+        model = skeleton(model_class, config_class, config, folder / CONFIG, len(reader))
         first = first_names(model)
         held = {first[name] for name in first if name in reader}
         for name, tensor in model.state_dict().items():

@@ -58,6 +58,23 @@ def test_a_revision_does_not_lead_out_of_the_cache(hub, revision):
         hubs.resolve("org/model", revision)
 
 
+def test_a_revision_that_is_a_path_is_not_read(hub):
+    """The file names the commit; if it were followed, the model would be found."""
+    commit = hub.add("org/model", {"config.json": b"1"})
+    outside = hub.cache / "outside"
+    outside.write_text(commit)
+    assert hubs.resolve("org/model", commit).name == commit
+    with pytest.raises(CheckpointError, match="not in the hub's cache"):
+        hubs.resolve("org/model", str(outside))
+
+
+@pytest.mark.parametrize("model", ["x" * 3000, "~nobody-of-that-name/model", "a\0b", "org/a\0b", "\ud800/x"])
+def test_a_name_that_no_folder_can_have_is_refused(hub, model):
+    with pytest.raises(CheckpointError) as caught:
+        hubs.resolve(model)
+    assert len(str(caught.value)) < 4000
+
+
 def test_a_snapshot_without_any_data_is_refused(hub):
     hub.add("org/model", {"modeling_custom.py": b"", "pytorch_model.bin": b""})
     with pytest.raises(CheckpointError, match=r"org/model: none of \*.safetensors"):

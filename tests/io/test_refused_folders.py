@@ -50,7 +50,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "x.bin", "x.pt", "x.pth", "x.ckpt"])
-def test_pickles_are_refused_and_not_loaded(tmp_path: Path, name: str) -> None:
+def test_pickles_are_refused_unread_with_the_conversion_command(tmp_path: Path, name: str) -> None:
     fired = tmp_path / "fired"
     (tmp_path / name).write_bytes(pickle.dumps(Bomb(fired)))
     for source in (tmp_path, tmp_path / name):
@@ -157,7 +157,7 @@ def test_a_shard_outside_the_folder_is_refused_before_any_is_opened(tmp_path: Pa
 def test_a_shard_that_cannot_be_a_file_is_refused(tmp_path: Path, shard: str) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     write_index(tmp_path, {"a": shard})
-    refusal(tmp_path, str(tmp_path), repr(shard))
+    refusal(tmp_path, str(tmp_path), repr(shard)[:200])
 
 
 def test_a_model_linked_from_outside_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""Commands on a disk that fails or fills up at any step: they end with an error, and then go through."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+from operations import REMOVING, ends, failing, few, kinds
+from tiny_merge import TinyMerge, contents
+
+from mingle.merging.merger import Merger
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+ERRORS = {
+    code: pytest.param(code, id=errno.errorcode[code], marks=() if code == errno.ENOSPC else pytest.mark.slow)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyMerge:
+    return TinyMerge(tmp_path_factory.mktemp("failing"))
+
+
+def refused(tiny: TinyMerge, command: Callable[[], int], at: int, code: int) -> None:
+    """A command whose disk fails from the step `at` on names a file and leaves no temporary one."""
+    end = ends(tiny.root, lambda: os._exit(command()), failing(at, code))
+    said = tiny.said.read_text()
+    assert end == 2 and "error: " in said and os.strerror(code) in said and str(tiny.root) in said, said
+    assert not list(tiny.root.rglob(".mingle-tmp-*"))
+
+
+def fallible(steps: list[str]) -> list[int]:
+    """The numbers of the steps at which the disk begins to fail."""
+    return [at for at in few(steps) if steps[at] not in REMOVING]
+
+
+def steps_of(tiny: TinyMerge, command: Callable[[], int]) -> list[str]:
+    def succeeds() -> None:
+        assert command() == 0
+
+    return kinds(tiny.root, succeeds)
+
+
+@pytest.mark.parametrize("code", ERRORS.values())
+def test_a_merge_on_a_full_disk_is_refused_by_name_and_goes_through_later(tiny: TinyMerge, code: int) -> None:
+    out, whole = tiny.root / "full", contents(tiny.root / "merged")
+    shutil.rmtree(out, ignore_errors=True)
+    steps = steps_of(tiny, tiny.merge(out))
+    for at in fallible(steps):
+        shutil.rmtree(out)
+        refused(tiny, tiny.merge(out), at, code)
+        assert tiny.merge(out)() == 0, (at, steps[at], tiny.said.read_text())
+        assert contents(out) == whole, (at, steps[at])
+
+
+@pytest.mark.parametrize("code", ERRORS.values())
+def test_an_addition_on_a_full_disk_keeps_the_old_merge_and_goes_through_later(
+    tiny: TinyMerge, code: int
+) -> None:
+    whole = tiny.copied("whole")
+    steps = steps_of(tiny, tiny.add(whole))
+    for at in fallible(steps):
+        out = tiny.copied("added")
+        refused(tiny, tiny.add(out), at, code)
+        names = Merger.from_pretrained(out).task_names
+        assert names in (["a", "b"], ["a", "b", "c"])
+        assert (len(names) == 2) == (tiny.add(out)() == 0)
+        assert contents(out) == contents(whole), (at, steps[at])
+
+
+@pytest.mark.parametrize("code", ERRORS.values())
+def test_an_export_on_a_full_disk_leaves_nothing_and_goes_through_later(tiny: TinyMerge, code: int) -> None:
+    place = tiny.root / "exports"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    steps = steps_of(tiny, tiny.export(tiny.root / "merged", place / "plain"))
+    whole = contents(place / "plain")
+    for at in fallible(steps):
+        shutil.rmtree(place)
+        place.mkdir()
+        refused(tiny, tiny.export(tiny.root / "merged", place / "plain"), at, code)
+        if at < len(steps) - 1:  # the last one syncs the folder that was moved there
+            assert not (place / "plain").exists()
+            assert tiny.export(tiny.root / "merged", place / "plain")() == 0
+        assert contents(place / "plain") == whole, (at, steps[at])
+        assert [path.name for path in place.iterdir()] == ["plain"]

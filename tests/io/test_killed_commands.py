@@ -1,0 +1,89 @@
+"""Commands that are killed at any step: the same command again ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+
+import pytest
+from operations import ends, few, killing, kinds
+from tiny_merge import TinyMerge, contents
+
+from mingle.merging.merger import Merger
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+every = pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(few, id="few"),
+        pytest.param(lambda steps: range(len(steps)), id="all", marks=pytest.mark.slow),
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyMerge:
+    return TinyMerge(tmp_path_factory.mktemp("killed"))
+
+
+def fails(command: Callable[[], int]) -> None:
+    """A command's exit code as how a child ends."""
+    if command() != 0:
+        raise SystemExit(1)
+
+
+@every
+def test_a_merge_killed_at_any_step_resumes_to_the_same_bits(tiny: TinyMerge, chosen: Callable) -> None:
+    out, whole = tiny.root / "killed", contents(tiny.root / "merged")
+    shutil.rmtree(out, ignore_errors=True)
+    steps = kinds(tiny.root, lambda: fails(tiny.merge(out)))
+    assert {"open", "write", "fsync", "rename", "remove", "mkdir"} <= set(steps)
+    assert contents(out) == whole
+    for at in chosen(steps):
+        shutil.rmtree(out)
+        assert ends(tiny.root, tiny.merge(out), killing(at)) == -signal.SIGKILL
+        assert tiny.merge(out)() == 0, (at, steps[at], tiny.said.read_text())
+        assert contents(out) == whole, (at, steps[at])
+
+
+@every
+def test_an_addition_killed_at_any_step_leaves_the_old_merge_or_the_new_and_ends_in_the_same_bits(
+    tiny: TinyMerge, chosen: Callable
+) -> None:
+    whole = tiny.copied("whole")
+    steps = kinds(tiny.root, lambda: fails(tiny.add(whole)))
+    for at in chosen(steps):
+        out = tiny.copied("added")
+        assert ends(tiny.root, tiny.add(out), killing(at)) == -signal.SIGKILL
+        names = Merger.from_pretrained(out).task_names
+        assert names in (["a", "b"], ["a", "b", "c"])
+        again = tiny.add(out)()
+        assert again == 0 if len(names) == 2 else "already merged" in tiny.said.read_text()
+        assert contents(out) == contents(whole), (at, steps[at])
+
+
+@every
+def test_an_export_killed_at_any_step_leaves_no_folder_or_all_of_it(
+    tiny: TinyMerge, chosen: Callable
+) -> None:
+    place, plain = tiny.root / "exports", tiny.root / "plain"
+    shutil.rmtree(plain, ignore_errors=True)
+    shutil.rmtree(place, ignore_errors=True)
+    assert tiny.export(tiny.root / "merged", plain)() == 0
+    whole = contents(plain)
+    place.mkdir()
+    steps = kinds(tiny.root, lambda: fails(tiny.export(tiny.root / "merged", place / "plain")))
+    assert contents(place / "plain") == whole
+    for at in chosen(steps):
+        shutil.rmtree(place)
+        place.mkdir()
+        assert (
+            ends(tiny.root, tiny.export(tiny.root / "merged", place / "plain"), killing(at))
+            == -signal.SIGKILL
+        )
+        there = "config.json" in contents(place / "plain")
+        again = tiny.export(tiny.root / "merged", place / "plain")()
+        assert "overwrites nothing" in tiny.said.read_text() if there else again == 0, (at, steps[at])
+        assert contents(place / "plain") == whole, (at, steps[at])
+        assert [path.name for path in place.iterdir()] == ["plain"]
