@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mingle import methods, suites, tasks
@@ -15,7 +14,6 @@ from mingle.io.files import CheckpointError, refuse_locked, writable
 from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging.finetuned import FineTuned
-from mingle.ops.dispatch import without_triton
 from mingle.options import OptionError, build
 from mingle.runs import settings, target
 from mingle.runs.config import MergeConfig
@@ -57,8 +55,6 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         suite=suite,
         given=config.method_options(),
     )
-    if options.get("backend") == "triton" and (reason := without_triton(torch.device("cpu"), torch.float32)):
-        raise OptionError(f"options: backend='triton' cannot run: {reason}")
     merged = _merged_names(config.method, model, task, options)
     values = CheckpointReader(base)
     left = {

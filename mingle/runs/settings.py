@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+import torch
+
 from mingle import methods
-from mingle.options import build
+from mingle.ops import dispatch
+from mingle.options import OptionError, build, nearest
 from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
 
@@ -40,7 +43,19 @@ def resolve(
     recommended = {} if suite is None else suite.settings.get(method, {})
     defaults = methods.published(method, task_type, tasks) | recommended | {"reduce": PROTOCOLS[protocol]}
     options = known(method, defaults) | dict(given)
-    return asdict(build(methods.get(method).Options, options, f"method {method!r}"))
+    resolved = asdict(build(methods.get(method).Options, options, f"method {method!r}"))
+    _check_backend(resolved.get("backend", "auto"), f"method {method!r}")
+    return resolved
+
+
+def _check_backend(backend: str, where: str) -> None:
+    """Refuse a backend that does not exist, or that no device here can run."""
+    if backend not in dispatch.BACKENDS:
+        expected = f"expected one of {', '.join(dispatch.BACKENDS)}"
+        raise OptionError(f"{where}: backend: {backend!r}{nearest(backend, dispatch.BACKENDS)}; {expected}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if backend == "triton" and (reason := dispatch.without_triton(device, torch.float32)):
+        raise OptionError(f"{where}: backend: 'triton' cannot run: {reason}")
 
 
 def for_suite(method: str, suite: Suite, given: Mapping[str, Any]) -> dict[str, Any]:

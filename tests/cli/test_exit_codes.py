@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mingle.adaptation.divergence import AdaptationDiverged
@@ -139,7 +140,8 @@ def test_help_ends_in_0(command, capsys):
     [
         "steps", "steps=[", "steps=2024-13-45", "steps=!!python/object:os.system 1", "steps={[]: 1}",
         "steps=" + "9" * 5000, "steps=" + "[" * 5000, "steps=\x1b", "steps=abc", "steps=-1", "steps=1.5", "=",
-        "=1", "layers=&a [*a]", "lr=", "constraint={}", "constraint=[x]", "layers={a: 1}",
+        "=1", "layers=&a [*a]", "lr=", "backend=x", "backend=tritn", "constraint={}", "constraint=[x]",
+        "layers={a: 1}",
     ],
     ids=lambda option: ascii(option)[:30],
 )  # fmt: skip
@@ -147,6 +149,14 @@ def test_options_that_make_no_sense_end_in_2(option, tmp_path, capsys):
     few = ("--suite", "glyphs4", "--methods", "mingle", "--set", option)
     text = ends(capsys, 2, "demo", *few, "--out", tmp_path / "demo")
     assert "error: " in text and option.partition("=")[0] in text
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the backend can run")
+def test_a_backend_that_cannot_run_is_refused_before_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    few = ("--suite", "glyphs4", "--methods", "mingle", "--set", "backend=triton")
+    assert "backend: 'triton' cannot run: " in ends(capsys, 2, "demo", *few, "--out", tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
 
 
