@@ -25,7 +25,12 @@ def register(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     plan = check(config.load(args.config), args.out)
-    with bars(len(plan.orders)) as observer:
-        for result in plan.run(observer):
-            console.print(result_table(result))
+    try:
+        with bars(len(plan.orders)) as observer:
+            for result in plan.run(observer):
+                console.print(result_table(result))
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        if plan.begun():
+            error.add_note(args.kept)
+        raise
     say("merged model: ", args.out)

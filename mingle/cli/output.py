@@ -47,6 +47,8 @@ def set_up() -> None:
     handler = RichHandler(console=console, show_path=False, highlighter=None, markup=False)
     handler.setFormatter(_LiteralFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # transformers sets its level by this when it is imported; if it is already, only the level itself counts.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
@@ -62,7 +64,8 @@ def say(text: str, value: object = "", style: str = "bold") -> None:
 
 def fail(error: object) -> None:
     """The reason why a command ends badly; on stderr where stdout takes nothing any more."""
-    reason = visible(str(error), keep="\n")
+    notes = getattr(error, "__notes__", ())
+    reason = visible("\n".join([str(error), *notes]), keep="\n")
     try:
         console.print(Text.assemble(("error: ", "bold red"), reason), soft_wrap=True)
         flush()

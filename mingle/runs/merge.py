@@ -72,6 +72,10 @@ class MergePlan:
             observer.merged(self.config.method, number, result)
             yield result
 
+    def begun(self) -> bool:
+        """Whether any task was merged and saved, be it by an earlier run."""
+        return any((folder / merger_folder.MANIFEST).exists() for folder in self.folders)
+
     def origin(self) -> dict[str, Any]:
         """The metadata that `add` and `evaluate` need to go on as the merge started."""
         adapt, evaluation = self.config.adapt, self.config.eval

@@ -467,6 +467,7 @@ def test_nan_in_the_last_of_four_models_keeps_the_first_three(base, tuned, clip_
     assert main(["merge", str(path), "--out", str(tmp_path / "out")]) == 2
     shown = " ".join(capsys.readouterr().out.split())
     assert "task 't3'" in shown and "1 of 32 values are not finite" in shown
+    assert "what was merged is saved; the same command goes on from there" in shown
     assert mingle.Merger.from_pretrained(tmp_path / "out").task_names == ["t0", "t1", "t2"]
     (experts["t3"] / "model.safetensors").write_bytes(sound)
     assert main(["merge", str(path), "--out", str(tmp_path / "out")]) == 0
