@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from targets import REFUSALS, TARGETS
+from targets import REFUSALS, TARGETS, Target
 
 #: seconds for one file
 LIMIT = 5.0
@@ -48,19 +48,19 @@ class Report:
     growth: float = 0.0
 
 
-def run(target: str, cases: range, seed: int = 0, defects: int = 20) -> Report:
+def run(name: str, cases: range, seed: int = 0, defects: int = 20) -> Report:
     """Read the edited files of these numbers, up to so many defects; equal numbers make equal files."""
     report = Report()
-    with tempfile.TemporaryDirectory() as name, _quiet():
-        prepared = TARGETS[target](Path(name))
-        for i in range(_WARM_UP):  # what is imported and cached on the way counts for nobody
-            _outcome(prepared, random.Random(f"warm-up {i}"))
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        target = TARGETS[name](Path(folder))
+        for i in range(_WARM_UP):  # so that imports and caches do not count
+            _outcome(target, random.Random(f"warm-up {i}"))
         with suppress(OSError):  # only Linux can: the peak so far is forgotten
             Path("/proc/self/clear_refs").write_text("5")
         before, begun = _peak(), time.perf_counter()
         for i in cases:
             start = time.perf_counter()
-            outcome, defect = _outcome(prepared, random.Random(f"{target} {seed} {i}"))
+            outcome, defect = _outcome(target, random.Random(f"{name} {seed} {i}"))
             report.slowest = max(report.slowest, (time.perf_counter() - start, i))
             growth = _peak() - before
             if growth > max(MEMORY, report.growth):
@@ -75,9 +75,9 @@ def run(target: str, cases: range, seed: int = 0, defects: int = 20) -> Report:
     return report
 
 
-def _outcome(prepared: object, chance: random.Random) -> tuple[str, str | None]:
+def _outcome(target: Target, chance: random.Random) -> tuple[str, str | None]:
     """The outcome's name, and the traceback where it is a defect."""
-    read = prepared(chance)  # type: ignore[operator]
+    read = target(chance)
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
         read()

@@ -75,29 +75,30 @@ def failing(at: int, code: int) -> Act:
     return act
 
 
-def ends(root: Path, task: Callable[[], object], act: Act) -> int:
-    """How a child ends that does `task` while `act` is called: with 0, 1 for an error, or minus a signal."""
+def ends(root: Path, command: Callable[[], int], act: Act) -> int:
+    """How a child ends that carries out `command` while `act` is called: its code, or minus a signal."""
 
     def watched(_: object) -> None:
         watch(root, act)
-        task()
+        os._exit(command())
 
     return os.waitstatus_to_exitcode(os.waitpid(fork(watched), 0)[1])
 
 
-def kinds(root: Path, task: Callable[[], object]) -> list[str]:
-    """The kinds of the steps of `task`, which a child carries out."""
+def kinds(root: Path, command: Callable[[], int]) -> list[str]:
+    """The kinds of the steps of a command, which a child carries out."""
     reading, writing = os.pipe()
-    assert ends(root, task, lambda number, kind: os.write(writing, f"{kind}\n".encode())) == 0
+    assert ends(root, command, lambda number, kind: os.write(writing, f"{kind}\n".encode())) == 0
     os.close(writing)
     with open(reading) as file:
         return file.read().split()
 
 
 def few(steps: list[str]) -> list[int]:
-    """The numbers of all steps but those inside a run of equal ones, which are writes to one file."""
-    return [
-        i
-        for i, kind in enumerate(steps)
-        if not kind == "write" == steps[i - 1] == steps[min(i + 1, len(steps) - 1)]
-    ]
+    """The numbers of all steps but those inside a run of writes, which are to one file."""
+    return [i for i in range(len(steps)) if steps[max(i - 1, 0) : i + 2] != ["write"] * 3]
+
+
+def every(steps: list[str]) -> list[int]:
+    """The numbers of all steps."""
+    return list(range(len(steps)))

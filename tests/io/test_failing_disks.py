@@ -14,10 +14,17 @@ from tiny_merge import TinyMerge, contents
 from mingle.merging.merger import Merger
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-ERRORS = {
-    code: pytest.param(code, id=errno.errorcode[code], marks=() if code == errno.ENOSPC else pytest.mark.slow)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-}
+errors = pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(code, id=errno.errorcode[code], marks=marks)
+        for code, marks in (
+            (errno.ENOSPC, ()),
+            (errno.EDQUOT, pytest.mark.slow),
+            (errno.EIO, pytest.mark.slow),
+        )
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +34,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyMerge:
 
 def refused(tiny: TinyMerge, command: Callable[[], int], at: int, code: int) -> None:
     """A command whose disk fails from the step `at` on names a file and leaves no temporary one."""
-    end = ends(tiny.root, lambda: os._exit(command()), failing(at, code))
+    end = ends(tiny.root, command, failing(at, code))
     said = tiny.said.read_text()
     assert end == 2 and "error: " in said and os.strerror(code) in said and str(tiny.root) in said, said
     assert not list(tiny.root.rglob(".mingle-tmp-*"))
@@ -38,18 +45,11 @@ def fallible(steps: list[str]) -> list[int]:
     return [at for at in few(steps) if steps[at] not in REMOVING]
 
 
-def steps_of(tiny: TinyMerge, command: Callable[[], int]) -> list[str]:
-    def succeeds() -> None:
-        assert command() == 0
-
-    return kinds(tiny.root, succeeds)
-
-
-@pytest.mark.parametrize("code", ERRORS.values())
+@errors
 def test_a_merge_on_a_full_disk_is_refused_by_name_and_goes_through_later(tiny: TinyMerge, code: int) -> None:
     out, whole = tiny.root / "full", contents(tiny.root / "merged")
     shutil.rmtree(out, ignore_errors=True)
-    steps = steps_of(tiny, tiny.merge(out))
+    steps = kinds(tiny.root, tiny.merge(out))
     for at in fallible(steps):
         shutil.rmtree(out)
         refused(tiny, tiny.merge(out), at, code)
@@ -57,12 +57,12 @@ def test_a_merge_on_a_full_disk_is_refused_by_name_and_goes_through_later(tiny: 
         assert contents(out) == whole, (at, steps[at])
 
 
-@pytest.mark.parametrize("code", ERRORS.values())
+@errors
 def test_an_addition_on_a_full_disk_keeps_the_old_merge_and_goes_through_later(
     tiny: TinyMerge, code: int
 ) -> None:
     whole = tiny.copied("whole")
-    steps = steps_of(tiny, tiny.add(whole))
+    steps = kinds(tiny.root, tiny.add(whole))
     for at in fallible(steps):
         out = tiny.copied("added")
         refused(tiny, tiny.add(out), at, code)
@@ -72,12 +72,12 @@ def test_an_addition_on_a_full_disk_keeps_the_old_merge_and_goes_through_later(
         assert contents(out) == contents(whole), (at, steps[at])
 
 
-@pytest.mark.parametrize("code", ERRORS.values())
+@errors
 def test_an_export_on_a_full_disk_leaves_nothing_and_goes_through_later(tiny: TinyMerge, code: int) -> None:
     place = tiny.root / "exports"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    steps = steps_of(tiny, tiny.export(tiny.root / "merged", place / "plain"))
+    steps = kinds(tiny.root, tiny.export(tiny.root / "merged", place / "plain"))
     whole = contents(place / "plain")
     for at in fallible(steps):
         shutil.rmtree(place)

@@ -7,19 +7,14 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from operations import ends, few, killing, kinds
+from operations import ends, every, few, killing, kinds
 from tiny_merge import TinyMerge, contents
 
 from mingle.merging.merger import Merger
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-every = pytest.mark.parametrize(
-    "chosen",
-    [
-        pytest.param(few, id="few"),
-        pytest.param(lambda steps: range(len(steps)), id="all", marks=pytest.mark.slow),
-    ],
-)
+chosen_steps = pytest.mark.parametrize("chosen", [few, pytest.param(every, marks=pytest.mark.slow)])
+Chosen = Callable[[list[str]], list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +22,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyMerge:
     return TinyMerge(tmp_path_factory.mktemp("killed"))
 
 
-def fails(command: Callable[[], int]) -> None:
-    """A command's exit code as how a child ends."""
-    if command() != 0:
-        raise SystemExit(1)
-
-
-@every
-def test_a_merge_killed_at_any_step_resumes_to_the_same_bits(tiny: TinyMerge, chosen: Callable) -> None:
+@chosen_steps
+def test_a_merge_killed_at_any_step_resumes_to_the_same_bits(tiny: TinyMerge, chosen: Chosen) -> None:
     out, whole = tiny.root / "killed", contents(tiny.root / "merged")
     shutil.rmtree(out, ignore_errors=True)
-    steps = kinds(tiny.root, lambda: fails(tiny.merge(out)))
+    steps = kinds(tiny.root, tiny.merge(out))
     assert {"open", "write", "fsync", "rename", "remove", "mkdir"} <= set(steps)
     assert contents(out) == whole
     for at in chosen(steps):
@@ -47,12 +36,12 @@ def test_a_merge_killed_at_any_step_resumes_to_the_same_bits(tiny: TinyMerge, ch
         assert contents(out) == whole, (at, steps[at])
 
 
-@every
+@chosen_steps
 def test_an_addition_killed_at_any_step_leaves_the_old_merge_or_the_new_and_ends_in_the_same_bits(
-    tiny: TinyMerge, chosen: Callable
+    tiny: TinyMerge, chosen: Chosen
 ) -> None:
     whole = tiny.copied("whole")
-    steps = kinds(tiny.root, lambda: fails(tiny.add(whole)))
+    steps = kinds(tiny.root, tiny.add(whole))
     for at in chosen(steps):
         out = tiny.copied("added")
         assert ends(tiny.root, tiny.add(out), killing(at)) == -signal.SIGKILL
@@ -63,17 +52,15 @@ def test_an_addition_killed_at_any_step_leaves_the_old_merge_or_the_new_and_ends
         assert contents(out) == contents(whole), (at, steps[at])
 
 
-@every
-def test_an_export_killed_at_any_step_leaves_no_folder_or_all_of_it(
-    tiny: TinyMerge, chosen: Callable
-) -> None:
+@chosen_steps
+def test_an_export_killed_at_any_step_leaves_no_folder_or_all_of_it(tiny: TinyMerge, chosen: Chosen) -> None:
     place, plain = tiny.root / "exports", tiny.root / "plain"
     shutil.rmtree(plain, ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)
     assert tiny.export(tiny.root / "merged", plain)() == 0
     whole = contents(plain)
     place.mkdir()
-    steps = kinds(tiny.root, lambda: fails(tiny.export(tiny.root / "merged", place / "plain")))
+    steps = kinds(tiny.root, tiny.export(tiny.root / "merged", place / "plain"))
     assert contents(place / "plain") == whole
     for at in chosen(steps):
         shutil.rmtree(place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from forks import Ready, fork, kill
-from operations import watch
+from operations import ends
 from tiny_merge import TinyMerge, contents
 
 from mingle.io import safetensors
@@ -113,11 +112,7 @@ def test_a_folder_copied_while_it_is_written_is_the_old_merge_or_the_new_or_refu
             (slow / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, slow / path.relative_to(source))
 
-    def add(_: object) -> None:
-        watch(source, copy)
-        os._exit(tiny.add(source)())
-
-    assert os.waitpid(fork(add), 0)[1] == 0
+    assert ends(source, tiny.add(source), copy) == 0
     outcomes = []
     for place in sorted(copies.iterdir()):
         try:
