@@ -72,6 +72,8 @@ def merge_all(
         began = time.perf_counter()
         report = merger.add(name, model, seeds, on_step=observer.adapting)
         merged = time.perf_counter()
+        if suite is not None and seeds is not None and (short := suite.shortage(name)):
+            merger.merged[-1].notes.append(short)
         if suite is not None and (last or evaluate != "last"):
             everything = last or evaluate == "every"
             merger.evaluate(suite, merger.metadata["batch_size"], None if everything else [name])

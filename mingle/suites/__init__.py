@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from mingle.io.hub import Revisions
 from mingle.options import OptionError, nearest
 from mingle.suites.protocol import PROTOCOLS, Labels, SeedRequest, check_labels, split
 from mingle.tasks import TaskData
+
+logger = logging.getLogger(__name__)
 
 #: Progress of training an expert that does not exist yet: called with (task, step, steps).
 OnTraining = Callable[[str, int, int], None]
@@ -61,7 +64,8 @@ class Suite(Mapping[str, TaskData]):
         self._samples, self._experts = dict(samples), dict(experts)
         self._continued, self._training = continued, dict(training or {})
         self._split: dict[str, tuple[TaskData, TaskData]] = {}
-        self._counted: set[str] = set()
+        #: by task, which classes are short of samples, in words
+        self._short: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._samples)
@@ -96,6 +100,10 @@ class Suite(Mapping[str, TaskData]):
         if name in self._checks:
             self._checks[name]()
         self._count(name)
+
+    def shortage(self, name: str) -> str:
+        """Which of a checked task's classes have fewer samples than seeds are asked for; empty for none."""
+        return self._short.get(name, "")
 
     def seeds(self, name: str, *, whole: bool = False) -> TaskData:
         """The task's seed samples, without labels; or, for sequential methods, its `whole` training data.
@@ -152,9 +160,10 @@ class Suite(Mapping[str, TaskData]):
 
     def _count(self, name: str) -> None:
         """Check the task's labels; once, as a warning should come once."""
-        if name in self._labels and name not in self._counted:
-            check_labels(name, self._labels[name](), self.request)
-            self._counted.add(name)
+        if name in self._labels and name not in self._short:
+            self._short[name] = check_labels(name, self._labels[name](), self.request)
+            if self._short[name]:
+                logger.warning("task %s: %s", name, self._short[name])
 
 
 def load(

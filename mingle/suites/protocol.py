@@ -9,7 +9,6 @@ the mean of a sample, so predictions do not depend on what shares a batch.
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +16,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from mingle.tasks import TaskData
-
-logger = logging.getLogger(__name__)
 
 #: protocol → what its gates see
 PROTOCOLS = {"strict": "sample", "official": "batch"}
@@ -55,11 +52,12 @@ class Labels:
     names: Sequence[str] | None = None
 
 
-def check_labels(name: str, labels: Labels, request: SeedRequest) -> None:
+def check_labels(name: str, labels: Labels, request: SeedRequest) -> str:
     """Count the samples of a task that a request for seeds is about.
 
-    Under ``official``, classes with too few samples are named in a warning, with their counts: their share of
-    the seeds is smaller.
+    Returns:
+        Under ``official``, which classes have fewer samples than were asked for, and how many: their share of
+        the seeds is smaller.  Empty where none has.
 
     Raises:
         ValueError: labels that are not classes; under ``strict``, too few samples to leave any for the test.
@@ -71,17 +69,17 @@ def check_labels(name: str, labels: Labels, request: SeedRequest) -> None:
     if request.protocol == "strict":
         _require_rest(name, len(numbers), _seeds(numbers, request))
     elif request.total is None:
+        each = request.samples_per_class
         counts = torch.bincount(numbers, minlength=len(names or ()))
         few = {
             str(row if names is None else names[row]): count
             for row, count in enumerate(counts.tolist())
-            if count < request.samples_per_class
+            if count < each
         }
         if few:
             listed = ", ".join(f"{found!r} has {count}" for found, count in few.items())
-            logger.warning(
-                "task %s: fewer than %d samples of a class: %s", name, request.samples_per_class, listed
-            )
+            return f"fewer than {each} samples of a class: {listed}"
+    return ""
 
 
 def split(name: str, samples: TaskData, request: SeedRequest) -> tuple[TaskData, TaskData]:

@@ -9,6 +9,7 @@ import torch
 import yaml
 from image_folders import image_folder, opened
 
+import mingle
 from mingle import suites
 from mingle.cli import main
 from mingle.suites import glyphs
@@ -51,13 +52,11 @@ def test_official_seeds_name_classes_with_too_few_samples_once_with_their_counts
     ]
 
 
-def test_official_seeds_name_a_class_without_samples(caplog):
-    with caplog.at_level(logging.WARNING):
-        labels = Labels(torch.tensor([0, 0, 1, 1]), ["a", "b", "c"])
-        check_labels("t", labels, SeedRequest("official", 2))
-    assert [record.message for record in caplog.records] == [
-        "task t: fewer than 2 samples of a class: 'c' has 0"
-    ]
+def test_official_seeds_name_a_class_without_samples():
+    labels = Labels(torch.tensor([0, 0, 1, 1]), ["a", "b", "c"])
+    assert check_labels("t", labels, SeedRequest("official", 2)) == (
+        "fewer than 2 samples of a class: 'c' has 0"
+    )
 
 
 @pytest.mark.parametrize("wrong", [[0, 3], [-1, 0]])
@@ -100,3 +99,16 @@ def test_no_seeds_are_refused_by_a_method_that_adapts_on_them(tmp_path, capsys):
         (tmp_path / "m.yaml").write_text(yaml.safe_dump(given))
         assert main(["check", str(tmp_path / "m.yaml")]) == code
     assert "samples_per_class is 0, and method 'mingle' adapts on seed samples" in capsys.readouterr().out
+
+
+def test_classes_with_too_few_samples_are_recorded_with_the_merged_task(tmp_path):
+    folder = image_folder(tmp_path / "images")
+    (folder / "letters/beta/0.png").unlink()
+    experts = [{"name": "letters", "model": str(glyphs.DATA / "experts/greek-inverted")}]
+    config = {"base": str(glyphs.BASE), "method": "mingle", "experts": experts, "rank": 2}
+    config |= {"adapt": {"steps": 0, "samples_per_class": 4, "protocol": "official"}}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(config | {"eval": {"suite": str(folder)}}))
+    assert main(["merge", str(tmp_path / "m.yaml"), "--out", str(tmp_path / "out")]) == 0
+    (task,) = mingle.Merger.from_pretrained(tmp_path / "out").merged
+    assert task.seed_samples == 11
+    assert "fewer than 4 samples of a class: 'beta' has 3" in task.notes
