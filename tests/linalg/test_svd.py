@@ -263,7 +263,7 @@ def test_a_matrix_with_nan_is_named_with_its_first_bad_entry():
         linalg.svd_lowrank(torch.stack([good, bad]), 2)
 
 
-def test_a_failed_iteration_is_named_and_decomposed_fully(monkeypatch, caplog):
+def test_an_svd_that_does_not_converge_is_named_and_decomposed_fully(monkeypatch, caplog):
     M = matrix("1/k", 240, 200, R, 0)
     monkeypatch.setattr(svd, "orthonormal", lambda rows, *_: torch.full_like(rows, torch.nan))
     with caplog.at_level(logging.WARNING):
