@@ -68,6 +68,7 @@ def _check_shapes(x: Tensor, layer: LayerTensors, mask: Tensor | None, gates: Te
     (d_out, d_in), (experts, rank, _) = layer.weight.shape, layer.A.shape
     for name, tensor, shape in (
         ("x", x, (*leading, d_in)),
+        ("weight", layer.weight, (d_out, d_in)),
         ("bias", layer.bias, (d_out,)),
         ("A", layer.A, (experts, rank, d_in)),
         ("B", layer.B, (experts, d_out, rank)),

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 import torch
 from drawn_layers import SharedProblem, shared_problems, strides_do_not_matter
 from drawn_problems import is_the_formula, problems
+from guarded_launches import LAUNCHES, guard_bands
 from hypothesis import Phase, settings
 from hypothesis import given as drawn
 from kernel_checks import (
@@ -39,6 +40,11 @@ from mingle.kernels.gated_experts import triton as gated_experts
 from mingle.ops import dispatch
 
 pytestmark = pytest.mark.interpret
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_nan_guard_bands_around_every_tensor_stay_whole_at_widths_that_fill_no_block(name: str) -> None:
+    guard_bands(name)
 
 
 @pytest.mark.parametrize("name", COMPACT)
@@ -71,6 +77,21 @@ def test_experts_are_right_without_a_base_to_hide_behind(dtype: torch.dtype, red
 )  # fmt: skip
 def test_any_number_of_experts_of_any_rank(dtype: torch.dtype, experts: int, rank: int, reduce: str) -> None:
     accurate(problem((2, 4), d_in=20, d_out=24, experts=experts, rank=rank, dtype=dtype), reduce=reduce)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 17])
+@reductions
+def test_ranks_of_1_3_and_17_are_the_formulas(rank: int, reduce: str) -> None:
+    accurate(problem((2, 5), rank=rank), reduce=reduce)
+
+
+@pytest.mark.parametrize("reduce", ["token", "batch"])  # low-rank, and folded
+def test_fp16_sums_accumulate_in_fp32(reduce: str) -> None:
+    p = {name: torch.zeros_like(value) for name, value in problem((2, 17), 4096, 17, 1, 1).items()}
+    p |= dict(x=torch.ones(2, 17, 4096), A=torch.ones(1, 1, 4096), B=torch.ones(1, 17, 1))
+    p |= dict(weight=torch.ones(17, 4096), gate_bias=torch.ones(1))
+    y = run({name: value.half() for name, value in p.items()}, "triton", None, (), reduce=reduce)["y"]
+    assert torch.equal(y, torch.full((2, 17, 17), 8192, dtype=torch.float16))  # in fp16 ones add up to 2048
 
 
 @dtypes
@@ -109,7 +130,7 @@ def test_padding_that_is_not_finite_reaches_no_gradient(dtype: torch.dtype, redu
 @dtypes
 @reductions
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0,)], ids=str)
-def test_no_tokens_give_no_output_and_zero_gradients(
+def test_zero_tokens_give_an_empty_output_and_zero_gradients(
     dtype: torch.dtype, reduce: str, shape: tuple[int, ...]
 ) -> None:
     p = problem(shape, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MINGLE_EXTENSION", raising=False)
-    caches = (extension.why_not, extension._record, extension._module)
+    caches = (extension.why_not, extension._record, extension._module, extension._tell)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -64,6 +65,17 @@ def test_no_record(tmp_path, monkeypatch):
     assert extension.load(GPU) is None
 
 
+def test_what_replaces_it_is_said_once(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(extension, "RECORD", tmp_path / "_build.json")
+    for _ in range(3):
+        assert extension.load(GPU) is None
+    (message,) = caplog.messages
+    assert message.startswith(
+        "small factorisations on cuda:0 are computed by plain torch: mingle._C was not built"
+    )
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '"built"'])
 def test_a_record_that_cannot_be_read(text, tmp_path, monkeypatch):
     write(tmp_path, monkeypatch, text)
@@ -100,7 +112,7 @@ def test_a_gpu_that_some_code_fits(capability, tmp_path, monkeypatch):
     assert extension.summary() == "built for sm_80, sm_90, sm_100 by CUDA 13.0.88"
 
 
-def test_a_gpu_that_no_code_fits(tmp_path, monkeypatch):
+def test_a_gpu_that_no_code_fits_is_named_beside_the_built_architectures(tmp_path, monkeypatch):
     built(tmp_path, monkeypatch, (7, 5))
     reason = "mingle._C was built for sm_80, sm_90, sm_100; this GPU is sm_75"
     assert extension.why_not(GPU) == reason

@@ -83,7 +83,7 @@ def test_relaxation_lets_go_where_interference_stays():
     assert projector.strength()["0"][1] == pytest.approx(1)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(caplog):
+def test_a_non_finite_gradient_changes_nothing_and_its_layer_is_reported(caplog):
     U = bases((5, 2), (5, 1))
     projector = RelaxedProjector({"good": U[0], "bad": U[1]})
     grads = {"good": torch.randn(1, 5, **D64), "bad": torch.full((1, 5), float("nan"), **D64)}
