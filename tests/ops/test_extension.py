@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import sys
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from layouts import layouts
 
 from mingle.cli import main
 from mingle.ops import extension, small_kernels
@@ -147,6 +150,37 @@ def test_env_prints_it(tmp_path, monkeypatch, capsys):
     assert (
         "extension     mingle._C was left out when mingle was installed: [no] nvcc" in capsys.readouterr().out
     )
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(layouts, layouts, layouts)
+def test_the_kernels_find_the_values_of_strided_tensors(gram_lies, matrix_lies, sigma_lies):
+    """What lies at the addresses, with the sizes and strides that `mingle._C` is told, is what was given."""
+
+    def at(address, strides, *sizes):
+        reach = 1 + sum(stride * (size - 1) for stride, size in zip(strides, sizes, strict=True))
+        memory = (ctypes.c_double * reach).from_address(address)
+        found.append(torch.frombuffer(memory, dtype=torch.float64).as_strided(sizes, strides).clone())
+
+    found: list[torch.Tensor] = []
+    recorder = SimpleNamespace(
+        cholesky_inverse=lambda gram, b, n, *_: at(gram, (n * n, n, 1), b, n, n),
+        small_eigh=lambda gram, b, n, *_: at(gram, (n * n, n, 1), b, n, n),
+        rescale=lambda M, strides, single, b, m, n, *_: at(M, strides, b, m, n),
+        effective_rank=lambda sigma, b, k, *_: at(sigma, (k, 1), b, k),
+        rescale_workspace=lambda batch, m, n: 24 * batch,
+    )
+    G = gram_lies.of(torch.arange(18, dtype=torch.float64).view(2, 3, 3))
+    M = matrix_lies.of(torch.arange(24, dtype=torch.float64).view(2, 3, 4))
+    sigma = sigma_lies.of(torch.arange(6, dtype=torch.float64).view(2, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "load", lambda device: recorder)
+        patch.setattr(small_kernels, "_queue", lambda tensor: (0, 0))
+        small_kernels.cholesky_inverse(G, 1e-9, torch.float64)
+        small_kernels.small_eigh(G)
+        small_kernels.rescale(M)
+        small_kernels.effective_rank(sigma)
+    assert all(torch.equal(a, b) for a, b in zip(found, (G, G, M, sigma), strict=True))
 
 
 def test_the_kernels_receive_what_the_tensors_hold(monkeypatch):
