@@ -222,6 +222,12 @@ def options(tile: Tile) -> dict[str, int]:
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
+def addressable(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
+    """`tensor`, or a copy where offsets along `dims` exceed the 32 bits that kernels count them with."""
+    far = any(tensor.shape[dim] * tensor.stride(dim) >= 2**31 for dim in dims)
+    return tensor.contiguous() if far else tensor
+
+
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, whatever device its arguments are on."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mingle import ops
 from mingle.kernels.gated_experts import reference
 from mingle.ops import dispatch, grouping
-from mingle.ops.checks import check
+from mingle.ops.checks import check, check_together
 from mingle.ops.operands import Call, LayerTensors
 
 __all__ = ["LayerTensors", "gated_experts", "gated_experts_shared", "relaxed_projection"]
@@ -61,16 +61,17 @@ def gated_experts(
             `mingle.ops.dispatch`).  Only ``"eager"`` is differentiable twice.
 
     x, weight, bias, A and B share a dtype: fp32, fp16, bf16 or, except for ``"triton"``, fp64; under autocast
-    they are cast to its dtype.  Gates may be of that dtype or fp32, and are computed in fp32 or better.  Sums
-    accumulate in fp32 or better; fp32 products are IEEE unless TF32 is allowed in
-    ``torch.backends.cuda.matmul``.  Equal inputs give equal bits.
+    they are cast to its dtype.  gate_weight and gate_bias may be of any floating dtype, `gates` of any real
+    one; gates are computed in fp32 or better.  Every tensor may have any strides.  Sums accumulate in fp32 or
+    better; fp32 products are IEEE unless TF32 is allowed in ``torch.backends.cuda.matmul``.  Equal inputs
+    give equal bits.
 
     Returns:
         y [..., N, d_out] in x's dtype.  With T = 0 exactly ``F.linear(x, weight, bias)``.
 
     Raises:
         ValueError: shapes that do not fit, an unknown `reduce` or `backend`; the message names the argument.
-        TypeError: mixed dtypes outside autocast, or tensors on different devices.
+        TypeError: mixed dtypes outside autocast, or tensors on different devices; the message names both.
         RuntimeError: an explicit backend that cannot run here; the message says why.
     """
     if gates is not None:
@@ -265,7 +266,7 @@ class _RelaxedProjection(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = grads
         basis, lam = ctx.saved_tensors
-        return gradient - ((gradient @ basis) * lam) @ basis.mT, None, None
+        return gradient - ((gradient @ basis) * lam.to(gradient.dtype)) @ basis.mT, None, None
 
 
 def relaxed_projection(weight: torch.Tensor, basis: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
@@ -274,12 +275,16 @@ def relaxed_projection(weight: torch.Tensor, basis: torch.Tensor, lam: torch.Ten
     Args:
         weight: [n, d].
         basis: orthonormal columns U [d, K] in weight's dtype; K = 0 leaves the gradient as it is.
-        lam: λ [K] in [0, 1]; 1 removes a direction, 0 keeps it.
+        lam: λ [K] in [0, 1], of any floating dtype; 1 removes a direction, 0 keeps it.
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: tensors of integers, a basis of another dtype than weight, or tensors on different devices.
     """
-    if basis.dim() != 2 or weight.shape[-1] != basis.shape[0] or lam.shape != basis.shape[1:]:
+    check_together({"weight": weight, "basis": basis, "lam": lam})
+    if basis.dtype != weight.dtype:
+        raise TypeError(f"basis has dtype {basis.dtype}, weight {weight.dtype}")
+    if weight.dim() < 1 or basis.dim() != 2 or weight.shape[-1:] + lam.shape != basis.shape:
         raise ValueError(
             f"weight {list(weight.shape)}, basis {list(basis.shape)} and lam {list(lam.shape)}: "
             "expected [n, d], [d, K], [K]"

@@ -56,9 +56,10 @@ def fold_kernel(
 def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """W_eff = W₀ + Σ_i g_i B_i A_i in a new tensor.
 
-    weight [O, K], A [T, r, K] with T > 0, B [T, O, r], all of any strides; gates [T] fp32 → [O, K] in
-    weight's dtype, summed in fp32.
+    weight [O, K], A [T, r, K] with T > 0, B [T, O, r], all of any strides; gates [T] fp32, contiguous →
+    [O, K] in weight's dtype, summed in fp32.
     """
+    weight, A, B = tiles.addressable(weight, 1), tiles.addressable(A, 1, 2), tiles.addressable(B, 2)
     (outputs, width), (experts, rank) = weight.shape, A.shape[:2]
     folded = weight.new_empty(outputs, width)
     strain = tiles.strain((weight, A, B), (outputs, width), special=rank % 16 > 0)
@@ -69,7 +70,7 @@ def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Te
             weight, *weight.stride(),
             A, *A.stride(),
             B, *B.stride(),
-            gates.contiguous(),
+            gates,
             folded,
             outputs, width, experts, rank,
             BLOCK_O=tile.rows, BLOCK_K=tile.columns, BLOCK_R=block_rank, CHUNKS=triton.cdiv(rank, block_rank),

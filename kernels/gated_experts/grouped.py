@@ -74,7 +74,7 @@ def gate(hidden: torch.Tensor, z: torch.Tensor, group: int, out: torch.Tensor | 
     shape = (groups, group, experts, columns // experts)
     factors = z.to(hidden.dtype).view(groups, 1, experts, 1)
     if out is None:
-        return torch.mul(hidden.view(shape), factors).view(-1, columns)
+        return torch.mul(hidden.view(shape), factors).view(hidden.shape)
     torch.mul(hidden.view(shape), factors, out=out.view(shape))
     return out
 

@@ -53,8 +53,12 @@ def gate_values(
     reduce: str,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Linear gates g_i = w_i · x + β_i (Eq. 5): x [..., N, d_in], w [T, d_in], β [T] → [..., N or 1, T]."""
-    return F.linear(pooled_input(x, reduce, mask).to(gate_weight.dtype), gate_weight, gate_bias)
+    """Linear gates g_i = w_i · x + β_i (Eq. 5): x [..., N, d_in], w [T, d_in], β [T] → [..., N or 1, T].
+
+    In the wider one of the dtypes of w and β.
+    """
+    dtype = torch.promote_types(gate_weight.dtype, gate_bias.dtype)
+    return F.linear(pooled_input(x, reduce, mask).to(dtype), gate_weight.to(dtype), gate_bias.to(dtype))
 
 
 def gated_experts(

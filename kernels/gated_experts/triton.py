@@ -368,14 +368,6 @@ def upstream_kernel(
         tl.store(dz_ptr + long_rows * T + expert, dz, mask=rows < N)
 
 
-def _addressable(x: torch.Tensor) -> torch.Tensor:
-    """x itself, or a copy where its columns are too far apart for the kernels' 32-bit column offsets.
-
-    Row offsets have 64 bits.
-    """
-    return x.contiguous() if x.shape[1] * abs(x.stride(1)) >= 2**31 else x
-
-
 def shrink(
     x: torch.Tensor,
     A: torch.Tensor,
@@ -391,9 +383,10 @@ def shrink(
     Args:
         x: [N, K], N > 0, any strides.
         A: [T, r, K], T > 0, any strides.
-        gate_weight, gate_bias: linear gates [T, K] and [T], or None where `gates` is given.
-        gates: [G, T] fp32, given gate values.
-        mask: bool [N], tokens that count in the mean of their group.
+        gate_weight: of linear gates, [T, K], any strides; None where `gates` is given.
+        gate_bias: [T], contiguous; None where `gates` is given.
+        gates: [G, T] fp32, contiguous, given gate values.
+        mask: bool [N], contiguous, tokens that count in the mean of their group.
         group: tokens per gate row; 1 for gates of single tokens.
         skip: leave H at 0 where all given gates of a tile are 0.
 
@@ -401,14 +394,13 @@ def shrink(
         H [N, T·r] in x's dtype, z [G, T] fp32, x̄ [G, K] fp32 (no rows where a group is one token or gates
         are given).
     """
-    x = _addressable(x)
+    x, A = tiles.addressable(x, 1), tiles.addressable(A, 1, 2)
     (tokens, width), (experts, rank) = x.shape, A.shape[:2]
     hidden = x.new_empty(tokens, experts * rank)
     pooled = x.new_empty(0, width, dtype=torch.float32)
     how, gate_programs = "none", 0
     if gates is None:
         assert gate_weight is not None and gate_bias is not None
-        gate_bias = gate_bias.contiguous()
         groups = triton.cdiv(tokens, group)
         if group == 1 and mask is None:
             how = "token"
@@ -425,7 +417,7 @@ def shrink(
     tile = tiles.choose("shrink", x, tokens, experts * rank, width, strain)
     if how == "token":
         gate_programs = triton.cdiv(tokens, tile.rows)
-    weight = gate_weight if gate_weight is not None else x
+    weight = x if gate_weight is None else tiles.addressable(gate_weight, 0, 1)
     grid = (gate_programs + triton.cdiv(tokens, tile.rows) * triton.cdiv(experts * rank, tile.columns),)
     with tiles.on_device(x):
         shrink_kernel[grid](
@@ -469,23 +461,25 @@ def expand(
     Args:
         x: [N, K], N > 0, any strides.
         weight: [O, K], any strides.
-        bias: [O] or None.
+        bias: [O], contiguous, or None.
         hidden: H [N, T·r], contiguous columns.
         up: [T, r, O], any strides.
         z: [G, T] fp32, contiguous columns.
         group: tokens per gate row.
         skip: pass over experts whose gates are 0 for a whole tile.
         keep: `hidden` is needed afterwards; this kernel leaves it as it is in any case.
-        share: [G, T] fp32, contiguous; reaches the tokens that `mask` [N] lets through.
-        gate_weight: [T, O]; needed with `share`.
+        share: [G, T] fp32, contiguous; reaches the tokens that `mask` [N], contiguous, lets through.
+        gate_weight: [T, O], any strides; needed with `share`.
 
     Returns:
         y [N, O] in x's dtype.
     """
-    x = _addressable(x)
+    x, up = tiles.addressable(x, 1), tiles.addressable(up, 1, 2)
     (tokens, width), (outputs, _), (experts, rank, _) = x.shape, weight.shape, up.shape
     y = x.new_empty(tokens, outputs)
-    gate = weight if gate_weight is None else gate_weight.to(x.dtype)  # y is rounded to it anyway
+    gate = weight
+    if gate_weight is not None:
+        gate = tiles.addressable(gate_weight.to(x.dtype), 0, 1)  # y is rounded to it anyway
     strain = tiles.strain((x, weight, up), (width, outputs), special=skip or rank % 16 > 0)
     tile = tiles.choose("expand", x, tokens, outputs, width + experts * rank, strain)
     block_rank = tiles.rank_block(rank, tile.depth)
@@ -493,7 +487,7 @@ def expand(
         expand_kernel[(triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.columns),)](
             x, *x.stride(),
             weight, *weight.stride(),
-            None if bias is None else bias.contiguous(),
+            bias,
             hidden, hidden.stride(0),
             up, *up.stride(),
             z, z.stride(0),
@@ -525,7 +519,7 @@ def upstream(
     Returns:
         u [N, T·r] in dy's dtype, and the sums dz [N, T] fp32 (no rows with `skip`).
     """
-    dy = _addressable(dy)
+    dy, B = tiles.addressable(dy, 1), tiles.addressable(B, 1, 2)
     (tokens, outputs), (experts, _, rank) = dy.shape, B.shape
     u = dy.new_empty(tokens, experts * rank)
     dz = dy.new_empty(0 if skip else tokens, experts, dtype=torch.float32)

@@ -77,7 +77,7 @@ def project_kernel(
     entry = table_ptr + layer * 6
     start, n, d = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     K, basis = tl.load(entry + 3), tl.load(entry + 4)
-    if broken == 0:
+    if (broken == 0) & (n > 0):
         directions = tl.arange(0, BLOCK_K)
         known = directions < K
         ratio = tl.zeros([BLOCK_K], tl.float32)

@@ -3,54 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mingle.adaptation.layout import Layout
+from mingle.kernels.dtypes import wide
 from mingle.kernels.relaxed_projection import reference
 from mingle.ops import dispatch
+from mingle.ops.checks import check_together
 
 logger = logging.getLogger(__name__)
 
 #: The most directions per layer that fit a program's registers in the Triton kernels.
 MOST_DIRECTIONS = 1024
-
-
-class Block(NamedTuple):
-    """Layers with gradients [n, d] of one shape and one number of directions K, and where they lie.
-
-    Attributes:
-        names: the layers, L of them.
-        rows, width, directions: n, d and K.
-        gradient, basis, place: where the first layer's elements begin in the flat gradients, in the flat
-            bases and in a flat tensor with one number per direction, such as S.
-    """
-
-    names: tuple[str, ...]
-    rows: int
-    width: int
-    directions: int
-    gradient: int
-    basis: int
-    place: int
-
-    def gradients(self, flat: Tensor) -> Tensor:
-        """Their gradients [L, n, d], a view."""
-        return flat[self.gradient :][: len(self.names) * self.rows * self.width].view(
-            len(self.names), self.rows, self.width
-        )
-
-    def bases(self, flat: Tensor) -> Tensor:
-        """Uᵀ [L, K, d], a view."""
-        return flat[self.basis :][: len(self.names) * self.directions * self.width].view(
-            len(self.names), self.directions, self.width
-        )
-
-    def places(self, flat: Tensor) -> Tensor:
-        """S, or anything else with one number per direction, [L, K], a view."""
-        return flat[self.place :][: len(self.names) * self.directions].view(len(self.names), self.directions)
 
 
 class RelaxedProjector(nn.Module):
@@ -66,14 +34,17 @@ class RelaxedProjector(nn.Module):
 
     Args:
         bases: orthonormal columns [d, K] per layer, as a mapping by layer name or a sequence; K = 0 leaves a
-            layer unconstrained.
+            layer unconstrained.  All on one device; they and S are kept in the widest of their dtypes, half
+            precision in fp32.
         gamma: γ; 0 is the hard projector (λ = 1).
         beta: β, the memory of S.
         backend: ``"eager"`` takes layer after layer by the formula, ``"grouped"`` the layers of one shape
             together, ``"triton"`` all at once; ``"auto"`` the fastest that can run.
 
     Raises:
-        ValueError: β outside [0, 1), a negative γ, an unknown backend, or a basis that is not a matrix.
+        ValueError: β outside [0, 1), a negative or infinite γ, an unknown backend, or a basis that is not a
+            matrix.
+        TypeError: bases of integers, or on different devices.
     """
 
     bases: Tensor
@@ -89,8 +60,8 @@ class RelaxedProjector(nn.Module):
         super().__init__()
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta}: expected a value in [0, 1)")
-        if gamma < 0:
-            raise ValueError(f"gamma={gamma}: expected a value >= 0")
+        if not 0 <= gamma < math.inf:
+            raise ValueError(f"gamma={gamma}: expected a finite value >= 0")
         if backend not in dispatch.BACKENDS:
             raise ValueError(f"backend={backend!r}: expected one of {', '.join(dispatch.BACKENDS)}")
         self.gamma, self.beta, self.backend = gamma, beta, backend
@@ -100,6 +71,7 @@ class RelaxedProjector(nn.Module):
         for name, basis in named.items():
             if basis.dim() != 2:
                 raise ValueError(f"layer {name!r}: basis has shape {list(basis.shape)}, expected [d, K]")
+        check_together({f"layer {name!r}: basis": basis for name, basis in named.items()})
         self.names = tuple(named)
         self.skipped_steps = 0
         # Layers of one shape lie side by side, so that one product serves them all.
@@ -107,7 +79,7 @@ class RelaxedProjector(nn.Module):
         self.shapes = {name: (named[name].shape[0], named[name].shape[1]) for name in order}
         empty = torch.empty(0)
         self.register_buffer(
-            "bases", torch.cat([named[name].detach().mT.reshape(-1) for name in order]) if order else empty
+            "bases", torch.cat([_wide_rows(named[name]) for name in order]) if order else empty
         )
         self.register_buffer("interferences", self.bases.new_zeros(sum(k for _, k in self.shapes.values())))
         self._layouts: dict[tuple[int, ...], Layout] = {}
@@ -138,7 +110,7 @@ class RelaxedProjector(nn.Module):
         """Advance S by one step and project all gradients in place, without waiting for a GPU.
 
         Args:
-            gradients: all gradients in one flat tensor, in the bases' dtype.
+            gradients: all gradients in one flat tensor, in the bases' dtype and on their device.
             layout: where each layer's gradient lies, from this projector's `layout`.
 
         Returns:
@@ -146,20 +118,33 @@ class RelaxedProjector(nn.Module):
             skip its optimizer step.
 
         Raises:
+            ValueError: another number of gradients than the layout's.
+            TypeError: gradients of another dtype than the bases, or on another device.
             RuntimeError: ``backend="triton"`` cannot run here; the message says why.
         """
-        if layout.directions and self._fused(gradients, layout):
+        if gradients.shape != (layout.size,):
+            raise ValueError(f"gradients has shape {list(gradients.shape)}, expected [{layout.size}]")
+        if layout.directions and (gradients.dtype, gradients.device) != (self.bases.dtype, self.bases.device):
+            raise TypeError(
+                f"gradients are {gradients.dtype} on {gradients.device}, "
+                f"the bases {self.bases.dtype} on {self.bases.device}"
+            )
+        if layout.directions and layout.rows and self._fused(gradients, layout):
             # slow to import, and not available everywhere
             from mingle.kernels.relaxed_projection import triton as relaxed_projection
 
             options = (self.gamma, self.beta, layout.rows, layout.directions)
-            return relaxed_projection.project_(
-                gradients, layout.table(gradients.device), self.bases, self.interferences, *options
-            ).any()
+            dense = gradients.contiguous()  # the kernels know of no strides
+            flags = relaxed_projection.project_(
+                dense, layout.table(gradients.device), self.bases, self.interferences, *options
+            )
+            if dense is not gradients:
+                gradients.copy_(dense)
+            return flags.any()
         broken = ~gradients.isfinite().all()
         for block in layout.blocks:
             parts = block.gradients(gradients), block.bases(self.bases), block.places(self.interferences)
-            if block.directions == 0 or (broken.device.type == "cpu" and broken):
+            if block.directions == 0 or block.rows == 0 or (broken.device.type == "cpu" and broken):
                 continue
             if self.backend == "eager":
                 for layer in zip(*parts, strict=True):
@@ -199,14 +184,17 @@ class RelaxedProjector(nn.Module):
         """Advance S by one step and project all gradients in place.
 
         Args:
-            grads: one gradient [n, d] per layer, keyed or ordered as the bases.
+            grads: one gradient [n, d] per layer, keyed or ordered as the bases; any strides, and any floating
+                dtype: it is projected in the bases' and written back in its own.
 
         Returns:
             False where a gradient was not finite: then nothing is projected, no S advances, and the caller
             should skip its optimizer step.  The layer is logged.
 
         Raises:
-            ValueError: a missing or unknown layer, or a gradient whose shape does not fit its basis.
+            ValueError: a missing or unknown layer, or a gradient whose shape does not fit its basis, or whose
+                elements share memory, as those of an expanded tensor do: it cannot be written to.
+            TypeError: a gradient that is not floating-point, or on another device than the bases.
         """
         named = dict(grads) if isinstance(grads, Mapping) else {str(i): grad for i, grad in enumerate(grads)}
         if set(named) != set(self.names):
@@ -217,13 +205,22 @@ class RelaxedProjector(nn.Module):
                 raise ValueError(
                     f"layer {name!r}: gradient has shape {list(named[name].shape)}, expected [n, {width}]"
                 )
+            if _overlaps(named[name]):
+                raise ValueError(
+                    f"layer {name!r}: elements of the gradient {list(named[name].shape)} with strides "
+                    f"{list(named[name].stride())} share memory, so it cannot be changed in place; clone it"
+                )
+        check_together(
+            {"the projector": self.bases}
+            | {f"layer {name!r}: gradient": grad for name, grad in named.items()}
+        )
         if not self.names:
             return True
         layout = self.layout({name: len(grad) for name, grad in named.items()})
         ordered = [named[name] for block in layout.blocks for name in block.names]
         flat = torch.cat([grad.reshape(-1) for grad in ordered]).to(self.bases)
         if self.project_(flat, layout):
-            self.report([name for name, grad in named.items() if not grad.isfinite().all()])
+            self.report([name for name, part in layout.views(flat).items() if not part.isfinite().all()])
             return False
         parts = flat.split([grad.numel() for grad in ordered])
         torch._foreach_copy_(ordered, [part.view_as(grad) for part, grad in zip(parts, ordered, strict=True)])
@@ -236,65 +233,17 @@ class RelaxedProjector(nn.Module):
         logger.warning("skipped %s: the gate gradient is not finite in %s", which, ", ".join(layers))
 
 
-class Layout:
-    """Where the gradient, the basis and S of every layer lie in flat tensors.
+def _wide_rows(basis: Tensor) -> Tensor:
+    """Uᵀ [K, d] of U [d, K], flat and in single precision or better: norms + 1e-12 are 0 in fp16."""
+    return basis.detach().mT.reshape(-1).to(wide(basis))
 
-    Attributes:
-        blocks: the layers, those of equal shapes together.
-        rows, directions: the largest n and K.
-        size: the number of elements of the flat gradients and of the loose numbers behind them.
-    """
 
-    def __init__(self, blocks: list[Block], loose: int) -> None:
-        self.blocks = blocks
-        self.rows = max((block.rows for block in blocks), default=0)
-        self.directions = max((block.directions for block in blocks), default=0)
-        self._loose = sum(len(block.names) * block.rows * block.width for block in blocks)
-        self.size = self._loose + loose
-        self._tables: dict[torch.device, Tensor] = {}
-
-    @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, int]], rows: Sequence[int], loose: int = 0) -> Layout:
-        """The layout of layers in order, each with (d, K) of its basis and its number of rows."""
-        blocks: list[Block] = []
-        gradient = basis = place = 0
-        for (name, (width, directions)), n in zip(shapes.items(), rows, strict=True):
-            last = blocks[-1] if blocks else None
-            if last is not None and (last.rows, last.width, last.directions) == (n, width, directions):
-                blocks[-1] = last._replace(names=(*last.names, name))
-            else:
-                blocks.append(Block((name,), n, width, directions, gradient, basis, place))
-            gradient, basis, place = gradient + n * width, basis + directions * width, place + directions
-        return cls(blocks, loose)
-
-    def loose(self, gradients: Tensor) -> Tensor:
-        """The loose numbers, a view."""
-        return gradients[self._loose :]
-
-    def views(self, gradients: Tensor) -> dict[str, Tensor]:
-        """Every layer's gradient [n, d] in the flat tensor."""
-        return {
-            name: part
-            for block in self.blocks
-            for name, part in zip(block.names, block.gradients(gradients), strict=True)
-        }
-
-    def table(self, device: torch.device) -> Tensor:
-        """One row per layer for `mingle.kernels.relaxed_projection.triton`, int64 [L, 6]."""
-        if device not in self._tables:
-            entries = [
-                (
-                    block.gradient + i * block.rows * block.width,
-                    block.rows,
-                    block.width,
-                    block.directions,
-                    block.basis + i * block.directions * block.width,
-                    block.place + i * block.directions,
-                )
-                for block in self.blocks
-                for i in range(len(block.names))
-            ]
-            # the loose numbers are the gradient of a layer without directions
-            entries += [(self._loose, 1, self.size - self._loose, 0, 0, 0)] * (self.size > self._loose)
-            self._tables[device] = torch.tensor(entries, dtype=torch.int64, device=device)
-        return self._tables[device]
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share their place in memory, as those of an expanded tensor do."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return tensor.numel() > 0
+            reach += stride * (size - 1)
+    return False

@@ -10,6 +10,7 @@ from torch import Tensor
 from mingle.linalg.arithmetic import gram, ieee, product
 from mingle.linalg.sketch import gaussian
 from mingle.ops import small_factorizations as small
+from mingle.ops.checks import check_together
 
 _UNIT_ROUNDOFF = 2.0**-53
 #: Rows further from orthonormal than this, in float64, are not; 1e-15 is usual.
@@ -69,7 +70,14 @@ def extend_basis(U: Tensor, new: Tensor, *, tol: float = 1e-8) -> Tensor:
 
     Returns:
         [d, K'] in U's dtype, K ≤ K' ≤ min(K + k, d); the first K columns are U's own bits.
+
+    Raises:
+        ValueError: two tensors that are not matrices of the same height.
+        TypeError: tensors of integers, or on different devices.
     """
+    check_together({"U": U, "new": new})
+    if U.dim() != 2 or new.dim() != 2 or len(U) != len(new):
+        raise ValueError(f"U {list(U.shape)} and new {list(new.shape)}: expected [d, K] and [d, k]")
     basis = U.double()
     for column in new.double().unbind(1):
         column = column / column.norm().clamp_min(torch.finfo(torch.float64).tiny)

@@ -5,12 +5,15 @@ Exact, because a sketch misjudges the effective rank.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from mingle.kernels.dtypes import wide
 from mingle.linalg.arithmetic import NOISE, falling_eigh, gram, ieee, product
 from mingle.ops import small_factorizations as small
+from mingle.ops.checks import check_together
 
 #: Pivots of a Cholesky factor under this fraction of the largest, squared, ask for an eigen-decomposition
 #: instead.
@@ -48,7 +51,14 @@ def factored_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         U [..., m, k], S [..., k] in falling order, Vh [..., k, n] in float64, with k = min(m, n, R); see
         `gram_svd` for values near zero.
+
+    Raises:
+        ValueError: factors that cannot be multiplied.
+        TypeError: factors of integers, or on different devices.
     """
+    check_together({"B": B, "A": A})
+    if B.dim() < 2 or A.dim() < 2 or B.shape[-1] != A.shape[-2]:
+        raise ValueError(f"B {list(B.shape)} and A {list(A.shape)}: expected [..., m, R] and [..., R, n]")
     B, A = B.double(), A.double()
     shorter, R = min(B.shape[-2], A.shape[-1]), B.shape[-1]
     if _DENSE_SHARE * shorter <= R:
@@ -91,8 +101,8 @@ def effective_rank(singular_values: Tensor) -> int:
 
 def effective_ranks(singular_values: Tensor) -> Tensor:
     """`effective_rank` for each row of σ [..., k]: int32 [...], without waiting for a GPU."""
-    rows = singular_values.double().view(-1, singular_values.shape[-1])
-    return small.effective_rank(rows).view(singular_values.shape[:-1])
+    *leading, k = singular_values.shape
+    return small.effective_rank(singular_values.double().reshape(prod(leading), k)).view(leading)
 
 
 @ieee
@@ -111,7 +121,11 @@ def project_out(
 
     Returns:
         [..., m, n] in Δ's dtype, which the products run in, or in float32 for shorter ones.
+
+    Raises:
+        TypeError: tensors of integers, or on different devices.
     """
+    check_together({"delta": delta, "U": U, "S": S, "Vh": Vh})
     if isinstance(leading, int) and not drop_diagonal:
         U, S, Vh = U[..., :leading], S[..., :leading], Vh[..., :leading, :]
     dtype = wide(delta)

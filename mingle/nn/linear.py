@@ -183,13 +183,13 @@ class MingleLinear(nn.Module):
         """Append an expert, freeze all older gates and make its gate the trainable one.
 
         Args:
-            A: [r, d_in], any strides.
+            A: [r, d_in], any strides; copied to the layer's dtype and device, as all of these.
             B: [d_out, r], any strides.
             gate_weight: the new gate's initial weight [d_in]; drawn from N(0, 0.01²) where None.
             gate_bias: the new gate's initial bias.
 
         Raises:
-            ValueError: shapes that do not fit this layer.
+            ValueError: shapes that do not fit this layer, which is then as it was.
         """
         rank = len(A)
         if A.shape != (rank, self.in_features) or B.shape != (self.out_features, rank):
@@ -204,14 +204,11 @@ class MingleLinear(nn.Module):
             raise ValueError(
                 f"gate_weight has shape {list(gate_weight.shape)}, expected [{self.in_features}]"
             )
-        self.A = _append(self.A, A)
-        self.B_transposed = _append(self.B_transposed, B.mT)
         older_weight, older_bias = self.all_gates()
-        self._set_gates(
-            torch.cat([older_weight, gate_weight.to(older_weight)[None]]),
-            torch.cat([older_bias, torch.as_tensor(gate_bias).to(older_bias).reshape(1)]),
-            trainable=1,
-        )
+        weights = torch.cat([older_weight, gate_weight.to(older_weight)[None]])
+        biases = torch.cat([older_bias, torch.as_tensor(gate_bias).to(older_bias).reshape(1)])
+        self.A, self.B_transposed = _append(self.A, A), _append(self.B_transposed, B.mT)
+        self._set_gates(weights, biases, trainable=1)
 
     def set_trainable_gates(self, count: int) -> None:
         """Make the newest `count` gates the trainable ones; 0 freezes all."""

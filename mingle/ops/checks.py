@@ -1,6 +1,8 @@
-"""Whether the arguments of `mingle.functional.gated_experts` fit together."""
+"""Whether the arguments of public functions fit together."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -8,6 +10,16 @@ from torch import Tensor
 from mingle.kernels.gated_experts.reference import REDUCTIONS
 from mingle.ops.dispatch import BACKENDS
 from mingle.ops.operands import LayerTensors
+
+
+def check_together(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a TypeError unless all are floating-point and on the first one's device; it names who is not."""
+    first = next(iter(tensors), "")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
+        if tensor.device != tensors[first].device:
+            raise TypeError(f"{name} is on {tensor.device}, {first} on {tensors[first].device}")
 
 
 def check(
@@ -19,7 +31,7 @@ def check(
     frozen_gates: int,
     backend: str,
 ) -> None:
-    """Raise a ValueError or TypeError that names the first argument that does not fit."""
+    """Raise an error of `mingle.functional.gated_experts` that names the first argument that does not fit."""
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(REDUCTIONS)}")
     if backend not in BACKENDS:
@@ -36,8 +48,8 @@ def check(
         _check_given_gates(gates, x, A.shape[0])
     elif A.shape[0] and (layer.gate_weight is None or layer.gate_bias is None):
         raise ValueError("gate_weight and gate_bias are needed unless gates is given")
-    _check_shapes(x, layer, mask)
-    _check_dtypes(x, layer, mask)
+    _check_shapes(x, layer, mask, gates)
+    _check_dtypes(x, layer, mask, gates)
 
 
 def _check_given_gates(gates: Tensor, x: Tensor, experts: int) -> None:
@@ -51,29 +63,40 @@ def _check_given_gates(gates: Tensor, x: Tensor, experts: int) -> None:
         )
 
 
-def _check_shapes(x: Tensor, layer: LayerTensors, mask: Tensor | None) -> None:
+def _check_shapes(x: Tensor, layer: LayerTensors, mask: Tensor | None, gates: Tensor | None) -> None:
     leading, device = x.shape[:-1], x.device
     (d_out, d_in), (experts, rank, _) = layer.weight.shape, layer.A.shape
     for name, tensor, shape in (
         ("x", x, (*leading, d_in)),
+        ("weight", layer.weight, (d_out, d_in)),
         ("bias", layer.bias, (d_out,)),
         ("A", layer.A, (experts, rank, d_in)),
         ("B", layer.B, (experts, d_out, rank)),
         ("gate_weight", layer.gate_weight, (experts, d_in)),
         ("gate_bias", layer.gate_bias, (experts,)),
         ("mask", mask, leading),
+        ("gates", gates, None),
     ):
         if tensor is None:
             continue
-        if tensor.shape != shape:
+        if shape is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
         if tensor.device != device:
             raise TypeError(f"{name} is on {tensor.device}, x on {device}")
 
 
-def _check_dtypes(x: Tensor, layer: LayerTensors, mask: Tensor | None) -> None:
+def _check_dtypes(x: Tensor, layer: LayerTensors, mask: Tensor | None, gates: Tensor | None) -> None:
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}, expected torch.bool")
+    if gates is not None and gates.is_complex():
+        raise TypeError(f"gates has dtype {gates.dtype}, expected a real one")
+    for name, tensor in (
+        ("weight", layer.weight),
+        ("gate_weight", layer.gate_weight),
+        ("gate_bias", layer.gate_bias),
+    ):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
     dtype = layer.weight.dtype
     for name, tensor in (("x", x), ("A", layer.A), ("B", layer.B), ("bias", layer.bias)):
         if tensor is None or tensor.dtype == dtype:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from functools import cache
 from typing import NamedTuple
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "eager", "grouped", "triton")
 
@@ -69,8 +72,19 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def _tell(device: str, reason: str | None) -> None:
+    """Say once what keeps `auto` from the fused kernels; aloud where a GPU waits for them."""
+    if reason is not None:
+        level = logging.WARNING if device == "cuda" and not _triton_installed() else logging.INFO
+        logger.log(level, "backend='auto' computes with dense products instead of the kernels: %s", reason)
+
+
 def _cheapest(x: torch.Tensor, d_out: int, columns: int) -> str:
-    if x.device.type != "cuda" or without_triton(x.device, x.dtype) is not None:
+    reason = without_triton(x.device, x.dtype)
+    if x.device.type != "cuda" or reason is not None:
+        if not torch.compiler.is_compiling():
+            _tell(x.device.type, reason)
         return "grouped"
     costs = {
         backend: seconds(backend, x.shape[0], x.shape[1], d_out, columns, x.element_size())

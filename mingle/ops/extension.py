@@ -2,13 +2,15 @@
 
 Installing mingle builds it where it can and records in ``_build.json`` what came of that; a module is
 imported only where the record says that it was built.  ``MINGLE_EXTENSION=0``, set before the first use,
-disables it.  Nothing here raises: a missing or broken extension costs speed on a GPU, never a result.
+disables it.  Nothing here raises: a missing or broken extension costs speed on a GPU, never a result, and one
+message says why.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 from functools import cache
 from pathlib import Path
@@ -17,12 +19,23 @@ from typing import Any
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 RECORD = Path(__file__).parents[1] / "_build.json"
 
 
 def load(device: torch.device) -> ModuleType | None:
-    """``mingle._C`` where its kernels can run on `device`, else None; decided once per device."""
-    return None if why_not(device) else _module()
+    """``mingle._C`` where its kernels can run on `device`, else None; decided and told once per device."""
+    reason = why_not(device)
+    if reason is None:
+        return _module()
+    _tell(device, reason)
+    return None
+
+
+@cache
+def _tell(device: torch.device, reason: str) -> None:
+    logger.info("small factorisations on %s are computed by plain torch: %s", device, reason)
 
 
 @cache

@@ -21,7 +21,7 @@ from mingle.ops.common import (
     kernels_of,
     share_of_a_token,
 )
-from mingle.ops.operands import LowRankOperands
+from mingle.ops.operands import LowRankOperands, dense
 
 
 def _gated_experts(
@@ -68,6 +68,7 @@ def _gated_experts(
             x.new_empty(0, len(A), dtype=wide(x)),
             x.new_empty(0, x.shape[1], dtype=wide(x)),
         )
+    bias, gate_bias, mask = dense(bias), dense(gate_bias), dense(mask)
     if gates is not None:
         # An operator's output may not be its input.
         gates = gates.clone(memory_format=torch.contiguous_format)
@@ -144,6 +145,7 @@ def _gated_experts_backward(
             dy.new_empty(0 if skip else len(dy) // group, experts - first, dtype=wide(dy)),
             dy.new_empty(len(dy) if need_u else 0, (experts - first) * rank),
         )
+    mask, hidden, z = dense(mask), dense(hidden), dense(z)
     kernels = kernels_of(backend)
     none = dy.new_empty(0, (experts - first) * rank)
     if skip and _routed(z, backend):

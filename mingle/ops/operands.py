@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
+
+Operand = TypeVar("Operand", Tensor, Tensor | None)
+
+
+def dense(tensor: Operand) -> Operand:
+    """The same values in row-major order without gaps, for kernels that get an address and no strides.
+
+    Every operator passes such operands through here before anything else.  What lies so is not copied.
+    """
+    return None if tensor is None else tensor.contiguous()
 
 
 class LayerTensors(NamedTuple):

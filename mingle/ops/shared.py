@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, islice, pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mingle.kernels.dtypes import wide
 from mingle.ops.common import Operator, gate_bias_gradient, gate_weight_gradient, kernels_of, share_of_a_token
-from mingle.ops.operands import SharedOperands
+from mingle.ops.operands import SharedOperands, dense
 
 
 def adjacent(tensors: Sequence[Tensor]) -> bool:
@@ -32,7 +33,9 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
     if not adjacent(tensors):
         return torch.cat(list(tensors))
-    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+    # not by the first one's own strides: those of a dimension of 1 say nothing
+    rows = sum(map(len, tensors)), *first.shape[1:]
+    return first.as_strided((prod(rows),), (1,)).view(rows)
 
 
 def _spans(sizes: Sequence[int]) -> list[slice]:
@@ -75,6 +78,7 @@ def _gated_experts_shared(
             x.new_empty(0, sum(experts), dtype=wide(x)),
             x.new_empty(0, x.shape[1], dtype=wide(x)),
         )
+    mask, biases = dense(mask), [dense(bias) for bias in biases]
     kernels = kernels_of(backend)
     hidden, z, pooled = kernels.shrink(
         x, stacked(As), stacked(gate_weights), stacked(gate_biases), None, mask, group, False
@@ -130,6 +134,7 @@ def _gated_experts_shared_backward(
     dz = torch.zeros_like(z)
     if len(dys[0]) == 0:
         return dys[0].new_empty(0, width), dz
+    mask, hidden, z = dense(mask), dense(hidden), dense(z)
     kernels = kernels_of(backend)
     dx: Tensor | None = None
     for dy, weight, A, B, gate_weight, span, first in zip(

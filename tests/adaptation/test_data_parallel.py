@@ -19,7 +19,8 @@ from mingle import MingleLinear
 from mingle.adaptation.optimizer import GateStep
 from mingle.adaptation.projector import RelaxedProjector
 
-rank, world, folder, broken = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "broken"
+rank, world, folder, case = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+broken = case == "broken"
 if world > 1:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
 torch.manual_seed(0)
@@ -31,8 +32,23 @@ for name, width in (("first", 6), ("second", 5)):
         layer.add_expert(torch.randn(2, width), torch.randn(5, 2))
     layers[name] = layer
 bases = {name: torch.linalg.qr(torch.randn(layer.in_features, 2)).Q for name, layer in layers.items()}
-step = GateStep(layers, 0.05, RelaxedProjector(bases))
 data = torch.randn(12, 8, 3, 6)
+if case == "wrapped":  # by DistributedDataParallel, which reduces gradients by itself
+    model = nn.Sequential(layers["first"], nn.Tanh(), layers["second"])
+    trained = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    projector = RelaxedProjector(bases)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for batch in data:
+        optimizer.zero_grad()
+        trained(batch.chunk(world)[rank]).square().mean().backward()
+        assert projector.apply_({name: layer.gate_weight.grad for name, layer in layers.items()})
+        optimizer.step()
+    gates = [gate.detach() for layer in layers.values() for gate in (layer.gate_weight, layer.gate_bias)]
+    torch.save({"gates": gates, "S": projector.interferences}, f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+    sys.exit()
+step = GateStep(layers, 0.05, RelaxedProjector(bases))
 skipped = 0
 for number, batch in enumerate(data):
     step.zero_grad()
@@ -59,8 +75,8 @@ if world > 1:
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="PyTorch without gloo",
 )
-@pytest.mark.parametrize("case", ["sound", "broken"])
-def test_two_processes_make_the_step_of_one(case, tmp_path: Path):
+@pytest.mark.parametrize("case", ["sound", "broken", "wrapped"])
+def test_projecting_after_the_all_reduce_makes_two_processes_step_as_one(case, tmp_path: Path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     runs = [(rank, world) for world in (1, 2) for rank in range(world)]
     commands = [

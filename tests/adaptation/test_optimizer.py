@@ -51,7 +51,7 @@ def test_a_step_is_projection_and_adam(rows):
 
 
 @pytest.mark.parametrize("where", ["weight", "bias", "loss"])
-def test_a_step_that_is_not_finite_changes_nothing(where):
+def test_a_non_finite_gradient_skips_the_step_and_leaves_the_interference_as_it_was(where):
     layers = layers_with_gates()
     step = GateStep(
         layers,

@@ -36,7 +36,7 @@ def test_bf16_products_with_fp32_gates(base_model, tuned_states, samples):
 
 
 @pytest.mark.parametrize("interval", [1, 4, 8])
-def test_steps_that_are_skipped_between_two_looks_are_named(
+def test_skipped_steps_are_reported_with_their_number_and_layer(
     base_model, samples, monkeypatch, caplog, interval
 ):
     monkeypatch.setattr(adapt, "_INTERVALS", {"cpu": interval})

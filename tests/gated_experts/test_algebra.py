@@ -70,7 +70,7 @@ def test_an_expert_is_the_sum_of_its_ranks(gates):
 @pytest.mark.parametrize("gates", ["token", "given token"])
 @pytest.mark.parametrize("zeros", ["none", "shuffled"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_token_that_is_not_finite_touches_no_other(gates, zeros, bad):
+def test_nan_in_one_token_stays_in_that_token(gates, zeros, bad):
     problem = make((3, 5), 16, 12, 4, 3, torch.float32, gates, zeros=zeros, needs={"x"})
     clean = problem.solve("grouped")
     problem.tensors["x"][1, 2] = bad

@@ -214,14 +214,43 @@ def test_given_gates_may_be_shared_along_any_dimension(backend, shape):
     torch.testing.assert_close(grad, expected_grad)
 
 
-def test_no_experts_is_bitwise_the_base():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_experts_is_bitwise_the_base(backend):
     p = problem(experts=0, dtype=torch.float32)
-    assert torch.equal(gated_experts(**p), torch.nn.functional.linear(p["x"], p["weight"], p["bias"]))
+    y = gated_experts(**p, backend=backend)
+    assert torch.equal(y, torch.nn.functional.linear(p["x"], p["weight"], p["bias"]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("experts", [1, 64])
+@pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
+def test_one_expert_and_sixty_four_are_the_formulas(backend, experts, reduce):
+    p = problem(experts=experts)
+    torch.testing.assert_close(gated_experts(**p, reduce=reduce, backend=backend), by_hand(p, reduce))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank", [0, 1, 3, 17])
+@pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
+def test_ranks_of_1_3_and_17_are_the_formulas(backend, rank, reduce):
+    p = problem(rank=rank)
+    torch.testing.assert_close(gated_experts(**p, reduce=reduce, backend=backend), by_hand(p, reduce))
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped"])
+@pytest.mark.parametrize("reduce", ["token", "batch"])  # low-rank, and folded
+def test_fp16_sums_accumulate_in_fp32(backend, reduce):
+    """Adding ones one by one, fp16 would stay at 2048."""
+    p = {name: torch.zeros_like(tensor) for name, tensor in problem((4, 8), 4096, 8, 1, 1).items()}
+    p |= dict(x=torch.ones(4, 8, 4096), A=torch.ones(1, 1, 4096), B=torch.ones(1, 8, 1))
+    p |= dict(weight=torch.ones(8, 4096), gate_bias=torch.ones(1))
+    y = gated_experts(**{name: tensor.half() for name, tensor in p.items()}, reduce=reduce, backend=backend)
+    assert torch.equal(y, torch.full((4, 8, 8), 8192, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0,)])
 @pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
-def test_zero_tokens(shape, reduce):
+def test_zero_tokens_give_an_empty_output_and_zero_gradients(shape, reduce):
     p = {name: tensor.requires_grad_() for name, tensor in problem(shape=shape).items()}
     y = gated_experts(**p, reduce=reduce)
     assert y.shape == (*shape, 6)
@@ -283,6 +312,57 @@ def test_bad_shapes_name_the_argument(change, message):
 def test_mixed_dtypes_and_devices_are_refused(change, message):
     with pytest.raises(TypeError, match=message):
         gated_experts(**(problem() | change))
+
+
+GATES = dict(gates=torch.rand(3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [*problem(), "mask", "gates"])
+def test_tensors_on_different_devices_are_both_named(name, backend):
+    p = problem() | dict(mask=torch.ones(3, 5, dtype=torch.bool)) | (GATES if name == "gates" else {})
+    p[name] = p[name].to("meta")
+    with pytest.raises(
+        TypeError, match="is on cpu, x on meta" if name == "x" else f"{name} is on meta, x on cpu"
+    ):
+        gated_experts(**p, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *product(("x", "weight", "bias", "A", "B"), (torch.float32, torch.int64)),
+        *product(("gate_weight", "gate_bias"), (torch.int64, torch.complex128)),
+        *product(("mask",), (torch.uint8, torch.int64, torch.float32)),
+        ("gates", torch.complex128),
+    ],
+)
+def test_mixed_dtypes_are_refused_by_name(name, dtype, backend):
+    p = problem() | dict(mask=torch.ones(3, 5, dtype=torch.bool)) | (GATES if name == "gates" else {})
+    p[name] = p[name].to(dtype)
+    with pytest.raises(TypeError, match=f"{name} has dtype|, {name} torch.float32:"):
+        gated_experts(**p, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
+def test_gates_of_other_dtypes_are_promoted_as_documented(backend, dtype, reduce):
+    p = problem()
+    exact = p | dict(
+        gate_weight=p["gate_weight"].to(dtype).double(), gate_bias=p["gate_bias"].float().double()
+    )
+    mixed = p | dict(gate_weight=p["gate_weight"].to(dtype), gate_bias=p["gate_bias"].float())
+    y = gated_experts(**mixed, reduce=reduce, backend=backend)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, by_hand(exact, reduce), rtol=1e-5, atol=1e-4)
+    one_hot = torch.nn.functional.one_hot(torch.tensor([3, 0, 2]), 4)
+    for gates in (one_hot, one_hot.bool(), one_hot.to(dtype)):
+        y, expected = (
+            gated_experts(**p, gates=given, backend=backend) for given in (gates, one_hot.double())
+        )
+        assert torch.equal(y, expected)
 
 
 def test_autocast():

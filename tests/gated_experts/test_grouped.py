@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from drawn_problems import GATES, LIMITS, make, problems
+from drawn_layers import shared_problems, strides_do_not_matter
+from drawn_problems import GATES, LIMITS, is_the_formula, make, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,22 +18,9 @@ from mingle.kernels import gemm
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(problems(), st.sampled_from(["auto", "grouped"]))
-def test_outputs_and_gradients_are_the_formulas(problem, backend):
-    exact, sizes, got, dtype = (
-        problem.exact(),
-        problem.sizes(),
-        problem.solve(backend),
-        problem.tensors["x"].dtype,
-    )
-    for name, value in exact.items():
-        tensor = problem.tensors.get(name, problem.tensors["x"])
-        assert got[name].dtype == tensor.dtype, name
-        assert got[name].shape == value.shape, name
-        # a term of dx is rounded four times (u, its gate, their product, the sum so far), each by half an eps
-        # at most, and with the few terms of these tensors nothing averages out
-        allowed = max(LIMITS[dtype] * float(value.norm()), 2 * torch.finfo(dtype).eps * sizes[name])
-        assert (got[name].double() - value).norm() <= allowed, name
+@given(problems(), st.sampled_from(["auto", "grouped", "eager"]))
+def test_outputs_and_gradients_are_the_formulas_whatever_the_strides(problem, backend):
+    is_the_formula(problem, backend)
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in LIMITS if dtype != torch.float64], ids=str)
@@ -151,6 +139,12 @@ def test_layers_that_share_their_input_give_what_each_alone_gives(reduce, frozen
     upstream = [problem.upstream for problem in problems]
     expected, got = (torch.autograd.grad(ys, leaves, upstream) for ys in (alone, shared))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(shared_problems(torch.float64), st.sampled_from(["auto", "grouped", "eager"]))
+def test_strides_of_layers_that_share_their_input_do_not_matter(problem, backend):
+    strides_do_not_matter(problem, backend)
 
 
 @pytest.mark.parametrize("library", gemm.LIBRARIES)

@@ -40,6 +40,7 @@ def arguments(
         return tensor.requires_grad_(needs and grad)
 
     gates = normal(tokens // group, experts, needs=True) if given else None
+    mask = (torch.arange(2 * tokens) % 3 != 1)[::2] if strided else torch.arange(tokens) % 3 != 1
     return (
         normal(tokens, d_in, needs=True),
         normal(d_out, d_in),
@@ -49,7 +50,7 @@ def arguments(
         None if given else normal(experts, d_in, needs=True),
         None if given else normal(experts, needs=True),
         gates,
-        torch.arange(tokens) % 3 != 1 if masked else None,
+        mask if masked else None,
     )
 
 
@@ -60,6 +61,7 @@ CASES = {
     "strided": dict(strided=True),
     "token gates": dict(group=1),
     "masked": dict(masked=True),
+    "strided and masked": dict(strided=True, masked=True),
     "given gates": dict(given=True),
     "half precision": dict(dtype=torch.bfloat16),
 }

@@ -11,9 +11,11 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 import torch
+from drawn_layers import SharedProblem, shared_problems, strides_do_not_matter
+from drawn_problems import is_the_formula, problems
+from guarded_launches import LAUNCHES, guard_bands
+from hypothesis import Phase, settings
 from hypothesis import given as drawn
-from hypothesis import settings
-from hypothesis import strategies as st
 from kernel_checks import (
     COMPACT,
     DTYPES,
@@ -26,15 +28,23 @@ from kernel_checks import (
     reductions,
     run,
 )
+from layouts import Layout, dense
+from problems import Problem
 from torch import Tensor
 from triton.runtime import interpreter
 
+from mingle import ops
 from mingle.functional import LayerTensors, gated_experts_shared
 from mingle.kernels.gated_experts import fold
 from mingle.kernels.gated_experts import triton as gated_experts
 from mingle.ops import dispatch
 
 pytestmark = pytest.mark.interpret
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_nan_guard_bands_around_every_tensor_stay_whole_at_widths_that_fill_no_block(name: str) -> None:
+    guard_bands(name)
 
 
 @pytest.mark.parametrize("name", COMPACT)
@@ -67,6 +77,21 @@ def test_experts_are_right_without_a_base_to_hide_behind(dtype: torch.dtype, red
 )  # fmt: skip
 def test_any_number_of_experts_of_any_rank(dtype: torch.dtype, experts: int, rank: int, reduce: str) -> None:
     accurate(problem((2, 4), d_in=20, d_out=24, experts=experts, rank=rank, dtype=dtype), reduce=reduce)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 17])
+@reductions
+def test_ranks_of_1_3_and_17_are_the_formulas(rank: int, reduce: str) -> None:
+    accurate(problem((2, 5), rank=rank), reduce=reduce)
+
+
+@pytest.mark.parametrize("reduce", ["token", "batch"])  # low-rank, and folded
+def test_fp16_sums_accumulate_in_fp32(reduce: str) -> None:
+    p = {name: torch.zeros_like(value) for name, value in problem((2, 17), 4096, 17, 1, 1).items()}
+    p |= dict(x=torch.ones(2, 17, 4096), A=torch.ones(1, 1, 4096), B=torch.ones(1, 17, 1))
+    p |= dict(weight=torch.ones(17, 4096), gate_bias=torch.ones(1))
+    y = run({name: value.half() for name, value in p.items()}, "triton", None, (), reduce=reduce)["y"]
+    assert torch.equal(y, torch.full((2, 17, 17), 8192, dtype=torch.float16))  # in fp16 ones add up to 2048
 
 
 @dtypes
@@ -105,7 +130,7 @@ def test_padding_that_is_not_finite_reaches_no_gradient(dtype: torch.dtype, redu
 @dtypes
 @reductions
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0,)], ids=str)
-def test_no_tokens_give_no_output_and_zero_gradients(
+def test_zero_tokens_give_an_empty_output_and_zero_gradients(
     dtype: torch.dtype, reduce: str, shape: tuple[int, ...]
 ) -> None:
     p = problem(shape, dtype=dtype)
@@ -126,45 +151,55 @@ def test_a_summed_output_sends_back_a_gradient_with_strides_of_zero(
         accurate(problem(shape, dtype=dtype), dy=None, reduce=reduce)
 
 
-LAYOUTS = {
-    "plain": lambda t: t,
-    "transposed": lambda t: t.transpose(0, -2).contiguous().transpose(0, -2),
-    "columns first": lambda t: t.mT.contiguous().mT,
-    "expanded": lambda t: t[:1].expand(t.shape),
-    "sliced": lambda t: torch.stack([t, torch.full_like(t, math.nan)], -1)[..., 0],
-    "offset": lambda t: torch.cat([torch.full_like(t, math.nan), t], -1)[..., t.shape[-1] :],
+# shrinking a failure would take minutes in the interpreter
+drawing = settings(phases=[Phase.generate], deadline=None, derandomize=True, database=None)
+
+
+@settings(drawing, max_examples=150)
+@drawn(problems(DTYPES, widest=40))
+def test_strides_and_shapes_of_every_argument_do_not_matter(problem: Problem) -> None:
+    is_the_formula(problem, "triton")
+
+
+@settings(drawing, max_examples=12)
+@drawn(shared_problems(torch.float32))
+def test_strides_of_layers_that_share_their_input_do_not_matter(problem: SharedProblem) -> None:
+    strides_do_not_matter(problem, "triton")
+
+
+MASKS = {
+    "expanded": torch.tensor([[True, *[False] * 5]])[:, :1].expand(1, 6),
+    "every other": torch.tensor([[True, False, True, True, False, True] * 2])[:, ::2],
+    "columns first": torch.tensor([[True, True], [False, True], [True, False]]).mT,
 }
-layouts = st.sampled_from(sorted(LAYOUTS))
 
 
-def test_layouts_differ_from_the_plain_one() -> None:
-    t = torch.randn(3, 4, 5)
-    views = [layout(t) for layout in LAYOUTS.values()]
-    assert len({(*view.stride(), view.storage_offset()) for view in views}) == len(LAYOUTS)
+@pytest.mark.parametrize("reduce", ["sample", "batch"])
+@pytest.mark.parametrize("layout", MASKS)
+def test_a_mask_may_be_expanded_sliced_or_transposed(reduce: str, layout: str) -> None:
+    strided = MASKS[layout]
+    p = problem(tuple(strided.shape))
+    expected = run(p, "triton", None, reduce=reduce, mask=strided.contiguous())
+    for name, got in run(p, "triton", None, reduce=reduce, mask=strided).items():
+        assert torch.equal(got, expected[name]), name
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@drawn(
-    reduce=st.sampled_from(REDUCTIONS),
-    dtype=st.sampled_from(DTYPES),
-    masked=st.booleans(),
-    base=st.booleans(),
-    shape=st.sampled_from([(2, 3), (3, 7), (2, 2, 4)]),
-    widths=st.tuples(st.integers(2, 40), st.integers(2, 40)),
-    experts=st.integers(1, 6),
-    rank=st.integers(1, 20),
-    strides=st.fixed_dictionaries(dict.fromkeys(("x", "dy", "weight", "A", "B", "gate_weight"), layouts)),
+@pytest.mark.parametrize(
+    "lies", [Layout(expanded=frozenset({-1})), Layout((-4, -3, -1, -2), (1, 1, 2, 2), 3)]
 )
-def test_strides_and_shapes_do_not_matter(
-    reduce, dtype, masked, base, shape, widths, experts, rank, strides
-) -> None:
-    p = problem(shape, *widths, experts, rank, dtype, base=base)
-    dy = torch.randn(*shape, widths[1], generator=torch.Generator().manual_seed(4)).to(dtype)
-    p |= {name: LAYOUTS[strides[name]](p[name]) for name in strides if name != "dy"}
-    # Four times: among many small problems some come out of eager's order of summation better by chance.
-    accurate(
-        p, LAYOUTS[strides["dy"]](dy), times=4, reduce=reduce, mask=random_mask(*shape) if masked else None
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_backward_operator_takes_what_was_saved_with_any_strides(lies: Layout, skip: bool) -> None:
+    p = problem((6,))
+    mask = torch.tensor([True, False, True, True, False, True])
+    dy, hidden, z = torch.randn(6, 20), torch.randn(6, 12), torch.randn(2, 3)
+    gates = [None, None] if skip else [p["gate_weight"], mask]  # only given gates are skipped
+    tensors = [dy, p["weight"], p["A"], p["B"], *gates, hidden, z]
+    strided = [None if tensor is None else lies.of(tensor) for tensor in tensors]
+    plain = [None if tensor is None else dense(tensor) for tensor in strided]
+    got, expected = (
+        ops.gated_experts_backward(*saved, 3, 0, True, True, skip, "triton") for saved in (strided, plain)
     )
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("reduce", ["token", "sample"])
@@ -267,6 +302,28 @@ def test_rows_may_be_further_apart_than_32_bits_count(tmp_path: Path) -> None:
     assert torch.equal(
         y, gated_experts.expand(near[0], p["weight"], p["bias"], *right[:1], p["B"].mT, right[1], 1, False)
     )
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("name", ["weight", "A", "B", "gate_weight"])
+def test_factors_may_span_more_than_two_to_the_thirty_one_elements(
+    name: str, dim: int, tmp_path: Path
+) -> None:
+    p = problem((2, 7), dtype=torch.float16)
+    near = p[name]
+    inner = near.shape[-3 - dim]
+    apart = 2**31 // (near.shape[dim] - 1) + len(near) * inner
+    strides = [inner] * (near.dim() - 2) + ([apart, 1] if dim == -2 else [1, apart])
+    try:
+        storage = torch.from_file(str(tmp_path / "far"), shared=True, size=2**32, dtype=torch.float16)
+    except RuntimeError as error:
+        pytest.skip(f"no sparse file: {error}")
+    (tmp_path / "far").unlink()  # stays mapped; its size would count in listings and quotas
+    far = storage.as_strided(near.shape, strides).copy_(near)
+    with mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", autospec=True):
+        for reduce in ("sample", "batch"):  # which folds
+            got, expected = (run(q, "triton", None, ("x",), reduce=reduce) for q in (p | {name: far}, p))
+            assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
 @dtypes

@@ -41,6 +41,7 @@ def build(folder: Path, *command: str, **environment: str) -> subprocess.Complet
         capture_output=True,
         text=True,
         check=False,
+        timeout=500,
     )
 
 
@@ -103,6 +104,31 @@ def test_without_a_tool_it_is_left_out(tool: str, words: str, checkout: Path, tm
     done = build(checkout, PATH=str(programs), CUDACXX=compiler(tmp_path, "exit 0"), PYTHONPATH=str(checkout))
     assert done.returncode == 0, done.stderr
     assert words in record(checkout)["reason"]
+
+
+def test_a_stale_build_lock_never_hangs(checkout: Path, tmp_path: Path) -> None:
+    """Those that an interrupted build left behind, here or where torch compiles extensions, are not read."""
+    extensions = tmp_path / "torch_extensions"
+    for folder in (extensions / "mingle", checkout / "build", tmp_path / "mingle-build-old"):
+        folder.mkdir(parents=True)
+        for name in ("lock", ".ninja_lock", ".ninja_log"):
+            (folder / name).touch()
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    # cmake, which waits forever unless its build folder is empty, and then fails
+    waits = """while [ "$1" != -B ]; do shift; done
+[ -z "$(/bin/ls -A "$2")" ] || /bin/sleep 1000
+echo nothing was locked; exit 1"""
+    for name, script in (("ninja", "exit 0"), ("cmake", waits)):
+        compiler(programs, script)
+        (programs / "nvcc").rename(programs / name)
+    tools = dict(PATH=str(programs), CUDACXX=compiler(tmp_path, "echo compute_90"), TMPDIR=str(tmp_path))
+    done = build(checkout, **tools, TORCH_EXTENSIONS_DIR=str(extensions))
+    assert done.returncode == 0, done.stderr
+    assert "nothing was locked" in record(checkout)["reason"]
+    code = "from mingle.ops import extension; print(extension.summary())"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(extensions)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, timeout=100, check=True)
 
 
 needs_cmake = pytest.mark.skipif(

@@ -62,6 +62,23 @@ def test_only_the_newest_gate_trains():
     assert not torch.equal(layer.gate_weight, newest)
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("everything", [False, True], ids=["trainable parameters", "all parameters"])
+def test_frozen_gates_stay_bitwise_under_momentum_and_weight_decay(name, everything):
+    layer = grown()
+    frozen = [layer.frozen_gate_weight, layer.frozen_gate_bias]
+    before, newest = [gate.detach().clone() for gate in frozen], layer.gate_weight.detach().clone()
+    parameters = [p for p in layer.parameters() if everything or p.requires_grad]
+    options = {} if name.startswith("Adam") else dict(momentum=0.9)
+    optimizer = getattr(torch.optim, name)(parameters, lr=0.1, weight_decay=0.1, **options)
+    for _ in range(5):
+        optimizer.zero_grad()
+        layer(torch.randn(4, 5, 8)).square().sum().backward()
+        optimizer.step()
+    assert all(torch.equal(gate, was) for gate, was in zip(frozen, before, strict=True))
+    assert not torch.equal(layer.gate_weight, newest)
+
+
 def test_adding_an_expert_keeps_the_trained_gate():
     layer = grown(1)
     with torch.no_grad():
@@ -91,7 +108,7 @@ def test_new_gates_are_drawn_with_the_published_deviation():
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_behave_alike(clone):
+def test_deepcopy_and_pickle_make_layers_that_behave_alike(clone):
     layer, x = grown(), torch.randn(2, 3, 8)
     other = clone(layer)
     assert torch.equal(other(x), layer(x))
@@ -116,6 +133,12 @@ def test_bad_experts_are_refused():
         layer.add_expert(torch.randn(2, 7), torch.randn(6, 2))
     with pytest.raises(ValueError, match="gate_weight has shape"):
         layer.add_expert(torch.randn(2, 8), torch.randn(6, 2), gate_weight=torch.zeros(7))
+    with pytest.raises(RuntimeError):
+        layer.add_expert(torch.randn(2, 8), torch.randn(6, 2), gate_bias=torch.zeros(2))
+    before = layer.state_dict()
+    with pytest.raises(NotImplementedError, match="meta"):
+        layer.add_expert(torch.randn(2, 8), torch.randn(6, 2, device="meta"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
     with pytest.raises(ValueError, match="reduce='mean'"):
         MingleLinear.from_linear(nn.Linear(2, 2), "mean")
     assert layer.num_experts == 3

@@ -177,6 +177,10 @@ def test_stacked_experts_in_one_buffer_are_not_copied():
     assert stacked([whole[:2], whole[2:3], whole[3:]]).data_ptr() == whole.data_ptr()
     apart = stacked([whole[:2], whole[3:]])
     assert apart.data_ptr() != whole.data_ptr() and torch.equal(apart, torch.cat([whole[:2], whole[3:]]))
+    # single experts are contiguous whatever the stride between experts
+    one, other = whole[0:2:2], whole[1:3:2]
+    assert one.stride() == (48, 8, 1) and one.is_contiguous()
+    assert torch.equal(stacked([one, other]), whole[:2])
 
 
 def test_the_experts_of_siblings_move_into_one_buffer():

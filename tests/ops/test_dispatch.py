@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -135,6 +138,55 @@ def test_a_missing_package_is_named_before_anything_else(monkeypatch):
         RuntimeError, match="backend='triton' cannot run: the package triton is not installed"
     ):
         gated_experts(**problem(2, 3), backend="triton")
+
+
+BARE = """
+import logging, sys
+sys.modules["triton"] = None  # an import of it fails
+logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s", stream=sys.stdout)
+import torch, mingle
+assert not torch.cuda.is_available()
+layer = mingle.MingleLinear.from_linear(torch.nn.Linear(4, 3))
+layer.add_expert(torch.randn(1, 4), torch.randn(3, 1))
+for dtype in (torch.float32, torch.float64):
+    layer.to(dtype)(torch.randn(2, 5, 4, dtype=dtype)).sum().backward()
+    mingle.linalg.svd_lowrank(torch.randn(40, 30, dtype=dtype), 2)
+layer.to(torch.float32).backend = "triton"
+M = torch.randn(5, 4)
+for call in (lambda: layer(M), lambda: mingle.linalg.svd_lowrank(M, 2, backend="extension")):
+    try:
+        call()
+    except RuntimeError as error:
+        print("raised", error)
+"""
+
+
+def test_without_triton_compiler_or_gpu_import_works_and_one_message_gives_the_reason(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run(
+        [sys.executable, "-c", BARE],
+        env=environment | {"PATH": str(tmp_path), "CUDA_HOME": "", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    told, *raised = found.stdout.splitlines()
+    reason = "the package triton is not installed"
+    assert told == (
+        f"mingle.ops.dispatch backend='auto' computes with dense products instead of the kernels: {reason}"
+    )
+    assert raised[0] == f"raised backend='triton' cannot run: {reason}"
+    assert raised[1].startswith("raised backend='extension' cannot run: ") and len(raised) == 2
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_auto_says_once_what_keeps_it_from_the_kernels_of_a_gpu(triton, monkeypatch, caplog):
+    installed(monkeypatch, triton)
+    dispatch._tell.cache_clear()
+    for _ in range(3):
+        dispatch.plan("auto", OnGpu((50, 768), torch.float64), 1, 768, 1280)
+    assert [record.levelname for record in caplog.records] == ([] if triton else ["WARNING"])
 
 
 # ---- the cost model

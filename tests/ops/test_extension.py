@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from layouts import layouts
 
 from mingle.cli import main
 from mingle.ops import extension, small_kernels
@@ -21,7 +25,7 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MINGLE_EXTENSION", raising=False)
-    caches = (extension.why_not, extension._record, extension._module)
+    caches = (extension.why_not, extension._record, extension._module, extension._tell)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -64,6 +68,17 @@ def test_no_record(tmp_path, monkeypatch):
     assert extension.load(GPU) is None
 
 
+def test_what_replaces_it_is_said_once(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(extension, "RECORD", tmp_path / "_build.json")
+    for _ in range(3):
+        assert extension.load(GPU) is None
+    (message,) = caplog.messages
+    assert message.startswith(
+        "small factorisations on cuda:0 are computed by plain torch: mingle._C was not built"
+    )
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '"built"'])
 def test_a_record_that_cannot_be_read(text, tmp_path, monkeypatch):
     write(tmp_path, monkeypatch, text)
@@ -100,7 +115,7 @@ def test_a_gpu_that_some_code_fits(capability, tmp_path, monkeypatch):
     assert extension.summary() == "built for sm_80, sm_90, sm_100 by CUDA 13.0.88"
 
 
-def test_a_gpu_that_no_code_fits(tmp_path, monkeypatch):
+def test_a_gpu_that_no_code_fits_is_named_beside_the_built_architectures(tmp_path, monkeypatch):
     built(tmp_path, monkeypatch, (7, 5))
     reason = "mingle._C was built for sm_80, sm_90, sm_100; this GPU is sm_75"
     assert extension.why_not(GPU) == reason
@@ -135,6 +150,37 @@ def test_env_prints_it(tmp_path, monkeypatch, capsys):
     assert (
         "extension     mingle._C was left out when mingle was installed: [no] nvcc" in capsys.readouterr().out
     )
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(layouts, layouts, layouts)
+def test_the_kernels_find_the_values_of_strided_tensors(gram_lies, matrix_lies, sigma_lies):
+    """What lies at the addresses, with the sizes and strides that `mingle._C` is told, is what was given."""
+
+    def at(address, strides, *sizes):
+        reach = 1 + sum(stride * (size - 1) for stride, size in zip(strides, sizes, strict=True))
+        memory = (ctypes.c_double * reach).from_address(address)
+        found.append(torch.frombuffer(memory, dtype=torch.float64).as_strided(sizes, strides).clone())
+
+    found: list[torch.Tensor] = []
+    recorder = SimpleNamespace(
+        cholesky_inverse=lambda gram, b, n, *_: at(gram, (n * n, n, 1), b, n, n),
+        small_eigh=lambda gram, b, n, *_: at(gram, (n * n, n, 1), b, n, n),
+        rescale=lambda M, strides, single, b, m, n, *_: at(M, strides, b, m, n),
+        effective_rank=lambda sigma, b, k, *_: at(sigma, (k, 1), b, k),
+        rescale_workspace=lambda batch, m, n: 24 * batch,
+    )
+    G = gram_lies.of(torch.arange(18, dtype=torch.float64).view(2, 3, 3))
+    M = matrix_lies.of(torch.arange(24, dtype=torch.float64).view(2, 3, 4))
+    sigma = sigma_lies.of(torch.arange(6, dtype=torch.float64).view(2, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "load", lambda device: recorder)
+        patch.setattr(small_kernels, "_queue", lambda tensor: (0, 0))
+        small_kernels.cholesky_inverse(G, 1e-9, torch.float64)
+        small_kernels.small_eigh(G)
+        small_kernels.rescale(M)
+        small_kernels.effective_rank(sigma)
+    assert all(torch.equal(a, b) for a, b in zip(found, (G, G, M, sigma), strict=True))
 
 
 def test_the_kernels_receive_what_the_tensors_hold(monkeypatch):

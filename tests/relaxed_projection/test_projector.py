@@ -7,6 +7,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from projector_checks import laid_out_steps, strides_do_not_matter
 
 from mingle.adaptation.projector import RelaxedProjector
 
@@ -80,7 +83,7 @@ def test_relaxation_lets_go_where_interference_stays():
     assert projector.strength()["0"][1] == pytest.approx(1)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(caplog):
+def test_a_non_finite_gradient_changes_nothing_and_its_layer_is_reported(caplog):
     U = bases((5, 2), (5, 1))
     projector = RelaxedProjector({"good": U[0], "bad": U[1]})
     grads = {"good": torch.randn(1, 5, **D64), "bad": torch.full((1, 5), float("nan"), **D64)}
@@ -148,12 +151,71 @@ def test_state_dict_round_trip_continues_alike():
     assert torch.equal(grads[0], other[0])
 
 
-def test_mismatches_are_refused():
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(laid_out_steps(torch.float64), st.sampled_from(["auto", "grouped", "eager"]))
+def test_strides_of_bases_and_gradients_do_not_matter(problem, backend):
+    strides_do_not_matter(*problem, backend)
+
+
+def test_an_expanded_gradient_is_refused_with_its_strides_before_anything_changes():
+    projector = RelaxedProjector({"a": bases((5, 2))[0], "b": bases((5, 2))[0]})
+    whole = torch.randn(2, 5, **D64)
+    kept = whole.clone()
+    expanded = torch.randn(1, 5, **D64).expand(2, 5)
+    with pytest.raises(ValueError, match=r"'b': elements of the gradient \[2, 5\] with strides \[0, 1\]"):
+        projector.apply_({"a": whole, "b": expanded})
+    with pytest.raises(ValueError, match=r"strides \[2, 1\]"):
+        projector.apply_({"a": whole, "b": torch.randn(8, **D64).unfold(0, 5, 2)})
+    assert torch.equal(whole, kept) and not projector.interferences.any()
+    assert projector.apply_({"a": whole, "b": expanded.clone()})
+
+
+def test_tensors_on_different_devices_are_named():
+    U = bases((5, 2), (5, 2))
+    with pytest.raises(TypeError, match="layer '1': basis is on meta, layer '0': basis on cpu"):
+        RelaxedProjector([U[0], U[1].to("meta")])
+    projector = RelaxedProjector(U)
+    with pytest.raises(TypeError, match="layer '1': gradient is on meta, the projector on cpu"):
+        projector.apply_([torch.zeros(1, 5, **D64), torch.zeros(1, 5, **D64, device="meta")])
+    layout = projector.layout({"0": 1, "1": 1})
+    with pytest.raises(
+        TypeError, match="gradients are torch.float64 on meta, the bases torch.float64 on cpu"
+    ):
+        projector.project_(torch.zeros(10, **D64, device="meta"), layout)
+
+
+def test_other_dtypes_are_projected_in_that_of_the_bases_and_written_back_in_their_own():
+    U = bases((6, 2))
+    for half in (torch.float16, torch.bfloat16):
+        projector = RelaxedProjector([U[0].to(half)])
+        assert projector.bases.dtype == projector.interferences.dtype == torch.float32
+        grad, other = torch.randn(2, 6).to(half), torch.zeros(2, 6, dtype=half)
+        grad[1] = 0  # whose norm + 1e-12 would be 0 in fp16
+        expected = grad.float()
+        RelaxedProjector([U[0].to(half).float()]).apply_([expected])
+        assert projector.apply_([grad]) and grad.dtype == half
+        assert torch.equal(grad, expected.to(half)) and projector.interferences.isfinite().all()
+        assert projector.apply_([other])
+    with pytest.raises(TypeError, match="layer '0': gradient has dtype torch.int64"):
+        RelaxedProjector(U).apply_([torch.zeros(1, 6, dtype=torch.int64)])
+    with pytest.raises(TypeError, match="layer '0': basis has dtype torch.int64"):
+        RelaxedProjector([torch.ones(6, 1, dtype=torch.int64)])
+
+
+def test_an_overflow_in_the_bases_dtype_is_reported_with_its_layer(caplog):
+    projector = RelaxedProjector({"small": torch.eye(3)[:, :1], "large": torch.eye(3)[:, :1]})
+    assert not projector.apply_({"small": torch.ones(1, 3), "large": torch.full((1, 3), 1e300, **D64)})
+    assert "large" in caplog.text and "small" not in caplog.text
+
+
+def test_a_shape_that_does_not_fit_its_basis_raises():
     projector = RelaxedProjector(bases((5, 2)))
     with pytest.raises(ValueError, match=r"layer '0': gradient has shape \[1, 4\], expected \[n, 5\]"):
         projector.apply_([torch.zeros(1, 4)])
     with pytest.raises(ValueError, match="'1'"):
         projector.apply_([torch.zeros(1, 5), torch.zeros(1, 5)])
-    for wrong in (dict(beta=1.0), dict(gamma=-1.0)):
+    with pytest.raises(ValueError, match=r"gradients has shape \[4\], expected \[5\]"):
+        projector.project_(torch.zeros(4, **D64), projector.layout({"0": 1}))
+    for wrong in (dict(beta=1.0), dict(gamma=-1.0), dict(gamma=math.inf), dict(gamma=math.nan)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             RelaxedProjector(bases((5, 2)), **wrong)

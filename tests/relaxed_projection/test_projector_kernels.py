@@ -10,8 +10,10 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 import torch
 from guards import Guard
+from hypothesis import given, settings
 from mutants import Mutation, applied
-from projector_checks import projected_steps
+from projector_checks import laid_out_steps, projected_steps, strides_do_not_matter
+from torch import Tensor
 
 from mingle.adaptation.projector import RelaxedProjector
 from mingle.kernels.relaxed_projection import triton as relaxed_projection
@@ -27,6 +29,25 @@ def test_many_steps_over_layers_of_all_shapes(rows: int, gamma: float) -> None:
 
 def test_one_layer_with_more_directions_than_a_tile_has_rows() -> None:
     projected_steps([(90, 70)], 1, 1.0)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(laid_out_steps(torch.float32))
+def test_strides_of_bases_and_gradients_do_not_matter(
+    problem: tuple[list[Tensor], list[list[Tensor]]],
+) -> None:
+    strides_do_not_matter(*problem, "triton")
+
+
+def test_flat_gradients_may_have_gaps() -> None:
+    projector = RelaxedProjector([torch.linalg.qr(torch.randn(20, 3)).Q], backend="triton")
+    layout = projector.layout({"0": 2})
+    gaps = torch.randn(2 * layout.size)
+    kept, flat = gaps[1::2].clone(), gaps[::2].clone()
+    projector.project_(gaps[::2], layout)
+    projector.interferences.zero_()
+    projector.project_(flat, layout)
+    assert torch.equal(gaps[::2], flat) and torch.equal(gaps[1::2], kept)
 
 
 def test_nothing_is_read_or_written_beyond_the_tensors() -> None:
