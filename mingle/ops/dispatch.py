@@ -81,10 +81,9 @@ def _tell(device: str, reason: str | None) -> None:
 
 
 def _cheapest(x: torch.Tensor, d_out: int, columns: int) -> str:
-    reason = without_triton(x.device, x.dtype)
-    if x.device.type != "cuda" or reason is not None:
-        if not torch.compiler.is_compiling():
-            _tell(x.device.type, reason)
+    if x.device.type != "cuda" or without_triton(x.device, x.dtype) is not None:
+        if not torch.compiler.is_compiling():  # a tracer follows neither caches nor logs
+            _tell(x.device.type, without_triton(x.device, x.dtype))
         return "grouped"
     costs = {
         backend: seconds(backend, x.shape[0], x.shape[1], d_out, columns, x.element_size())

@@ -47,10 +47,8 @@ def _gated_experts_folded(
         assert gate_weight is not None and gate_bias is not None
         z, pooled = grouped.pooled_gates(x, gate_weight, gate_bias, mask, len(x))
     else:
-        pooled, z = (
-            x.new_empty(0, x.shape[1], dtype=wide(x)),
-            gates.clone(memory_format=torch.contiguous_format),
-        )
+        pooled = x.new_empty(0, x.shape[1], dtype=wide(x))
+        z = gates.clone(memory_format=torch.contiguous_format)
     folded = kernels_of(backend, "fold").fold(weight, A, B, z[0])
     return gemm.linear(x, folded, bias), folded, z, pooled
 

@@ -12,7 +12,7 @@ Operand = TypeVar("Operand", Tensor, Tensor | None)
 def dense(tensor: Operand) -> Operand:
     """The same values in row-major order without gaps, for kernels that get an address and no strides.
 
-    Every operator passes such operands through here before anything else.  What lies so is not copied.
+    An operator passes them through here before it calls a kernel.  What lies so already is not copied.
     """
     return None if tensor is None else tensor.contiguous()
 
