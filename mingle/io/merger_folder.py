@@ -12,6 +12,7 @@ manifest on disk names is there.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -275,7 +276,7 @@ def load(folder: Path) -> Saved:
     manifest = read_manifest(folder)
     for entry in _files(manifest):
         path = contained(folder, entry["file"])
-        if not path.is_file():
+        if not os.path.isfile(path):  # also for a name that no file can have
             raise CheckpointError(f"{path}: missing, although the manifest names it")
         size = path.stat().st_size
         if size != entry["bytes"]:

@@ -22,7 +22,7 @@ from mingle.methods.routed import Routed
 from mingle.methods.task_arithmetic import TaskArithmetic
 from mingle.methods.ties import Ties
 from mingle.methods.wemoe import Wemoe
-from mingle.options import nearest
+from mingle.options import nearest, shown
 
 METHODS: dict[str, type[MergeMethod]] = {
     method.name: method
@@ -53,7 +53,8 @@ def get(name: str) -> type[MergeMethod]:
         ValueError: an unknown name; the message names the nearest known one.
     """
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; known are {', '.join(METHODS)}")
+        known = ", ".join(METHODS)
+        raise ValueError(f"unknown method {shown(name)}{nearest(name, METHODS)}; known are {known}")
     return METHODS[name]
 
 

@@ -104,7 +104,9 @@ def test_adaptation_brings_the_student_closer_and_touches_only_gates(base_model,
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
 
 
-def test_a_loss_that_is_nan_for_three_steps_stops_and_the_last_good_gates_stay(base_model, tuned_states, samples):
+def test_a_loss_that_is_nan_for_three_steps_stops_and_the_last_good_gates_stay(
+    base_model, tuned_states, samples
+):
     model, layers, _ = prepared(base_model, tuned_states[0])
     before = [layer.gate_weight.clone() for layer in layers.values()]
     loss = distillation(lambda _: torch.full((24, 5), float("nan")), 2.0)

@@ -164,6 +164,17 @@ def test_a_shard_s_long_name_is_shortened(tmp_path: Path) -> None:
     assert len(refusal(write_index(tmp_path, {"a": "x" * 100_000}), "is missing")) < 1000
 
 
+#: of the fuzzer's: numbers of cases that were defects once
+FOUND = {"manifests": [84, 7247, 83197], "bases": [1308, 1494], "indexes": [509]}
+
+
+@pytest.mark.parametrize("target", FOUND)
+def test_what_the_fuzzer_found_is_refused(target: str) -> None:
+    for case in FOUND[target]:
+        report = run(target, range(case, case + 1))
+        assert report.defects == {} and report.outcomes["read"] == 0
+
+
 HOSTILE_CONFIGS = {
     "layers without end": ({"num_hidden_layers": 10**9}, "the checkpoint has .* tensors"),
     "labels without end": ({"num_labels": 10**9}, "num_labels=1000000000: expected at most 100000"),
