@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 #: of one JSON text, and how many values are in it: the largest models have a few megabytes and a hundred
 #: thousand values in one, and whatever is within these limits takes less than 200 MB of memory
-MAX_JSON_BYTES, _MAX_JSON_VALUES = 16_000_000, 600_000
+MAX_JSON_BYTES, MAX_JSON_VALUES = 16_000_000, 600_000
 #: how a file begins that stands for one which git has not fetched
 LFS_POINTER = b"version https://git-lfs"
 _SPARE_BYTES = 16 << 20
@@ -85,17 +85,18 @@ def write_copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(original, file)
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, max_values: int = MAX_JSON_VALUES) -> Any:
     """Parse a UTF-8 JSON file.
 
     Raises:
-        CheckpointError: a duplicate key, a syntax error (with its line), or more than `max_bytes`.
+        CheckpointError: a duplicate key, a syntax error (with its line), or more than `max_bytes` or
+            `max_values`.
     """
     with naming(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise CheckpointError(f"{path}: expected at most {max_bytes} bytes of JSON, found {size}")
-        return parse_json(file.read(size), str(path))
+        return parse_json(file.read(size), str(path), max_values)
 
 
 def sha256(path: Path) -> str:
@@ -289,11 +290,11 @@ def refuse_lfs_pointer(data: bytes, where: str) -> None:
         )
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def parse_json(data: bytes, where: str, max_values: int = MAX_JSON_VALUES) -> Any:
     refuse_lfs_pointer(data, where)
     # Some of these bytes may be inside strings; there are not that many in any that we read.
-    if (values := sum(map(data.count, (b",", b"[", b"{")))) > _MAX_JSON_VALUES:
-        raise CheckpointError(f"{where}: expected at most {_MAX_JSON_VALUES} JSON values, found {values}")
+    if (values := sum(map(data.count, (b",", b"[", b"{")))) > max_values:
+        raise CheckpointError(f"{where}: expected at most {max_values} JSON values, found {values}")
     try:
         return json.loads(data.decode(), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:

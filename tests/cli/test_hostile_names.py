@@ -43,7 +43,7 @@ SHOWN = FOLDER.replace("\x1b", "\\x1b")
 
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(output.console, "_width", 400)
 
 
 @pytest.fixture
@@ -265,6 +265,7 @@ def test_reproduce_shows_labels_in_table_and_markdown(tmp_path, capsys):
 
 def test_progress_and_log_show_them(capsys, monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # of the tests themselves
+    monkeypatch.setattr(output.console, "_width", 400)
     output.set_up()
     with bars(1) as observer:
         observer.merging("average", 0, 0, ["[bold]t[/] \x1b[2J"])

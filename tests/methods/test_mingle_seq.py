@@ -86,6 +86,9 @@ def test_a_run_asks_for_chains_and_whole_training_data(base_model, tuned_states,
             asked.append(("seeds", name, whole))
             return samples[NAMES.index(name)]
 
+        def shortage(self, name):
+            return ""
+
         def expert(self, name, after=()):
             asked.append(("expert", name, tuple(after)))
             return tuned_states[NAMES.index(name)]

@@ -176,7 +176,7 @@ def test_refused_files(base, saved, tmp_path):
     outside = tmp_path / "outside.safetensors"
     weights.rename(outside)
     # other weights beside it are not looked at
-    (saved / "model.safetensors").write_bytes(outside.read_bytes())
+    (saved / "other.safetensors").write_bytes(outside.read_bytes())
     with pytest.raises(CheckpointError, match=f"{saved}: no adapter_model.safetensors"):
         mingle.read_adapter(saved)
     (saved / "adapter_model.bin").write_bytes(b"never read")
