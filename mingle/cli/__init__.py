@@ -29,7 +29,7 @@ from mingle.cli import (
     reproduce,
 )
 from mingle.cli.arguments import LiteralParser
-from mingle.merging.merger import NonFiniteMerge
+from mingle.merging.finite import NonFiniteMerge
 from mingle.ops.dispatch import BackendUnavailable
 
 _COMMANDS = (demo, reproduce, merge, check, add, evaluate, inspect, export, report, bench, env)

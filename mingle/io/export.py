@@ -15,7 +15,6 @@ from mingle.io.files import (
     CheckpointError,
     contained,
     free_space,
-    lock,
     naming,
     read_json,
     rename,
@@ -24,6 +23,7 @@ from mingle.io.files import (
     write_json,
     write_text,
 )
+from mingle.io.locks import lock
 from mingle.io.safetensors import write_tensors
 from mingle.io.state_dicts import first_names
 

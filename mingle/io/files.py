@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -12,11 +11,9 @@ import os
 import re
 import secrets
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO
 
@@ -40,10 +37,6 @@ class CheckpointError(ValueError):
 
     The message names the file, and the tensor where there is one.
     """
-
-
-class Locked(CheckpointError):
-    """Another process is the writer of a folder."""
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
@@ -127,43 +120,6 @@ def contained(folder: Path, name: str) -> Path:
     if not (target.is_relative_to(root) or cached):
         raise CheckpointError(f"{path}: refusing a symlink to {target}, outside the folder")
     return path
-
-
-@contextmanager
-def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Be the only writer of an existing folder; while another process is, `wait` or raise `Locked`.
-
-    The error names the holder. The lock is the kernel's, on `.lock` in the folder: a killed holder releases
-    it, and the file itself stays behind.
-    """
-    path = folder / ".lock"
-    with naming(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with naming(path):
-            _flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), folder)
-            since = datetime.now(UTC).isoformat(timespec="seconds")
-            os.ftruncate(descriptor, 0)
-            os.pwrite(
-                descriptor,
-                json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(),
-                0,
-            )
-        try:
-            yield
-        finally:
-            # Closing would not be enough: a child forked meanwhile shares the lock and would keep it.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-    finally:
-        os.close(descriptor)
-
-
-def refuse_locked(folder: Path) -> None:
-    """Raise `Locked` where another process is the writer of `folder`; nothing is written."""
-    path = folder / ".lock"
-    if path.is_file():
-        with naming(path), open(path, "rb") as file:
-            _flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB, folder)
 
 
 def clean_stale(folder: Path) -> list[Path]:
@@ -310,19 +266,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         raise ValueError(f"duplicate key {shown(Counter(key for key, _ in pairs).most_common(1)[0][0])}")
     return value
-
-
-def _flock(descriptor: int, operation: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, operation)
-    except BlockingIOError:
-        raise Locked(f"{folder}: being written by {_holder(os.pread(descriptor, 4096, 0))}") from None
-
-
-def _holder(text: bytes) -> str:
-    """Who a lock file says holds it; the holder may not have written it yet."""
-    try:
-        holder = json.loads(text)
-        return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"

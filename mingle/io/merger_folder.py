@@ -25,52 +25,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle.io.files import (
-    CheckpointError,
-    clean_stale,
-    contained,
-    lock,
-    naming,
-    read_json,
-    sha256,
-    write_copy,
-    write_json,
+from mingle.io.files import CheckpointError, clean_stale, contained, naming, sha256, write_copy, write_json
+from mingle.io.locks import lock
+from mingle.io.manifest import (
+    BASE_NAME,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    TENSORS_NAME,
+    files_of,
+    read_manifest,
 )
 from mingle.io.provenance import versions
 from mingle.io.safetensors import CheckpointReader, write_tensors
-from mingle.io.schema import check
-from mingle.options import shown
 
-FORMAT = "mingle-merge"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-_BASE = re.compile(r"base-[0-9a-f]{12}")
-_TENSORS = re.compile(r"(state|tasks/\d{3,}-[A-Za-z0-9._-]*)-[0-9a-f]{12}\.safetensors")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 #: what of a base's folder belongs to the model
 _BASE_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
-_FILE = {"file": _TENSORS, "bytes": int, "sha256": _DIGEST}
-_TASK = {
-    "name": re.compile(r"(?s).+"),
-    "seed_samples": int,
-    "skipped": (str, None),
-    "notes": [str],
-    "tensors": (_FILE, None),
-}
-#: of the manifest; what the options may be, the method knows
-_FORM = {
-    "method": str,
-    "task_type": str,
-    "seed": int,
-    "dtype": re.compile("float64|float32|float16|bfloat16"),
-    "options": {str: object},
-    "tasks": [_TASK],
-    "matrix": [[(float, None)]],
-    "metadata": {str: object},
-    "base": {"sha256": _DIGEST, "folder": (_BASE, None)},
-    "state": (_FILE, None),
-}
-
 Tensors = dict[str, torch.Tensor]
 
 
@@ -141,7 +111,7 @@ def writing(folder: Path, *, new: bool = True) -> Iterator[None]:
         clean_stale(folder)
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder)
-            _sweep(folder, {entry["file"] for entry in _files(manifest)} | {manifest["base"]["folder"]})
+            _sweep(folder, {entry["file"] for entry in files_of(manifest)} | {manifest["base"]["folder"]})
         elif foreign(folder) is None:
             _sweep(folder, set())  # what is there is of a first save that did not end
         token = _written.set(_written.get() | {place})
@@ -167,7 +137,7 @@ def save(
     """
     with writing(folder):
         old = read_manifest(folder) if (folder / MANIFEST).exists() else None
-        known = {entry["file"]: entry for entry in _files(old)} if old else {}
+        known = {entry["file"]: entry for entry in files_of(old)} if old else {}
         base_name = f"base-{base_hash[:12]}"
         has_base = old is not None and old["base"]["folder"] == base_name
         if base is not None and not has_base:
@@ -189,7 +159,7 @@ def save(
             "versions": versions(),
         }
         write_json(folder / MANIFEST, new)
-        _sweep(folder, {entry["file"] for entry in _files(new)} | {base_name})
+        _sweep(folder, {entry["file"] for entry in files_of(new)} | {base_name})
 
 
 @dataclass(frozen=True)
@@ -242,7 +212,7 @@ def _strangers(folder: Path) -> Iterator[Path]:
         real = not path.is_symlink()
         if real and path.is_dir() and path.name == "tasks":
             yield from (file for file in _shown(path) if not _is_tensors(file, f"tasks/{file.name}"))
-        elif real and path.is_dir() and _BASE.fullmatch(path.name):
+        elif real and path.is_dir() and BASE_NAME.fullmatch(path.name):
             yield from (
                 file for file in _shown(path) if not _is_file(file) or file.suffix not in _BASE_SUFFIXES
             )
@@ -261,7 +231,7 @@ def _is_file(path: Path) -> bool:
 
 def _is_tensors(path: Path, name: str) -> bool:
     """Whether a file, by its name within the folder, holds tensors of ours."""
-    return _is_file(path) and _TENSORS.fullmatch(name) is not None
+    return _is_file(path) and TENSORS_NAME.fullmatch(name) is not None
 
 
 def load(folder: Path) -> Saved:
@@ -274,7 +244,7 @@ def load(folder: Path) -> Saved:
             message names the file.
     """
     manifest = read_manifest(folder)
-    for entry in _files(manifest):
+    for entry in files_of(manifest):
         path = contained(folder, entry["file"])
         if not os.path.isfile(path):  # also for a name that no file can have
             raise CheckpointError(f"{path}: missing, although the manifest names it")
@@ -284,38 +254,6 @@ def load(folder: Path) -> Saved:
         if sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path}: its content is not what the manifest says (SHA-256 differs)")
     return Saved(folder, manifest)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a merger's folder, in the form that it should have; the files it names may be missing.
-
-    Raises:
-        CheckpointError: no manifest, another format or version, or a fault; the message names file and key.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; {folder} does not hold a saved merge")
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not the manifest of a {FORMAT} folder")
-    version = manifest.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {shown(version)}, this mingle reads {FORMAT_VERSION}")
-    check(manifest, _FORM, path)
-    names, matrix = [task["name"] for task in manifest["tasks"]], manifest["matrix"]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"{path}: tasks: two of them are called {twice!r}")
-    if [len(row) for row in matrix] != [i + 1 for i in range(len(names))]:
-        raise CheckpointError(
-            f"{path}: matrix: expected a row per task, of one value more than the row before"
-        )
-    return manifest
-
-
-def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    entries = [task["tensors"] for task in manifest["tasks"]] + [manifest["state"]]
-    return [entry for entry in entries if entry is not None]
 
 
 def _write(
@@ -338,7 +276,7 @@ def _sweep(folder: Path, kept: set[str]) -> None:
         if name in kept or path.is_symlink():
             continue
         with naming(path):
-            if _BASE.fullmatch(name) and path.is_dir():
+            if BASE_NAME.fullmatch(name) and path.is_dir():
                 shutil.rmtree(path)
             elif _is_tensors(path, name):
                 path.unlink()

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -21,14 +20,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
+from mingle.io.checkpoint_files import PICKLE_SUFFIXES, find_checkpoint, pickle_error, read_index
 from mingle.io.files import (
     MAX_JSON_BYTES,
     CheckpointError,
-    contained,
     naming,
     parse_json,
-    read_json,
     refuse_lfs_pointer,
     replacing,
 )
@@ -58,9 +55,6 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 #: what only quantised models hold: packed values of less than a byte, and the scales of such values
 _QUANTISED = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"})
-_MODEL, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
-_NAMES = (_MODEL, _INDEX, _ADAPTER)
-_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 _MAX_RANK = 64
 
 
@@ -82,9 +76,9 @@ class CheckpointReader:
     """
 
     def __init__(self, folder_or_file: str | Path) -> None:
-        source = _find(Path(folder_or_file))
+        source = find_checkpoint(Path(folder_or_file))
         if source.suffix == ".json":
-            shard_of = _read_index(source)
+            shard_of = read_index(source)
             headers = {shard: _read_header(shard) for shard in sorted(set(shard_of.values()))}
             for name, shard in shard_of.items():
                 if name not in headers[shard]:
@@ -201,76 +195,10 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _find(path: Path) -> Path:
-    """The safetensors file or index that `path`, a file or a folder, stands for."""
-    if os.path.isfile(path):
-        return path
-    if not os.path.isdir(path):
-        raise CheckpointError(f"{path}: no such file or folder")
-    refuse_two_models(path)
-    for name in _NAMES:
-        if os.path.isfile(file := contained(path, name)):
-            return file
-    with naming(path):
-        pickles = sorted(
-            file for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES and file.is_file()
-        )
-    if not pickles:
-        raise CheckpointError(f"{path}: no checkpoint; looked for {', '.join(_NAMES)}")
-    models = [file for file in pickles if file.name.startswith("pytorch_model")]
-    adapters = [file for file in pickles if file.name.startswith("adapter_model")]
-    # With no conventional name, the weights are by far the largest file: the rest is optimizer state or
-    # training arguments.
-    weights = models or adapters or [max(pickles, key=os.path.getsize)]
-    raise _pickle_error(path, weights, path / (_NAMES[2] if weights == adapters else _NAMES[0]))
-
-
-def refuse_two_models(folder: Path) -> None:
-    """Raise `CheckpointError` for a folder with the files of two models, such as a model and an adapter.
-
-    Programs differ in which of them they read.
-    """
-    adapters = [name for name in (_ADAPTER, ADAPTER_CONFIG) if (folder / name).exists()]
-    models = [name for name in (_MODEL, _INDEX) if (folder / name).exists()]
-    if len(models) == 2 and set(_read_index(contained(folder, _INDEX)).values()) == {folder / _MODEL}:
-        models = [_MODEL]
-    if len(models) + bool(adapters) > 1:
-        one, other, *_ = models + adapters
-        reason = "which of them is meant cannot be told; move one to a folder of its own"
-        raise CheckpointError(f"{folder}: holds two models, {one} and {other}: {reason}")
-
-
-def _pickle_error(path: Path, weights: list[Path], target: Path) -> CheckpointError:
-    code = (
-        "import torch; from safetensors.torch import save_file; "
-        "parts = [torch.load(file, map_location='cpu', weights_only=True) "
-        f"for file in {[str(file) for file in weights]}]; "
-        "tensors = {name: value.contiguous().clone() for part in parts for name, value in part.items()}; "
-        f"save_file(tensors, {str(target)!r}, metadata={{'format': 'pt'}})"
-    )
-    return CheckpointError(
-        f"{path}: pickle checkpoints are refused, because loading one runs code. "
-        f"If you trust its source, convert it in a trusted environment:\n{shlex.join(['python', '-c', code])}"
-    )
-
-
-def _read_index(index: Path) -> dict[str, Path]:
-    """The shard of each tensor; every shard is inside the index's folder and exists."""
-    value = read_json(index)
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index}: 'weight_map' must map tensor names to shard names")
-    shards = {shard: contained(index.parent, shard) for shard in sorted(set(weight_map.values()))}
-    for shard, path in shards.items():
-        if not os.path.isfile(path):
-            raise CheckpointError(f"{index}: shard {shown(shard)} is missing")
-    return {name: shards[shard] for name, shard in weight_map.items()}
-
-
 def _read_header(path: Path) -> dict[str, _Entry]:
     """The tensors of one safetensors file, once its header is known to describe exactly the bytes there."""
-    if path.suffix in _PICKLE_SUFFIXES:
-        raise _pickle_error(path, [path], path.with_suffix(".safetensors"))
+    if path.suffix in PICKLE_SUFFIXES:
+        raise pickle_error(path, [path], path.with_suffix(".safetensors"))
     with naming(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         refuse_lfs_pointer(first := file.read(8), str(path))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from mingle import methods, tasks
 from mingle.adaptation.trace import StepProgress
 from mingle.io import export, merger_folder
 from mingle.io.files import CheckpointError
+from mingle.io.manifest import MANIFEST
 from mingle.io.model_card import CardTask, model_card
 from mingle.io.state_dicts import IncompatibleModel, non_finite
 from mingle.merging.evaluate import Result, accuracy
 from mingle.merging.finetuned import FineTuned, Model
+from mingle.merging.finite import NonFiniteMerge, refuse_non_finite
 from mingle.merging.opened import opened
 from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
@@ -30,10 +31,6 @@ from mingle.tasks import TaskData
 from mingle.tasks.image_settings import differing_preparation
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteMerge(ArithmeticError):
-    """A method's result has NaN or infinite values; the message names method, task and tensor."""
 
 
 @dataclass
@@ -167,7 +164,7 @@ class Merger:
         before = [self.method.task_tensors(i) for i in range(index)], self.method.state_tensors()
         report = self.method.add(arrival)
         try:
-            self._refuse_non_finite(name, [self.method.task_tensors(index)])
+            refuse_non_finite(self.method, name, [self.method.task_tensors(index)])
         except NonFiniteMerge:
             self._begin(type(self.method))
             self.method.restore(*before)
@@ -243,7 +240,7 @@ class Merger:
                 `from_pretrained` needs `base`.
         """
         task_tensors = [self.method.task_tensors(i) for i in range(len(self.merged))]
-        self._refuse_non_finite(self.task_names[-1] if self.merged else "none", task_tensors)
+        refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
         manifest = {
             "method": self.method.name,
             "task_type": self.task.name,
@@ -328,7 +325,7 @@ class Merger:
                 **manifest["options"],
             )
         except ValueError as error:  # options that do not suit this model
-            raise CheckpointError(f"{folder / merger_folder.MANIFEST}: {error}") from error
+            raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
         merger.base_folder = None if isinstance(base, nn.Module) else Path(base or saved.base_folder())
         saved.check_base(merger_folder.state_hash(merger.base))
         place = next(merger.base.parameters()).device
@@ -365,15 +362,6 @@ class Merger:
         """Set up a merged model into which nothing is merged yet."""
         self.model = copy.deepcopy(self.base).eval()
         self.method = method(self.model, self.task, self._base_tower, self.options)
-
-    def _refuse_non_finite(self, task: str, task_tensors: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        """Raise `NonFiniteMerge` if anything that merging `task` made or a save would write is not finite."""
-        kept = [*task_tensors, self.method.state_tensors(), self.model.state_dict()]
-        for name, tensor in chain.from_iterable(tensors.items() for tensors in kept):
-            if found := non_finite(tensor):
-                raise NonFiniteMerge(
-                    f"method {self.method.name!r}, task {task!r}: {name}: {found}; nothing was saved"
-                )
 
     def _teacher(self, tuned: Mapping[str, torch.Tensor]) -> nn.Module:
         teacher = copy.deepcopy(self.base).eval()

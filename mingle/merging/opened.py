@@ -7,7 +7,8 @@ from pathlib import Path
 from mingle import methods, tasks
 from mingle.io import merger_folder
 from mingle.io.files import CheckpointError
-from mingle.io.merger_folder import MANIFEST, Saved
+from mingle.io.manifest import MANIFEST
+from mingle.io.merger_folder import Saved
 from mingle.options import build
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from mingle.io.adapter_config import AdapterConfig
+from mingle.io.checkpoint_files import refuse_two_models
 from mingle.io.files import CheckpointError, contained
-from mingle.io.safetensors import CheckpointReader, refuse_two_models
+from mingle.io.safetensors import CheckpointReader
 from mingle.kernels.dtypes import wide
 from mingle.nn.inject import refusal
 from mingle.nn.linear import LowRankExpert, MingleLinear

@@ -10,7 +10,9 @@ from torch import nn
 
 from mingle import methods, suites, tasks
 from mingle.io import hub, merger_folder
-from mingle.io.files import CheckpointError, refuse_locked, writable
+from mingle.io.files import CheckpointError, writable
+from mingle.io.locks import refuse_locked
+from mingle.io.manifest import MANIFEST
 from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging.finetuned import FineTuned
@@ -94,7 +96,7 @@ def _revisions(config: MergeConfig, folders: list[Path]) -> dict[str, str]:
     """The commits that the config names, and those that earlier runs of this merge have noted."""
     revisions = dict(config.revisions)
     for folder in folders:
-        if (folder / merger_folder.MANIFEST).exists():
+        if (folder / MANIFEST).exists():
             metadata = merger_folder.load(folder).manifest["metadata"]
             check_origin(metadata, folder)
             noted = metadata.get("revisions", {})

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from mingle import methods, suites, tasks
-from mingle.io import merger_folder
 from mingle.io.files import free_space, without_nan, writable, write_json
+from mingle.io.manifest import MANIFEST, read_manifest
 from mingle.io.provenance import versions
 from mingle.merging.merger import Merger
 from mingle.runs import report, room, settings
@@ -120,8 +120,8 @@ def _check_room(comparison: Comparison, suite: Suite, merged: Path) -> None:
                 method, comparison.options_for(method, suite), suite.base, tasks.get(suite.task_type)
             )
             needed += size.base + size.task * len(suite) + size.state
-            if (merged / method / merger_folder.MANIFEST).exists():
-                merger_folder.read_manifest(merged / method)
+            if (merged / method / MANIFEST).exists():
+                read_manifest(merged / method)
                 needed -= size.base
     free_space(merged, needed)
 

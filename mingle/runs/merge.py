@@ -10,6 +10,7 @@ from typing import Any
 from mingle import suites
 from mingle.io import hub, merger_folder
 from mingle.io.files import CheckpointError, free_space, writable
+from mingle.io.manifest import MANIFEST
 from mingle.merging.evaluate import Result
 from mingle.merging.merger import Merger
 from mingle.options import OptionError
@@ -74,7 +75,7 @@ class MergePlan:
 
     def begun(self) -> bool:
         """Whether any task was merged and saved, be it by an earlier run."""
-        return any((folder / merger_folder.MANIFEST).exists() for folder in self.folders)
+        return any((folder / MANIFEST).exists() for folder in self.folders)
 
     def origin(self) -> dict[str, Any]:
         """The metadata that `add` and `evaluate` need to go on as the merge started."""
@@ -88,7 +89,7 @@ class MergePlan:
 
     def _begin(self, folder: Path) -> Merger:
         """The merger of an interrupted run, or a new one."""
-        if not (folder / merger_folder.MANIFEST).exists():
+        if not (folder / MANIFEST).exists():
             merger = Merger(self.base, self.config.method, self.task.name, **self.options)
             merger.metadata = self.origin()
             return merger

@@ -9,7 +9,7 @@ from typing import Any
 from mingle.io import schema
 from mingle.io.files import CheckpointError
 from mingle.io.hub import Revisions
-from mingle.io.merger_folder import MANIFEST
+from mingle.io.manifest import MANIFEST
 
 _FORM = {
     "suite": (str, None),

@@ -8,6 +8,7 @@ from typing import Any
 
 from mingle.io import merger_folder
 from mingle.io.files import CheckpointError, free_space
+from mingle.io.manifest import MANIFEST
 from mingle.runs import inputs, room
 from mingle.runs.merge import MergePlan
 
@@ -30,7 +31,7 @@ def check(plan: MergePlan) -> None:
 
 def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
     """How many tasks of this very merge the folder holds."""
-    if not (folder / merger_folder.MANIFEST).exists():
+    if not (folder / MANIFEST).exists():
         if (stranger := merger_folder.foreign(folder)) is not None:
             raise CheckpointError(
                 f"{folder}: not empty, and not a merge that could be resumed: {stranger} is in it"

@@ -13,7 +13,8 @@ from transformers import CLIPModel, T5Config, T5ForConditionalGeneration
 import mingle
 from mingle.cli import main
 from mingle.io import export
-from mingle.io.files import CheckpointError, lock
+from mingle.io.files import CheckpointError
+from mingle.io.locks import lock
 from mingle.methods import METHODS
 from mingle.tasks.clip import ClipTask
 

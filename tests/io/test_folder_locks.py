@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from forks import Ready, fork, kill
 
-from mingle.io.files import CheckpointError, lock
+from mingle.io.files import CheckpointError
+from mingle.io.locks import lock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 

@@ -13,7 +13,7 @@ from small_merges import same_bits
 import mingle
 from mingle.cli import main
 from mingle.io.merger_folder import state_hash
-from mingle.merging.merger import NonFiniteMerge
+from mingle.merging.finite import NonFiniteMerge
 from mingle.methods import METHODS
 from mingle.methods.opcm import split_rank
 from mingle.methods.task_arithmetic import TaskArithmetic

@@ -18,7 +18,7 @@ from stub_tables import NAMES, QUICK, Recorder, measure, request, results
 
 from mingle import suites
 from mingle.cli import main
-from mingle.io.files import lock
+from mingle.io.locks import lock
 from mingle.merging.merger import Merger
 from mingle.runs import reproduce
 from mingle.runs.observer import Observer

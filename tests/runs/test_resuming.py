@@ -106,7 +106,7 @@ def test_clocks_that_jump_change_nothing(tiny: TinyMerge, year: int, monkeypatch
         os.utime(path, (there, there))
     monkeypatch.setattr(time, "time", lambda: there)
     monkeypatch.setattr(time, "time_ns", lambda: int(there * 1e9))
-    monkeypatch.setattr("mingle.io.files.datetime", _Stopped)
+    monkeypatch.setattr("mingle.io.locks.datetime", _Stopped)
     monkeypatch.setattr(_Stopped, "at", there)
     assert tiny.merge(tiny.root / "merged")() == 0
     assert contents(tiny.root / "merged") == contents(tiny.root / "whole")

@@ -16,8 +16,8 @@ import torch
 from mingle import methods, tasks
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.adaptation.trace import AdaptTrace
-from mingle.io import merger_folder
 from mingle.io.files import read_json, without_nan, write_json
+from mingle.io.manifest import MANIFEST
 from mingle.io.provenance import describe
 from mingle.io.schema import check
 from mingle.merging.merger import Merger
@@ -130,7 +130,7 @@ class Cell:
 
     def _begin(self, suite: Suite, saved: Path, device: torch.device) -> Merger:
         """The merger of an interrupted run, or a new one."""
-        if (saved / merger_folder.MANIFEST).exists():
+        if (saved / MANIFEST).exists():
             return Merger.from_pretrained(saved, base=suite.base, device=device)
         merger = Merger(
             suite.base, self.method, suite.task_type, seed=self.seed, device=device, **self.options

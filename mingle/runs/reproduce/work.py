@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from mingle import suites
-from mingle.io.files import Locked, free_space, lock, read_json, writable, write_json
+from mingle.io.files import free_space, read_json, writable, write_json
+from mingle.io.locks import Locked, lock
 from mingle.runs.observer import Observer
 from mingle.runs.reproduce.request import TablePlan
 from mingle.suites import Suite
