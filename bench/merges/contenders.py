@@ -105,7 +105,7 @@ class OurMerge:
 
         lapack = partial(linalg.svd_lowrank, backend="lapack")
         full: list[Replaced] = [(linalg, "factored_svd", svd), (linalg, "svd_lowrank", lapack)]
-        stages = [(Merger, "_tower_tensors", "load"), (gated, "task_vector", "load")]
+        stages = [(FineTuned, "tensors", "load"), (gated, "task_vector", "load")]
         stages += [(method, "make_experts", "decompose"), (experts, "project_out_experts", "project")]
         stages += [(Mingle, "_adapt", "adapt"), (Mingle, "_protect", "subspace")]
         with ExitStack() as stack:
