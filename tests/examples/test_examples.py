@@ -30,7 +30,11 @@ def test_every_example_is_tested():
     assert numbered == {*SAYS, "6_merge.yaml"}
 
 
-@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize(
+    # the tutorial of the same name, whose blocks run as tests too, makes the same method
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * ("own_method" in name)) for name in SAYS],
+)
 def test_an_example_runs_as_a_script(name, capsys, monkeypatch):
     if "adapters" in name:
         pytest.importorskip("peft", reason="the example reads LoRA adapters that PEFT writes")

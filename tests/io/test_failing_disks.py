@@ -45,6 +45,7 @@ def fallible(steps: list[str]) -> list[int]:
     return [at for at in few(steps) if steps[at] not in REMOVING]
 
 
+@pytest.mark.slow
 @errors
 def test_a_merge_on_a_full_disk_is_refused_by_name_and_goes_through_later(tiny: TinyMerge, code: int) -> None:
     out, whole = tiny.root / "full", contents(tiny.root / "merged")

@@ -136,6 +136,7 @@ print(len(Split(Source("tanganke/eurosat"), revisions)), revisions)
 """
 
 
+@pytest.mark.slow
 def test_a_model_s_data_is_fetched_once_and_found_offline_afterwards(server, tmp_path):
     expected = f"['config.json', 'model.safetensors'] {{'org/model': '{COMMIT}'}}\n"
     done = user(server, tmp_path, MODEL)

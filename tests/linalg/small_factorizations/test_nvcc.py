@@ -13,7 +13,7 @@ import pytest
 from host_build import CSRC
 
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+pytestmark = [pytest.mark.skipif(NVCC is None, reason="no nvcc"), pytest.mark.slow]
 
 # Bytes of shared memory that a block may ask for, and registers of a multiprocessor.
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
