@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,28 +12,8 @@ import torch
 from mingle.bench import table
 from mingle.bench.measure import OURS, log
 from mingle.bench.record import Results
-from mingle.io.files import file_path, writable, write_json
-from mingle.options import nearest
+from mingle.io.files import file_path, made, write_json
 from mingle.text import visible
-
-
-def known(names: Collection[str], what: str) -> Callable[[str], str]:
-    """A type of arguments: one of these names; others are refused, and the nearest is named."""
-
-    def name(given: str) -> str:
-        if given not in names:
-            raise argparse.ArgumentTypeError(f"no {what} is called {given!r}{nearest(given, names)}")
-        return given
-
-    return name
-
-
-def device(given: str) -> torch.device:
-    """A type of arguments: a device that is there."""
-    try:
-        return torch.empty(0, device=given).device
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        raise argparse.ArgumentTypeError(f"{given!r}: {str(error).splitlines()[0]}") from None
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -54,9 +34,8 @@ def begin(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
         parser.error("--gpu: there is no CUDA device")
     if args.out:
         try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            writable(args.out)
-        except (ValueError, OSError) as error:
+            made(args.out)
+        except ValueError as error:
             parser.error(visible(str(error)))
     args.device = torch.device("cuda" if args.gpu else "cpu")
     show_progress()

@@ -65,7 +65,6 @@ def read(path: Path) -> Results:
     if form != (FORMAT, FORMAT_VERSION):
         raise CheckpointError(f"{path}: not the results of this benchmark, format version {FORMAT_VERSION}")
     check(found, {"cases": [{"name": str, "rows": [{"name": str, "status": str}]}]}, path)
-    for case in found["cases"]:
-        for row in case["rows"]:
-            check(row.get("round_ratio"), (float, None), path)
+    ratios = [row.get("round_ratio") for case in found["cases"] for row in case["rows"]]
+    check(ratios, [(float, None)], path)
     return found

@@ -19,8 +19,9 @@ from mingle.bench.gated_experts.floor import Ceilings
 from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, STRATEGIES, KernelPeer
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, log, verdict
 from mingle.bench.record import CaseResult, Results, case_result
-from mingle.io.files import file_path, writable, write_json
+from mingle.io.files import file_path, made, write_json
 from mingle.io.provenance import device_name
+from mingle.options import a_device, one_of
 from mingle.text import visible
 
 _SECONDS = 5.0  # of timing for a case that was asked for by name
@@ -45,11 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         old = record.read(args.compare) if args.compare else None
         for folder in (args.out and args.out.parent, args.plots):
             if folder:
-                folder.mkdir(parents=True, exist_ok=True)  # better now than after ten minutes
-                writable(folder)
+                made(folder)
         if args.out and args.out.is_dir():
             raise ValueError(f"{args.out}: a folder, expected a file")
-    except (ValueError, OSError) as error:  # a file that is not there or holds something else
+    except ValueError as error:  # a file that is not there or holds something else
         parser.error(visible(str(error)))
     named = tuple(CASES[case] for case in args.case)
     selection = Selection(named, _SECONDS) if named else SELECTIONS[name]
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, selection in SELECTIONS.items():
         help = selection.about
         select.add_argument(f"--{name}", action="store_const", const=name, dest="selection", help=help)
-    a_case, a_peer = command.known(CASES, "case"), command.known(PEERS, "peer")
+    a_case, a_peer = one_of(CASES, "case"), one_of(PEERS, "peer")
     select.add_argument("--case", type=a_case, help="one case; may be repeated", **several)
     add("--peer", type=a_peer, help=f"beside {OURS!r} only this one; may be repeated", **several)
     add("--out", type=file_path, metavar="FILE.json", help="every number, as JSON")
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     flagged = "flag ratios to peers that fell by more than 10 %% since"
     add("--compare", type=file_path, metavar="OLD.json", help=flagged)
     add("--until", type=float, default=math.inf, metavar="SECONDS", help="start no case after that many")
-    add("--device", type=command.device, help="cuda, cuda:1, cpu; by default a GPU where there is one")
+    add("--device", type=a_device, help="cuda, cuda:1, cpu; by default a GPU where there is one")
     add("--seed", type=int, default=0, help="of the random tensors")
     add("--list", action="store_true", help="the names of selections, cases and peers")
     return parser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich import box
@@ -107,22 +107,18 @@ def _table(results: Results, plain: bool) -> Table:
     for case in results["cases"]:
         floor = case.get("floor")
         heading = (duration(floor["seconds"]), f"floor: {floor['bound']}") if floor else ()
-        out.add_row(_name(case, style="bold"), *heading, style="cyan")
+        out.add_row(Text(visible(case["name"]), "bold"), *heading, style="cyan")
         # of experts the other points of the curves are in the file and the picture
         shown = timed_rows(case) if results["benchmark"] != "growth" else case["rows"]
         for row in (row for row in shown if row.get("telling", True)):
             ours, bound = row["name"] in (OURS, f"{OURS} accurate"), row["status"] == "bound"
-            cells = [column(row) for column in columns.values()]
-            out.add_row(_name(row, "  "), *cells, style="bold" if ours else "dim" if bound else "")
+            cells = [Text("  " + visible(row["name"])), *(column(row) for column in columns.values())]
+            out.add_row(*cells, style="bold" if ours else "dim" if bound else "")
         for row in case["rows"]:
             if row["status"] in ("wrong", "failed"):
-                out.add_row(_name(row, "  "), row["status"].upper(), style="bold red")
+                out.add_row(Text("  " + visible(row["name"])), row["status"].upper(), style="bold red")
         out.add_section()
     return out
-
-
-def _name(named: Mapping[str, Any], indent: str = "", style: str = "") -> Text:
-    return Text(indent + visible(named["name"]), style)
 
 
 def _notes(results: Results) -> Iterator[tuple[str, str]]:

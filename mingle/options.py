@@ -1,13 +1,19 @@
-"""Options as dataclasses: unknown names are refused, values are checked against the declared types."""
+"""Options as dataclasses: unknown names are refused, values are checked against the declared types.
+
+And types for arguments of a command line, which refuse a value in the same words.
+"""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
 
 T = TypeVar("T")
 
@@ -122,3 +128,22 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, float) and math.isnan(value):
         raise OptionError(f"{where}: NaN is not a number that can be worked with")
     return value
+
+
+def one_of(names: Collection[str], what: str) -> Callable[[str], str]:
+    """A type of arguments: one of these names; others are refused, and the nearest is named."""
+
+    def name(given: str) -> str:
+        if given not in names:
+            raise argparse.ArgumentTypeError(f"no {what} is called {given!r}{nearest(given, names)}")
+        return given
+
+    return name
+
+
+def a_device(given: str) -> torch.device:
+    """A type of arguments: a device that is there."""
+    try:
+        return torch.empty(0, device=given).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise argparse.ArgumentTypeError(f"{given!r}: {str(error).splitlines()[0]}") from None

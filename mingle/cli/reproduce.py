@@ -11,7 +11,7 @@ from mingle.cli import arguments
 from mingle.cli.arguments import Commands
 from mingle.cli.output import console, say
 from mingle.cli.progress import bars
-from mingle.io.files import file_path, writable
+from mingle.io.files import file_path, made
 from mingle.runs import report, reproduce
 from mingle.runs.reproduce import summary
 from mingle.runs.reproduce.tables import TABLES
@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> None:
     plan, out = reproduce.plan(request), args.out or Path("runs") / f"reproduce-{args.table}"
     if args.threads:
         torch.set_num_threads(args.threads)
-    writable(out)
-    out.mkdir(parents=True, exist_ok=True)
+    made(out)
     unfinished = sum(cell.result(out / "cells") is None for cell in plan.cells)
     try:
         with bars(unfinished) as observer:

@@ -177,6 +177,13 @@ def writable(folder: Path) -> None:
                 path.rmdir()
 
 
+def made(folder: Path) -> None:
+    """Make a folder, now rather than after the work, and see that it is `writable`."""
+    writable(folder)
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def _probe(path: Path) -> None:
     try:
         with open(path, "xb") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mingle import suites
-from mingle.io.files import free_space, read_json, writable, write_json
+from mingle.io.files import free_space, made, read_json, write_json
 from mingle.io.locks import Locked, lock
 from mingle.runs.observer import Observer
 from mingle.runs.reproduce.request import TablePlan
@@ -33,8 +33,7 @@ def run(
     """
     observer, folder, revisions = observer or Observer(), out / "cells", out / "revisions.json"
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    made(folder)
 
     @lru_cache(maxsize=2)  # neighbouring cells share a suite, and its samples may be large
     def suite(name: str, protocol: str, samples_per_class: int, seed: int) -> Suite:
