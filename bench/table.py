@@ -112,8 +112,8 @@ def _table(results: Results, plain: bool) -> Table:
         shown = timed_rows(case) if results["benchmark"] != "growth" else case["rows"]
         for row in (row for row in shown if row.get("telling", True)):
             ours, bound = row["name"] in (OURS, f"{OURS} accurate"), row["status"] == "bound"
-            cells = [Text("  " + visible(row["name"])), *(column(row) for column in columns.values())]
-            out.add_row(*cells, style="bold" if ours else "dim" if bound else "")
+            label, cells = Text("  " + visible(row["name"])), (column(row) for column in columns.values())
+            out.add_row(label, *cells, style="bold" if ours else "dim" if bound else "")
         for row in case["rows"]:
             if row["status"] in ("wrong", "failed"):
                 out.add_row(Text("  " + visible(row["name"])), row["status"].upper(), style="bold red")
