@@ -73,13 +73,14 @@ def hub_config(base: nn.Module, source: Path | None, dtype: torch.dtype) -> dict
 
 def check_target(folder: Path) -> None:
     """Raise `CheckpointError` unless a model can be written to `folder`, a new or an empty folder."""
-    if os.path.isdir(folder):
-        writable(folder)
-    if os.path.exists(folder) and (not os.path.isdir(folder) or any(folder.iterdir())):
+    in_use = os.path.exists(folder) and not os.path.isdir(folder)
+    if not in_use:
+        writable(folder)  # which also clears away the trial that a killed export has left
+        in_use = os.path.isdir(folder) and any(folder.iterdir())
+    if in_use:
         raise CheckpointError(
             f"{folder}: already exists and is not an empty folder; an export overwrites nothing"
         )
-    writable(folder)
     _check_staging(_staging(folder.resolve()))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mingle.io.files import CheckpointError, contained, naming, read_json, refuse_lfs_pointer
+from mingle.options import shown
 
 #: of a ``tokenizer.json``: those of a quarter of a million tokens have half of either
 _MAX_BYTES, _MAX_VALUES = 80_000_000, 4_000_000
@@ -122,12 +123,7 @@ def _require(path: Path, where: str, value: Any, kinds: Any) -> None:
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
-        _refuse(path, where, f"is {_shown(value)}, expected {expected}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+        _refuse(path, where, f"is {shown(value)}, expected {expected}")
 
 
 def _require_fields(path: Path, where: str, value: Any, fields: Mapping[str, Any]) -> None:
@@ -213,7 +209,7 @@ def _check_merges(
     for number, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            _refuse(path, f"{where}[{number}]", f"is {_shown(merge)}, expected two tokens")
+            _refuse(path, f"{where}[{number}]", f"is {shown(merge)}, expected two tokens")
         for token in (*pair, pair[0] + pair[1].removeprefix(prefix)):
             if token not in vocabulary:
                 _refuse(path, f"{where}[{number}]", f"needs {token!r}, which is not in the vocabulary")
@@ -228,7 +224,7 @@ def _check_pieces(path: Path, model: Mapping[str, Any]) -> None:
     for number, piece in enumerate(pieces):
         pair = isinstance(piece, list) and len(piece) == 2 and isinstance(piece[0], str)
         if not pair or not isinstance(piece[1], int | float) or isinstance(piece[1], bool):
-            _refuse(path, f"model: vocab[{number}]", f"is {_shown(piece)}, expected a piece and its score")
+            _refuse(path, f"model: vocab[{number}]", f"is {shown(piece)}, expected a piece and its score")
     if unknown is not None:
         _require(path, "model: unk_id", unknown, int)
         if not 0 <= unknown < len(pieces):

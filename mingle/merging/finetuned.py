@@ -62,7 +62,7 @@ class FineTuned:
         elif isinstance(model, Mapping):
             self.held, config = model, None
             self._read = self.held.__getitem__
-        elif is_adapter(folder := Path(model)):
+        elif ((folder := Path(model)) / ADAPTER_CONFIG).exists():
             self.adapter = self._named(folder, task.prefixes)
             return
         else:
@@ -179,8 +179,3 @@ class FineTuned:
                 )
             named[name] = expert
         return named
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether the folder holds a PEFT adapter."""
-    return (Path(folder) / ADAPTER_CONFIG).exists()

@@ -89,10 +89,7 @@ class Merger:
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
         self.seed = seed
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
-        self.base = base_model if isinstance(base_model, nn.Module) else self.task.load(base_model)
-        for name, tensor in self.base.state_dict().items():
-            if found := non_finite(tensor):
-                raise ValueError(f"the base: {name}: {found}")
+        self.base = _finite(base_model) if isinstance(base_model, nn.Module) else self.task.load(base_model)
         if device is not None:
             self.base = copy.deepcopy(self.base).to(device)
         self._base_tower = {
@@ -367,3 +364,11 @@ class Merger:
         teacher = copy.deepcopy(self.base).eval()
         teacher.get_submodule(self.task.tower).load_state_dict(dict(tuned))
         return teacher
+
+
+def _finite(base: nn.Module) -> nn.Module:
+    """The base, if it has no NaN or infinite weights; a folder's are looked at when it is loaded."""
+    for name, tensor in base.state_dict().items():
+        if found := non_finite(tensor):
+            raise ValueError(f"the base: {name}: {found}")
+    return base

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from mingle import methods, suites, tasks
-from mingle.io import hub, merger_folder
+from mingle.io import hub
 from mingle.io.files import CheckpointError, writable
 from mingle.io.locks import refuse_locked
-from mingle.io.manifest import MANIFEST
+from mingle.io.manifest import MANIFEST, read_manifest
 from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging.finetuned import FineTuned
+from mingle.methods import MergeMethod
 from mingle.options import OptionError, build
 from mingle.runs import settings, target
 from mingle.runs.config import MergeConfig
@@ -57,10 +58,10 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         suite=suite,
         given=config.method_options(),
     )
-    merged = _merged_names(config.method, model, task, options)
+    method = _fitted(config.method, model, task, options)
     values = CheckpointReader(base)
     left = {
-        name: expert.left(merged, values) + differing_preparation(base, experts[name])
+        name: expert.left(method.merges(), values) + differing_preparation(base, experts[name])
         for name, expert in finetuned.items()
     }
     if suite is not None:
@@ -80,7 +81,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         revisions=revisions,
         left={name: lines for name, lines in left.items() if lines},
     )
-    target.check(plan)
+    target.check(plan, method)
     return plan
 
 
@@ -97,7 +98,7 @@ def _revisions(config: MergeConfig, folders: list[Path]) -> dict[str, str]:
     revisions = dict(config.revisions)
     for folder in folders:
         if (folder / MANIFEST).exists():
-            metadata = merger_folder.load(folder).manifest["metadata"]
+            metadata = read_manifest(folder)["metadata"]
             check_origin(metadata, folder)
             noted = metadata.get("revisions", {})
             for repo, commit in noted.items():
@@ -119,10 +120,8 @@ def _fine_tuned(experts: Mapping[str, Path], model: nn.Module, task: TaskType) -
     return found
 
 
-def _merged_names(
-    method: str, model: nn.Module, task: TaskType, options: Mapping[str, Any]
-) -> Collection[str]:
-    """The tower's tensors that the method merges, once it was fitted to an empty model.
+def _fitted(method: str, model: nn.Module, task: TaskType, options: Mapping[str, Any]) -> MergeMethod:
+    """The method, fitted to an empty model.
 
     Raises:
         OptionError: layers or depths that the model does not have.
@@ -130,7 +129,7 @@ def _merged_names(
     chosen = methods.get(method)
     shapes = model.get_submodule(task.tower).state_dict()
     try:
-        return chosen(model, task, shapes, build(chosen.Options, options, "options")).merges()
+        return chosen(model, task, shapes, build(chosen.Options, options, "options"))
     except ValueError as error:
         raise OptionError(f"method {method!r}: {error}") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def add(
             suite.check(expert.name)
         merger.check_name(expert.name)
         assert merger.base_folder is not None  # without a base in the folder, it would not have been opened
-        size = room.of_merge(merger.method.name, asdict(merger.options), merger.base_folder, merger.task)
+        size = room.of_method(merger.method, merger.base_folder)
         free_space(folder, size.task + size.state)
         order = [*merger.task_names, expert.name]
         for _ in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mingle import methods
 from mingle.io.merger_folder import base_files
-from mingle.methods.base import PlainMethod
+from mingle.methods.base import MergeMethod, PlainMethod
 from mingle.methods.gated import GatedMethod
 from mingle.options import build
 from mingle.tasks import TaskType
@@ -36,15 +36,21 @@ def of_merge(method: str, options: Mapping[str, Any], base: Path, task: TaskType
     """The room for a merge by `method`, with all of its options, into the base model in a folder."""
     chosen, model = methods.get(method), task.skeleton(base)
     tower = model.get_submodule(task.tower).state_dict()
-    fitted = chosen(model, task, tower, build(chosen.Options, options, f"method {method!r}"))
-    whole, kept, state = _bytes(tower.values()), 0, 0
+    return of_method(chosen(model, task, tower, build(chosen.Options, options, f"method {method!r}")), base)
+
+
+def of_method(fitted: MergeMethod, base: Path) -> Room:
+    """The room for a merge by a method that was fitted to the base model in a folder, or to its skeleton."""
+    kept = state = 0
     if fitted.per_task:
-        kept = whole
+        kept = _bytes(fitted.base.values())
     elif isinstance(fitted, PlainMethod):
+        whole = _bytes(fitted.tower.state_dict().values())
         state = whole + whole // 2  # the tower, and in some methods a count for every entry
     elif isinstance(fitted, GatedMethod):
         kept = _expert(fitted)
-        state = 0 if type(fitted).state_tensors is GatedMethod.state_tensors else whole
+        if type(fitted).state_tensors is not GatedMethod.state_tensors:
+            state = _bytes(fitted.base.values())
     return Room(sum(file.stat().st_size for file in base_files(base)), kept, 2 * state)
 
 

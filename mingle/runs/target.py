@@ -9,19 +9,24 @@ from typing import Any
 from mingle.io import merger_folder
 from mingle.io.files import CheckpointError, free_space
 from mingle.io.manifest import MANIFEST
+from mingle.methods import MergeMethod
 from mingle.runs import inputs, room
 from mingle.runs.merge import MergePlan
 
 
-def check(plan: MergePlan) -> None:
+def check(plan: MergePlan, method: MergeMethod) -> None:
     """Refuse folders that hold anything but the beginning of this very merge, and a disk without room for it.
+
+    Args:
+        plan: of the merge.
+        method: fitted to its base model or to its skeleton.
 
     Raises:
         CheckpointError: the message names the folder and the reason.
     """
     if not plan.folders:
         return
-    size, needed = room.of_merge(plan.config.method, plan.options, plan.base, plan.task), 0
+    size, needed = room.of_method(method, plan.base), 0
     for folder, order in zip(plan.folders, plan.orders, strict=True):
         merged = _check_folder(folder, plan, order) if folder.exists() else 0
         if merged < len(order):

@@ -7,18 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
 from mingle.io.files import CheckpointError, contained, read_json
 from mingle.io.state_dicts import DEQUANTISE, IncompatibleModel
 from mingle.options import shown
 
 CONFIG = "config.json"
-#: what transformers and torch raise for values of a wrong type, sizes that do not fit and unknown names
-BROKEN = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError),
-    *(StrictDataclassError, TypeError, ValueError),
-)
 #: transformers fetches and runs what these can name
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _SHOWN, _MAX_LABELS = 5, 100_000
@@ -47,6 +40,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def broken() -> tuple[type[Exception], ...]:
+    """What transformers and torch raise for values of a wrong type, sizes that do not fit and unknown names.
+
+    Asked for only once something was raised: the hub's package would slow down every start.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (
+        *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError),
+        *(StrictDataclassError, TypeError, ValueError),
+    )
+
+
 def parsed(config_class: type[Any], config: Mapping[str, Any], path: Path) -> Any:
     """The configuration object for plain data, with the defaults of its class.
 
@@ -65,7 +71,7 @@ def parsed(config_class: type[Any], config: Mapping[str, Any], path: Path) -> An
             )
     try:
         return config_class.from_dict(dict(config))
-    except BROKEN as error:
+    except broken() as error:
         reason = shown(str(error))
         raise CheckpointError(f"{path}: not a configuration of {config_class.__name__}: {reason}") from error
 

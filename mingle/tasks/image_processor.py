@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mingle.io.files import CheckpointError
+from mingle.tasks.configs import broken
 from mingle.tasks.image_settings import check_settings, read_settings
 from mingle.tasks.pixels import ImageError
 
@@ -33,7 +34,7 @@ class ImageProcessor:
         check_settings(settings, self.path)
         try:
             self._processor = CLIPImageProcessorPil.from_dict(settings)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except broken() as error:
             raise CheckpointError(f"{self.path}: no image processor can be made of it: {error}") from None
 
     def __call__(self, images: Sequence[np.ndarray[Any, Any]]) -> torch.Tensor:
@@ -71,7 +72,7 @@ class ImageProcessor:
                 shape, finite = list(made.shape[1:]), finite and bool(made.isfinite().all())
                 if shape != [3, size, size]:
                     break
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except broken() as error:
             raise CheckpointError(f"{self.path}: its image processor fails: {error}") from None
         if shape != [3, size, size]:
             raise CheckpointError(

@@ -11,7 +11,7 @@ from torch import nn
 
 from mingle.io.files import CheckpointError
 from mingle.options import shown
-from mingle.tasks.configs import BROKEN, parsed, with_parts
+from mingle.tasks.configs import broken, parsed, with_parts
 
 _LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
 
@@ -38,7 +38,7 @@ def skeleton(
     try:
         with torch.device("meta"):
             model: nn.Module = model_class(settings)
-    except BROKEN as error:
+    except broken() as error:
         reason = shown(str(error) or type(error).__name__)
         raise CheckpointError(f"{path}: no {model_class.__name__} can be made of it: {reason}") from error
     return model

@@ -12,6 +12,7 @@ from typing import Any
 from mingle.io.files import CheckpointError
 from mingle.io.tokenizer_files import check_tokenizer_files
 from mingle.options import OptionError
+from mingle.tasks.configs import broken
 
 _CLIP_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _T5_FILES = (("tokenizer.json",), ("spiece.model",))
@@ -74,18 +75,10 @@ def t5_tokenizer(folder: str | Path, vocab_size: int) -> Any:
 
 def _loaded(paths: list[Path], load: Callable[[], Any]) -> Any:
     """What `load` returns, if it has a vocabulary worth the name."""
+    errors: tuple[type[Exception], ...] = (OSError, *broken())
     try:
         tokenizer = load()
-    except (
-        ArithmeticError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except errors as error:
         named = " and ".join(path.name for path in paths)
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{paths[0].parent}: no tokenizer can be made of {named}: {reason}") from None

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from merge_files import merge_file
 
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.cli import main
@@ -28,10 +29,8 @@ def _wide(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path, base_folder, tuned_folders) -> Path:
-    experts = [{"name": f"task {i}", "model": str(folder)} for i, folder in enumerate(tuned_folders[:2])]
-    path = tmp_path / "merge.yaml"
-    path.write_text(yaml.safe_dump({"base": str(base_folder), "method": "average", "experts": experts}))
-    return path
+    experts = {f"task {i}": folder for i, folder in enumerate(tuned_folders[:2])}
+    return merge_file(tmp_path, base_folder, experts, "average")
 
 
 def failing(monkeypatch, method: str, error: BaseException | int, at: int = 1) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from merge_files import merge_file
 
 from mingle.cli import main
 from mingle.io import files, merger_folder
@@ -30,10 +31,8 @@ def _wide(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path, base_folder, tuned_folders) -> Path:
-    experts = [{"name": f"task {i}", "model": str(folder)} for i, folder in enumerate(tuned_folders[:2])]
-    path = tmp_path / "merge.yaml"
-    path.write_text(yaml.safe_dump({"base": str(base_folder), "method": "individual", "experts": experts}))
-    return path
+    experts = {f"task {i}": folder for i, folder in enumerate(tuned_folders[:2])}
+    return merge_file(tmp_path, base_folder, experts, "individual")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import edit_bytes
 from raw_files import entry, refusal, write_raw, write_sharded
 from safetensors.torch import save_file
 
@@ -136,44 +137,6 @@ def test_malformed_metadata_is_refused(tmp_path: Path, metadata: Any) -> None:
 # Fuzz
 
 
-TOKENS = [
-    b'"',
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b",",
-    b"0",
-    b"9",
-    b"-1",
-    b"1e9",
-    b"null",
-    b"\\u0000",
-    b"F64",
-    b"\xff\xff\xff",
-]
-
-
-def mutate(data: bytes, chance: random.Random) -> bytes:
-    """`data` after one or two edits: a bit flipped, bytes cut, bytes inserted, or bytes replaced by a piece
-    of JSON.
-    """
-    result = bytearray(data)
-    for _ in range(chance.randint(1, 2)):
-        place = chance.randrange(len(result) + 1)
-        match chance.randrange(5):
-            case 0 | 1 if place < len(result):
-                result[place] ^= 1 << chance.randrange(8)
-            case 2:
-                del result[place : place + chance.choice([1, 4, len(result)])]
-            case 3:
-                result[place:place] = chance.randbytes(chance.choice([1, 8]))
-            case _:
-                token = chance.choice(TOKENS)
-                result[place : place + len(token)] = token
-    return bytes(result)
-
-
 def outcome(path: Path) -> bool:
     """Whether the whole checkpoint reads; any exception but CheckpointError is the test's failure."""
     try:
@@ -193,7 +156,7 @@ def test_a_mutated_file_reads_or_is_refused(tmp_path: Path) -> None:
     data = path.read_bytes()
     results = []
     for seed in range(400):
-        path.write_bytes(mutate(data, random.Random(seed)))
+        path.write_bytes(edit_bytes(data, random.Random(seed)))
         results.append(outcome(path))
     assert 20 < sum(results) < 380, "most edits of the data are harmless, most edits of the header are not"
 
@@ -204,7 +167,7 @@ def test_a_mutated_index_reads_or_is_refused(tmp_path: Path) -> None:
     data = index.read_bytes()
     results = []
     for seed in range(300):
-        index.write_bytes(mutate(data, random.Random(seed)))
+        index.write_bytes(edit_bytes(data, random.Random(seed)))
         results.append(outcome(index))
     assert 5 < sum(results) < 280
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-import yaml
+from merge_files import merge_file
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, T5Config, T5ForConditionalGeneration
 
@@ -30,12 +30,8 @@ def written(folder, tensors, config):
     return folder
 
 
-def config_file(folder, base, experts, method="average", **more):
-    path = folder / "merge.yaml"
-    listed = [{"name": name, "model": str(model)} for name, model in experts.items()]
-    content = {"base": str(base), "method": method, "experts": listed} | more
-    path.write_text(yaml.safe_dump(content))
-    return path
+def config_file(folder, base, experts, method="average"):
+    return merge_file(folder, base, experts, method)
 
 
 def refused(base, expert, message, tmp_path):

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-import yaml
+from merge_files import merge_file
 from small_merges import same_bits
 
 import mingle
@@ -134,11 +134,8 @@ def test_what_became_nan_later_is_not_saved(base_model, tuned_states, tmp_path):
 def test_a_merge_that_gives_nan_keeps_what_was_merged_and_goes_on(
     base_folder, tuned_folders, tmp_path, monkeypatch, capsys
 ):
-    experts = [{"name": f"t{i}", "model": str(folder)} for i, folder in enumerate(tuned_folders)]
-    config = tmp_path / "merge.yaml"
-    config.write_text(
-        yaml.safe_dump({"base": str(base_folder), "method": "task-arithmetic", "experts": experts})
-    )
+    experts = {f"t{i}": folder for i, folder in enumerate(tuned_folders)}
+    config = merge_file(tmp_path, base_folder, experts, "task-arithmetic")
     with monkeypatch.context() as patch:
         spoil(patch, 2)
         assert main(["merge", str(config), "--out", str(tmp_path / "out")]) != 0
