@@ -19,7 +19,7 @@ from mingle.options import nearest
 from mingle.tasks import TaskType
 from mingle.tasks.configs import check_same_computation
 from mingle.tasks.loading import ModelCheckpoint
-from mingle.tasks.names import is_left_over, sources
+from mingle.tasks.names import ModelTensors
 
 #: a module, a state dict, or a local folder: a checkpoint of the whole model or of its tower, or a PEFT LoRA
 #: adapter
@@ -63,18 +63,16 @@ class FineTuned:
             self.held, config = model.state_dict(), getattr(model, "config", None)
             self._read = self.held.__getitem__
         elif isinstance(model, Mapping):
-            self.held, config = _in_model(base, model), None
+            self.held = dict(ModelTensors(base, model, model.__getitem__, strip=False))
+            config = None
             self._read = self.held.__getitem__
         elif ((folder := Path(model)) / ADAPTER_CONFIG).exists():
             self.adapter = self._named(folder, prefixes)
             return
         else:
-            checkpoint, config = ModelCheckpoint(folder, base), folder
+            checkpoint, config = ModelCheckpoint(folder, base, strip=False), folder
             self._read = checkpoint.__getitem__
-            like = self.base | {
-                f"{prefix}{name}": self.base[name] for prefix in prefixes for name in self.base
-            }
-            self.held = {name: checkpoint.described(name, like.get(name)) for name in checkpoint}
+            self.held = {name: checkpoint.described(name) for name in checkpoint}
         optional = {name.removeprefix(self.prefix) for name in task.optional(base)} - set(self.head_names)
         self.own = own_names(self.base, self.held, prefixes, self.first, optional)
         self._check_ties()
@@ -201,17 +199,3 @@ class FineTuned:
                 )
             named[name] = expert
         return named
-
-
-def _in_model(base: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names that they have in a model of the base's class."""
-    found = {}
-    for name, source in sources(base, tensors).items():
-        if source.converted:
-            raise IncompatibleModel(
-                f"{source.files[0]!r} is part of {name!r} in the base; give the folder or the model instead "
-                "of its tensors"
-            )
-        if not is_left_over(base, name):
-            found[name] = tensors[source.files[0]]
-    return found

@@ -59,7 +59,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         given=config.method_options(),
     )
     method = _fitted(config.method, model, task, options)
-    values = ModelCheckpoint(base, model, complete=True)
+    values = ModelCheckpoint(base, model)
     left = {
         name: expert.left(method.merges(), values) + differing_preparation(base, experts[name])
         for name, expert in finetuned.items()
