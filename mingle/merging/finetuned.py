@@ -16,7 +16,7 @@ from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, own_names, same_values
 from mingle.kernels.dtypes import wide
 from mingle.nn.linear import LowRankExpert
-from mingle.nn.matrices import oriented
+from mingle.nn.matrices import oriented, packed_experts
 from mingle.nn.peft import read_adapter
 from mingle.options import nearest
 from mingle.tasks import TaskType
@@ -93,7 +93,8 @@ class FineTuned:
     def left(self, merged: Collection[str], base: CheckpointReader | None = None) -> list[str]:
         """What fine-tuning changed and merging leaves out, in words.
 
-        There is a line for what stays as in the base, and one for what the base does not have.
+        There is a line for what stays as in the base, packed experts first, as they are most of a model, and
+        one for what the base does not have.
 
         Args:
             merged: the names of the tower's tensors that are merged.
@@ -109,6 +110,8 @@ class FineTuned:
         others = [name for name in self.held if name not in taken and not name.endswith("position_ids")]
         compared = inside | {name: name for name in others if name in self.whole}
         changed = [name for own, name in compared.items() if self._differs(own, name, base)]
+        packed = {self.prefix + name for name in packed_experts(self.tower)}
+        changed.sort(key=lambda name: name not in packed)
         return self._lines(changed, [name for name in others if name not in self.whole])
 
     def _tensor(self, name: str) -> Tensor:

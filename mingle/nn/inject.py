@@ -37,11 +37,11 @@ def present(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:
 
 
 def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, AnyLinear]:
-    """The Linear (or already injected) layers whose names end in one of `targets`, in model order.
+    """The linear (or already injected) layers whose names end in one of `targets`, in model order.
 
     Raises:
         ValueError: a target that no layer matches (the message names the nearest one), or that matches
-            something other than a plain Linear.
+            something other than a plain Linear or Conv1D.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     modules = dict(model.named_modules())
@@ -92,7 +92,7 @@ def inject(
     backend: str = "auto",
     prepack: bool = False,
 ) -> dict[str, MingleLinear]:
-    """Replace, in place, every Linear whose name ends in one of `targets` by a `MingleLinear`.
+    """Replace, in place, every Linear or Conv1D whose name ends in one of `targets` by a `MingleLinear`.
 
     The new layer shares the old one's weight.
 

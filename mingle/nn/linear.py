@@ -288,7 +288,7 @@ class MingleLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.transposed:
+        if self.transposed:  # so that states of this layer and of the original one fit each other
             destination[prefix + "weight"] = destination[prefix + "weight"].t()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -91,7 +91,7 @@ def packed_experts(model: nn.Module) -> dict[str, Layout]:
     found: dict[str, Layout] = {}
     for path, module in model.named_modules():
         named = _EXPERTS.search(path) or _EXPERTS.search(type(module).__name__)
-        if not named or isinstance(module, nn.Conv1d):
+        if not named or isinstance(module, nn.Conv1d | MingleLinear):
             continue
         packed = {
             f"{path}.{name}".removeprefix("."): parameter
@@ -99,8 +99,8 @@ def packed_experts(model: nn.Module) -> dict[str, Layout]:
             # [E, 1, d] are biases
             if parameter.dim() == 3 and parameter.is_floating_point() and min(parameter.shape[1:]) > 1
         }
-        around = _kept_transposed(module, list(packed.values()))
-        found |= {name: Layout(around, len(parameter)) for name, parameter in packed.items()}
+        turned = _kept_transposed(module, list(packed.values()))
+        found |= {name: Layout(turned, len(parameter)) for name, parameter in packed.items()}
     return found
 
 
