@@ -14,7 +14,7 @@ from mingle.io.state_dicts import task_vector
 from mingle.linalg.arithmetic import buckets, ieee, product, stacked
 from mingle.linalg.sketch import gaussian
 from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
-from mingle.nn.inject import find_weights, present
+from mingle.nn.inject import find_weights
 from mingle.nn.matrices import packed_experts
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskType
@@ -157,9 +157,9 @@ class Nufilt(WeightMethod):
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
-        published = (*present(self.tower, task.layer_sets["nufilt"]), *packed_experts(self.tower))
+        targets = options.layers or (*task.structure(model).sets["nufilt"], *packed_experts(self.tower))
         #: how each of the target weights holds its matrices
-        self.layouts = find_weights(self.tower, options.layers or published)
+        self.layouts = find_weights(self.tower, targets)
         self.targets = list(self.layouts)
 
     def merges(self) -> Collection[str]:
