@@ -29,13 +29,6 @@ def refusal(module: nn.Module, parent: nn.Module) -> str:
     return ""
 
 
-def present(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:
-    """Those of `suffixes` that the model has, as a set may cover variants; all of them where it has none."""
-    suffixes = tuple(suffixes)
-    names = [name for name, _ in model.named_modules()]
-    return tuple(suffix for suffix in suffixes if any(matches(name, suffix) for name in names)) or suffixes
-
-
 def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, AnyLinear]:
     """The linear (or already injected) layers whose names end in one of `targets`, in model order.
 
