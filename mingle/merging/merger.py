@@ -27,10 +27,14 @@ from mingle.merging.finite import NonFiniteMerge, refuse_non_finite
 from mingle.merging.opened import opened
 from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
-from mingle.tasks import TaskData
+from mingle.tasks import TaskData, TaskType
+from mingle.tasks.heads import head_of, put_head
 from mingle.tasks.image_settings import differing_preparation
 
 logger = logging.getLogger(__name__)
+
+#: before the names of a head's tensors in a task's file
+_HEAD = "head/"
 
 
 @dataclass
@@ -63,7 +67,8 @@ class Merger:
         base_model: the common pre-trained model, a module or a local folder in hub format.  A module is
             copied, never changed.
         method: a name in `mingle.methods.METHODS`.
-        task_type: how batches become logits, ``"clip"`` or ``"t5"``; None goes by the base's configuration.
+        task_type: how batches become logits: a name that `mingle.tasks.get` knows, such as ``"causal-lm"``,
+            or an object of your own; None goes by the base's configuration and its head.
         seed: of everything random.  Step t depends only on (seed, t) and the merged state, so an interrupted
             merge resumes bit for bit.
         device: where the merged model lives; None leaves it where the base is.
@@ -78,13 +83,13 @@ class Merger:
         self,
         base_model: nn.Module | str | Path,
         method: str = "mingle",
-        task_type: str | None = None,
+        task_type: str | TaskType | None = None,
         *,
         seed: int = 0,
         device: str | torch.device | None = None,
         **options: Any,
     ) -> None:
-        self.task = tasks.of(base_model) if task_type is None else tasks.get(task_type)
+        self.task = _task_type(task_type, base_model)
         method_class = methods.get(method)
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
         self.seed = seed
@@ -92,11 +97,12 @@ class Merger:
         self.base = _finite(base_model) if isinstance(base_model, nn.Module) else self.task.load(base_model)
         if device is not None:
             self.base = copy.deepcopy(self.base).to(device)
-        self._base_tower = {
-            name: t.detach() for name, t in self.base.get_submodule(self.task.tower).state_dict().items()
-        }
+        tower = self.base.get_submodule(self.task.tower(self.base))
+        self._base_tower = {name: tensor.detach() for name, tensor in tower.state_dict().items()}
         self._begin(method_class)
         self.merged: list[MergedTask] = []
+        #: what each task has of its own, such as a classifier's head, by names in the model
+        self.heads: list[dict[str, torch.Tensor]] = []
         self.matrix: list[list[float | None]] = []
         #: anything JSON can hold, saved with the merger
         self.metadata: dict[str, Any] = {}
@@ -141,12 +147,12 @@ class Merger:
             )
         try:
             model = FineTuned(finetuned_model, self.base, self.task)
-            tuned, left = model.tensors(), model.left(self.method.merges())
+            tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
             left += self._prepared_otherwise(finetuned_model)
         except (IncompatibleModel, CheckpointError) as error:
             raise type(error)(f"task {name!r}: {error}") from None
         index = len(self.merged)
-        teacher = partial(self._teacher, tuned)
+        teacher = partial(self._teacher, tuned, head)
         if seeds is not None and self.method.needs_answers:
             seeds = self.task.prepared(teacher, seeds)
         arrival = Arrival(
@@ -159,18 +165,26 @@ class Merger:
             on_step=on_step,
         )
         before = [self.method.task_tensors(i) for i in range(index)], self.method.state_tensors()
-        report = self.method.add(arrival)
+        served = head_of(self.model, head)
+        put_head(self.model, head)
+        try:
+            report = self.method.add(arrival)
+        except BaseException:
+            put_head(self.model, served)
+            raise
         try:
             refuse_non_finite(self.method, name, [self.method.task_tensors(index)])
         except NonFiniteMerge:
             self._begin(type(self.method))
             self.method.restore(*before)
+            put_head(self.model, served)
             raise
         for line in left:
             logger.info("%s: %s", name, line)
         report.notes += left
         self.merged.append(MergedTask(name, len(seeds) if seeds else 0, report.skipped, report.notes))
         self.matrix.append([None] * len(self.merged))
+        self.heads.append(head)
         return report
 
     def check_name(self, name: str) -> None:
@@ -181,13 +195,16 @@ class Merger:
     def model_for(self, name: str) -> nn.Module:
         """The model that serves a merged task.
 
-        It is the merged model, or, for the reference row ``individual``, the task's own.
+        It is the merged model, with the task's own head where tasks have heads; or, for the reference row
+        ``individual``, the task's own model.
         """
         if name not in self.task_names:
             raise ValueError(
                 f"task {name!r} is not among the merged ones: {', '.join(self.task_names) or 'none'}"
             )
-        self.method.select(self.task_names.index(name))
+        place = self.task_names.index(name)
+        self.method.select(place)
+        put_head(self.model, self.heads[place])
         return self.model
 
     def evaluate(
@@ -236,7 +253,10 @@ class Merger:
             include_base: put the base model into the folder too, which makes it self-contained; without it,
                 `from_pretrained` needs `base`.
         """
-        task_tensors = [self.method.task_tensors(i) for i in range(len(self.merged))]
+        task_tensors = [
+            self.method.task_tensors(i) | {f"{_HEAD}{name}": tensor for name, tensor in head.items()}
+            for i, head in enumerate(self.heads)
+        ]
         refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
         manifest = {
             "method": self.method.name,
@@ -281,7 +301,7 @@ class Merger:
         elif task is not None:
             reason = f"with method {self.method.name!r} one model serves all tasks"
             raise ValueError(f"task {task!r}: {reason}; leave the task out")
-        state = export.whole_model(self.base, self.task.tower, self.method.plain_tower())
+        state = export.whole_model(self.base, self.task.tower(self.base), self.method.plain_tower())
         config = export.hub_config(self.base, self.base_folder, next(self.base.parameters()).dtype)
         export.write_model(Path(folder), state, config, self.base_folder, self._card(Path(folder).name))
 
@@ -291,6 +311,7 @@ class Merger:
         folder: str | Path,
         base: nn.Module | str | Path | None = None,
         *,
+        task_type: TaskType | None = None,
         device: str | torch.device | None = None,
     ) -> Merger:
         """The merger that `save_pretrained` wrote.
@@ -300,6 +321,7 @@ class Merger:
         Args:
             folder: the folder that `save_pretrained` wrote.  Nothing outside it is read.
             base: the base model, where the folder does not hold it.
+            task_type: the object, where it is of your own and not registered, see `mingle.tasks.register`.
             device: where the merged model lives.
 
         Raises:
@@ -307,16 +329,17 @@ class Merger:
                 model.
         """
         folder = Path(folder)
-        saved = opened(folder)
+        saved = opened(folder, task_type)
         manifest = saved.manifest
+        task = task_type or tasks.get(manifest["task_type"])
         model = base if base is not None else saved.base_folder()
         if not isinstance(model, nn.Module):
-            model = tasks.get(manifest["task_type"]).load(model).to(getattr(torch, manifest["dtype"]))
+            model = task.load(model).to(getattr(torch, manifest["dtype"]))
         try:
             merger = cls(
                 model,
                 manifest["method"],
-                manifest["task_type"],
+                task,
                 seed=manifest["seed"],
                 device=device,
                 **manifest["options"],
@@ -330,8 +353,15 @@ class Merger:
             {name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved.task_tensors()
         ]
         state = {name: tensor.to(place) for name, tensor in saved.state_tensors().items()}
+        merger.heads = [
+            {name.removeprefix(_HEAD): tensor for name, tensor in tensors.items() if name.startswith(_HEAD)}
+            for tensors in moved
+        ]
+        own = [{name: t for name, t in tensors.items() if not name.startswith(_HEAD)} for tensors in moved]
         try:
-            merger.method.restore(moved, state)
+            merger.method.restore(own, state)
+            if merger.heads:
+                put_head(merger.model, merger.heads[-1])
         # what names, numbers and shapes of tensors that belong to something else lead to
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = f"the tensors do not fit the method {merger.method.name!r} with these options"
@@ -360,10 +390,17 @@ class Merger:
         self.model = copy.deepcopy(self.base).eval()
         self.method = method(self.model, self.task, self._base_tower, self.options)
 
-    def _teacher(self, tuned: Mapping[str, torch.Tensor]) -> nn.Module:
+    def _teacher(self, tuned: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]) -> nn.Module:
         teacher = copy.deepcopy(self.base).eval()
-        teacher.get_submodule(self.task.tower).load_state_dict(dict(tuned))
+        put_head(teacher, head)
+        teacher.get_submodule(self.task.tower(teacher)).load_state_dict(dict(tuned))
         return teacher
+
+
+def _task_type(given: str | TaskType | None, base_model: nn.Module | str | Path) -> TaskType:
+    if isinstance(given, TaskType):
+        return given
+    return tasks.of(base_model) if given is None else tasks.get(given)
 
 
 def _finite(base: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from mingle.io.state_dicts import task_vector
 from mingle.linalg.arithmetic import buckets, ieee, product, stacked
 from mingle.linalg.sketch import gaussian
 from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
-from mingle.nn.inject import find_targets, present
+from mingle.nn.inject import find_targets
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskType
 
@@ -155,7 +155,7 @@ class Nufilt(WeightMethod):
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
-        targets = options.layers or present(self.tower, task.layer_sets["nufilt"])
+        targets = options.layers or task.structure(model).sets["nufilt"]
         self.targets = [f"{name}.weight" for name in find_targets(self.tower, targets)]
 
     def merges(self) -> Collection[str]:
