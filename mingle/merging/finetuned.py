@@ -75,7 +75,8 @@ class FineTuned:
                 f"{prefix}{name}": self.base[name] for prefix in prefixes for name in self.base
             }
             self.held = {name: checkpoint.described(name, like.get(name)) for name in checkpoint}
-        self.own = own_names(self.base, self.held, prefixes, self.first)
+        optional = {name.removeprefix(self.prefix) for name in task.optional(base)} - set(self.head_names)
+        self.own = own_names(self.base, self.held, prefixes, self.first, optional)
         self._check_ties()
         if missing := [name for name in self.head_names if name not in self.held]:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -122,7 +123,7 @@ class FineTuned:
         ]
         if self.adapter:
             return self._lines([self.prefix + name for name in unmerged if name in self.adapter], [])
-        inside = {self.own[name]: self.prefix + name for name in unmerged}
+        inside = {self.own[name]: self.prefix + name for name in unmerged if name in self.own}
         taken = set(self.own.values()) | own
         # What the tower does not take is under the whole model's names, if the rest of the model is there.
         others = [name for name in self.held if name not in taken and not name.endswith("position_ids")]
@@ -132,7 +133,7 @@ class FineTuned:
 
     def _tensor(self, name: str) -> Tensor:
         base = self.base[name]
-        if self.own:
+        if name in self.own:
             tensor = self._read(self.own[name]).detach().to(base.device, wide(base), copy=True)
         else:
             tensor = base.to(wide(base), copy=True)
