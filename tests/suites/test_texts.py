@@ -10,11 +10,13 @@ import pytest
 import torch
 from small_minilm import write_model, write_package
 
+import mingle
 from mingle import suites
 from mingle.io.files import sha256
 from mingle.io.safetensors import CheckpointReader
 from mingle.merging.evaluate import accuracy
 from mingle.options import OptionError
+from mingle.runs.compare import Comparison, run
 from mingle.suites import texts
 from mingle.suites.texts.base import HUB_ID, PACKAGE, TextBase, find_base
 from mingle.suites.texts.corpus import read_tasks
@@ -174,6 +176,17 @@ def test_finetuning_learns_its_task(package, tmp_path):
     reader = CheckpointReader(tmp_path / "out")
     model.load_state_dict({name: reader.tensor(name) for name in reader})
     assert accuracy(encoder, model, suite["languages"]) > before + 5
+
+
+@pytest.mark.slow
+def test_methods_of_every_sort_run_on_it(package, cache, tmp_path):
+    options = (("rank", 2), ("steps", 1))
+    asked = Comparison("texts8", methods=("average", "mingle", "mingle-seq"), options=options)
+    found = run(asked, tmp_path / "out")["methods"]
+    assert {name: len(rows["matrix"][0]) for name, rows in found.items()} == dict.fromkeys(asked.methods, 8)
+    folder = tmp_path / "out/merged/average"
+    again = mingle.Merger.from_pretrained(folder).evaluate(suites.load("texts8", base=package))
+    assert again.acc == pytest.approx(found["average"]["acc"][0])
 
 
 @pytest.mark.slow
