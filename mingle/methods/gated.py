@@ -13,7 +13,7 @@ from mingle.io.state_dicts import task_vector
 from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
 from mingle.nn.inject import find_targets, inject
 from mingle.nn.linear import MingleLinear
-from mingle.nn.matrices import oriented
+from mingle.nn.matrices import oriented, packed_experts
 from mingle.tasks import TaskType
 from mingle.tasks.masks import TokenMasks
 
