@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle.io.base_files import DATA_SUFFIXES, base_files, is_module
+from mingle.io.base_files import DATA_SUFFIXES, base_files, is_inner_folder
 from mingle.io.files import (
     CheckpointError,
     contained,
@@ -93,7 +93,7 @@ def _check_staging(staging: Path) -> None:
     if os.path.lexists(staging):
         real = staging.is_dir() and not staging.is_symlink()
         folders = [path for path in staging.iterdir() if path.is_dir()] if real else [staging]
-        strange = next((path for path in folders if not (real and is_module(path))), None)
+        strange = next((path for path in folders if not (real and is_inner_folder(path))), None)
         if strange is not None:
             raise CheckpointError(f"{strange}: in the way of an export, and not left by an earlier one")
 
@@ -124,7 +124,7 @@ def write_model(
         try:
             with naming(staging):
                 for left in staging.iterdir():
-                    if is_module(left):
+                    if is_inner_folder(left):
                         shutil.rmtree(left)
                     elif left.name != ".lock":
                         left.unlink()

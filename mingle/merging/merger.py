@@ -30,6 +30,8 @@ from mingle.options import build
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.heads import head_of, put_head
 from mingle.tasks.image_settings import differing_preparation
+from mingle.tasks.loading import absent
+from mingle.tasks.names import in_files
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +270,7 @@ class Merger:
             "matrix": self.matrix,
             "metadata": self.metadata,
         }
-        base = merger_folder.BaseModel(self.base, self.base_folder) if include_base else None
+        base = self._base_model() if include_base else None
         merger_folder.save(
             Path(folder),
             manifest,
@@ -372,6 +374,19 @@ class Merger:
         ]
         merger.matrix, merger.metadata = manifest["matrix"], manifest["metadata"]
         return merger
+
+    def _base_model(self) -> merger_folder.BaseModel:
+        if self.base_folder is not None:
+            return merger_folder.BaseModel(self.base_folder)
+        files = self.task.files(self.base)
+        if not files:
+            raise CheckpointError(
+                f"the base {type(self.base).__name__} has no config to save it with; use include_base=False "
+                "and give the base to from_pretrained"
+            )
+        lacking = absent(self.base)
+        held = {name: tensor for name, tensor in self.base.state_dict().items() if name not in lacking}
+        return merger_folder.BaseModel(None, files, partial(in_files, self.base, held))
 
     def _prepared_otherwise(self, model: Model) -> list[str]:
         if self.base_folder is None or isinstance(model, nn.Module | Mapping):

@@ -137,6 +137,18 @@ class TaskType(ABC):
         """
         run_example(tower, samples, device)
 
+    def files(self, model: nn.Module) -> dict[str, Any]:
+        """What a folder of the model holds beside its weights: contents of JSON files by their names.
+
+        Asked for where the model did not come from a folder.  Empty where it has no configuration.
+        """
+        described = {CONFIG: "config", "generation_config.json": "generation_config"}
+        found: dict[str, Any] = {file: getattr(model, name, None) for file, name in described.items()}
+        files = {file: part.to_dict() for file, part in found.items() if hasattr(part, "to_dict")}
+        if CONFIG in files:
+            files[CONFIG] |= {"architectures": [type(model).__name__]}
+        return files
+
     def model_class(self, config: Mapping[str, Any]) -> type[Any]:
         """The class in transformers of a base model with this ``config.json``.
 

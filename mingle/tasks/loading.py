@@ -70,7 +70,7 @@ def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.
 
     Of the tensors that the model ties together, the checkpoint needs to hold only one.  Where it holds
     several that differ, they are not tied, whatever the configuration says: so does transformers.  Optional
-    tensors that are not there, or have another shape, are noted in the configuration as ``absent``.
+    tensors that are not there, or have another shape, are noted, see `absent`.
 
     Args:
         folder: the folder.
@@ -147,13 +147,13 @@ def load_model(folder: Path, model_class: type[Any], optional: Optional) -> nn.M
 
 def absent(model: nn.Module) -> tuple[str, ...]:
     """The optional tensors that a model's checkpoint did not hold; none where it was not loaded here."""
-    return tuple(getattr(getattr(model, "config", None), "absent", ()))
+    return getattr(model, "absent_tensors", ())
 
 
 def _note_absent(model: nn.Module, names: Collection[str]) -> None:
+    """Note it in the module: what is in a configuration would be saved with it."""
     whole: Any = model
-    if names:
-        whole.config.absent = list(names)
+    whole.absent_tensors = tuple(names)
 
 
 def _untie(model: nn.Module, first: dict[str, str], checkpoint: ModelCheckpoint) -> None:

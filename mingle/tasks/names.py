@@ -124,3 +124,19 @@ def _sources(model: nn.Module, names: Iterable[str], strip: bool) -> dict[str, S
         for target in targets:
             found.setdefault(target, Source(renamed, rule=rule)).files[name] = pattern or ""
     return found
+
+
+def in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model as its files have them, for programs that know no others.
+
+    Args:
+        model: the model, with the names of the files that it was loaded from, if any.
+        tensors: by their names in it; all that belong together.
+    """
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not isinstance(model, PreTrainedModel):
+        return dict(tensors)
+    found: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    return found
