@@ -35,8 +35,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path}: no model_type in it")
-    if config.get("quantization_config"):
-        raise CheckpointError(f"{path}: quantization_config is set; {DEQUANTISE}")
+    if quantised := config.get("quantization_config"):
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        by = f", by {shown(kind)}" if kind else ""
+        raise CheckpointError(f"{path}: quantization_config is set{by}; {DEQUANTISE}")
     return config
 
 

@@ -31,7 +31,7 @@ class ModelCheckpoint(ModelTensors):
 
     def __init__(self, folder: Path, model: nn.Module, *, strip: bool = True) -> None:
         self._reader = CheckpointReader(folder)
-        super().__init__(model, self._reader, self._reader.tensor, strip=strip)
+        super().__init__(model, self._reader, self._reader.tensor, strip=strip, where=str(folder))
 
     def described(self, name: str) -> Tensor:
         """The tensor on the meta device, by the files' headers alone."""

@@ -48,12 +48,19 @@ class ModelTensors(Mapping[str, Tensor]):
         read: gives the checkpoint's tensors by these names.
         strip: take away what a model with a head puts before the names of one without, if `model` has none.
             What is not part of such a model can then no longer be told from a head.
+        where: the checkpoint is, for messages.
     """
 
     def __init__(
-        self, model: nn.Module, names: Iterable[str], read: Callable[[str], Tensor], *, strip: bool
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        read: Callable[[str], Tensor],
+        *,
+        strip: bool,
+        where: str = "the tensors",
     ) -> None:
-        self.model, self._read = model, read
+        self.model, self._read, self._where = model, read, where
         self._sources = _sources(model, names, strip)
 
     def __iter__(self) -> Iterator[str]:
@@ -89,7 +96,8 @@ class ModelTensors(Mapping[str, Tensor]):
             made = rule.convert(source.first, model=self.model, config=config)[name]
         except broken() as error:
             others = f" and {len(given) - 1} more" if len(given) > 1 else ""
-            raise CheckpointError(f"{first!r}{others} do not make {name!r}: {shown(str(error))}") from None
+            reason = f"{first!r}{others} do not make {name!r}: {shown(str(error))}"
+            raise CheckpointError(f"{self._where}: {reason}") from None
         result: Tensor = made[0] if isinstance(made, list) else made
         return result
 
