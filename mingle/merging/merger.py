@@ -25,6 +25,7 @@ from mingle.merging.evaluate import Result, accuracy
 from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.finite import NonFiniteMerge, refuse_non_finite
 from mingle.merging.opened import opened
+from mingle.merging.vocabulary import Vocabulary, check_vocabulary
 from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
 from mingle.tasks import TaskData, TaskType
@@ -74,10 +75,12 @@ class Merger:
         seed: of everything random.  Step t depends only on (seed, t) and the merged state, so an interrupted
             merge resumes bit for bit.
         device: where the merged model lives; None leaves it where the base is.
+        vocabulary: what fine-tuned models with new tokens get: ``same`` refuses them, ``base`` merges the
+            rows of embeddings and head that the base has too, and tells what is lost.
         options: the method's own, see its ``Options``.
 
     Raises:
-        ValueError: an unknown method, task type or option; a base with NaN or infinite weights.
+        ValueError: an unknown method, task type, option or vocabulary; a base with NaN or infinite weights.
         CheckpointError: a folder that does not hold an intact model.
     """
 
@@ -89,12 +92,14 @@ class Merger:
         *,
         seed: int = 0,
         device: str | torch.device | None = None,
+        vocabulary: Vocabulary = "same",
         **options: Any,
     ) -> None:
+        check_vocabulary(vocabulary)
         self.task = _task_type(task_type, base_model)
         method_class = methods.get(method)
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
-        self.seed = seed
+        self.seed, self.vocabulary = seed, vocabulary
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
         self.base = _finite(base_model) if isinstance(base_model, nn.Module) else self.task.load(base_model)
         if device is not None:
@@ -148,7 +153,7 @@ class Merger:
                 f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given"
             )
         try:
-            model = FineTuned(finetuned_model, self.base, self.task)
+            model = FineTuned(finetuned_model, self.base, self.task, self.vocabulary, self.base_folder)
             tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
             left += self._prepared_otherwise(finetuned_model)
         except (IncompatibleModel, CheckpointError) as error:
@@ -266,6 +271,7 @@ class Merger:
             "seed": self.seed,
             "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
             "options": asdict(self.options),
+            **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
             "tasks": [asdict(task) for task in self.merged],
             "matrix": self.matrix,
             "metadata": self.metadata,
@@ -344,6 +350,7 @@ class Merger:
                 task,
                 seed=manifest["seed"],
                 device=device,
+                vocabulary=manifest.get("vocabulary", "same"),
                 **manifest["options"],
             )
         except ValueError as error:  # options that do not suit this model

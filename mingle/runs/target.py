@@ -47,6 +47,7 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
     revisions = {"revisions": plan.revisions}  # compared when they were read
     found = _facts(manifest["method"], manifest["metadata"] | revisions, manifest["options"])
     wanted = _facts(plan.config.method, plan.origin(), plan.options)
+    found["vocabulary"], wanted["vocabulary"] = manifest.get("vocabulary", "same"), plan.config.vocabulary
     differing = [
         f"{key}: {found.get(key)!r} there, {value!r} now"
         for key, value in wanted.items()
