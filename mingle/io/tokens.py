@@ -52,14 +52,13 @@ def _numbered(content: Any) -> Pairs:
 
 def _fast(content: Any) -> Pairs:
     """Of a ``tokenizer.json``."""
-    vocabulary, added = (
-        _object(_object(content).get("model")).get("vocab"),
-        _object(content).get("added_tokens"),
-    )
-    listed = enumerate(vocabulary) if isinstance(vocabulary, list) else ()
-    pieces = [(number, piece[0]) for number, piece in listed if isinstance(piece, list) and piece]
-    own = [(_object(token).get("id"), _object(token).get("content")) for token in added]
-    return [*_numbered(vocabulary), *pieces, *own]
+    vocabulary = _object(_object(content).get("model")).get("vocab", ())
+    for number, piece in enumerate(_list(vocabulary)):
+        if isinstance(piece, list) and piece:
+            yield number, piece[0]
+    yield from _numbered(vocabulary)
+    for token in map(_object, _list(_object(content).get("added_tokens"))):
+        yield token.get("id"), token.get("content")
 
 
 def _decoder(content: Any) -> Pairs:

@@ -64,10 +64,10 @@ class TaskType(ABC):
             if not isinstance(tensor, Tensor) or tensor.dim() == 0:
                 raise ValueError(f"{name}: {shown(tensor)}: expected a tensor with one row per sample")
         rows = {name: len(tensor) for name, tensor in checked.items()}
-        if not inputs or len(set(rows.values())) > 1:
-            raise ValueError(
-                f"samples with inputs of {rows or 'no'} rows: expected one row per sample in each"
-            )
+        if not inputs:
+            raise ValueError(f"samples with {', '.join(given) or 'nothing'}: expected inputs")
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"samples with inputs of {rows} rows: expected one row per sample in each")
         return TaskData(inputs, {}, given.get("labels"))
 
     def outcomes(self, model: nn.Module, data: TaskData) -> Tensor:
