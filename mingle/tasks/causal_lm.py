@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mingle.nn.call_arguments import takes
 from mingle.tasks.base import TaskType, required_labels
 from mingle.tasks.classification import auto_class, check_tokens, with_mask
 from mingle.tasks.data import TaskData
+from mingle.tasks.masks import prompt
 from mingle.tasks.structure import Structure
 
 #: the most tokens of an answer that is generated
@@ -86,8 +87,10 @@ class CausalLmTask(TaskType):
         """Scores of the vocabulary after every token but the last, [n, S − 1, V]; see `valid`."""
         lm: Any = model
         ids, mask = (data.inputs[name].to(lm.device) for name in ("input_ids", "attention_mask"))
-        given = {"position_ids": positions(mask)} if _takes_positions(lm) else {}
-        result: Tensor = lm(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
+        given = {"position_ids": positions(mask)} if takes(lm, "position_ids") else {}
+        answers = data.inputs.get("answer_mask")
+        with prompt(None if answers is None else answers.cumsum(1) == 0):
+            result: Tensor = lm(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
         return result[:, :-1]
 
     def valid(self, data: TaskData) -> Tensor | None:
@@ -140,10 +143,6 @@ def positions(mask: Tensor) -> Tensor:
         mask: [n, S], not 0 for tokens that count.
     """
     return (mask.long().cumsum(1) - 1).clamp_min(0)
-
-
-def _takes_positions(model: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _ends(model: nn.Module) -> tuple[list[int], int]:
