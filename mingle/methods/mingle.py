@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from mingle.adaptation import input_directions
+from mingle.adaptation.answers import Compact, States
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.adaptation.fast_forward import fast_linears
 from mingle.adaptation.losses import distillation
 from mingle.adaptation.projector import RelaxedProjector
-from mingle.adaptation.teacher import TEACHER_BATCH, teacher_logits
+from mingle.adaptation.teacher import TEACHER_BATCH, teacher_answers
 from mingle.adaptation.trace import AdaptTrace
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.kernels.gated_experts import reference
@@ -134,8 +135,8 @@ class Mingle(GatedMethod):
             gamma = options.gamma if options.constraint == "relaxed" else 0.0
             projector = RelaxedProjector(self.bases, gamma=gamma, beta=options.beta, backend=options.backend)
 
-        def answers(samples: TaskData) -> torch.Tensor:
-            return teacher_logits(self.task, arrival.teacher(), samples, TEACHER_BATCH)
+        def answers(samples: TaskData) -> torch.Tensor | States:
+            return teacher_answers(self.task, arrival.teacher(), samples, TEACHER_BATCH)
 
         loss = distillation(answers, options.temperature)
         config = AdaptConfig(options.steps, options.lr, options.batch_size, options.precision)
@@ -157,8 +158,10 @@ class Mingle(GatedMethod):
             fast_linears(self.model),
             input_directions.collected(self.layers) as seen,
         ):
+            compact = Compact.of(self.task, self.model, seeds)
             for batch in seeds.batches(TEACHER_BATCH):
-                if not self.task.logits(self.model, batch).isfinite().all():
+                answers = self.task.logits(self.model, batch) if compact is None else compact.states(batch).hidden
+                if not answers.isfinite().all():
                     raise AdaptationDiverged("the adapted model's answers to the seed samples are not finite")
         bases = input_directions.extend(self.bases, seen, options.k)
         if crowded := input_directions.crowded(bases, options.k):

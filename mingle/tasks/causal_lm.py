@@ -16,9 +16,11 @@ from mingle.tasks.classification import auto_class, check_tokens, with_mask
 from mingle.tasks.data import TaskData
 from mingle.tasks.masks import prompt
 from mingle.tasks.structure import Structure
+from mingle.tasks.vocabulary import Vocabulary, find_vocabulary
 
 #: the most tokens of an answer that is generated
 ANSWER_TOKENS = 32
+_GLIMPSE = 4  # tokens that a head is looked at with
 _BATCH = 32  # samples in one pass that generates
 #: in the place of a token where there is none
 _NONE = -100
@@ -92,6 +94,15 @@ class CausalLmTask(TaskType):
         with prompt(None if answers is None else answers.cumsum(1) == 0):
             result: Tensor = lm(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
         return result[:, :-1]
+
+    def vocabulary(self, model: nn.Module, data: TaskData) -> Vocabulary | None:
+        row = data.inputs["attention_mask"][0].bool()
+        ids = data.inputs["input_ids"][:1, row][:, :_GLIMPSE]
+        few = TaskData({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return find_vocabulary(model, lambda: self.logits(model, few))
+
+    def states(self, model: nn.Module, vocabulary: Vocabulary, data: TaskData) -> Tensor:
+        return super().states(model, vocabulary, data)[:, :-1]
 
     def valid(self, data: TaskData) -> Tensor | None:
         """The positions before the answers' tokens, bool [n, S − 1]; without answers, before any token."""

@@ -15,9 +15,11 @@ from mingle.tasks.classification import auto_class
 from mingle.tasks.data import TaskData
 from mingle.tasks.masks import answer_mask
 from mingle.tasks.structure import Structure
+from mingle.tasks.vocabulary import Vocabulary, find_vocabulary
 
 #: tokens of an answer, the start token included, as published
 ANSWER_TOKENS = 10
+_GLIMPSE = 3  # tokens of an answer that a head is looked at with
 _BATCH = 128  # samples in one pass that generates
 
 
@@ -108,6 +110,13 @@ class Seq2SeqTask(TaskType):
                 use_cache=False,
             ).logits
         return result
+
+    def vocabulary(self, model: nn.Module, data: TaskData) -> Vocabulary | None:
+        few = {
+            name: tensor[:1, :_GLIMPSE] if name.startswith("decoder") else tensor[:1]
+            for name, tensor in data.inputs.items()
+        }
+        return find_vocabulary(model, lambda: self.logits(model, TaskData(few)))
 
     def valid(self, data: TaskData) -> Tensor | None:
         """Positions up to the end of the answer, bool [n, L]; None without the decoder's inputs."""
