@@ -14,9 +14,10 @@ from mingle.tasks import TaskData, TaskType
 from mingle.tasks.vocabulary import Vocabulary
 
 #: the largest size, in bytes, of whole logits of all samples in float32
-BUDGET = 2**28
-#: the size, in bytes, of the logits that are made at a time where whole ones would be larger
-CHUNK = 2**25
+BUDGET = 2**25
+#: where whole ones would be larger, the logits that are made at a time take no more bytes than this in
+#: float32, or than the batch's hidden states: these are a small part of what a step has to keep
+CHUNK = 2**23
 
 #: hidden states [r, d] → logits [r, V]
 Head = Callable[[Tensor], Tensor]
@@ -27,16 +28,16 @@ class States:
     """Answers as hidden states, of which a head makes logits.
 
     Attributes:
-        hidden: those of the positions that count, [n, M, d]: as many for each sample as the one with most has.
+        hidden: those of the positions that count, [n, M, d], as many for each as the sample with most has.
         counted: which of them do count, bool [n, M].
         head: makes logits of hidden states.
-        rows: how many of them at a time.
+        size: how many logits there are for each position, V.
     """
 
     hidden: Tensor
     counted: Tensor
     head: Head
-    rows: int
+    size: int
 
     def select(self, index: Tensor) -> States:
         """Those of the samples at `index`."""
@@ -56,7 +57,6 @@ class Compact:
     def __init__(self, task: TaskType, model: nn.Module, vocabulary: Vocabulary, valid: Tensor) -> None:
         self.task, self.model, self.vocabulary = task, model, vocabulary
         self.most = int(valid.sum(1).max())
-        self.rows = max(1, CHUNK // (4 * vocabulary.size))
 
     @classmethod
     def of(cls, task: TaskType, model: nn.Module, samples: TaskData) -> Compact | None:
@@ -76,10 +76,10 @@ class Compact:
         """
         hidden, valid = self.task.states(self.model, self.vocabulary, samples), self.task.valid(samples)
         assert valid is not None
-        places = (~valid).to(torch.uint8).argsort(1, stable=True)[:, : self.most].to(hidden.device)
+        places = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.most].to(hidden.device)
         chosen = hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
         counted = valid.to(hidden.device).gather(1, places)
-        return States(chosen, counted, head or self.vocabulary.logits, self.rows)
+        return States(chosen, counted, head or self.vocabulary.logits, self.vocabulary.size)
 
 
 def joined(parts: list[States]) -> States:
@@ -104,11 +104,13 @@ def mean_over_positions(states: States, loss: Callable[[Tensor, Tensor], Tensor]
     if not counted.is_cuda:
         places = places[counted]
 
+    rows = max(1, max(CHUNK // 4, states.hidden.numel()) // states.size)
+
     def summed(start: int, hidden: Tensor) -> Tensor:
         own, logits = places[start : start + len(hidden)], states.head(hidden)
         return torch.where(counted[own], loss(own, logits.to(wide(logits))), 0).sum()
 
-    total: Tensor = _Summed.apply(states.hidden.flatten(0, 1)[places], states.rows, summed)
+    total: Tensor = _Summed.apply(states.hidden.flatten(0, 1)[places], rows, summed)
     return total / counted.sum()
 
 

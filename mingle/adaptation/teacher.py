@@ -14,9 +14,7 @@ TEACHER_BATCH = 128
 
 
 @torch.no_grad()
-def teacher_answers(
-    task: TaskType, teacher: nn.Module, seeds: TaskData, batch_size: int
-) -> Tensor | States:
+def teacher_answers(task: TaskType, teacher: nn.Module, seeds: TaskData, batch_size: int) -> Tensor | States:
     """The fine-tuned model's answers to all seed samples, once.
 
     They are logits [n, C] or [n, L, C], or `States` where these would be too large.

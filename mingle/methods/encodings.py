@@ -52,7 +52,9 @@ class Encodings:
         if len(known) < len(rows):  # something was done to them on their way
             if self._latest is None or len(hidden) % len(self._latest):
                 count = f"{len(hidden)} encoded samples"
-                raise ValueError(f"{count}, of which {len(rows) - len(known)} are not from this model's encoder")
+                raise ValueError(
+                    f"{count}, of which {len(rows) - len(known)} are not from this model's encoder"
+                )
             return self._latest
         gates = torch.stack(known)
         self._found = weakref.ref(hidden), gates

@@ -160,7 +160,9 @@ class Mingle(GatedMethod):
         ):
             compact = Compact.of(self.task, self.model, seeds)
             for batch in seeds.batches(TEACHER_BATCH):
-                answers = self.task.logits(self.model, batch) if compact is None else compact.states(batch).hidden
+                answers = (
+                    self.task.logits(self.model, batch) if compact is None else compact.states(batch).hidden
+                )
                 if not answers.isfinite().all():
                     raise AdaptationDiverged("the adapted model's answers to the seed samples are not finite")
         bases = input_directions.extend(self.bases, seen, options.k)

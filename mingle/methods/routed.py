@@ -80,10 +80,10 @@ class Routed(GatedMethod):
     """W₀ + Σ_i g_i(x) B_i A_i, with the same gates g(x) [T] in all layers, given by a router.
 
     The router sees a sample's features: mean and standard deviation of its tokens' hidden states, as the base
-    model computes them, at a few shallow depths.  A decoder's sample is its prompt, and what was decided on it
-    holds for the whole sequence; see `mingle.methods.layer_router.LayerRouter`.  Adding a task leaves the statistics of earlier ones as they
-    are: they lose only the samples that the new one claims.  Biases, norms and embeddings stay those of the
-    base.
+    model computes them, at a few shallow depths.  A decoder's sample is its prompt, and what was decided on
+    it holds for the whole sequence; see `mingle.methods.layer_router.LayerRouter`.  Adding a task leaves the
+    statistics of earlier ones as they are: they lose only the samples that the new one claims.  Biases, norms
+    and embeddings stay those of the base.
     """
 
     name = "routed"

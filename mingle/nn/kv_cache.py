@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache as remembered
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +34,8 @@ def length(cache: Any) -> int:
 def keep(cache: Any, gates: Tensor) -> None:
     """Let gates [n, T] be those of the n sequences in a cache from now on."""
     if not isinstance(cache, _KeepsGates):
-        cache.__class__ = _with_gates(type(cache))
+        own: Any = type(cache)
+        cache.__class__ = _with_gates(own)
     setattr(cache, _ATTRIBUTE, gates)
 
 
@@ -81,13 +82,13 @@ class _KeepsGates:
         return _revived, (own,), state
 
 
-@lru_cache(maxsize=None)
-def _with_gates(own: type) -> type:
+@remembered
+def _with_gates(own: Any) -> Any:
     """The class `own`, with gates."""
     return type(own.__name__, (_KeepsGates, own), {"__doc__": own.__doc__, "__module__": own.__module__})
 
 
-def _revived(own: type) -> Any:
-    """An empty cache with gates, for copies."""
+def _revived(own: Any) -> Any:
+    """A cache with gates whose state is still to come, for copies."""
     made = _with_gates(own)
     return made.__new__(made)

@@ -1,4 +1,4 @@
-"""Which tokens count: padding does in no layer with experts, and what follows a prompt in no decision on it."""
+"""Which tokens count: padding does nowhere, and what follows a prompt does not in a decision on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from mingle.nn.linear import MingleLinear
 
 _answers: ContextVar[Tensor | None] = ContextVar("which of a decoder's tokens count", default=None)
 #: of the tokens that a decoder is called with, those of the prompt: a mask, or how many come first
-_prompts: ContextVar[Tensor | int | None] = ContextVar("which of a decoder's tokens are a prompt", default=None)
+_prompts: ContextVar[Tensor | int | None] = ContextVar(
+    "which of a decoder's tokens are a prompt", default=None
+)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import cache
 
 import torch
 import transformers
@@ -71,7 +71,7 @@ def tuned(base: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def prompts(name: str, task: int, n: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Prompts of a task of unequal lengths, padded as models of this kind are; tasks differ in their tokens."""
+    """Prompts of unequal lengths, padded as models of this kind are; tasks differ in their tokens."""
     longest = 9
     generator = torch.Generator().manual_seed(100 * task + seed)
     ids = torch.randint(3 + 30 * task, 33 + 30 * task, (n, longest), generator=generator)
@@ -89,7 +89,7 @@ def mixed(name: str, n: int = 4, seed: int = 9) -> dict[str, torch.Tensor]:
     return {key: torch.stack([part[key] for part in parts], 1).flatten(0, 1) for key in parts[0]}
 
 
-@lru_cache(maxsize=None)
+@cache
 def merged(name: str, method: str) -> mingle.Merger:
     """A merge of two tasks; whoever uses it leaves it as it is."""
     base = built(CONFIGS[name]())

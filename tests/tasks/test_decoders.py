@@ -1,4 +1,4 @@
-"""Generation with a key-value cache gives what it gives without one, token by token, for every merged decoder."""
+"""Merged decoders generate with a key-value cache what they generate without one, token by token."""
 
 from __future__ import annotations
 
