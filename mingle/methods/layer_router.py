@@ -16,8 +16,8 @@ from mingle.nn import kv_cache
 from mingle.nn.call_arguments import by_name, takes
 from mingle.nn.early_stop import run_until
 from mingle.nn.linear import MingleLinear
-from mingle.tasks.causal_lm import positions
 from mingle.tasks.masks import prompt, prompt_tokens
+from mingle.tasks.prompts import positions
 
 
 class LayerRouter:
