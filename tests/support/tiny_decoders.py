@@ -97,5 +97,5 @@ def merged(name: str, method: str) -> mingle.Merger:
     options = {key: value for key, value in given.items() if hasattr(METHODS[method].Options(), key)}
     merger = mingle.Merger(base, method, **options)
     for task in range(2):
-        merger.add(f"task {task}", tuned(base, task), prompts(name, task))
+        merger.add(f"task {task}", tuned(base, task), prompts(name, task, 32 if method == "routed" else 8))
     return merger
