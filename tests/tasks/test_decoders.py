@@ -6,7 +6,11 @@ import copy
 
 import pytest
 import torch
-from tiny_decoders import CONFIGS, DECODERS, PAIRS, merged, mixed
+from tiny_decoders import CONFIGS, DECODERS, PAIRS, merged, mixed, tuned
+
+from mingle.adaptation import input_directions
+from mingle.adaptation.losses import distillation_loss
+from mingle.tasks import TaskData
 
 TOKENS = 6
 WAYS = {
@@ -72,3 +76,41 @@ def test_a_batch_and_its_padding_change_no_sequence(name, method):
         answer = generated(model, alone)
         start = 1 if name in PAIRS else int(own.sum())
         assert torch.equal(answer[0, start:], together[row, -TOKENS:]), row
+
+
+def padded_otherwise(name, data):
+    """The same samples, padded on the left, on the right, on both sides, and in another batch."""
+    inputs = data.inputs
+    own = [key for key in inputs if not key.startswith("decoder")]
+    order = inputs["attention_mask"].argsort(dim=1, stable=True, descending=name in DECODERS)
+    yield {key: inputs[key].gather(1, order) if key in own else inputs[key] for key in inputs}
+    yield {key: torch.nn.functional.pad(inputs[key], (3, 2)) if key in own else inputs[key] for key in inputs}
+    yield {key: torch.cat([tensor, tensor.flip(1 if key in own else 0)]) for key, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("method", ["mingle", "wemoe"])
+@pytest.mark.parametrize("name", [*DECODERS[:-1], *PAIRS])
+def test_padding_changes_neither_answers_nor_gradients_nor_directions(name, method):
+    merger = merged(name, method)
+    task, layers = merger.task, merger.method.layers
+    learning = merger.method.routers if method == "wemoe" else layers
+    seeds = task.prepared(lambda: tuned(merger.base, 0), task.data(mixed(name)))
+    results = []
+    for inputs in (seeds.inputs, *padded_otherwise(name, seeds)):
+        data = TaskData(inputs)
+        merger.model.zero_grad()
+        with input_directions.collected(layers) as seen:
+            logits = task.logits(merger.model, data)
+        valid = task.valid(data)
+        first = valid.clone()
+        first[len(seeds) :] = False
+        distillation_loss(logits, torch.zeros_like(logits), 2.0, first).backward()
+        directions = {key: value.statistic for key, value in seen.items()} if len(data) == len(seeds) else {}
+        gradients = {key: layer.gate_weight.grad.clone() for key, layer in learning.items()}
+        results.append((logits[first].detach(), gradients, directions))
+    for answers, gradients, directions in results[1:]:
+        torch.testing.assert_close(answers, results[0][0], rtol=1e-3, atol=1e-4)
+        for found, expected in ((gradients, results[0][1]), (directions, results[0][2])):
+            for key, tensor in found.items():
+                error = (tensor - expected[key]).norm()
+                assert error < 1e-3 * expected[key].norm() + 1e-12, key
