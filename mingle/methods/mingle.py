@@ -153,12 +153,13 @@ class Mingle(GatedMethod):
         if options.constraint == "none" or options.gates == "static" or options.k == 0:
             return self.bases
         seeds = arrival.samples()
+        # Not inside: it passes a few tokens through the model, whose directions are none of the task's.
+        compact = Compact.of(self.task, self.model, seeds)
         with (
             torch.no_grad(),
             fast_linears(self.model),
             input_directions.collected(self.layers) as seen,
         ):
-            compact = Compact.of(self.task, self.model, seeds)
             for batch in seeds.batches(TEACHER_BATCH):
                 answers = (
                     self.task.logits(self.model, batch) if compact is None else compact.states(batch).hidden
