@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 import zlib
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,29 @@ import torch
 from torch import nn
 
 from mingle import methods, tasks
+from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.adaptation.trace import StepProgress
 from mingle.io import export, merger_folder
 from mingle.io.files import CheckpointError
 from mingle.io.manifest import MANIFEST
 from mingle.io.model_card import CardTask, model_card
 from mingle.io.state_dicts import IncompatibleModel, non_finite
-from mingle.merging.evaluate import Result, accuracy
+from mingle.merging.calibration import calibration
+from mingle.merging.evaluate import Result, accuracies, accuracy
 from mingle.merging.finetuned import FineTuned, Model
-from mingle.merging.finite import NonFiniteMerge, refuse_non_finite
+from mingle.merging.finite import refuse_non_finite
 from mingle.merging.opened import opened
+from mingle.merging.predict import Prediction, Union
 from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
 from mingle.tasks import TaskData, TaskType
-from mingle.tasks.heads import head_of, put_head
+from mingle.tasks.heads import Head, head_of, names_of, put_head, put_names
 from mingle.tasks.image_settings import differing_preparation
 
 logger = logging.getLogger(__name__)
 
-#: before the names of a head's tensors in a task's file
-_HEAD = "head/"
+#: before the names of what a task has of its own, in its file: a head's tensors, and what its samples share
+_HEAD, _SHARED = "head/", "shared/"
 
 
 @dataclass
@@ -46,12 +50,17 @@ class MergedTask:
         seed_samples: how many seed samples it was merged with.
         skipped: why nothing was merged, or None.
         notes: things worth telling, such as a saturated basis.
+        labels: the names of its classes by number, None where they are not known.
+        calibration: what makes its head's scores comparable with those of others, see
+            `mingle.merging.calibration`; None where it was not measured.
     """
 
     name: str
     seed_samples: int = 0
     skipped: str | None = None
     notes: list[str] = field(default_factory=list)
+    labels: list[str] | None = None
+    calibration: list[float] | None = None
 
 
 class Merger:
@@ -94,7 +103,11 @@ class Merger:
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
         self.seed = seed
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
-        self.base = _finite(base_model) if isinstance(base_model, nn.Module) else self.task.load(base_model)
+        self.base = (
+            _finite(self.task.base(base_model))
+            if isinstance(base_model, nn.Module)
+            else self.task.load(base_model)
+        )
         if device is not None:
             self.base = copy.deepcopy(self.base).to(device)
         tower = self.base.get_submodule(self.task.tower(self.base))
@@ -103,7 +116,11 @@ class Merger:
         self.merged: list[MergedTask] = []
         #: what each task has of its own, such as a classifier's head, by names in the model
         self.heads: list[dict[str, torch.Tensor]] = []
+        #: what the samples of each task share, such as the embeddings of its classes
+        self.shared: list[dict[str, torch.Tensor]] = []
+        #: accuracies after every merge: where the task is known, and where it has to be found too
         self.matrix: list[list[float | None]] = []
+        self.unknown: list[list[float | None]] = []
         #: anything JSON can hold, saved with the merger
         self.metadata: dict[str, Any] = {}
 
@@ -125,8 +142,8 @@ class Merger:
             name: the task's name, new to this merger.
             finetuned_model: a module, a state dict or a local folder; the whole model, its tower alone, or a
                 folder with a LoRA adapter.
-            seed_data: a few unlabelled samples of the task, for methods that adapt (others never look at
-                them); see the task type for the keys.
+            seed_data: a few unlabelled samples of the task; see the task type for the keys.  Methods that
+                adapt need them; with any method they tell tasks apart in `predict`.
             on_step: called during adaptation, see `mingle.adaptation.train.adapt_gates`.
 
         Raises:
@@ -140,7 +157,8 @@ class Merger:
         with the same weights.
         """
         self.check_name(name)
-        seeds = self.task.data(seed_data) if seed_data is not None and self.method.needs_seeds else None
+        samples = None if seed_data is None else self.task.data(seed_data)
+        seeds = samples if self.method.needs_seeds else None
         if self.method.needs_seeds and not seeds:
             raise ValueError(
                 f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given"
@@ -149,6 +167,7 @@ class Merger:
             model = FineTuned(finetuned_model, self.base, self.task)
             tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
             left += self._prepared_otherwise(finetuned_model)
+            own = _head(head, samples, model.labels)
         except (IncompatibleModel, CheckpointError) as error:
             raise type(error)(f"task {name!r}: {error}") from None
         index = len(self.merged)
@@ -174,7 +193,10 @@ class Merger:
             raise
         try:
             refuse_non_finite(self.method, name, [self.method.task_tensors(index)])
-        except NonFiniteMerge:
+            began = time.perf_counter()
+            calibrated = self._calibration(samples)
+            report.calibration = time.perf_counter() - began
+        except BaseException:
             self._begin(type(self.method))
             self.method.restore(*before)
             put_head(self.model, served)
@@ -182,10 +204,33 @@ class Merger:
         for line in left:
             logger.info("%s: %s", name, line)
         report.notes += left
-        self.merged.append(MergedTask(name, len(seeds) if seeds else 0, report.skipped, report.notes))
+        count, labels = len(seeds) if seeds else 0, None if own.labels is None else list(own.labels)
+        self.merged.append(MergedTask(name, count, report.skipped, report.notes, labels, calibrated))
         self.matrix.append([None] * len(self.merged))
+        self.unknown.append([None] * len(self.merged))
         self.heads.append(head)
+        self.shared.append(dict(own.shared))
+        self._note_labels(index)
         return report
+
+    def calibrate(self, name: str, seed_data: TaskData | Mapping[str, Any]) -> None:
+        """Measure what `predict` needs of a task that was merged without samples, or measure it again.
+
+        Args:
+            name: a merged task.
+            seed_data: a few unlabelled samples of it; see the task type for the keys.
+
+        Raises:
+            ValueError: a task that is not merged, or samples that do not fit.
+        """
+        self.model_for(name)
+        place, samples = self.task_names.index(name), self.task.data(seed_data)
+        task = self.merged[place]
+        own = _head(self.heads[place], samples, task.labels)
+        task.calibration = self._calibration(samples)
+        task.labels = None if own.labels is None else list(own.labels)
+        self.shared[place] = dict(own.shared)
+        self._note_labels(place)
 
     def check_name(self, name: str) -> None:
         """Raise `ValueError` for a name that a further task cannot have."""
@@ -205,7 +250,43 @@ class Merger:
         place = self.task_names.index(name)
         self.method.select(place)
         put_head(self.model, self.heads[place])
+        self._note_labels(place)
         return self.model
+
+    def predict(self, inputs: TaskData | Mapping[str, Any], batch_size: int = 128) -> Prediction:
+        """Answer samples among the classes of all merged tasks, whichever of the tasks they are of.
+
+        Where the method has a router, as `routed` has, it finds the task.  With others the answer is the
+        class of the greatest calibrated probability over all tasks, see `mingle.merging.calibration`.
+
+        Args:
+            inputs: samples as the task type takes them; of what they share, such as ``text_embeds``, nothing
+                is needed.
+            batch_size: samples per batch.
+
+        Raises:
+            ValueError: answers that are not classes, a method that keeps one model per task, or tasks that
+                were merged without samples; the message says what to do.
+        """
+        if not self.merged:
+            raise ValueError("no task is merged, so there is nothing to choose from")
+        if reason := self._inseparable():
+            raise ValueError(f"predict: {reason}")
+        data = self._samples(inputs)
+        union = self._union()
+        choices = [
+            union.choose(self.model, batch, self.method.route(batch)) for batch in data.batches(batch_size)
+        ]
+        tasks, labels, scores = (torch.cat(parts).tolist() for parts in zip(*choices, strict=True))
+        names = [task.labels for task in self.merged]
+        return Prediction(
+            [self.merged[task].name for task in tasks],
+            [
+                label if (known := names[task]) is None else known[label]
+                for task, label in zip(tasks, labels, strict=True)
+            ],
+            scores,
+        )
 
     def evaluate(
         self,
@@ -213,7 +294,9 @@ class Merger:
         batch_size: int = 128,
         tasks: Collection[str] | None = None,
     ) -> Result:
-        """Accuracy on every merged task, or on some of them, kept as the last row of the accuracy matrix.
+        """Accuracy on every merged task, or on some of them, kept as the last row of the accuracy matrices.
+
+        Where `predict` has an answer, it is measured too how often task and class are both right.
 
         Args:
             suite: labelled test samples by task name; a `mingle.suites.Suite` or any mapping that has the
@@ -222,25 +305,28 @@ class Merger:
             tasks: which merged tasks to measure; None measures all.
 
         Returns:
-            Everything measured so far, with `.acc`, `.bwt` and `.matrix`.
+            Everything measured so far, with `.acc`, `.acc_unknown`, `.bwt` and `.matrix`.
         """
         wanted = self.task_names if tasks is None else tasks
         missing = [name for name in wanted if name not in suite]
         if missing:
             raise ValueError(f"the suite has no samples for the merged tasks {', '.join(missing)}")
-        row: list[float | None] = [
-            accuracy(self.task, self.model_for(name), self.task.data(suite[name]), batch_size)
-            if name in wanted
-            else None
-            for name in self.task_names
-        ]
-        if row:
-            self.matrix[-1] = row
+        union = None if self._inseparable() else self._union()
+        for place, name in enumerate(self.task_names):
+            known = unknown = None
+            if name in wanted:
+                model, data = self.model_for(name), self.task.data(suite[name])
+                if union is None or data.metric != "accuracy":
+                    known = accuracy(self.task, model, data, batch_size)
+                else:
+                    known, unknown = accuracies(union, place, model, data, batch_size)
+            self.matrix[-1][place], self.unknown[-1][place] = known, unknown
         return self.result()
 
     def result(self) -> Result:
         """Everything measured so far."""
-        return Result(self.task_names, [list(row) for row in self.matrix])
+        matrix, unknown = ([list(row) for row in rows] for rows in (self.matrix, self.unknown))
+        return Result(self.task_names, matrix, unknown)
 
     def save_pretrained(self, folder: str | Path, *, include_base: bool = True) -> None:
         """Write the merger to a folder: safetensors and a JSON manifest, nothing pickled.
@@ -254,8 +340,10 @@ class Merger:
                 `from_pretrained` needs `base`.
         """
         task_tensors = [
-            self.method.task_tensors(i) | {f"{_HEAD}{name}": tensor for name, tensor in head.items()}
-            for i, head in enumerate(self.heads)
+            self.method.task_tensors(i)
+            | {f"{_HEAD}{name}": tensor for name, tensor in head.items()}
+            | {f"{_SHARED}{name}": tensor for name, tensor in shared.items()}
+            for i, (head, shared) in enumerate(zip(self.heads, self.shared, strict=True))
         ]
         refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
         manifest = {
@@ -266,6 +354,7 @@ class Merger:
             "options": asdict(self.options),
             "tasks": [asdict(task) for task in self.merged],
             "matrix": self.matrix,
+            "unknown": self.unknown,
             "metadata": self.metadata,
         }
         base = merger_folder.BaseModel(self.base, self.base_folder) if include_base else None
@@ -285,7 +374,8 @@ class Merger:
 
         Args:
             folder: a folder that does not exist yet or is empty.
-            task: whose model to write, for the reference row ``individual``, which has one per task.
+            task: whose model to write, for classifiers, of which each has its own head, and for the reference
+                row ``individual``, which has one model per task.
 
         Raises:
             ValueError: a method whose model is not plain weights, see
@@ -293,16 +383,23 @@ class Merger:
                 where one model serves all.
             CheckpointError: a folder in use, or a full disk.
         """
-        if self.method.per_task:
+        if self.method.per_task or any(self.heads):
             if task is None:
-                known = ", ".join(self.task_names)
-                raise ValueError(f"method {self.method.name!r} keeps one model per task; name one of {known}")
+                known, keeps = (
+                    ", ".join(self.task_names),
+                    f"method {self.method.name!r} keeps one model per task",
+                )
+                reason = keeps if self.method.per_task else "each task has a head of its own"
+                raise ValueError(f"{reason}; name one of {known}")
             self.model_for(task)
         elif task is not None:
             reason = f"with method {self.method.name!r} one model serves all tasks"
             raise ValueError(f"task {task!r}: {reason}; leave the task out")
         state = export.whole_model(self.base, self.task.tower(self.base), self.method.plain_tower())
         config = export.hub_config(self.base, self.base_folder, next(self.base.parameters()).dtype)
+        if task is not None and (head := self._head(self.task_names.index(task))).tensors:
+            state |= head.tensors
+            config = export.with_head(config, type(self.base).__name__, names_of(head))
         export.write_model(Path(folder), state, config, self.base_folder, self._card(Path(folder).name))
 
     @classmethod
@@ -353,11 +450,17 @@ class Merger:
             {name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved.task_tensors()
         ]
         state = {name: tensor.to(place) for name, tensor in saved.state_tensors().items()}
-        merger.heads = [
-            {name.removeprefix(_HEAD): tensor for name, tensor in tensors.items() if name.startswith(_HEAD)}
+        merger.heads, merger.shared = (
+            [
+                {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+                for tensors in moved
+            ]
+            for kind in (_HEAD, _SHARED)
+        )
+        own = [
+            {name: tensor for name, tensor in tensors.items() if not name.startswith((_HEAD, _SHARED))}
             for tensors in moved
         ]
-        own = [{name: t for name, t in tensors.items() if not name.startswith(_HEAD)} for tensors in moved]
         try:
             merger.method.restore(own, state)
             if merger.heads:
@@ -367,11 +470,58 @@ class Merger:
             reason = f"the tensors do not fit the method {merger.method.name!r} with these options"
             raise CheckpointError(f"{folder}: {reason}: {error}") from error
         merger.merged = [
-            MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__})
+            MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__ if key in task})
             for task in manifest["tasks"]
         ]
+        if merger.merged:
+            merger._note_labels(-1)
         merger.matrix, merger.metadata = manifest["matrix"], manifest["metadata"]
+        merger.unknown = manifest.get("unknown", [[None] * len(row) for row in merger.matrix])
         return merger
+
+    def _head(self, place: int) -> Head:
+        return Head(self.heads[place], self.shared[place], self.merged[place].labels)
+
+    def _note_labels(self, place: int) -> None:
+        """Note the classes of a task's head in the model's configuration."""
+        if self.heads[place] and hasattr(self.model, "config") and (names := names_of(self._head(place))):
+            put_names(self.model, names)
+
+    def _union(self) -> Union:
+        heads = [self._head(place) for place in range(len(self.merged))]
+        return Union(self.task, self.method, heads, [task.calibration for task in self.merged])
+
+    def _samples(self, given: TaskData | Mapping[str, Any]) -> TaskData:
+        """Samples without labels, with something in the place of what those of a task share."""
+        shared = self.shared[0]
+        if isinstance(given, TaskData):
+            return self.task.data(replace(given, shared=shared, labels=None, class_names=None))
+        dropped = ("labels", "class_names", *shared)
+        return self.task.data({name: part for name, part in given.items() if name not in dropped} | shared)
+
+    def _inseparable(self) -> str:
+        """Why samples cannot be answered among the classes of all tasks; empty where they can."""
+        if not self.task.one_class:
+            return f"the answers of a {self.task.name} model are texts, which its `model.generate` gives"
+        if self.method.per_task:
+            return f"method {self.method.name!r} keeps one model per task; use model_for(name)"
+        for task, head, shared in zip(self.merged, self.heads, self.shared, strict=True):
+            lacking = [name for name in self.task.shared if name not in shared]
+            routed = self.method.routes and not lacking
+            if lacking or (task.calibration is None and len(self.merged) > 1 and not routed):
+                return (
+                    f"task {task.name!r} was merged without samples, which tell its answers from those of "
+                    f"others; give some by calibrate({task.name!r}, samples)"
+                )
+        return ""
+
+    @torch.no_grad()
+    def _calibration(self, samples: TaskData | None) -> list[float] | None:
+        """The calibration of the task whose head is in the model; None without samples."""
+        if not samples or not self.task.one_class or self.method.per_task:
+            return None
+        batches = samples.batches(TEACHER_BATCH)
+        return calibration(torch.cat([self.task.logits(self.model, batch).float() for batch in batches]))
 
     def _prepared_otherwise(self, model: Model) -> list[str]:
         if self.base_folder is None or isinstance(model, nn.Module | Mapping):
@@ -401,6 +551,25 @@ def _task_type(given: str | TaskType | None, base_model: nn.Module | str | Path)
     if isinstance(given, TaskType):
         return given
     return tasks.of(base_model) if given is None else tasks.get(given)
+
+
+def _head(
+    tensors: Mapping[str, torch.Tensor], samples: TaskData | None, labels: Sequence[str] | None
+) -> Head:
+    """What a task has of its own; the names of classes that come with samples go before its model's.
+
+    Raises:
+        IncompatibleModel: names for another number of classes than the head has.
+    """
+    if samples is None:
+        return Head(tensors, {}, labels)
+    names = samples.class_names
+    if tensors and names and len(names) not in {len(part) for part in tensors.values() if part.dim()}:
+        raise IncompatibleModel(
+            f"class_names: {len(names)} names, and the head has no tensor of that many rows"
+        )
+    shared = {name: part.detach().clone() for name, part in samples.shared.items()}
+    return Head(tensors, shared, labels if names is None else names)
 
 
 def _finite(base: nn.Module) -> nn.Module:

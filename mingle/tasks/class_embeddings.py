@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mingle.tasks.base import TaskType
 from mingle.tasks.data import TaskData
+from mingle.tasks.heads import Head
+
+#: their name among what samples share
+EMBEDDINGS = "text_embeds"
+
+
+class ClassEmbeddingTask(TaskType):
+    """A task type whose classes are embeddings [C, P] that samples are compared with."""
+
+    shared = (EMBEDDINGS,)
+
+    def union(self, model: nn.Module, data: TaskData, heads: Sequence[Head]) -> list[Tensor]:
+        """The scores of the classes of every task, [n, C] for each head: from one product with all of them."""
+        embeddings = [head.shared[EMBEDDINGS] for head in heads]
+        scores = self.logits(model, replace(data, shared={EMBEDDINGS: torch.cat(embeddings)}))
+        return list(scores.split([len(part) for part in embeddings], 1))
 
 
 def check_class_embeddings(head: Tensor, names: Sequence[str]) -> None:
@@ -22,6 +40,12 @@ def check_class_embeddings(head: Tensor, names: Sequence[str]) -> None:
             f"text_embeds of {names[equal[0]]} and {names[equal[1]]} are equal: nothing could tell these "
             f"classes apart ({len(equal)} of {len(head)} are the same)"
         )
+
+
+def check_names(data: TaskData, classes: int) -> None:
+    """Raise `ValueError` for names of another number of classes."""
+    if data.class_names is not None and len(data.class_names) != classes:
+        raise ValueError(f"class_names: {len(data.class_names)} names for {classes} classes")
 
 
 def check_labels(data: TaskData, classes: int) -> None:

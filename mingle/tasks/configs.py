@@ -21,7 +21,7 @@ _NO_MATTER = re.compile(
     r"_.*|.*dropout.*|.*layerdrop|initializer_.*|.*loss.*|gradient_checkpointing|use_cache|output_.*|prefix"
     r"|return_dict.*|torchscript|torch_dtype|dtype|use_bfloat16|architectures|model_type|transformers_version"
     r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|tokenizer_class"
-    r"|.*_token_id|tie_.*|logit_scale_init_value|projection_dim|name_or_path"
+    r"|.*_token_id|tie_.*|logit_scale_init_value|projection_dim|name_or_path|absent"
 )
 
 

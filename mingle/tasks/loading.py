@@ -128,8 +128,12 @@ def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.
     checkpoint = ModelCheckpoint(folder, model, complete=True)
     first, may_lack = first_names(model), frozenset(optional(model))
     held = {first[name] for name in first if name in checkpoint}
-    absent = []
+    # Where a merger's folder holds a base that was given as a module, its absent tensors are there, and 0.
+    noted = config.get("absent")
+    absent = [name for name in sorted(may_lack) if isinstance(noted, list) and name in noted]
     for name, tensor in model.state_dict().items():
+        if name in absent:
+            continue
         if first[name] not in held:
             if name not in may_lack:
                 raise CheckpointError(f"{folder}: the tensor {name!r} of a {model_class.__name__} is missing")
@@ -145,7 +149,7 @@ def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.
         if tensor.is_floating_point() and not found.is_floating_point():
             raise CheckpointError(f"{folder}: {name} holds {found.dtype}; {DEQUANTISE}")
     _untie(model, first, checkpoint)
-    _note_absent(model, absent)
+    note_absent(model, absent)
     return model
 
 
@@ -167,12 +171,10 @@ def load_model(folder: Path, model_class: type[Any], optional: Optional) -> nn.M
         dtype=torch.float32,
         ignore_mismatched_sizes=bool(lacking),
     )
-    _note_absent(model, lacking)
+    note_absent(model, lacking)
     found = first_names(model)
     for name, tensor in model.state_dict().items():
-        if name in lacking:
-            tensor.zero_()
-        elif not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             checkpoint[name]  # raises, with the count and the first index
         if found[name] != expected[name]:
             raise CheckpointError(
@@ -184,13 +186,20 @@ def load_model(folder: Path, model_class: type[Any], optional: Optional) -> nn.M
 
 def absent(model: nn.Module) -> tuple[str, ...]:
     """The optional tensors that a model's checkpoint did not hold; none where it was not loaded here."""
-    return tuple(getattr(getattr(model, "config", None), "absent", ()))
+    noted = getattr(getattr(model, "config", None), "absent", None)
+    return tuple(noted) if isinstance(noted, list) else ()
 
 
-def _note_absent(model: nn.Module, names: Collection[str]) -> None:
+def note_absent(model: nn.Module, names: Collection[str]) -> None:
+    """Note in a model's configuration which of its tensors are from no checkpoint, and make these 0."""
     whole: Any = model
     if names:
         whole.config.absent = list(names)
+    elif hasattr(getattr(model, "config", None), "absent"):
+        del whole.config.absent
+    for name, tensor in model.state_dict().items():
+        if name in names and not tensor.is_meta:
+            tensor.zero_()
 
 
 def _untie(model: nn.Module, first: dict[str, str], checkpoint: ModelCheckpoint) -> None:
