@@ -14,6 +14,7 @@ from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
 from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, own_names, same_values
 from mingle.kernels.dtypes import wide
 from mingle.nn.linear import LowRankExpert
+from mingle.nn.matrices import oriented, packed_experts
 from mingle.nn.peft import read_with_head
 from mingle.options import nearest
 from mingle.tasks import TaskType
@@ -45,8 +46,9 @@ class FineTuned:
     def __init__(self, model: Model, base: nn.Module, task: TaskType) -> None:
         inside = task.tower(base)
         tower, prefixes = base.get_submodule(inside), task.prefixes(base)
-        #: the base's tensors, those of its tower, and what comes before the latter's names in the former
-        self.whole, self.base = base.state_dict(), tower.state_dict()
+        #: the base's tensors, its tower and that one's tensors, and what comes before the latter's names in
+        #: the former
+        self.whole, self.tower, self.base = base.state_dict(), tower, tower.state_dict()
         self.prefix = f"{inside}." if inside else ""
         #: every name, of the whole and of the tower → the first name of the same tensor
         self.whole_first, self.first = first_names(base), first_names(tower)
@@ -83,7 +85,8 @@ class FineTuned:
                 f"{prefix}{name}": self.base[name] for prefix in prefixes for name in self.base
             }
             self.held = {name: checkpoint.described(name, like.get(name)) for name in checkpoint}
-        self.own = own_names(self.base, self.held, prefixes, self.first)
+        optional = {name.removeprefix(self.prefix) for name in task.optional(base)} - set(self.head_names)
+        self.own = own_names(self.base, self.held, prefixes, self.first, optional)
         self._check_ties()
         self._check_head(task, config)
         if config is not None and hasattr(base, "config"):
@@ -115,7 +118,8 @@ class FineTuned:
     def left(self, merged: Collection[str], base: ModelCheckpoint | None = None) -> list[str]:
         """What fine-tuning changed and merging leaves out, in words.
 
-        There is a line for what stays as in the base, and one for what the base does not have.
+        There is a line for what stays as in the base, packed experts first, as they are most of a model, and
+        one for what the base does not have.
 
         Args:
             merged: the names of the tower's tensors that are merged.
@@ -128,26 +132,31 @@ class FineTuned:
         ]
         if self.adapter:
             return self._lines([self.prefix + name for name in unmerged if name in self.adapter], [])
-        inside = {self.own[name]: self.prefix + name for name in unmerged}
+        inside = {self.own[name]: self.prefix + name for name in unmerged if name in self.own}
         taken = set(self.own.values()) | own
         # What the tower does not take is under the whole model's names, if the rest of the model is there.
         others = [name for name in self.held if name not in taken and not name.endswith("position_ids")]
         compared = inside | {name: name for name in others if name in self.whole}
         changed = [name for own, name in compared.items() if self._differs(own, name, base)]
+        packed = {self.prefix + name for name in packed_experts(self.tower)}
+        changed.sort(key=lambda name: name not in packed)
         return self._lines(changed, [name for name in others if name not in self.whole])
 
     def _tensor(self, name: str) -> Tensor:
         base = self.base[name]
-        if self.own:
+        if name in self.own:
             tensor = self._read(self.own[name]).detach().to(base.device, wide(base), copy=True)
         else:
             tensor = base.to(wide(base), copy=True)
             if name in self.adapter:
-                expert = self.adapter[name]
-                tensor += (expert.B @ expert.A).to(tensor)
+                tensor += self._oriented(self.adapter[name].delta(), name).to(tensor)
         if found := non_finite(tensor):
             raise IncompatibleModel(f"{name}: {found}")
         return tensor
+
+    def _oriented(self, weight: Tensor, name: str) -> Tensor:
+        """A weight of the tower, or an update of it, as [d_out, d_in]; or one of that shape as it is kept."""
+        return oriented(weight, self.tower.get_submodule(name.removesuffix(".weight")))
 
     def _differs(self, own: str, name: str, base: ModelCheckpoint | None) -> bool:
         """Whether the model's tensor `own` is another than the whole base's tensor `name`."""
@@ -213,8 +222,9 @@ class FineTuned:
             if name not in self.base:
                 raise IncompatibleModel(f"{where} is not in the base{nearest(name, self.base)}")
             shape = [expert.B.shape[0], expert.A.shape[1]]
-            if list(self.base[name].shape) != shape:
-                raise IncompatibleModel(f"{where} is {shape}, in the base {list(self.base[name].shape)}")
+            own = list(self._oriented(self.base[name], name).shape)
+            if own != shape:
+                raise IncompatibleModel(f"{where} is {shape}, in the base {own}")
             tied = [other for other in self.base if self.first[other] == self.first[name] and other != name]
             if tied:
                 raise IncompatibleModel(

@@ -13,6 +13,7 @@ from mingle.io.state_dicts import task_vector
 from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
 from mingle.nn.inject import find_targets, inject
 from mingle.nn.linear import MingleLinear
+from mingle.nn.matrices import oriented
 from mingle.tasks import TaskType
 from mingle.tasks.masks import TokenMasks
 
@@ -74,7 +75,10 @@ class GatedMethod(MergeMethod):
             return StepReport(skipped=f"{arrival.name}: {same}, no expert was added")
         before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
         try:
-            report = self._merge(arrival, {name: deltas[f"{name}.weight"] for name in self.layers})
+            report = self._merge(
+                arrival,
+                {name: oriented(deltas[f"{name}.weight"], layer) for name, layer in self.layers.items()},
+            )
         except BaseException:
             for name, parameters in before.items():
                 for key, parameter in parameters.items():

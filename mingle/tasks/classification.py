@@ -17,7 +17,6 @@ from mingle.tasks.heads import Head, names_of
 from mingle.tasks.labels import ONE_CLASS, labels_of
 from mingle.tasks.loading import absent, note_absent
 
-
 #: endings of the names of classes in transformers that have a classifier's head
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 

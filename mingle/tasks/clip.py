@@ -84,8 +84,7 @@ class ClipTask(ClassEmbeddingTask):
             **{name: tensor.to(device) for name, tensor in data.inputs.items()}
         ).pooler_output
         image = F.normalize(_projected(clip, "visual_projection", pooled), dim=-1)
-        cosines = image @ data.shared["text_embeds"].to(image).mT
-        scaled: torch.Tensor = clip.logit_scale.exp() * cosines
+        scaled: torch.Tensor = clip.logit_scale.exp() * image @ data.shared["text_embeds"].to(image).mT
         bias: torch.Tensor | None = getattr(clip, "logit_bias", None)  # SigLIP judges each class by itself
         return scaled if bias is None else scaled + bias
 

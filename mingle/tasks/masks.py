@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,15 +50,17 @@ class TokenMasks:
         parts = inner.split(".") if inner else []
         for depth in range(len(parts) + 1):
             module = model.get_submodule(".".join(parts[:depth]))
-            module.register_forward_pre_hook(self.set, with_kwargs=True)
+            names = tuple(inspect.signature(module.forward).parameters)
+            module.register_forward_pre_hook(partial(self.set, names), with_kwargs=True)
             module.register_forward_hook(self.clear, always_call=True)
 
-    def set(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a call."""
+    def set(
+        self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Before a call of a module whose arguments have these names."""
         if self.owner is not None:
             return
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        given |= given.get("kwargs", {})
+        given = dict(zip(names, args, strict=False)) | kwargs
         mask = given.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return
