@@ -505,7 +505,7 @@ class Merger:
             return f"the answers of a {self.task.name} model are texts, which its `model.generate` gives"
         if self.method.per_task:
             return f"method {self.method.name!r} keeps one model per task; use model_for(name)"
-        for task, head, shared in zip(self.merged, self.heads, self.shared, strict=True):
+        for task, shared in zip(self.merged, self.shared, strict=True):
             lacking = [name for name in self.task.shared if name not in shared]
             routed = self.method.routes and not lacking
             if lacking or (task.calibration is None and len(self.merged) > 1 and not routed):
@@ -530,7 +530,7 @@ class Merger:
 
     def _card(self, title: str) -> str:
         cards = [
-            CardTask(task.name, self.matrix[i][i], self.matrix[-1][i], task.notes)
+            CardTask(task.name, self.matrix[i][i], self.matrix[-1][i], self.unknown[-1][i], task.notes)
             for i, task in enumerate(self.merged)
         ]
         return model_card(title, self.method.name, asdict(self.options), cards)

@@ -51,6 +51,8 @@ def of_method(fitted: MergeMethod, base: Path) -> Room:
         kept = _expert(fitted)
         if type(fitted).state_tensors is not GatedMethod.state_tensors:
             state = _bytes(fitted.base.values())
+    whole = fitted.model.state_dict()
+    kept += _bytes(whole[name] for name in fitted.task.heads(fitted.model))
     return Room(sum(file.stat().st_size for file in base_files(base)), kept, 2 * state)
 
 

@@ -22,7 +22,7 @@ class ClassEmbeddingTask(TaskType):
     shared = (EMBEDDINGS,)
 
     def union(self, model: nn.Module, data: TaskData, heads: Sequence[Head]) -> list[Tensor]:
-        """The scores of the classes of every task, [n, C] for each head: from one product with all of them."""
+        """The scores of the classes of every task, [n, C] for each head, from one product."""
         embeddings = [head.shared[EMBEDDINGS] for head in heads]
         scores = self.logits(model, replace(data, shared={EMBEDDINGS: torch.cat(embeddings)}))
         return list(scores.split([len(part) for part in embeddings], 1))
