@@ -62,7 +62,7 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:
-    """Write one row per measured accuracy, and beside it that where the task has to be found, if there is any.
+    """Write one row per measured accuracy, and beside it that of an unknown task, if there is any.
 
     Orders count from 0 and steps from 1; ``after`` is the task merged at that step.
     """
