@@ -23,7 +23,7 @@ _TASK = {
     "skipped": (str, None),
     "notes": [str],
     "labels": Absent(([str], None)),
-    "calibration": Absent(([float], None)),
+    "temperature": Absent((float, None)),
     "tensors": (_FILE, None),
 }
 #: of the manifest; what the options may be, the method knows
@@ -62,6 +62,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(f"{path}: tasks: two of them are called {twice!r}")
+    if any(not (task.get("temperature") is None or task["temperature"] > 0) for task in manifest["tasks"]):
+        raise CheckpointError(f"{path}: tasks: a temperature is not positive")
     for key in ("matrix", "unknown"):
         if key in manifest and [len(row) for row in manifest[key]] != [i + 1 for i in range(len(names))]:
             raise CheckpointError(

@@ -23,7 +23,7 @@ from mingle.io.files import CheckpointError
 from mingle.io.manifest import MANIFEST
 from mingle.io.model_card import CardTask, model_card
 from mingle.io.state_dicts import IncompatibleModel, non_finite
-from mingle.merging.calibration import calibration
+from mingle.merging.calibration import temperature
 from mingle.merging.evaluate import Result, accuracies, accuracy
 from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.finite import refuse_non_finite
@@ -32,6 +32,7 @@ from mingle.merging.predict import Prediction, Union
 from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
 from mingle.tasks import TaskData, TaskType
+from mingle.tasks.data import class_names_of
 from mingle.tasks.heads import Head, head_of, names_of, put_head, put_names
 from mingle.tasks.image_settings import differing_preparation
 
@@ -51,8 +52,8 @@ class MergedTask:
         skipped: why nothing was merged, or None.
         notes: things worth telling, such as a saturated basis.
         labels: the names of its classes by number, None where they are not known.
-        calibration: what makes its head's scores comparable with those of others, see
-            `mingle.merging.calibration`; None where it was not measured.
+        temperature: what makes its head's scores probabilities, see `mingle.merging.calibration`; None where
+            it was not measured.
     """
 
     name: str
@@ -60,7 +61,7 @@ class MergedTask:
     skipped: str | None = None
     notes: list[str] = field(default_factory=list)
     labels: list[str] | None = None
-    calibration: list[float] | None = None
+    temperature: float | None = None
 
 
 class Merger:
@@ -167,7 +168,8 @@ class Merger:
             model = FineTuned(finetuned_model, self.base, self.task)
             tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
             left += self._prepared_otherwise(finetuned_model)
-            own = _head(head, samples, model.labels)
+            own = _own(head, samples, model.labels)
+            self.task.check_head(own)
         except (IncompatibleModel, CheckpointError) as error:
             raise type(error)(f"task {name!r}: {error}") from None
         index = len(self.merged)
@@ -194,7 +196,7 @@ class Merger:
         try:
             refuse_non_finite(self.method, name, [self.method.task_tensors(index)])
             began = time.perf_counter()
-            calibrated = self._calibration(samples)
+            degree = None if samples is None else self._temperature(samples, teacher)
             report.calibration = time.perf_counter() - began
         except BaseException:
             self._begin(type(self.method))
@@ -204,8 +206,9 @@ class Merger:
         for line in left:
             logger.info("%s: %s", name, line)
         report.notes += left
-        count, labels = len(seeds) if seeds else 0, None if own.labels is None else list(own.labels)
-        self.merged.append(MergedTask(name, count, report.skipped, report.notes, labels, calibrated))
+        count = len(seeds) if seeds else 0
+        labels = None if own.labels is None else list(own.labels)
+        self.merged.append(MergedTask(name, count, report.skipped, report.notes, labels, degree))
         self.matrix.append([None] * len(self.merged))
         self.unknown.append([None] * len(self.merged))
         self.heads.append(head)
@@ -213,24 +216,31 @@ class Merger:
         self._note_labels(index)
         return report
 
-    def calibrate(self, name: str, seed_data: TaskData | Mapping[str, Any]) -> None:
-        """Measure what `predict` needs of a task that was merged without samples, or measure it again.
+    def set_classes(
+        self,
+        name: str,
+        class_names: Sequence[str] | None = None,
+        shared: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Say what the classes of a merged task are, where it was merged without samples that say so.
 
         Args:
-            name: a merged task.
-            seed_data: a few unlabelled samples of it; see the task type for the keys.
+            name: the task.
+            class_names: the names of its classes by number; None leaves those that there are.
+            shared: what its samples share, such as their ``text_embeds``; None leaves what there is.
 
         Raises:
-            ValueError: a task that is not merged, or samples that do not fit.
+            ValueError: a task that is not merged, or classes that do not fit its head.
         """
-        self.model_for(name)
-        place, samples = self.task_names.index(name), self.task.data(seed_data)
-        task = self.merged[place]
-        own = _head(self.heads[place], samples, task.labels)
-        task.calibration = self._calibration(samples)
-        task.labels = None if own.labels is None else list(own.labels)
-        self.shared[place] = dict(own.shared)
-        self._note_labels(place)
+        place = self._place(name)
+        kept = self._head(place)
+        names = class_names_of({"class_names": class_names})
+        head = Head(kept.tensors, dict(shared or kept.shared), names or kept.labels)
+        if unknown := [key for key in head.shared if key not in self.task.shared]:
+            raise ValueError(f"{unknown[0]!r} is nothing that the samples of a {self.task.name} task share")
+        self.task.check_head(head)
+        self.merged[place].labels = None if head.labels is None else list(head.labels)
+        self.shared[place] = dict(head.shared)
 
     def check_name(self, name: str) -> None:
         """Raise `ValueError` for a name that a further task cannot have."""
@@ -243,11 +253,7 @@ class Merger:
         It is the merged model, with the task's own head where tasks have heads; or, for the reference row
         ``individual``, the task's own model.
         """
-        if name not in self.task_names:
-            raise ValueError(
-                f"task {name!r} is not among the merged ones: {', '.join(self.task_names) or 'none'}"
-            )
-        place = self.task_names.index(name)
+        place = self._place(name)
         self.method.select(place)
         put_head(self.model, self.heads[place])
         self._note_labels(place)
@@ -257,7 +263,7 @@ class Merger:
         """Answer samples among the classes of all merged tasks, whichever of the tasks they are of.
 
         Where the method has a router, as `routed` has, it finds the task.  With others the answer is the
-        class of the greatest calibrated probability over all tasks, see `mingle.merging.calibration`.
+        class of the greatest probability over all tasks, see `mingle.merging.calibration`.
 
         Args:
             inputs: samples as the task type takes them; of what they share, such as ``text_embeds``, nothing
@@ -265,8 +271,8 @@ class Merger:
             batch_size: samples per batch.
 
         Raises:
-            ValueError: answers that are not classes, a method that keeps one model per task, or tasks that
-                were merged without samples; the message says what to do.
+            ValueError: answers that are not classes, a method that keeps one model per task, or tasks whose
+                classes are not known; the message says what to do.
         """
         if not self.merged:
             raise ValueError("no task is merged, so there is nothing to choose from")
@@ -479,6 +485,14 @@ class Merger:
         merger.unknown = manifest.get("unknown", [[None] * len(row) for row in merger.matrix])
         return merger
 
+    def _place(self, name: str) -> int:
+        """The number of a merged task; `ValueError` for any other."""
+        if name not in self.task_names:
+            raise ValueError(
+                f"task {name!r} is not among the merged ones: {', '.join(self.task_names) or 'none'}"
+            )
+        return self.task_names.index(name)
+
     def _head(self, place: int) -> Head:
         return Head(self.heads[place], self.shared[place], self.merged[place].labels)
 
@@ -489,7 +503,7 @@ class Merger:
 
     def _union(self) -> Union:
         heads = [self._head(place) for place in range(len(self.merged))]
-        return Union(self.task, self.method, heads, [task.calibration for task in self.merged])
+        return Union(self.task, self.method, heads, [task.temperature for task in self.merged])
 
     def _samples(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples without labels, with something in the place of what those of a task share."""
@@ -506,22 +520,23 @@ class Merger:
         if self.method.per_task:
             return f"method {self.method.name!r} keeps one model per task; use model_for(name)"
         for task, shared in zip(self.merged, self.shared, strict=True):
-            lacking = [name for name in self.task.shared if name not in shared]
-            routed = self.method.routes and not lacking
-            if lacking or (task.calibration is None and len(self.merged) > 1 and not routed):
+            if lacking := [name for name in self.task.shared if name not in shared]:
                 return (
-                    f"task {task.name!r} was merged without samples, which tell its answers from those of "
-                    f"others; give some by calibrate({task.name!r}, samples)"
+                    f"task {task.name!r} was merged without samples, so its {lacking[0]} are not known; give "
+                    f"them by set_classes({task.name!r}, shared={{{lacking[0]!r}: …}})"
                 )
         return ""
 
     @torch.no_grad()
-    def _calibration(self, samples: TaskData | None) -> list[float] | None:
-        """The calibration of the task whose head is in the model; None without samples."""
+    def _temperature(self, samples: TaskData, teacher: Callable[[], nn.Module]) -> float | None:
+        """The temperature of the task whose head is in the model; None where answers are not classes."""
         if not samples or not self.task.one_class or self.method.per_task:
             return None
-        batches = samples.batches(TEACHER_BATCH)
-        return calibration(torch.cat([self.task.logits(self.model, batch).float() for batch in batches]))
+        found, wanted = (
+            torch.cat([self.task.logits(model, batch).float() for batch in samples.batches(TEACHER_BATCH)])
+            for model in (self.model, teacher())
+        )
+        return temperature(found, wanted) if found.dim() == 2 else None
 
     def _prepared_otherwise(self, model: Model) -> list[str]:
         if self.base_folder is None or isinstance(model, nn.Module | Mapping):
@@ -553,23 +568,12 @@ def _task_type(given: str | TaskType | None, base_model: nn.Module | str | Path)
     return tasks.of(base_model) if given is None else tasks.get(given)
 
 
-def _head(
-    tensors: Mapping[str, torch.Tensor], samples: TaskData | None, labels: Sequence[str] | None
-) -> Head:
-    """What a task has of its own; the names of classes that come with samples go before its model's.
-
-    Raises:
-        IncompatibleModel: names for another number of classes than the head has.
-    """
+def _own(head: Mapping[str, torch.Tensor], samples: TaskData | None, labels: Sequence[str] | None) -> Head:
+    """What a task has of its own; the names of classes that come with samples go before its model's."""
     if samples is None:
-        return Head(tensors, {}, labels)
-    names = samples.class_names
-    if tensors and names and len(names) not in {len(part) for part in tensors.values() if part.dim()}:
-        raise IncompatibleModel(
-            f"class_names: {len(names)} names, and the head has no tensor of that many rows"
-        )
+        return Head(head, {}, labels)
     shared = {name: part.detach().clone() for name, part in samples.shared.items()}
-    return Head(tensors, shared, labels if names is None else names)
+    return Head(head, shared, labels if samples.class_names is None else samples.class_names)
 
 
 def _finite(base: nn.Module) -> nn.Module:

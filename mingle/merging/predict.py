@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mingle.merging.calibration import joint
+from mingle.merging.calibration import probabilities
 from mingle.methods import MergeMethod
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.heads import Head
@@ -22,8 +22,8 @@ class Prediction:
     Attributes:
         task: the names of the tasks that the samples were found to be of.
         label: the class in that task: its name, or its number where names are not known.
-        score: the probability of the answer.  Where a router found the task, it is that of the class among
-            the task's own; else that of the class among those of all tasks.
+        score: the probability of the answer, see `mingle.merging.calibration`; where a router found the task,
+            among the classes of that task.
     """
 
     task: list[str]
@@ -49,7 +49,7 @@ class Union:
         task: the task type.
         method: with the merged model.
         heads: of the tasks.
-        calibrations: see `calibration`; None for a task without.
+        temperatures: of the tasks, see `mingle.merging.calibration`.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Union:
         task: TaskType,
         method: MergeMethod,
         heads: Sequence[Head],
-        calibrations: Sequence[Sequence[float] | None],
+        temperatures: Sequence[float | None],
     ) -> None:
         self.task, self.method, self.heads = task, method, heads
-        self.calibrations = calibrations
+        self.temperatures = temperatures
 
     @torch.no_grad()
     def choose(self, model: nn.Module, data: TaskData, routed: Tensor | None) -> Choice:
@@ -73,12 +73,12 @@ class Union:
                 router.
         """
         scores = [part.float().cpu() for part in self.task.union(model, data, self.heads)]
-        labels = torch.stack([part.argmax(1) for part in scores], 1)  # [n, T]
-        if routed is None:
-            shares = torch.stack(list(joint(scores, self.calibrations)), 1)
-            best, chosen = shares.max(1)
-        else:
-            shares = torch.stack([part.softmax(1).amax(1) for part in scores], 1)
-            chosen = routed.cpu()
-            best = shares.gather(1, chosen.unsqueeze(1)).squeeze(1)
-        return Choice(chosen, labels.gather(1, chosen.unsqueeze(1)).squeeze(1), best)
+        one_scale = self.task.one_scale and routed is None
+        shares = probabilities(scores, self.temperatures, one_scale=one_scale)
+        best, labels = (
+            torch.stack(parts, 1) for parts in zip(*(part.max(1) for part in shares), strict=True)
+        )  # [n, T]
+        chosen = (best.argmax(1) if routed is None else routed.cpu()).unsqueeze(1)
+        return Choice(
+            chosen.squeeze(1), labels.gather(1, chosen).squeeze(1), best.gather(1, chosen).squeeze(1)
+        )

@@ -32,6 +32,7 @@ class TaskType(ABC):
         name: under which merged models note it; the class's own where none is given.
         one_class: whether an answer is one class, so that answers of several tasks can be compared.
         shared: what the samples of a task share and stands in for its head, such as ``text_embeds``.
+        one_scale: whether scores of different tasks' classes can be compared as they are.
         config_part: the name of the tower's configuration in the model's; empty where the tower is the whole
             model.
         published_sets: sets of layers that a paper names, as suffixes, instead of those that are found.  They
@@ -41,6 +42,7 @@ class TaskType(ABC):
     name: ClassVar[str]
     one_class: ClassVar[bool] = True
     shared: ClassVar[tuple[str, ...]] = ()
+    one_scale: ClassVar[bool] = False
     config_part: ClassVar[str] = ""
     published_sets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
@@ -153,6 +155,9 @@ class TaskType(ABC):
             IncompatibleModel: a head that is not one of this task type.
         """
         return None
+
+    def check_head(self, head: Head) -> None:  # noqa: B027 – most have no heads
+        """Raise `ValueError` for a head that is not one, or for names of another number of classes."""
 
     def optional(self, model: nn.Module) -> Collection[str]:
         """The names of the model's tensors that a base's checkpoint may lack; they are then 0."""

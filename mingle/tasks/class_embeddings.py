@@ -20,6 +20,17 @@ class ClassEmbeddingTask(TaskType):
     """A task type whose classes are embeddings [C, P] that samples are compared with."""
 
     shared = (EMBEDDINGS,)
+    one_scale = True
+
+    def check_head(self, head: Head) -> None:
+        embeddings = head.shared.get(EMBEDDINGS)
+        if embeddings is None:
+            return
+        if embeddings.dim() != 2:
+            raise ValueError(f"{EMBEDDINGS} {list(embeddings.shape)}: expected [C, P]")
+        check_class_embeddings(embeddings, [f"class {row}" for row in range(len(embeddings))])
+        if head.labels is not None and len(head.labels) != len(embeddings):
+            raise ValueError(f"class_names: {len(head.labels)} names for {len(embeddings)} classes")
 
     def union(self, model: nn.Module, data: TaskData, heads: Sequence[Head]) -> list[Tensor]:
         """The scores of the classes of every task, [n, C] for each head, from one product."""
@@ -40,12 +51,6 @@ def check_class_embeddings(head: Tensor, names: Sequence[str]) -> None:
             f"text_embeds of {names[equal[0]]} and {names[equal[1]]} are equal: nothing could tell these "
             f"classes apart ({len(equal)} of {len(head)} are the same)"
         )
-
-
-def check_names(data: TaskData, classes: int) -> None:
-    """Raise `ValueError` for names of another number of classes."""
-    if data.class_names is not None and len(data.class_names) != classes:
-        raise ValueError(f"class_names: {len(data.class_names)} names for {classes} classes")
 
 
 def check_labels(data: TaskData, classes: int) -> None:

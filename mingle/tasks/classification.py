@@ -103,11 +103,16 @@ class ClassificationTask(TaskType):
         names = labels_of(config)
         if len(names_of(Head(head, {}, names))) == 1:
             raise IncompatibleModel(f"its head gives a single number, as for regression; {ONE_CLASS}")
-        if names is not None and len(names) not in {len(tensor) for tensor in head.values() if tensor.dim()}:
-            raise IncompatibleModel(
-                f"its configuration names {len(names)} classes, and no tensor of its head has that many rows"
-            )
+        self.check_head(Head(head, {}, names))
         return names
+
+    def check_head(self, head: Head) -> None:
+        if head.labels is not None and all(
+            len(head.labels) not in part.shape[:1] for part in head.tensors.values()
+        ):
+            raise IncompatibleModel(
+                f"there are names for {len(head.labels)} classes, and no tensor of the head has as many rows"
+            )
 
     def optional(self, model: nn.Module) -> tuple[str, ...]:
         inside = f"{self.tower(model)}."

@@ -11,14 +11,10 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import nn
 
-from mingle.tasks.class_embeddings import (
-    ClassEmbeddingTask,
-    check_class_embeddings,
-    check_labels,
-    check_names,
-)
+from mingle.tasks.class_embeddings import ClassEmbeddingTask, check_class_embeddings, check_labels
 from mingle.tasks.classification import auto_class
 from mingle.tasks.data import TaskData, class_names_of
+from mingle.tasks.heads import Head
 from mingle.tasks.image_processor import ImageProcessor
 from mingle.tasks.pixels import upright_rgb
 
@@ -71,9 +67,8 @@ class ClipTask(ClassEmbeddingTask):
                 f"pixel_values {list(pixels.shape)} and text_embeds {list(head.shape)}: "
                 "expected [n, 3, H, W] and [C, P]"
             )
-        check_class_embeddings(head, [f"class {row}" for row in range(len(head))])
+        self.check_head(Head({}, given.shared, given.class_names))
         check_labels(given, len(head))
-        check_names(given, len(head))
         return given
 
     def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:

@@ -12,14 +12,10 @@ from torch import Tensor, nn
 
 from mingle.io.files import CheckpointError, contained, read_json
 from mingle.options import nearest, shown
-from mingle.tasks.class_embeddings import (
-    ClassEmbeddingTask,
-    check_class_embeddings,
-    check_labels,
-    check_names,
-)
+from mingle.tasks.class_embeddings import ClassEmbeddingTask, check_class_embeddings, check_labels
 from mingle.tasks.classification import auto_class, check_tokens, with_mask
 from mingle.tasks.data import TaskData, class_names_of
+from mingle.tasks.heads import Head
 
 #: what cosines are multiplied by where the folder says nothing
 SCALE = 20.0
@@ -70,11 +66,8 @@ class SentenceEncoderTask(ClassEmbeddingTask):
             )
         check_tokens(given.select(slice(0, 1)).inputs)
         head = given.shared["text_embeds"]
-        if head.dim() != 2:
-            raise ValueError(f"text_embeds {list(head.shape)}: expected [C, d]")
-        check_class_embeddings(head, [f"class {row}" for row in range(len(head))])
+        self.check_head(Head({}, given.shared, given.class_names))
         check_labels(given, len(head))
-        check_names(given, len(head))
         return given
 
     def logits(self, model: nn.Module, data: TaskData) -> Tensor:
