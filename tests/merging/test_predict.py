@@ -236,7 +236,7 @@ def test_a_temperature_makes_confidence_the_share_of_equal_answers():
     share = ((scores.argmax(1) == wanted.argmax(1)).sum().item() + 1) / 202
     found = temperature(scores, wanted)
     assert (scores.double() / found).softmax(1).amax(1).mean().item() == pytest.approx(share, abs=1e-6)
-    assert temperature(scores, scores) == pytest.approx(temperature(scores * 3, scores) / 3, rel=1e-5)
+    assert temperature(3 * scores, wanted) == pytest.approx(3 * found, rel=1e-5)
     assert temperature(scores * math.inf, wanted) is None
 
 
