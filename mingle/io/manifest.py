@@ -62,8 +62,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(f"{path}: tasks: two of them are called {twice!r}")
-    if any(not (task.get("temperature") is None or task["temperature"] > 0) for task in manifest["tasks"]):
-        raise CheckpointError(f"{path}: tasks: a temperature is not positive")
+    for i, task in enumerate(manifest["tasks"]):
+        if (degree := task.get("temperature")) is not None and degree <= 0:
+            raise CheckpointError(
+                f"{path}: tasks[{i}].temperature: expected a positive number, found {degree}"
+            )
     for key in ("matrix", "unknown"):
         if key in manifest and [len(row) for row in manifest[key]] != [i + 1 for i in range(len(names))]:
             raise CheckpointError(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mingle.kernels.gated_experts import reference
-from mingle.merging.predict import Union
+from mingle.merging.predict import AllTasks
 from mingle.nn.linear import MingleLinear
 from mingle.nn.replay import replayed
 from mingle.tasks import TaskData, TaskType
@@ -72,29 +72,29 @@ def accuracy(task: TaskType, model: nn.Module, data: TaskData, batch_size: int =
 
 @torch.no_grad()
 def accuracies(
-    union: Union, place: int, model: nn.Module, data: TaskData, batch_size: int = 128
+    tasks: AllTasks, place: int, model: nn.Module, data: TaskData, batch_size: int = 128
 ) -> tuple[float, float]:
     """The score of the model on samples of a task, where the task is known and where it has to be found.
 
     The part of the model that is common to all tasks computes once for both.
 
     Args:
-        union: all tasks.
+        tasks: all of the model's.
         place: the number of the task; its head is in the model.
         model: the merged model.
         data: labelled samples, whose metric is the accuracy.
         batch_size: samples per batch.
     """
     model.eval()
-    task, head = union.task, union.heads[place]
+    task, head = tasks.task, tasks.heads[place]
     part = common_part(model, task.tower(model), head.tensors)
     known, unknown = [], []
     for batch in data.batches(batch_size):
-        routed = union.method.route(batch)
+        routed = tasks.method.route(batch)
         with replayed(model, part) as replay:
             known.append(task.outcomes(replay.model, batch))
             replay.again()
-            choice = union.choose(replay.model, batch, routed)
+            choice = tasks.choose(replay.model, batch, routed)
         unknown.append((choice.task == place) & (choice.label == required_labels(batch).cpu()))
     return score(torch.cat(known), data.metric), score(torch.cat(unknown), data.metric)
 

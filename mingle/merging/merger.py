@@ -7,7 +7,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from mingle.merging.evaluate import Result, accuracies, accuracy
 from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.finite import refuse_non_finite
 from mingle.merging.opened import opened
-from mingle.merging.predict import Prediction, Union
+from mingle.merging.predict import AllTasks, Prediction
 from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
 from mingle.tasks import TaskData, TaskType
@@ -274,25 +274,7 @@ class Merger:
             ValueError: answers that are not classes, a method that keeps one model per task, or tasks whose
                 classes are not known; the message says what to do.
         """
-        if not self.merged:
-            raise ValueError("no task is merged, so there is nothing to choose from")
-        if reason := self._inseparable():
-            raise ValueError(f"predict: {reason}")
-        data = self._samples(inputs)
-        union = self._union()
-        choices = [
-            union.choose(self.model, batch, self.method.route(batch)) for batch in data.batches(batch_size)
-        ]
-        tasks, labels, scores = (torch.cat(parts).tolist() for parts in zip(*choices, strict=True))
-        names = [task.labels for task in self.merged]
-        return Prediction(
-            [self.merged[task].name for task in tasks],
-            [
-                label if (known := names[task]) is None else known[label]
-                for task, label in zip(tasks, labels, strict=True)
-            ],
-            scores,
-        )
+        return self._all_tasks().predict(inputs, batch_size)
 
     def evaluate(
         self,
@@ -317,16 +299,21 @@ class Merger:
         missing = [name for name in wanted if name not in suite]
         if missing:
             raise ValueError(f"the suite has no samples for the merged tasks {', '.join(missing)}")
-        union = None if self._inseparable() else self._union()
+        everything = self._all_tasks()
+        separable = not everything.hindrance()
+        rows: tuple[list[float | None], list[float | None]] = ([], [])
         for place, name in enumerate(self.task_names):
             known = unknown = None
             if name in wanted:
                 model, data = self.model_for(name), self.task.data(suite[name])
-                if union is None or data.metric != "accuracy":
-                    known = accuracy(self.task, model, data, batch_size)
+                if separable and data.metric == "accuracy":
+                    known, unknown = accuracies(everything, place, model, data, batch_size)
                 else:
-                    known, unknown = accuracies(union, place, model, data, batch_size)
-            self.matrix[-1][place], self.unknown[-1][place] = known, unknown
+                    known = accuracy(self.task, model, data, batch_size)
+            rows[0].append(known)
+            rows[1].append(unknown)
+        if self.merged:
+            self.matrix[-1], self.unknown[-1] = rows
         return self.result()
 
     def result(self) -> Result:
@@ -467,20 +454,21 @@ class Merger:
             {name: tensor for name, tensor in tensors.items() if not name.startswith((_HEAD, _SHARED))}
             for tensors in moved
         ]
-        try:
-            merger.method.restore(own, state)
-            if merger.heads:
-                put_head(merger.model, merger.heads[-1])
-        # what names, numbers and shapes of tensors that belong to something else lead to
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"the tensors do not fit the method {merger.method.name!r} with these options"
-            raise CheckpointError(f"{folder}: {reason}: {error}") from error
         merger.merged = [
             MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__ if key in task})
             for task in manifest["tasks"]
         ]
-        if merger.merged:
-            merger._note_labels(-1)
+        try:
+            merger.method.restore(own, state)
+            for place in range(len(merger.merged)):
+                merger._check_head(place)
+            if merger.merged:
+                put_head(merger.model, merger.heads[-1])
+                merger._note_labels(-1)
+        # what names, numbers and shapes of tensors that belong to something else lead to
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"the tensors do not fit the method {merger.method.name!r} with these options"
+            raise CheckpointError(f"{folder}: {reason}: {error}") from error
         merger.matrix, merger.metadata = manifest["matrix"], manifest["metadata"]
         merger.unknown = manifest.get("unknown", [[None] * len(row) for row in merger.matrix])
         return merger
@@ -496,36 +484,24 @@ class Merger:
     def _head(self, place: int) -> Head:
         return Head(self.heads[place], self.shared[place], self.merged[place].labels)
 
+    def _check_head(self, place: int) -> None:
+        """Raise `ValueError` for a task whose head, from a file, is none for this base."""
+        expected = self.task.heads(self.base)
+        if self.heads[place].keys() != set(expected):
+            raise ValueError(
+                f"task {self.task_names[place]!r}: expected a head of {', '.join(expected) or 'nothing'}"
+            )
+        self.task.check_head(self._head(place))
+
     def _note_labels(self, place: int) -> None:
         """Note the classes of a task's head in the model's configuration."""
         if self.heads[place] and hasattr(self.model, "config") and (names := names_of(self._head(place))):
             put_names(self.model, names)
 
-    def _union(self) -> Union:
+    def _all_tasks(self) -> AllTasks:
         heads = [self._head(place) for place in range(len(self.merged))]
-        return Union(self.task, self.method, heads, [task.temperature for task in self.merged])
-
-    def _samples(self, given: TaskData | Mapping[str, Any]) -> TaskData:
-        """Samples without labels, with something in the place of what those of a task share."""
-        shared = self.shared[0]
-        if isinstance(given, TaskData):
-            return self.task.data(replace(given, shared=shared, labels=None, class_names=None))
-        dropped = ("labels", "class_names", *shared)
-        return self.task.data({name: part for name, part in given.items() if name not in dropped} | shared)
-
-    def _inseparable(self) -> str:
-        """Why samples cannot be answered among the classes of all tasks; empty where they can."""
-        if not self.task.one_class:
-            return f"the answers of a {self.task.name} model are texts, which its `model.generate` gives"
-        if self.method.per_task:
-            return f"method {self.method.name!r} keeps one model per task; use model_for(name)"
-        for task, shared in zip(self.merged, self.shared, strict=True):
-            if lacking := [name for name in self.task.shared if name not in shared]:
-                return (
-                    f"task {task.name!r} was merged without samples, so its {lacking[0]} are not known; give "
-                    f"them by set_classes({task.name!r}, shared={{{lacking[0]!r}: …}})"
-                )
-        return ""
+        temperatures = [task.temperature for task in self.merged]
+        return AllTasks(self.task, self.method, self.task_names, heads, temperatures)
 
     @torch.no_grad()
     def _temperature(self, samples: TaskData, teacher: Callable[[], nn.Module]) -> float | None:

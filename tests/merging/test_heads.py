@@ -265,3 +265,32 @@ def test_a_head_that_is_not_finite_is_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises((IncompatibleModel, CheckpointError), match=r"classifier\.bias.*not finite"):
         mingle.Merger(base, "average").add("x", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(labels=["a"]), "names for 1 classes"),
+        (dict(labels="ab"), r"tasks\[0\]\.labels: expected a list"),
+        (dict(temperature=0.0), r"tasks\[0\]\.temperature: expected a positive number"),
+        (dict(temperature="1"), r"tasks\[0\]\.temperature: expected a number"),
+        (dict(tensors=None), r"task 'task 0': expected a head of .*classifier\.weight"),
+    ],
+)
+def test_a_folder_whose_tasks_have_other_heads_is_refused(change, message, tmp_path):
+    merger, _ = merged(made("bert"))
+    merger.save_pretrained(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["tasks"][0] |= change
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=message):
+        mingle.Merger.from_pretrained(tmp_path)
+
+
+def test_the_second_matrix_has_the_form_of_the_first(tmp_path):
+    merger, _ = merged(made("bert"))
+    merger.save_pretrained(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"unknown": [[None]]}))
+    with pytest.raises(CheckpointError, match="unknown: expected a row per task"):
+        mingle.Merger.from_pretrained(tmp_path)

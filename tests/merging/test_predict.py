@@ -141,7 +141,7 @@ def test_sentence_encoders_answer_with_the_names_of_all_tasks(tmp_path):
 def test_without_samples_predict_says_what_to_do_and_classes_can_be_given(base_model, tuned_states, samples):
     merger = mingle.Merger(base_model, "average")
     pixels = {"pixel_values": samples[0].inputs["pixel_values"]}
-    with pytest.raises(ValueError, match="no task is merged"):
+    with pytest.raises(ValueError, match="predict: no task is merged"):
         merger.predict(pixels)
     for number, state in enumerate(tuned_states):
         merger.add(f"task {number}", state)
