@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,7 +80,8 @@ class ClassificationTask(TaskType):
         wanted = self.model_class(whole.config.to_dict()) if hasattr(model, "config") else type(model)
         if isinstance(model, wanted) or type(model).__name__.endswith(_CLASSIFIERS):
             return model
-        made: Any = wanted(whole.config).to(whole.device, whole.dtype).eval()
+        with torch.random.fork_rng(devices=()):  # what is drawn here is replaced
+            made: Any = wanted(copy.deepcopy(whole.config)).to(whole.device, whole.dtype).eval()
         inside, given = self.tower(made), whole.base_model.state_dict()
         lacking = [name for name in made.base_model.state_dict() if name not in given]
         made.base_model.load_state_dict(given, strict=False)

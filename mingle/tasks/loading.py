@@ -164,13 +164,14 @@ def load_model(folder: Path, model_class: type[Any], optional: Optional) -> nn.M
     described = skeleton_of(folder, model_class, optional)
     expected, checkpoint = first_names(described), ModelCheckpoint(folder, described, complete=True)
     lacking = absent(described)
-    model: nn.Module = model_class.from_pretrained(
-        folder,
-        local_files_only=True,
-        use_safetensors=True,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=bool(lacking),
-    )
+    with torch.random.fork_rng(devices=()):  # what is drawn here is replaced by 0
+        model: nn.Module = model_class.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=bool(lacking),
+        )
     note_absent(model, lacking)
     found = first_names(model)
     for name, tensor in model.state_dict().items():

@@ -153,7 +153,9 @@ def test_a_base_needs_no_head(base_class, kind, given, tmp_path):
     if given == "folder":
         base.save_pretrained(tmp_path / "base")
     task_type = TASK_TYPES.get(kind, "text-classification")
+    before, state = base.config.to_dict(), torch.get_rng_state()
     merger = mingle.Merger(tmp_path / "base" if given == "folder" else base, "average", task_type)
+    assert base.config.to_dict() == before and torch.equal(torch.get_rng_state(), state)
     models = [tuned(classifier, names, seed) for seed, names in enumerate(NAMES, 1)]
     for number, model in enumerate(models):
         merger.add(f"task {number}", model, inputs(classifier))

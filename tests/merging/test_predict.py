@@ -123,6 +123,35 @@ def test_class_embeddings_of_all_tasks_share_one_sum(base_model, tuned_states, s
         assert found.score[row] == pytest.approx(shares[row, place].max().item(), abs=1e-5)
 
 
+def test_siglip_compares_the_classes_of_all_tasks_with_its_own_scale_and_bias():
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    text, vision = dict(vocab_size=20, max_position_embeddings=8), dict(image_size=8, patch_size=4)
+    base = hf.SiglipModel(hf.SiglipConfig(text_config=sizes | text, vision_config=sizes | vision)).eval()
+    merger, parts = mingle.Merger(base, "average"), []
+    for number, count in enumerate((2, 5)):
+        model = copy.deepcopy(base)
+        with torch.no_grad():
+            for parameter in model.vision_model.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape)
+        parts.append(
+            {
+                "pixel_values": torch.randn(6, 3, 8, 8),
+                "text_embeds": F.normalize(torch.randn(count, 16), dim=-1),
+            }
+        )
+        merger.add(f"task {number}", model, parts[-1])
+    found = merger.predict({"pixel_values": parts[0]["pixel_values"]})
+    with torch.no_grad():
+        scores = [
+            merger.task.logits(merger.model, TaskData({"pixel_values": parts[0]["pixel_values"]}, part))
+            for part in parts
+        ]
+    joined = torch.cat(scores, 1).argmax(1)
+    assert [int(task[-1]) * 2 + label for task, label in zip(found.task, found.label, strict=True)] == (
+        joined.tolist()
+    )
+
+
 def test_sentence_encoders_answer_with_the_names_of_all_tasks(tmp_path):
     classifier = made("bert")
     merger = mingle.Merger(classifier.bert, "average", "sentence-encoder")
