@@ -460,8 +460,8 @@ class Merger:
         ]
         try:
             merger.method.restore(own, state)
-            for place in range(len(merger.merged)):
-                merger._check_head(place)
+            for number in range(len(merger.merged)):
+                merger._check_head(number)
             if merger.merged:
                 put_head(merger.model, merger.heads[-1])
                 merger._note_labels(-1)
