@@ -154,8 +154,8 @@ class Merger:
             AdaptationDiverged: the loss stayed non-finite.
             NonFiniteMerge: the method's result is not finite.
 
-        Whatever is raised, the merger is as it was before; after `NonFiniteMerge`, `model` is another module
-        with the same weights.
+        Whatever is raised, the merger is as it was before; after `NonFiniteMerge`, and after an error of the
+        model with the samples, `model` is another module with the same weights.
         """
         self.check_name(name)
         samples = None if seed_data is None else self.task.data(seed_data)
@@ -378,12 +378,10 @@ class Merger:
         """
         if self.method.per_task or any(self.heads):
             if task is None:
-                known, keeps = (
-                    ", ".join(self.task_names),
-                    f"method {self.method.name!r} keeps one model per task",
-                )
-                reason = keeps if self.method.per_task else "each task has a head of its own"
-                raise ValueError(f"{reason}; name one of {known}")
+                reason = "each task has a head of its own"
+                if self.method.per_task:
+                    reason = f"method {self.method.name!r} keeps one model per task"
+                raise ValueError(f"{reason}; name one of {', '.join(self.task_names)}")
             self.model_for(task)
         elif task is not None:
             reason = f"with method {self.method.name!r} one model serves all tasks"
@@ -391,7 +389,7 @@ class Merger:
         state = export.whole_model(self.base, self.task.tower(self.base), self.method.plain_tower())
         config = export.hub_config(self.base, self.base_folder, next(self.base.parameters()).dtype)
         if task is not None and (head := self._head(self.task_names.index(task))).tensors:
-            state |= head.tensors
+            state |= head_of(self.model, head.tensors)
             config = export.with_head(config, type(self.base).__name__, names_of(head))
         export.write_model(Path(folder), state, config, self.base_folder, self._card(Path(folder).name))
 
