@@ -17,7 +17,9 @@ def register(commands: Commands) -> None:
     )
     parser.add_argument("folder", type=file_path, help="the folder that merge wrote")
     parser.add_argument("--out", type=file_path, required=True, help="a new folder")
-    parser.add_argument("--task", help="the task whose model to write, for the method individual")
+    parser.add_argument(
+        "--task", help="the task whose model to write, for classifiers and for the method individual"
+    )
     parser.set_defaults(run=run)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mingle.io.base_files import DATA_SUFFIXES, base_files, is_inner_folder
 from mingle.io.files import (
     CheckpointError,
     contained,
@@ -29,8 +30,6 @@ from mingle.io.state_dicts import first_names
 
 #: Larger models are written in several files.
 SHARD_BYTES = 5_000_000_000
-#: What a hub folder may hold beside weights: configurations, tokenizers and processors.
-_DATA_SUFFIXES = (".json", ".txt", ".model")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -71,6 +70,22 @@ def hub_config(base: nn.Module, source: Path | None, dtype: torch.dtype) -> dict
     return config | {"dtype": str(dtype).removeprefix("torch.")}
 
 
+def with_head(config: Mapping[str, Any], architecture: str, names: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a classifier with another head than the base has, or with the first one.
+
+    Args:
+        config: the base's.
+        architecture: the name of the class with a head.
+        names: of the head's classes.
+    """
+    own = {
+        "architectures": [architecture],
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+    return {key: value for key, value in config.items() if key != "num_labels"} | own
+
+
 def check_target(folder: Path) -> None:
     """Raise `CheckpointError` unless a model can be written to `folder`, a new or an empty folder."""
     in_use = os.path.exists(folder) and not os.path.isdir(folder)
@@ -90,10 +105,11 @@ def _staging(folder: Path) -> Path:
 
 
 def _check_staging(staging: Path) -> None:
-    """Refuse to clear what no killed export has left: it leaves a folder of nothing but files."""
+    """Refuse to clear what no killed export has left: it leaves a folder of files, and folders of modules."""
     if os.path.lexists(staging):
         real = staging.is_dir() and not staging.is_symlink()
-        strange = next((file for file in staging.iterdir() if file.is_dir()), None) if real else staging
+        folders = [path for path in staging.iterdir() if path.is_dir()] if real else [staging]
+        strange = next((path for path in folders if not (real and is_inner_folder(path))), None)
         if strange is not None:
             raise CheckpointError(f"{strange}: in the way of an export, and not left by an earlier one")
 
@@ -124,16 +140,12 @@ def write_model(
         try:
             with naming(staging):
                 for left in staging.iterdir():
-                    if left.name != ".lock":
+                    if is_inner_folder(left):
+                        shutil.rmtree(left)
+                    elif left.name != ".lock":
                         left.unlink()
-            for file in sorted(source.iterdir()) if source is not None else ():
-                if (
-                    file.is_file()
-                    and file.suffix in _DATA_SUFFIXES
-                    and file.name != "config.json"
-                    and ".safetensors" not in file.name
-                ):
-                    write_copy(contained(file.parent, file.name), staging / file.name)
+            if source is not None:
+                _copy_data(source, staging)
             write_json(staging / "config.json", config)
             write_text(staging / "README.md", card)
             _write_weights(staging, state, shard_bytes)
@@ -143,6 +155,16 @@ def write_model(
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def _copy_data(source: Path, target: Path) -> None:
+    """Copy what a folder holds beside weights and the configuration."""
+    for file in base_files(source, DATA_SUFFIXES):
+        name = file.relative_to(source).as_posix()
+        if name != "config.json" and ".safetensors" not in name:
+            with naming(target):
+                (target / name).parent.mkdir(exist_ok=True)
+            write_copy(contained(source, name), target / name)
 
 
 def _write_weights(folder: Path, state: Mapping[str, torch.Tensor], shard_bytes: int) -> None:

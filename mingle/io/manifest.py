@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mingle.io.files import CheckpointError, read_json
-from mingle.io.schema import check
+from mingle.io.schema import Absent, check
 from mingle.options import shown
 
 FORMAT = "mingle-merge"
@@ -22,6 +22,8 @@ _TASK = {
     "seed_samples": int,
     "skipped": (str, None),
     "notes": [str],
+    "labels": Absent(([str], None)),
+    "temperature": Absent((float, None)),
     "tensors": (_FILE, None),
 }
 #: of the manifest; what the options may be, the method knows
@@ -33,6 +35,7 @@ _FORM = {
     "options": {str: object},
     "tasks": [_TASK],
     "matrix": [[(float, None)]],
+    "unknown": Absent([[(float, None)]]),
     "metadata": {str: object},
     "base": {"sha256": _DIGEST, "folder": (BASE_NAME, None)},
     "state": (_FILE, None),
@@ -55,14 +58,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {shown(version)}, this mingle reads {FORMAT_VERSION}")
     check(manifest, _FORM, path)
-    names, matrix = [task["name"] for task in manifest["tasks"]], manifest["matrix"]
+    names = [task["name"] for task in manifest["tasks"]]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(f"{path}: tasks: two of them are called {twice!r}")
-    if [len(row) for row in matrix] != [i + 1 for i in range(len(names))]:
-        raise CheckpointError(
-            f"{path}: matrix: expected a row per task, of one value more than the row before"
-        )
+    for i, task in enumerate(manifest["tasks"]):
+        if (degree := task.get("temperature")) is not None and degree <= 0:
+            raise CheckpointError(
+                f"{path}: tasks[{i}].temperature: expected a positive number, found {degree}"
+            )
+    for key in ("matrix", "unknown"):
+        if key in manifest and [len(row) for row in manifest[key]] != [i + 1 for i in range(len(names))]:
+            raise CheckpointError(
+                f"{path}: {key}: expected a row per task, of one value more than the row before"
+            )
     return manifest
 
 

@@ -15,13 +15,15 @@ class CardTask(NamedTuple):
 
     Attributes:
         name: the task's name.
-        when_merged, now: accuracy in per cent, or None where it was not measured.
+        when_merged, now: accuracy in per cent where the task is known, or None where it was not measured.
+        unknown: accuracy now where the task has to be found too.
         notes: what is worth knowing, such as parts of the fine-tuned model that were not merged.
     """
 
     name: str
     when_merged: float | None
     now: float | None
+    unknown: float | None
     notes: Sequence[str]
 
 
@@ -45,9 +47,13 @@ def model_card(title: str, method: str, options: Mapping[str, Any], tasks: Seque
         f"{len(tasks)} fine-tuned models, merged one after another with the method `{method}` by mingle "
         f"{__version__}.",
         "",
-        "| task | accuracy when merged | accuracy now |",
-        "|---|---:|---:|",
-        *(f"| {markdown_cell(t.name)} | {_percent(t.when_merged)} | {_percent(t.now)} |" for t in tasks),
+        "| task | accuracy when merged | accuracy now | now, task unknown |",
+        "|---|---:|---:|---:|",
+        *(
+            " | ".join([f"| {markdown_cell(t.name)}", *map(_percent, (t.when_merged, t.now, t.unknown))])
+            + " |"
+            for t in tasks
+        ),
     ]
     noted = [f"- {markdown_cell(task.name)}: {markdown_cell(note)}" for task in tasks for note in task.notes]
     if noted:

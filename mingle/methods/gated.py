@@ -13,6 +13,7 @@ from mingle.io.state_dicts import task_vector
 from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
 from mingle.nn.inject import find_targets, inject
 from mingle.nn.linear import MingleLinear
+from mingle.nn.matrices import oriented, packed_experts
 from mingle.tasks import TaskType
 from mingle.tasks.masks import TokenMasks
 
@@ -38,10 +39,9 @@ class GatedMethod(MergeMethod):
         self.structure = task.structure(model)
         targets = options.layers or self.structure.sets[self.layer_set]
         if not targets:
-            kind = type(self.tower).__name__
-            raise ValueError(
-                f"{kind} has no linear layers in the set {self.layer_set!r} that can take experts"
-            )
+            packed = ": its experts are packed into single tensors" if packed_experts(self.tower) else ""
+            what = f"linear layers in the set {self.layer_set!r} that can take experts"
+            raise ValueError(f"{type(self.tower).__name__} has no {what}{packed}")
         for name in find_targets(self.tower, targets):
             if reason := self.structure.unfit.get(name):
                 raise ValueError(f"layer {name!r} {reason}: it cannot take experts")
@@ -74,7 +74,10 @@ class GatedMethod(MergeMethod):
             return StepReport(skipped=f"{arrival.name}: {same}, no expert was added")
         before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
         try:
-            report = self._merge(arrival, {name: deltas[f"{name}.weight"] for name in self.layers})
+            report = self._merge(
+                arrival,
+                {name: oriented(deltas[f"{name}.weight"], layer) for name, layer in self.layers.items()},
+            )
         except BaseException:
             for name, parameters in before.items():
                 for key, parameter in parameters.items():

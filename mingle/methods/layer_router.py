@@ -107,11 +107,21 @@ class LayerRouter:
         if self.router is not None and self.encodings is not None and hidden is not None:
             _give(layers, self.encodings.gates(hidden))
 
+    def likeliest(self, features: Tensor) -> Tensor:
+        """The places [n] of the likeliest tasks among those with an expert, for features [n, F]."""
+        return self._scores(features).argmax(1)
+
+    def _scores(self, features: Tensor) -> Tensor:
+        """Log-likelihoods [n, T], older tasks preferred."""
+        assert self.router is not None
+        scores = self.router.scores(features)
+        older = torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+        return scores + self.options.seniority * older
+
     def gates(self, features: Tensor) -> Tensor:
         """The gates [n, T] for features [n, F]."""
         assert self.router is not None
-        options, scores = self.options, self.router.scores(features)
-        scores = scores + options.seniority * torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+        options, scores = self.options, self._scores(features)
         likeliest = scores.argmax(1)
         gates = scores.softmax(1) if options.gates == "soft" else F.one_hot(likeliest, scores.shape[1])
         if options.abstain is not None:

@@ -24,6 +24,7 @@ from mingle.methods.base import Arrival, StepReport, Tensors
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.nn.linear import GATE_INIT_STD
+from mingle.nn.matrices import oriented
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskData, TaskType
 
@@ -176,7 +177,9 @@ class Mingle(GatedMethod):
         if self.options.gates != "static":
             return super().plain_tower()
         folded = {
-            f"{n}.weight": reference.fold(layer.weight, layer.A, layer.B, layer.all_gates()[1])
+            f"{n}.weight": oriented(
+                reference.fold(layer.weight, layer.A, layer.B, layer.all_gates()[1]), layer
+            )
             for n, layer in self.layers.items()
         }
         return dict(self.base) | {name: tensor.to(self.base[name]) for name, tensor in folded.items()}

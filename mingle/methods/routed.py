@@ -22,7 +22,7 @@ from mingle.methods.layer_router import LayerRouter
 from mingle.methods.router import FeatureStatistics, GaussianRouter
 from mingle.nn.early_stop import run_until
 from mingle.options import require_positive
-from mingle.tasks import TaskType
+from mingle.tasks import TaskData, TaskType
 
 #: after how many blocks hidden states are read, where nothing is asked for and the model has that many
 DEPTHS = (0, 1, 2)
@@ -90,6 +90,7 @@ class Routed(GatedMethod):
     Options = RoutedOptions
     layer_set = "full"
     needs_answers = False
+    routes = True
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
@@ -114,7 +115,7 @@ class Routed(GatedMethod):
         self.statistics: list[FeatureStatistics] = []
 
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
-        statistics = [*self.statistics, FeatureStatistics.of(self._features(arrival))]
+        statistics = [*self.statistics, FeatureStatistics.of(self._features(arrival.samples()))]
         experts = make_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
         for name, layer in self.layers.items():
             self._append(
@@ -127,15 +128,23 @@ class Routed(GatedMethod):
         self._route(statistics)
         return StepReport()
 
-    def _features(self, arrival: Arrival) -> Tensor:
-        """The features of the seed samples, [n, F]."""
+    def route(self, data: TaskData) -> Tensor | None:
+        """The likeliest tasks, also of samples so strange that the base model answers them by itself."""
+        if not self.statistics:
+            return None
+        owners = [task for task, place in enumerate(self.places) if place is not None]
+        likeliest = self.router.likeliest(self._features(data))
+        return torch.tensor(owners, device=likeliest.device)[likeliest]
+
+    def _features(self, data: TaskData) -> Tensor:
+        """The features of samples, [n, F]."""
         seen: list[Tensor] = []
 
         def record(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(self.router.features(encoder, args, kwargs))
 
         with torch.no_grad():
-            for batch in arrival.samples().batches(TEACHER_BATCH):
+            for batch in data.batches(TEACHER_BATCH):
                 run_until([self.encoder], partial(self.task.logits, self.model, batch), record)
         return torch.cat(seen)
 

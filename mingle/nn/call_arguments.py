@@ -10,13 +10,8 @@ from torch import nn
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Positional and keyword arguments of `module` together, those that it passes on unnamed included."""
-    signature = inspect.signature(module.forward)
-    given = signature.bind_partial(*args, **kwargs).arguments
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            given |= given.pop(name, {})
-    return given
+    """Positional and keyword arguments of `module` together."""
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | dict(kwargs)
 
 
 def takes(module: nn.Module, name: str) -> bool:

@@ -12,11 +12,12 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mingle.io.adapter_config import AdapterConfig
 from mingle.io.checkpoint_files import refuse_two_models
@@ -25,16 +26,30 @@ from mingle.io.safetensors import CheckpointReader
 from mingle.kernels.dtypes import wide
 from mingle.nn.inject import refusal
 from mingle.nn.linear import LowRankExpert, MingleLinear
+from mingle.nn.matrices import AnyLinear, is_linear, widths
 from mingle.options import nearest, shown
 
 logger = logging.getLogger(__name__)
 
 _WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_ROOT = "base_model.model."
 _FACTOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN, _MAX_NAME = 5, 1000
+
+
+class Adapter(NamedTuple):
+    """What an adapter's folder holds.
+
+    Attributes:
+        experts: A [r, d_in] and B [d_out, r] by the name of their layer in the model.
+        head: the head's tensors as they were saved, by their names in the model; empty where it was not.
+    """
+
+    experts: dict[str, LowRankExpert]
+    head: dict[str, Tensor]
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
@@ -58,18 +73,35 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
             (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); a factor without its other half, of another shape or rank
             than configured, or with non-finite values.  The message names the file and the option or tensor.
     """
+    return read_with_head(folder, ()).experts
+
+
+def read_with_head(folder: str | os.PathLike[str], head: Collection[str]) -> Adapter:
+    """The experts of an adapter, and the head that PEFT saved with it (`modules_to_save`).
+
+    Args:
+        folder: see `read_adapter`.
+        head: the names of the head's tensors in the model; no other tensors are taken.
+
+    Raises:
+        CheckpointError: see `read_adapter`.
+    """
     folder = Path(folder)
     refuse_two_models(folder)
-    config = AdapterConfig.read(folder)
+    config = AdapterConfig.read(folder, with_head=bool(head))
     path = contained(folder, _WEIGHTS)
     if not path.is_file():
         path = contained(folder, _PICKLE)  # whose reader explains how to convert it
         if not path.is_file():
             raise CheckpointError(f"{folder}: no {_WEIGHTS}")
     reader = CheckpointReader(path)
-    halves = _pair(reader, path)
+    saved = {name: own for name in head if (own := f"{_ROOT}{name}") in reader}
+    halves = _pair([name for name in reader if name not in saved.values()], path)
     scalings = {module: _check_pair(reader, path, module, *names, config) for module, names in halves.items()}
-    return {module: _read_pair(reader, path, *names, scalings[module]) for module, names in halves.items()}
+    return Adapter(
+        {module: _read_pair(reader, path, *names, scalings[module]) for module, names in halves.items()},
+        {name: reader.tensor(own) for name, own in saved.items()},
+    )
 
 
 def add_adapter(
@@ -134,11 +166,11 @@ def add_adapter(
     return layers
 
 
-def _pair(reader: CheckpointReader, path: Path) -> dict[str, tuple[str, str]]:
+def _pair(tensors: Iterable[str], path: Path) -> dict[str, tuple[str, str]]:
     """The names of lora_A and lora_B of each module; every tensor is one of these."""
     found: dict[str, dict[str, str]] = {}
     adapters = set()
-    for name in reader:
+    for name in tensors:
         match = _FACTOR.fullmatch(name)
         if match is None or len(name) > _MAX_NAME:
             expected = "base_model.model.<layer>.lora_A.weight and .lora_B.weight"
@@ -186,15 +218,13 @@ def _read_pair(reader: CheckpointReader, path: Path, a: str, b: str, scaling: fl
     return LowRankExpert(A=A, B=B)
 
 
-def _find_layers(
-    model: nn.Module, experts: Mapping[str, LowRankExpert]
-) -> dict[str, nn.Linear | MingleLinear]:
+def _find_layers(model: nn.Module, experts: Mapping[str, LowRankExpert]) -> dict[str, AnyLinear]:
     """The layers that the experts name, in model order, once each is known to fit its expert."""
     if not experts:
         raise ValueError("the adapter has no experts")
     modules = {name: module for name, module in model.named_modules() if name}
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | MingleLinear)]
-    found: dict[str, nn.Linear | MingleLinear] = {}
+    linear = [name for name, module in modules.items() if is_linear(module)]
+    found: dict[str, AnyLinear] = {}
     problems: list[str] = []
     for name, expert in experts.items():
         module = modules.get(name)
@@ -204,11 +234,12 @@ def _find_layers(
             problems.append(f"{name!r} is not in the model{hint}")
         elif reason := refusal(module, model.get_submodule(name.rpartition(".")[0])):
             problems.append(f"{name!r} {reason}")
-        elif problem := _misfit(module, expert):
-            problems.append(f"{name!r}: {problem}")
         else:
-            assert isinstance(module, nn.Linear | MingleLinear)  # or it would have been refused
-            found[name] = module
+            assert is_linear(module)  # or it would have been refused
+            if problem := _misfit(module, expert):
+                problems.append(f"{name!r}: {problem}")
+            else:
+                found[name] = module
     if problems:
         rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         count = f"{len(problems)} of {len(experts)} layers"
@@ -218,11 +249,12 @@ def _find_layers(
     return {name: found[name] for name in modules if name in found}
 
 
-def _misfit(module: nn.Linear | MingleLinear, expert: LowRankExpert) -> str:
+def _misfit(module: AnyLinear, expert: LowRankExpert) -> str:
     """Why the layer cannot take the expert; empty where it can."""
     rank = len(expert.A) if expert.A.dim() else 0
-    if expert.A.shape != (rank, module.in_features) or expert.B.shape != (module.out_features, rank):
-        expected = f"[r, {module.in_features}] and [{module.out_features}, r]"
+    d_out, d_in = widths(module)
+    if expert.A.shape != (rank, d_in) or expert.B.shape != (d_out, rank):
+        expected = f"[r, {d_in}] and [{d_out}, r]"
         return f"A has shape {list(expert.A.shape)} and B {list(expert.B.shape)}, expected {expected}"
     for half, tensor in expert._asdict().items():
         if not tensor.to(module.weight.dtype).isfinite().all():

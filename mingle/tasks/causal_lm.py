@@ -54,6 +54,7 @@ class CausalLmTask(TaskType):
     """
 
     name = "causal-lm"
+    one_class = False  # but a text
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples as `TaskData`.
@@ -162,6 +163,12 @@ class CausalLmTask(TaskType):
         ids, mask = (data.inputs[name].to(lm.device) for name in ("input_ids", "attention_mask"))
         ids, mask = left_padded(ids, mask)
         ends, pad = _ends(model)
+        room = getattr(lm.config, "max_position_embeddings", None)
+        if room is not None and ids.shape[1] + length > room:
+            length = room - ids.shape[1]
+            if length < 1:
+                found = f"prompts of {ids.shape[1]} tokens"
+                raise ValueError(f"{found} leave no room for answers: the model has {room} positions")
         answered: Tensor = lm.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mingle.nn.call_arguments import by_name
 from mingle.nn.kv_cache import cache_in, length
 from mingle.nn.linear import MingleLinear
 
@@ -88,14 +89,17 @@ class TokenMasks:
         parts = inner.split(".") if inner else []
         for depth in range(len(parts) + 1):
             module = model.get_submodule(".".join(parts[:depth]))
-            module.register_forward_pre_hook(self.set, with_kwargs=True)
+            names = tuple(inspect.signature(module.forward).parameters)
+            module.register_forward_pre_hook(partial(self.set, names), with_kwargs=True)
             module.register_forward_hook(self.clear, always_call=True)
 
-    def set(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a call."""
+    def set(
+        self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Before a call of a module whose arguments have these names."""
         if self.owner is not None:
             return
-        given = by_name(module, args, kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
         mask, cache = given.get("attention_mask"), cache_in(given.values())
         tokens = next((t for t in map(given.get, ("input_ids", "inputs_embeds")) if t is not None), mask)
         counted = _counted(mask, tokens, 0 if cache is None else length(cache))

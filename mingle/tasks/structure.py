@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mingle.nn.inject import matches, refusal
+from mingle.nn.matrices import is_linear, widths
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +89,6 @@ class _Reading:
     source: int
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear layer that can take experts, such as GPT-2's transposed ones."""
-    return not refusal(module, nn.Identity())
-
-
 def find_structure(
     tower: nn.Module, run: Callable[[nn.Module, int, torch.device], object] | None
 ) -> Structure:
@@ -118,7 +114,7 @@ def find_structure(
     for stack in stacks:
         for block in stack.blocks:
             for name, module in modules[block].named_modules(prefix=block):
-                if isinstance(module, nn.Linear) or is_linear(module):
+                if is_linear(module):
                     reason = refusal(module, modules[name.rpartition(".")[0]])
                     if reason:
                         unfit[name] = reason
@@ -139,9 +135,7 @@ def find_structure(
         "mlp": tuple(name for name in inside if name not in attention),
         "light": tuple(name for name in inside if name in light),
     }
-    everything = [
-        name for name, module in modules.items() if isinstance(module, nn.Linear) or is_linear(module)
-    ]
+    everything = [name for name, module in modules.items() if is_linear(module)]
     sets = {key: _suffixes(names, stacks, everything) for key, names in layers.items()}
     return Structure(tuple(stacks), sets, layers, _memory(stacks, inside, readings), unfit)
 
@@ -157,7 +151,7 @@ def _stacks(tower: nn.Module) -> list[Stack]:
             if (
                 isinstance(child, nn.ModuleList | nn.Sequential)
                 and len({type(block) for block in blocks}) == 1
-                and all(any(isinstance(m, nn.Linear) or is_linear(m) for m in b.modules()) for b in blocks)
+                and all(any(is_linear(m) for m in b.modules()) for b in blocks)
                 and not all(isinstance(block, nn.Linear) for block in blocks)
             ):
                 found.append(Stack(name, tuple(f"{path}.{key}" for key, _ in child.named_children())))
@@ -183,9 +177,9 @@ def _passes(
         readings: dict[str, _Reading] = {}
         given: list[Tensor] = []
         for name, module in hollow.named_modules():
-            if isinstance(module, nn.Linear) or is_linear(module):
+            if is_linear(module):
                 note = readings if name in wanted else {}
-                module.forward = partial(_zeros, name, _width(module), note, given)
+                module.forward = partial(_zeros, name, widths(module)[0], note, given)  # type: ignore[method-assign]
         try:
             with torch.no_grad():
                 run(hollow, samples, torch.device("cpu"))
@@ -205,12 +199,6 @@ def _hollow(tower: nn.Module) -> nn.Module:
         parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(zeros, requires_grad=False) if parameter else zeros
     return copy.deepcopy(tower, memo).eval()
-
-
-def _width(layer: nn.Module) -> int:
-    """d_out of a linear layer."""
-    weight: Any = layer.weight
-    return int(weight.shape[0] if isinstance(layer, nn.Linear) else weight.shape[1])
 
 
 def _zeros(name: str, width: int, readings: dict[str, _Reading], given: list[Tensor], x: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ def test_models_and_samples_of_another_kind_are_refused(taught_hub, tmp_path, ca
     assert "suite 'glyphs4' is for clip models, but" in message(eval={"suite": "glyphs4"})
     assert "images' is for clip models, but" in message(eval={"suite": str(images.parents[1])})
     other = glyphs.DATA / "experts" / "greek-inverted"
-    assert "suite 'glue-8' is for t5 models, but" in message(
+    assert "suite 'glue-8' is for seq2seq models, but" in message(
         base=str(glyphs.BASE), experts={"qqp": str(other)}
     )
     assert f"expert 'qqp' ({other}): not a fine-tuned version of the base" in message(
