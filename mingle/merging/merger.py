@@ -367,7 +367,7 @@ class Merger:
 
         Args:
             folder: a folder that does not exist yet or is empty.
-            task: whose model to write, for classifiers, of which each has its own head, and for the reference
+            task: whose model to write, for classifiers, as each task has its own head, and for the reference
                 row ``individual``, which has one model per task.
 
         Raises:
