@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle.io.base_files import DATA_SUFFIXES, base_files, is_module
+from mingle.io.base_files import DATA_SUFFIXES, base_files, is_inner_folder
 from mingle.io.files import (
     CheckpointError,
     contained,
@@ -83,7 +83,7 @@ def with_head(config: Mapping[str, Any], architecture: str, names: Sequence[str]
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
     }
-    return {key: value for key, value in config.items() if key not in ("num_labels", "absent")} | own
+    return {key: value for key, value in config.items() if key != "num_labels"} | own
 
 
 def check_target(folder: Path) -> None:
@@ -109,7 +109,7 @@ def _check_staging(staging: Path) -> None:
     if os.path.lexists(staging):
         real = staging.is_dir() and not staging.is_symlink()
         folders = [path for path in staging.iterdir() if path.is_dir()] if real else [staging]
-        strange = next((path for path in folders if not (real and is_module(path))), None)
+        strange = next((path for path in folders if not (real and is_inner_folder(path))), None)
         if strange is not None:
             raise CheckpointError(f"{strange}: in the way of an export, and not left by an earlier one")
 
@@ -140,7 +140,7 @@ def write_model(
         try:
             with naming(staging):
                 for left in staging.iterdir():
-                    if is_module(left):
+                    if is_inner_folder(left):
                         shutil.rmtree(left)
                     elif left.name != ".lock":
                         left.unlink()

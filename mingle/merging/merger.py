@@ -29,12 +29,15 @@ from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.finite import refuse_non_finite
 from mingle.merging.opened import opened
 from mingle.merging.predict import AllTasks, Prediction
+from mingle.merging.vocabulary import Vocabulary, check_vocabulary
 from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.data import class_names_of
 from mingle.tasks.heads import Head, head_of, names_of, put_head, put_names
 from mingle.tasks.image_settings import differing_preparation
+from mingle.tasks.loading import absent
+from mingle.tasks.names import in_files
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +85,12 @@ class Merger:
         seed: of everything random.  Step t depends only on (seed, t) and the merged state, so an interrupted
             merge resumes bit for bit.
         device: where the merged model lives; None leaves it where the base is.
+        vocabulary: what fine-tuned models with new tokens get: ``same`` refuses them, ``base`` merges the
+            rows of embeddings and head that the base has too, and tells what is lost.
         options: the method's own, see its ``Options``.
 
     Raises:
-        ValueError: an unknown method, task type or option; a base with NaN or infinite weights.
+        ValueError: an unknown method, task type, option or vocabulary; a base with NaN or infinite weights.
         CheckpointError: a folder that does not hold an intact model.
     """
 
@@ -97,12 +102,14 @@ class Merger:
         *,
         seed: int = 0,
         device: str | torch.device | None = None,
+        vocabulary: Vocabulary = "same",
         **options: Any,
     ) -> None:
+        check_vocabulary(vocabulary)
         self.task = _task_type(task_type, base_model)
         method_class = methods.get(method)
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
-        self.seed = seed
+        self.seed, self.vocabulary = seed, vocabulary
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
         self.base = (
             _finite(self.task.base(base_model))
@@ -165,7 +172,7 @@ class Merger:
                 f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given"
             )
         try:
-            model = FineTuned(finetuned_model, self.base, self.task)
+            model = FineTuned(finetuned_model, self.base, self.task, self.vocabulary, self.base_folder)
             tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
             left += self._prepared_otherwise(finetuned_model)
             own = _own(head, samples, model.labels)
@@ -345,12 +352,13 @@ class Merger:
             "seed": self.seed,
             "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
             "options": asdict(self.options),
+            **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
             "tasks": [asdict(task) for task in self.merged],
             "matrix": self.matrix,
             "unknown": self.unknown,
             "metadata": self.metadata,
         }
-        base = merger_folder.BaseModel(self.base, self.base_folder) if include_base else None
+        base = self._base_model() if include_base else None
         merger_folder.save(
             Path(folder),
             manifest,
@@ -430,6 +438,7 @@ class Merger:
                 task,
                 seed=manifest["seed"],
                 device=device,
+                vocabulary=manifest.get("vocabulary", "same"),
                 **manifest["options"],
             )
         except ValueError as error:  # options that do not suit this model
@@ -470,6 +479,19 @@ class Merger:
         merger.matrix, merger.metadata = manifest["matrix"], manifest["metadata"]
         merger.unknown = manifest.get("unknown", [[None] * len(row) for row in merger.matrix])
         return merger
+
+    def _base_model(self) -> merger_folder.BaseModel:
+        if self.base_folder is not None:
+            return merger_folder.BaseModel(self.base_folder)
+        files = self.task.files(self.base)
+        if not files:
+            raise CheckpointError(
+                f"the base {type(self.base).__name__} has no config to save it with; use include_base=False "
+                "and give the base to from_pretrained"
+            )
+        lacking = absent(self.base)
+        held = {name: tensor for name, tensor in self.base.state_dict().items() if name not in lacking}
+        return merger_folder.BaseModel(None, files, partial(in_files, self.base, held))
 
     def _place(self, name: str) -> int:
         """The number of a merged task; `ValueError` for any other."""

@@ -12,6 +12,7 @@
     gate: {k: 3, gamma: 1.0, beta: 0.99, reduce: sample}
     adapt: {steps: 50, lr: 1.0e-4, batch_size: 16, samples_per_class: 5, temperature: 2.0, protocol: strict}
     eval: {suite: images/, every_step: true, batch_size: 128}
+    vocabulary: same                          # or base: of models with new tokens, merge the rows both have
     options: {constraint: hard}               # anything else the method takes
     revisions: {datasets/ylecun/mnist: 4d5…}  # commits of hub models and data sets
 
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mingle import methods, tasks
+from mingle.merging.vocabulary import Vocabulary
 from mingle.options import OptionError, build, refuse_unknown, require_positive, shown
 from mingle.runs import strict_yaml
 from mingle.suites.protocol import PROTOCOLS
@@ -114,6 +116,7 @@ class MergeConfig:
     gate: Gate = field(default_factory=Gate)
     adapt: Adapt = field(default_factory=Adapt)
     eval: Eval = field(default_factory=Eval)
+    vocabulary: Vocabulary = "same"
     options: dict[str, Any] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
 

@@ -50,6 +50,7 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
     wanted = _facts(
         {"method": plan.config.method, "task_type": plan.task.name, "options": plan.options}, plan.origin()
     )
+    found["vocabulary"], wanted["vocabulary"] = manifest.get("vocabulary", "same"), plan.config.vocabulary
     differing = [
         f"{key}: {found.get(key)!r} there, {value!r} now"
         for key, value in wanted.items()

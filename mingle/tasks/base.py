@@ -75,10 +75,10 @@ class TaskType(ABC):
             if not isinstance(tensor, Tensor) or tensor.dim() == 0:
                 raise ValueError(f"{name}: {shown(tensor)}: expected a tensor with one row per sample")
         rows = {name: len(tensor) for name, tensor in checked.items()}
-        if not inputs or len(set(rows.values())) > 1:
-            raise ValueError(
-                f"samples with inputs of {rows or 'no'} rows: expected one row per sample in each"
-            )
+        if not inputs:
+            raise ValueError(f"samples with {', '.join(given) or 'nothing'}: expected inputs")
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"samples with inputs of {rows} rows: expected one row per sample in each")
         return TaskData(inputs, {}, given.get("labels"), class_names=names)
 
     def outcomes(self, model: nn.Module, data: TaskData) -> Tensor:
@@ -192,6 +192,18 @@ class TaskType(ABC):
             AttributeError, TypeError, …: nobody knows how; then it is judged by the order of layers.
         """
         run_example(tower, samples, device)
+
+    def files(self, model: nn.Module) -> dict[str, Any]:
+        """What a folder of the model holds beside its weights: contents of JSON files by their names.
+
+        Asked for where the model did not come from a folder.  Empty where it has no configuration.
+        """
+        described = {CONFIG: "config", "generation_config.json": "generation_config"}
+        found: dict[str, Any] = {file: getattr(model, name, None) for file, name in described.items()}
+        files = {file: part.to_dict() for file, part in found.items() if hasattr(part, "to_dict")}
+        if CONFIG in files:
+            files[CONFIG] |= {"architectures": [type(model).__name__]}
+        return files
 
     def model_class(self, config: Mapping[str, Any]) -> type[Any]:
         """The class in transformers of a base model with this ``config.json``.
