@@ -505,7 +505,7 @@ class Merger:
         return Head(self.heads[place], self.shared[place], self.merged[place].labels)
 
     def _take_head(self, place: int) -> None:
-        """Put a head from a file into the model's own order; `ValueError` for one that is none for this base."""
+        """Order a head from a file as it is in the model; `ValueError` for one that this base cannot have."""
         expected = self.task.heads(self.base)
         if self.heads[place].keys() != set(expected):
             raise ValueError(
