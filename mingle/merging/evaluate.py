@@ -93,9 +93,9 @@ def accuracies(
     for batch in data.batches(batch_size):
         routed = tasks.method.route(batch)
         with replayed(model, part) as replay:
-            known.append(task.outcomes(replay.model, batch))
+            known.append(task.outcomes(model, batch))
             replay.again()
-            choice = tasks.choose(replay.model, batch, routed)
+            choice = tasks.choose(model, batch, routed)
         unknown.append((choice.task == place) & (choice.label == required_labels(batch).cpu()))
     return score(torch.cat(known), data.metric), score(torch.cat(unknown), data.metric)
 

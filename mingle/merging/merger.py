@@ -375,7 +375,7 @@ class Merger:
 
         Args:
             folder: a folder that does not exist yet or is empty.
-            task: whose model to write, for classifiers, of which each has its own head, and for the reference
+            task: whose model to write, for classifiers, as each task has its own head, and for the reference
                 row ``individual``, which has one model per task.
 
         Raises:
@@ -468,7 +468,7 @@ class Merger:
         try:
             merger.method.restore(own, state)
             for number in range(len(merger.merged)):
-                merger._check_head(number)
+                merger._take_head(number)
             if merger.merged:
                 put_head(merger.model, merger.heads[-1])
                 merger._note_labels(-1)
@@ -504,13 +504,14 @@ class Merger:
     def _head(self, place: int) -> Head:
         return Head(self.heads[place], self.shared[place], self.merged[place].labels)
 
-    def _check_head(self, place: int) -> None:
-        """Raise `ValueError` for a task whose head, from a file, is none for this base."""
+    def _take_head(self, place: int) -> None:
+        """Order a head from a file as it is in the model; `ValueError` for one that this base cannot have."""
         expected = self.task.heads(self.base)
         if self.heads[place].keys() != set(expected):
             raise ValueError(
                 f"task {self.task_names[place]!r}: expected a head of {', '.join(expected) or 'nothing'}"
             )
+        self.heads[place] = {name: self.heads[place][name] for name in expected}
         self.task.check_head(self._head(place))
 
     def _note_labels(self, place: int) -> None:

@@ -78,6 +78,12 @@ class AllTasks:
                     f"task {name!r} was merged without samples, so its {lacking[0]} are not known; give them "
                     f"by set_classes({name!r}, shared={{{lacking[0]!r}: …}})"
                 )
+        own = any(head.tensors or head.shared for head in self.heads)
+        if not own and not self.method.routes and len(self.names) > 1:
+            return (
+                f"the tasks of a {self.task.name} model have nothing of their own to be told apart by: no "
+                "heads, and nothing that the samples of a task share"
+            )
         return ""
 
     def predict(self, inputs: TaskData | Mapping[str, Any], batch_size: int) -> Prediction:

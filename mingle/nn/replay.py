@@ -10,61 +10,48 @@ from torch import nn
 
 
 class Replay:
-    """What `replayed` yields.
+    """What a part of a model gave in a first pass, call by call."""
 
-    Attributes:
-        model: what to call in the place of the model.
-    """
-
-    def __init__(self, model: nn.Module, part: _Recorded | None) -> None:
-        self.model, self._part = model, part
+    def __init__(self) -> None:
+        self._outputs: list[Any] = []
+        self._calls = 0
 
     def again(self) -> None:
         """Begin another pass: the part's calls give, one after another, what they gave in the first."""
-        if self._part is not None:
-            self._part.calls = 0
+        self._calls = 0
+
+    def __call__(self, compute: Any, *args: Any, **kwargs: Any) -> Any:
+        """The output of the next call, computed where there is none yet."""
+        if self._calls == len(self._outputs):
+            self._outputs.append(compute(*args, **kwargs))
+        self._calls += 1
+        return self._outputs[self._calls - 1]
 
 
 @contextmanager
 def replayed(model: nn.Module, name: str | None) -> Iterator[Replay]:
-    """Let a part of the model compute once for several passes over the same samples.
+    """Let a part of the model, with its hooks, compute once for several passes over the same samples.
+
+    The part stays what it is in every other respect, also to code that does not call it but looks inside.
 
     Args:
-        model: is as it was when the context ends.
+        model: the model.
         name: the part's dotted name; empty for the whole model, None for no part at all.
     """
+    replay = Replay()
     if name is None:
-        yield Replay(model, None)
+        yield replay
         return
-    module = model.get_submodule(name)
-    part = _Recorded(module)
-    if not name:
-        yield Replay(part, part)
-        return
-    model.set_submodule(name, part)
+    part: Any = model.get_submodule(name)
+    plain = type(part)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return replay(plain.__call__, self, *args, **kwargs)
+
+    # Calls of a module go by its class; transformers knows classes by module and name.
+    own = {"__call__": call, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    part.__class__ = type(plain.__name__, (plain,), own)
     try:
-        yield Replay(model, part)
+        yield replay
     finally:
-        model.set_submodule(name, module)
-
-
-class _Recorded(nn.Module):
-    """Stands in a module's place, and has its attributes."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.outputs: list[Any] = []
-        self.calls = 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.calls == len(self.outputs):
-            self.outputs.append(self.module(*args, **kwargs))
-        self.calls += 1
-        return self.outputs[self.calls - 1]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
+        part.__class__ = plain

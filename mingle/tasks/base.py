@@ -125,7 +125,7 @@ class TaskType(ABC):
                 for head in heads:
                     put_head(model, head.tensors)
                     replay.again()
-                    scores.append(self.logits(replay.model, replace(data, shared=head.shared)))
+                    scores.append(self.logits(model, replace(data, shared=head.shared)))
         finally:
             put_head(model, served)
         return scores

@@ -77,9 +77,9 @@ class ClassificationTask(TaskType):
             ValueError: transformers has no such class for it, or the transformer lacks a tensor.
         """
         whole: Any = model
-        wanted = self.model_class(whole.config.to_dict()) if hasattr(model, "config") else type(model)
-        if isinstance(model, wanted) or type(model).__name__.endswith(_CLASSIFIERS):
+        if not hasattr(model, "base_model") or type(model).__name__.endswith(_CLASSIFIERS):
             return model
+        wanted = self.model_class(whole.config.to_dict())
         with torch.random.fork_rng(devices=()):  # what is drawn here is replaced
             made: Any = wanted(copy.deepcopy(whole.config)).to(whole.device, whole.dtype).eval()
         inside, given = self.tower(made), whole.base_model.state_dict()
@@ -105,13 +105,15 @@ class ClassificationTask(TaskType):
         names = labels_of(config)
         if len(names_of(Head(head, {}, names))) == 1:
             raise IncompatibleModel(f"its head gives a single number, as for regression; {ONE_CLASS}")
+        rows = {len(tensor) for tensor in head.values() if tensor.dim()}
+        if names is not None and len(names) not in rows and not isinstance(config, Path):
+            return None  # in memory, a head may have been replaced and the names of the old one kept
         self.check_head(Head(head, {}, names))
         return names
 
     def check_head(self, head: Head) -> None:
-        if head.labels is not None and all(
-            len(head.labels) not in part.shape[:1] for part in head.tensors.values()
-        ):
+        rows = {len(tensor) for tensor in head.tensors.values() if tensor.dim()}
+        if head.labels is not None and len(head.labels) not in rows:
             raise IncompatibleModel(
                 f"there are names for {len(head.labels)} classes, and no tensor of the head has as many rows"
             )

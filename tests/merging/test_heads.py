@@ -86,6 +86,28 @@ def test_names_come_from_the_model_its_folder_or_the_samples(tmp_path):
         merger.add("x", model, {**inputs(base), "class_names": "abc"})
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_classes_without_names_are_counted_by_the_head(kind, tmp_path):
+    base = made(kind)
+    merger = mingle.Merger(base, "average")
+    for number, names in enumerate(NAMES):
+        merger.add(f"task {number}", tuned(base, names, number + 1).state_dict())
+    merger.save_pretrained(tmp_path)
+    for found in (merger, mingle.Merger.from_pretrained(tmp_path)):
+        assert labels(found.model) == ("LABEL_0", "LABEL_1", "LABEL_2")
+        assert labels(found.model_for("task 0")) == ("LABEL_0", "LABEL_1")
+
+
+def test_a_head_that_was_replaced_in_memory_does_not_keep_the_names_of_the_old_one():
+    base = made("vit")
+    model = tuned(base, NAMES[1])
+    model.classifier = torch.nn.Linear(16, 4)
+    merger = mingle.Merger(base, "average")
+    merger.add("one", model)
+    assert merger.merged[0].labels is None
+    assert labels(merger.model_for("one")) == ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3")
+
+
 @pytest.mark.parametrize(
     ("settings", "names", "message"),
     [

@@ -15,7 +15,7 @@ from small_merges import merge
 
 import mingle
 from mingle.merging.calibration import probabilities, temperature
-from mingle.tasks import TaskData
+from mingle.tasks import TaskData, TaskType
 
 METHODS = {
     "average": {},
@@ -216,6 +216,33 @@ def test_texts_and_models_of_their_own_have_no_union():
         merger.predict(inputs(classifier))
     labelled = {**inputs(classifier), "labels": torch.zeros(8, dtype=torch.long)}
     assert math.isnan(merger.evaluate({"one": labelled}).acc_unknown)
+
+
+class Sequences(TaskType):
+    """One head that all tasks share: nothing but a router could tell them apart."""
+
+    def logits(self, model, data):
+        return model(**data.inputs).logits
+
+
+def test_a_task_type_of_ones_own_needs_heads_shared_classes_or_a_router():
+    base = made("bert")
+    models = [tuned(base, NAMES[0], seed) for seed in (1, 2)]
+    labelled = {**inputs(base), "labels": torch.zeros(8, dtype=torch.long)}
+    for method in METHODS:
+        merger = mingle.Merger(base, method, Sequences(), **METHODS[method])
+        for number, model in enumerate(models):
+            merger.add(f"task {number}", model, inputs(base, seed=number))
+        result = merger.evaluate(dict.fromkeys(merger.task_names, labelled))
+        if method == "routed":
+            assert 0 <= result.acc_unknown <= 100
+            assert set(merger.predict(inputs(base)).task) <= set(merger.task_names)
+        else:
+            assert math.isnan(result.acc_unknown)
+            with pytest.raises(
+                ValueError, match="tasks of a Sequences model have nothing of their own to be"
+            ):
+                merger.predict(inputs(base))
 
 
 @pytest.mark.parametrize("kind", ["bert", "vit"])
