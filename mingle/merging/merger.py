@@ -16,15 +16,17 @@ from torch import nn
 
 from mingle import methods, tasks
 from mingle.adaptation.trace import StepProgress
-from mingle.io import export, merger_folder
+from mingle.io import adapters_folder, merger_folder
 from mingle.io.files import CheckpointError
+from mingle.io.hub import ModelName
 from mingle.io.manifest import MANIFEST
-from mingle.io.model_card import CardTask, model_card
 from mingle.io.state_dicts import IncompatibleModel, non_finite
+from mingle.merging import adapters, exports
 from mingle.merging.evaluate import Result, accuracy
+from mingle.merging.exports import Format, Merged
 from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.finite import NonFiniteMerge, refuse_non_finite
-from mingle.merging.opened import opened
+from mingle.merging.opened import check_known, opened, restore
 from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
 from mingle.tasks import TaskData
@@ -89,6 +91,7 @@ class Merger:
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
         self.seed = seed
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
+        self.base_name = _name(base_model)
         self.base = _finite(base_model) if isinstance(base_model, nn.Module) else self.task.load(base_model)
         if device is not None:
             self.base = copy.deepcopy(self.base).to(device)
@@ -238,52 +241,67 @@ class Merger:
         """
         task_tensors = [self.method.task_tensors(i) for i in range(len(self.merged))]
         refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
-        manifest = {
-            "method": self.method.name,
-            "task_type": self.task.name,
-            "seed": self.seed,
-            "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
-            "options": asdict(self.options),
-            "tasks": [asdict(task) for task in self.merged],
-            "matrix": self.matrix,
-            "metadata": self.metadata,
-        }
         base = merger_folder.BaseModel(self.base, self.base_folder) if include_base else None
         merger_folder.save(
             Path(folder),
-            manifest,
+            self._described() | {"metadata": self.metadata},
             merger_folder.state_hash(self.base),
+            self.base_name,
             base,
             task_tensors,
             self.method.state_tensors(),
         )
 
-    def export(self, folder: str | Path, task: str | None = None) -> None:
-        """Write the merged model to a new folder as a plain Hugging Face model, with a model card.
+    def export(
+        self,
+        folder: str | Path,
+        task: str | None = None,
+        format: Format = "transformers",
+        seed_data: TaskData | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the merged model to a new folder for other programs, with a model card.
 
-        `transformers` loads it with `from_pretrained`.
+        ``transformers``: a plain Hugging Face model, which `from_pretrained` loads.  Of a method with gates
+        it is a model for one task alone: the experts are folded into the weights, with the means of the
+        gates over `seed_data`; without these, and for ``routed``, the task's own expert has a gate of 1, and
+        the others of 0.
+
+        ``peft``: a LoRA adapter per task for the untouched base, in PEFT's layout, and beside them the router
+        and whatever else `from_adapters` needs to go on merging.
 
         Args:
             folder: a folder that does not exist yet or is empty.
-            task: whose model to write, for the reference row ``individual``, which has one per task.
+            task: whose model to write, for methods with gates and for the reference row ``individual``.
+            format: ``transformers`` or ``peft``.
+            seed_data: a few unlabelled samples of the task.
 
         Raises:
             ValueError: a method whose model is not plain weights, see
-                `mingle.methods.MergeMethod.plain_tower`; a task that is not merged, is missing, or is given
-                where one model serves all.
+                `mingle.methods.MergeMethod.plain_tower`, or that has no adapters, see
+                `mingle.methods.MergeMethod.adapter`; a task that is not merged, is missing, or is given where
+                one model serves all; another format.
             CheckpointError: a folder in use, or a full disk.
         """
-        if self.method.per_task:
-            if task is None:
-                known = ", ".join(self.task_names)
-                raise ValueError(f"method {self.method.name!r} keeps one model per task; name one of {known}")
+        folder, method = Path(folder), self.method
+        exports.check(method, task, format, seeds=seed_data is not None)
+        merged = Merged(self.base, self.base_folder, self.base_name, method, self._described())
+        if format == "peft":
+            exports.write_adapters(folder, merged)
+            return
+        if method.per_task and task is None:
+            known = ", ".join(self.task_names)
+            raise ValueError(f"method {method.name!r} keeps one model per task; name one of {known}")
+        if task is not None:
             self.model_for(task)
-        elif task is not None:
-            reason = f"with method {self.method.name!r} one model serves all tasks"
-            raise ValueError(f"task {task!r}: {reason}; leave the task out")
-        state = export.whole_model(self.base, self.task.tower, self.method.plain_tower())
-        config = export.hub_config(self.base, self.base_folder, next(self.base.parameters()).dtype)
-        export.write_model(Path(folder), state, config, self.base_folder, self._card(Path(folder).name))
+        if task is None or method.per_task:
+            exports.write_plain(folder, merged)
+        else:
+            samples = None
+            if seed_data is not None and method.folds_by_means:
+                samples = self.task.data(seed_data)
+                if method.needs_answers:
+                    samples = self.task.prepared(lambda: self.model, samples)
+            exports.write_folded(folder, merged, task, samples)
 
     @classmethod
     def from_pretrained(
@@ -312,48 +330,88 @@ class Merger:
         model = base if base is not None else saved.base_folder()
         if not isinstance(model, nn.Module):
             model = tasks.get(manifest["task_type"]).load(model).to(getattr(torch, manifest["dtype"]))
+        merger = cls._begun(manifest, model, device, folder / MANIFEST)
+        merger.base_folder = None if isinstance(base, nn.Module) else Path(base or saved.base_folder())
+        if base is None:
+            merger.base_name = saved.base_name()
+        saved.check_base(merger_folder.state_hash(merger.base))
+        restore(merger.method, saved.task_tensors(), saved.state_tensors(), folder)
+        merger.metadata = manifest["metadata"]
+        return merger
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: nn.Module | str | Path,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+    ) -> Merger:
+        """The merger whose adapters `export` wrote with the format ``peft``; only `metadata` is not there.
+
+        The next `add` gives the same bits as if the merger had never been exported.
+
+        Args:
+            base: the base model that the adapters are for, a module or a local folder.
+            folder: the folder that `export` wrote.  Nothing outside it is read.
+            device: where the merged model lives.
+
+        Raises:
+            CheckpointError: adapters that are not such an export; a missing, truncated or changed file,
+                another format version, or another base model.
+        """
+        exported = adapters_folder.load(Path(folder))
+        merge = exported.description
+        check_known(merge, exported.path)
+        model = base
+        if not isinstance(model, nn.Module):
+            model = tasks.get(merge["task_type"]).load(model).to(getattr(torch, merge["dtype"]))
+        merger = cls._begun(merge, model, device, exported.path)
+        if not isinstance(base, nn.Module):
+            merger.base_folder, merger.base_name = Path(base), _name(base)
+        exported.check_base(merger_folder.state_hash(merger.base))
+        restore(merger.method, *adapters.tensors_in(exported, merger.task.tower), Path(folder))
+        return merger
+
+    @classmethod
+    def _begun(
+        cls, merge: Mapping[str, Any], base: nn.Module, device: str | torch.device | None, path: Path
+    ) -> Merger:
+        """The merger that the file at `path` describes, the tensors of its method not yet restored."""
         try:
             merger = cls(
-                model,
-                manifest["method"],
-                manifest["task_type"],
-                seed=manifest["seed"],
+                base,
+                merge["method"],
+                merge["task_type"],
+                seed=merge["seed"],
                 device=device,
-                **manifest["options"],
+                **merge["options"],
             )
         except ValueError as error:  # options that do not suit this model
-            raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
-        merger.base_folder = None if isinstance(base, nn.Module) else Path(base or saved.base_folder())
-        saved.check_base(merger_folder.state_hash(merger.base))
-        place = next(merger.base.parameters()).device
-        moved = [
-            {name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved.task_tensors()
-        ]
-        state = {name: tensor.to(place) for name, tensor in saved.state_tensors().items()}
-        try:
-            merger.method.restore(moved, state)
-        # what names, numbers and shapes of tensors that belong to something else lead to
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"the tensors do not fit the method {merger.method.name!r} with these options"
-            raise CheckpointError(f"{folder}: {reason}: {error}") from error
+            raise CheckpointError(f"{path}: {error}") from error
         merger.merged = [
             MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__})
-            for task in manifest["tasks"]
+            for task in merge["tasks"]
         ]
-        merger.matrix, merger.metadata = manifest["matrix"], manifest["metadata"]
+        merger.matrix = merge["matrix"]
         return merger
+
+    def _described(self) -> dict[str, Any]:
+        """What a saved merge says of itself, in the form of `mingle.io.manifest.MERGE`."""
+        return {
+            "method": self.method.name,
+            "task_type": self.task.name,
+            "seed": self.seed,
+            "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
+            "options": asdict(self.options),
+            "tasks": [asdict(task) for task in self.merged],
+            "matrix": self.matrix,
+        }
 
     def _prepared_otherwise(self, model: Model) -> list[str]:
         if self.base_folder is None or isinstance(model, nn.Module | Mapping):
             return []
         return differing_preparation(self.base_folder, Path(model))
-
-    def _card(self, title: str) -> str:
-        cards = [
-            CardTask(task.name, self.matrix[i][i], self.matrix[-1][i], task.notes)
-            for i, task in enumerate(self.merged)
-        ]
-        return model_card(title, self.method.name, asdict(self.options), cards)
 
     def _begin(self, method: type[MergeMethod]) -> None:
         """Set up a merged model into which nothing is merged yet."""
@@ -364,6 +422,14 @@ class Merger:
         teacher = copy.deepcopy(self.base).eval()
         teacher.get_submodule(self.task.tower).load_state_dict(dict(tuned))
         return teacher
+
+
+def _name(base: nn.Module | str | Path) -> ModelName:
+    """What the base is called; a module may say so in its configuration."""
+    place: Any = (
+        getattr(getattr(base, "config", None), "name_or_path", "") if isinstance(base, nn.Module) else base
+    )
+    return ModelName.of(place) if place else ModelName()
 
 
 def _finite(base: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mingle.io.adapter_config import AdapterConfig
+from mingle.io.adapter_config import WEIGHTS, AdapterConfig
 from mingle.io.checkpoint_files import refuse_two_models
 from mingle.io.files import CheckpointError, contained
 from mingle.io.safetensors import CheckpointReader
@@ -29,10 +29,11 @@ from mingle.options import nearest, shown
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_PICKLE = "adapter_model.bin"
 _FACTOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
+_HALVES = ("A", "B")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN, _MAX_NAME = 5, 1000
 
@@ -61,15 +62,21 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
     folder = Path(folder)
     refuse_two_models(folder)
     config = AdapterConfig.read(folder)
-    path = contained(folder, _WEIGHTS)
+    path = contained(folder, WEIGHTS)
     if not path.is_file():
         path = contained(folder, _PICKLE)  # whose reader explains how to convert it
         if not path.is_file():
-            raise CheckpointError(f"{folder}: no {_WEIGHTS}")
+            raise CheckpointError(f"{folder}: no {WEIGHTS}")
     reader = CheckpointReader(path)
     halves = _pair(reader, path)
     scalings = {module: _check_pair(reader, path, module, *names, config) for module, names in halves.items()}
     return {module: _read_pair(reader, path, *names, scalings[module]) for module, names in halves.items()}
+
+
+def factor_names(layer: str) -> tuple[str, str]:
+    """PEFT's names of A and B of a layer, in the file of an adapter."""
+    first, second = (f"base_model.model.{layer}.lora_{half}.weight" for half in _HALVES)
+    return first, second
 
 
 def add_adapter(
@@ -141,7 +148,7 @@ def _pair(reader: CheckpointReader, path: Path) -> dict[str, tuple[str, str]]:
     for name in reader:
         match = _FACTOR.fullmatch(name)
         if match is None or len(name) > _MAX_NAME:
-            expected = "base_model.model.<layer>.lora_A.weight and .lora_B.weight"
+            expected = " and ".join(factor_names("<layer>"))
             raise CheckpointError(
                 f"{path}: tensor {shown(name)} is not a factor of a linear layer; expected {expected}"
             )
@@ -152,7 +159,7 @@ def _pair(reader: CheckpointReader, path: Path) -> dict[str, tuple[str, str]]:
     if not found:
         raise CheckpointError(f"{path}: no tensors")
     for module, halves in found.items():
-        for half in "AB":
+        for half in _HALVES:
             if half not in halves:
                 raise CheckpointError(
                     f"{path}: layer {module!r} has {next(iter(halves.values()))!r} and no lora_{half}"

@@ -1,0 +1,98 @@
+"""Experts as the files of PEFT adapters, and the tensors of a merge from such files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mingle.io.adapter_config import lora_config
+from mingle.io.adapters_folder import AdapterFiles, Adapters
+from mingle.io.files import CheckpointError
+from mingle.io.hub import ModelName
+from mingle.methods import MergeMethod
+from mingle.methods.base import Tensors
+from mingle.nn.linear import LowRankExpert
+from mingle.nn.peft import factor_names, read_adapter
+
+_HALVES = ("A", "B")
+
+
+def files(base: nn.Module, tower: str, name: ModelName, experts: Mapping[str, LowRankExpert]) -> AdapterFiles:
+    """The content of the adapter's folder that adds these experts to the base.
+
+    Args:
+        base: the whole base model.
+        tower: the dotted name of its part that the experts' names count from; empty for all of it.
+        name: what the base is called.
+        experts: one or more by layer, of the dtype that they are to have.
+    """
+    whole = {f"{tower}.{layer}".removeprefix("."): expert for layer, expert in experts.items()}
+    # PEFT takes a layer's name for that of all modules whose names end in it.
+    others = [
+        module
+        for module, _ in base.named_modules()
+        if module not in whole and any(module[dot.end() :] in whole for dot in re.finditer(r"\.", module))
+    ]
+    config = lora_config({layer: len(expert.A) for layer, expert in whole.items()}) | {
+        "base_model_name_or_path": name.name,
+        "revision": name.revision,
+        "exclude_modules": others or None,
+        "fan_in_fan_out": False,
+        **_kind(base),
+    }
+    tensors: Tensors = {}
+    for layer, expert in whole.items():
+        tensors |= dict(zip(factor_names(layer), expert, strict=True))
+    return AdapterFiles(config, tensors)
+
+
+def _kind(base: nn.Module) -> dict[str, Any]:
+    """How PEFT finds the class of the base: by the kind of its task where it generates, or by its name."""
+    model: Any = base
+    if class_in_transformers(base) and model.can_generate():
+        encoder = getattr(model.config, "is_encoder_decoder", False)
+        return {"task_type": "SEQ_2_SEQ_LM" if encoder else "CAUSAL_LM", "auto_mapping": None}
+    found = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    return {"task_type": None, "auto_mapping": found}
+
+
+def class_in_transformers(base: nn.Module) -> str | None:
+    """The name of the base's class; None where it is not from transformers."""
+    return type(base).__name__ if type(base).__module__.startswith("transformers.") else None
+
+
+def ranks(experts: Mapping[str, LowRankExpert]) -> str:
+    """The ranks of an adapter in words."""
+    lowest, highest = (end(len(expert.A) for expert in experts.values()) for end in (min, max))
+    return str(highest) if lowest == highest else f"{lowest} to {highest}"
+
+
+def beside(method: MergeMethod, index: int) -> Tensors:
+    """What the method keeps of task `index` beside its expert."""
+    factors = {f"{layer}.{half}" for layer in method.adapter(index) for half in _HALVES}
+    return {name: tensor for name, tensor in method.task_tensors(index).items() if name not in factors}
+
+
+def tensors_in(adapters: Adapters, tower: str) -> tuple[list[Tensors], Tensors]:
+    """What methods restore themselves from: the tensors of each task, and those of all tasks together.
+
+    Raises:
+        CheckpointError: an adapter that cannot be read, or that is of something else than the tower.
+    """
+    prefix = f"{tower}." if tower else ""
+    kept, state = adapters.router()
+    tasks: list[Tensors] = []
+    for name in adapters.names():
+        tensors: Tensors = {}
+        if name is not None:
+            for layer, expert in read_adapter(adapters.folder / name).items():
+                if not layer.startswith(prefix):
+                    raise CheckpointError(f"{adapters.folder / name}: layer {layer!r} is not in {tower!r}")
+                own = layer.removeprefix(prefix)
+                tensors |= {f"{own}.{half}": t for half, t in zip(_HALVES, expert, strict=True)}
+            tensors |= kept[name]
+        tasks.append(tensors)
+    return tasks, state
