@@ -146,8 +146,8 @@ def images(
 def tuned_tower(base: nn.Module, index: int, seed: int = 0) -> dict[str, Tensor]:
     """The tower of synthetic task `index`."""
     generator, task = torch.Generator().manual_seed(1000 * seed + index + 1), get("clip")
-    state: dict[str, Tensor] = dict(base.get_submodule(task.tower).state_dict())
-    targets = tuple(f".{suffix}.weight" for suffix in task.layer_sets["full"])
+    state: dict[str, Tensor] = dict(base.get_submodule(task.tower(base)).state_dict())
+    targets = tuple(f".{suffix}.weight" for suffix in task.structure(base).sets["full"])
     for name, weight in [item for item in state.items() if item[0].endswith(targets)]:
         count = min(_DIRECTIONS, *weight.shape)
         left, right = (torch.randn(size, count, generator=generator) for size in weight.shape)

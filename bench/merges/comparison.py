@@ -253,4 +253,5 @@ def history(problem: MergeProblem, count: int, seed: int = 0) -> list[dict[str, 
 
 
 def _targets(problem: MergeProblem, model: nn.Module) -> dict[str, Any]:
-    return find_targets(model.get_submodule(problem.task.tower), problem.task.layer_sets["full"])
+    tower = model.get_submodule(problem.task.tower(model))
+    return find_targets(tower, problem.task.structure(model).sets["full"])

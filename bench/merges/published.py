@@ -87,8 +87,9 @@ class PublishedMerge:
         with clock("load"):
             self.base = problem.module().to(clock.device)
             self.model = copy.deepcopy(self.base).eval().requires_grad_(False)
-            suffixes = tuple(f".{suffix}" for suffix in o.layers or self.task.layer_sets["full"])
-            tower = self.model.get_submodule(self.task.tower)
+            layers = o.layers or self.task.structure(self.model).sets["full"]
+            suffixes = tuple(f".{suffix}" for suffix in layers)
+            tower = self.model.get_submodule(self.task.tower(self.model))
             for name, module in [item for item in tower.named_modules() if item[0].endswith(suffixes)]:
                 assert isinstance(module, nn.Linear)
                 self.layers[name] = MergedLinear(module, o.reduce == "batch")
@@ -130,7 +131,8 @@ class PublishedMerge:
         with self.clock("load"):
             tensors = load_file(expert / "model.safetensors", device=str(self.clock.device))
             kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
-            return {name.removeprefix(self.task.prefixes[0]): tensor for name, tensor in kept.items()}
+            prefix = self.task.prefixes(self.base)[0]
+            return {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
 
     @torch.no_grad()
     def make_experts(self, expert: Tuned, names: Iterable[str]) -> Experts:
@@ -151,7 +153,7 @@ class PublishedMerge:
     def _adapt(self, tuned: Mapping[str, Tensor], seeds: TaskData, batches: Iterable[Tensor]) -> list[float]:
         """Train the newest gates by distillation, asking the teacher at every step; when each step ended."""
         teacher = copy.deepcopy(self.base).eval()
-        teacher.get_submodule(self.task.tower).load_state_dict(dict(tuned))
+        teacher.get_submodule(self.task.tower(teacher)).load_state_dict(dict(tuned))
         gates = [p for layer in self.layers.values() for p in layer.gates[-1].parameters()]
         optimizer, temperature = torch.optim.Adam(gates, lr=self.options.lr), self.options.temperature
         interference = {name: torch.zeros_like(layer.basis[0]) for name, layer in self.layers.items()}

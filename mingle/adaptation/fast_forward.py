@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from mingle.kernels import gemm
 from mingle.kernels.dtypes import wide
-from mingle.nn.linear import MingleLinear
+from mingle.nn.conv1d import is_conv1d
+from mingle.nn.matrices import is_linear, oriented
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
 
 PRECISIONS = ("fp32", "bf16")
 #: what a linear layer multiplies by, without its gates
@@ -32,26 +36,26 @@ def fast_linears(model: nn.Module) -> Iterator[None]:
     plain = [
         module
         for module in model.modules()
-        if type(module) is nn.Linear and module.weight.device.type == "cpu"
+        if (type(module) is nn.Linear or is_conv1d(module)) and module.weight.device.type == "cpu"
     ]
     plain = [module for module in plain if "forward" not in vars(module)]
     try:
         for module in plain:
-            module.forward = partial(_multiply, module)  # type: ignore[method-assign]
+            module.forward = partial(_multiply, module, module.forward)  # type: ignore[method-assign]
         yield
     finally:
         for module in plain:
             del module.forward  # the class has it
 
 
-def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The output of `layer` for x [..., d_in]: [..., d_out]."""
-    weight, bias = layer.weight, layer.bias
+def _multiply(layer: nn.Linear | Conv1D, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The output of `layer`, whose own `forward` this stands in for, for x [..., d_in]: [..., d_out]."""
+    weight, bias = oriented(layer.weight, layer), layer.bias
     learns = torch.is_grad_enabled() and any(
         part is not None and part.requires_grad for part in (weight, bias)
     )
     if learns or x.dim() < 2 or torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight, bias)
+        return forward(x)
     product = _Frozen.apply if torch.is_grad_enabled() and x.requires_grad else gemm.linear
     y: Tensor = product(x.flatten(0, -2), weight, bias)
     return y.view(*x.shape[:-1], len(weight))
@@ -80,7 +84,7 @@ def lowered(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     for module in model.modules():
-        for name in _FACTORS if isinstance(module, nn.Linear | MingleLinear) else ():
+        for name in _FACTORS if is_linear(module) else ():
             parameter = getattr(module, name, None)
             if isinstance(parameter, nn.Parameter) and not parameter.requires_grad:
                 kept.append((module, name, parameter))

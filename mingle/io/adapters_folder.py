@@ -6,14 +6,14 @@
     <task>/adapter_config.json
     <task>/adapter_model.safetensors
 
-In `router.safetensors` a task's tensors are named ``tasks/<folder>/<name>``, those of all tasks together
-``state/<name>``; the names of layers count from the part of the model that is merged.
+In `router.safetensors` the tensors of task i, from 0 on, are called ``tasks/<i>/<name>``, and those of all
+tasks together ``state/<name>``; the names of layers count from the part of the model that is merged.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from mingle.io.manifest import BASE, DIGEST, MERGE, TASK, check_files, entry_of,
 from mingle.io.provenance import versions
 from mingle.io.safetensors import CheckpointReader, write_tensors
 from mingle.io.staging import staged
+from mingle.options import shown
 
 DESCRIPTION, ROUTER = "router.json", "router.safetensors"
 _FORMAT, _FORMAT_VERSION = "mingle-adapters", 1
@@ -70,7 +71,7 @@ def write(
     folder: Path,
     description: Mapping[str, Any],
     adapters: Mapping[str, AdapterFiles],
-    tasks: Mapping[str, Tensors],
+    tasks: Sequence[Tensors],
     state: Tensors,
     card: str,
 ) -> None:
@@ -81,14 +82,14 @@ def write(
         description: what `router.json` says, except for sizes and hashes of files; a task's ``adapter`` is
             the name of its folder, or None.
         adapters: folder → what is in it.
-        tasks: folder → what else is kept of its task.
+        tasks: what else is kept of each task.
         state: what is kept of all tasks together.
         card: the text of the README.
 
     Raises:
         CheckpointError: the folder is in use, another process is writing it, or the disk is full.
     """
-    router = {f"tasks/{name}/{key}": t for name, tensors in tasks.items() for key, t in tensors.items()}
+    router = {f"tasks/{i}/{key}": t for i, tensors in enumerate(tasks) for key, t in tensors.items()}
     router |= {f"state/{key}": tensor for key, tensor in state.items()}
     parts = [router, *(adapter.tensors for adapter in adapters.values())]
     with staged(folder, sum(tensor.nbytes for part in parts for tensor in part.values())) as staging:
@@ -131,19 +132,17 @@ class Adapters:
         entries = [task["adapter"] for task in self.description["tasks"]]
         return [None if entry is None else entry["file"].partition("/")[0] for entry in entries]
 
-    def router(self) -> tuple[dict[str, Tensors], Tensors]:
-        """Folder → what is kept of its task beside the expert; and what is kept of all tasks together."""
-        tasks: dict[str, Tensors] = {name: {} for name in self.names() if name is not None}
+    def router(self) -> tuple[list[Tensors], Tensors]:
+        """What is kept of each task beside its expert, and what is kept of all tasks together."""
+        tasks: list[Tensors] = [{} for _ in self.description["tasks"]]
+        places = {f"tasks/{i}": tensors for i, tensors in enumerate(tasks)}
         state: Tensors = {}
         for name, tensor in CheckpointReader(contained(self.folder, ROUTER)).state_dict().items():
-            kind, _, rest = name.partition("/")
-            task, _, key = rest.partition("/")
-            if kind == "state":
-                state[rest] = tensor
-            elif kind == "tasks" and task in tasks:
-                tasks[task][key] = tensor
-            else:
-                raise CheckpointError(f"{self.folder / ROUTER}: tensor {name!r} belongs to nothing")
+            found = re.fullmatch(r"(state|tasks/\d+)/(.+)", name, re.DOTALL)
+            place = None if found is None else state if found[1] == "state" else places.get(found[1])
+            if found is None or place is None:
+                raise CheckpointError(f"{self.folder / ROUTER}: tensor {shown(name)} belongs to nothing")
+            place[found[2]] = tensor
         return tasks, state
 
     def check_base(self, found: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ def own_names(
     tuned: Mapping[str, torch.Tensor],
     prefixes: Iterable[str] = (),
     first: Mapping[str, str] | None = None,
+    optional: Collection[str] = (),
 ) -> dict[str, str]:
     """The base's names, in its order, with the name that each tensor has in `tuned`.
 
@@ -34,6 +35,7 @@ def own_names(
         prefixes: what `tuned` may put before the base's names, most specific first (for example
             ``vision_model.``); no prefix at all is tried last.
         first: the base's `first_names`; of the tensors that it ties together, `tuned` needs only one.
+        optional: names of the base that `tuned` may lack; those that it does are left out.
 
     Raises:
         IncompatibleModel: missing, extra or differently shaped tensors, with a list of each and the closest
@@ -49,7 +51,7 @@ def own_names(
     if first is not None:
         held = {first[name]: source for name, source in own.items() if name in first}
         own = {name: held[first[name]] for name in base if first[name] in held} | own
-    missing = [name for name in base if name not in own]
+    missing = [name for name in base if name not in own and name not in optional]
     extra = [name for name in own if name not in base]
     shared = {name: tuned[own[name]] for name in base if name in own}
     differing = [
@@ -70,7 +72,7 @@ def own_names(
     if codes:
         others = f", and so do {len(codes) - 1} others" if len(codes) > 1 else ""
         raise IncompatibleModel(f"{codes[0]}{others}; {DEQUANTISE}")
-    return {name: own[name] for name in base}
+    return {name: own[name] for name in base if name in own}
 
 
 def _quantised(name: str, tensor: torch.Tensor) -> bool:

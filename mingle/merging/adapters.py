@@ -12,9 +12,9 @@ from mingle.io.adapter_config import lora_config
 from mingle.io.adapters_folder import AdapterFiles, Adapters
 from mingle.io.files import CheckpointError
 from mingle.io.hub import ModelName
-from mingle.methods import MergeMethod
 from mingle.methods.base import Tensors
 from mingle.nn.linear import LowRankExpert
+from mingle.nn.matrices import transposed
 from mingle.nn.peft import factor_names, read_adapter
 
 _HALVES = ("A", "B")
@@ -40,7 +40,7 @@ def files(base: nn.Module, tower: str, name: ModelName, experts: Mapping[str, Lo
         "base_model_name_or_path": name.name,
         "revision": name.revision,
         "exclude_modules": others or None,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(transposed(base.get_submodule(layer)) for layer in whole),
         **_kind(base),
     }
     tensors: Tensors = {}
@@ -70,10 +70,10 @@ def ranks(experts: Mapping[str, LowRankExpert]) -> str:
     return str(highest) if lowest == highest else f"{lowest} to {highest}"
 
 
-def beside(method: MergeMethod, index: int) -> Tensors:
-    """What the method keeps of task `index` beside its expert."""
-    factors = {f"{layer}.{half}" for layer in method.adapter(index) for half in _HALVES}
-    return {name: tensor for name, tensor in method.task_tensors(index).items() if name not in factors}
+def beside(kept: Tensors, experts: Mapping[str, LowRankExpert]) -> Tensors:
+    """What is kept of a task beside its experts."""
+    factors = {f"{layer}.{half}" for layer in experts for half in _HALVES}
+    return {name: tensor for name, tensor in kept.items() if name not in factors}
 
 
 def tensors_in(adapters: Adapters, tower: str) -> tuple[list[Tensors], Tensors]:
@@ -83,16 +83,12 @@ def tensors_in(adapters: Adapters, tower: str) -> tuple[list[Tensors], Tensors]:
         CheckpointError: an adapter that cannot be read, or that is of something else than the tower.
     """
     prefix = f"{tower}." if tower else ""
-    kept, state = adapters.router()
-    tasks: list[Tensors] = []
-    for name in adapters.names():
-        tensors: Tensors = {}
+    tasks, state = adapters.router()
+    for name, tensors in zip(adapters.names(), tasks, strict=True):
         if name is not None:
             for layer, expert in read_adapter(adapters.folder / name).items():
                 if not layer.startswith(prefix):
                     raise CheckpointError(f"{adapters.folder / name}: layer {layer!r} is not in {tower!r}")
                 own = layer.removeprefix(prefix)
                 tensors |= {f"{own}.{half}": t for half, t in zip(_HALVES, expert, strict=True)}
-            tensors |= kept[name]
-        tasks.append(tensors)
     return tasks, state

@@ -32,6 +32,7 @@ class Merged:
         base_name: what it is called.
         method: with all that is merged.
         described: what a saved merge says of itself, in the form of `mingle.io.manifest.MERGE`.
+        head: what the task whose model is asked for has of its own, by names in the whole model.
     """
 
     base: nn.Module
@@ -39,10 +40,15 @@ class Merged:
     base_name: ModelName
     method: MergeMethod
     described: dict[str, Any]
+    head: Tensors
 
     def names(self) -> list[str]:
         """The merged tasks in order of arrival."""
         return [task["name"] for task in self.described["tasks"]]
+
+    def tower(self) -> str:
+        """The name in the base of the part that is merged; empty where that is all of it."""
+        return self.method.task.tower(self.base)
 
 
 def check(method: MergeMethod, task: str | None, format: str, *, seeds: bool) -> None:
@@ -80,9 +86,15 @@ def write_folded(folder: Path, merged: Merged, task: str, samples: TaskData | No
     _write(folder, merged, folded.tower, folded_card(folder.name, merged.described, task, gates, count))
 
 
-def write_adapters(folder: Path, merged: Merged) -> None:
-    """Write a folder of adapters, see `mingle.io.adapters_folder`."""
-    method, described, tower = merged.method, merged.described, merged.method.task.tower
+def write_adapters(folder: Path, merged: Merged, kept: list[Tensors]) -> None:
+    """Write a folder of adapters, see `mingle.io.adapters_folder`.
+
+    Args:
+        folder: a new or an empty folder.
+        merged: the merge.
+        kept: all that is kept of each task alone.
+    """
+    method, described, tower = merged.method, merged.described, merged.tower()
     experts = [method.adapter(i) for i in range(len(described["tasks"]))]
     if not any(experts):
         raise ValueError("no expert was merged yet, so there are no adapters to export")
@@ -108,14 +120,14 @@ def write_adapters(folder: Path, merged: Merged) -> None:
         folder,
         description,
         {name: adapters.files(base, tower, called, experts[i]) for name, i in found.items()},
-        {name: adapters.beside(method, i) for name, i in found.items()},
+        [adapters.beside(tensors, expert) for tensors, expert in zip(kept, experts, strict=True)],
         method.state_tensors(),
         card,
     )
 
 
 def _write(folder: Path, merged: Merged, tower: Tensors, card: str) -> None:
-    state = export.whole_model(merged.base, merged.method.task.tower, tower)
+    state = export.whole_model(merged.base, merged.tower(), tower) | dict(merged.head)
     dtype = next(merged.base.parameters()).dtype
     config = export.hub_config(merged.base, merged.base_folder, dtype)
     export.write_model(folder, state, config, merged.base_folder, card)

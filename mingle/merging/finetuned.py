@@ -8,18 +8,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
-from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, own_names, same_values
 from mingle.kernels.dtypes import wide
 from mingle.nn.linear import LowRankExpert
+from mingle.nn.matrices import oriented, packed_experts
 from mingle.nn.peft import read_adapter
 from mingle.options import nearest
 from mingle.tasks import TaskType
 from mingle.tasks.configs import check_same_computation
+from mingle.tasks.loading import ModelCheckpoint
+from mingle.tasks.names import is_left_over, sources
 
 #: a module, a state dict, or a local folder: a checkpoint of the whole model or of its tower, or a PEFT LoRA
 #: adapter
@@ -43,10 +44,12 @@ class FineTuned:
     """
 
     def __init__(self, model: Model, base: nn.Module, task: TaskType) -> None:
-        tower = base.get_submodule(task.tower)
-        #: the base's tensors, those of its tower, and what comes before the latter's names in the former
-        self.whole, self.base = base.state_dict(), tower.state_dict()
-        self.prefix = f"{task.tower}." if task.tower else ""
+        inside = task.tower(base)
+        tower, prefixes = base.get_submodule(inside), task.prefixes(base)
+        #: the base's tensors, its tower and that one's tensors, and what comes before the latter's names in
+        #: the former
+        self.whole, self.tower, self.base = base.state_dict(), tower, tower.state_dict()
+        self.prefix = f"{inside}." if inside else ""
         #: every name, of the whole and of the tower → the first name of the same tensor
         self.whole_first, self.first = first_names(base), first_names(tower)
         #: the low-rank updates of an adapter by the weights' names; of any other model the tensors, on the
@@ -54,26 +57,32 @@ class FineTuned:
         self.adapter: dict[str, LowRankExpert] = {}
         self.held: Mapping[str, Tensor] = {}
         self.own: dict[str, str] = {}
+        #: the tensors that the task has of its own, by the names that they have in the whole model
+        self.head_names = task.heads(base)
         self._read: Callable[[str], Tensor]
         config: Any = model
         if isinstance(model, nn.Module):
             self.held, config = model.state_dict(), getattr(model, "config", None)
             self._read = self.held.__getitem__
         elif isinstance(model, Mapping):
-            self.held, config = model, None
+            self.held, config = _in_model(base, model), None
             self._read = self.held.__getitem__
         elif ((folder := Path(model)) / ADAPTER_CONFIG).exists():
-            self.adapter = self._named(folder, task.prefixes)
+            self.adapter = self._named(folder, prefixes)
             return
         else:
-            reader, config = CheckpointReader(folder), folder
-            self._read = reader.tensor
-            self.held = {
-                name: torch.empty(reader.shape(name), dtype=reader.dtype(name), device="meta")
-                for name in reader
+            checkpoint, config = ModelCheckpoint(folder, base), folder
+            self._read = checkpoint.__getitem__
+            like = self.base | {
+                f"{prefix}{name}": self.base[name] for prefix in prefixes for name in self.base
             }
-        self.own = own_names(self.base, self.held, task.prefixes, self.first)
+            self.held = {name: checkpoint.described(name, like.get(name)) for name in checkpoint}
+        optional = {name.removeprefix(self.prefix) for name in task.optional(base)} - set(self.head_names)
+        self.own = own_names(self.base, self.held, prefixes, self.first, optional)
         self._check_ties()
+        if missing := [name for name in self.head_names if name not in self.held]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise IncompatibleModel(f"no head, which each task has of its own: {missing[0]}{more} missing")
         if config is not None and hasattr(base, "config"):
             check_same_computation(base.config, task.config_part, config)
 
@@ -88,47 +97,68 @@ class FineTuned:
         """
         return {name: self._tensor(name) for name in self.base}
 
-    def left(self, merged: Collection[str], base: CheckpointReader | None = None) -> list[str]:
+    def head(self) -> dict[str, Tensor]:
+        """The tensors that the task has of its own, by the names that they have in the whole base model.
+
+        Raises:
+            IncompatibleModel, CheckpointError: NaN or infinite values; the message names the tensor.
+        """
+        tensors = {name: self._read(name).detach().clone() for name in self.head_names}
+        for name, tensor in tensors.items():
+            if found := non_finite(tensor):
+                raise IncompatibleModel(f"{name}: {found}")
+        return tensors
+
+    def left(self, merged: Collection[str], base: ModelCheckpoint | None = None) -> list[str]:
         """What fine-tuning changed and merging leaves out, in words.
 
-        There is a line for what stays as in the base, and one for what the base does not have.
+        There is a line for what stays as in the base, packed experts first, as they are most of a model, and
+        one for what the base does not have.
 
         Args:
             merged: the names of the tower's tensors that are merged.
             base: where the base's values are; None where the base model itself holds them.
         """
         kept = {self.first[name] for name in merged}
-        unmerged = [name for name in self.base if self.first[name] not in kept]
+        own = set(self.head_names)
+        unmerged = [
+            name for name in self.base if self.first[name] not in kept and self.prefix + name not in own
+        ]
         if self.adapter:
             return self._lines([self.prefix + name for name in unmerged if name in self.adapter], [])
-        inside = {self.own[name]: self.prefix + name for name in unmerged}
-        taken = set(self.own.values())
+        inside = {self.own[name]: self.prefix + name for name in unmerged if name in self.own}
+        taken = set(self.own.values()) | own
         # What the tower does not take is under the whole model's names, if the rest of the model is there.
         others = [name for name in self.held if name not in taken and not name.endswith("position_ids")]
         compared = inside | {name: name for name in others if name in self.whole}
         changed = [name for own, name in compared.items() if self._differs(own, name, base)]
+        packed = {self.prefix + name for name in packed_experts(self.tower)}
+        changed.sort(key=lambda name: name not in packed)
         return self._lines(changed, [name for name in others if name not in self.whole])
 
     def _tensor(self, name: str) -> Tensor:
         base = self.base[name]
-        if self.own:
+        if name in self.own:
             tensor = self._read(self.own[name]).detach().to(base.device, wide(base), copy=True)
         else:
             tensor = base.to(wide(base), copy=True)
             if name in self.adapter:
-                expert = self.adapter[name]
-                tensor += (expert.B @ expert.A).to(tensor)
+                tensor += self._oriented(self.adapter[name].delta(), name).to(tensor)
         if found := non_finite(tensor):
             raise IncompatibleModel(f"{name}: {found}")
         return tensor
 
-    def _differs(self, own: str, name: str, base: CheckpointReader | None) -> bool:
+    def _oriented(self, weight: Tensor, name: str) -> Tensor:
+        """A weight of the tower, or an update of it, as [d_out, d_in]; or one of that shape as it is kept."""
+        return oriented(weight, self.tower.get_submodule(name.removesuffix(".weight")))
+
+    def _differs(self, own: str, name: str, base: ModelCheckpoint | None) -> bool:
         """Whether the model's tensor `own` is another than the whole base's tensor `name`."""
         if base is None:
             before = self.whole[name]
         else:  # a file may hold any one of the names that are tied together
             ties = (other for other in self.whole if self.whole_first[other] == self.whole_first[name])
-            before = base.tensor(next(other for other in ties if other in base))
+            before = base[next(other for other in ties if other in base)]
         return not same_values(self._read(own).to(before.device), before)
 
     def _check_ties(self) -> None:
@@ -169,8 +199,9 @@ class FineTuned:
             if name not in self.base:
                 raise IncompatibleModel(f"{where} is not in the base{nearest(name, self.base)}")
             shape = [expert.B.shape[0], expert.A.shape[1]]
-            if list(self.base[name].shape) != shape:
-                raise IncompatibleModel(f"{where} is {shape}, in the base {list(self.base[name].shape)}")
+            own = list(self._oriented(self.base[name], name).shape)
+            if own != shape:
+                raise IncompatibleModel(f"{where} is {shape}, in the base {own}")
             tied = [other for other in self.base if self.first[other] == self.first[name] and other != name]
             if tied:
                 raise IncompatibleModel(
@@ -179,3 +210,17 @@ class FineTuned:
                 )
             named[name] = expert
         return named
+
+
+def _in_model(base: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that they have in a model of the base's class."""
+    found = {}
+    for name, source in sources(base, tensors).items():
+        if source.converted:
+            raise IncompatibleModel(
+                f"{source.files[0]!r} is part of {name!r} in the base; give the folder or the model instead "
+                "of its tensors"
+            )
+        if not is_left_over(base, name):
+            found[name] = tensors[source.files[0]]
+    return found

@@ -29,10 +29,14 @@ from mingle.merging.finite import NonFiniteMerge, refuse_non_finite
 from mingle.merging.opened import check_known, opened, restore
 from mingle.methods import Arrival, MergeMethod, StepReport
 from mingle.options import build
-from mingle.tasks import TaskData
+from mingle.tasks import TaskData, TaskType
+from mingle.tasks.heads import head_of, put_head
 from mingle.tasks.image_settings import differing_preparation
 
 logger = logging.getLogger(__name__)
+
+#: before the names of a head's tensors in a task's file
+_HEAD = "head/"
 
 
 @dataclass
@@ -65,7 +69,8 @@ class Merger:
         base_model: the common pre-trained model, a module or a local folder in hub format.  A module is
             copied, never changed.
         method: a name in `mingle.methods.METHODS`.
-        task_type: how batches become logits, ``"clip"`` or ``"t5"``; None goes by the base's configuration.
+        task_type: how batches become logits: a name that `mingle.tasks.get` knows, such as ``"causal-lm"``,
+            or an object of your own; None goes by the base's configuration and its head.
         seed: of everything random.  Step t depends only on (seed, t) and the merged state, so an interrupted
             merge resumes bit for bit.
         device: where the merged model lives; None leaves it where the base is.
@@ -80,13 +85,13 @@ class Merger:
         self,
         base_model: nn.Module | str | Path,
         method: str = "mingle",
-        task_type: str | None = None,
+        task_type: str | TaskType | None = None,
         *,
         seed: int = 0,
         device: str | torch.device | None = None,
         **options: Any,
     ) -> None:
-        self.task = tasks.of(base_model) if task_type is None else tasks.get(task_type)
+        self.task = _task_type(task_type, base_model)
         method_class = methods.get(method)
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
         self.seed = seed
@@ -95,11 +100,12 @@ class Merger:
         self.base = _finite(base_model) if isinstance(base_model, nn.Module) else self.task.load(base_model)
         if device is not None:
             self.base = copy.deepcopy(self.base).to(device)
-        self._base_tower = {
-            name: t.detach() for name, t in self.base.get_submodule(self.task.tower).state_dict().items()
-        }
+        tower = self.base.get_submodule(self.task.tower(self.base))
+        self._base_tower = {name: tensor.detach() for name, tensor in tower.state_dict().items()}
         self._begin(method_class)
         self.merged: list[MergedTask] = []
+        #: what each task has of its own, such as a classifier's head, by names in the model
+        self.heads: list[dict[str, torch.Tensor]] = []
         self.matrix: list[list[float | None]] = []
         #: anything JSON can hold, saved with the merger
         self.metadata: dict[str, Any] = {}
@@ -144,12 +150,12 @@ class Merger:
             )
         try:
             model = FineTuned(finetuned_model, self.base, self.task)
-            tuned, left = model.tensors(), model.left(self.method.merges())
+            tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
             left += self._prepared_otherwise(finetuned_model)
         except (IncompatibleModel, CheckpointError) as error:
             raise type(error)(f"task {name!r}: {error}") from None
         index = len(self.merged)
-        teacher = partial(self._teacher, tuned)
+        teacher = partial(self._teacher, tuned, head)
         if seeds is not None and self.method.needs_answers:
             seeds = self.task.prepared(teacher, seeds)
         arrival = Arrival(
@@ -162,18 +168,26 @@ class Merger:
             on_step=on_step,
         )
         before = [self.method.task_tensors(i) for i in range(index)], self.method.state_tensors()
-        report = self.method.add(arrival)
+        served = head_of(self.model, head)
+        put_head(self.model, head)
+        try:
+            report = self.method.add(arrival)
+        except BaseException:
+            put_head(self.model, served)
+            raise
         try:
             refuse_non_finite(self.method, name, [self.method.task_tensors(index)])
         except NonFiniteMerge:
             self._begin(type(self.method))
             self.method.restore(*before)
+            put_head(self.model, served)
             raise
         for line in left:
             logger.info("%s: %s", name, line)
         report.notes += left
         self.merged.append(MergedTask(name, len(seeds) if seeds else 0, report.skipped, report.notes))
         self.matrix.append([None] * len(self.merged))
+        self.heads.append(head)
         return report
 
     def check_name(self, name: str) -> None:
@@ -184,13 +198,16 @@ class Merger:
     def model_for(self, name: str) -> nn.Module:
         """The model that serves a merged task.
 
-        It is the merged model, or, for the reference row ``individual``, the task's own.
+        It is the merged model, with the task's own head where tasks have heads; or, for the reference row
+        ``individual``, the task's own model.
         """
         if name not in self.task_names:
             raise ValueError(
                 f"task {name!r} is not among the merged ones: {', '.join(self.task_names) or 'none'}"
             )
-        self.method.select(self.task_names.index(name))
+        place = self.task_names.index(name)
+        self.method.select(place)
+        put_head(self.model, self.heads[place])
         return self.model
 
     def evaluate(
@@ -239,7 +256,7 @@ class Merger:
             include_base: put the base model into the folder too, which makes it self-contained; without it,
                 `from_pretrained` needs `base`.
         """
-        task_tensors = [self.method.task_tensors(i) for i in range(len(self.merged))]
+        task_tensors = self._kept()
         refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
         base = merger_folder.BaseModel(self.base, self.base_folder) if include_base else None
         merger_folder.save(
@@ -284,9 +301,10 @@ class Merger:
         """
         folder, method = Path(folder), self.method
         exports.check(method, task, format, seeds=seed_data is not None)
-        merged = Merged(self.base, self.base_folder, self.base_name, method, self._described())
+        head = {} if task is None or task not in self.task_names else self.heads[self.task_names.index(task)]
+        merged = Merged(self.base, self.base_folder, self.base_name, method, self._described(), head)
         if format == "peft":
-            exports.write_adapters(folder, merged)
+            exports.write_adapters(folder, merged, self._kept())
             return
         if method.per_task and task is None:
             known = ", ".join(self.task_names)
@@ -309,6 +327,7 @@ class Merger:
         folder: str | Path,
         base: nn.Module | str | Path | None = None,
         *,
+        task_type: TaskType | None = None,
         device: str | torch.device | None = None,
     ) -> Merger:
         """The merger that `save_pretrained` wrote.
@@ -318,6 +337,7 @@ class Merger:
         Args:
             folder: the folder that `save_pretrained` wrote.  Nothing outside it is read.
             base: the base model, where the folder does not hold it.
+            task_type: the object, where it is of your own and not registered, see `mingle.tasks.register`.
             device: where the merged model lives.
 
         Raises:
@@ -325,18 +345,14 @@ class Merger:
                 model.
         """
         folder = Path(folder)
-        saved = opened(folder)
-        manifest = saved.manifest
+        saved = opened(folder, task_type)
         model = base if base is not None else saved.base_folder()
-        if not isinstance(model, nn.Module):
-            model = tasks.get(manifest["task_type"]).load(model).to(getattr(torch, manifest["dtype"]))
-        merger = cls._begun(manifest, model, device, folder / MANIFEST)
-        merger.base_folder = None if isinstance(base, nn.Module) else Path(base or saved.base_folder())
+        merger = cls._opened(saved.manifest, model, task_type, device, folder / MANIFEST)
         if base is None:
             merger.base_name = saved.base_name()
         saved.check_base(merger_folder.state_hash(merger.base))
-        restore(merger.method, saved.task_tensors(), saved.state_tensors(), folder)
-        merger.metadata = manifest["metadata"]
+        merger._restore(saved.task_tensors(), saved.state_tensors(), folder)
+        merger.metadata = saved.manifest["metadata"]
         return merger
 
     @classmethod
@@ -345,6 +361,7 @@ class Merger:
         base: nn.Module | str | Path,
         folder: str | Path,
         *,
+        task_type: TaskType | None = None,
         device: str | torch.device | None = None,
     ) -> Merger:
         """The merger whose adapters `export` wrote with the format ``peft``; only `metadata` is not there.
@@ -354,47 +371,67 @@ class Merger:
         Args:
             base: the base model that the adapters are for, a module or a local folder.
             folder: the folder that `export` wrote.  Nothing outside it is read.
+            task_type: as for `from_pretrained`.
             device: where the merged model lives.
 
         Raises:
             CheckpointError: adapters that are not such an export; a missing, truncated or changed file,
                 another format version, or another base model.
         """
-        exported = adapters_folder.load(Path(folder))
-        merge = exported.description
-        check_known(merge, exported.path)
-        model = base
-        if not isinstance(model, nn.Module):
-            model = tasks.get(merge["task_type"]).load(model).to(getattr(torch, merge["dtype"]))
-        merger = cls._begun(merge, model, device, exported.path)
-        if not isinstance(base, nn.Module):
-            merger.base_folder, merger.base_name = Path(base), _name(base)
+        folder = Path(folder)
+        exported = adapters_folder.load(folder)
+        check_known(exported.description, exported.path, task_type)
+        merger = cls._opened(exported.description, base, task_type, device, exported.path)
         exported.check_base(merger_folder.state_hash(merger.base))
-        restore(merger.method, *adapters.tensors_in(exported, merger.task.tower), Path(folder))
+        merger._restore(*adapters.tensors_in(exported, merger.task.tower(merger.base)), folder)
         return merger
 
     @classmethod
-    def _begun(
-        cls, merge: Mapping[str, Any], base: nn.Module, device: str | torch.device | None, path: Path
+    def _opened(
+        cls,
+        merge: Mapping[str, Any],
+        base: nn.Module | str | Path,
+        task_type: TaskType | None,
+        device: str | torch.device | None,
+        path: Path,
     ) -> Merger:
-        """The merger that the file at `path` describes, the tensors of its method not yet restored."""
+        """The merger that the file at `path` describes, without the tensors of its tasks."""
+        task, model = task_type or tasks.get(merge["task_type"]), base
+        if not isinstance(model, nn.Module):
+            model = task.load(model).to(getattr(torch, merge["dtype"]))
         try:
-            merger = cls(
-                base,
-                merge["method"],
-                merge["task_type"],
-                seed=merge["seed"],
-                device=device,
-                **merge["options"],
-            )
+            merger = cls(model, merge["method"], task, seed=merge["seed"], device=device, **merge["options"])
         except ValueError as error:  # options that do not suit this model
             raise CheckpointError(f"{path}: {error}") from error
+        if not isinstance(base, nn.Module):
+            merger.base_folder, merger.base_name = Path(base), _name(base)
         merger.merged = [
             MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__})
             for task in merge["tasks"]
         ]
         merger.matrix = merge["matrix"]
         return merger
+
+    def _restore(
+        self, saved: list[dict[str, torch.Tensor]], state: dict[str, torch.Tensor], folder: Path
+    ) -> None:
+        """Take on what `_kept` gave of each task, and the state of the method."""
+        place = next(self.base.parameters()).device
+        moved = [{name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved]
+        self.heads = [
+            {name.removeprefix(_HEAD): tensor for name, tensor in tensors.items() if name.startswith(_HEAD)}
+            for tensors in moved
+        ]
+        own = [{name: t for name, t in tensors.items() if not name.startswith(_HEAD)} for tensors in moved]
+        state = {name: tensor.to(place) for name, tensor in state.items()}
+        restore(self.method, own, state, self.heads[-1] if self.heads else {}, folder)
+
+    def _kept(self) -> list[dict[str, torch.Tensor]]:
+        """All that is kept of each task alone: what the method keeps, and the task's head."""
+        return [
+            self.method.task_tensors(i) | {f"{_HEAD}{name}": tensor for name, tensor in head.items()}
+            for i, head in enumerate(self.heads)
+        ]
 
     def _described(self) -> dict[str, Any]:
         """What a saved merge says of itself, in the form of `mingle.io.manifest.MERGE`."""
@@ -418,9 +455,10 @@ class Merger:
         self.model = copy.deepcopy(self.base).eval()
         self.method = method(self.model, self.task, self._base_tower, self.options)
 
-    def _teacher(self, tuned: Mapping[str, torch.Tensor]) -> nn.Module:
+    def _teacher(self, tuned: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]) -> nn.Module:
         teacher = copy.deepcopy(self.base).eval()
-        teacher.get_submodule(self.task.tower).load_state_dict(dict(tuned))
+        put_head(teacher, head)
+        teacher.get_submodule(self.task.tower(teacher)).load_state_dict(dict(tuned))
         return teacher
 
 
@@ -430,6 +468,12 @@ def _name(base: nn.Module | str | Path) -> ModelName:
         getattr(getattr(base, "config", None), "name_or_path", "") if isinstance(base, nn.Module) else base
     )
     return ModelName.of(place) if place else ModelName()
+
+
+def _task_type(given: str | TaskType | None, base_model: nn.Module | str | Path) -> TaskType:
+    if isinstance(given, TaskType):
+        return given
+    return tasks.of(base_model) if given is None else tasks.get(given)
 
 
 def _finite(base: nn.Module) -> nn.Module:

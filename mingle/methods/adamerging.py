@@ -131,7 +131,9 @@ class AdaMerging(PlainMethod):
             return StepReport(skipped=f"{arrival.name}: identical to the base, nothing was merged")
         device = next(iter(self.base.values())).device
         entropy, seeds = _Entropy(self.task, self.model), arrival.samples().to(device)
-        places = {name: ".".join(filter(None, ("model", self.task.tower, name))) for name in self.merged}
+        places = {
+            name: ".".join(filter(None, ("model", self.task.tower(self.model), name))) for name in self.merged
+        }
 
         def loss(coefficients: Tensor, index: Tensor) -> Tensor:
             weights = combined(self.merged, delta, coefficients)

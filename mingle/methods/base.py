@@ -113,7 +113,7 @@ class MergeMethod(ABC):
     ) -> None:
         self.model = model
         self.task = task
-        self.tower = model.get_submodule(task.tower)
+        self.tower = model.get_submodule(task.tower(model))
         self.base = base
         self.options = options
 
@@ -200,7 +200,7 @@ class PlainMethod(MergeMethod):
         self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
     ) -> None:
         #: every name of a tensor of the tower → the one under which it is kept
-        self.kept_as = first_names(model.get_submodule(task.tower))
+        self.kept_as = first_names(model.get_submodule(task.tower(model)))
         super().__init__(
             model, task, {name: base[name] for name, kept in self.kept_as.items() if name == kept}, options
         )

@@ -14,9 +14,11 @@ from mingle.io.state_dicts import task_vector
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import reference
 from mingle.methods.base import Arrival, Folded, MergeMethod, StepReport, Tensors
-from mingle.nn.inject import inject, present
+from mingle.nn.inject import find_targets, inject
 from mingle.nn.linear import LowRankExpert, MingleLinear
+from mingle.nn.matrices import oriented
 from mingle.tasks import TaskData, TaskType
+from mingle.tasks.masks import TokenMasks
 
 #: what one task leaves in a layer
 EXPERT_TENSORS = ("A", "B", "gate_weight", "gate_bias")
@@ -38,15 +40,36 @@ class GatedMethod(MergeMethod):
         self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
     ) -> None:
         super().__init__(model, task, base, options)
-        targets = options.layers or present(self.tower, task.layer_sets[self.layer_set])
+        self.structure = task.structure(model)
+        targets = options.layers or self.structure.sets[self.layer_set]
+        if not targets:
+            kind = type(self.tower).__name__
+            raise ValueError(
+                f"{kind} has no linear layers in the set {self.layer_set!r} that can take experts"
+            )
+        for name in find_targets(self.tower, targets):
+            if reason := self.structure.unfit.get(name):
+                raise ValueError(f"layer {name!r} {reason}: it cannot take experts")
         model.requires_grad_(False)
         self.layers: dict[str, MingleLinear] = inject(
             self.tower, targets, getattr(options, "reduce", "token"), backend=options.backend
         )
         for name, layer in self.layers.items():
-            layer.reduce = task.reduce_for(name, layer.reduce)
+            layer.reduce = task.reduce_for(self.structure, name, layer.reduce)
+        self._mark_padding()
         #: per task, its place among the experts, or None where it was skipped
         self.places: list[int | None] = []
+
+    def _mark_padding(self) -> None:
+        """Let the layers know, in every call of the model, which of their tokens are padding."""
+        first: list[MingleLinear] = []
+        answering: list[MingleLinear] = []
+        for name, layer in self.layers.items():
+            (first if self.structure.sees_first(name) else answering).append(layer)
+        stack = self.structure.stacks[0].parent
+        TokenMasks(first, answering).register(
+            self.model, ".".join(filter(None, (self.task.tower(self.model), stack)))
+        )
 
     def add(self, arrival: Arrival) -> StepReport:
         deltas = task_vector(self.start(), arrival.tuned, [f"{name}.weight" for name in self.layers])
@@ -56,7 +79,10 @@ class GatedMethod(MergeMethod):
             return StepReport(skipped=f"{arrival.name}: {same}, no expert was added")
         before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
         try:
-            report = self._merge(arrival, {name: deltas[f"{name}.weight"] for name in self.layers})
+            report = self._merge(
+                arrival,
+                {name: oriented(deltas[f"{name}.weight"], layer) for name, layer in self.layers.items()},
+            )
         except BaseException:
             for name, parameters in before.items():
                 for key, parameter in parameters.items():
@@ -114,7 +140,8 @@ class GatedMethod(MergeMethod):
         weights = {}
         for name, layer in self.layers.items():
             W, A, B = (part.to(wide(part)) for part in (layer.weight, layer.A, layer.B))
-            weights[f"{name}.weight"] = reference.fold(W, A, B, gates[name]).to(layer.weight)
+            folded = reference.fold(W, A, B, gates[name]).to(layer.weight)
+            weights[f"{name}.weight"] = oriented(folded, layer)
         return dict(self.base) | weights
 
     def task_tensors(self, index: int) -> Tensors:

@@ -14,7 +14,8 @@ from mingle.io.state_dicts import task_vector
 from mingle.linalg.arithmetic import buckets, ieee, product, stacked
 from mingle.linalg.sketch import gaussian
 from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
-from mingle.nn.inject import find_targets, present
+from mingle.nn.inject import find_weights
+from mingle.nn.matrices import packed_experts
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskType
 
@@ -31,7 +32,8 @@ class NufiltOptions:
         r_v: how many right singular vectors of the new update the loss protects.
         r_l: rank of the trained correction B A.
         lr, steps: the learning rate and the number of steps of Adam.
-        layers: target layers as exact suffixes; None takes the method's own set for the task type.
+        layers: target layers, or parameters of packed experts, as exact suffixes; None takes the method's own
+            set for the task type and all packed experts.
 
     Ranks larger than a layer's shorter side are reduced to it.
     """
@@ -145,7 +147,7 @@ def right_vectors(matrices: list[Tensor], rank: int, names: list[str]) -> list[T
 
 
 class Nufilt(WeightMethod):
-    """W ← W + Δ(P + BA) in attention and first MLP layers.
+    """W ← W + Δ(P + BA) in attention and first MLP layers, and in every matrix of packed experts.
 
     All other parameters, biases included, stay those of the base.
     """
@@ -155,8 +157,10 @@ class Nufilt(WeightMethod):
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
-        targets = options.layers or present(self.tower, task.layer_sets["nufilt"])
-        self.targets = [f"{name}.weight" for name in find_targets(self.tower, targets)]
+        published = (*task.structure(model).sets["nufilt"], *packed_experts(self.tower))
+        #: how each of the target weights holds its matrices
+        self.layouts = find_weights(self.tower, options.layers or published)
+        self.targets = list(self.layouts)
 
     def merges(self) -> Collection[str]:
         return self.targets
@@ -164,5 +168,14 @@ class Nufilt(WeightMethod):
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
         deltas = task_vector(self.base, arrival.tuned, self.targets)
         merged = task_vector(self.base, self.merged, self.targets)
-        added = updates(deltas, merged, self.options, arrival.seed)
+        parts = updates(self._split(deltas), self._split(merged), self.options, arrival.seed)
+        added = {name: layout.joined(name, parts) for name, layout in self.layouts.items()}
         return self.merged | shifted({name: self.merged[name] for name in added}, added), {}
+
+    def _split(self, tensors: Tensors) -> Tensors:
+        """The matrices [d_out, d_in] that the target weights hold."""
+        return {
+            key: matrix
+            for name, layout in self.layouts.items()
+            for key, matrix in layout.split(name, tensors[name]).items()
+        }

@@ -6,11 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from mingle import linalg
 from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
-from mingle.nn.linear import MingleLinear
+from mingle.nn.matrices import matrices
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,11 @@ def project(delta: torch.Tensor, merged: torch.Tensor, alpha: float, drop_diagon
     """Δ [m, n] without the block that the leading singular directions of M [m, n] span.
 
     Equal to U C Vᵀ with C = UᵀΔV for the full bases U, V of M and C[:s, :s] zeroed, without forming them.
+    It does not matter which of m and n is d_out.  Of [E, m, n] every matrix is projected by itself.
     """
+    if delta.dim() > 2:
+        parts = zip(delta, merged, strict=True)
+        return torch.stack([project(d, m, alpha, drop_diagonal) for d, m in parts])
     U, S, Vh = linalg.gram_svd(merged)
     return linalg.project_out(delta, U, S, Vh, split_rank(S, alpha), drop_diagonal=drop_diagonal)
 
@@ -60,7 +63,8 @@ def opcm_step(
         delta: Δ_t by name.
         state: the running state, ``scale`` and ``mean_norm``.
         step: how many models were merged before.
-        linear: the names of the linear weights, to which P applies; other tensors are added as they are.
+        linear: the names of the linear weights, [m, n] or several together as [E, m, n], to which P applies;
+            other tensors are added as they are.
         options: see `OpcmOptions`.
     """
     norm = total_norm(delta)
@@ -92,12 +96,7 @@ class Opcm(WeightMethod):
     Options = OpcmOptions
 
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        linear = {
-            f"{name}.weight"
-            for name, module in self.tower.named_modules()
-            if isinstance(module, nn.Linear | MingleLinear)
-        }
         vector, state = opcm_step(
-            *self.vectors(arrival.tuned), self.state, arrival.index, linear, self.options
+            *self.vectors(arrival.tuned), self.state, arrival.index, matrices(self.tower), self.options
         )
         return shifted(self.base, vector), state

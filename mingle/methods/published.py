@@ -12,7 +12,7 @@ from mingle import methods
 
 _ADAPTATION: dict[str, dict[str, Any]] = {
     "clip": {"steps": 50, "lr": 1e-4, "batch_size": 16},
-    "t5": {"steps": 50, "lr": 1e-3, "batch_size": 8},
+    "seq2seq": {"steps": 50, "lr": 1e-3, "batch_size": 8},
 }
 _MINGLE = {
     "rank": 64,
@@ -30,7 +30,7 @@ def published(method: str, task_type: str, tasks: int) -> dict[str, Any]:
 
     Args:
         method: a name in `mingle.methods.METHODS`.
-        task_type: ``"clip"`` or ``"t5"``.
+        task_type: ``"clip"`` or ``"seq2seq"``.
         tasks: how many will be merged.  λ of task arithmetic and TIES is 0.3 for 8 tasks and 0.1 for 11, 14
             and 20.
     """
@@ -44,7 +44,7 @@ def _settings(method: str, task_type: str, tasks: int) -> dict[str, Any]:
     scaling = 0.3 if tasks <= 8 else 0.1
     adaptation = _ADAPTATION[task_type]
     # In the published configuration for Flan-T5, minimising the entropy takes twice as many steps.
-    entropy = {"init": 0.3} | adaptation | ({"steps": 100} if task_type == "t5" else {})
+    entropy = {"init": 0.3} | adaptation | ({"steps": 100} if task_type == "seq2seq" else {})
     table: dict[str, dict[str, Any]] = {
         "task-arithmetic": {"scaling": scaling},
         "ties": {"scaling": scaling, "density": 0.2},
@@ -54,7 +54,7 @@ def _settings(method: str, task_type: str, tasks: int) -> dict[str, Any]:
         "adamerging": entropy,
         "wemoe": {"rank": 64, "later_rank": 16}
         | entropy
-        | ({"rank": 32, "later_rank": 32} if task_type == "t5" else {}),
+        | ({"rank": 32, "later_rank": 32} if task_type == "seq2seq" else {}),
         "nufilt": {"r_p": 128, "r_v": 8, "r_l": 64, "steps": 50, "lr": 1e-3},
         "mingle": _MINGLE | adaptation,
         "mingle-light": _MINGLE | adaptation,

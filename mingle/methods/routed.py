@@ -89,9 +89,9 @@ class Routed(GatedMethod):
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
-        encoder, _, blocks = task.blocks.rpartition(".")
-        self.encoder = self.tower.get_submodule(encoder)
-        sequence: list[nn.Module] = list(self.encoder.get_submodule(blocks).children())
+        stack = self.structure.stacks[0]
+        self.encoder = self.tower.get_submodule(stack.parent)
+        sequence = [self.tower.get_submodule(block) for block in stack.blocks]
         if max(options.depths) >= len(sequence):
             deepest = f"the model has {len(sequence)} blocks, so {len(sequence) - 1} is the deepest"
             raise ValueError(f"depths={list(options.depths)}: {deepest}")

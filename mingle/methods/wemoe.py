@@ -20,7 +20,6 @@ from mingle.methods.base import Arrival, StepReport, Tensors, widened
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.task_arithmetic import add_task_vector
-from mingle.nn.inject import find_targets
 from mingle.nn.linear import GATE_INIT_STD, LowRankExpert, MingleLinear
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskType
@@ -72,9 +71,7 @@ class Wemoe(GatedMethod):
         self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
     ) -> None:
         super().__init__(model, task, base, options)
-        attention = [
-            name for name in find_targets(self.tower, task.layer_sets["attention"]) if name not in self.layers
-        ]
+        attention = [name for name in self.structure.layers["attention"] if name not in self.layers]
         #: the tensors that task arithmetic merges, not rounded to the base's dtype
         self.attention: Tensors = widened(
             {key: base[key] for name in attention for key in base if key.rpartition(".")[0] == name}

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from mingle.nn.conv1d import is_conv1d
 from mingle.nn.linear import MingleLinear
+from mingle.nn.matrices import AnyLinear, Layout, is_linear, packed_experts, transposed
 from mingle.options import nearest
 
 
@@ -19,7 +21,7 @@ def refusal(module: nn.Module, parent: nn.Module) -> str:
     """Why `module`, a child of `parent`, cannot take experts; empty where it can."""
     # Subclasses are refused: torch.nn.MultiheadAttention, for one, reads the weight of its out_proj and never
     # calls it.
-    if type(module) is not nn.Linear and not isinstance(module, MingleLinear):
+    if not (type(module) is nn.Linear or is_conv1d(module) or isinstance(module, MingleLinear)):
         return f"is a {type(module).__name__}, not a torch.nn.Linear: it cannot take experts"
     if isinstance(parent, nn.TransformerEncoderLayer):
         reader = "torch.nn.TransformerEncoderLayer"
@@ -27,36 +29,52 @@ def refusal(module: nn.Module, parent: nn.Module) -> str:
     return ""
 
 
-def present(model: nn.Module, suffixes: Iterable[str]) -> tuple[str, ...]:
-    """Those of `suffixes` that the model has, as a set may cover variants; all of them where it has none."""
-    suffixes = tuple(suffixes)
-    names = [name for name, _ in model.named_modules()]
-    return tuple(suffix for suffix in suffixes if any(matches(name, suffix) for name in names)) or suffixes
-
-
-def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linear | MingleLinear]:
-    """The Linear (or already injected) layers whose names end in one of `targets`, in model order.
+def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, AnyLinear]:
+    """The linear (or already injected) layers whose names end in one of `targets`, in model order.
 
     Raises:
         ValueError: a target that no layer matches (the message names the nearest one), or that matches
-            something other than a plain Linear.
+            something other than a plain Linear or Conv1D.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     modules = dict(model.named_modules())
-    found: dict[str, nn.Linear | MingleLinear] = {}
+    found: dict[str, AnyLinear] = {}
     for name, module in modules.items():
         if not any(matches(name, target) for target in targets):
             continue
         if reason := refusal(module, modules[name.rpartition(".")[0]]):
             raise ValueError(f"layer {name!r} {reason}")
-        assert isinstance(module, nn.Linear | MingleLinear)
+        assert is_linear(module)
         found[name] = module
-    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear | MingleLinear)}
+    linear = {name for name, module in modules.items() if is_linear(module)}
     for target in targets:
         if not any(matches(name, target) for name in found):
             suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear} | linear)
             raise ValueError(f"no Linear layer's name ends in {target!r}{nearest(target, suffixes)}")
     return found
+
+
+def find_weights(model: nn.Module, targets: Iterable[str]) -> dict[str, Layout]:
+    """The weights of the layers that `find_targets` finds, and the packed experts named likewise.
+
+    Raises:
+        ValueError: see `find_targets`; a target may match either or both.
+    """
+    targets = tuple(targets)
+    packed = {
+        name: layout
+        for name, layout in packed_experts(model).items()
+        if any(matches(name, target) for target in targets)
+    }
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    layers = [
+        target
+        for target in targets
+        if any(matches(name, target) for name in linear) or not any(matches(name, target) for name in packed)
+    ]
+    return {
+        f"{name}.weight": Layout(transposed(layer)) for name, layer in find_targets(model, layers).items()
+    } | packed
 
 
 def inject(
@@ -67,7 +85,7 @@ def inject(
     backend: str = "auto",
     prepack: bool = False,
 ) -> dict[str, MingleLinear]:
-    """Replace, in place, every Linear whose name ends in one of `targets` by a `MingleLinear`.
+    """Replace, in place, every Linear or Conv1D whose name ends in one of `targets` by a `MingleLinear`.
 
     The new layer shares the old one's weight.
 
@@ -87,7 +105,7 @@ def inject(
     """
     layers: dict[str, MingleLinear] = {}
     for name, module in find_targets(model, targets).items():
-        if isinstance(module, nn.Linear):
+        if not isinstance(module, MingleLinear):
             module = MingleLinear.from_linear(module, reduce, backend=backend, prepack=prepack)
             model.set_submodule(name, module)
         layers[name] = module
@@ -95,7 +113,7 @@ def inject(
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Put the base Linear back in place of every `MingleLinear` and return the layers' names.
+    """Put the base layer back in place of every `MingleLinear` and return the layers' names.
 
     Experts and gates are dropped.
     """

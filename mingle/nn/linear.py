@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -12,7 +12,11 @@ from mingle import functional, linalg
 from mingle.kernels import prepack as prepacked
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts.reference import REDUCTIONS
+from mingle.nn.conv1d import conv1d, is_conv1d
 from mingle.ops.operands import LayerTensors
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
 
 GATE_INIT_STD = 0.01
 
@@ -63,12 +67,16 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 class MingleLinear(nn.Module):
     """Drop-in for `torch.nn.Linear`: y = x W₀ᵀ + b + Σ_i g_i(x) · (x A_iᵀ) B_iᵀ (MINGLE Eq. 2).
 
+    It also takes the place of GPT-2's `Conv1D`, whose weight is W₀ᵀ.
+
     With no experts it is bitwise the layer it was made from.  Only the gates of the newest expert train;
     base, experts and older gates are frozen parameters, and all of them are part of the `state_dict`.
     Experts of lower rank are padded with zeros to the highest one.
 
     Attributes:
         weight, bias: W₀ [d_out, d_in] and b [d_out] or None, shared with the original layer.
+        transposed: whether the original layer is a `Conv1D`; `weight` is then a transposed view, and
+            [d_in, d_out] in state dicts, as in that layer's own.
         A, B: [T, r, d_in] and [T, d_out, r].
         gate_weight, gate_bias: the trainable gates, [n, d_in] and [n], in fp32 or better; n is 1 after
             `add_expert`.
@@ -120,6 +128,7 @@ class MingleLinear(nn.Module):
             weight.new_empty(0, dtype=gate_dtype),
             trainable=0,
         )
+        self.transposed = False
         self._base_trainable = False
         self.shared: tuple[Siblings, int] | None = None
         self.token_mask: torch.Tensor | None = None
@@ -127,19 +136,34 @@ class MingleLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, reduce: str = "sample", *, backend: str = "auto", prepack: bool = False
+        cls,
+        linear: nn.Linear | Conv1D,
+        reduce: str = "sample",
+        *,
+        backend: str = "auto",
+        prepack: bool = False,
     ) -> MingleLinear:
         """Wrap `linear` without copying its weight.  The original layer is left as it is."""
-        layer = cls(linear.weight, linear.bias, reduce=reduce, backend=backend, prepack=prepack)
+        transposed = is_conv1d(linear)
+        weight = linear.weight.mT if transposed else linear.weight
+        layer = cls(weight, linear.bias, reduce=reduce, backend=backend, prepack=prepack)
+        layer.transposed = transposed
         layer._base_trainable = linear.weight.requires_grad
         return layer.train(linear.training)
 
-    def to_linear(self) -> nn.Linear:
-        """The base layer again, without experts, sharing W₀ and b."""
+    def to_linear(self) -> nn.Linear | Conv1D:
+        """The base layer again, of its own kind, without experts, sharing W₀ and b."""
+
+        def shared(tensor: torch.Tensor) -> nn.Parameter:
+            return nn.Parameter(tensor.detach(), requires_grad=self._base_trainable)
+
+        if self.transposed:
+            assert self.bias is not None  # a Conv1D has one
+            return conv1d(shared(self.weight.mT), shared(self.bias)).train(self.training)
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.detach(), requires_grad=self._base_trainable)
+        linear.weight = shared(self.weight)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach(), requires_grad=self._base_trainable)
+            linear.bias = shared(self.bias)
         return linear.train(self.training)
 
     @property
@@ -262,7 +286,14 @@ class MingleLinear(nn.Module):
         prepacked.drop_stale()
         return moved
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.transposed:  # so that states of this layer and of the original one fit each other
+            destination[prefix + "weight"] = destination[prefix + "weight"].t()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.transposed and (weight := state_dict.get(prefix + "weight")) is not None:
+            state_dict = state_dict | {prefix + "weight": weight.t()}
         # A saved layer may hold another number of experts than this one: take on its shapes before the
         # strict load compares them.
         gates = ("frozen_gate_weight", "frozen_gate_bias", "gate_weight", "gate_bias")

@@ -25,6 +25,7 @@ from mingle.io.safetensors import CheckpointReader
 from mingle.kernels.dtypes import wide
 from mingle.nn.inject import refusal
 from mingle.nn.linear import LowRankExpert, MingleLinear
+from mingle.nn.matrices import AnyLinear, is_linear, widths
 from mingle.options import nearest, shown
 
 logger = logging.getLogger(__name__)
@@ -193,15 +194,13 @@ def _read_pair(reader: CheckpointReader, path: Path, a: str, b: str, scaling: fl
     return LowRankExpert(A=A, B=B)
 
 
-def _find_layers(
-    model: nn.Module, experts: Mapping[str, LowRankExpert]
-) -> dict[str, nn.Linear | MingleLinear]:
+def _find_layers(model: nn.Module, experts: Mapping[str, LowRankExpert]) -> dict[str, AnyLinear]:
     """The layers that the experts name, in model order, once each is known to fit its expert."""
     if not experts:
         raise ValueError("the adapter has no experts")
     modules = {name: module for name, module in model.named_modules() if name}
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | MingleLinear)]
-    found: dict[str, nn.Linear | MingleLinear] = {}
+    linear = [name for name, module in modules.items() if is_linear(module)]
+    found: dict[str, AnyLinear] = {}
     problems: list[str] = []
     for name, expert in experts.items():
         module = modules.get(name)
@@ -211,11 +210,12 @@ def _find_layers(
             problems.append(f"{name!r} is not in the model{hint}")
         elif reason := refusal(module, model.get_submodule(name.rpartition(".")[0])):
             problems.append(f"{name!r} {reason}")
-        elif problem := _misfit(module, expert):
-            problems.append(f"{name!r}: {problem}")
         else:
-            assert isinstance(module, nn.Linear | MingleLinear)  # or it would have been refused
-            found[name] = module
+            assert is_linear(module)  # or it would have been refused
+            if problem := _misfit(module, expert):
+                problems.append(f"{name!r}: {problem}")
+            else:
+                found[name] = module
     if problems:
         rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         count = f"{len(problems)} of {len(experts)} layers"
@@ -225,11 +225,12 @@ def _find_layers(
     return {name: found[name] for name in modules if name in found}
 
 
-def _misfit(module: nn.Linear | MingleLinear, expert: LowRankExpert) -> str:
+def _misfit(module: AnyLinear, expert: LowRankExpert) -> str:
     """Why the layer cannot take the expert; empty where it can."""
     rank = len(expert.A) if expert.A.dim() else 0
-    if expert.A.shape != (rank, module.in_features) or expert.B.shape != (module.out_features, rank):
-        expected = f"[r, {module.in_features}] and [{module.out_features}, r]"
+    d_out, d_in = widths(module)
+    if expert.A.shape != (rank, d_in) or expert.B.shape != (d_out, rank):
+        expected = f"[r, {d_in}] and [{d_out}, r]"
         return f"A has shape {list(expert.A.shape)} and B {list(expert.B.shape)}, expected {expected}"
     for half, tensor in expert._asdict().items():
         if not tensor.to(module.weight.dtype).isfinite().all():

@@ -13,7 +13,6 @@ from mingle.io import hub
 from mingle.io.files import CheckpointError, writable
 from mingle.io.locks import refuse_locked
 from mingle.io.manifest import MANIFEST, read_manifest
-from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging.finetuned import FineTuned
 from mingle.methods import MergeMethod
@@ -26,6 +25,7 @@ from mingle.runs.origin import check_origin
 from mingle.suites import Suite
 from mingle.tasks import TaskType
 from mingle.tasks.image_settings import differing_preparation
+from mingle.tasks.loading import ModelCheckpoint
 
 
 def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
@@ -59,7 +59,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         given=config.method_options(),
     )
     method = _fitted(config.method, model, task, options)
-    values = CheckpointReader(base)
+    values = ModelCheckpoint(base, model, complete=True)
     left = {
         name: expert.left(method.merges(), values) + differing_preparation(base, experts[name])
         for name, expert in finetuned.items()
@@ -127,7 +127,7 @@ def _fitted(method: str, model: nn.Module, task: TaskType, options: Mapping[str,
         OptionError: layers or depths that the model does not have.
     """
     chosen = methods.get(method)
-    shapes = model.get_submodule(task.tower).state_dict()
+    shapes = model.get_submodule(task.tower(model)).state_dict()
     try:
         return chosen(model, task, shapes, build(chosen.Options, options, "options"))
     except ValueError as error:

@@ -35,7 +35,7 @@ class Room:
 def of_merge(method: str, options: Mapping[str, Any], base: Path, task: TaskType) -> Room:
     """The room for a merge by `method`, with all of its options, into the base model in a folder."""
     chosen, model = methods.get(method), task.skeleton(base)
-    tower = model.get_submodule(task.tower).state_dict()
+    tower = model.get_submodule(task.tower(model)).state_dict()
     return of_method(chosen(model, task, tower, build(chosen.Options, options, f"method {method!r}")), base)
 
 

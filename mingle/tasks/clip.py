@@ -1,49 +1,47 @@
-"""Zero-shot image classification with CLIP: a fine-tuned vision tower, and the base's text tower as head."""
+"""Zero-shot image classification with CLIP or SigLIP: vision towers are merged, texts are the head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import nn
 
-from mingle.tasks import TaskData
+from mingle.tasks.base import TaskType
+from mingle.tasks.class_embeddings import check_class_embeddings, check_labels
+from mingle.tasks.classification import auto_class
+from mingle.tasks.data import TaskData
 from mingle.tasks.image_processor import ImageProcessor
-from mingle.tasks.loading import HubModel
 from mingle.tasks.pixels import upright_rgb
 
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
-class ClipTask(HubModel):
-    """The task type ``clip``: any `transformers.CLIPModel`.
+class ClipTask(TaskType):
+    """The task type ``clip``: any `transformers.CLIPModel` or `transformers.SiglipModel`, SigLIP 2 included.
 
-    Samples are mappings with ``pixel_values`` [n, 3, H, W], as the model's image processor makes them,
+    Samples are mappings with ``pixel_values`` [n, 3, H, W], as the model's image processor makes them (or,
+    for images of any aspect, patches [n, N, P] with ``pixel_attention_mask`` and ``spatial_shapes``),
     ``text_embeds`` [C, P], the unit-length embeddings of the classes (see `zero_shot_head`), and for
     evaluation ``labels`` [n].
     """
 
     name = "clip"
-    tower = "vision_model"
-    blocks = "encoder.layers"
-    prefixes: tuple[str, ...] = ("vision_model.",)
     config_part = "vision_config"
-    layer_sets: Mapping[str, tuple[str, ...]] = {
-        "full": (*_ATTENTION, "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
-        "light": (*_ATTENTION, "mlp.fc1"),
-        "nufilt": (*_ATTENTION, "self_attn.out_proj", "mlp.fc1"),
-        "attention": (*_ATTENTION, "self_attn.out_proj"),
-        "mlp": ("mlp.fc1", "mlp.fc2"),
+    published_sets: ClassVar = {
+        "nufilt": (*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "mlp.fc1")
     }
 
-    def classes(self) -> tuple[type[Any], type[Any]]:
-        from transformers import CLIPConfig, CLIPModel
+    def tower(self, model: nn.Module) -> str:
+        return "vision_model"
 
-        return CLIPModel, CLIPConfig
+    def model_class(self, config: Mapping[str, Any]) -> type[Any]:
+        """The class with both towers."""
+        return auto_class("AutoModelForZeroShotImageClassification", config, "two towers")
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples as `TaskData`.
@@ -57,51 +55,32 @@ class ClipTask(HubModel):
                 if key not in given:
                     raise ValueError(f"the samples of a clip task need {key!r}; got {', '.join(given)}")
             given = TaskData(
-                {"pixel_values": given["pixel_values"]},
+                {name: given[name] for name in _INPUTS if name in given},
                 {"text_embeds": given["text_embeds"]},
                 given.get("labels"),
             )
-        pixels, head = given.select(slice(0, 1)).inputs["pixel_values"], given.shared["text_embeds"]
-        if pixels.dim() != 4 or head.dim() != 2:
+        first, head = given.select(slice(0, 1)).inputs, given.shared["text_embeds"]
+        pixels = first["pixel_values"]
+        if pixels.dim() != (3 if "spatial_shapes" in first else 4) or head.dim() != 2:
             raise ValueError(
                 f"pixel_values {list(pixels.shape)} and text_embeds {list(head.shape)}: "
                 "expected [n, 3, H, W] and [C, P]"
             )
-        _check_head(head, [f"class {row}" for row in range(len(head))])
-        if given.labels is not None:
-            if given.labels.shape != (len(given),):
-                raise ValueError(f"labels {list(given.labels.shape)}: expected [{len(given)}], one per image")
-            wrong = ((given.labels < 0) | (given.labels >= len(head))).nonzero().flatten().tolist()
-            if wrong:
-                label = given.labels[wrong[0]].item()
-                raise ValueError(f"labels: {label} at row {wrong[0]}, and there are {len(head)} classes")
+        check_class_embeddings(head, [f"class {row}" for row in range(len(head))])
+        check_labels(given, len(head))
         return given
 
     def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:
-        """exp(s) · cos(image, text) [n, C], with the model's own logit scale s."""
+        """exp(s) · cos(image, text) + b [n, C], with the model's own logit scale s; CLIP has no bias b."""
         clip: Any = model
+        device = clip.logit_scale.device
         pooled = clip.vision_model(
-            pixel_values=data.inputs["pixel_values"].to(clip.logit_scale.device)
+            **{name: tensor.to(device) for name, tensor in data.inputs.items()}
         ).pooler_output
-        image = F.normalize(clip.visual_projection(pooled), dim=-1)
-        return clip.logit_scale.exp() * image @ data.shared["text_embeds"].to(image).mT
-
-    def reduce_for(self, layer: str, reduce: str) -> str:
-        """`reduce` itself, in all layers."""
-        return reduce
-
-    def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
-        """The samples as they are: images need nothing more."""
-        return seeds
-
-    def valid(self, data: TaskData) -> None:
-        """None: an image has one answer."""
-
-    def outcomes(self, model: nn.Module, data: TaskData) -> torch.Tensor:
-        """Top-1 right or wrong, [n]."""
-        if data.labels is None:
-            raise ValueError("these samples have no labels to compare with")
-        return (self.logits(model, data).argmax(-1).cpu() == data.labels.cpu()).double()
+        image = F.normalize(_projected(clip, "visual_projection", pooled), dim=-1)
+        scaled: torch.Tensor = clip.logit_scale.exp() * image @ data.shared["text_embeds"].to(image).mT
+        bias: torch.Tensor | None = getattr(clip, "logit_bias", None)  # SigLIP judges each class by itself
+        return scaled if bias is None else scaled + bias
 
 
 @torch.no_grad()
@@ -124,13 +103,17 @@ def zero_shot_head(
     device = model.logit_scale.device
     embeddings = []
     for tokens in prompt_tokens(model.config, tokenizer, class_names, templates):
-        pooled = model.text_model(
-            input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
-        ).pooler_output
-        embeddings.append(F.normalize(model.text_projection(pooled), dim=-1))
+        pooled = model.text_model(**{name: part.to(device) for name, part in tokens.items()}).pooler_output
+        embeddings.append(F.normalize(_projected(model, "text_projection", pooled), dim=-1))
     head = F.normalize(torch.stack(embeddings).mean(0), dim=-1)
-    _check_head(head, [f"class {name!r}" for name in class_names])
+    check_class_embeddings(head, [f"class {name!r}" for name in class_names])
     return head
+
+
+def _projected(model: Any, name: str, pooled: torch.Tensor) -> torch.Tensor:
+    """The output of a tower in the common space, to which those of SigLIP map by themselves."""
+    projection = getattr(model, name, None)
+    return pooled if projection is None else projection(pooled)
 
 
 def prompt_tokens(
@@ -138,7 +121,8 @@ def prompt_tokens(
 ) -> list[Mapping[str, torch.Tensor]]:
     """The tokens of all classes' prompts: ``input_ids`` and ``attention_mask`` [C, L] for each template.
 
-    Prompts are cut to as many tokens as the text tower takes.
+    Prompts are cut to as many tokens as the text tower takes.  Those of SigLIP are filled up to that length
+    and have no mask: it was trained to read the padding too.
 
     Args:
         config: the `transformers.CLIPConfig` of the model.
@@ -148,12 +132,13 @@ def prompt_tokens(
         ValueError: a vocabulary that knows no part of any prompt; a token without an embedding; an end token
             other than the model's; two classes whose prompts are the same tokens.
     """
+    masked = config.model_type == "clip"
     text, where = config.text_config, tokenizer.name_or_path or "tokenizer"
     length = int(min(tokenizer.model_max_length, text.max_position_embeddings))
     encoded = [
         tokenizer(
             [template.format(name) for name in class_names],
-            padding=True,
+            padding=True if masked else "max_length",
             truncation=True,
             max_length=length,
             return_tensors="pt",
@@ -170,8 +155,10 @@ def prompt_tokens(
             f"tower is {text.vocab_size}"
         )
     # With 2, which early configurations have, transformers pools at the greatest number instead.
-    if text.eos_token_id != 2 and not all(
-        bool((tokens["input_ids"] == text.eos_token_id).any(1).all()) for tokens in encoded
+    if (
+        masked
+        and text.eos_token_id != 2
+        and not all(bool((tokens["input_ids"] == text.eos_token_id).any(1).all()) for tokens in encoded)
     ):
         raise ValueError(
             f"{where}: prompts end with the token {tokenizer.eos_token_id}, and the eos_token_id of the text "
@@ -180,7 +167,7 @@ def prompt_tokens(
     first: dict[tuple[Any, ...], str] = {}
     for row, name in enumerate(class_names):
         prompts = tuple(
-            tuple(tokens["input_ids"][row][tokens["attention_mask"][row].bool()].tolist())
+            tuple(tokens["input_ids"][row][tokens["attention_mask"][row].bool() if masked else ...].tolist())
             for tokens in encoded
         )
         if prompts in first:
@@ -188,21 +175,8 @@ def prompt_tokens(
                 f"{where}: the classes {first[prompts]!r} and {name!r} are the same tokens in every prompt"
             )
         first[prompts] = name
-    return encoded
-
-
-def _check_head(head: torch.Tensor, names: Sequence[str]) -> None:
-    """Raise `ValueError` for class embeddings [C, P] that are not finite, or equal in two rows."""
-    broken = (~head.isfinite()).any(1).nonzero().flatten().tolist()
-    if broken:
-        raise ValueError(f"text_embeds of {names[broken[0]]}: not finite")
-    _, group, counts = torch.unique(head.float(), dim=0, return_inverse=True, return_counts=True)
-    if (counts > 1).any():
-        equal = (group == counts.argmax()).nonzero().flatten().tolist()
-        raise ValueError(
-            f"text_embeds of {names[equal[0]]} and {names[equal[1]]} are equal: nothing could tell these "
-            f"classes apart ({len(equal)} of {len(head)} are the same)"
-        )
+    names = ("input_ids", "attention_mask") if masked else ("input_ids",)
+    return [{name: tokens[name] for name in names} for tokens in encoded]
 
 
 def processor_pixels(folder: str | Path, images: Sequence[Any]) -> torch.Tensor:

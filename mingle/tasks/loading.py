@@ -1,19 +1,91 @@
-"""Base models from local folders in hub format, checked before transformers opens them."""
+"""Models from local folders in hub format, checked before transformers opens them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mingle.io.files import CheckpointError
 from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import DEQUANTISE, first_names, same_values
 from mingle.tasks.configs import CONFIG, read_config
+from mingle.tasks.names import Source, is_left_over, sources
 from mingle.tasks.skeletons import skeleton
+
+
+class ModelCheckpoint(Mapping[str, Tensor]):
+    """The tensors of a folder in hub format under the names that they have in the model, read when asked for.
+
+    Args:
+        folder: the folder; nothing outside of it is opened.
+        model: a model of the checkpoint's class, or with the same tower; it may be on the meta device.
+        complete: see `mingle.tasks.names.sources`.
+
+    Raises:
+        CheckpointError: the folder does not hold an intact safetensors checkpoint.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, *, complete: bool = False) -> None:
+        self.folder, self.model = folder, model
+        self.reader = CheckpointReader(folder)
+        found = sources(model, self.reader, complete=complete)
+        #: name in the model → where it is in the files
+        self.sources: dict[str, Source] = {
+            name: source for name, source in found.items() if not is_left_over(model, name)
+        }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sources
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor, finite, in its stored dtype."""
+        source = self.sources[name]
+        return self._converted[name] if source.converted else self.reader.tensor(source.files[0])
+
+    def described(self, name: str, like: Tensor | None) -> Tensor:
+        """The tensor on the meta device; one that will be converted is described as being like `like`."""
+        source = self.sources[name]
+        file = source.files[0]
+        shape, dtype = self.reader.shape(file), self.reader.dtype(file)
+        if source.converted and like is not None:
+            shape = tuple(like.shape)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    @cached_property
+    def _converted(self) -> dict[str, Tensor]:
+        """What is not in the files as it is in the model, as transformers converts it."""
+        for source in self.sources.values():
+            for file in source.files if source.converted else ():
+                self.reader.tensor(file)  # raises for values that are not finite, by the file's own name
+        model_class: Any = type(self.model)
+        loaded = model_class.from_pretrained(
+            self.folder, local_files_only=True, use_safetensors=True, dtype="auto"
+        )
+        state = loaded.state_dict()
+        return {
+            name: state[name] for name, source in self.sources.items() if source.converted and name in state
+        }
+
+
+def read_base_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a base model, whose checkpoint is intact and inside the folder.
+
+    Raises:
+        CheckpointError: a broken checkpoint, or a broken configuration.
+    """
+    CheckpointReader(folder)  # before anything else opens it
+    return read_config(folder)
 
 
 def model_type(folder: str | Path) -> str:
@@ -26,74 +98,107 @@ def model_type(folder: str | Path) -> str:
     return found
 
 
-class HubModel(ABC):
-    """A task type whose base model is a folder in hub format."""
+#: names of tensors of a model that a base's checkpoint may lack
+Optional = Callable[[nn.Module], Collection[str]]
 
-    @abstractmethod
-    def classes(self) -> tuple[type[Any], type[Any]]:
-        """The classes in transformers of its models and of their configurations."""
 
-    def skeleton(self, folder: str | Path) -> nn.Module:
-        """The model that a local folder describes, on the meta device, its checkpoint checked against it.
+def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.Module:
+    """The model that a local folder describes, on the meta device, its checkpoint checked against it.
 
-        Of the tensors that the model ties together, the checkpoint needs to hold only one.  Where it holds
-        several that differ, they are not tied, whatever the configuration says: so does transformers.
+    Of the tensors that the model ties together, the checkpoint needs to hold only one.  Where it holds
+    several that differ, they are not tied, whatever the configuration says: so does transformers.  Optional
+    tensors that are not there, or have another shape, are noted in the configuration as ``absent``.
 
-        Raises:
-            CheckpointError: the folder does not hold an intact safetensors checkpoint of this class.
-        """
-        model_class, config_class = self.classes()
-        folder, wanted = Path(folder), config_class.model_type
-        reader = CheckpointReader(folder)  # intact and inside the folder, before anything else opens it
-        config = read_config(folder)
-        if config["model_type"] != wanted:
-            raise CheckpointError(
-                f"{folder / CONFIG}: model_type is {config['model_type']!r}, expected {wanted!r}"
-            )
-        model = skeleton(model_class, config_class, config, folder / CONFIG, len(reader))
-        first = first_names(model)
-        held = {first[name] for name in first if name in reader}
-        for name, tensor in model.state_dict().items():
-            if first[name] not in held:
-                raise CheckpointError(f"{folder}: the tensor {name!r} of a {model_class.__name__} is missing")
-            if name not in reader:
-                continue
-            if reader.shape(name) != tuple(tensor.shape):
-                found, expected = list(reader.shape(name)), list(tensor.shape)
-                raise CheckpointError(f"{folder}: {name} has shape {found}, {CONFIG} says {expected}")
-            if tensor.is_floating_point() and not reader.dtype(name).is_floating_point:
-                raise CheckpointError(f"{folder}: {name} holds {reader.dtype(name)}; {DEQUANTISE}")
-        _untie(model, first, reader)
-        return model
+    Args:
+        folder: the folder.
+        model_class: the class in transformers.
+        optional: tells which tensors may be missing, such as those of a classifier's head.
 
-    def load(self, folder: str | Path) -> nn.Module:
-        """The model of a local folder in float32, in evaluation mode.
-
-        Raises:
-            CheckpointError: as in `skeleton`, and for weights that are NaN or infinite.
-        """
-        expected = first_names(self.skeleton(folder))
-        model: nn.Module = self.classes()[0].from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+    Raises:
+        CheckpointError: the folder does not hold an intact safetensors checkpoint of this class.
+    """
+    reader, config = CheckpointReader(folder), read_config(folder)
+    config_class = model_class.config_class
+    wanted = config_class.model_type
+    if config["model_type"] != wanted:
+        raise CheckpointError(
+            f"{folder / CONFIG}: model_type is {config['model_type']!r}, expected {wanted!r}"
         )
-        found = first_names(model)
-        for name, tensor in model.state_dict().items():
-            if not tensor.isfinite().all():
-                CheckpointReader(folder).tensor(name)  # raises, with the count and the first index
-            if found[name] != expected[name]:
-                raise CheckpointError(
-                    f"{folder}: {name!r} and {found[name]!r} are one tensor in the model that transformers "
-                    f"makes of it, and {expected[name]!r} by the files"
-                )
-        return model.eval()
+    model = skeleton(model_class, config_class, config, folder / CONFIG, len(reader))
+    checkpoint = ModelCheckpoint(folder, model, complete=True)
+    first, may_lack = first_names(model), frozenset(optional(model))
+    held = {first[name] for name in first if name in checkpoint}
+    absent = []
+    for name, tensor in model.state_dict().items():
+        if first[name] not in held:
+            if name not in may_lack:
+                raise CheckpointError(f"{folder}: the tensor {name!r} of a {model_class.__name__} is missing")
+            absent.append(name)
+        if name not in checkpoint:
+            continue
+        found = checkpoint.described(name, tensor)
+        if found.shape != tensor.shape:
+            if name not in may_lack:
+                shapes = f"{list(found.shape)}, {CONFIG} says {list(tensor.shape)}"
+                raise CheckpointError(f"{folder}: {name} has shape {shapes}")
+            absent.append(name)
+        if tensor.is_floating_point() and not found.is_floating_point():
+            raise CheckpointError(f"{folder}: {name} holds {found.dtype}; {DEQUANTISE}")
+    _untie(model, first, checkpoint)
+    _note_absent(model, absent)
+    return model
 
 
-def _untie(model: nn.Module, first: dict[str, str], reader: CheckpointReader) -> None:
+def load_model(folder: Path, model_class: type[Any], optional: Optional) -> nn.Module:
+    """The model of a local folder in float32, in evaluation mode.
+
+    Optional tensors that are not in the checkpoint are 0: transformers would draw them at random.
+
+    Raises:
+        CheckpointError: as in `skeleton_of`, and for weights that are NaN or infinite.
+    """
+    described = skeleton_of(folder, model_class, optional)
+    expected, checkpoint = first_names(described), ModelCheckpoint(folder, described, complete=True)
+    lacking = absent(described)
+    model: nn.Module = model_class.from_pretrained(
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=bool(lacking),
+    )
+    _note_absent(model, lacking)
+    found = first_names(model)
+    for name, tensor in model.state_dict().items():
+        if name in lacking:
+            tensor.zero_()
+        elif not tensor.isfinite().all():
+            checkpoint[name]  # raises, with the count and the first index
+        if found[name] != expected[name]:
+            raise CheckpointError(
+                f"{folder}: {name!r} and {found[name]!r} are one tensor in the model that transformers "
+                f"makes of it, and {expected[name]!r} by the files"
+            )
+    return model.eval()
+
+
+def absent(model: nn.Module) -> tuple[str, ...]:
+    """The optional tensors that a model's checkpoint did not hold; none where it was not loaded here."""
+    return tuple(getattr(getattr(model, "config", None), "absent", ()))
+
+
+def _note_absent(model: nn.Module, names: Collection[str]) -> None:
+    whole: Any = model
+    if names:
+        whole.config.absent = list(names)
+
+
+def _untie(model: nn.Module, first: dict[str, str], checkpoint: ModelCheckpoint) -> None:
     """Give a parameter of its own to each tied name whose values in the checkpoint are not the first's."""
-    sources: dict[str, str] = {}
-    for name in filter(reader.__contains__, first):
-        source = sources.setdefault(first[name], name)
-        if source != name and not same_values(reader.tensor(source), reader.tensor(name)):
+    known: dict[str, str] = {}
+    for name in filter(checkpoint.__contains__, first):
+        source = known.setdefault(first[name], name)
+        if source != name and not same_values(checkpoint[source], checkpoint[name]):
             module, _, key = name.rpartition(".")
             alone = nn.Parameter(torch.empty_like(model.get_parameter(name)))
             setattr(model.get_submodule(module), key, alone)

@@ -15,7 +15,14 @@ from mingle.options import OptionError
 from mingle.tasks.configs import broken
 
 _CLIP_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-_T5_FILES = (("tokenizer.json",), ("spiece.model",))
+_TEXT_FILES = (
+    ("tokenizer.json",),
+    ("vocab.txt",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+    ("tokenizer.model",),
+)
 #: a vocabulary with fewer tokens than this, special ones aside, cannot spell anything
 _FEWEST = 8
 _SAMPLE = "Is this a sentence? Yes, and here is another one."
@@ -39,22 +46,22 @@ def clip_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def t5_tokenizer(folder: str | Path, vocab_size: int) -> Any:
-    """The tokenizer of a T5 folder.
+def text_tokenizer(folder: str | Path, vocab_size: int) -> Any:
+    """The tokenizer of a language model's folder.
 
     Args:
         folder: a local folder in hub format.
         vocab_size: the number of the model's embeddings.
 
     Raises:
-        CheckpointError: no ``tokenizer.json`` and no ``spiece.model``, one of the tokenizer's files is
-            broken, it cannot read English text, or it has more tokens than the model has embeddings.  The
+        CheckpointError: no ``tokenizer.json`` and no vocabulary of another kind, one of the tokenizer's files
+            is broken, it cannot read English text, or it has more tokens than the model has embeddings.  The
             message names the file.
-        OptionError: ``spiece.model`` needs a package that is not installed.
+        OptionError: a model of sentencepiece needs a package that is not installed.
     """
     from transformers import AutoTokenizer
 
-    paths = check_tokenizer_files(Path(folder), *_T5_FILES)
+    paths = check_tokenizer_files(Path(folder), *_TEXT_FILES)
     if paths[0].suffix == ".model" and importlib.util.find_spec("sentencepiece") is None:
         raise OptionError(f"{paths[0]}: reading it needs sentencepiece: pip install sentencepiece protobuf")
     tokenizer = _loaded(

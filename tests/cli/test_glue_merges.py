@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 from mingle import suites
 from mingle.cli import main
 from mingle.suites import fusionbench, glyphs
-from mingle.tasks.t5 import T5Task
+from mingle.tasks.seq2seq import Seq2SeqTask
 
 BASE = "google/flan-t5-base"
 QQP, STSB, COLA = (f"tanganke/flan-t5-base_glue-{name}" for name in ("qqp", "stsb", "cola_lora-16"))
@@ -145,7 +145,7 @@ def test_check_merge_resume_eval_and_add(taught_hub, tmp_path, capsys):
     assert main(["add", str(out), "--name", "stsb", "--model", STSB]) == 0
     merged = manifest(out)
     assert (merged["task_type"], [task["name"] for task in merged["tasks"]]) == (
-        "t5",
+        "seq2seq",
         ["qqp", "cola", "stsb"],
     )
     assert [task["seed_samples"] for task in merged["tasks"]] == [20, 1, 6]
@@ -226,7 +226,7 @@ def test_models_and_samples_of_another_kind_are_refused(taught_hub, tmp_path, ca
     assert "suite 'glyphs4' is for clip models, but" in message(eval={"suite": "glyphs4"})
     assert "images' is for clip models, but" in message(eval={"suite": str(images.parents[1])})
     other = glyphs.DATA / "experts" / "greek-inverted"
-    assert "suite 'glue-8' is for t5 models, but" in message(
+    assert "suite 'glue-8' is for seq2seq models, but" in message(
         base=str(glyphs.BASE), experts={"qqp": str(other)}
     )
     assert f"expert 'qqp' ({other}): not a fine-tuned version of the base" in message(
@@ -254,6 +254,6 @@ def test_models_and_samples_of_another_kind_are_refused(taught_hub, tmp_path, ca
 
 def test_the_suite_s_numbers_are_read_from_words(taught_hub):
     data = suites.load("glue-8", protocol="official")["stsb"]
-    model = T5Task().load(taught_hub.snapshot(STSB))
-    outcomes = T5Task().outcomes(model, data.made())
+    model = Seq2SeqTask().load(taught_hub.snapshot(STSB))
+    outcomes = Seq2SeqTask().outcomes(model, data.made())
     assert outcomes.tolist() == [[score, score] for score in ROWS["stsb"]["label"]]

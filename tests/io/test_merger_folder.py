@@ -83,10 +83,16 @@ def test_broken_base_folders_are_refused(base_folder, tmp_path):
         mingle.Merger(copy("cut", lambda tensors: tensors.pop("logit_scale")), "average")
     with pytest.raises(CheckpointError, match=r"has shape \[16, 32\], config.json says \[24, 32\]"):
         mingle.Merger(copy("wide", config=lambda values: values.update(projection_dim=24)), "average")
-    with pytest.raises(
-        CheckpointError, match="config.json: unknown task type 'siglip': expected one of clip, t5"
-    ):
-        mingle.Merger(copy("other", config=lambda values: values.update(model_type="siglip")), "average")
+    with pytest.raises(CheckpointError, match="config.json: model_type: transformers .* knows no kind 'os'"):
+        mingle.Merger(copy("other", config=lambda values: values.update(model_type="os")), "average")
+    with pytest.raises(CheckpointError, match="config.json: EncodecModel: mingle has no task type for it"):
+        mingle.Merger(
+            copy(
+                "sound",
+                config=lambda values: values.update(model_type="encodec", architectures=["EncodecModel"]),
+            ),
+            "average",
+        )
     with pytest.raises(CheckpointError, match="nowhere"):
         mingle.Merger(tmp_path / "nowhere", "average")
 

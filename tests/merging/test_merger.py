@@ -133,14 +133,14 @@ def test_parameter_counts_of_the_paper():
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     from mingle.nn.inject import inject
-    from mingle.tasks.clip import ClipTask
+    from mingle.tasks.structure import find_structure
 
     with torch.device("meta"):
         tower = CLIPVisionModel(
             CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, patch_size=32)
         )
         tower.requires_grad_(False)
-        layers = inject(tower, ClipTask.layer_sets["full"])
+        layers = inject(tower, find_structure(tower, None).sets["full"])
         for layer in layers.values():
             for _ in range(8):
                 layer.add_expert(torch.empty(64, layer.in_features), torch.empty(layer.out_features, 64))

@@ -15,23 +15,16 @@ from mingle.methods import Arrival, get
 from mingle.methods.base import PlainMethod
 from mingle.methods.opcm import total_norm
 from mingle.methods.ties import trim_threshold
-from mingle.tasks import TaskData
+from mingle.tasks import TaskData, TaskType
 
 SHARED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
-class WholeModel:
-    """As much of a task type as these methods use."""
-
-    name, tower, layer_sets = "whole", "", {"nufilt": ("SelfAttention.q",)}
-
+class WholeModel(TaskType):
     def logits(self, model, data):
         return model(
             input_ids=data.inputs["input_ids"], decoder_input_ids=data.inputs["decoder_input_ids"]
         ).logits.flatten(0, 1)
-
-    def valid(self, data):
-        return None
 
 
 @pytest.fixture(scope="module")

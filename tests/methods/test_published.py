@@ -16,7 +16,7 @@ from mingle.runs.check import check
 from mingle.runs.settings import for_suite, known
 
 
-@pytest.mark.parametrize("task_type", ["clip", "t5"])
+@pytest.mark.parametrize("task_type", ["clip", "seq2seq"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_published_setting_is_an_option_the_method_takes(method, task_type):
     settings = published(method, task_type, 8)
@@ -34,7 +34,7 @@ def test_the_figures():
             0.1,
         ]
     assert published("magmax", "clip", 8) == {"scaling": 0.5}
-    vision, text = (published("mingle", task_type, 8) for task_type in ("clip", "t5"))
+    vision, text = (published("mingle", task_type, 8) for task_type in ("clip", "seq2seq"))
     assert (vision["lr"], vision["batch_size"], vision["steps"], vision["rank"]) == (1e-4, 16, 50, 64)
     assert (text["lr"], text["batch_size"], text["steps"], text["rank"]) == (1e-3, 8, 50, 64)
     assert published("mingle-seq", "clip", 11)["steps"] == 500
@@ -54,7 +54,7 @@ def test_what_is_not_known_has_no_published_settings():
 
 
 class Suite(dict):
-    task_type = "t5"
+    task_type = "seq2seq"
     request = SimpleNamespace(protocol="official")
 
     @property

@@ -166,12 +166,25 @@ def test_a_converted_pissa_adapter(base, x, tmp_path):
 
 
 def test_fan_in_fan_out_describes_the_base_only(tmp_path):
-    base = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
-    model = adapted(base, tmp_path, target_modules=["c_attn"], fan_in_fan_out=True)
+    """GPT-2 keeps its weights transposed; its adapters' factors are those of any layer."""
+    base = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=16, n_positions=8)).eval()
+    tokens = torch.randint(16, (2, 5))
+    targets = ["c_attn", "c_proj", "c_fc"]  # attn.c_proj is square
+    model = adapted(base, tmp_path, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM")
     name = "transformer.h.0.attn.c_attn"
     expert = mingle.read_adapter(tmp_path)[name]
     torch.testing.assert_close(
         expert.delta().T, model.base_model.model.get_submodule(name).get_delta_weight("default")
     )
-    with pytest.raises(ValueError, match=f"'{name}' is a Conv1D, not a torch.nn.Linear"):
-        mingle.add_adapter(base, tmp_path)
+    expected = model(tokens).logits
+    assert (expected - base(tokens).logits).abs().max() > 1e-3
+    layers = mingle.add_adapter(base, tmp_path)
+    assert len(layers) == 8
+    torch.testing.assert_close(base(tokens).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_expert_that_does_not_fit_a_conv1d():
+    base = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
+    expert = mingle.LowRankExpert(A=torch.zeros(2, 24), B=torch.zeros(8, 2))
+    with pytest.raises(ValueError, match=r"expected \[r, 8\] and \[24, r\]"):
+        mingle.add_adapter(base, {"transformer.h.0.attn.c_attn": expert})

@@ -61,7 +61,7 @@ def test_glue_prompts_are_padded_per_batch(glue_hub):
 def test_a_hundred_seeds_of_every_glue_task(glue_hub):
     for protocol, left in (("strict", 160), ("official", 260)):
         suite = suites.load("glue-8", protocol=protocol)
-        assert (suite.task_type, len(suite.seeds("qqp")), len(suite["qqp"])) == ("t5", 100, left)
+        assert (suite.task_type, len(suite.seeds("qqp")), len(suite["qqp"])) == ("seq2seq", 100, left)
         assert suite.seeds("qqp").labels is None
     assert [len(part) for part in (suites.load("glue-8").seeds("cola"), suites.load("glue-8")["cola"])] == [
         1,

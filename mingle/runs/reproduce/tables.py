@@ -8,7 +8,7 @@ from typing import Any
 
 from mingle import tasks
 from mingle.methods import METHODS
-from mingle.nn.inject import find_targets, present
+from mingle.nn.inject import find_targets
 from mingle.options import OptionError, nearest
 from mingle.runs.reproduce import paper
 from mingle.suites import Suite
@@ -126,10 +126,11 @@ def _samples(suite: Suite, names: Sequence[str]) -> list[Row]:
 def _layers_and_rank(suite: Suite, names: Sequence[str]) -> list[Row]:
     """The task type's layer sets, each with every rank up to the largest that its matrices allow."""
     task, rows = tasks.get(suite.task_type), []
-    tower = task.skeleton(suite.base).get_submodule(task.tower)
+    model = task.skeleton(suite.base)
+    tower, structure = model.get_submodule(task.tower(model)), task.structure(model)
     for name in names:
-        for layers in filter(task.layer_sets.get, _LAYER_SETS):
-            targets = present(tower, task.layer_sets[layers])
+        for layers in filter(structure.sets.get, _LAYER_SETS):
+            targets = structure.sets[layers]
             largest = max(min(layer.weight.shape) for layer in find_targets(tower, targets).values())
             for rank in sorted({min(rank, largest) for rank in (*_RANKS, largest)}):
                 series = _label(name, names, layers)

@@ -41,7 +41,7 @@ def _glue(name: str, base: Path | None, request: SeedRequest, revisions: hub.Rev
     root = _base(base, GLUE_BASE, revisions)
     samples = {task: GlueSamples(task, root, revisions) for task in GLUE_TASKS}
     models = {task: f"{_tuned(GLUE_BASE)}_glue-{task}{GLUE_SUITES[name]}" for task in GLUE_TASKS}
-    return _suite(name, "t5", root, samples, models, replace(request, total=SEEDS), revisions)
+    return _suite(name, "seq2seq", root, samples, models, replace(request, total=SEEDS), revisions)
 
 
 def _base(given: Path | None, model: str, revisions: hub.Revisions) -> Callable[[], Path]:

@@ -17,8 +17,8 @@ from mingle.suites.fusionbench.loading import Split
 from mingle.suites.protocol import Labels
 from mingle.tasks import TaskData
 from mingle.tasks.lazy import LazyInputs
-from mingle.tasks.t5 import T5Task
-from mingle.tasks.tokenizer import t5_tokenizer
+from mingle.tasks.seq2seq import Seq2SeqTask
+from mingle.tasks.tokenizer import text_tokenizer
 
 #: seed samples of a task, as published
 SEEDS = 100
@@ -63,8 +63,8 @@ class GlueSamples:
     def tokenizer(self) -> Any:
         """The base's tokenizer, which has an embedding for each of its tokens."""
         folder = self.base()
-        model: Any = T5Task().skeleton(folder)
-        return t5_tokenizer(folder, model.config.vocab_size)
+        model: Any = Seq2SeqTask().skeleton(folder)
+        return text_tokenizer(folder, model.config.vocab_size)
 
     def counted(self) -> Labels:
         """A row for each sample: the answers are not classes."""

@@ -1,31 +1,28 @@
-"""Text to text with Flan-T5: the whole model is fine-tuned, and answers are generated."""
+"""Text to text with T5, BART and their kind: the whole model is merged, and answers are generated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mingle.nn.linear import MingleLinear
-from mingle.tasks import TaskData
-from mingle.tasks.loading import HubModel
+from mingle.tasks.base import TaskType, required_labels
+from mingle.tasks.classification import auto_class
+from mingle.tasks.data import TaskData
+from mingle.tasks.masks import answer_mask
+from mingle.tasks.structure import Structure
 
 #: tokens of an answer, the start token included, as published
 ANSWER_TOKENS = 10
 _BATCH = 128  # samples in one pass that generates
-_SELF = tuple(f"SelfAttention.{part}" for part in "qkvo")
-_CROSS = tuple(f"EncDecAttention.{part}" for part in "qkvo")
-#: gated feed-forward layers, as T5 v1.1 and Flan-T5 have them, or those of the first T5
-_INNER = ("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wi")
 
 
-class T5Task(HubModel):
-    """The task type ``t5``: any `transformers.T5ForConditionalGeneration`, Flan-T5 or earlier.
+class Seq2SeqTask(TaskType):
+    """The task type ``seq2seq``, also called ``t5``: any model of a class ``AutoModelForSeq2SeqLM``.
 
     Samples are mappings with ``input_ids`` and ``attention_mask`` [n, S], and for evaluation ``labels``
     [n, L], the tokens of the answers followed by pad tokens.  Adaptation compares models along the fine-tuned
@@ -36,24 +33,17 @@ class T5Task(HubModel):
     answer would see tokens that are still to come, and with a key-value cache it would see a single token.
     """
 
-    name = "t5"
-    tower = ""
-    blocks = "encoder.block"
-    prefixes: tuple[str, ...] = ()
-    config_part = ""
-    #: The published layers are attention and the inner feed-forward layers.
-    layer_sets: Mapping[str, tuple[str, ...]] = {
-        "full": (*_SELF, *_CROSS, *_INNER),
-        "light": (*_SELF[:3], *_CROSS[:3], *_INNER),
-        "nufilt": (*_SELF, *_CROSS, *_INNER, "DenseReluDense.wo"),
-        "attention": (*_SELF, *_CROSS),
-        "mlp": (*_INNER, "DenseReluDense.wo"),
+    name = "seq2seq"
+    #: attention and the inner feed-forward layers of T5, gated as in Flan-T5 or not
+    published_sets: ClassVar = {
+        "full": (
+            *(f"{kind}.{part}" for kind in ("SelfAttention", "EncDecAttention") for part in "qkvo"),
+            *(f"DenseReluDense.{layer}" for layer in ("wi_0", "wi_1", "wi")),
+        )
     }
 
-    def classes(self) -> tuple[type[Any], type[Any]]:
-        from transformers import T5Config, T5ForConditionalGeneration
-
-        return T5ForConditionalGeneration, T5Config
+    def model_class(self, config: Mapping[str, Any]) -> type[Any]:
+        return auto_class("AutoModelForSeq2SeqLM", config, "an encoder and a decoder")
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples as `TaskData`.
@@ -64,7 +54,9 @@ class T5Task(HubModel):
         if not isinstance(given, TaskData):
             for key in ("input_ids", "attention_mask"):
                 if key not in given:
-                    raise ValueError(f"the samples of a t5 task need {key!r}; got {', '.join(given)}")
+                    raise ValueError(
+                        f"the samples of a {self.name} task need {key!r}; got {', '.join(given)}"
+                    )
             given = TaskData(
                 {key: given[key] for key in ("input_ids", "attention_mask")}, {}, given.get("labels")
             )
@@ -79,9 +71,9 @@ class T5Task(HubModel):
             raise ValueError(f"labels {list(given.labels.shape)}: expected {expected}")
         return given
 
-    def reduce_for(self, layer: str, reduce: str) -> str:
+    def reduce_for(self, structure: Structure, layer: str, reduce: str) -> str:
         """``token`` for layers that see the decoder's tokens."""
-        return reduce if _sees_encoder(layer) else "token"
+        return reduce if structure.sees_first(layer) else "token"
 
     @torch.no_grad()
     def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
@@ -108,7 +100,7 @@ class T5Task(HubModel):
         decoder_ids = inputs.get("decoder_input_ids")
         if decoder_ids is None:
             decoder_ids = inputs["input_ids"].new_full((len(data), 1), t5.config.decoder_start_token_id)
-        with _masked(model, inputs["attention_mask"].bool(), _counted(inputs)):
+        with answer_mask(_counted(inputs)):
             result: Tensor = t5(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
@@ -126,10 +118,8 @@ class T5Task(HubModel):
 
         Text that is not a finite number counts as 0.
         """
-        if data.labels is None:
-            raise ValueError("these samples have no labels to compare with")
-        config: Any = model.config
-        answers = _padded([self._answers(model, data)[:, 1:].cpu(), data.labels.cpu()], config.pad_token_id)
+        labels, config = required_labels(data), cast(Any, model).config
+        answers = _padded([self._answers(model, data)[:, 1:].cpu(), labels.cpu()], config.pad_token_id)
         given, wanted = (
             tokens.where((tokens == config.eos_token_id).cumsum(1) == 0, config.pad_token_id)
             for tokens in answers
@@ -147,34 +137,15 @@ class T5Task(HubModel):
         """Greedy answers [n, ≤ 10], the start token first."""
         t5: Any = model
         ids, mask = (data.inputs[name].to(t5.device) for name in ("input_ids", "attention_mask"))
-        with _masked(model, mask.bool(), None):
-            answers: Tensor = t5.generate(
-                input_ids=ids, attention_mask=mask, max_length=ANSWER_TOKENS, do_sample=False, num_beams=1
-            )
+        answers: Tensor = t5.generate(
+            input_ids=ids, attention_mask=mask, max_length=ANSWER_TOKENS, do_sample=False, num_beams=1
+        )
         return answers
 
 
 def _counted(inputs: Mapping[str, Tensor]) -> Tensor | None:
     mask = inputs.get("decoder_attention_mask")
     return None if mask is None else mask.bool()
-
-
-def _sees_encoder(layer: str) -> bool:
-    """Whether a layer sees the encoder's tokens: the encoder's own, and cross-attention's keys and values."""
-    return layer.startswith("encoder.") or layer.endswith(("EncDecAttention.k", "EncDecAttention.v"))
-
-
-@contextmanager
-def _masked(model: nn.Module, encoder: Tensor, decoder: Tensor | None) -> Iterator[None]:
-    """While the block runs, the injected layers know which of their tokens are padding."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MingleLinear)}
-    try:
-        for name, layer in layers.items():
-            layer.token_mask = encoder if _sees_encoder(name) else decoder
-        yield
-    finally:
-        for layer in layers.values():
-            layer.token_mask = None
 
 
 def _padded(parts: list[Tensor], pad: int) -> list[Tensor]:

@@ -1,0 +1,162 @@
+"""Causal language models: answers follow their prompts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mingle.tasks.base import TaskType, required_labels
+from mingle.tasks.classification import auto_class, check_tokens, with_mask
+from mingle.tasks.data import TaskData
+from mingle.tasks.structure import Structure
+
+#: the most tokens of an answer that is generated
+ANSWER_TOKENS = 32
+_BATCH = 32  # samples in one pass that generates
+#: in the place of a token where there is none
+_NONE = -100
+
+
+class CausalLmTask(TaskType):
+    """The task type ``causal-lm``: any model of a class ``AutoModelForCausalLM``.
+
+    Samples are mappings with ``input_ids`` and ``attention_mask`` [n, S], padded on either side: prompts, or
+    prompts with answers where ``answer_mask`` [n, S] marks the tokens of the answers.  For evaluation there
+    are ``labels`` [n, L], the tokens of answers to prompts, followed by pad tokens.
+
+    Adaptation compares models at the tokens of the given answers, or else along the fine-tuned model's own
+    greedy answers, which `prepared` adds.  All gates are ``token`` gates, or given by a router: the mean over
+    a sample would see tokens that are still to come.
+    """
+
+    name = "causal-lm"
+
+    def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
+        """Samples as `TaskData`.
+
+        Raises:
+            ValueError: a missing key, or shapes that do not fit; the message names the key.
+        """
+        given = with_mask(given)
+        if not isinstance(given, TaskData):
+            if "input_ids" not in given:
+                found = ", ".join(given) or "nothing"
+                raise ValueError(f"the samples of a {self.name} task need 'input_ids'; got {found}")
+            names = ("input_ids", "attention_mask", "answer_mask")
+            given = TaskData({key: given[key] for key in names if key in given}, {}, given.get("labels"))
+        first = given.select(slice(0, 1)).inputs
+        check_tokens(first)
+        if "answer_mask" in first and first["answer_mask"].shape != first["input_ids"].shape:
+            found = f"{list(first['answer_mask'].shape)} and input_ids {list(first['input_ids'].shape)}"
+            raise ValueError(f"answer_mask {found}: expected [n, S] for both")
+        if given.labels is not None and len(given.labels) != len(given):
+            raise ValueError(f"labels {list(given.labels.shape)}: expected one row for each of {len(given)}")
+        return given
+
+    def model_class(self, config: Mapping[str, Any]) -> type[Any]:
+        return auto_class("AutoModelForCausalLM", config, "a head for a vocabulary")
+
+    def reduce_for(self, structure: Structure, layer: str, reduce: str) -> str:
+        """``token`` in all layers."""
+        return "token"
+
+    @torch.no_grad()
+    def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
+        """The seed samples with answers: their own, or else the fine-tuned model's greedy ones."""
+        if "answer_mask" in seeds.inputs:
+            return seeds
+        model: Any = teacher()
+        seeds = seeds.to(model.device)
+        parts = [self._answered(model, batch) for batch in seeds.batches(_BATCH)]
+        length = max(ids.shape[1] for ids, _, _ in parts)
+        joined = [
+            torch.cat([F.pad(part, (0, length - part.shape[1])) for part in kind])
+            for kind in zip(*parts, strict=True)
+        ]
+        names = ("input_ids", "attention_mask", "answer_mask")
+        return replace(seeds, inputs=dict(zip(names, joined, strict=True)), labels=None)
+
+    def logits(self, model: nn.Module, data: TaskData) -> Tensor:
+        """Scores of the vocabulary after every token but the last, [n, S − 1, V]; see `valid`."""
+        lm: Any = model
+        ids, mask = (data.inputs[name].to(lm.device) for name in ("input_ids", "attention_mask"))
+        given = {"position_ids": positions(mask)} if _takes_positions(lm) else {}
+        result: Tensor = lm(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
+        return result[:, :-1]
+
+    def valid(self, data: TaskData) -> Tensor | None:
+        """The positions before the answers' tokens, bool [n, S − 1]; without answers, before any token."""
+        counted = data.inputs.get("answer_mask", data.inputs["attention_mask"]).bool()
+        return counted[:, 1:] & data.inputs["attention_mask"][:, :-1].bool()
+
+    def outcomes(self, model: nn.Module, data: TaskData) -> Tensor:
+        """Whether the greedy answers to the prompts are those wanted, token by token, [n]."""
+        wanted, (ends, pad) = required_labels(data).cpu(), _ends(model)
+        ids, _, counted = (part.cpu() for part in self._answered(model, data, wanted.shape[1]))
+        given = ids.where(counted.bool(), _NONE)[:, data.inputs["input_ids"].shape[1] :]
+        length = max(given.shape[1], wanted.shape[1])
+        cut = [
+            _cut(F.pad(part, (0, length - part.shape[1]), value=_NONE), ends)
+            for part in (given, wanted.where(wanted != pad, _NONE))
+        ]
+        return (cut[0] == cut[1]).all(1).double()
+
+    def _answered(
+        self, model: nn.Module, data: TaskData, length: int = ANSWER_TOKENS
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompts, padded on the left, and greedy answers: token ids, what is not padding, what is answer.
+
+        Each is int64 [n, S + L] with L ≤ `length`; the token that ends an answer is part of it.
+        """
+        lm: Any = model
+        ids, mask = (data.inputs[name].to(lm.device) for name in ("input_ids", "attention_mask"))
+        order = mask.long().argsort(dim=1, stable=True)  # padding first, wherever it was
+        ids, mask = ids.gather(1, order), mask.long().gather(1, order)
+        ends, pad = _ends(model)
+        answered: Tensor = lm.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=length,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+        )
+        answers = answered[:, ids.shape[1] :]
+        over = torch.isin(answers, torch.tensor(ends, device=answers.device)).long()
+        counted = (over.cumsum(1) - over == 0).long()
+        return answered, torch.cat([mask, counted], 1), torch.cat([torch.zeros_like(mask), counted], 1)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """The position of every token in its sample, [n, S], which padding on the left does not move.
+
+    Args:
+        mask: [n, S], not 0 for tokens that count.
+    """
+    return (mask.long().cumsum(1) - 1).clamp_min(0)
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _ends(model: nn.Module) -> tuple[list[int], int]:
+    """The tokens that end an answer, and the one that fills up what follows it."""
+    lm: Any = model
+    settings = getattr(lm, "generation_config", None) or lm.config
+    end = settings.eos_token_id if settings.eos_token_id is not None else lm.config.eos_token_id
+    ends = [end] if isinstance(end, int) else list(end or [])
+    pad = settings.pad_token_id if settings.pad_token_id is not None else lm.config.pad_token_id
+    return ends, pad if isinstance(pad, int) else ends[0] if ends else 0
+
+
+def _cut(tokens: Tensor, ends: list[int]) -> Tensor:
+    """Answers [n, L] without what follows the first token that ends them, or that is none."""
+    over = torch.isin(tokens, torch.tensor([*ends, _NONE])).cumsum(1) > 0
+    return tokens.where(~over, _NONE)

@@ -1,0 +1,149 @@
+"""Classifiers of images and of texts: a transformer that is merged, and a head for every task."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mingle.tasks.base import TaskType
+from mingle.tasks.data import TaskData
+from mingle.tasks.loading import absent
+
+
+class ClassificationTask(TaskType):
+    """Any model of a class ``AutoModelFor…Classification``.
+
+    What such a model has beside its transformer is its head.  Each task keeps its own, of any number of
+    classes; `mingle.Merger.model_for` puts it into the merged model.  So do parts of the transformer that the
+    base's checkpoint lacks, such as a pooler that pre-training did not use: fine-tuning has made them up.
+    """
+
+    #: what samples need, and may have
+    needed: ClassVar[str]
+    others: ClassVar[tuple[str, ...]] = ()
+    #: the name in transformers of the class that finds the model class
+    auto: ClassVar[str]
+
+    @abstractmethod
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise `ValueError` for one row of inputs of a wrong shape."""
+
+    def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
+        """Samples as `TaskData`.
+
+        Raises:
+            ValueError: a missing key, shapes that do not fit, or labels that are not one per sample; the
+                message names the key.
+        """
+        if not isinstance(given, TaskData):
+            if self.needed not in given:
+                found = ", ".join(given) or "nothing"
+                raise ValueError(f"the samples of a {self.name} task need {self.needed!r}; got {found}")
+            known = (self.needed, *self.others)
+            given = TaskData({key: given[key] for key in known if key in given}, {}, given.get("labels"))
+        self.check_inputs(given.select(slice(0, 1)).inputs)
+        if given.labels is not None and given.labels.shape != (len(given),):
+            shape = list(given.labels.shape)
+            raise ValueError(f"labels {shape}: expected [{len(given)}], one per sample")
+        return given
+
+    def logits(self, model: nn.Module, data: TaskData) -> Tensor:
+        """The scores of the classes of the head that is in the model, [n, C]."""
+        device = next(model.parameters()).device
+        result: Tensor = model(**{name: tensor.to(device) for name, tensor in data.inputs.items()}).logits
+        return result
+
+    def tower(self, model: nn.Module) -> str:
+        prefix: str = getattr(model, "base_model_prefix", "")
+        return prefix if prefix and hasattr(model, prefix) else ""
+
+    def heads(self, model: nn.Module) -> tuple[str, ...]:
+        inside, missing = f"{self.tower(model)}.", absent(model)
+        return tuple(name for name in model.state_dict() if not name.startswith(inside) or name in missing)
+
+    def optional(self, model: nn.Module) -> tuple[str, ...]:
+        inside = f"{self.tower(model)}."
+        return tuple(name for name in model.state_dict() if not name.startswith(inside) or "pooler." in name)
+
+    def model_class(self, config: Mapping[str, Any]) -> type[Any]:
+        """The class with a head for this kind of model, whatever head its own class has."""
+        return auto_class(self.auto, config, f"a {self.name} head")
+
+
+def auto_class(auto: str, config: Mapping[str, Any], what: str) -> type[Any]:
+    """The class in transformers that one of its auto-classes finds for a ``config.json``.
+
+    Args:
+        auto: the name of the auto-class.
+        config: the configuration.
+        what: the model has in such a class, for the message.
+
+    Raises:
+        ValueError: transformers does not know this kind of model, or has no such class for it.
+    """
+    import transformers
+
+    kind = config["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(f"model_type: transformers {transformers.__version__} knows no kind {kind!r}")
+    mapping = getattr(transformers, auto)._model_mapping
+    config_class = transformers.CONFIG_MAPPING[kind]
+    if config_class not in mapping:
+        raise ValueError(f"model_type: transformers has no {kind!r} with {what}")
+    found = mapping[config_class]
+    result: type[Any] = found[0] if isinstance(found, tuple) else found
+    return result
+
+
+class ImageClassificationTask(ClassificationTask):
+    """The task type ``image-classification``: samples have ``pixel_values`` [n, 3, H, W]."""
+
+    name = "image-classification"
+    needed = "pixel_values"
+    auto = "AutoModelForImageClassification"
+
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        pixels = inputs["pixel_values"]
+        if pixels.dim() != 4:
+            raise ValueError(f"pixel_values {list(pixels.shape)}: expected [n, 3, H, W]")
+
+
+class TextClassificationTask(ClassificationTask):
+    """The task type ``text-classification``.
+
+    Samples have ``input_ids`` and ``attention_mask`` [n, L], and ``token_type_ids`` where the model has them.
+    """
+
+    name = "text-classification"
+    needed = "input_ids"
+    others = ("attention_mask", "token_type_ids")
+    auto = "AutoModelForSequenceClassification"
+
+    def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
+        return super().data(with_mask(given))
+
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        check_tokens(inputs)
+
+
+def with_mask(given: TaskData | Mapping[str, Any]) -> TaskData | Mapping[str, Any]:
+    """Samples with an ``attention_mask``: where there is none, every token counts."""
+    if isinstance(given, TaskData) or "attention_mask" in given or "input_ids" not in given:
+        return given
+    return {**given, "attention_mask": torch.ones_like(given["input_ids"])}
+
+
+def check_tokens(inputs: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless token ids and all that belongs to them are [n, L]."""
+    ids = inputs["input_ids"]
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"input_ids {list(ids.shape)} of {ids.dtype}: expected whole numbers [n, L]")
+    for name in ("attention_mask", "token_type_ids"):
+        if name in inputs and inputs[name].shape != ids.shape:
+            raise ValueError(
+                f"{name} {list(inputs[name].shape)} and input_ids {list(ids.shape)}: expected [n, L] for both"
+            )

@@ -1,0 +1,62 @@
+"""Samples of one task, as tensors or made batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from mingle.tasks.lazy import LazyInputs
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Samples of one task.
+
+    Attributes:
+        inputs: tensors with one row per sample, by the model's own argument names; `LazyInputs` makes them
+            batch by batch.
+        shared: tensors that all samples share, such as the text embeddings of the classes.
+        labels: targets [n], or tokens of answers [n, L], or None where there are none; adaptation never reads
+            them.
+        metric: what is measured on them, ``accuracy`` or ``spearman``.
+        decode: tokens [n, L] → n texts, for a metric that reads the answers as text.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    labels: torch.Tensor | None = None
+    metric: str = "accuracy"
+    decode: Callable[[torch.Tensor], list[str]] | None = None
+
+    def __len__(self) -> int:
+        return len(
+            self.inputs.rows if isinstance(self.inputs, LazyInputs) else next(iter(self.inputs.values()))
+        )
+
+    def select(self, index: torch.Tensor | slice) -> TaskData:
+        """The samples at `index`, a slice or an int64 tensor."""
+        labels = None if self.labels is None else self.labels[index]
+        if isinstance(self.inputs, LazyInputs):
+            return replace(self, inputs=self.inputs.select(index), labels=labels)
+        return replace(
+            self, inputs={name: tensor[index] for name, tensor in self.inputs.items()}, labels=labels
+        )
+
+    def made(self) -> TaskData:
+        """The same samples with all their inputs in memory."""
+        return replace(self, inputs=self.inputs.made()) if isinstance(self.inputs, LazyInputs) else self
+
+    def to(self, device: torch.device) -> TaskData:
+        """The same samples, in memory, on a device; labels stay where they are."""
+        inputs, shared = (
+            {name: tensor.to(device) for name, tensor in part.items()}
+            for part in (self.made().inputs, self.shared)
+        )
+        return replace(self, inputs=inputs, shared=shared)
+
+    def batches(self, size: int) -> Iterator[TaskData]:
+        """Consecutive batches of at most `size` samples in memory, in order."""
+        for start in range(0, len(self), size):
+            yield self.select(slice(start, start + size)).made()

@@ -1,0 +1,92 @@
+"""Which kind of model a base is: by what its configuration says of it, and by the head that it has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mingle.io.files import CheckpointError, contained
+from mingle.options import shown
+from mingle.tasks.configs import CONFIG, read_config
+
+logger = logging.getLogger(__name__)
+
+#: endings of the names of classes in transformers → the task type of such models
+_HEADS = {
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForConditionalGeneration": "seq2seq",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+}
+
+
+def kind_of(model: nn.Module | str | Path) -> str:
+    """The name of the task type of a base model, a module or a local folder in hub format.
+
+    Raises:
+        CheckpointError: a folder without a readable configuration, or with one of an unknown kind of model.
+        ValueError: a module of an unknown kind.
+    """
+    if isinstance(model, nn.Module):
+        config: Any = getattr(model, "config", None)
+        if not hasattr(config, "model_type"):
+            raise ValueError(
+                f"{type(model).__name__} is not a model of transformers: give a task_type of your own, see "
+                "mingle.tasks.TaskType"
+            )
+        return _kind(config.to_dict() | {"architectures": [type(model).__name__]}, type(model).__name__)
+    folder = Path(model)
+    config = read_config(folder)
+    if (folder / "modules.json").exists():
+        contained(folder, "modules.json")
+        return "sentence-encoder"
+    try:
+        return _kind(config, str(folder))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+
+
+def _kind(config: Mapping[str, Any], where: str) -> str:
+    import transformers
+
+    kind = config["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"model_type: transformers {transformers.__version__} knows no kind {shown(kind)} without code "
+            "from elsewhere; for a model of your own give a task_type, see mingle.tasks.TaskType"
+        )
+    config_class = transformers.CONFIG_MAPPING[kind]
+    names = config.get("architectures") or []
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    known: dict[str, Any] = {
+        "clip": transformers.AutoModelForZeroShotImageClassification,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "text-classification": transformers.AutoModelForSequenceClassification,
+        "image-classification": transformers.AutoModelForImageClassification,
+        "sentence-encoder": transformers.AutoModelForMaskedLM,
+        "causal-lm": transformers.AutoModelForCausalLM,
+    }
+    possible = [task for task, auto in known.items() if config_class in auto._model_mapping]
+    for ending, task in _HEADS.items():
+        if name.endswith(ending) and task in possible:
+            return task
+    # Without a head that decides: two towers, or an encoder with a decoder, before parts of either.
+    for task in ("clip", "seq2seq", "sentence-encoder", "causal-lm", "image-classification"):
+        if task in possible:
+            if task == "sentence-encoder" and "text-classification" in possible:
+                logger.info(
+                    "%s: %s has no head of a classifier and is taken for a sentence-encoder; say "
+                    "task_type='text-classification' where heads come with the fine-tuned models",
+                    where,
+                    name or kind,
+                )
+            return task
+    raise ValueError(
+        f"{name or kind}: mingle has no task type for it (known are {', '.join(known)}); give one of your "
+        "own, see mingle.tasks.TaskType"
+    )

@@ -1,0 +1,154 @@
+"""Merging models whose experts are packed: as if every expert's matrix were a tensor of its own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from bare_methods import BareTask, merged, tuned_states
+from torch import nn
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from mingle.merging.finetuned import FineTuned
+from mingle.methods.nufilt import NufiltOptions, updates
+from mingle.methods.opcm import OpcmOptions, opcm_step
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TASK = BareTask(full=ATTENTION, nufilt=ATTENTION)
+NUFILT = dict(r_p=3, r_v=2, r_l=4, steps=10)
+SIZES = dict(
+    hidden_size=16,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    vocab_size=32,
+)
+MODELS = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES)),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=10, **SIZES)
+    ),
+    "gpt-oss": lambda: GptOssForCausalLM(GptOssConfig(num_local_experts=4, num_experts_per_tok=2, **SIZES)),
+}
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base(kind):
+    torch.manual_seed(0)
+    return MODELS[kind]().double().eval()
+
+
+@pytest.fixture(scope="module")
+def states(base):
+    """Three fine-tuned models; the second left expert 1 of every layer as it was."""
+    states, before = tuned_states(base), base.state_dict()
+    for name, tensor in states[1].items():
+        if tensor.dim() == 3:
+            tensor[1] = before[name][1]
+    return states
+
+
+@pytest.fixture(scope="module")
+def apart(kind):
+    """A state with one matrix [d_out, d_in] per expert; gpt-oss keeps them the other way round."""
+
+    def split(state):
+        found = {}
+        for name, tensor in state.items():
+            if tensor.dim() == 3:
+                turned = tensor.mT if kind == "gpt-oss" else tensor
+                found |= {f"{name}.{i}": matrix for i, matrix in enumerate(turned)}
+            else:
+                found[name] = tensor
+        return found
+
+    return split
+
+
+@pytest.fixture(scope="module")
+def linear(base, apart):
+    """The names of all matrices that linear layers multiply by."""
+    names = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    packed = {name: tensor for name, tensor in base.state_dict().items() if tensor.dim() == 3}
+    return names | apart(packed).keys()
+
+
+def assert_same(found, expected):
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).norm() <= 1e-9 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("drop_diagonal", [False, True])
+def test_opcm(base, states, apart, linear, drop_diagonal):
+    method = merged("opcm", base, states, TASK, drop_diagonal=drop_diagonal)
+    start, options = apart(base.state_dict()), OpcmOptions(drop_diagonal=drop_diagonal)
+    vector, state = {name: torch.zeros_like(tensor) for name, tensor in start.items()}, {}
+    for step, tuned in enumerate(map(apart, states)):
+        delta = {name: tuned[name] - tensor for name, tensor in start.items()}
+        vector, state = opcm_step(vector, delta, state, step, linear, options)
+    assert_same(apart(method.merged), {name: tensor + vector[name] for name, tensor in start.items()})
+    assert_same(apart(method.model.state_dict()), apart(method.merged))
+
+
+def test_opcm_projects_experts(base, states):
+    """Or the test above could pass without a projection anywhere."""
+    found, without = (merged("opcm", base, states, TASK, alpha=alpha).merged for alpha in (0.5, 0.0))
+    packed = [name for name, tensor in found.items() if tensor.dim() == 3]
+    assert len(packed) == 4
+    assert all(not torch.allclose(found[name], without[name], atol=1e-4) for name in packed)
+
+
+def test_nufilt(base, states, apart, linear):
+    method = merged("nufilt", base, states, TASK, **NUFILT)
+    names = {name for name in linear if "lm_head" not in name}
+    start = {name: tensor for name, tensor in apart(base.state_dict()).items() if name in names}
+    total = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+    for seed, tuned in enumerate(map(apart, states)):
+        deltas = {name: tuned[name] - tensor for name, tensor in start.items()}
+        added = updates(deltas, total, NufiltOptions(**NUFILT), seed)
+        total = {name: total[name] + added[name] for name in start}
+    found = apart(method.merged)
+    assert_same(found, {name: tensor + total[name] for name, tensor in start.items()})
+    assert all(torch.equal(found[n], t) for n, t in apart(base.state_dict()).items() if n not in names)
+
+
+def test_nufilt_on_chosen_experts(base, states):
+    method = merged("nufilt", base, states, TASK, layers=("experts.down_proj",), **NUFILT)
+    expected = [f"model.layers.{i}.mlp.experts.down_proj" for i in range(2)]
+    before, after = base.state_dict(), method.model.state_dict()
+    assert method.merges() == expected
+    assert [name for name, tensor in before.items() if not torch.equal(after[name], tensor)] == expected
+
+
+def test_gated_methods_leave_them_to_the_base_and_say_so(base, states):
+    method = merged("mingle", base, states[:1], TASK, gates="static", rank=2)
+    layers = {f"model.layers.{i}.self_attn.{name}.weight" for i in range(2) for name in ATTENTION}
+    assert set(method.merges()) == layers
+    (line,) = FineTuned(states[0], base, TASK).left(method.merges())
+    assert line.startswith("changed by fine-tuning and left as in the base: ")
+    assert "model.layers.*.mlp.experts.gate_up_proj (2 tensors)" in line
+
+
+def test_of_experts_alone_the_line_names_just_them(base):
+    tuned = copy.deepcopy(base.state_dict())
+    for tensor in tuned.values():
+        if tensor.dim() == 3:
+            tensor += 1
+    (line,) = FineTuned(tuned, base, TASK).left([])
+    experts = [f"model.layers.*.mlp.experts.{part}_proj (2 tensors)" for part in ("gate_up", "down")]
+    assert line == f"changed by fine-tuning and left as in the base: {', '.join(experts)}"
