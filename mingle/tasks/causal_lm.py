@@ -119,6 +119,13 @@ class CausalLmTask(TaskType):
         order = mask.long().argsort(dim=1, stable=True)  # padding first, wherever it was
         ids, mask = ids.gather(1, order), mask.long().gather(1, order)
         ends, pad = _ends(model)
+        room = getattr(lm.config, "max_position_embeddings", None)
+        if room is not None and ids.shape[1] + length > room:
+            length = room - ids.shape[1]
+            if length < 1:
+                raise ValueError(
+                    f"prompts of {ids.shape[1]} tokens leave no room for answers: the model has {room} positions"
+                )
         answered: Tensor = lm.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -22,7 +22,6 @@ from mingle.methods.nufilt import NufiltOptions, updates
 from mingle.methods.opcm import OpcmOptions, opcm_step
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-TASK = BareTask(full=ATTENTION, nufilt=ATTENTION)
 NUFILT = dict(r_p=3, r_v=2, r_l=4, steps=10)
 SIZES = dict(
     hidden_size=16,
@@ -95,7 +94,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("drop_diagonal", [False, True])
 def test_opcm(base, states, apart, linear, drop_diagonal):
-    method = merged("opcm", base, states, TASK, drop_diagonal=drop_diagonal)
+    method = merged("opcm", base, states, drop_diagonal=drop_diagonal)
     start, options = apart(base.state_dict()), OpcmOptions(drop_diagonal=drop_diagonal)
     vector, state = {name: torch.zeros_like(tensor) for name, tensor in start.items()}, {}
     for step, tuned in enumerate(map(apart, states)):
@@ -107,14 +106,14 @@ def test_opcm(base, states, apart, linear, drop_diagonal):
 
 def test_opcm_projects_experts(base, states):
     """Or the test above could pass without a projection anywhere."""
-    found, without = (merged("opcm", base, states, TASK, alpha=alpha).merged for alpha in (0.5, 0.0))
+    found, without = (merged("opcm", base, states, alpha=alpha).merged for alpha in (0.5, 0.0))
     packed = [name for name, tensor in found.items() if tensor.dim() == 3]
     assert len(packed) == 4
     assert all(not torch.allclose(found[name], without[name], atol=1e-4) for name in packed)
 
 
 def test_nufilt(base, states, apart, linear):
-    method = merged("nufilt", base, states, TASK, **NUFILT)
+    method = merged("nufilt", base, states, **NUFILT)
     names = {name for name in linear if "lm_head" not in name}
     start = {name: tensor for name, tensor in apart(base.state_dict()).items() if name in names}
     total = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
@@ -128,7 +127,7 @@ def test_nufilt(base, states, apart, linear):
 
 
 def test_nufilt_on_chosen_experts(base, states):
-    method = merged("nufilt", base, states, TASK, layers=("experts.down_proj",), **NUFILT)
+    method = merged("nufilt", base, states, layers=("experts.down_proj",), **NUFILT)
     expected = [f"model.layers.{i}.mlp.experts.down_proj" for i in range(2)]
     before, after = base.state_dict(), method.model.state_dict()
     assert method.merges() == expected
@@ -136,10 +135,10 @@ def test_nufilt_on_chosen_experts(base, states):
 
 
 def test_gated_methods_leave_them_to_the_base_and_say_so(base, states):
-    method = merged("mingle", base, states[:1], TASK, gates="static", rank=2)
+    method = merged("mingle", base, states[:1], gates="static", rank=2)
     layers = {f"model.layers.{i}.self_attn.{name}.weight" for i in range(2) for name in ATTENTION}
     assert set(method.merges()) == layers
-    (line,) = FineTuned(states[0], base, TASK).left(method.merges())
+    (line,) = FineTuned(states[0], base, BareTask()).left(method.merges())
     assert line.startswith("changed by fine-tuning and left as in the base: ")
     assert "model.layers.*.mlp.experts.gate_up_proj (2 tensors)" in line
 
@@ -149,6 +148,6 @@ def test_of_experts_alone_the_line_names_just_them(base):
     for tensor in tuned.values():
         if tensor.dim() == 3:
             tensor += 1
-    (line,) = FineTuned(tuned, base, TASK).left([])
+    (line,) = FineTuned(tuned, base, BareTask()).left([])
     experts = [f"model.layers.*.mlp.experts.{part}_proj (2 tensors)" for part in ("gate_up", "down")]
     assert line == f"changed by fine-tuning and left as in the base: {', '.join(experts)}"

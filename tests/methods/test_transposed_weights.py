@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from bare_methods import BareTask, merged, tuned_states
+from bare_methods import merged, tuned_states
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -15,8 +15,6 @@ from mingle.methods import METHODS
 from mingle.nn.linear import MingleLinear
 from mingle.tasks import TaskData
 
-ATTENTION, MLP = ("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj")
-TASK = BareTask(full=ATTENTION + MLP, attention=ATTENTION, mlp=MLP, nufilt=(*ATTENTION, "mlp.c_fc"))
 OPTIONS = {
     "opcm": [{}, {"drop_diagonal": True}],
     "nufilt": [dict(r_p=3, r_v=2, r_l=4, steps=10)],
@@ -74,8 +72,8 @@ def assert_same(found, expected, tolerance=1e-9):
     ("method", "options"), [(name, options) for name in WEIGHT_METHODS for options in OPTIONS.get(name, [{}])]
 )
 def test_weight_methods(gpt2, twin, states, turned, method, options):
-    ours = merged(method, gpt2, states, TASK, **options)
-    plain = merged(method, twin, [turned(state) for state in states], TASK, **options)
+    ours = merged(method, gpt2, states, **options)
+    plain = merged(method, twin, [turned(state) for state in states], **options)
     assert_same(turned(ours.plain_tower()), plain.plain_tower())
     assert_same(turned(ours.model.state_dict()), plain.model.state_dict())
     assert set(ours.merges()) == set(plain.merges())
@@ -84,7 +82,7 @@ def test_weight_methods(gpt2, twin, states, turned, method, options):
 def test_opcm_takes_directions_out_of_a_conv1d(gpt2, states):
     """Δ without the block of M's leading directions, in the tensor as GPT-2 has it."""
     name = "transformer.h.0.mlp.c_fc.weight"
-    found = merged("opcm", gpt2, states[:2], TASK)
+    found = merged("opcm", gpt2, states[:2])
     base = gpt2.state_dict()
     M, delta = (state[name] - base[name] for state in states[:2])
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
@@ -105,8 +103,8 @@ def test_opcm_takes_directions_out_of_a_conv1d(gpt2, states):
 )
 def test_gated_methods(gpt2, twin, states, turned, tokens, method, options):
     seeds = TaskData({"input_ids": tokens})
-    ours = merged(method, gpt2, states, TASK, seeds, **options)
-    plain = merged(method, twin, [turned(state) for state in states], TASK, seeds, **options)
+    ours = merged(method, gpt2, states, seeds, **options)
+    plain = merged(method, twin, [turned(state) for state in states], seeds, **options)
     for name, layer in ours.layers.items():
         for mine, other in zip(layer.experts(), plain.layers[name].experts(), strict=True):
             torch.testing.assert_close(mine.delta(), other.delta())
@@ -116,15 +114,15 @@ def test_gated_methods(gpt2, twin, states, turned, tokens, method, options):
 
 
 def test_static_gates_fold_into_a_plain_gpt2(gpt2, states, tokens):
-    method = merged("mingle", gpt2, states, TASK, gates="static", rank=3)
+    method = merged("mingle", gpt2, states, gates="static", rank=3)
     plain = copy.deepcopy(gpt2)
     plain.load_state_dict(method.plain_tower())
     torch.testing.assert_close(plain(tokens).logits, method.model(tokens).logits)
 
 
 def test_a_gated_merge_is_restored(gpt2, states, tokens):
-    method = merged("mingle", gpt2, states, TASK, gates="static", rank=3)
-    again = merged("mingle", gpt2, [], TASK, gates="static", rank=3)
+    method = merged("mingle", gpt2, states, gates="static", rank=3)
+    again = merged("mingle", gpt2, [], gates="static", rank=3)
     again.restore([method.task_tensors(i) for i in range(3)], method.state_tensors())
     assert all(isinstance(again.tower.get_submodule(name), MingleLinear) for name in again.layers)
     assert torch.equal(again.model(tokens).logits, method.model(tokens).logits)

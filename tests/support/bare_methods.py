@@ -11,44 +11,30 @@ from torch import nn
 
 from mingle import methods
 from mingle.methods import Arrival, MergeMethod
-from mingle.tasks import TaskData
+from mingle.tasks import TaskData, TaskType
 
 
-class BareTask:
-    """A language model as it is, whose answer is what comes after the last token.
+class BareTask(TaskType):
+    """A language model as it is, whose answer is what comes after the last token."""
 
-    Attributes:
-        layer_sets: named sets of target layers, as exact suffixes.
-    """
-
-    name, tower, config_part, prefixes = "bare", "", "", ()
-
-    def __init__(self, **layer_sets: tuple[str, ...]) -> None:
-        self.layer_sets = layer_sets
-
-    def reduce_for(self, layer: str, reduce: str) -> str:
-        return reduce
+    name = "bare"
 
     def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:
         logits: torch.Tensor = model(**data.inputs).logits[:, -1]
         return logits
-
-    def valid(self, data: TaskData) -> None:
-        return None
 
 
 def merged(
     name: str,
     base: nn.Module,
     tuned: Sequence[Mapping[str, torch.Tensor]],
-    task: BareTask,
     seeds: TaskData | None = None,
     **options: Any,
 ) -> MergeMethod:
     """The method after it has taken in models with the states `tuned`, in a copy of `base`."""
     cls = methods.get(name)
     state = {key: tensor.detach() for key, tensor in base.state_dict().items()}
-    method = cls(copy.deepcopy(base).eval(), task, state, cls.Options(**options))
+    method = cls(copy.deepcopy(base).eval(), BareTask(), state, cls.Options(**options))
     for index, arriving in enumerate(tuned):
 
         def teacher(arriving: Mapping[str, torch.Tensor] = arriving) -> nn.Module:
