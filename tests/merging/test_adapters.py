@@ -9,12 +9,25 @@ import shutil
 import pytest
 import torch
 from small_merges import NAMES, SETTINGS, add, same_bits
-from transformers import CLIPModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPModel,
+    GPT2Config,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import mingle
 from mingle.io.adapters_folder import folder_names
-from mingle.io.files import CheckpointError
+from mingle.io.files import CheckpointError, write_json
+from mingle.io.hub import ModelName
+from mingle.io.safetensors import write_tensors
+from mingle.merging.adapters import files
 from mingle.methods import METHODS
+from mingle.nn.matrices import oriented
 from mingle.nn.peft import read_adapter
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
@@ -48,7 +61,8 @@ def with_expert(merger, index):
     model = copy.deepcopy(merger.base)
     tower = model.get_submodule(merger.task.tower(model))
     for name, layer in merger.method.layers.items():
-        tower.get_submodule(name).weight.data += layer.B[index] @ layer.A[index]
+        linear = tower.get_submodule(name)
+        linear.weight.data += oriented(layer.B[index] @ layer.A[index], linear)
     return model
 
 
@@ -137,7 +151,7 @@ def test_half_precision_comes_back_bit_for_bit(base_model, tuned_states, samples
         same_bits(everything(mingle.Merger.from_adapters(given, tmp_path / "out")), everything(merger))
 
 
-def test_layers_of_lower_rank_have_patterns_and_a_name_within_another_s_is_told_apart(tmp_path):
+def test_layers_of_lower_rank_have_patterns(tmp_path):
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=40, d_model=16, d_kv=2, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
@@ -164,6 +178,82 @@ def test_layers_of_lower_rank_have_patterns_and_a_name_within_another_s_is_told_
         )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     same_bits(everything(mingle.Merger.from_adapters(base, tmp_path / "out")), everything(merger))
+
+
+def test_a_layer_whose_name_is_the_end_of_another_s_is_told_apart(tmp_path):
+    class Twin(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(4, 4)
+            self.inner = torch.nn.Sequential()
+            self.inner.add_module("fc", torch.nn.Linear(4, 4))
+
+    base, expert = Twin(), mingle.LowRankExpert(torch.randn(2, 4), torch.randn(4, 2))
+    found = files(base, "", ModelName(), {"fc": expert})
+    write_json(tmp_path / "adapter_config.json", found.config)
+    write_tensors(tmp_path / "adapter_model.safetensors", found.tensors)
+    model = loaded(copy.deepcopy(base), tmp_path).base_model.model
+    assert type(model.inner.fc) is torch.nn.Linear and type(model.fc) is not torch.nn.Linear
+
+
+LANGUAGE_MODELS = {
+    "llama": LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2),
+    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32),
+}
+for _config in LANGUAGE_MODELS.values():
+    _config.vocab_size, _config.bos_token_id, _config.eos_token_id = 60, 2, 1
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_adapters_and_folded_models_of_language_models(kind, tmp_path):
+    """Those of GPT-2 have transposed weights."""
+    base = AutoModelForCausalLM.from_config(LANGUAGE_MODELS[kind]).eval()
+    tokens = torch.randint(3, 60, (4, 6))
+    merger = mingle.Merger(base, "routed", rank=4, depths=(0, 1))
+    for i, name in enumerate(NAMES[:2]):
+        tuned = copy.deepcopy(base)
+        for parameter in tuned.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+        merger.add(name, tuned, {"input_ids": tokens.roll(i)})
+    merger.export(tmp_path / "out", format="peft")
+    merger.export(tmp_path / "two", "two")
+    config = json.loads((tmp_path / "out" / "two" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["fan_in_fan_out"]) == ("CAUSAL_LM", kind == "gpt2")
+    adapted = loaded(copy.deepcopy(base), tmp_path / "out" / "two")
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "two").eval()
+    with torch.no_grad():
+        expected = with_expert(merger, 1)(tokens).logits
+        for model in (adapted, folded):
+            torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(base(tokens).logits, expected, atol=1e-2)
+    assert torch.equal(
+        adapted.generate(tokens, max_new_tokens=4, do_sample=False),
+        folded.generate(tokens, max_new_tokens=4, do_sample=False),
+    )
+    same_bits(everything(mingle.Merger.from_adapters(base, tmp_path / "out")), everything(merger))
+
+
+def test_heads_come_back_with_their_tasks(tmp_path):
+    config = ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                       image_size=8, patch_size=4, num_labels=3)  # fmt: skip
+    base = ViTForImageClassification(config).eval()
+    pixels = torch.randn(6, 3, 8, 8)
+    merger = mingle.Merger(base, "routed", rank=4, depths=(0, 1))
+    for name in NAMES[:2]:
+        tuned = copy.deepcopy(base)
+        for parameter in tuned.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+        merger.add(name, tuned, {"pixel_values": pixels})
+    merger.export(tmp_path / "out", format="peft")
+    merger.export(tmp_path / "one", "one")
+    again = mingle.Merger.from_adapters(base, tmp_path / "out")
+    for name in NAMES[:2]:
+        models = [copy.deepcopy(each.model_for(name)) for each in (merger, again)]
+        assert models[0].classifier.weight.ne(base.classifier.weight).all()
+        with torch.no_grad():
+            assert torch.equal(*(model(pixel_values=pixels).logits for model in models))
+    folded = ViTForImageClassification.from_pretrained(tmp_path / "one")
+    assert torch.equal(folded.classifier.weight, merger.model_for("one").classifier.weight)
 
 
 def test_nothing_of_the_machine_is_in_it(base_folder, tuned_states, samples, tmp_path):
