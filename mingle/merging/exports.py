@@ -51,11 +51,10 @@ class Merged:
         return self.method.task.tower(self.base)
 
 
-def check(method: MergeMethod, task: str | None, format: str, *, seeds: bool) -> None:
-    """Raise `ValueError` for a request that makes no sense with the method.
+def check(task: str | None, format: str, *, seeds: bool) -> None:
+    """Raise `ValueError` for a request that makes no sense with any method.
 
     Args:
-        method: by which the models were merged.
         task, format: see `mingle.Merger.export`.
         seeds: whether samples of the task were given.
     """

@@ -300,7 +300,7 @@ class Merger:
             CheckpointError: a folder in use, or a full disk.
         """
         folder, method = Path(folder), self.method
-        exports.check(method, task, format, seeds=seed_data is not None)
+        exports.check(task, format, seeds=seed_data is not None)
         head = {} if task is None or task not in self.task_names else self.heads[self.task_names.index(task)]
         merged = Merged(self.base, self.base_folder, self.base_name, method, self._described(), head)
         if format == "peft":

@@ -11,6 +11,7 @@ from mingle import suites
 from mingle.io import hub, merger_folder
 from mingle.io.files import CheckpointError, free_space, writable
 from mingle.io.manifest import MANIFEST
+from mingle.merging import exports
 from mingle.merging.evaluate import Result
 from mingle.merging.exports import Format
 from mingle.merging.merger import Merger
@@ -159,15 +160,15 @@ def export(
         task, format: see `Merger.export`.
     """
     merger, seeds = Merger.from_pretrained(folder), None
+    exports.check(task, format, seeds=False)
     if task is not None and merger.method.folds_by_means:
         merger.model_for(task)  # which refuses an unknown one before samples are made
         suite = _suite(merger, folder, overrides, [task])
         seeds = None if suite is None else suite.seeds(task)
     elif overrides:
         name = next(iter(overrides)).replace("_", "-")
-        raise OptionError(
-            f"--{name}: samples are of use only for one task's model, of a method with trained gates"
-        )
+        reason = "samples are only for the model of one task, with a method whose gates depend on the input"
+        raise OptionError(f"--{name}: {reason}")
     merger.export(out, task, format, seeds)
 
 
