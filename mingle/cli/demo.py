@@ -20,7 +20,7 @@ def register(commands: Commands) -> None:
     parser = commands.add_parser(
         "demo", help="compare methods on an embedded suite, without downloads, in a few minutes"
     )
-    known = "glyphs4, glyphs8, glyphs20, glyphs8-shared, glyphs4-corrupted, …"
+    known = "glyphs4, glyphs8, glyphs20, glyphs8-shared, glyphs4-corrupted, texts8, …"
     parser.add_argument("--suite", default=defaults.suite, help=known)
     parser.add_argument("--protocol", default=defaults.protocol, choices=PROTOCOLS)
     chosen = ",".join(defaults.methods)

@@ -9,15 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle.io.files import CheckpointError, contained, read_json, write_copy, write_json, write_text
+from mingle.io.base_files import DATA_SUFFIXES, base_files
+from mingle.io.files import (
+    CheckpointError,
+    contained,
+    naming,
+    read_json,
+    write_copy,
+    write_json,
+    write_text,
+)
 from mingle.io.safetensors import write_tensors
 from mingle.io.staging import staged
 from mingle.io.state_dicts import first_names
 
 #: Larger models are written in several files.
 SHARD_BYTES = 5_000_000_000
-#: What a hub folder may hold beside weights: configurations, tokenizers and processors.
-_DATA_SUFFIXES = (".json", ".txt", ".model")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -74,17 +81,21 @@ def write_model(
         CheckpointError: the folder is in use, another process is writing it, or the disk is full.
     """
     with staged(folder, sum(tensor.nbytes for tensor in state.values())) as staging:
-        for file in sorted(source.iterdir()) if source is not None else ():
-            if (
-                file.is_file()
-                and file.suffix in _DATA_SUFFIXES
-                and file.name != "config.json"
-                and ".safetensors" not in file.name
-            ):
-                write_copy(contained(file.parent, file.name), staging / file.name)
+        if source is not None:
+            _copy_data(source, staging)
         write_json(staging / "config.json", config)
         write_text(staging / "README.md", card)
         _write_weights(staging, state, shard_bytes)
+
+
+def _copy_data(source: Path, target: Path) -> None:
+    """Copy what a folder holds beside weights and the configuration."""
+    for file in base_files(source, DATA_SUFFIXES):
+        name = file.relative_to(source).as_posix()
+        if name != "config.json" and ".safetensors" not in name:
+            with naming(target):
+                (target / name).parent.mkdir(exist_ok=True)
+            write_copy(contained(source, name), target / name)
 
 
 def _write_weights(folder: Path, state: Mapping[str, torch.Tensor], shard_bytes: int) -> None:

@@ -18,12 +18,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mingle.io.base_files import base_files, is_module
 from mingle.io.files import CheckpointError, clean_stale, contained, naming, write_copy, write_json
 from mingle.io.hub import ModelName
 from mingle.io.locks import lock
@@ -41,8 +43,6 @@ from mingle.io.manifest import (
 from mingle.io.provenance import versions
 from mingle.io.safetensors import CheckpointReader, write_tensors
 
-#: what of a base's folder belongs to the model
-_BASE_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -57,12 +57,6 @@ def state_hash(source: nn.Module | Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def base_files(folder: Path) -> list[Path]:
-    """The files of a base model's folder that belong to the model."""
-    with naming(folder):
-        return sorted(path for path in folder.iterdir() if path.suffix in _BASE_SUFFIXES and path.is_file())
-
-
 @dataclass(frozen=True)
 class BaseModel:
     """The base to put beside the merged state: a module, and the hub folder it came from, if any."""
@@ -75,7 +69,10 @@ class BaseModel:
             target.mkdir(exist_ok=True)
         if self.folder is not None:
             for source in base_files(self.folder):
-                write_copy(contained(self.folder, source.name), target / source.name)
+                name = source.relative_to(self.folder)
+                with naming(target):
+                    (target / name).parent.mkdir(exist_ok=True)
+                write_copy(contained(self.folder, name.as_posix()), target / name)
             return
         config = getattr(self.model, "config", None)
         if config is None:
@@ -221,9 +218,9 @@ def _strangers(folder: Path) -> Iterator[Path]:
         if real and path.is_dir() and path.name == "tasks":
             yield from (file for file in _shown(path) if not _is_tensors(file, f"tasks/{file.name}"))
         elif real and path.is_dir() and BASE_NAME.fullmatch(path.name):
-            yield from (
-                file for file in _shown(path) if not _is_file(file) or file.suffix not in _BASE_SUFFIXES
-            )
+            ours = base_files(path)
+            files = (_shown(file) if is_module(file) else [file] for file in _shown(path))
+            yield from (file for file in chain(*files) if file.is_symlink() or file not in ours)
         elif not _is_tensors(path, path.name):
             yield path
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mingle.io.adapter_config import CONFIG, WEIGHTS
+from mingle.io.base_files import is_module
 from mingle.io.files import CheckpointError, free_space, is_temporary, naming, rename, writable
 from mingle.io.locks import lock
 
@@ -28,7 +29,7 @@ def check_target(folder: Path) -> None:
 
 @contextmanager
 def staged(folder: Path, size: int) -> Iterator[Path]:
-    """A folder to write files and adapters' folders to, which becomes `folder` when the block ends.
+    """A folder to write files to, some in folders of their own, which becomes `folder` when the block ends.
 
     An interruption leaves no folder, and the next export to the same place clears away what was left behind.
 
@@ -68,7 +69,7 @@ def _staging(folder: Path) -> Path:
 
 
 def _check_staging(staging: Path) -> None:
-    """Refuse to clear what no killed export has left: it leaves files, and adapters in folders."""
+    """Refuse to clear what no killed export has left: files, and folders of adapters and modules."""
     if os.path.lexists(staging):
         real = staging.is_dir() and not staging.is_symlink()
         strange = next(_strangers(staging), None) if real else staging
@@ -77,9 +78,9 @@ def _check_staging(staging: Path) -> None:
 
 
 def _strangers(staging: Path) -> Iterator[Path]:
-    """What is in the folders in the staging folder and does not belong to an adapter."""
+    """What is in the folders in the staging folder and belongs neither to an adapter nor to a module."""
     for folder in staging.iterdir():
-        if folder.is_dir():
+        if folder.is_dir() and not is_module(folder):
             yield from (
                 [folder]
                 if folder.is_symlink()

@@ -16,7 +16,7 @@ from mingle.kernels.gated_experts import reference
 from mingle.methods.base import Arrival, Folded, MergeMethod, StepReport, Tensors
 from mingle.nn.inject import find_targets, inject
 from mingle.nn.linear import LowRankExpert, MingleLinear
-from mingle.nn.matrices import oriented
+from mingle.nn.matrices import oriented, packed_experts
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.masks import TokenMasks
 
@@ -43,10 +43,9 @@ class GatedMethod(MergeMethod):
         self.structure = task.structure(model)
         targets = options.layers or self.structure.sets[self.layer_set]
         if not targets:
-            kind = type(self.tower).__name__
-            raise ValueError(
-                f"{kind} has no linear layers in the set {self.layer_set!r} that can take experts"
-            )
+            packed = ": its experts are packed into single tensors" if packed_experts(self.tower) else ""
+            what = f"linear layers in the set {self.layer_set!r} that can take experts"
+            raise ValueError(f"{type(self.tower).__name__} has no {what}{packed}")
         for name in find_targets(self.tower, targets):
             if reason := self.structure.unfit.get(name):
                 raise ValueError(f"layer {name!r} {reason}: it cannot take experts")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mingle import methods
-from mingle.io.merger_folder import base_files
+from mingle.io.base_files import base_files
 from mingle.methods.base import MergeMethod, PlainMethod
 from mingle.methods.gated import GatedMethod
 from mingle.options import build

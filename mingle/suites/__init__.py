@@ -180,9 +180,10 @@ def load(
 
     Args:
         name: ``glyphs4``, ``glyphs8``, ``glyphs20``, ``glyphs8-shared``, ``glyphs4-corrupted``,
-            ``glyphs4-<corruption>``; of the papers' suites, ``clip-b32-8`` (also ``b16``, ``l14``, and 14 or
-            20 tasks), ``mtil-11``, ``clip-b32-corrupted``, ``clip-b32-<corruption>``, ``clip-b32-clean``,
-            ``glue-8``, ``glue-8-lora``; or the path of a folder as `mingle.suites.image_folder` describes it.
+            ``glyphs4-<corruption>``; ``texts8``; of the papers' suites, ``clip-b32-8`` (also ``b16``,
+            ``l14``, and 14 or 20 tasks), ``mtil-11``, ``clip-b32-corrupted``, ``clip-b32-<corruption>``,
+            ``clip-b32-clean``, ``glue-8``, ``glue-8-lora``; or the path of a folder as
+            `mingle.suites.image_folder` describes it.
         base: the folder of the base model whose image processor and tokenizer prepare the samples; None takes
             the suite's own.
         protocol: ``strict`` or ``official``, see `mingle.suites.protocol`.
@@ -195,7 +196,7 @@ def load(
     Raises:
         OptionError: an unknown suite or protocol, or a number of seed samples below 0.
     """
-    from mingle.suites import fusionbench, glyphs, image_folder
+    from mingle.suites import fusionbench, glyphs, image_folder, texts
 
     if protocol not in PROTOCOLS:
         raise OptionError(
@@ -206,13 +207,15 @@ def load(
     request = SeedRequest(protocol, samples_per_class, seed)
     if name in glyphs.NAMES:
         return glyphs.load(name, base, request, on_training)
+    if name in texts.NAMES:
+        return texts.load(name, base, request, on_training, {} if revisions is None else revisions)
     if name in fusionbench.NAMES:
         return fusionbench.load(name, base, request, {} if revisions is None else revisions)
     if Path(name).is_dir():
         if base is None:
             raise OptionError(f"suite {name!r}: a folder of images has no model of its own; name the base")
         return image_folder.load(Path(name), base, request)
-    known = (*glyphs.NAMES, *fusionbench.NAMES)
+    known = (*glyphs.NAMES, *texts.NAMES, *fusionbench.NAMES)
     raise OptionError(
         f"unknown suite {name!r}{nearest(name, known)}; known are {', '.join(known)}, or the path of a folder"
     )

@@ -123,9 +123,8 @@ class CausalLmTask(TaskType):
         if room is not None and ids.shape[1] + length > room:
             length = room - ids.shape[1]
             if length < 1:
-                raise ValueError(
-                    f"prompts of {ids.shape[1]} tokens leave no room for answers: the model has {room} positions"
-                )
+                found = f"prompts of {ids.shape[1]} tokens"
+                raise ValueError(f"{found} leave no room for answers: the model has {room} positions")
         answered: Tensor = lm.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -21,6 +21,8 @@ EXPECTED = (
     "mingle/suites/glyphs/data/manifest.json",
     "mingle/suites/glyphs/data/base/tokenizer.json",
     "mingle/suites/glyphs/data/experts/greek-inverted/model.safetensors",
+    "mingle/suites/texts/data/texts.json.xz",
+    "mingle/suites/texts/data/LICENSES.txt",
 )
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 import zlib
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +26,7 @@ from mingle.suites.glyphs.alphabets import TEMPLATES
 from mingle.suites.glyphs.corruptions import CORRUPTIONS, corrupt
 from mingle.suites.glyphs.tasks import SUITES, TRAIN_FACES, TUNING_TASKS, GlyphTask
 from mingle.suites.protocol import Labels, SeedRequest
+from mingle.suites.trained import trained
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
 
@@ -139,27 +138,8 @@ def continued_folder(*chain: GlyphTask, on_training: OnTraining | None = None) -
 
 def _trained(cached: Path, task: GlyphTask, start: Path | None, on_training: OnTraining | None) -> Path:
     """The folder `cached`, into which the task's tower is trained if it does not exist yet."""
-    if not cached.is_dir():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        # Trained beside its place and moved there whole: an interrupted training leaves no half expert.
-        scratch = Path(tempfile.mkdtemp(prefix=f".{task.name}-", dir=cached.parent))
-        try:
-            finetune.finetune(
-                BASE,
-                task,
-                scratch,
-                start=start,
-                on_step=partial(on_training, task.name) if on_training else None,
-            )
-            scratch.chmod(0o755)
-            try:
-                scratch.replace(cached)
-            except OSError:
-                if not cached.is_dir():  # else another process was faster
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return cached
+    on_step = partial(on_training, task.name) if on_training else None
+    return trained(cached, lambda folder: finetune.finetune(BASE, task, folder, start=start, on_step=on_step))
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,39 @@
+"""How the text suites' settings of the methods that train were chosen, on tasks that are in no suite.
+
+The published settings are for much larger models.  `mingle.runs.tuning` has the rule.  Started twice, two
+processes share the work.
+
+    python examples/text_data/tuning.py bench/results/cpu/texts-tuning.json --work runs/text_tuning
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from mingle.io.files import write_json
+from mingle.runs.tuning import Tuning
+
+#: method → option → values
+GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "mingle": {"rank": (32, 64), "gamma": (0.1, 0.3, 1.0), "lr": (5e-4, 1e-3, 2e-3)},
+    "adamerging": {"lr": (1e-4, 1e-3, 1e-2)},
+    "wemoe": {"lr": (1e-4, 1e-3, 1e-2)},
+    "nufilt": {"r_p": (64, 128, 256), "lr": (1e-3, 1e-2)},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("--work", type=Path, default=Path("runs/text_tuning"), help="folder of finished runs")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # better now than after an hour
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    write_json(args.out, Tuning("texts-tuning", args.work).run(GRIDS))
+
+
+if __name__ == "__main__":
+    main()
