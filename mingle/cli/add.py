@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
 from mingle.cli.output import console, result_table
 from mingle.cli.progress import bars
 from mingle.io.files import file_path
+from mingle.merging.vocabulary import Vocabulary
 from mingle.runs import merge
 from mingle.runs.config import Expert
 
@@ -19,6 +21,11 @@ def register(commands: Commands) -> None:
     parser.add_argument("--name", required=True, help="the task's name")
     parser.add_argument("--model", required=True, help="the fine-tuned model: a local folder or a hub id")
     parser.add_argument("--revision", help="a commit, branch or tag of the hub model")
+    parser.add_argument(
+        "--vocabulary",
+        choices=get_args(Vocabulary),
+        help="base: of a model with new tokens, merge the rows that the base has too; kept for later models",
+    )
     arguments.samples(parser)
     arguments.offline(parser)
     parser.set_defaults(run=run)
@@ -27,5 +34,5 @@ def register(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     expert = Expert(args.name, args.model, args.revision)
     with bars(1) as observer:
-        result = merge.add(args.folder, expert, arguments.overrides(args), observer)
+        result = merge.add(args.folder, expert, arguments.overrides(args), observer, args.vocabulary)
     console.print(result_table(result))

@@ -21,7 +21,8 @@ def register(commands: Commands) -> None:
     parser.add_argument("--out", type=file_path, required=True, help="a new folder")
     text = "transformers: one plain model; peft: one LoRA adapter per task, and the router beside them"
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=text)
-    parser.add_argument("--task", help="the task whose model to write, for methods with gates and individual")
+    text = "the task whose model to write, for methods with gates, for classifiers and for individual"
+    parser.add_argument("--task", help=text)
     arguments.samples(parser)
     arguments.offline(parser)
     parser.set_defaults(run=run)

@@ -13,7 +13,9 @@ from mingle.io.files import file_path
 from mingle.merging.opened import opened
 from mingle.text import visible
 
-_COLUMNS = ("task", "seed samples", "accuracy when merged", "accuracy now", "bytes", "notes")
+_COLUMNS = (
+    *("task", "seed samples", "accuracy when merged", "accuracy now", "now, task unknown", "bytes", "notes"),
+)
 
 
 def register(commands: Commands) -> None:
@@ -29,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column in ("task", "notes") else "right", overflow="fold")
     for i, task in enumerate(manifest["tasks"]):
-        measured = [manifest["matrix"][row][i] if manifest["matrix"] else None for row in (i, -1)]
+        measured = [manifest["matrix"][row][i] for row in (i, -1)]
+        measured.append(manifest["unknown"][-1][i] if "unknown" in manifest else None)
         size = task["tensors"]["bytes"] if task["tensors"] else 0
         notes = "; ".join([task["skipped"] or "", *task["notes"]]).strip("; ")
         cells = (str(task["seed_samples"]), *map(percent, measured), f"{size:,}")

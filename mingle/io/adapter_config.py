@@ -72,8 +72,12 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     @classmethod
-    def read(cls, folder: Path) -> AdapterConfig:
+    def read(cls, folder: Path, *, with_head: bool = False) -> AdapterConfig:
         """The configuration in an adapter's folder.
+
+        Args:
+            folder: of the adapter.
+            with_head: accept whole modules beside the low-rank updates; whose they are, the tensors say.
 
         Raises:
             CheckpointError: none there, a broken one, or that of an adapter which is more than a sum of
@@ -89,7 +93,7 @@ class AdapterConfig:
         config = read_json(path)
         if not isinstance(config, dict):
             raise CheckpointError(f"{path}: expected a JSON object")
-        _check_kind(path, config)
+        _check_kind(path, config, with_head)
         _check_init(path, config.get("init_lora_weights", True))
         ranks = {
             key: (ending, _rank(path, f"rank_pattern: {shown(key)[1:-1]}", value))
@@ -139,14 +143,14 @@ def _resolve(patterns: Mapping[str, tuple[Ending, V]], module: str, default: V, 
     return next(iter(matching.values()), default)
 
 
-def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
+def _check_kind(path: Path, config: Mapping[str, Any], with_head: bool) -> None:
     """Refuse an adapter that is more than a sum of low-rank updates."""
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{path}: peft_type={shown(config.get('peft_type'))}: only LORA adapters can be read"
         )
     for option, effect in _REFUSED.items():
-        if config.get(option):
+        if config.get(option) and not (with_head and option == "modules_to_save"):
             raise CheckpointError(
                 f"{path}: {option} is set, which {effect}: "
                 "the adapter is more than low-rank updates of linear layers"

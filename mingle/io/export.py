@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,22 @@ def hub_config(base: nn.Module, source: Path | None, dtype: torch.dtype) -> dict
         )
     config.pop("torch_dtype", None)
     return config | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def with_head(config: Mapping[str, Any], architecture: str, names: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a classifier with another head than the base has, or with the first one.
+
+    Args:
+        config: the base's.
+        architecture: the name of the class with a head.
+        names: of the head's classes.
+    """
+    own = {
+        "architectures": [architecture],
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+    return {key: value for key, value in config.items() if key != "num_labels"} | own
 
 
 def write_model(

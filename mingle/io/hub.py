@@ -1,13 +1,12 @@
 """Where a model or a data set is: a local folder, or a pinned snapshot in the hub's own cache.
 
 A repository is resolved to a commit when it is first used, and a merge keeps to that commit (`Revisions`).
-Only files that hold data are fetched: safetensors, JSON, text and vocabularies of models, Parquet of data
-sets; never code, never pickles.
+Only files that hold data are fetched: of models those that `mingle.io.base_files.belongs` names, Parquet of
+data sets; never code, never pickles.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import logging
 import os
@@ -18,13 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Literal, NamedTuple
 
+from mingle.io.base_files import PATTERNS, belongs
 from mingle.io.files import CheckpointError, naming
 from mingle.options import shown
 
 logger = logging.getLogger(__name__)
-
-#: the files that are fetched from a model's repository
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 
 #: repository → the commit in use; a data set is named ``datasets/<id>``, as in the hub's addresses
 Revisions = MutableMapping[str, str]
@@ -67,10 +64,10 @@ def resolve(model: str, revision: str | None = None, revisions: Revisions | None
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{model}: no such folder")
     found = snapshot(model, "model", revision, revisions)
-    wanted = [name for name in found.files if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)]
+    wanted = [name for name in found.files if belongs(name)]
     if not wanted:
         raise CheckpointError(
-            f"{model}: none of {', '.join(MODEL_FILES)} at {found.commit}; {found.how_to_fetch(*MODEL_FILES)}"
+            f"{model}: none of {', '.join(PATTERNS)} at {found.commit}; {found.how_to_fetch(*PATTERNS)}"
         )
     return found.fetch(wanted)
 
@@ -182,7 +179,7 @@ def _find(repo: str, kind: Kind, revision: str) -> Snapshot:
         found = _cached(repo, kind, revision)
         if found is None:
             where = f"not in the hub's cache ({constants.HF_HUB_CACHE}) at revision {revision!r}, and offline"
-            patterns = MODEL_FILES if kind == "model" else ()
+            patterns = PATTERNS if kind == "model" else ()
             advice = _how_to_fetch(repo, kind, patterns, None if revision == "main" else revision)
             raise CheckpointError(f"{repo}: {where}; {advice}")
         return found

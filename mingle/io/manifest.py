@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mingle.io.files import CheckpointError, contained, read_json, sha256
-from mingle.io.schema import check
+from mingle.io.schema import Absent, check
 from mingle.options import shown
 
 FORMAT = "mingle-merge"
@@ -20,7 +20,14 @@ TENSORS_NAME = re.compile(r"(state|tasks/\d{3,}-[A-Za-z0-9._-]*)-[0-9a-f]{12}\.s
 DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = {"file": TENSORS_NAME, "bytes": int, "sha256": DIGEST}
 #: of a task in any folder of a merge
-TASK = {"name": re.compile(r"(?s).+"), "seed_samples": int, "skipped": (str, None), "notes": [str]}
+TASK = {
+    "name": re.compile(r"(?s).+"),
+    "seed_samples": int,
+    "skipped": (str, None),
+    "notes": [str],
+    "labels": Absent(([str], None)),
+    "temperature": Absent((float, None)),
+}
 #: of any folder of a merge; what the options may be, the method knows
 MERGE = {
     "method": str,
@@ -30,13 +37,14 @@ MERGE = {
     "options": {str: object},
     "tasks": [TASK],
     "matrix": [[(float, None)]],
+    "unknown": Absent([[(float, None)]]),
 }
 #: what a base is called; early versions of a merger's folder did not say
-BASE = {"name": (str, None), "revision": (str, None)}
+BASE = {"name": Absent((str, None)), "revision": Absent((str, None))}
 _FORM = MERGE | {
     "tasks": [TASK | {"tensors": (_FILE, None)}],
     "metadata": {str: object},
-    "base": {"sha256": DIGEST, "folder": (BASE_NAME, None)},
+    "base": BASE | {"sha256": DIGEST, "folder": (BASE_NAME, None)},
     "state": (_FILE, None),
 }
 
@@ -50,9 +58,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {folder} does not hold a saved merge")
-    manifest = read_merge(path, FORMAT, FORMAT_VERSION, _FORM)
-    check(manifest, {"base": {key: form for key, form in BASE.items() if key in manifest["base"]}}, path)
-    return manifest
+    return read_merge(path, FORMAT, FORMAT_VERSION, _FORM)
 
 
 def read_merge(path: Path, kind: str, version: int, form: dict[str, Any]) -> dict[str, Any]:
@@ -73,14 +79,20 @@ def read_merge(path: Path, kind: str, version: int, form: dict[str, Any]) -> dic
     if type(its_version) is not int or its_version != version:
         raise CheckpointError(f"{path}: format version {shown(its_version)}, this mingle reads {version}")
     check(found, form, path)
-    names, matrix = [task["name"] for task in found["tasks"]], found["matrix"]
+    names = [task["name"] for task in found["tasks"]]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(f"{path}: tasks: two of them are called {twice!r}")
-    if [len(row) for row in matrix] != [i + 1 for i in range(len(names))]:
-        raise CheckpointError(
-            f"{path}: matrix: expected a row per task, of one value more than the row before"
-        )
+    for i, task in enumerate(found["tasks"]):
+        if (degree := task.get("temperature")) is not None and degree <= 0:
+            raise CheckpointError(
+                f"{path}: tasks[{i}].temperature: expected a positive number, found {degree}"
+            )
+    for key in ("matrix", "unknown"):
+        if key in found and [len(row) for row in found[key]] != [i + 1 for i in range(len(names))]:
+            raise CheckpointError(
+                f"{path}: {key}: expected a row per task, of one value more than the row before"
+            )
     return found
 
 

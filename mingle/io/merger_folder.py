@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle.io.base_files import base_files, is_module
+from mingle.io.base_files import base_files, is_inner_folder
 from mingle.io.files import CheckpointError, clean_stale, contained, naming, write_copy, write_json
 from mingle.io.hub import ModelName
 from mingle.io.locks import lock
@@ -59,29 +59,34 @@ def state_hash(source: nn.Module | Mapping[str, torch.Tensor]) -> str:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base to put beside the merged state: a module, and the hub folder it came from, if any."""
+    """The base to put beside the merged state.
 
-    model: nn.Module
+    Attributes:
+        folder: the hub folder that it came from, if any; else there are
+        files: contents of JSON files by their names, and
+        tensors: gives them by their names in a file.
+    """
+
     folder: Path | None
+    files: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Callable[[], Tensors] = dict
 
     def write(self, target: Path) -> None:
-        with naming(target):
-            target.mkdir(exist_ok=True)
-        if self.folder is not None:
-            for source in base_files(self.folder):
-                name = source.relative_to(self.folder)
-                with naming(target):
-                    (target / name).parent.mkdir(exist_ok=True)
-                write_copy(contained(self.folder, name.as_posix()), target / name)
-            return
-        config = getattr(self.model, "config", None)
-        if config is None:
-            raise CheckpointError(
-                f"{target}: the base {type(self.model).__name__} has no config to save it with; "
-                "use include_base=False and give the base to from_pretrained"
-            )
-        write_json(target / "config.json", config.to_dict())
-        write_tensors(target / "model.safetensors", self.model.state_dict(), {"format": "pt"})
+        """Write it to a folder, which may hold some of it already."""
+        names = self.files if self.folder is None else _names(self.folder)
+        for name in names:
+            with naming(target):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+            if self.folder is None:
+                write_json(target / name, self.files[name])
+            else:
+                write_copy(contained(self.folder, name), target / name)
+        if self.folder is None:
+            write_tensors(target / "model.safetensors", self.tensors())
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in base_files(folder)]
 
 
 _written: ContextVar[frozenset[Path]] = ContextVar("folders whose writer this is", default=frozenset())
@@ -219,7 +224,7 @@ def _strangers(folder: Path) -> Iterator[Path]:
             yield from (file for file in _shown(path) if not _is_tensors(file, f"tasks/{file.name}"))
         elif real and path.is_dir() and BASE_NAME.fullmatch(path.name):
             ours = base_files(path)
-            files = (_shown(file) if is_module(file) else [file] for file in _shown(path))
+            files = (_shown(file) if is_inner_folder(file) else [file] for file in _shown(path))
             yield from (file for file in chain(*files) if file.is_symlink() or file not in ours)
         elif not _is_tensors(path, path.name):
             yield path

@@ -68,6 +68,7 @@ def adapters_card(
     ranks: Mapping[str, str],
     tower: str,
     *,
+    classes: int | None,
     chooses: bool,
 ) -> str:
     """Of a folder of adapters.
@@ -80,6 +81,7 @@ def adapters_card(
         folders: each task's folder, in order; None for those without an adapter.
         ranks: folder → the ranks of its layers, in words.
         tower: the part of the base that the names in the router's tensors count from; empty for all of it.
+        classes: how many the head of the first adapter has; None where tasks have no heads of their own.
         chooses: see `mingle.methods.MergeMethod.chooses`.
     """
     called = f"`{visible(base.name or 'the base').replace('`', '')}`"
@@ -87,15 +89,18 @@ def adapters_card(
     rows = [
         f"| {markdown_cell(task['name'])} | "
         + (f"`{folder}/` | {ranks[folder]}" if folder else "none: nothing to merge |")
-        + f" | {_percent(merge['matrix'][i][i])} | {_percent(merge['matrix'][-1][i])} |"
+        + f" | {_measured(merge, i)} |"
         for i, (task, folder) in enumerate(zip(merge["tasks"], folders, strict=True))
     ]
     first, *others = [folder for folder in folders if folder]
+    count = ""
+    if classes is not None:
+        others, count = [], f", num_labels={classes}"  # heads of other sizes fit another base
     code = [
         "from peft import PeftModel",
         *([f"from transformers import {base_class}"] if base_class else []),
         "",
-        f"base = {base_class}.from_pretrained({json.dumps(visible(base.name or 'base'))})"
+        f"base = {base_class}.from_pretrained({json.dumps(visible(base.name or 'base'))}{count})"
         if base_class
         else "base = ...  # the untouched base model",
         f'model = PeftModel.from_pretrained(base, "{first}", adapter_name="{first}")',
@@ -109,8 +114,8 @@ def adapters_card(
         "as LoRA adapters of the untouched base: one per task.",
         "\n".join(
             [
-                "| task | adapter | rank | accuracy when merged | accuracy now |",
-                "|---|---|---|---:|---:|",
+                "| task | adapter | rank | accuracy when merged | accuracy now | now, task unknown |",
+                "|---|---|---|---:|---:|---:|",
                 *rows,
             ]
         ),
@@ -176,12 +181,17 @@ def _with(merge: Merge) -> str:
 
 
 def _accuracies(merge: Merge) -> str:
+    head = "| task | accuracy when merged | accuracy now | now, task unknown |\n|---|---:|---:|---:|"
     rows = [
-        f"| {markdown_cell(task['name'])} | {_percent(merge['matrix'][i][i])} "
-        f"| {_percent(merge['matrix'][-1][i])} |"
-        for i, task in enumerate(merge["tasks"])
+        f"| {markdown_cell(task['name'])} | {_measured(merge, i)} |" for i, task in enumerate(merge["tasks"])
     ]
-    return "\n".join(["| task | accuracy when merged | accuracy now |", "|---|---:|---:|", *rows])
+    return "\n".join([head, *rows])
+
+
+def _measured(merge: Merge, place: int) -> str:
+    """The accuracies of a task: when it was merged, now, and now where the task has to be found too."""
+    matrix, unknown = merge["matrix"], merge["unknown"]
+    return " | ".join(map(_percent, (matrix[place][place], matrix[-1][place], unknown[-1][place])))
 
 
 def _end(merge: Merge) -> str:

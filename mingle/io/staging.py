@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mingle.io.adapter_config import CONFIG, WEIGHTS
-from mingle.io.base_files import is_module
+from mingle.io.base_files import is_inner_folder
 from mingle.io.files import CheckpointError, free_space, is_temporary, naming, rename, writable
 from mingle.io.locks import lock
 
@@ -80,7 +80,7 @@ def _check_staging(staging: Path) -> None:
 def _strangers(staging: Path) -> Iterator[Path]:
     """What is in the folders in the staging folder and belongs neither to an adapter nor to a module."""
     for folder in staging.iterdir():
-        if folder.is_dir() and not is_module(folder):
+        if folder.is_dir() and not is_inner_folder(folder):
             yield from (
                 [folder]
                 if folder.is_symlink()

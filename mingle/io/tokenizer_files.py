@@ -14,7 +14,7 @@ from mingle.io.files import CheckpointError, contained, naming, read_json, refus
 from mingle.options import shown
 
 #: of a ``tokenizer.json``: those of a quarter of a million tokens have half of either
-_MAX_BYTES, _MAX_VALUES = 80_000_000, 4_000_000
+MAX_BYTES, MAX_VALUES = 80_000_000, 4_000_000
 
 
 def _plain(*kinds: str) -> dict[str, dict[str, Any]]:
@@ -100,7 +100,7 @@ def check_tokenizer_files(folder: Path, *alternatives: Sequence[str]) -> list[Pa
             _check_settings(contained(folder, name))
     for path in paths:
         if path.name == "tokenizer.json":
-            _check_whole(path, read_json(path, max_bytes=_MAX_BYTES, max_values=_MAX_VALUES))
+            _check_whole(path, read_json(path, max_bytes=MAX_BYTES, max_values=MAX_VALUES))
         elif path.name == "merges.txt":
             _check_merges(path, "it", _merge_lines(path), read_json(paths[0]), "")
         elif path.suffix == ".json":

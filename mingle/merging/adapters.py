@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mingle.io.adapter_config import lora_config
 from mingle.io.adapters_folder import AdapterFiles, Adapters
@@ -15,12 +15,19 @@ from mingle.io.hub import ModelName
 from mingle.methods.base import Tensors
 from mingle.nn.linear import LowRankExpert
 from mingle.nn.matrices import transposed
-from mingle.nn.peft import factor_names, read_adapter
+from mingle.nn.peft import ROOT, factor_names, read_with_head
+from mingle.tasks import TaskType
 
 _HALVES = ("A", "B")
 
 
-def files(base: nn.Module, tower: str, name: ModelName, experts: Mapping[str, LowRankExpert]) -> AdapterFiles:
+def files(
+    base: nn.Module,
+    tower: str,
+    name: ModelName,
+    experts: Mapping[str, LowRankExpert],
+    head: Mapping[str, Tensor],
+) -> AdapterFiles:
     """The content of the adapter's folder that adds these experts to the base.
 
     Args:
@@ -28,6 +35,7 @@ def files(base: nn.Module, tower: str, name: ModelName, experts: Mapping[str, Lo
         tower: the dotted name of its part that the experts' names count from; empty for all of it.
         name: what the base is called.
         experts: one or more by layer, of the dtype that they are to have.
+        head: the tensors of the task's own head, by their names in the base; empty where it has none.
     """
     whole = {f"{tower}.{layer}".removeprefix("."): expert for layer, expert in experts.items()}
     # PEFT takes a layer's name for that of all modules whose names end in it.
@@ -41,9 +49,10 @@ def files(base: nn.Module, tower: str, name: ModelName, experts: Mapping[str, Lo
         "revision": name.revision,
         "exclude_modules": others or None,
         "fan_in_fan_out": any(transposed(base.get_submodule(layer)) for layer in whole),
+        "modules_to_save": sorted({path for key in head if (path := key.rpartition(".")[0])}) or None,
         **_kind(base),
     }
-    tensors: Tensors = {}
+    tensors: Tensors = {f"{ROOT}{key}": tensor for key, tensor in head.items() if "." in key}
     for layer, expert in whole.items():
         tensors |= dict(zip(factor_names(layer), expert, strict=True))
     return AdapterFiles(config, tensors)
@@ -76,17 +85,29 @@ def beside(kept: Tensors, experts: Mapping[str, LowRankExpert]) -> Tensors:
     return {name: tensor for name, tensor in kept.items() if name not in factors}
 
 
-def tensors_in(adapters: Adapters, tower: str) -> tuple[list[Tensors], Tensors]:
-    """What methods restore themselves from: the tensors of each task, and those of all tasks together.
+def classes(head: Mapping[str, Tensor]) -> int | None:
+    """How many classes a head has; None for no head."""
+    rows = [len(tensor) for tensor in head.values() if tensor.dim() == 2]
+    return rows[-1] if rows else None
+
+
+def tensors_in(adapters: Adapters, task: TaskType, base: nn.Module) -> tuple[list[Tensors], Tensors]:
+    """What a merger restores itself from: the tensors of each task, and those of all tasks together.
+
+    Args:
+        adapters: the folder.
+        task: its task type.
+        base: the whole base model.
 
     Raises:
         CheckpointError: an adapter that cannot be read, or that is of something else than the tower.
     """
+    tower, head = task.tower(base), task.heads(base)
     prefix = f"{tower}." if tower else ""
     tasks, state = adapters.router()
     for name, tensors in zip(adapters.names(), tasks, strict=True):
         if name is not None:
-            for layer, expert in read_adapter(adapters.folder / name).items():
+            for layer, expert in read_with_head(adapters.folder / name, head).experts.items():
                 if not layer.startswith(prefix):
                     raise CheckpointError(f"{adapters.folder / name}: layer {layer!r} is not in {tower!r}")
                 own = layer.removeprefix(prefix)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,7 +33,8 @@ class Merged:
         base_name: what it is called.
         method: with all that is merged.
         described: what a saved merge says of itself, in the form of `mingle.io.manifest.MERGE`.
-        head: what the task whose model is asked for has of its own, by names in the whole model.
+        head, labels: of the task whose model is asked for, if it has a head of its own: its tensors by their
+            names in the whole model, and the names of its classes.
     """
 
     base: nn.Module
@@ -40,7 +42,8 @@ class Merged:
     base_name: ModelName
     method: MergeMethod
     described: dict[str, Any]
-    head: Tensors
+    head: Tensors = field(default_factory=dict)
+    labels: Sequence[str] = ()
 
     def names(self) -> list[str]:
         """The merged tasks in order of arrival."""
@@ -85,13 +88,14 @@ def write_folded(folder: Path, merged: Merged, task: str, samples: TaskData | No
     _write(folder, merged, folded.tower, folded_card(folder.name, merged.described, task, gates, count))
 
 
-def write_adapters(folder: Path, merged: Merged, kept: list[Tensors]) -> None:
+def write_adapters(folder: Path, merged: Merged, kept: Sequence[Tensors], heads: Sequence[Tensors]) -> None:
     """Write a folder of adapters, see `mingle.io.adapters_folder`.
 
     Args:
         folder: a new or an empty folder.
         merged: the merge.
         kept: all that is kept of each task alone.
+        heads: the tensors of each task's head, by their names in the whole model.
     """
     method, described, tower = merged.method, merged.described, merged.tower()
     experts = [method.adapter(i) for i in range(len(described["tasks"]))]
@@ -109,6 +113,7 @@ def write_adapters(folder: Path, merged: Merged, kept: list[Tensors]) -> None:
         folders,
         {name: adapters.ranks(experts[i]) for name, i in found.items()},
         tower,
+        classes=adapters.classes(heads[next(iter(found.values()))]),
         chooses=method.chooses(),
     )
     description = described | {
@@ -118,7 +123,7 @@ def write_adapters(folder: Path, merged: Merged, kept: list[Tensors]) -> None:
     adapters_folder.write(
         folder,
         description,
-        {name: adapters.files(base, tower, called, experts[i]) for name, i in found.items()},
+        {name: adapters.files(base, tower, called, experts[i], heads[i]) for name, i in found.items()},
         [adapters.beside(tensors, expert) for tensors, expert in zip(kept, experts, strict=True)],
         method.state_tensors(),
         card,
@@ -126,7 +131,9 @@ def write_adapters(folder: Path, merged: Merged, kept: list[Tensors]) -> None:
 
 
 def _write(folder: Path, merged: Merged, tower: Tensors, card: str) -> None:
-    state = export.whole_model(merged.base, merged.tower(), tower) | dict(merged.head)
+    state = export.whole_model(merged.base, merged.tower(), tower) | merged.head
     dtype = next(merged.base.parameters()).dtype
     config = export.hub_config(merged.base, merged.base_folder, dtype)
+    if merged.head:
+        config = export.with_head(config, type(merged.base).__name__, merged.labels)
     export.write_model(folder, state, config, merged.base_folder, card)

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
 from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, own_names, same_values
 from mingle.kernels.dtypes import wide
+from mingle.merging.vocabulary import Vocabulary, growth
 from mingle.nn.linear import LowRankExpert
 from mingle.nn.matrices import oriented, packed_experts
-from mingle.nn.peft import read_adapter
+from mingle.nn.peft import read_with_head
 from mingle.options import nearest
 from mingle.tasks import TaskType
 from mingle.tasks.configs import check_same_computation
-from mingle.tasks.loading import ModelCheckpoint
-from mingle.tasks.names import is_left_over, sources
+from mingle.tasks.loading import ModelCheckpoint, absent
+from mingle.tasks.names import ModelTensors
 
 #: a module, a state dict, or a local folder: a checkpoint of the whole model or of its tower, or a PEFT LoRA
 #: adapter
@@ -37,13 +38,22 @@ class FineTuned:
         model: the fine-tuned model.
         base: the whole base model; on the meta device, nothing can be asked for that needs its values.
         task: its task type.
+        vocabulary: see `mingle.Merger`.
+        base_folder: where the base is from, whose tokenizer tells which tokens are new.
 
     Raises:
         IncompatibleModel: not a fine-tuned version of the base.
         CheckpointError: a broken checkpoint.
     """
 
-    def __init__(self, model: Model, base: nn.Module, task: TaskType) -> None:
+    def __init__(
+        self,
+        model: Model,
+        base: nn.Module,
+        task: TaskType,
+        vocabulary: Vocabulary = "same",
+        base_folder: Path | None = None,
+    ) -> None:
         inside = task.tower(base)
         tower, prefixes = base.get_submodule(inside), task.prefixes(base)
         #: the base's tensors, its tower and that one's tensors, and what comes before the latter's names in
@@ -57,32 +67,48 @@ class FineTuned:
         self.adapter: dict[str, LowRankExpert] = {}
         self.held: Mapping[str, Tensor] = {}
         self.own: dict[str, str] = {}
-        #: the tensors that the task has of its own, by the names that they have in the whole model
+        #: the tensors that the task has of its own, by the names that they have in the whole model, and the
+        #: names of the classes that they tell apart, where there are any
         self.head_names = task.heads(base)
+        self.labels: tuple[str, ...] | None = None
         self._read: Callable[[str], Tensor]
         config: Any = model
         if isinstance(model, nn.Module):
             self.held, config = model.state_dict(), getattr(model, "config", None)
             self._read = self.held.__getitem__
         elif isinstance(model, Mapping):
-            self.held, config = _in_model(base, model), None
+            self.held = dict(ModelTensors(base, model, model.__getitem__, strip=False))
+            config = None
             self._read = self.held.__getitem__
         elif ((folder := Path(model)) / ADAPTER_CONFIG).exists():
-            self.adapter = self._named(folder, prefixes)
+            experts, saved = read_with_head(folder, self.head_names)
+            # What an adapter does not hold is as in the base, if it is there.
+            kept = {name: self.whole[name] for name in self.head_names if name not in absent(base)}
+            self.held = kept | saved
+            self._read = self.held.__getitem__
+            self.adapter = self._named(experts, prefixes)
+            self._check_head(task, None if saved else getattr(base, "config", None))
             return
         else:
-            checkpoint, config = ModelCheckpoint(folder, base), folder
+            checkpoint, config = ModelCheckpoint(folder, base, strip=False), folder
             self._read = checkpoint.__getitem__
-            like = self.base | {
-                f"{prefix}{name}": self.base[name] for prefix in prefixes for name in self.base
-            }
-            self.held = {name: checkpoint.described(name, like.get(name)) for name in checkpoint}
+            self.held = {name: checkpoint.described(name) for name in checkpoint}
+        own_folder = None if isinstance(model, nn.Module | Mapping) else folder
+        #: what the model's vocabulary has beyond the base's
+        self.growth = growth(tower, self.base, self.first, self.held, prefixes, (base_folder, own_folder))
+        if self.growth.shapes:
+            if vocabulary == "same":
+                raise IncompatibleModel(
+                    f"its vocabulary has more than the base's: {self.growth}; with vocabulary 'base', what "
+                    "both have is merged"
+                )
+            read, cut = self._read, self.growth.cut
+            self.held = {name: cut(name, tensor) for name, tensor in self.held.items()}
+            self._read = lambda name: cut(name, read(name))
         optional = {name.removeprefix(self.prefix) for name in task.optional(base)} - set(self.head_names)
         self.own = own_names(self.base, self.held, prefixes, self.first, optional)
         self._check_ties()
-        if missing := [name for name in self.head_names if name not in self.held]:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise IncompatibleModel(f"no head, which each task has of its own: {missing[0]}{more} missing")
+        self._check_head(task, config)
         if config is not None and hasattr(base, "config"):
             check_same_computation(base.config, task.config_part, config)
 
@@ -134,7 +160,9 @@ class FineTuned:
         changed = [name for own, name in compared.items() if self._differs(own, name, base)]
         packed = {self.prefix + name for name in packed_experts(self.tower)}
         changed.sort(key=lambda name: name not in packed)
-        return self._lines(changed, [name for name in others if name not in self.whole])
+        lines = self._lines(changed, [name for name in others if name not in self.whole])
+        new = str(self.growth)
+        return [*lines, f"not in the base's vocabulary and left out: {new}"] if new else lines
 
     def _tensor(self, name: str) -> Tensor:
         base = self.base[name]
@@ -172,6 +200,21 @@ class FineTuned:
                     "merge can keep both; give a base whose file holds both, apart from each other"
                 )
 
+    def _check_head(self, task: TaskType, config: Any) -> None:
+        """Refuse a model without a head where each task has one; note the names of its classes.
+
+        Args:
+            task: the task type.
+            config: the model's folder or its configuration; None where there is neither.
+        """
+        if missing := [name for name in self.head_names if name not in self.held]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise IncompatibleModel(
+                f"no head, which each task has of its own: {missing[0]}{more} missing; give the whole "
+                "fine-tuned model, or an adapter that was saved with its head (modules_to_save)"
+            )
+        self.labels = task.labels({name: self.held[name] for name in self.head_names}, config)
+
     def _lines(self, changed: Iterable[str], unknown: Iterable[str]) -> list[str]:
         lines = []
         for reason, names in (
@@ -189,10 +232,12 @@ class FineTuned:
         """Tensors of the tower count as alike where only numbers differ, others by the part they are in."""
         return re.sub(r"\d+", "*", name) if name.startswith(self.prefix) else name.partition(".")[0]
 
-    def _named(self, folder: Path, prefixes: tuple[str, ...]) -> dict[str, LowRankExpert]:
+    def _named(
+        self, experts: Mapping[str, LowRankExpert], prefixes: tuple[str, ...]
+    ) -> dict[str, LowRankExpert]:
         """The adapter's experts, by the base's names of the weights that they change."""
         named: dict[str, LowRankExpert] = {}
-        for layer, expert in read_adapter(folder).items():
+        for layer, expert in experts.items():
             prefix = next((prefix for prefix in prefixes if layer.startswith(prefix)), "")
             name = f"{layer.removeprefix(prefix)}.weight"
             where = f"the adapter's layer {layer!r}"
@@ -210,17 +255,3 @@ class FineTuned:
                 )
             named[name] = expert
         return named
-
-
-def _in_model(base: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names that they have in a model of the base's class."""
-    found = {}
-    for name, source in sources(base, tensors).items():
-        if source.converted:
-            raise IncompatibleModel(
-                f"{source.files[0]!r} is part of {name!r} in the base; give the folder or the model instead "
-                "of its tensors"
-            )
-        if not is_left_over(base, name):
-            found[name] = tensors[source.files[0]]
-    return found

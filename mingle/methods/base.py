@@ -65,11 +65,13 @@ class StepReport:
         skipped: why nothing was merged, or None.
         trace: the adaptation's course, where there was one.
         notes: things worth telling, such as a saturated basis.
+        calibration: seconds that it took to measure, after the merge, what tells tasks apart.
     """
 
     skipped: str | None = None
     trace: AdaptTrace | None = None
     notes: list[str] = field(default_factory=list)
+    calibration: float = 0.0
 
 
 class Folded(NamedTuple):
@@ -107,6 +109,8 @@ class MergeMethod(ABC):
     per_task: ClassVar[bool] = False
     #: whether `folded` wants samples, for the means of gates over them
     folds_by_means: ClassVar[bool] = False
+    #: whether it finds the task of every sample, see `route`
+    routes: ClassVar[bool] = False
 
     def __init__(
         self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
@@ -139,6 +143,10 @@ class MergeMethod(ABC):
 
     def select(self, index: int) -> None:  # noqa: B027 – most methods have nothing to do
         """Make the model the one that serves task `index`; a merged model serves all tasks as it is."""
+
+    def route(self, data: TaskData) -> torch.Tensor | None:
+        """The numbers of the tasks that a router gives samples to, int64 [n]; None without a router."""
+        return None
 
     def plain_tower(self) -> Tensors:
         """The tower as plain weights that answer as the model does now, under the base's names.

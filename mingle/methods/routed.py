@@ -23,7 +23,7 @@ from mingle.methods.router import FeatureStatistics, GaussianRouter
 from mingle.nn.early_stop import run_until
 from mingle.nn.linear import MingleLinear
 from mingle.options import require_positive
-from mingle.tasks import TaskType
+from mingle.tasks import TaskData, TaskType
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Routed(GatedMethod):
     layer_set = "full"
     needs_answers = False
     folds_by_means = False  # the task's expert works alone
+    routes = True
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
@@ -103,7 +104,7 @@ class Routed(GatedMethod):
         self.statistics: list[FeatureStatistics] = []
 
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
-        statistics = [*self.statistics, FeatureStatistics.of(self._features(arrival))]
+        statistics = [*self.statistics, FeatureStatistics.of(self._features(arrival.samples()))]
         experts = make_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
         for name, layer in self.layers.items():
             self._append(
@@ -116,15 +117,23 @@ class Routed(GatedMethod):
         self._route(statistics)
         return StepReport()
 
-    def _features(self, arrival: Arrival) -> Tensor:
-        """The features of the seed samples, [n, F]."""
+    def route(self, data: TaskData) -> Tensor | None:
+        """The likeliest tasks, also of samples so strange that the base model answers them by itself."""
+        if not self.statistics:
+            return None
+        owners = [task for task, place in enumerate(self.places) if place is not None]
+        likeliest = self.router.likeliest(self._features(data))
+        return torch.tensor(owners, device=likeliest.device)[likeliest]
+
+    def _features(self, data: TaskData) -> Tensor:
+        """The features of samples, [n, F]."""
         seen: list[Tensor] = []
 
         def record(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(self.router.features(encoder, args, kwargs))
 
         with torch.no_grad():
-            for batch in arrival.samples().batches(TEACHER_BATCH):
+            for batch in data.batches(TEACHER_BATCH):
                 run_until([self.encoder], partial(self.task.logits, self.model, batch), record)
         return torch.cat(seen)
 
@@ -181,11 +190,21 @@ class LayerRouter:
         if self.router is not None:
             self._give(self.gates(self.features(encoder, args, kwargs)))
 
+    def likeliest(self, features: Tensor) -> Tensor:
+        """The places [n] of the likeliest tasks among those with an expert, for features [n, F]."""
+        return self._scores(features).argmax(1)
+
+    def _scores(self, features: Tensor) -> Tensor:
+        """Log-likelihoods [n, T], older tasks preferred."""
+        assert self.router is not None
+        scores = self.router.scores(features)
+        older = torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+        return scores + self.options.seniority * older
+
     def gates(self, features: Tensor) -> Tensor:
         """The gates [n, T] for features [n, F]."""
         assert self.router is not None
-        options, scores = self.options, self.router.scores(features)
-        scores = scores + options.seniority * torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+        options, scores = self.options, self._scores(features)
         likeliest = scores.argmax(1)
         gates = scores.softmax(1) if options.gates == "soft" else F.one_hot(likeliest, scores.shape[1])
         if options.abstain is not None:

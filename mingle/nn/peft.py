@@ -12,11 +12,12 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mingle.io.adapter_config import WEIGHTS, AdapterConfig
 from mingle.io.checkpoint_files import refuse_two_models
@@ -31,12 +32,25 @@ from mingle.options import nearest, shown
 logger = logging.getLogger(__name__)
 
 _PICKLE = "adapter_model.bin"
+ROOT = "base_model.model."
 _FACTOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
 _HALVES = ("A", "B")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN, _MAX_NAME = 5, 1000
+
+
+class Adapter(NamedTuple):
+    """What an adapter's folder holds.
+
+    Attributes:
+        experts: A [r, d_in] and B [d_out, r] by the name of their layer in the model.
+        head: the head's tensors as they were saved, by their names in the model; empty where it was not.
+    """
+
+    experts: dict[str, LowRankExpert]
+    head: dict[str, Tensor]
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
@@ -60,23 +74,40 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
             (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); a factor without its other half, of another shape or rank
             than configured, or with non-finite values.  The message names the file and the option or tensor.
     """
+    return read_with_head(folder, ()).experts
+
+
+def read_with_head(folder: str | os.PathLike[str], head: Collection[str]) -> Adapter:
+    """The experts of an adapter, and the head that PEFT saved with it (`modules_to_save`).
+
+    Args:
+        folder: see `read_adapter`.
+        head: the names of the head's tensors in the model; no other tensors are taken.
+
+    Raises:
+        CheckpointError: see `read_adapter`.
+    """
     folder = Path(folder)
     refuse_two_models(folder)
-    config = AdapterConfig.read(folder)
+    config = AdapterConfig.read(folder, with_head=bool(head))
     path = contained(folder, WEIGHTS)
     if not path.is_file():
         path = contained(folder, _PICKLE)  # whose reader explains how to convert it
         if not path.is_file():
             raise CheckpointError(f"{folder}: no {WEIGHTS}")
     reader = CheckpointReader(path)
-    halves = _pair(reader, path)
+    saved = {name: own for name in head if (own := f"{ROOT}{name}") in reader}
+    halves = _pair([name for name in reader if name not in saved.values()], path)
     scalings = {module: _check_pair(reader, path, module, *names, config) for module, names in halves.items()}
-    return {module: _read_pair(reader, path, *names, scalings[module]) for module, names in halves.items()}
+    return Adapter(
+        {module: _read_pair(reader, path, *names, scalings[module]) for module, names in halves.items()},
+        {name: reader.tensor(own) for name, own in saved.items()},
+    )
 
 
 def factor_names(layer: str) -> tuple[str, str]:
     """PEFT's names of A and B of a layer, in the file of an adapter."""
-    first, second = (f"base_model.model.{layer}.lora_{half}.weight" for half in _HALVES)
+    first, second = (f"{ROOT}{layer}.lora_{half}.weight" for half in _HALVES)
     return first, second
 
 
@@ -142,11 +173,11 @@ def add_adapter(
     return layers
 
 
-def _pair(reader: CheckpointReader, path: Path) -> dict[str, tuple[str, str]]:
+def _pair(tensors: Iterable[str], path: Path) -> dict[str, tuple[str, str]]:
     """The names of lora_A and lora_B of each module; every tensor is one of these."""
     found: dict[str, dict[str, str]] = {}
     adapters = set()
-    for name in reader:
+    for name in tensors:
         match = _FACTOR.fullmatch(name)
         if match is None or len(name) > _MAX_NAME:
             expected = " and ".join(factor_names("<layer>"))

@@ -15,6 +15,7 @@ from mingle.io.locks import refuse_locked
 from mingle.io.manifest import MANIFEST, read_manifest
 from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging.finetuned import FineTuned
+from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
 from mingle.options import OptionError, build
 from mingle.runs import settings, target
@@ -43,12 +44,12 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         writable(folder)
     revisions = _revisions(config, folders)
     base = hub.resolve(config.base, None, revisions)
-    task = tasks.of(base)
+    task = tasks.of(base) if config.task_type is None else tasks.get(config.task_type)
     model = task.skeleton(base)
     experts = {
         expert.name: hub.resolve(expert.model, expert.revision, revisions) for expert in config.experts
     }
-    finetuned = _fine_tuned(experts, model, task)
+    finetuned = _fine_tuned(experts, model, task, config.vocabulary, base)
     suite = _suite(config, task, base, experts, revisions)
     options = settings.resolve(
         config.method,
@@ -59,7 +60,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         given=config.method_options(),
     )
     method = _fitted(config.method, model, task, options)
-    values = ModelCheckpoint(base, model, complete=True)
+    values = ModelCheckpoint(base, model)
     left = {
         name: expert.left(method.merges(), values) + differing_preparation(base, experts[name])
         for name, expert in finetuned.items()
@@ -109,12 +110,14 @@ def _revisions(config: MergeConfig, folders: list[Path]) -> dict[str, str]:
     return revisions
 
 
-def _fine_tuned(experts: Mapping[str, Path], model: nn.Module, task: TaskType) -> dict[str, FineTuned]:
+def _fine_tuned(
+    experts: Mapping[str, Path], model: nn.Module, task: TaskType, vocabulary: Vocabulary, base: Path
+) -> dict[str, FineTuned]:
     """The experts beside the base, each found to be a fine-tuned version of it, mostly by its header."""
     found = {}
     for name, folder in experts.items():
         try:
-            found[name] = FineTuned(folder, model, task)
+            found[name] = FineTuned(folder, model, task, vocabulary, base)
         except IncompatibleModel as error:
             raise IncompatibleModel(f"expert {name!r} ({folder}): {error}") from None
     return found

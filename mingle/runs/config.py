@@ -2,6 +2,7 @@
 
     base: models/clip-vit-base-patch32        # a local folder, or a hub id
     method: mingle
+    task_type: text-classification            # where the base's own head does not say what it is
     experts:                                  # each a folder in hub format, a LoRA adapter, or a hub id
       - {name: svhn, model: models/clip-vit-base-patch32_svhn}
       - {name: gtsrb, model: tanganke/clip-vit-base-patch32_gtsrb, revision: 1a2b3c…}
@@ -11,6 +12,7 @@
     gate: {k: 3, gamma: 1.0, beta: 0.99, reduce: sample}
     adapt: {steps: 50, lr: 1.0e-4, batch_size: 16, samples_per_class: 5, temperature: 2.0, protocol: strict}
     eval: {suite: images/, every_step: true, batch_size: 128}
+    vocabulary: same                          # or base: of models with new tokens, merge the rows both have
     options: {constraint: hard}               # anything else the method takes
     revisions: {datasets/ylecun/mnist: 4d5…}  # commits of hub models and data sets
 
@@ -25,7 +27,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mingle import methods
+from mingle import methods, tasks
+from mingle.merging.vocabulary import Vocabulary
 from mingle.options import OptionError, build, refuse_unknown, require_positive, shown
 from mingle.runs import strict_yaml
 from mingle.suites.protocol import PROTOCOLS
@@ -106,12 +109,14 @@ class MergeConfig:
     base: str
     experts: tuple[Expert, ...]
     method: str = "mingle"
+    task_type: str | None = None
     order: Order = field(default_factory=Order)
     layers: tuple[str, ...] | None = None
     rank: int | None = None
     gate: Gate = field(default_factory=Gate)
     adapt: Adapt = field(default_factory=Adapt)
     eval: Eval = field(default_factory=Eval)
+    vocabulary: Vocabulary = "same"
     options: dict[str, Any] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
 
@@ -172,6 +177,8 @@ def parse(content: Any, where: str) -> MergeConfig:
         twice = next(name for name in names if names.count(name) > 1)
         raise OptionError(f"{where}: experts: two of them are called {twice!r}")
     try:
+        if config.task_type is not None:
+            tasks.get(config.task_type)
         config.method_options()
     except ValueError as error:
         raise OptionError(f"{where}: {error}") from None

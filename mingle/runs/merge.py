@@ -15,6 +15,7 @@ from mingle.merging import exports
 from mingle.merging.evaluate import Result
 from mingle.merging.exports import Format
 from mingle.merging.merger import Merger
+from mingle.merging.vocabulary import Vocabulary
 from mingle.options import OptionError
 from mingle.runs import inputs, room
 from mingle.runs.config import Expert, MergeConfig
@@ -92,7 +93,13 @@ class MergePlan:
     def _begin(self, folder: Path) -> Merger:
         """The merger of an interrupted run, or a new one."""
         if not (folder / MANIFEST).exists():
-            merger = Merger(self.base, self.config.method, self.task.name, **self.options)
+            merger = Merger(
+                self.base,
+                self.config.method,
+                self.task.name,
+                vocabulary=self.config.vocabulary,
+                **self.options,
+            )
             merger.metadata = self.origin()
             return merger
         merger = Merger.from_pretrained(folder)
@@ -104,7 +111,11 @@ class MergePlan:
 
 
 def add(
-    folder: Path, expert: Expert, overrides: Mapping[str, Any], observer: Observer | None = None
+    folder: Path,
+    expert: Expert,
+    overrides: Mapping[str, Any],
+    observer: Observer | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Result:
     """Merge one more model into a merged one, evaluate where there is a suite, and save.
 
@@ -113,10 +124,12 @@ def add(
         expert: the task and its fine-tuned model.
         overrides: the parts of the merge's origin that change from now on, see `mingle.runs.origin`.
         observer: told how the merge is getting on.
+        vocabulary: see `mingle.Merger`; None leaves it as it was so far.
     """
     writable(folder)
     with merger_folder.writing(folder, new=False):
         merger, suite = _reopen(folder, overrides)
+        merger.vocabulary = vocabulary or merger.vocabulary
         if suite is not None and expert.name not in suite:
             raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
         model = hub.resolve(expert.model, expert.revision, merger.metadata["revisions"])

@@ -5,7 +5,7 @@ The only code that knows about modalities is in this package.
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from torch import nn
@@ -51,11 +51,25 @@ def get(name: str) -> TaskType:
     if name not in known:
         offered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
         if name in offered:
-            register(offered[name].load())
-            return _registered[name]
+            return _offered(offered[name])
         expected = ", ".join((*known, *offered))
-        raise ValueError(f"unknown task type {shown(name)}{nearest(name, known)}; expected one of {expected}")
+        raise ValueError(
+            f"unknown task type {shown(name)}{nearest(name, known)}; expected one of {expected}, or one of "
+            "your own: give it as an object, or see mingle.tasks.register"
+        )
     return known[name]
+
+
+def _offered(point: EntryPoint) -> TaskType:
+    """The task type of a package, registered."""
+    package = "" if point.dist is None else f" of {point.dist.name}"
+    try:
+        register(point.load())
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"entry point {point.name!r}{package}: {error}") from error
+    if point.name not in _registered:
+        raise ValueError(f"entry point {point.name!r}{package}: {point.value} has another name")
+    return _registered[point.name]
 
 
 def of(model: nn.Module | str | Path) -> TaskType:

@@ -36,6 +36,7 @@ class CausalLmTask(TaskType):
     """
 
     name = "causal-lm"
+    one_class = False  # but a text
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples as `TaskData`.

@@ -16,12 +16,12 @@ CONFIG = "config.json"
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _SHOWN, _MAX_LABELS = 5, 100_000
 #: Settings of training, generation, outputs and heads that are not merged, and notes on a model's past.
-#: Which tensors are tied is judged by the files.
+#: Which tensors are tied, and how many tokens there are, is judged by the files.
 _NO_MATTER = re.compile(
     r"_.*|.*dropout.*|.*layerdrop|initializer_.*|.*loss.*|gradient_checkpointing|use_cache|output_.*|prefix"
     r"|return_dict.*|torchscript|torch_dtype|dtype|use_bfloat16|architectures|model_type|transformers_version"
     r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|tokenizer_class"
-    r"|.*_token_id|tie_.*|logit_scale_init_value|projection_dim|name_or_path"
+    r"|.*_token_id|tie_.*|vocab_size|logit_scale_init_value|projection_dim|name_or_path"
 )
 
 
@@ -35,8 +35,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path}: no model_type in it")
-    if config.get("quantization_config"):
-        raise CheckpointError(f"{path}: quantization_config is set; {DEQUANTISE}")
+    if quantised := config.get("quantization_config"):
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        by = f", by {shown(kind)}" if kind else ""
+        raise CheckpointError(f"{path}: quantization_config is set{by}; {DEQUANTISE}")
     return config
 
 

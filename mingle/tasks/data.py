@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from mingle.options import shown
 from mingle.tasks.lazy import LazyInputs
 
 
@@ -22,6 +24,7 @@ class TaskData:
             them.
         metric: what is measured on them, ``accuracy`` or ``spearman``.
         decode: tokens [n, L] → n texts, for a metric that reads the answers as text.
+        class_names: the names of the classes by number, where they are known.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -29,6 +32,7 @@ class TaskData:
     labels: torch.Tensor | None = None
     metric: str = "accuracy"
     decode: Callable[[torch.Tensor], list[str]] | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(
@@ -60,3 +64,17 @@ class TaskData:
         """Consecutive batches of at most `size` samples in memory, in order."""
         for start in range(0, len(self), size):
             yield self.select(slice(start, start + size)).made()
+
+
+def class_names_of(given: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The ``class_names`` of samples, None where there are none.
+
+    Raises:
+        ValueError: anything but a list of texts.
+    """
+    names = given.get("class_names")
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"class_names: {shown(names)}: expected a list of texts, one for each class")
+    return tuple(names)

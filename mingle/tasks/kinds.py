@@ -73,15 +73,20 @@ def _kind(config: Mapping[str, Any], where: str) -> str:
     }
     possible = [task for task, auto in known.items() if config_class in auto._model_mapping]
     for ending, task in _HEADS.items():
-        if name.endswith(ending) and task in possible:
-            return task
+        if name.endswith(ending):
+            if task in possible:
+                return task
+            # of another kind, such as speech: only a task whose models are of this very class will do
+            possible = [
+                other for other in possible if name in _class_names(known[other]._model_mapping[config_class])
+            ]
     # Without a head that decides: two towers, or an encoder with a decoder, before parts of either.
     for task in ("clip", "seq2seq", "sentence-encoder", "causal-lm", "image-classification"):
         if task in possible:
             if task == "sentence-encoder" and "text-classification" in possible:
-                logger.info(
-                    "%s: %s has no head of a classifier and is taken for a sentence-encoder; say "
-                    "task_type='text-classification' where heads come with the fine-tuned models",
+                logger.warning(
+                    "%s: a %s without a classifier's head is taken for a sentence-encoder; say so by the "
+                    "task_type sentence-encoder, or text-classification where fine-tuned models have heads",
                     where,
                     name or kind,
                 )
@@ -90,3 +95,7 @@ def _kind(config: Mapping[str, Any], where: str) -> str:
         f"{name or kind}: mingle has no task type for it (known are {', '.join(known)}); give one of your "
         "own, see mingle.tasks.TaskType"
     )
+
+
+def _class_names(found: Any) -> list[str]:
+    return [each.__name__ for each in (found if isinstance(found, tuple) else (found,))]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,68 +13,32 @@ from mingle.io.files import CheckpointError
 from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import DEQUANTISE, first_names, same_values
 from mingle.tasks.configs import CONFIG, read_config
-from mingle.tasks.names import Source, is_left_over, sources
+from mingle.tasks.names import ModelTensors
 from mingle.tasks.skeletons import skeleton
 
 
-class ModelCheckpoint(Mapping[str, Tensor]):
+class ModelCheckpoint(ModelTensors):
     """The tensors of a folder in hub format under the names that they have in the model, read when asked for.
 
     Args:
         folder: the folder; nothing outside of it is opened.
         model: a model of the checkpoint's class, or with the same tower; it may be on the meta device.
-        complete: see `mingle.tasks.names.sources`.
+        strip: see `mingle.tasks.names.ModelTensors`.
 
     Raises:
         CheckpointError: the folder does not hold an intact safetensors checkpoint.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, *, complete: bool = False) -> None:
-        self.folder, self.model = folder, model
-        self.reader = CheckpointReader(folder)
-        found = sources(model, self.reader, complete=complete)
-        #: name in the model → where it is in the files
-        self.sources: dict[str, Source] = {
-            name: source for name, source in found.items() if not is_left_over(model, name)
-        }
+    def __init__(self, folder: Path, model: nn.Module, *, strip: bool = True) -> None:
+        self._reader = CheckpointReader(folder)
+        super().__init__(model, self._reader, self._reader.tensor, strip=strip, where=str(folder))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sources)
+    def described(self, name: str) -> Tensor:
+        """The tensor on the meta device, by the files' headers alone."""
+        return self._made(name, self._header)
 
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.sources
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The tensor, finite, in its stored dtype."""
-        source = self.sources[name]
-        return self._converted[name] if source.converted else self.reader.tensor(source.files[0])
-
-    def described(self, name: str, like: Tensor | None) -> Tensor:
-        """The tensor on the meta device; one that will be converted is described as being like `like`."""
-        source = self.sources[name]
-        file = source.files[0]
-        shape, dtype = self.reader.shape(file), self.reader.dtype(file)
-        if source.converted and like is not None:
-            shape = tuple(like.shape)
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    @cached_property
-    def _converted(self) -> dict[str, Tensor]:
-        """What is not in the files as it is in the model, as transformers converts it."""
-        for source in self.sources.values():
-            for file in source.files if source.converted else ():
-                self.reader.tensor(file)  # raises for values that are not finite, by the file's own name
-        model_class: Any = type(self.model)
-        loaded = model_class.from_pretrained(
-            self.folder, local_files_only=True, use_safetensors=True, dtype="auto"
-        )
-        state = loaded.state_dict()
-        return {
-            name: state[name] for name, source in self.sources.items() if source.converted and name in state
-        }
+    def _header(self, file: str) -> Tensor:
+        return torch.empty(self._reader.shape(file), dtype=self._reader.dtype(file), device="meta")
 
 
 def read_base_config(folder: Path) -> dict[str, Any]:
@@ -107,7 +70,7 @@ def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.
 
     Of the tensors that the model ties together, the checkpoint needs to hold only one.  Where it holds
     several that differ, they are not tied, whatever the configuration says: so does transformers.  Optional
-    tensors that are not there, or have another shape, are noted in the configuration as ``absent``.
+    tensors that are not there, or have another shape, are noted, see `absent`.
 
     Args:
         folder: the folder.
@@ -125,7 +88,7 @@ def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.
             f"{folder / CONFIG}: model_type is {config['model_type']!r}, expected {wanted!r}"
         )
     model = skeleton(model_class, config_class, config, folder / CONFIG, len(reader))
-    checkpoint = ModelCheckpoint(folder, model, complete=True)
+    checkpoint = ModelCheckpoint(folder, model)
     first, may_lack = first_names(model), frozenset(optional(model))
     held = {first[name] for name in first if name in checkpoint}
     absent = []
@@ -136,7 +99,7 @@ def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.
             absent.append(name)
         if name not in checkpoint:
             continue
-        found = checkpoint.described(name, tensor)
+        found = checkpoint.described(name)
         if found.shape != tensor.shape:
             if name not in may_lack:
                 shapes = f"{list(found.shape)}, {CONFIG} says {list(tensor.shape)}"
@@ -145,7 +108,7 @@ def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.
         if tensor.is_floating_point() and not found.is_floating_point():
             raise CheckpointError(f"{folder}: {name} holds {found.dtype}; {DEQUANTISE}")
     _untie(model, first, checkpoint)
-    _note_absent(model, absent)
+    note_absent(model, absent)
     return model
 
 
@@ -158,21 +121,20 @@ def load_model(folder: Path, model_class: type[Any], optional: Optional) -> nn.M
         CheckpointError: as in `skeleton_of`, and for weights that are NaN or infinite.
     """
     described = skeleton_of(folder, model_class, optional)
-    expected, checkpoint = first_names(described), ModelCheckpoint(folder, described, complete=True)
+    expected, checkpoint = first_names(described), ModelCheckpoint(folder, described)
     lacking = absent(described)
-    model: nn.Module = model_class.from_pretrained(
-        folder,
-        local_files_only=True,
-        use_safetensors=True,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=bool(lacking),
-    )
-    _note_absent(model, lacking)
+    with torch.random.fork_rng(devices=()):  # what is drawn here is replaced by 0
+        model: nn.Module = model_class.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=bool(lacking),
+        )
+    note_absent(model, lacking)
     found = first_names(model)
     for name, tensor in model.state_dict().items():
-        if name in lacking:
-            tensor.zero_()
-        elif not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             checkpoint[name]  # raises, with the count and the first index
         if found[name] != expected[name]:
             raise CheckpointError(
@@ -184,13 +146,19 @@ def load_model(folder: Path, model_class: type[Any], optional: Optional) -> nn.M
 
 def absent(model: nn.Module) -> tuple[str, ...]:
     """The optional tensors that a model's checkpoint did not hold; none where it was not loaded here."""
-    return tuple(getattr(getattr(model, "config", None), "absent", ()))
+    return getattr(model, "absent_tensors", ())
 
 
-def _note_absent(model: nn.Module, names: Collection[str]) -> None:
+def note_absent(model: nn.Module, names: Collection[str]) -> None:
+    """Note in a model which of its tensors are from no checkpoint, and make these 0.
+
+    It is not noted in the configuration: what is there would be saved with the model.
+    """
     whole: Any = model
-    if names:
-        whole.config.absent = list(names)
+    whole.absent_tensors = tuple(names)
+    for name, tensor in model.state_dict().items():
+        if name in names and not tensor.is_meta:
+            tensor.zero_()
 
 
 def _untie(model: nn.Module, first: dict[str, str], checkpoint: ModelCheckpoint) -> None:

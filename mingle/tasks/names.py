@@ -6,64 +6,145 @@ while their files go on using the names that they always had.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from mingle.io.files import CheckpointError
+from mingle.options import shown
+
+#: what older versions stored of any model, and is not a parameter now
+_ALWAYS_IGNORED = (r"position_ids$", r"rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
 
 
-class Source(NamedTuple):
+@dataclass
+class Source:
     """Where a tensor of a model comes from.
 
     Attributes:
-        files: the names in the checkpoint, one or several.
-        converted: whether more than its name changes, as where tensors are packed together.
+        first: its name in the model; of several tensors that are made together, the first one's.
+        files: the names in the checkpoint, each with the pattern in the rule that it matches.
+        rule: of transformers, by which the tensor is put together; None where only its name differs.
     """
 
-    files: tuple[str, ...]
-    converted: bool
+    first: str
+    files: dict[str, str] = field(default_factory=dict)
+    rule: Any = None
 
 
-def sources(model: nn.Module, names: Iterable[str], *, complete: bool = False) -> dict[str, Source]:
-    """Names in a model of the class of `model` → where its tensors are in a checkpoint.
+class ModelTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint under the names that they have in a model, each made when it is asked for.
+
+    The checkpoint may be of a model with another head, or with none.  What older versions stored and is not a
+    parameter now is left out.
 
     Args:
-        model: of transformers; any other keeps all names.
+        model: of transformers; any other has the same names as its checkpoints.
         names: in the checkpoint.
-        complete: add or take away the prefix by which a model without a head differs from one with a head,
-            so that the names are those in `model` itself.
+        read: gives the checkpoint's tensors by these names.
+        strip: take away what a model with a head puts before the names of one without, if `model` has none.
+            What is not part of such a model can then no longer be told from a head.
+        where: the checkpoint is, for messages.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        read: Callable[[str], Tensor],
+        *,
+        strip: bool,
+        where: str = "the tensors",
+    ) -> None:
+        self.model, self._read, self._where = model, read, where
+        self._sources = _sources(model, names, strip)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor in its stored dtype."""
+        return self._made(name, self._read)
+
+    def _made(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor, from what `read` gives.
+
+        Raises:
+            CheckpointError: tensors that cannot be put together.
+        """
+        source = self._sources[name]
+        given = {file: read(file) for file in source.files}
+        first = next(iter(given))
+        if source.rule is None:
+            return given[first]
+        from mingle.tasks.configs import broken
+
+        rule, config = copy.deepcopy(source.rule), getattr(self.model, "config", None)
+        for file, tensor in given.items():
+            rule.add_tensor(source.first, file, source.files[file], tensor)
+        try:
+            made = rule.convert(source.first, model=self.model, config=config)[name]
+        except broken() as error:
+            others = f" and {len(given) - 1} more" if len(given) > 1 else ""
+            reason = f"{first!r}{others} do not make {name!r}: {shown(str(error))}"
+            raise CheckpointError(f"{self._where}: {reason}") from None
+        result: Tensor = made[0] if isinstance(made, list) else made
+        return result
+
+
+def _sources(model: nn.Module, names: Iterable[str], strip: bool) -> dict[str, Source]:
+    """Name in the model → where the tensor is in a checkpoint with these names."""
     if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
-        return {name: Source((name,), False) for name in sorted(names)}
+        return {name: Source(name, {name: ""}) for name in sorted(names)}
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
     whole: Any = model
     rules: list[Any] = get_model_conversion_mapping(whole)
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    prefix, state = (whole.base_model_prefix or None, whole.state_dict()) if complete else (None, None)
+    state, prefix = whole.state_dict(), whole.base_model_prefix or None
+    if not strip and not any(name.startswith(f"{prefix}.") for name in state):
+        prefix = None
+    ignored = [*_ALWAYS_IGNORED, *(whole._keys_to_ignore_on_load_unexpected or ())]
     found: dict[str, Source] = {}
-    for name in sorted(names):  # some of the rules count on this order
+    for name in sorted(names, key=dot_natural_key):  # experts are packed in this order
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:  # the file has the model's names already
+            renamed, pattern = name, None
+        rule = next((rule for rule in converters if pattern in rule.source_patterns), None)
+        if rule is None and renamed not in state and any(re.search(each, name) for each in ignored):
+            continue
         targets = [renamed]
-        if pattern is not None:
-            rule = next(rule for rule in converters if pattern in rule.source_patterns)
+        if rule is not None:
             first, *others = rule.target_patterns
             targets += [renamed.replace(first, other, 1) for other in others]
         for target in targets:
-            known = found[target].files if target in found else ()
-            found[target] = Source((*known, name), pattern is not None)
+            found.setdefault(target, Source(renamed, rule=rule)).files[name] = pattern or ""
     return found
 
 
-def is_left_over(model: nn.Module, name: str) -> bool:
-    """Whether a checkpoint's tensor is one that older versions stored and that is not a parameter now."""
-    prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
-    if name in state or f"{prefix}.{name}" in state:
-        return False
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return name.endswith(("position_ids", "rotary_emb.inv_freq")) or any(
-        re.search(pattern, name) for pattern in patterns
-    )
+def in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model as its files have them, for programs that know no others.
+
+    Args:
+        model: the model, with the names of the files that it was loaded from, if any.
+        tensors: by their names in it; all that belong together.
+    """
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not isinstance(model, PreTrainedModel):
+        return dict(tensors)
+    found: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    return found

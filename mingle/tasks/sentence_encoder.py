@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from mingle.io.files import CheckpointError, contained, read_json
 from mingle.options import nearest, shown
-from mingle.tasks.base import TaskType
-from mingle.tasks.class_embeddings import check_class_embeddings, check_labels
+from mingle.tasks.class_embeddings import ClassEmbeddingTask, check_class_embeddings, check_labels
 from mingle.tasks.classification import auto_class, check_tokens, with_mask
-from mingle.tasks.data import TaskData
+from mingle.tasks.data import TaskData, class_names_of
+from mingle.tasks.heads import Head
 
 #: what cosines are multiplied by where the folder says nothing
 SCALE = 20.0
 #: texts in one pass
 _BATCH = 128
+_SETTINGS = "config_sentence_transformers.json"
+#: folder → what is done there
+_MODULES = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
 POOLINGS = ("mean", "cls", "max", "lasttoken")
 _FLAGS = {
     "pooling_mode_mean_tokens": "mean",
@@ -30,14 +33,14 @@ _FLAGS = {
 }
 
 
-class SentenceEncoderTask(TaskType):
+class SentenceEncoderTask(ClassEmbeddingTask):
     """The task type ``sentence-encoder``: a BERT-like encoder, or a folder of sentence-transformers.
 
     Samples are mappings with ``input_ids`` and ``attention_mask`` [n, L] (``token_type_ids`` where the model
     has them), ``text_embeds`` [C, d], the unit-length embeddings of the class names (see `class_embeddings`),
-    and for evaluation ``labels`` [n].
+    for evaluation ``labels`` [n], and, where predictions are to name them, ``class_names``.
 
-    How tokens become one embedding is read from ``1_Pooling`` and kept in the model's configuration as
+    How tokens become one embedding is read from ``1_Pooling`` and noted in the module as
     ``sentence_pooling``; without it, it is their mean.  ``sentence_scale`` is what cosines are multiplied by.
     """
 
@@ -62,20 +65,23 @@ class SentenceEncoderTask(TaskType):
                 {name: given[name] for name in names if name in given},
                 {"text_embeds": given["text_embeds"]},
                 given.get("labels"),
+                class_names=class_names_of(given),
             )
         check_tokens(given.select(slice(0, 1)).inputs)
         head = given.shared["text_embeds"]
-        if head.dim() != 2:
-            raise ValueError(f"text_embeds {list(head.shape)}: expected [C, d]")
-        check_class_embeddings(head, [f"class {row}" for row in range(len(head))])
+        self.check_head(Head({}, given.shared, given.class_names))
         check_labels(given, len(head))
         return given
 
     def logits(self, model: nn.Module, data: TaskData) -> Tensor:
         """scale · cos(text, class name), [n, C]."""
-        embedded, config = embed(model, data.inputs), getattr(model, "config", None)
-        scale = getattr(config, "sentence_scale", SCALE)
+        embedded, scale = embed(model, data.inputs), getattr(model, "sentence_scale", SCALE)
         return scale * embedded @ data.shared["text_embeds"].to(embedded).mT
+
+    def base(self, model: nn.Module) -> nn.Module:
+        """The encoder alone, where the module has a head."""
+        whole: Any = model
+        return whole.base_model if isinstance(getattr(model, "base_model", None), nn.Module) else model
 
     def prefixes(self, model: nn.Module) -> tuple[str, ...]:
         """Fine-tuned models may have heads, and then their tensors have a prefix."""
@@ -85,6 +91,24 @@ class SentenceEncoderTask(TaskType):
     def optional(self, model: nn.Module) -> tuple[str, ...]:
         """The pooler of BERT, which is not part of a sentence's embedding."""
         return tuple(name for name in model.state_dict() if name.startswith("pooler."))
+
+    def files(self, model: nn.Module) -> dict[str, Any]:
+        """With the pooling, in the layout of sentence-transformers, where one is noted."""
+        files, whole = super().files(model), cast(Any, model)
+        if not files or not hasattr(model, "sentence_pooling"):
+            return files
+        modules = [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(_MODULES.items())
+        ]
+        pooling = {"word_embedding_dimension": whole.config.hidden_size} | {
+            flag: mode == whole.sentence_pooling for flag, mode in _FLAGS.items()
+        }
+        return files | {
+            "modules.json": modules,
+            "1_Pooling/config.json": pooling,
+            _SETTINGS: {"scale": whole.sentence_scale},
+        }
 
     def model_class(self, config: Mapping[str, Any]) -> type[Any]:
         return auto_class("AutoModel", config, "a model without a head")
@@ -107,7 +131,7 @@ def embed(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     given = {name: tensor.to(device) for name, tensor in inputs.items()}
     hidden: Tensor = model(**given).last_hidden_state
     mask = given["attention_mask"].bool().unsqueeze(2)
-    mode = getattr(getattr(model, "config", None), "sentence_pooling", "mean")
+    mode = getattr(model, "sentence_pooling", "mean")
     if mode == "mean":
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
     elif mode == "max":
@@ -146,10 +170,9 @@ def class_embeddings(model: nn.Module, tokenizer: Any, class_names: Sequence[str
 
 
 def _with_pooling(model: nn.Module, folder: Path) -> nn.Module:
-    """The model with the pooling of its folder noted in its configuration."""
+    """The model with the pooling of its folder noted in it."""
     whole: Any = model
-    mode, scale = read_pooling(folder)
-    whole.config.sentence_pooling, whole.config.sentence_scale = mode, scale
+    whole.sentence_pooling, whole.sentence_scale = read_pooling(folder)
     return model
 
 
@@ -160,8 +183,7 @@ def read_pooling(folder: Path) -> tuple[str, float]:
         CheckpointError: modules other than a transformer, one way of pooling and a normalisation, or files
             that cannot be read; the message names the file and the key.
     """
-    modules, scale = folder / "modules.json", SCALE
-    settings = folder / "config_sentence_transformers.json"
+    modules, scale, settings = folder / "modules.json", SCALE, folder / _SETTINGS
     if settings.exists():
         content = read_json(contained(folder, settings.name))
         given = content.get("scale", SCALE) if isinstance(content, dict) else None

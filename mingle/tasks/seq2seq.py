@@ -34,6 +34,7 @@ class Seq2SeqTask(TaskType):
     """
 
     name = "seq2seq"
+    one_class = False  # but a text
     #: attention and the inner feed-forward layers of T5, gated as in Flan-T5 or not
     published_sets: ClassVar = {
         "full": (

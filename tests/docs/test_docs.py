@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import mingle
-from mingle import methods
+from mingle import methods, tasks
 from mingle.cli import main
 from mingle.runs import config
 
@@ -50,6 +50,7 @@ SAYS = {
     "merge-two-clips.md": r"(?s)ACC (9|100).*'stripes': (9|100).*'colours': (9|100).*'corners': (9|100)",
     "adapters-elsewhere.md": r"(?s)merged: ACC (\d+\.\d).*9\d\.\d % with its adapter.*% folded\nback: ACC \1",
     "your-own-method.md": r"did you mean 'keep'\?$",
+    "your-own-task-type.md": r"average: ACC [67]\d %\nmingle: ACC (8[5-9]|9\d) %",
     "reproduce.md": r"routed, 5 per class",
 }
 #: how a dictionary of phrases would translate, and nobody would write
@@ -95,7 +96,8 @@ def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 )
 def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))  # one page adds a method
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))  # one page adds a method,
+    monkeypatch.setattr(tasks, "_registered", {})  # and one a task type
     namespace: dict[str, object] = {"__name__": "__main__"}
     ran = 0
     for block in blocks(page):

@@ -22,6 +22,7 @@ SAYS = {
     "3_resume_and_extend.py": r"the same bits as without a stop: True",
     "4_adapters_in_one_model.py": r"\[2, 2, 2, 2\].*first adapter again: True\nthe base model again: True",
     "5_your_own_method.py": r"average .*fading \{'keep': 0\.5\}: ACC \d.*fading \{'keep': 0\.8\}: ACC \d",
+    "7_your_own_task_type.py": r"average: ACC \d+ %\nmingle: ACC [678]\d %",
 }
 
 
@@ -31,9 +32,9 @@ def test_every_example_is_tested():
 
 
 @pytest.mark.parametrize(
-    # the tutorial of the same name, whose blocks run as tests too, makes the same method
+    # the tutorials of the same names, whose blocks run as tests too, make the like
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * ("own_method" in name)) for name in SAYS],
+    [pytest.param(name, marks=[pytest.mark.slow] * ("your_own" in name)) for name in SAYS],
 )
 def test_an_example_runs_as_a_script(name, capsys, monkeypatch):
     if "adapters" in name:

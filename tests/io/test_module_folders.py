@@ -47,7 +47,7 @@ def test_only_the_settings_of_modules_belong_to_the_base(base):
 def test_a_saved_merger_pools_as_its_base_does(merger, tmp_path):
     merger.save_pretrained(tmp_path / "saved")
     again = mingle.Merger.from_pretrained(tmp_path / "saved")
-    assert again.base.config.sentence_pooling == "cls"
+    assert again.base.sentence_pooling == "cls"
     for name, tensor in merger.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name])
 
@@ -63,7 +63,7 @@ def test_what_a_killed_save_left_of_them_is_ours_and_nothing_else_is(merger, tmp
 
 def test_an_export_pools_as_the_base_does(merger, tmp_path):
     merger.export(tmp_path / "exported")
-    assert mingle.tasks.of(tmp_path / "exported").load(tmp_path / "exported").config.sentence_pooling == "cls"
+    assert mingle.tasks.of(tmp_path / "exported").load(tmp_path / "exported").sentence_pooling == "cls"
 
 
 def test_what_a_killed_export_left_of_them_is_cleared_away(merger, tmp_path):

@@ -189,7 +189,7 @@ def test_a_layer_whose_name_is_the_end_of_another_s_is_told_apart(tmp_path):
             self.inner.add_module("fc", torch.nn.Linear(4, 4))
 
     base, expert = Twin(), mingle.LowRankExpert(torch.randn(2, 4), torch.randn(4, 2))
-    found = files(base, "", ModelName(), {"fc": expert})
+    found = files(base, "", ModelName(), {"fc": expert}, {})
     write_json(tmp_path / "adapter_config.json", found.config)
     write_tensors(tmp_path / "adapter_model.safetensors", found.tensors)
     model = loaded(copy.deepcopy(base), tmp_path).base_model.model
@@ -254,6 +254,11 @@ def test_heads_come_back_with_their_tasks(tmp_path):
             assert torch.equal(*(model(pixel_values=pixels).logits for model in models))
     folded = ViTForImageClassification.from_pretrained(tmp_path / "one")
     assert torch.equal(folded.classifier.weight, merger.model_for("one").classifier.weight)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out" / "one").eval()
+    with torch.no_grad():
+        found, expected = (model(pixel_values=pixels).logits for model in (adapted, folded.eval()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert "num_labels=3" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_nothing_of_the_machine_is_in_it(base_folder, tuned_states, samples, tmp_path):
@@ -402,7 +407,7 @@ def test_what_is_broken_or_belongs_elsewhere_is_refused_by_name(base_model, expo
     refused("the tensors do not fit the method 'mingle'",
             lambda f: edit(f, lambda s: s["tasks"][0].update(adapter=None)))  # fmt: skip
     refused("tensor 'tasks/1/.*' belongs to nothing",
-            lambda f: edit(f, lambda s: s["tasks"].pop() and s["matrix"].pop()))  # fmt: skip
+            lambda f: edit(f, lambda s: [s[key].pop() for key in ("tasks", "matrix", "unknown")]))  # fmt: skip
     other = copy.deepcopy(base_model)
     other.logit_scale.data += 1
     with pytest.raises(CheckpointError, match="made for another base model"):
