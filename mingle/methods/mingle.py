@@ -19,12 +19,10 @@ from mingle.adaptation.projector import RelaxedProjector
 from mingle.adaptation.teacher import TEACHER_BATCH, teacher_answers
 from mingle.adaptation.trace import AdaptTrace
 from mingle.adaptation.train import AdaptConfig, adapt_gates
-from mingle.kernels.gated_experts import reference
 from mingle.methods.base import Arrival, StepReport, Tensors
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.nn.linear import GATE_INIT_STD
-from mingle.nn.matrices import oriented
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskData, TaskType
 
@@ -176,13 +174,7 @@ class Mingle(GatedMethod):
     def plain_tower(self) -> Tensors:
         if self.options.gates != "static":
             return super().plain_tower()
-        folded = {
-            f"{n}.weight": oriented(
-                reference.fold(layer.weight, layer.A, layer.B, layer.all_gates()[1]), layer
-            )
-            for n, layer in self.layers.items()
-        }
-        return dict(self.base) | {name: tensor.to(self.base[name]) for name, tensor in folded.items()}
+        return self.fold({name: layer.all_gates()[1] for name, layer in self.layers.items()})
 
     def task_tensors(self, index: int) -> Tensors:
         tensors = super().task_tensors(index)

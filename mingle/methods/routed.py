@@ -90,6 +90,7 @@ class Routed(GatedMethod):
     Options = RoutedOptions
     layer_set = "full"
     needs_answers = False
+    folds_by_means = False  # the task's expert works alone
     routes = True
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
@@ -159,6 +160,9 @@ class Routed(GatedMethod):
             statistics, own=options.own_covariance, shrinkage=options.shrinkage
         )
         self.statistics = statistics
+
+    def chooses(self) -> bool:
+        return bool(self.options.gates == "hard")
 
     def task_tensors(self, index: int) -> Tensors:
         place = self.places[index]
