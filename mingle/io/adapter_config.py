@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from mingle.options import shown
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SHOWN = 5
 
 V = TypeVar("V", int, float)
@@ -103,6 +105,31 @@ class AdapterConfig:
         }
         rank, alpha = _rank(path, "r", config.get("r")), _number(path, "lora_alpha", config.get("lora_alpha"))
         return cls(path, rank, alpha, bool(config.get("use_rslora")), ranks, alphas)
+
+
+def lora_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The configuration of a finished adapter whose scaling is 1 in every layer.
+
+    Args:
+        ranks: layer of the whole model → rank.
+    """
+    (usual, _), *_ = Counter(ranks.values()).most_common(1)
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": sorted(ranks),
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "modules_to_save": None,
+    }
 
 
 def _resolve(patterns: Mapping[str, tuple[Ending, V]], module: str, default: V, where: str) -> V:

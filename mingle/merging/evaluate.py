@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,22 +101,26 @@ def accuracies(
 
 
 def score(outcomes: torch.Tensor, metric: str) -> float:
-    """The score in per cent of outcomes, as a task type's `outcomes` returns them.
+    """The score in per cent of outcomes, as a task type's `outcomes` returns them; more is always better.
 
     Args:
-        outcomes: [n] for ``accuracy``, which is their mean; [n, 2] for ``spearman``, which is the rank
-            correlation of the columns.
-        metric: ``accuracy`` or ``spearman``.
+        outcomes: [n] for ``accuracy`` and ``accuracy-per-token``, which are their mean; [n, 2] for
+            ``spearman``, which is the rank correlation of the columns, and for ``perplexity``, whose columns
+            are log-likelihoods in nats and numbers of tokens.
+        metric: one of these.  Of a perplexity P the score is 100 / P, the (geometric) mean probability of a
+            token in per cent: so less forgetting is a larger BWT, and ACC is a mean of things of one kind.
 
     Raises:
         ValueError: an unknown metric.
     """
     outcomes = outcomes.double()
-    if metric == "accuracy":
+    if metric in ("accuracy", "accuracy-per-token"):
         return 100 * outcomes.mean().item()
+    if metric == "perplexity":
+        return 100 * math.exp((outcomes[:, 0].sum() / outcomes[:, 1].sum()).item())
     if metric == "spearman":
         return 100 * spearman(*outcomes.unbind(1))
-    raise ValueError(f"metric={metric!r}: expected accuracy or spearman")
+    raise ValueError(f"metric={metric!r}: expected accuracy, accuracy-per-token, spearman or perplexity")
 
 
 def spearman(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,23 @@ from torch import nn
 from mingle import methods, tasks
 from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.adaptation.trace import StepProgress
-from mingle.io import export, merger_folder
+from mingle.io import adapters_folder, merger_folder
 from mingle.io.files import CheckpointError
+from mingle.io.hub import ModelName
 from mingle.io.manifest import MANIFEST
-from mingle.io.model_card import CardTask, model_card
 from mingle.io.state_dicts import IncompatibleModel, non_finite
+from mingle.merging import adapters, exports
 from mingle.merging.calibration import temperature
 from mingle.merging.evaluate import Result, accuracies, accuracy
+from mingle.merging.exports import Format, Merged
 from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.finite import refuse_non_finite
-from mingle.merging.opened import opened
+from mingle.merging.opened import check_known, opened
 from mingle.merging.predict import AllTasks, Prediction
 from mingle.merging.vocabulary import Vocabulary, check_vocabulary
 from mingle.methods import Arrival, MergeMethod, StepReport
+from mingle.methods.base import Tensors
+from mingle.methods.gated import GatedMethod
 from mingle.options import build
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.data import class_names_of
@@ -111,6 +115,7 @@ class Merger:
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
         self.seed, self.vocabulary = seed, vocabulary
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
+        self.base_name = _name(base_model)
         self.base = (
             _finite(self.task.base(base_model))
             if isinstance(base_model, nn.Module)
@@ -339,67 +344,75 @@ class Merger:
             include_base: put the base model into the folder too, which makes it self-contained; without it,
                 `from_pretrained` needs `base`.
         """
-        task_tensors = [
-            self.method.task_tensors(i)
-            | {f"{_HEAD}{name}": tensor for name, tensor in head.items()}
-            | {f"{_SHARED}{name}": tensor for name, tensor in shared.items()}
-            for i, (head, shared) in enumerate(zip(self.heads, self.shared, strict=True))
-        ]
+        task_tensors = self._kept()
         refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
-        manifest = {
-            "method": self.method.name,
-            "task_type": self.task.name,
-            "seed": self.seed,
-            "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
-            "options": asdict(self.options),
-            **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
-            "tasks": [asdict(task) for task in self.merged],
-            "matrix": self.matrix,
-            "unknown": self.unknown,
-            "metadata": self.metadata,
-        }
         base = self._base_model() if include_base else None
         merger_folder.save(
             Path(folder),
-            manifest,
+            self._described() | {"metadata": self.metadata},
             merger_folder.state_hash(self.base),
+            self.base_name,
             base,
             task_tensors,
             self.method.state_tensors(),
         )
 
-    def export(self, folder: str | Path, task: str | None = None) -> None:
-        """Write the merged model to a new folder as a plain Hugging Face model, with a model card.
+    def export(
+        self,
+        folder: str | Path,
+        task: str | None = None,
+        format: Format = "transformers",
+        seed_data: TaskData | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the merged model to a new folder for other programs, with a model card.
 
-        `transformers` loads it with `from_pretrained`.
+        ``transformers``: a plain Hugging Face model, which `from_pretrained` loads.  Of a method with gates
+        it is a model for one task alone: the experts are folded into the weights, with the means of the
+        gates over `seed_data`; without these, and for ``routed``, the task's own expert has a gate of 1, and
+        the others of 0.
+
+        ``peft``: a LoRA adapter per task for the untouched base, in PEFT's layout, and beside them the router
+        and whatever else `from_adapters` needs to go on merging.
 
         Args:
             folder: a folder that does not exist yet or is empty.
-            task: whose model to write, for classifiers, as each task has its own head, and for the reference
-                row ``individual``, which has one model per task.
+            task: whose model to write, for methods with gates, for classifiers, of which each has its own
+                head, and for the reference row ``individual``, which has one model per task.
+            format: ``transformers`` or ``peft``.
+            seed_data: a few unlabelled samples of the task.
 
         Raises:
             ValueError: a method whose model is not plain weights, see
-                `mingle.methods.MergeMethod.plain_tower`; a task that is not merged, is missing, or is given
-                where one model serves all.
+                `mingle.methods.MergeMethod.plain_tower`, or that has no adapters, see
+                `mingle.methods.MergeMethod.adapter`; a task that is not merged, is missing, or is given where
+                one model serves all; another format.
             CheckpointError: a folder in use, or a full disk.
         """
-        if self.method.per_task or any(self.heads):
-            if task is None:
-                reason = "each task has a head of its own"
-                if self.method.per_task:
-                    reason = f"method {self.method.name!r} keeps one model per task"
-                raise ValueError(f"{reason}; name one of {', '.join(self.task_names)}")
+        folder, method, owned = Path(folder), self.method, any(self.heads)
+        exports.check(task, format, seeds=seed_data is not None)
+        merged = Merged(self.base, self.base_folder, self.base_name, method, self._described())
+        if format == "peft":
+            exports.write_adapters(folder, merged, self._kept(), self.heads)
+            return
+        if task is None and (method.per_task or owned):
+            reason = "each task has a head of its own"
+            if method.per_task:
+                reason = f"method {method.name!r} keeps one model per task"
+            raise ValueError(f"{reason}; name one of {', '.join(self.task_names)}")
+        if task is not None:
             self.model_for(task)
-        elif task is not None:
-            reason = f"with method {self.method.name!r} one model serves all tasks"
-            raise ValueError(f"task {task!r}: {reason}; leave the task out")
-        state = export.whole_model(self.base, self.task.tower(self.base), self.method.plain_tower())
-        config = export.hub_config(self.base, self.base_folder, next(self.base.parameters()).dtype)
-        if task is not None and (head := self._head(self.task_names.index(task))).tensors:
-            state |= head_of(self.model, head.tensors)
-            config = export.with_head(config, type(self.base).__name__, names_of(head))
-        export.write_model(Path(folder), state, config, self.base_folder, self._card(Path(folder).name))
+            if owned:
+                head = self._head(self._place(task))
+                merged = replace(merged, head=head_of(self.model, head.tensors), labels=names_of(head))
+        if task is None or (not isinstance(method, GatedMethod) and (method.per_task or owned)):
+            exports.write_plain(folder, merged)
+            return
+        samples = None
+        if seed_data is not None and method.folds_by_means:
+            samples = self.task.data(seed_data)
+            if method.needs_answers:
+                samples = self.task.prepared(lambda: self.model, samples)
+        exports.write_folded(folder, merged, task, samples)
 
     @classmethod
     def from_pretrained(
@@ -426,31 +439,90 @@ class Merger:
         """
         folder = Path(folder)
         saved = opened(folder, task_type)
-        manifest = saved.manifest
-        task = task_type or tasks.get(manifest["task_type"])
         model = base if base is not None else saved.base_folder()
+        merger = cls._opened(saved.manifest, model, task_type, device, folder / MANIFEST)
+        if base is None:
+            merger.base_name = saved.base_name()
+        saved.check_base(merger_folder.state_hash(merger.base))
+        merger._restore(saved.task_tensors(), saved.state_tensors(), folder)
+        merger.metadata = saved.manifest["metadata"]
+        return merger
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: nn.Module | str | Path,
+        folder: str | Path,
+        *,
+        task_type: TaskType | None = None,
+        device: str | torch.device | None = None,
+    ) -> Merger:
+        """The merger whose adapters `export` wrote with the format ``peft``; only `metadata` is not there.
+
+        The next `add` gives the same bits as if the merger had never been exported.
+
+        Args:
+            base: the base model that the adapters are for, a module or a local folder.
+            folder: the folder that `export` wrote.  Nothing outside it is read.
+            task_type: as for `from_pretrained`.
+            device: where the merged model lives.
+
+        Raises:
+            CheckpointError: adapters that are not such an export; a missing, truncated or changed file,
+                another format version, or another base model.
+        """
+        folder = Path(folder)
+        exported = adapters_folder.load(folder)
+        check_known(exported.description, exported.path, task_type)
+        merger = cls._opened(exported.description, base, task_type, device, exported.path)
+        exported.check_base(merger_folder.state_hash(merger.base))
+        merger._restore(*adapters.tensors_in(exported, merger.task, merger.base), folder)
+        return merger
+
+    @classmethod
+    def _opened(
+        cls,
+        merge: Mapping[str, Any],
+        base: nn.Module | str | Path,
+        task_type: TaskType | None,
+        device: str | torch.device | None,
+        path: Path,
+    ) -> Merger:
+        """The merger that the file at `path` describes, without the tensors of its tasks."""
+        task, model = task_type or tasks.get(merge["task_type"]), base
         if not isinstance(model, nn.Module):
-            model = task.load(model).to(getattr(torch, manifest["dtype"]))
+            model = task.load(model).to(getattr(torch, merge["dtype"]))
         try:
             merger = cls(
                 model,
-                manifest["method"],
+                merge["method"],
                 task,
-                seed=manifest["seed"],
+                seed=merge["seed"],
                 device=device,
-                vocabulary=manifest.get("vocabulary", "same"),
-                **manifest["options"],
+                vocabulary=merge.get("vocabulary", "same"),
+                **merge["options"],
             )
         except ValueError as error:  # options that do not suit this model
-            raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
-        merger.base_folder = None if isinstance(base, nn.Module) else Path(base or saved.base_folder())
-        saved.check_base(merger_folder.state_hash(merger.base))
-        place = next(merger.base.parameters()).device
-        moved = [
-            {name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved.task_tensors()
+            raise CheckpointError(f"{path}: {error}") from error
+        if not isinstance(base, nn.Module):
+            merger.base_folder, merger.base_name = Path(base), _name(base)
+        merger.merged = [
+            MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__ if key in task})
+            for task in merge["tasks"]
         ]
-        state = {name: tensor.to(place) for name, tensor in saved.state_tensors().items()}
-        merger.heads, merger.shared = (
+        merger.matrix = merge["matrix"]
+        merger.unknown = merge.get("unknown", [[None] * len(row) for row in merger.matrix])
+        return merger
+
+    def _restore(self, saved: list[Tensors], state: Tensors, folder: Path) -> None:
+        """Take on what `_kept` gave of each task, and the state of the method.
+
+        Raises:
+            CheckpointError: tensors that belong to something else.
+        """
+        place = next(self.base.parameters()).device
+        moved = [{name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved]
+        self.heads, self.shared = (
             [
                 {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
                 for tensors in moved
@@ -461,24 +533,42 @@ class Merger:
             {name: tensor for name, tensor in tensors.items() if not name.startswith((_HEAD, _SHARED))}
             for tensors in moved
         ]
-        merger.merged = [
-            MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__ if key in task})
-            for task in manifest["tasks"]
-        ]
         try:
-            merger.method.restore(own, state)
-            for number in range(len(merger.merged)):
-                merger._take_head(number)
-            if merger.merged:
-                put_head(merger.model, merger.heads[-1])
-                merger._note_labels(-1)
+            self.method.restore(own, {name: tensor.to(place) for name, tensor in state.items()})
+            for number, tensors in enumerate(own):
+                if left := sorted(tensors.keys() - self.method.task_tensors(number).keys()):
+                    raise ValueError(f"there is no place for {left[0]!r}")
+                self._take_head(number)
+            if self.merged:
+                put_head(self.model, self.heads[-1])
+                self._note_labels(-1)
         # what names, numbers and shapes of tensors that belong to something else lead to
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"the tensors do not fit the method {merger.method.name!r} with these options"
+            reason = f"the tensors do not fit the method {self.method.name!r} with these options"
             raise CheckpointError(f"{folder}: {reason}: {error}") from error
-        merger.matrix, merger.metadata = manifest["matrix"], manifest["metadata"]
-        merger.unknown = manifest.get("unknown", [[None] * len(row) for row in merger.matrix])
-        return merger
+
+    def _kept(self) -> list[Tensors]:
+        """All that is kept of each task alone: what the method keeps, and what the task has of its own."""
+        return [
+            self.method.task_tensors(i)
+            | {f"{_HEAD}{name}": tensor for name, tensor in head.items()}
+            | {f"{_SHARED}{name}": tensor for name, tensor in shared.items()}
+            for i, (head, shared) in enumerate(zip(self.heads, self.shared, strict=True))
+        ]
+
+    def _described(self) -> dict[str, Any]:
+        """What a saved merge says of itself, in the form of `mingle.io.manifest.MERGE`."""
+        return {
+            "method": self.method.name,
+            "task_type": self.task.name,
+            "seed": self.seed,
+            "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
+            "options": asdict(self.options),
+            **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
+            "tasks": [asdict(task) for task in self.merged],
+            "matrix": self.matrix,
+            "unknown": self.unknown,
+        }
 
     def _base_model(self) -> merger_folder.BaseModel:
         if self.base_folder is not None:
@@ -540,13 +630,6 @@ class Merger:
             return []
         return differing_preparation(self.base_folder, Path(model))
 
-    def _card(self, title: str) -> str:
-        cards = [
-            CardTask(task.name, self.matrix[i][i], self.matrix[-1][i], self.unknown[-1][i], task.notes)
-            for i, task in enumerate(self.merged)
-        ]
-        return model_card(title, self.method.name, asdict(self.options), cards)
-
     def _begin(self, method: type[MergeMethod]) -> None:
         """Set up a merged model into which nothing is merged yet."""
         self.model = copy.deepcopy(self.base).eval()
@@ -557,6 +640,14 @@ class Merger:
         put_head(teacher, head)
         teacher.get_submodule(self.task.tower(teacher)).load_state_dict(dict(tuned))
         return teacher
+
+
+def _name(base: nn.Module | str | Path) -> ModelName:
+    """What the base is called; a module may say so in its configuration."""
+    place: Any = (
+        getattr(getattr(base, "config", None), "name_or_path", "") if isinstance(base, nn.Module) else base
+    )
+    return ModelName.of(place) if place else ModelName()
 
 
 def _task_type(given: str | TaskType | None, base_model: nn.Module | str | Path) -> TaskType:

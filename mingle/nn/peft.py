@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mingle.io.adapter_config import AdapterConfig
+from mingle.io.adapter_config import WEIGHTS, AdapterConfig
 from mingle.io.checkpoint_files import refuse_two_models
 from mingle.io.files import CheckpointError, contained
 from mingle.io.safetensors import CheckpointReader
@@ -31,11 +31,12 @@ from mingle.options import nearest, shown
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-_ROOT = "base_model.model."
+_PICKLE = "adapter_model.bin"
+ROOT = "base_model.model."
 _FACTOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
+_HALVES = ("A", "B")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN, _MAX_NAME = 5, 1000
 
@@ -89,19 +90,25 @@ def read_with_head(folder: str | os.PathLike[str], head: Collection[str]) -> Ada
     folder = Path(folder)
     refuse_two_models(folder)
     config = AdapterConfig.read(folder, with_head=bool(head))
-    path = contained(folder, _WEIGHTS)
+    path = contained(folder, WEIGHTS)
     if not path.is_file():
         path = contained(folder, _PICKLE)  # whose reader explains how to convert it
         if not path.is_file():
-            raise CheckpointError(f"{folder}: no {_WEIGHTS}")
+            raise CheckpointError(f"{folder}: no {WEIGHTS}")
     reader = CheckpointReader(path)
-    saved = {name: own for name in head if (own := f"{_ROOT}{name}") in reader}
+    saved = {name: own for name in head if (own := f"{ROOT}{name}") in reader}
     halves = _pair([name for name in reader if name not in saved.values()], path)
     scalings = {module: _check_pair(reader, path, module, *names, config) for module, names in halves.items()}
     return Adapter(
         {module: _read_pair(reader, path, *names, scalings[module]) for module, names in halves.items()},
         {name: reader.tensor(own) for name, own in saved.items()},
     )
+
+
+def factor_names(layer: str) -> tuple[str, str]:
+    """PEFT's names of A and B of a layer, in the file of an adapter."""
+    first, second = (f"{ROOT}{layer}.lora_{half}.weight" for half in _HALVES)
+    return first, second
 
 
 def add_adapter(
@@ -173,7 +180,7 @@ def _pair(tensors: Iterable[str], path: Path) -> dict[str, tuple[str, str]]:
     for name in tensors:
         match = _FACTOR.fullmatch(name)
         if match is None or len(name) > _MAX_NAME:
-            expected = "base_model.model.<layer>.lora_A.weight and .lora_B.weight"
+            expected = " and ".join(factor_names("<layer>"))
             raise CheckpointError(
                 f"{path}: tensor {shown(name)} is not a factor of a linear layer; expected {expected}"
             )
@@ -184,7 +191,7 @@ def _pair(tensors: Iterable[str], path: Path) -> dict[str, tuple[str, str]]:
     if not found:
         raise CheckpointError(f"{path}: no tensors")
     for module, halves in found.items():
-        for half in "AB":
+        for half in _HALVES:
             if half not in halves:
                 raise CheckpointError(
                     f"{path}: layer {module!r} has {next(iter(halves.values()))!r} and no lora_{half}"

@@ -20,6 +20,7 @@ from mingle.tasks.configs import CONFIG
 from mingle.tasks.data import TaskData, class_names_of
 from mingle.tasks.heads import Head, common_part, head_of, put_head
 from mingle.tasks.structure import Structure, find_structure, run_example
+from mingle.tasks.vocabulary import Vocabulary
 
 
 class TaskType(ABC):
@@ -57,6 +58,22 @@ class TaskType(ABC):
 
         They are differentiable where gradients are on.
         """
+
+    def vocabulary(self, model: nn.Module, data: TaskData) -> Vocabulary | None:
+        """The head that makes the logits of answers with many positions; None where there is no such head.
+
+        Where whole logits would be too large, adaptation makes them of a few positions at a time, and only of
+        those that are `valid`.
+
+        Args:
+            model: in evaluation mode.
+            data: samples to try it on.
+        """
+        return None
+
+    def states(self, model: nn.Module, vocabulary: Vocabulary, data: TaskData) -> Tensor:
+        """What the head makes `logits` of, [n, L, d]."""
+        return vocabulary.inputs(lambda: self.logits(model, data))
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Checked samples: ``labels`` are the targets, all other tensors are inputs with a row per sample.

@@ -22,7 +22,8 @@ class TaskData:
         shared: tensors that all samples share, such as the text embeddings of the classes.
         labels: targets [n], or tokens of answers [n, L], or None where there are none; adaptation never reads
             them.
-        metric: what is measured on them, ``accuracy`` or ``spearman``.
+        metric: what is measured on them: ``accuracy``, or another that the task type knows; see
+            `mingle.merging.evaluate.score`.
         decode: tokens [n, L] → n texts, for a metric that reads the answers as text.
         class_names: the names of the classes by number, where they are known.
     """
