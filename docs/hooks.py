@@ -47,8 +47,11 @@ def tables(file: Path) -> str:
     text = file.read_text()
     if file.suffix == ".md":
         return re.sub(r"^(?=[^|\n])(.+)$", r"*\1*", text, flags=re.MULTILINE)
-    rows = ["| method | ACC (%) | BWT | seconds |", "|---|---:|---:|---:|"]
-    for method, measured in json.loads(text)["methods"].items():
-        acc, bwt, seconds = (measured[key][0] for key in ("acc", "bwt", "seconds"))
-        rows.append(f"| {method} | {acc:.1f} | {bwt:.1f} | {seconds:.1f} |".replace(" -", " −"))
-    return "\n".join(rows)
+    methods = json.loads(text)["methods"]
+    columns = {"acc": "ACC (%)", "acc_unknown": "task unknown (%)", "bwt": "BWT", "seconds": "seconds"}
+    kept = {key: title for key, title in columns.items() if all(key in rows for rows in methods.values())}
+    lines = [f"| method | {' | '.join(kept.values())} |", "|---" + "|---:" * len(kept) + "|"]
+    for method, measured in methods.items():
+        cells = [f"{value:.1f}" if (value := measured[key][0]) is not None else "–" for key in kept]
+        lines.append(f"| {' | '.join([method, *cells])} |".replace(" -", " −"))
+    return "\n".join(lines)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mingle.adaptation import fast_forward
+from mingle.adaptation.answers import Compact, States
 from mingle.adaptation.batches import drawn
 from mingle.adaptation.losses import Loss
 from mingle.adaptation.optimizer import Advance, GateStep, captured
@@ -106,19 +107,27 @@ def _stepping(
     """Yields one whole step, from the positions of a batch among `samples` to new gates."""
     device = step.gradients.device
     batch_loss, valid = loss(samples), task.valid(samples)
+    compact = Compact.of(task, model, samples)
 
-    def logits(chosen: Tensor | slice) -> Tensor:
+    def head(hidden: Tensor) -> Tensor:
+        assert compact is not None
         with fast_forward.running(config.precision, device):
-            return task.logits(model, samples.select(chosen))
+            return compact.vocabulary.logits(hidden)
 
-    kept = frozen_prefix(model, layers.values(), logits, len(samples), TEACHER_BATCH)
+    def answers(chosen: Tensor | slice) -> Tensor | States:
+        with fast_forward.running(config.precision, device):
+            batch = samples.select(chosen)
+            return task.logits(model, batch) if compact is None else compact.states(batch, head)
+
+    kept = frozen_prefix(model, layers.values(), answers, len(samples), TEACHER_BATCH)
     with fast_forward.prepared(model, config.precision), kept as select:
 
         def advance(index: Tensor) -> tuple[Tensor, Tensor]:
             step.zero_grad()
             select(index)
-            student = logits(index)
-            student = student.to(wide(student))
+            student = answers(index)
+            if isinstance(student, Tensor):
+                student = student.to(wide(student))
             value = batch_loss(student, index, None if valid is None else valid[index])
             value.backward()
             return value.detach(), step.step(value)

@@ -13,7 +13,8 @@ from mingle.io.files import file_path
 from mingle.merging.opened import opened
 from mingle.text import visible
 
-_COLUMNS = ("task", "seed samples", "accuracy when merged", "accuracy now", "bytes", "notes")
+#: short lines: a terminal of 80 columns has room for numbers, and for a beginning of names and notes
+_NUMBERS = ("seed\nsamples", "when\nmerged", "accuracy\nnow", "task\nunknown", "bytes")
 
 
 def register(commands: Commands) -> None:
@@ -26,10 +27,13 @@ def run(args: argparse.Namespace) -> None:
     manifest = opened(args.folder).manifest
     say(f"{args.folder}: {manifest['method']}, {len(manifest['tasks'])} tasks")
     table = Table()
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in ("task", "notes") else "right", overflow="fold")
+    table.add_column("task", overflow="fold")
+    for column in _NUMBERS:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("notes", overflow="fold")
     for i, task in enumerate(manifest["tasks"]):
-        measured = [manifest["matrix"][row][i] if manifest["matrix"] else None for row in (i, -1)]
+        measured = [manifest["matrix"][row][i] for row in (i, -1)]
+        measured.append(manifest["unknown"][-1][i] if "unknown" in manifest else None)
         size = task["tensors"]["bytes"] if task["tensors"] else 0
         notes = "; ".join([task["skipped"] or "", *task["notes"]]).strip("; ")
         cells = (str(task["seed_samples"]), *map(percent, measured), f"{size:,}")

@@ -88,14 +88,20 @@ def explained(error: OSError) -> str:
 
 
 def result_table(result: Result) -> Table:
-    """Every task's accuracy, when it was merged and now."""
-    title = f"ACC {percent(result.acc)}, BWT {points(result.bwt)}"
+    """Every task's accuracy, when it was merged and now, and where the task has to be found too."""
+    unknown = result.unknown[-1] if result.unknown else []
+    measured = any(value is not None for value in unknown)
+    found = f" (task unknown {percent(result.acc_unknown)})" if measured else ""
+    title = f"ACC {percent(result.acc)}{found}, BWT {points(result.bwt)}"
     table = Table(title=title, title_justify="left")
     table.add_column("task", overflow="fold")
     table.add_column("when merged", justify="right")
     table.add_column("now", justify="right")
+    if measured:
+        table.add_column("now, task unknown", justify="right")
     for j, name in enumerate(result.tasks):
-        table.add_row(visible(name), percent(result.matrix[j][j]), percent(result.matrix[-1][j]))
+        last = [percent(unknown[j])] if measured else []
+        table.add_row(visible(name), percent(result.matrix[j][j]), percent(result.matrix[-1][j]), *last)
     return table
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from mingle.options import shown
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SHOWN = 5
 
 V = TypeVar("V", int, float)
@@ -70,8 +72,12 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     @classmethod
-    def read(cls, folder: Path) -> AdapterConfig:
+    def read(cls, folder: Path, *, with_head: bool = False) -> AdapterConfig:
         """The configuration in an adapter's folder.
+
+        Args:
+            folder: of the adapter.
+            with_head: accept whole modules beside the low-rank updates; whose they are, the tensors say.
 
         Raises:
             CheckpointError: none there, a broken one, or that of an adapter which is more than a sum of
@@ -87,7 +93,7 @@ class AdapterConfig:
         config = read_json(path)
         if not isinstance(config, dict):
             raise CheckpointError(f"{path}: expected a JSON object")
-        _check_kind(path, config)
+        _check_kind(path, config, with_head)
         _check_init(path, config.get("init_lora_weights", True))
         ranks = {
             key: (ending, _rank(path, f"rank_pattern: {shown(key)[1:-1]}", value))
@@ -101,6 +107,31 @@ class AdapterConfig:
         return cls(path, rank, alpha, bool(config.get("use_rslora")), ranks, alphas)
 
 
+def lora_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The configuration of a finished adapter whose scaling is 1 in every layer.
+
+    Args:
+        ranks: layer of the whole model → rank.
+    """
+    (usual, _), *_ = Counter(ranks.values()).most_common(1)
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": sorted(ranks),
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "modules_to_save": None,
+    }
+
+
 def _resolve(patterns: Mapping[str, tuple[Ending, V]], module: str, default: V, where: str) -> V:
     """The value of the first pattern that matches the module's name."""
     matching = {key: value for key, (ending, value) in patterns.items() if ending.matches(module)}
@@ -112,14 +143,14 @@ def _resolve(patterns: Mapping[str, tuple[Ending, V]], module: str, default: V, 
     return next(iter(matching.values()), default)
 
 
-def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
+def _check_kind(path: Path, config: Mapping[str, Any], with_head: bool) -> None:
     """Refuse an adapter that is more than a sum of low-rank updates."""
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{path}: peft_type={shown(config.get('peft_type'))}: only LORA adapters can be read"
         )
     for option, effect in _REFUSED.items():
-        if config.get(option):
+        if config.get(option) and not (with_head and option == "modules_to_save"):
             raise CheckpointError(
                 f"{path}: {option} is set, which {effect}: "
                 "the adapter is more than low-rank updates of linear layers"

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mingle.io.base_files import DATA_SUFFIXES, base_files, is_inner_folder
+from mingle.io.base_files import DATA_SUFFIXES, base_files
 from mingle.io.files import (
     CheckpointError,
     contained,
-    free_space,
     naming,
     read_json,
-    rename,
-    writable,
     write_copy,
     write_json,
     write_text,
 )
-from mingle.io.locks import lock
 from mingle.io.safetensors import write_tensors
+from mingle.io.staging import staged
 from mingle.io.state_dicts import first_names
 
 #: Larger models are written in several files.
@@ -70,32 +65,20 @@ def hub_config(base: nn.Module, source: Path | None, dtype: torch.dtype) -> dict
     return config | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def check_target(folder: Path) -> None:
-    """Raise `CheckpointError` unless a model can be written to `folder`, a new or an empty folder."""
-    in_use = os.path.exists(folder) and not os.path.isdir(folder)
-    if not in_use:
-        writable(folder)  # which also clears away the trial that a killed export has left
-        in_use = os.path.isdir(folder) and any(folder.iterdir())
-    if in_use:
-        raise CheckpointError(
-            f"{folder}: already exists and is not an empty folder; an export overwrites nothing"
-        )
-    _check_staging(_staging(folder.resolve()))
+def with_head(config: Mapping[str, Any], architecture: str, names: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a classifier with another head than the base has, or with the first one.
 
-
-def _staging(folder: Path) -> Path:
-    """Where a model is written before it is moved to `folder`; only the beginning of a long name is kept."""
-    return folder.parent / f".mingle-export-{folder.name[:48]}"
-
-
-def _check_staging(staging: Path) -> None:
-    """Refuse to clear what no killed export has left: it leaves a folder of files, and folders of modules."""
-    if os.path.lexists(staging):
-        real = staging.is_dir() and not staging.is_symlink()
-        folders = [path for path in staging.iterdir() if path.is_dir()] if real else [staging]
-        strange = next((path for path in folders if not (real and is_inner_folder(path))), None)
-        if strange is not None:
-            raise CheckpointError(f"{strange}: in the way of an export, and not left by an earlier one")
+    Args:
+        config: the base's.
+        architecture: the name of the class with a head.
+        names: of the head's classes.
+    """
+    own = {
+        "architectures": [architecture],
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+    return {key: value for key, value in config.items() if key != "num_labels"} | own
 
 
 def write_model(
@@ -108,37 +91,17 @@ def write_model(
 ) -> None:
     """Write a hub folder: weights, configuration, model card, and the base's tokenizer or processor.
 
-    Everything is written beside the folder and moved there whole: an interruption leaves no folder, and the
-    next export to the same place clears away what was left behind.
+    Whole or not at all, see `mingle.io.staging.staged`.
 
     Raises:
         CheckpointError: the folder is in use, another process is writing it, or the disk is full.
     """
-    check_target(folder)
-    folder = folder.resolve()
-    staging = _staging(folder)
-    free_space(staging, sum(tensor.nbytes for tensor in state.values()))
-    with naming(staging):
-        staging.mkdir(parents=True, exist_ok=True)
-    with lock(staging):
-        try:
-            with naming(staging):
-                for left in staging.iterdir():
-                    if is_inner_folder(left):
-                        shutil.rmtree(left)
-                    elif left.name != ".lock":
-                        left.unlink()
-            if source is not None:
-                _copy_data(source, staging)
-            write_json(staging / "config.json", config)
-            write_text(staging / "README.md", card)
-            _write_weights(staging, state, shard_bytes)
-            with naming(folder):
-                (staging / ".lock").unlink()
-                rename(staging, folder)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+    with staged(folder, sum(tensor.nbytes for tensor in state.values())) as staging:
+        if source is not None:
+            _copy_data(source, staging)
+        write_json(staging / "config.json", config)
+        write_text(staging / "README.md", card)
+        _write_weights(staging, state, shard_bytes)
 
 
 def _copy_data(source: Path, target: Path) -> None:

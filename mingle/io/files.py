@@ -127,14 +127,17 @@ def clean_stale(folder: Path) -> list[Path]:
 
     Call it while holding `lock`, as a living writer's file looks the same.
     """
-    stale = sorted(
-        path for path in folder.rglob(".mingle-tmp-*") if _TEMPORARY.fullmatch(path.name) and path.is_file()
-    )
+    stale = sorted(path for path in folder.rglob(".mingle-tmp-*") if is_temporary(path))
     for path in stale:
         with naming(path):
             path.unlink(missing_ok=True)
         logger.info("removed %s, left by a killed writer", path)
     return stale
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that `replacing` writes, until it is done."""
+    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
 
 
 def file_path(text: str) -> Path:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 import shlex
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PureWindowsPath
+from typing import Literal, NamedTuple
 
 from mingle.io.base_files import PATTERNS, belongs
 from mingle.io.files import CheckpointError, naming
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: repository → the commit in use; a data set is named ``datasets/<id>``, as in the hub's addresses
 Revisions = MutableMapping[str, str]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 Kind = Literal["model", "dataset"]
 
@@ -67,6 +70,30 @@ def resolve(model: str, revision: str | None = None, revisions: Revisions | None
             f"{model}: none of {', '.join(PATTERNS)} at {found.commit}; {found.how_to_fetch(*PATTERNS)}"
         )
     return found.fetch(wanted)
+
+
+class ModelName(NamedTuple):
+    """What a model is called, on any machine.
+
+    Attributes:
+        name: its hub id, or the name of its folder; None where it has neither.
+        revision: the hub id's commit, where that is known.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, place: str | Path) -> ModelName:
+        """The name of the model at `place`: a folder, a snapshot in the hub's cache, or a hub id."""
+        text = str(place)
+        if isinstance(place, str) and _HUB_ID.fullmatch(text) and not os.path.isdir(text):
+            return cls(text)
+        folder = Path(PureWindowsPath(os.path.abspath(text)).as_posix())  # which knows both kinds of slashes
+        snapshots, repository = folder.parent, folder.parent.parent
+        if snapshots.name == "snapshots" and repository.name.startswith("models--"):
+            return cls(repository.name.removeprefix("models--").replace("--", "/"), folder.name)
+        return cls(folder.name or None)
 
 
 @dataclass(frozen=True)

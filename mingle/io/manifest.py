@@ -1,13 +1,15 @@
-"""The manifest of a merger's folder: its form, and whether a file has it."""
+"""What a merger's folder and a folder of adapters say of themselves: the form, and whether a file has it."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mingle.io.files import CheckpointError, read_json
-from mingle.io.schema import check
+from mingle.io.files import CheckpointError, contained, read_json, sha256
+from mingle.io.schema import Absent, check
 from mingle.options import shown
 
 FORMAT = "mingle-merge"
@@ -15,26 +17,34 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BASE_NAME = re.compile(r"base-[0-9a-f]{12}")
 TENSORS_NAME = re.compile(r"(state|tasks/\d{3,}-[A-Za-z0-9._-]*)-[0-9a-f]{12}\.safetensors")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_FILE = {"file": TENSORS_NAME, "bytes": int, "sha256": _DIGEST}
-_TASK = {
+DIGEST = re.compile(r"[0-9a-f]{64}")
+_FILE = {"file": TENSORS_NAME, "bytes": int, "sha256": DIGEST}
+#: of a task in any folder of a merge
+TASK = {
     "name": re.compile(r"(?s).+"),
     "seed_samples": int,
     "skipped": (str, None),
     "notes": [str],
-    "tensors": (_FILE, None),
+    "labels": Absent(([str], None)),
+    "temperature": Absent((float, None)),
 }
-#: of the manifest; what the options may be, the method knows
-_FORM = {
+#: of any folder of a merge; what the options may be, the method knows
+MERGE = {
     "method": str,
     "task_type": str,
     "seed": int,
     "dtype": re.compile("float64|float32|float16|bfloat16"),
     "options": {str: object},
-    "tasks": [_TASK],
+    "tasks": [TASK],
     "matrix": [[(float, None)]],
+    "unknown": Absent([[(float, None)]]),
+}
+#: what a base is called; early versions of a merger's folder did not say
+BASE = {"name": Absent((str, None)), "revision": Absent((str, None))}
+_FORM = MERGE | {
+    "tasks": [TASK | {"tensors": (_FILE, None)}],
     "metadata": {str: object},
-    "base": {"sha256": _DIGEST, "folder": (BASE_NAME, None)},
+    "base": BASE | {"sha256": DIGEST, "folder": (BASE_NAME, None)},
     "state": (_FILE, None),
 }
 
@@ -48,25 +58,67 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {folder} does not hold a saved merge")
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not the manifest of a {FORMAT} folder")
-    version = manifest.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {shown(version)}, this mingle reads {FORMAT_VERSION}")
-    check(manifest, _FORM, path)
-    names, matrix = [task["name"] for task in manifest["tasks"]], manifest["matrix"]
+    return read_merge(path, FORMAT, FORMAT_VERSION, _FORM)
+
+
+def read_merge(path: Path, kind: str, version: int, form: dict[str, Any]) -> dict[str, Any]:
+    """What a JSON file says of a merge, in the form that it should have.
+
+    Args:
+        path: of the file.
+        kind, version: its format, and the version of it.
+        form: see `mingle.io.schema`; `MERGE` and more.
+
+    Raises:
+        CheckpointError: another format or version, or a fault; the message names file and key.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("format") != kind:
+        raise CheckpointError(f"{path}: not the manifest of a {kind} folder")
+    its_version = found.get("format_version")
+    if type(its_version) is not int or its_version != version:
+        raise CheckpointError(f"{path}: format version {shown(its_version)}, this mingle reads {version}")
+    check(found, form, path)
+    names = [task["name"] for task in found["tasks"]]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(f"{path}: tasks: two of them are called {twice!r}")
-    if [len(row) for row in matrix] != [i + 1 for i in range(len(names))]:
-        raise CheckpointError(
-            f"{path}: matrix: expected a row per task, of one value more than the row before"
-        )
-    return manifest
+    for i, task in enumerate(found["tasks"]):
+        if (degree := task.get("temperature")) is not None and degree <= 0:
+            raise CheckpointError(
+                f"{path}: tasks[{i}].temperature: expected a positive number, found {degree}"
+            )
+    for key in ("matrix", "unknown"):
+        if key in found and [len(row) for row in found[key]] != [i + 1 for i in range(len(names))]:
+            raise CheckpointError(
+                f"{path}: {key}: expected a row per task, of one value more than the row before"
+            )
+    return found
 
 
 def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries of all files of tensors that a manifest names."""
     entries = [task["tensors"] for task in manifest["tasks"]] + [manifest["state"]]
     return [entry for entry in entries if entry is not None]
+
+
+def check_files(folder: Path, entries: Iterable[Mapping[str, Any]], source: str) -> None:
+    """Compare presence, size and hash of files with what `source` in it says of them.
+
+    Raises:
+        CheckpointError: a missing, truncated or changed file, which the message names.
+    """
+    for entry in entries:
+        path = contained(folder, entry["file"])
+        if not os.path.isfile(path):  # also for a name that no file can have
+            raise CheckpointError(f"{path}: missing, although {source} names it")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path}: expected {entry['bytes']} bytes, found {size}")
+        if sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path}: its content is not what {source} says (SHA-256 differs)")
+
+
+def entry_of(path: Path, name: str, digest: str) -> dict[str, Any]:
+    """What a manifest says of the file at `path`, called `name` within its folder."""
+    return {"file": name, "bytes": path.stat().st_size, "sha256": digest}

@@ -12,7 +12,6 @@ manifest on disk names is there.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,8 @@ import torch
 from torch import nn
 
 from mingle.io.base_files import base_files, is_inner_folder
-from mingle.io.files import CheckpointError, clean_stale, contained, naming, sha256, write_copy, write_json
+from mingle.io.files import CheckpointError, clean_stale, contained, naming, write_copy, write_json
+from mingle.io.hub import ModelName
 from mingle.io.locks import lock
 from mingle.io.manifest import (
     BASE_NAME,
@@ -35,6 +35,8 @@ from mingle.io.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     TENSORS_NAME,
+    check_files,
+    entry_of,
     files_of,
     read_manifest,
 )
@@ -127,6 +129,7 @@ def save(
     folder: Path,
     manifest: dict[str, Any],
     base_hash: str,
+    base_name: ModelName,
     base: BaseModel | None,
     tasks: list[Tensors],
     state: Tensors,
@@ -140,10 +143,10 @@ def save(
     with writing(folder):
         old = read_manifest(folder) if (folder / MANIFEST).exists() else None
         known = {entry["file"]: entry for entry in files_of(old)} if old else {}
-        base_name = f"base-{base_hash[:12]}"
-        has_base = old is not None and old["base"]["folder"] == base_name
+        place = f"base-{base_hash[:12]}"
+        has_base = old is not None and old["base"]["folder"] == place
         if base is not None and not has_base:
-            base.write(folder / base_name)
+            base.write(folder / place)
             has_base = True
         with naming(folder / "tasks"):
             (folder / "tasks").mkdir(exist_ok=True)
@@ -155,13 +158,13 @@ def save(
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             **manifest,
-            "base": {"sha256": base_hash, "folder": base_name if has_base else None},
+            "base": {"sha256": base_hash, "folder": place if has_base else None, **base_name._asdict()},
             "tasks": entries,
             "state": _write(folder, "state", state, known),
             "versions": versions(),
         }
         write_json(folder / MANIFEST, new)
-        _sweep(folder, {entry["file"] for entry in files_of(new)} | {base_name})
+        _sweep(folder, {entry["file"] for entry in files_of(new)} | {place})
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,11 @@ class Saved:
             wanted = f"give it as base= (SHA-256 {self._base_hash[:12]}…)"
             raise CheckpointError(f"{self.folder}: saved without its base model; {wanted}")
         return contained(self.folder, name)
+
+    def base_name(self) -> ModelName:
+        """What the base was called where it came from; early versions did not note it."""
+        base = self.manifest["base"]
+        return ModelName(base.get("name"), base.get("revision"))
 
     def check_base(self, found: str) -> None:
         """Refuse any base but the one the tasks were merged into."""
@@ -246,15 +254,7 @@ def load(folder: Path) -> Saved:
             message names the file.
     """
     manifest = read_manifest(folder)
-    for entry in files_of(manifest):
-        path = contained(folder, entry["file"])
-        if not os.path.isfile(path):  # also for a name that no file can have
-            raise CheckpointError(f"{path}: missing, although the manifest names it")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise CheckpointError(f"{path}: expected {entry['bytes']} bytes, found {size}")
-        if sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path}: its content is not what the manifest says (SHA-256 differs)")
+    check_files(folder, files_of(manifest), "the manifest")
     return Saved(folder, manifest)
 
 
@@ -268,7 +268,7 @@ def _write(
     if name in known and (folder / name).is_file():
         return known[name]
     digest = write_tensors(folder / name, tensors)
-    return {"file": name, "bytes": (folder / name).stat().st_size, "sha256": digest}
+    return entry_of(folder / name, name, digest)
 
 
 def _sweep(folder: Path, kept: set[str]) -> None:

@@ -3,57 +3,208 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from mingle.text import markdown_cell
+from mingle.io.hub import ModelName
+from mingle.text import markdown_cell, visible
 from mingle.version import __version__
 
-
-class CardTask(NamedTuple):
-    """One merged task.
-
-    Attributes:
-        name: the task's name.
-        when_merged, now: accuracy in per cent, or None where it was not measured.
-        notes: what is worth knowing, such as parts of the fine-tuned model that were not merged.
-    """
-
-    name: str
-    when_merged: float | None
-    now: float | None
-    notes: Sequence[str]
+#: what `MergeMethod` and `Merger` say of a merge: the keys of `mingle.io.manifest.MERGE`
+Merge = Mapping[str, Any]
 
 
-def model_card(title: str, method: str, options: Mapping[str, Any], tasks: Sequence[CardTask]) -> str:
-    """Markdown with the metadata that the hub reads at its head.
+def model_card(title: str, merge: Merge) -> str:
+    """Of one model that serves all tasks; Markdown with the metadata that the hub reads at its head."""
+    return _page(
+        _head(title, "transformers", ("merge", "mingle")),
+        f"{_count(merge)} fine-tuned models, merged one after another {_with(merge)}.",
+        _accuracies(merge),
+        _end(merge),
+    )
+
+
+def folded_card(
+    title: str, merge: Merge, task: str, gates: Mapping[str, tuple[float, float, float]], samples: int | None
+) -> str:
+    """Of a model for one task alone, with experts folded into its weights.
 
     Args:
         title: of the page.
-        method: by which the models were merged.
-        options: of the method.
-        tasks: in order of arrival.
+        merge: what was merged.
+        task: the name of the task.
+        gates: name of a task with an expert → the mean, the smallest and the largest of its gates over
+            layers.
+        samples: how many samples of the task the gates are means over; None where they are not means.
     """
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [merge, mingle]",
-        "---",
-        "",
-        f"# {markdown_cell(title)}",
-        "",
-        f"{len(tasks)} fine-tuned models, merged one after another with the method `{method}` by mingle "
-        f"{__version__}.",
-        "",
-        "| task | accuracy when merged | accuracy now |",
-        "|---|---:|---:|",
-        *(f"| {markdown_cell(t.name)} | {_percent(t.when_merged)} | {_percent(t.now)} |" for t in tasks),
+    name, count = markdown_cell(task), _count(merge)
+    how = (
+        "1 for the task's own expert and 0 for all others"
+        if samples is None
+        else f"the means over {samples} samples of the task, layer by layer"
+    )
+    return _page(
+        _head(title, "transformers", ("merge", "mingle")),
+        f"A model for the task {name}, from {count} fine-tuned models that were merged {_with(merge)}. "
+        "In the merged model, gates that depend on the input decide how much of every task's expert is at "
+        f"work. Here they are constant, {how}, and the experts are part of the weights: W₀ + Σ g B A. The "
+        f"model serves {name} and none of the other tasks; its accuracy was not measured.",
+        "| expert | mean gate over layers | smallest | largest |\n|---|---:|---:|---:|\n"
+        + "\n".join(
+            f"| {markdown_cell(expert)} | {' | '.join(f'{value:.3f}' for value in values)} |"
+            for expert, values in gates.items()
+        ),
+        _end(merge),
+    )
+
+
+def adapters_card(
+    title: str,
+    merge: Merge,
+    base: ModelName,
+    base_class: str | None,
+    folders: Sequence[str | None],
+    ranks: Mapping[str, str],
+    tower: str,
+    *,
+    classes: int | None,
+    chooses: bool,
+) -> str:
+    """Of a folder of adapters.
+
+    Args:
+        title: of the page.
+        merge: what was merged.
+        base: what the base is called.
+        base_class: its class in transformers; None where it is not from there.
+        folders: each task's folder, in order; None for those without an adapter.
+        ranks: folder → the ranks of its layers, in words.
+        tower: the part of the base that the names in the router's tensors count from; empty for all of it.
+        classes: how many the head of the first adapter has; None where tasks have no heads of their own.
+        chooses: see `mingle.methods.MergeMethod.chooses`.
+    """
+    called = f"`{visible(base.name or 'the base').replace('`', '')}`"
+    revision = f" at commit `{base.revision}`" if base.revision else ""
+    rows = [
+        f"| {markdown_cell(task['name'])} | "
+        + (f"`{folder}/` | {ranks[folder]}" if folder else "none: nothing to merge |")
+        + f" | {_measured(merge, i)} |"
+        for i, (task, folder) in enumerate(zip(merge["tasks"], folders, strict=True))
     ]
-    noted = [f"- {markdown_cell(task.name)}: {markdown_cell(note)}" for task in tasks for note in task.notes]
-    if noted:
-        lines += ["", "## What to know", "", *noted]
-    lines += ["", "## Options", "", "```json", json.dumps(options, indent=2, default=str), "```", ""]
-    return "\n".join(lines)
+    first, *others = [folder for folder in folders if folder]
+    count = ""
+    if classes is not None:
+        others, count = [], f", num_labels={classes}"  # heads of other sizes fit another base
+    code = [
+        "from peft import PeftModel",
+        *([f"from transformers import {base_class}"] if base_class else []),
+        "",
+        f"base = {base_class}.from_pretrained({json.dumps(visible(base.name or 'base'))}{count})"
+        if base_class
+        else "base = ...  # the untouched base model",
+        f'model = PeftModel.from_pretrained(base, "{first}", adapter_name="{first}")',
+        *(f'model.load_adapter("{folder}", adapter_name="{folder}")' for folder in others[:1]),
+        *(f'model.set_adapter("{folder}")  # from here on this one answers' for folder in others[:1]),
+    ]
+    names = f"; the names of layers count from `{tower}`" if tower else ""
+    return _page(
+        _head(title, "peft", ("lora", "merge", "mingle"), base),
+        f"{_count(merge)} fine-tuned models of {called}{revision}, merged one after another {_with(merge)}, "
+        "as LoRA adapters of the untouched base: one per task.",
+        "\n".join(
+            [
+                "| task | adapter | rank | accuracy when merged | accuracy now | now, task unknown |",
+                "|---|---|---|---:|---:|---:|",
+                *rows,
+            ]
+        ),
+        "The accuracies are those of the merged model in mingle.",
+        "| part | what |\n|---|---|\n"
+        "| `<task>/` | a task's expert as a PEFT adapter with a scaling of 1 |\n"
+        "| `router.safetensors` | what decides in mingle how much of each expert is at work, and what later "
+        f"merges need{names} |\n"
+        "| `router.json` | method, options, the tasks in order, whose folder is which, hashes |",
+        "## One adapter with PEFT",
+        "```python\n" + "\n".join(code) + "\n```",
+        "## Which adapter for which input",
+        _routing(merge, chooses=chooses),
+        "## Back into mingle",
+        "`mingle.Merger.from_adapters(base, folder)` is the merged model again, with its router, and takes "
+        "further tasks.",
+        _end(merge),
+    )
+
+
+def _routing(merge: Merge, *, chooses: bool) -> str:
+    """How well it does to answer every input with one adapter, outside mingle."""
+    if not chooses:
+        return (
+            "In mingle several experts are at work on an input, each by its gates. One adapter alone, at "
+            "full strength, is another model: whoever serves these adapters has to know which task an input "
+            "belongs to, and the accuracy of that was not measured."
+        )
+    text = (
+        "In mingle a router gives every input to one adapter, or to the base alone: whoever follows it "
+        "elsewhere "
+    )
+    if merge["matrix"] and None not in merge["matrix"][-1]:
+        return text + 'has the accuracies above, under "now".'
+    return text + "does as well as the merged model, whose accuracy was not measured."
+
+
+def _page(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(title: str, library: str, tags: Iterable[str], base: ModelName | None = None) -> str:
+    id_on_hub = base is not None and base.name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base.name)
+    return "\n".join(
+        [
+            "---",
+            f"library_name: {library}",
+            *([f"base_model: {base.name}"] if base is not None and id_on_hub else []),
+            f"tags: [{', '.join(tags)}]",
+            "---",
+            "",
+            f"# {markdown_cell(title)}",
+        ]
+    )
+
+
+def _count(merge: Merge) -> int:
+    return len(merge["tasks"])
+
+
+def _with(merge: Merge) -> str:
+    return f"with the method `{merge['method']}` by mingle {__version__}"
+
+
+def _accuracies(merge: Merge) -> str:
+    head = "| task | accuracy when merged | accuracy now | now, task unknown |\n|---|---:|---:|---:|"
+    rows = [
+        f"| {markdown_cell(task['name'])} | {_measured(merge, i)} |" for i, task in enumerate(merge["tasks"])
+    ]
+    return "\n".join([head, *rows])
+
+
+def _measured(merge: Merge, place: int) -> str:
+    """The accuracies of a task: when it was merged, now, and now where the task has to be found too."""
+    matrix, unknown = merge["matrix"], merge["unknown"]
+    return " | ".join(map(_percent, (matrix[place][place], matrix[-1][place], unknown[-1][place])))
+
+
+def _end(merge: Merge) -> str:
+    """The notes on tasks, and the options."""
+    noted = [
+        f"- {markdown_cell(task['name'])}: {markdown_cell(note)}"
+        for task in merge["tasks"]
+        for note in task["notes"]
+    ]
+    options = json.dumps(merge["options"], indent=2, default=str)
+    return _page(
+        "## What to know" if noted else "", "\n".join(noted), "## Options", f"```json\n{options}\n```"
+    ).rstrip("\n")
 
 
 def _percent(value: float | None) -> str:

@@ -10,18 +10,28 @@ A form is one of these:
     {"key": form}  an object that has these keys, and maybe others
     {str: form}    an object with any keys
     (form, None)   such, or null
+    Absent(form)   as the form of a key: the key may be missing, as in files of earlier versions
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from mingle.io.files import CheckpointError
 
 Form: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Absent:
+    """The form of a key that may be missing."""
+
+    form: Form
+
 
 _NAMES = {
     str: "a text",
@@ -50,12 +60,12 @@ def _faults(value: Any, form: Form, where: str) -> Iterator[str]:
         for i, item in enumerate(value):
             yield from _faults(item, form[0], f"{where}[{i}]")
     elif isinstance(form, dict):
-        yield from (
-            f"{_inside(where, key)} is missing" for key in form if key is not str and key not in value
-        )
+        needed = [key for key, inner in form.items() if key is not str and not isinstance(inner, Absent)]
+        yield from (f"{_inside(where, key)} is missing" for key in needed if key not in value)
         for key, item in value.items():
             if (inner := form.get(key, form.get(str))) is not None:
-                yield from _faults(item, inner, _inside(where, key))
+                wanted = inner.form if isinstance(inner, Absent) else inner
+                yield from _faults(item, wanted, _inside(where, key))
 
 
 def _fits(value: Any, form: Form) -> bool:

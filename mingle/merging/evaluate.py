@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from mingle.kernels.gated_experts import reference
+from mingle.merging.predict import AllTasks
 from mingle.nn.linear import MingleLinear
+from mingle.nn.replay import replayed
 from mingle.tasks import TaskData, TaskType
+from mingle.tasks.base import required_labels
+from mingle.tasks.heads import common_part
 
 
 @dataclass(frozen=True)
@@ -21,17 +26,25 @@ class Result:
 
     Attributes:
         tasks: the tasks' names in order of arrival.
-        matrix: ``matrix[i][j]``, j ≤ i, is the accuracy on task j after merging task i; None where it was not
-            measured.
+        matrix: ``matrix[i][j]``, j ≤ i, is the accuracy on task j after merging task i, where it is known
+            that samples are of task j; None where it was not measured.
+        unknown: the same where that is not known: a sample counts if task and class are both right.  None
+            also where this has no meaning, as for answers in words.
     """
 
     tasks: list[str]
     matrix: list[list[float | None]]
+    unknown: list[list[float | None]] = field(default_factory=list)
 
     @property
     def acc(self) -> float:
         """Mean accuracy over all tasks after the last merge; NaN where one was not measured."""
         return _mean(self.matrix[-1] if self.matrix else [])
+
+    @property
+    def acc_unknown(self) -> float:
+        """The same mean where nobody says which task a sample is of; NaN where one was not measured."""
+        return _mean(self.unknown[-1] if self.unknown else [])
 
     @property
     def bwt(self) -> float:
@@ -58,23 +71,56 @@ def accuracy(task: TaskType, model: nn.Module, data: TaskData, batch_size: int =
     return score(torch.cat([task.outcomes(model, batch) for batch in data.batches(batch_size)]), data.metric)
 
 
-def score(outcomes: torch.Tensor, metric: str) -> float:
-    """The score in per cent of outcomes, as a task type's `outcomes` returns them.
+@torch.no_grad()
+def accuracies(
+    tasks: AllTasks, place: int, model: nn.Module, data: TaskData, batch_size: int = 128
+) -> tuple[float, float]:
+    """The score of the model on samples of a task, where the task is known and where it has to be found.
+
+    The part of the model that is common to all tasks computes once for both.
 
     Args:
-        outcomes: [n] for ``accuracy``, which is their mean; [n, 2] for ``spearman``, which is the rank
-            correlation of the columns.
-        metric: ``accuracy`` or ``spearman``.
+        tasks: all of the model's.
+        place: the number of the task; its head is in the model.
+        model: the merged model.
+        data: labelled samples, whose metric is the accuracy.
+        batch_size: samples per batch.
+    """
+    model.eval()
+    task, head = tasks.task, tasks.heads[place]
+    part = common_part(model, task.tower(model), head.tensors)
+    known, unknown = [], []
+    for batch in data.batches(batch_size):
+        routed = tasks.method.route(batch)
+        with replayed(model, part) as replay:
+            known.append(task.outcomes(model, batch))
+            replay.again()
+            choice = tasks.choose(model, batch, routed)
+        unknown.append((choice.task == place) & (choice.label == required_labels(batch).cpu()))
+    return score(torch.cat(known), data.metric), score(torch.cat(unknown), data.metric)
+
+
+def score(outcomes: torch.Tensor, metric: str) -> float:
+    """The score in per cent of outcomes, as a task type's `outcomes` returns them; more is always better.
+
+    Args:
+        outcomes: [n] for ``accuracy`` and ``accuracy-per-token``, which are their mean; [n, 2] for
+            ``spearman``, which is the rank correlation of the columns, and for ``perplexity``, whose columns
+            are log-likelihoods in nats and numbers of tokens.
+        metric: one of these.  Of a perplexity P the score is 100 / P, the (geometric) mean probability of a
+            token in per cent: so less forgetting is a larger BWT, and ACC is a mean of things of one kind.
 
     Raises:
         ValueError: an unknown metric.
     """
     outcomes = outcomes.double()
-    if metric == "accuracy":
+    if metric in ("accuracy", "accuracy-per-token"):
         return 100 * outcomes.mean().item()
+    if metric == "perplexity":
+        return 100 * math.exp((outcomes[:, 0].sum() / outcomes[:, 1].sum()).item())
     if metric == "spearman":
         return 100 * spearman(*outcomes.unbind(1))
-    raise ValueError(f"metric={metric!r}: expected accuracy or spearman")
+    raise ValueError(f"metric={metric!r}: expected accuracy, accuracy-per-token, spearman or perplexity")
 
 
 def spearman(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -16,11 +16,11 @@ from mingle.kernels.dtypes import wide
 from mingle.merging.vocabulary import Vocabulary, growth
 from mingle.nn.linear import LowRankExpert
 from mingle.nn.matrices import oriented, packed_experts
-from mingle.nn.peft import read_adapter
+from mingle.nn.peft import read_with_head
 from mingle.options import nearest
 from mingle.tasks import TaskType
 from mingle.tasks.configs import check_same_computation
-from mingle.tasks.loading import ModelCheckpoint
+from mingle.tasks.loading import ModelCheckpoint, absent
 from mingle.tasks.names import ModelTensors
 
 #: a module, a state dict, or a local folder: a checkpoint of the whole model or of its tower, or a PEFT LoRA
@@ -67,8 +67,10 @@ class FineTuned:
         self.adapter: dict[str, LowRankExpert] = {}
         self.held: Mapping[str, Tensor] = {}
         self.own: dict[str, str] = {}
-        #: the tensors that the task has of its own, by the names that they have in the whole model
+        #: the tensors that the task has of its own, by the names that they have in the whole model, and the
+        #: names of the classes that they tell apart, where there are any
         self.head_names = task.heads(base)
+        self.labels: tuple[str, ...] | None = None
         self._read: Callable[[str], Tensor]
         config: Any = model
         if isinstance(model, nn.Module):
@@ -79,7 +81,13 @@ class FineTuned:
             config = None
             self._read = self.held.__getitem__
         elif ((folder := Path(model)) / ADAPTER_CONFIG).exists():
-            self.adapter = self._named(folder, prefixes)
+            experts, saved = read_with_head(folder, self.head_names)
+            # What an adapter does not hold is as in the base, if it is there.
+            kept = {name: self.whole[name] for name in self.head_names if name not in absent(base)}
+            self.held = kept | saved
+            self._read = self.held.__getitem__
+            self.adapter = self._named(experts, prefixes)
+            self._check_head(task, None if saved else getattr(base, "config", None))
             return
         else:
             checkpoint, config = ModelCheckpoint(folder, base, strip=False), folder
@@ -100,9 +108,7 @@ class FineTuned:
         optional = {name.removeprefix(self.prefix) for name in task.optional(base)} - set(self.head_names)
         self.own = own_names(self.base, self.held, prefixes, self.first, optional)
         self._check_ties()
-        if missing := [name for name in self.head_names if name not in self.held]:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise IncompatibleModel(f"no head, which each task has of its own: {missing[0]}{more} missing")
+        self._check_head(task, config)
         if config is not None and hasattr(base, "config"):
             check_same_computation(base.config, task.config_part, config)
 
@@ -194,6 +200,21 @@ class FineTuned:
                     "merge can keep both; give a base whose file holds both, apart from each other"
                 )
 
+    def _check_head(self, task: TaskType, config: Any) -> None:
+        """Refuse a model without a head where each task has one; note the names of its classes.
+
+        Args:
+            task: the task type.
+            config: the model's folder or its configuration; None where there is neither.
+        """
+        if missing := [name for name in self.head_names if name not in self.held]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise IncompatibleModel(
+                f"no head, which each task has of its own: {missing[0]}{more} missing; give the whole "
+                "fine-tuned model, or an adapter that was saved with its head (modules_to_save)"
+            )
+        self.labels = task.labels({name: self.held[name] for name in self.head_names}, config)
+
     def _lines(self, changed: Iterable[str], unknown: Iterable[str]) -> list[str]:
         lines = []
         for reason, names in (
@@ -211,10 +232,12 @@ class FineTuned:
         """Tensors of the tower count as alike where only numbers differ, others by the part they are in."""
         return re.sub(r"\d+", "*", name) if name.startswith(self.prefix) else name.partition(".")[0]
 
-    def _named(self, folder: Path, prefixes: tuple[str, ...]) -> dict[str, LowRankExpert]:
+    def _named(
+        self, experts: Mapping[str, LowRankExpert], prefixes: tuple[str, ...]
+    ) -> dict[str, LowRankExpert]:
         """The adapter's experts, by the base's names of the weights that they change."""
         named: dict[str, LowRankExpert] = {}
-        for layer, expert in read_adapter(folder).items():
+        for layer, expert in experts.items():
             prefix = next((prefix for prefix in prefixes if layer.startswith(prefix)), "")
             name = f"{layer.removeprefix(prefix)}.weight"
             where = f"the adapter's layer {layer!r}"

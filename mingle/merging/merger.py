@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 import zlib
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,37 @@ import torch
 from torch import nn
 
 from mingle import methods, tasks
+from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.adaptation.trace import StepProgress
-from mingle.io import export, merger_folder
+from mingle.io import adapters_folder, merger_folder
 from mingle.io.files import CheckpointError
+from mingle.io.hub import ModelName
 from mingle.io.manifest import MANIFEST
-from mingle.io.model_card import CardTask, model_card
 from mingle.io.state_dicts import IncompatibleModel, non_finite
-from mingle.merging.evaluate import Result, accuracy
+from mingle.merging import adapters, exports
+from mingle.merging.calibration import temperature
+from mingle.merging.evaluate import Result, accuracies, accuracy
+from mingle.merging.exports import Format, Merged
 from mingle.merging.finetuned import FineTuned, Model
-from mingle.merging.finite import NonFiniteMerge, refuse_non_finite
-from mingle.merging.opened import opened
+from mingle.merging.finite import refuse_non_finite
+from mingle.merging.opened import check_known, opened
+from mingle.merging.predict import AllTasks, Prediction
 from mingle.merging.vocabulary import Vocabulary, check_vocabulary
 from mingle.methods import Arrival, MergeMethod, StepReport
+from mingle.methods.base import Tensors
+from mingle.methods.gated import GatedMethod
 from mingle.options import build
 from mingle.tasks import TaskData, TaskType
-from mingle.tasks.heads import head_of, put_head
+from mingle.tasks.data import class_names_of
+from mingle.tasks.heads import Head, head_of, names_of, put_head, put_names
 from mingle.tasks.image_settings import differing_preparation
 from mingle.tasks.loading import absent
 from mingle.tasks.names import in_files
 
 logger = logging.getLogger(__name__)
 
-#: before the names of a head's tensors in a task's file
-_HEAD = "head/"
+#: before the names of what a task has of its own, in its file: a head's tensors, and what its samples share
+_HEAD, _SHARED = "head/", "shared/"
 
 
 @dataclass
@@ -49,12 +58,17 @@ class MergedTask:
         seed_samples: how many seed samples it was merged with.
         skipped: why nothing was merged, or None.
         notes: things worth telling, such as a saturated basis.
+        labels: the names of its classes by number, None where they are not known.
+        temperature: what makes its head's scores probabilities, see `mingle.merging.calibration`; None where
+            it was not measured.
     """
 
     name: str
     seed_samples: int = 0
     skipped: str | None = None
     notes: list[str] = field(default_factory=list)
+    labels: list[str] | None = None
+    temperature: float | None = None
 
 
 class Merger:
@@ -101,7 +115,12 @@ class Merger:
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
         self.seed, self.vocabulary = seed, vocabulary
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
-        self.base = _finite(base_model) if isinstance(base_model, nn.Module) else self.task.load(base_model)
+        self.base_name = _name(base_model)
+        self.base = (
+            _finite(self.task.base(base_model))
+            if isinstance(base_model, nn.Module)
+            else self.task.load(base_model)
+        )
         if device is not None:
             self.base = copy.deepcopy(self.base).to(device)
         tower = self.base.get_submodule(self.task.tower(self.base))
@@ -110,7 +129,11 @@ class Merger:
         self.merged: list[MergedTask] = []
         #: what each task has of its own, such as a classifier's head, by names in the model
         self.heads: list[dict[str, torch.Tensor]] = []
+        #: what the samples of each task share, such as the embeddings of its classes
+        self.shared: list[dict[str, torch.Tensor]] = []
+        #: accuracies after every merge: where the task is known, and where it has to be found too
         self.matrix: list[list[float | None]] = []
+        self.unknown: list[list[float | None]] = []
         #: anything JSON can hold, saved with the merger
         self.metadata: dict[str, Any] = {}
 
@@ -132,8 +155,8 @@ class Merger:
             name: the task's name, new to this merger.
             finetuned_model: a module, a state dict or a local folder; the whole model, its tower alone, or a
                 folder with a LoRA adapter.
-            seed_data: a few unlabelled samples of the task, for methods that adapt (others never look at
-                them); see the task type for the keys.
+            seed_data: a few unlabelled samples of the task; see the task type for the keys.  Methods that
+                adapt need them; with any method they tell tasks apart in `predict`.
             on_step: called during adaptation, see `mingle.adaptation.train.adapt_gates`.
 
         Raises:
@@ -143,11 +166,12 @@ class Merger:
             AdaptationDiverged: the loss stayed non-finite.
             NonFiniteMerge: the method's result is not finite.
 
-        Whatever is raised, the merger is as it was before; after `NonFiniteMerge`, `model` is another module
-        with the same weights.
+        Whatever is raised, the merger is as it was before; after `NonFiniteMerge`, and after an error of the
+        model with the samples, `model` is another module with the same weights.
         """
         self.check_name(name)
-        seeds = self.task.data(seed_data) if seed_data is not None and self.method.needs_seeds else None
+        samples = None if seed_data is None else self.task.data(seed_data)
+        seeds = samples if self.method.needs_seeds else None
         if self.method.needs_seeds and not seeds:
             raise ValueError(
                 f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given"
@@ -156,6 +180,8 @@ class Merger:
             model = FineTuned(finetuned_model, self.base, self.task, self.vocabulary, self.base_folder)
             tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
             left += self._prepared_otherwise(finetuned_model)
+            own = _own(head, samples, model.labels)
+            self.task.check_head(own)
         except (IncompatibleModel, CheckpointError) as error:
             raise type(error)(f"task {name!r}: {error}") from None
         index = len(self.merged)
@@ -181,7 +207,10 @@ class Merger:
             raise
         try:
             refuse_non_finite(self.method, name, [self.method.task_tensors(index)])
-        except NonFiniteMerge:
+            began = time.perf_counter()
+            degree = None if samples is None else self._temperature(samples, teacher)
+            report.calibration = time.perf_counter() - began
+        except BaseException:
             self._begin(type(self.method))
             self.method.restore(*before)
             put_head(self.model, served)
@@ -189,10 +218,41 @@ class Merger:
         for line in left:
             logger.info("%s: %s", name, line)
         report.notes += left
-        self.merged.append(MergedTask(name, len(seeds) if seeds else 0, report.skipped, report.notes))
+        count = len(seeds) if seeds else 0
+        labels = None if own.labels is None else list(own.labels)
+        self.merged.append(MergedTask(name, count, report.skipped, report.notes, labels, degree))
         self.matrix.append([None] * len(self.merged))
+        self.unknown.append([None] * len(self.merged))
         self.heads.append(head)
+        self.shared.append(dict(own.shared))
+        self._note_labels(index)
         return report
+
+    def set_classes(
+        self,
+        name: str,
+        class_names: Sequence[str] | None = None,
+        shared: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Say what the classes of a merged task are, where it was merged without samples that say so.
+
+        Args:
+            name: the task.
+            class_names: the names of its classes by number; None leaves those that there are.
+            shared: what its samples share, such as their ``text_embeds``; None leaves what there is.
+
+        Raises:
+            ValueError: a task that is not merged, or classes that do not fit its head.
+        """
+        place = self._place(name)
+        kept = self._head(place)
+        names = class_names_of({"class_names": class_names})
+        head = Head(kept.tensors, dict(shared or kept.shared), names or kept.labels)
+        if unknown := [key for key in head.shared if key not in self.task.shared]:
+            raise ValueError(f"{unknown[0]!r} is nothing that the samples of a {self.task.name} task share")
+        self.task.check_head(head)
+        self.merged[place].labels = None if head.labels is None else list(head.labels)
+        self.shared[place] = dict(head.shared)
 
     def check_name(self, name: str) -> None:
         """Raise `ValueError` for a name that a further task cannot have."""
@@ -205,14 +265,28 @@ class Merger:
         It is the merged model, with the task's own head where tasks have heads; or, for the reference row
         ``individual``, the task's own model.
         """
-        if name not in self.task_names:
-            raise ValueError(
-                f"task {name!r} is not among the merged ones: {', '.join(self.task_names) or 'none'}"
-            )
-        place = self.task_names.index(name)
+        place = self._place(name)
         self.method.select(place)
         put_head(self.model, self.heads[place])
+        self._note_labels(place)
         return self.model
+
+    def predict(self, inputs: TaskData | Mapping[str, Any], batch_size: int = 128) -> Prediction:
+        """Answer samples among the classes of all merged tasks, whichever of the tasks they are of.
+
+        Where the method has a router, as `routed` has, it finds the task.  With others the answer is the
+        class of the greatest probability over all tasks, see `mingle.merging.calibration`.
+
+        Args:
+            inputs: samples as the task type takes them; of what they share, such as ``text_embeds``, nothing
+                is needed.
+            batch_size: samples per batch.
+
+        Raises:
+            ValueError: answers that are not classes, a method that keeps one model per task, or tasks whose
+                classes are not known; the message says what to do.
+        """
+        return self._all_tasks().predict(inputs, batch_size)
 
     def evaluate(
         self,
@@ -220,7 +294,9 @@ class Merger:
         batch_size: int = 128,
         tasks: Collection[str] | None = None,
     ) -> Result:
-        """Accuracy on every merged task, or on some of them, kept as the last row of the accuracy matrix.
+        """Accuracy on every merged task, or on some of them, kept as the last row of the accuracy matrices.
+
+        Where `predict` has an answer, it is measured too how often task and class are both right.
 
         Args:
             suite: labelled test samples by task name; a `mingle.suites.Suite` or any mapping that has the
@@ -229,25 +305,33 @@ class Merger:
             tasks: which merged tasks to measure; None measures all.
 
         Returns:
-            Everything measured so far, with `.acc`, `.bwt` and `.matrix`.
+            Everything measured so far, with `.acc`, `.acc_unknown`, `.bwt` and `.matrix`.
         """
         wanted = self.task_names if tasks is None else tasks
         missing = [name for name in wanted if name not in suite]
         if missing:
             raise ValueError(f"the suite has no samples for the merged tasks {', '.join(missing)}")
-        row: list[float | None] = [
-            accuracy(self.task, self.model_for(name), self.task.data(suite[name]), batch_size)
-            if name in wanted
-            else None
-            for name in self.task_names
-        ]
-        if row:
-            self.matrix[-1] = row
+        everything = self._all_tasks()
+        separable = not everything.hindrance()
+        rows: tuple[list[float | None], list[float | None]] = ([], [])
+        for place, name in enumerate(self.task_names):
+            known = unknown = None
+            if name in wanted:
+                model, data = self.model_for(name), self.task.data(suite[name])
+                if separable and data.metric == "accuracy":
+                    known, unknown = accuracies(everything, place, model, data, batch_size)
+                else:
+                    known = accuracy(self.task, model, data, batch_size)
+            rows[0].append(known)
+            rows[1].append(unknown)
+        if self.merged:
+            self.matrix[-1], self.unknown[-1] = rows
         return self.result()
 
     def result(self) -> Result:
         """Everything measured so far."""
-        return Result(self.task_names, [list(row) for row in self.matrix])
+        matrix, unknown = ([list(row) for row in rows] for rows in (self.matrix, self.unknown))
+        return Result(self.task_names, matrix, unknown)
 
     def save_pretrained(self, folder: str | Path, *, include_base: bool = True) -> None:
         """Write the merger to a folder: safetensors and a JSON manifest, nothing pickled.
@@ -260,58 +344,75 @@ class Merger:
             include_base: put the base model into the folder too, which makes it self-contained; without it,
                 `from_pretrained` needs `base`.
         """
-        task_tensors = [
-            self.method.task_tensors(i) | {f"{_HEAD}{name}": tensor for name, tensor in head.items()}
-            for i, head in enumerate(self.heads)
-        ]
+        task_tensors = self._kept()
         refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
-        manifest = {
-            "method": self.method.name,
-            "task_type": self.task.name,
-            "seed": self.seed,
-            "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
-            "options": asdict(self.options),
-            **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
-            "tasks": [asdict(task) for task in self.merged],
-            "matrix": self.matrix,
-            "metadata": self.metadata,
-        }
         base = self._base_model() if include_base else None
         merger_folder.save(
             Path(folder),
-            manifest,
+            self._described() | {"metadata": self.metadata},
             merger_folder.state_hash(self.base),
+            self.base_name,
             base,
             task_tensors,
             self.method.state_tensors(),
         )
 
-    def export(self, folder: str | Path, task: str | None = None) -> None:
-        """Write the merged model to a new folder as a plain Hugging Face model, with a model card.
+    def export(
+        self,
+        folder: str | Path,
+        task: str | None = None,
+        format: Format = "transformers",
+        seed_data: TaskData | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the merged model to a new folder for other programs, with a model card.
 
-        `transformers` loads it with `from_pretrained`.
+        ``transformers``: a plain Hugging Face model, which `from_pretrained` loads.  Of a method with gates
+        it is a model for one task alone: the experts are folded into the weights, with the means of the
+        gates over `seed_data`; without these, and for ``routed``, the task's own expert has a gate of 1, and
+        the others of 0.
+
+        ``peft``: a LoRA adapter per task for the untouched base, in PEFT's layout, and beside them the router
+        and whatever else `from_adapters` needs to go on merging.
 
         Args:
             folder: a folder that does not exist yet or is empty.
-            task: whose model to write, for the reference row ``individual``, which has one per task.
+            task: whose model to write, for methods with gates, for classifiers, of which each has its own
+                head, and for the reference row ``individual``, which has one model per task.
+            format: ``transformers`` or ``peft``.
+            seed_data: a few unlabelled samples of the task.
 
         Raises:
             ValueError: a method whose model is not plain weights, see
-                `mingle.methods.MergeMethod.plain_tower`; a task that is not merged, is missing, or is given
-                where one model serves all.
+                `mingle.methods.MergeMethod.plain_tower`, or that has no adapters, see
+                `mingle.methods.MergeMethod.adapter`; a task that is not merged, is missing, or is given where
+                one model serves all; another format.
             CheckpointError: a folder in use, or a full disk.
         """
-        if self.method.per_task:
-            if task is None:
-                known = ", ".join(self.task_names)
-                raise ValueError(f"method {self.method.name!r} keeps one model per task; name one of {known}")
+        folder, method, owned = Path(folder), self.method, any(self.heads)
+        exports.check(task, format, seeds=seed_data is not None)
+        merged = Merged(self.base, self.base_folder, self.base_name, method, self._described())
+        if format == "peft":
+            exports.write_adapters(folder, merged, self._kept(), self.heads)
+            return
+        if task is None and (method.per_task or owned):
+            reason = "each task has a head of its own"
+            if method.per_task:
+                reason = f"method {method.name!r} keeps one model per task"
+            raise ValueError(f"{reason}; name one of {', '.join(self.task_names)}")
+        if task is not None:
             self.model_for(task)
-        elif task is not None:
-            reason = f"with method {self.method.name!r} one model serves all tasks"
-            raise ValueError(f"task {task!r}: {reason}; leave the task out")
-        state = export.whole_model(self.base, self.task.tower(self.base), self.method.plain_tower())
-        config = export.hub_config(self.base, self.base_folder, next(self.base.parameters()).dtype)
-        export.write_model(Path(folder), state, config, self.base_folder, self._card(Path(folder).name))
+            if owned:
+                head = self._head(self._place(task))
+                merged = replace(merged, head=head_of(self.model, head.tensors), labels=names_of(head))
+        if task is None or (not isinstance(method, GatedMethod) and (method.per_task or owned)):
+            exports.write_plain(folder, merged)
+            return
+        samples = None
+        if seed_data is not None and method.folds_by_means:
+            samples = self.task.data(seed_data)
+            if method.needs_answers:
+                samples = self.task.prepared(lambda: self.model, samples)
+        exports.write_folded(folder, merged, task, samples)
 
     @classmethod
     def from_pretrained(
@@ -338,49 +439,136 @@ class Merger:
         """
         folder = Path(folder)
         saved = opened(folder, task_type)
-        manifest = saved.manifest
-        task = task_type or tasks.get(manifest["task_type"])
         model = base if base is not None else saved.base_folder()
+        merger = cls._opened(saved.manifest, model, task_type, device, folder / MANIFEST)
+        if base is None:
+            merger.base_name = saved.base_name()
+        saved.check_base(merger_folder.state_hash(merger.base))
+        merger._restore(saved.task_tensors(), saved.state_tensors(), folder)
+        merger.metadata = saved.manifest["metadata"]
+        return merger
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: nn.Module | str | Path,
+        folder: str | Path,
+        *,
+        task_type: TaskType | None = None,
+        device: str | torch.device | None = None,
+    ) -> Merger:
+        """The merger whose adapters `export` wrote with the format ``peft``; only `metadata` is not there.
+
+        The next `add` gives the same bits as if the merger had never been exported.
+
+        Args:
+            base: the base model that the adapters are for, a module or a local folder.
+            folder: the folder that `export` wrote.  Nothing outside it is read.
+            task_type: as for `from_pretrained`.
+            device: where the merged model lives.
+
+        Raises:
+            CheckpointError: adapters that are not such an export; a missing, truncated or changed file,
+                another format version, or another base model.
+        """
+        folder = Path(folder)
+        exported = adapters_folder.load(folder)
+        check_known(exported.description, exported.path, task_type)
+        merger = cls._opened(exported.description, base, task_type, device, exported.path)
+        exported.check_base(merger_folder.state_hash(merger.base))
+        merger._restore(*adapters.tensors_in(exported, merger.task, merger.base), folder)
+        return merger
+
+    @classmethod
+    def _opened(
+        cls,
+        merge: Mapping[str, Any],
+        base: nn.Module | str | Path,
+        task_type: TaskType | None,
+        device: str | torch.device | None,
+        path: Path,
+    ) -> Merger:
+        """The merger that the file at `path` describes, without the tensors of its tasks."""
+        task, model = task_type or tasks.get(merge["task_type"]), base
         if not isinstance(model, nn.Module):
-            model = task.load(model).to(getattr(torch, manifest["dtype"]))
+            model = task.load(model).to(getattr(torch, merge["dtype"]))
         try:
             merger = cls(
                 model,
-                manifest["method"],
+                merge["method"],
                 task,
-                seed=manifest["seed"],
+                seed=merge["seed"],
                 device=device,
-                vocabulary=manifest.get("vocabulary", "same"),
-                **manifest["options"],
+                vocabulary=merge.get("vocabulary", "same"),
+                **merge["options"],
             )
         except ValueError as error:  # options that do not suit this model
-            raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
-        merger.base_folder = None if isinstance(base, nn.Module) else Path(base or saved.base_folder())
-        saved.check_base(merger_folder.state_hash(merger.base))
-        place = next(merger.base.parameters()).device
-        moved = [
-            {name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved.task_tensors()
+            raise CheckpointError(f"{path}: {error}") from error
+        if not isinstance(base, nn.Module):
+            merger.base_folder, merger.base_name = Path(base), _name(base)
+        merger.merged = [
+            MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__ if key in task})
+            for task in merge["tasks"]
         ]
-        state = {name: tensor.to(place) for name, tensor in saved.state_tensors().items()}
-        merger.heads = [
-            {name.removeprefix(_HEAD): tensor for name, tensor in tensors.items() if name.startswith(_HEAD)}
+        merger.matrix = merge["matrix"]
+        merger.unknown = merge.get("unknown", [[None] * len(row) for row in merger.matrix])
+        return merger
+
+    def _restore(self, saved: list[Tensors], state: Tensors, folder: Path) -> None:
+        """Take on what `_kept` gave of each task, and the state of the method.
+
+        Raises:
+            CheckpointError: tensors that belong to something else.
+        """
+        place = next(self.base.parameters()).device
+        moved = [{name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved]
+        self.heads, self.shared = (
+            [
+                {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+                for tensors in moved
+            ]
+            for kind in (_HEAD, _SHARED)
+        )
+        own = [
+            {name: tensor for name, tensor in tensors.items() if not name.startswith((_HEAD, _SHARED))}
             for tensors in moved
         ]
-        own = [{name: t for name, t in tensors.items() if not name.startswith(_HEAD)} for tensors in moved]
         try:
-            merger.method.restore(own, state)
-            if merger.heads:
-                put_head(merger.model, merger.heads[-1])
+            self.method.restore(own, {name: tensor.to(place) for name, tensor in state.items()})
+            for number, tensors in enumerate(own):
+                if left := sorted(tensors.keys() - self.method.task_tensors(number).keys()):
+                    raise ValueError(f"there is no place for {left[0]!r}")
+                self._take_head(number)
+            if self.merged:
+                put_head(self.model, self.heads[-1])
+                self._note_labels(-1)
         # what names, numbers and shapes of tensors that belong to something else lead to
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"the tensors do not fit the method {merger.method.name!r} with these options"
+            reason = f"the tensors do not fit the method {self.method.name!r} with these options"
             raise CheckpointError(f"{folder}: {reason}: {error}") from error
-        merger.merged = [
-            MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__})
-            for task in manifest["tasks"]
+
+    def _kept(self) -> list[Tensors]:
+        """All that is kept of each task alone: what the method keeps, and what the task has of its own."""
+        return [
+            self.method.task_tensors(i)
+            | {f"{_HEAD}{name}": tensor for name, tensor in head.items()}
+            | {f"{_SHARED}{name}": tensor for name, tensor in shared.items()}
+            for i, (head, shared) in enumerate(zip(self.heads, self.shared, strict=True))
         ]
-        merger.matrix, merger.metadata = manifest["matrix"], manifest["metadata"]
-        return merger
+
+    def _described(self) -> dict[str, Any]:
+        """What a saved merge says of itself, in the form of `mingle.io.manifest.MERGE`."""
+        return {
+            "method": self.method.name,
+            "task_type": self.task.name,
+            "seed": self.seed,
+            "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
+            "options": asdict(self.options),
+            **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
+            "tasks": [asdict(task) for task in self.merged],
+            "matrix": self.matrix,
+            "unknown": self.unknown,
+        }
 
     def _base_model(self) -> merger_folder.BaseModel:
         if self.base_folder is not None:
@@ -395,17 +583,52 @@ class Merger:
         held = {name: tensor for name, tensor in self.base.state_dict().items() if name not in lacking}
         return merger_folder.BaseModel(None, files, partial(in_files, self.base, held))
 
+    def _place(self, name: str) -> int:
+        """The number of a merged task; `ValueError` for any other."""
+        if name not in self.task_names:
+            raise ValueError(
+                f"task {name!r} is not among the merged ones: {', '.join(self.task_names) or 'none'}"
+            )
+        return self.task_names.index(name)
+
+    def _head(self, place: int) -> Head:
+        return Head(self.heads[place], self.shared[place], self.merged[place].labels)
+
+    def _take_head(self, place: int) -> None:
+        """Order a head from a file as it is in the model; `ValueError` for one that this base cannot have."""
+        expected = self.task.heads(self.base)
+        if self.heads[place].keys() != set(expected):
+            raise ValueError(
+                f"task {self.task_names[place]!r}: expected a head of {', '.join(expected) or 'nothing'}"
+            )
+        self.heads[place] = {name: self.heads[place][name] for name in expected}
+        self.task.check_head(self._head(place))
+
+    def _note_labels(self, place: int) -> None:
+        """Note the classes of a task's head in the model's configuration."""
+        if self.heads[place] and hasattr(self.model, "config") and (names := names_of(self._head(place))):
+            put_names(self.model, names)
+
+    def _all_tasks(self) -> AllTasks:
+        heads = [self._head(place) for place in range(len(self.merged))]
+        temperatures = [task.temperature for task in self.merged]
+        return AllTasks(self.task, self.method, self.task_names, heads, temperatures)
+
+    @torch.no_grad()
+    def _temperature(self, samples: TaskData, teacher: Callable[[], nn.Module]) -> float | None:
+        """The temperature of the task whose head is in the model; None where answers are not classes."""
+        if not samples or not self.task.one_class or self.method.per_task:
+            return None
+        found, wanted = (
+            torch.cat([self.task.logits(model, batch).float() for batch in samples.batches(TEACHER_BATCH)])
+            for model in (self.model, teacher())
+        )
+        return temperature(found, wanted) if found.dim() == 2 else None
+
     def _prepared_otherwise(self, model: Model) -> list[str]:
         if self.base_folder is None or isinstance(model, nn.Module | Mapping):
             return []
         return differing_preparation(self.base_folder, Path(model))
-
-    def _card(self, title: str) -> str:
-        cards = [
-            CardTask(task.name, self.matrix[i][i], self.matrix[-1][i], task.notes)
-            for i, task in enumerate(self.merged)
-        ]
-        return model_card(title, self.method.name, asdict(self.options), cards)
 
     def _begin(self, method: type[MergeMethod]) -> None:
         """Set up a merged model into which nothing is merged yet."""
@@ -419,10 +642,26 @@ class Merger:
         return teacher
 
 
+def _name(base: nn.Module | str | Path) -> ModelName:
+    """What the base is called; a module may say so in its configuration."""
+    place: Any = (
+        getattr(getattr(base, "config", None), "name_or_path", "") if isinstance(base, nn.Module) else base
+    )
+    return ModelName.of(place) if place else ModelName()
+
+
 def _task_type(given: str | TaskType | None, base_model: nn.Module | str | Path) -> TaskType:
     if isinstance(given, TaskType):
         return given
     return tasks.of(base_model) if given is None else tasks.get(given)
+
+
+def _own(head: Mapping[str, torch.Tensor], samples: TaskData | None, labels: Sequence[str] | None) -> Head:
+    """What a task has of its own; the names of classes that come with samples go before its model's."""
+    if samples is None:
+        return Head(head, {}, labels)
+    shared = {name: part.detach().clone() for name, part in samples.shared.items()}
+    return Head(head, shared, labels if samples.class_names is None else samples.class_names)
 
 
 def _finite(base: nn.Module) -> nn.Module:

@@ -1,8 +1,10 @@
-"""A merger's folder that this version of mingle can open: what its manifest asks for exists."""
+"""Saved merges that this version of mingle can open: what they ask for exists."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mingle import methods, tasks
 from mingle.io import merger_folder
@@ -24,13 +26,23 @@ def opened(folder: Path, task_type: TaskType | None = None) -> Saved:
         CheckpointError: see `mingle.io.merger_folder.load`; or something unknown, named with the file.
     """
     saved = merger_folder.load(folder)
-    manifest = saved.manifest
+    check_known(saved.manifest, folder / MANIFEST, task_type)
+    return saved
+
+
+def check_known(merge: Mapping[str, Any], path: Path, task_type: TaskType | None = None) -> None:
+    """Raise `CheckpointError` for a method, a task type or an option that this version does not know.
+
+    Args:
+        merge: what the file says, in the form of `mingle.io.manifest.MERGE`.
+        path: of the file.
+        task_type: an object to be used for a task type of that name.
+    """
     try:
         if task_type is None:
-            tasks.get(manifest["task_type"])
-        elif task_type.name != manifest["task_type"]:
-            raise ValueError(f"task type {shown(manifest['task_type'])}, and {task_type.name!r} was given")
-        build(methods.get(manifest["method"]).Options, manifest["options"], "options")
+            tasks.get(merge["task_type"])
+        elif task_type.name != merge["task_type"]:
+            raise ValueError(f"task type {shown(merge['task_type'])}, and {task_type.name!r} was given")
+        build(methods.get(merge["method"]).Options, merge["options"], "options")
     except ValueError as error:
-        raise CheckpointError(f"{folder / MANIFEST}: {error}") from None
-    return saved
+        raise CheckpointError(f"{path}: {error}") from None

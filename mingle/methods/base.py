@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from mingle.adaptation.trace import AdaptTrace, StepProgress
 from mingle.io.state_dicts import first_names, task_vector
 from mingle.kernels.dtypes import wide
+from mingle.nn.linear import LowRankExpert
 from mingle.tasks import TaskData, TaskType
 
 Tensors = dict[str, torch.Tensor]
@@ -64,11 +65,25 @@ class StepReport:
         skipped: why nothing was merged, or None.
         trace: the adaptation's course, where there was one.
         notes: things worth telling, such as a saturated basis.
+        calibration: seconds that it took to measure, after the merge, what tells tasks apart.
     """
 
     skipped: str | None = None
     trace: AdaptTrace | None = None
     notes: list[str] = field(default_factory=list)
+    calibration: float = 0.0
+
+
+class Folded(NamedTuple):
+    """A gated tower for one task, its gates held constant.
+
+    Attributes:
+        tower: plain weights under the base's names.
+        gates: layer → the constant gates [T] of all experts, oldest first.
+    """
+
+    tower: Tensors
+    gates: Tensors
 
 
 class MergeMethod(ABC):
@@ -92,6 +107,10 @@ class MergeMethod(ABC):
     sequential: ClassVar[bool] = False
     #: whether every task is served by a model of its own (only the reference row `individual`)
     per_task: ClassVar[bool] = False
+    #: whether `folded` wants samples, for the means of gates over them
+    folds_by_means: ClassVar[bool] = False
+    #: whether it finds the task of every sample, see `route`
+    routes: ClassVar[bool] = False
 
     def __init__(
         self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any
@@ -125,6 +144,10 @@ class MergeMethod(ABC):
     def select(self, index: int) -> None:  # noqa: B027 – most methods have nothing to do
         """Make the model the one that serves task `index`; a merged model serves all tasks as it is."""
 
+    def route(self, data: TaskData) -> torch.Tensor | None:
+        """The numbers of the tasks that a router gives samples to, int64 [n]; None without a router."""
+        return None
+
     def plain_tower(self) -> Tensors:
         """The tower as plain weights that answer as the model does now, under the base's names.
 
@@ -136,9 +159,38 @@ class MergeMethod(ABC):
         raise ValueError(
             f"method {self.name!r}: how much of each expert is at work depends on the input, so no plain "
             "model gives the same answers; keep the merged folder and load it with "
-            "mingle.Merger.from_pretrained, or merge with a method that leaves plain weights "
+            "mingle.Merger.from_pretrained, name a task to fold the experts into a model for it alone, "
+            "export adapters in the format 'peft', or merge with a method that leaves plain weights "
             "(average, task-arithmetic, opcm, …; mingle with gates='static')"
         )
+
+    def folded(self, index: int, samples: TaskData | None) -> Folded:
+        """A plain tower for task `index`, its experts folded into the weights with constant gates.
+
+        Args:
+            index: of the task.
+            samples: of the task, for methods that `folds_by_means`; without any, its own expert's gate is 1
+                and all others are 0.
+
+        Raises:
+            ValueError: the method has no gates.
+        """
+        raise ValueError(f"with method {self.name!r} one model serves all tasks; leave the task out")
+
+    def adapter(self, index: int) -> dict[str, LowRankExpert]:
+        """What task `index` adds to the base where its gates are 1, by layer; empty if it was skipped.
+
+        Raises:
+            ValueError: the method keeps no low-rank experts of the untouched base.
+        """
+        raise ValueError(
+            f"method {self.name!r} keeps no low-rank expert per task, so there are no adapters to export; "
+            "take the format 'transformers'"
+        )
+
+    def chooses(self) -> bool:
+        """Whether a single expert, or none, answers an input, with a gate of 1."""
+        return False
 
 
 class PlainMethod(MergeMethod):

@@ -9,12 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from mingle.adaptation.mean_gates import mean_gates
 from mingle.io.state_dicts import task_vector
-from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
+from mingle.kernels.dtypes import wide
+from mingle.kernels.gated_experts import reference
+from mingle.methods.base import Arrival, Folded, MergeMethod, StepReport, Tensors
 from mingle.nn.inject import find_targets, inject
-from mingle.nn.linear import MingleLinear
+from mingle.nn.linear import LowRankExpert, MingleLinear
 from mingle.nn.matrices import oriented, packed_experts
-from mingle.tasks import TaskType
+from mingle.tasks import TaskData, TaskType
 from mingle.tasks.masks import TokenMasks
 
 #: what one task leaves in a layer
@@ -29,6 +32,7 @@ class GatedMethod(MergeMethod):
     """
 
     needs_seeds = True
+    folds_by_means = True
     #: the target layers where the options name none
     layer_set: ClassVar[str]
 
@@ -109,6 +113,35 @@ class GatedMethod(MergeMethod):
     def _count(self, *, merged: bool) -> None:
         """Note one more task."""
         self.places.append(sum(place is not None for place in self.places) if merged else None)
+
+    def adapter(self, index: int) -> dict[str, LowRankExpert]:
+        place = self.places[index]
+        if place is None:
+            return {}
+        return {name: LowRankExpert(layer.A[place], layer.B[place]) for name, layer in self.layers.items()}
+
+    def folded(self, index: int, samples: TaskData | None) -> Folded:
+        gates = self.own_gates(index)
+        if samples is not None and self.folds_by_means:
+            gates |= mean_gates(self.task, self.model, self.layers, samples)
+        return Folded(self.fold(gates), gates)
+
+    def own_gates(self, index: int) -> Tensors:
+        """Gates [T] by layer that let the task's own expert work alone; all 0 if the task was skipped."""
+        place = self.places[index]
+        gates = {name: torch.zeros_like(layer.all_gates()[1]) for name, layer in self.layers.items()}
+        for gate in gates.values() if place is not None else ():
+            gate[place] = 1
+        return gates
+
+    def fold(self, gates: Mapping[str, torch.Tensor]) -> Tensors:
+        """The tower as plain weights, W₀ + Σ_i g_i B_i A_i in every layer, for its gates [T]."""
+        weights = {}
+        for name, layer in self.layers.items():
+            W, A, B = (part.to(wide(part)) for part in (layer.weight, layer.A, layer.B))
+            folded = reference.fold(W, A, B, gates[name]).to(layer.weight)
+            weights[f"{name}.weight"] = oriented(folded, layer)
+        return dict(self.base) | weights
 
     def task_tensors(self, index: int) -> Tensors:
         place = self.places[index]

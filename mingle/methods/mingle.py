@@ -11,19 +11,18 @@ import torch
 from torch import nn
 
 from mingle.adaptation import input_directions
+from mingle.adaptation.answers import Compact, States
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.adaptation.fast_forward import fast_linears
 from mingle.adaptation.losses import distillation
 from mingle.adaptation.projector import RelaxedProjector
-from mingle.adaptation.teacher import TEACHER_BATCH, teacher_logits
+from mingle.adaptation.teacher import TEACHER_BATCH, teacher_answers
 from mingle.adaptation.trace import AdaptTrace
 from mingle.adaptation.train import AdaptConfig, adapt_gates
-from mingle.kernels.gated_experts import reference
 from mingle.methods.base import Arrival, StepReport, Tensors
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.nn.linear import GATE_INIT_STD
-from mingle.nn.matrices import oriented
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskData, TaskType
 
@@ -135,8 +134,8 @@ class Mingle(GatedMethod):
             gamma = options.gamma if options.constraint == "relaxed" else 0.0
             projector = RelaxedProjector(self.bases, gamma=gamma, beta=options.beta, backend=options.backend)
 
-        def answers(samples: TaskData) -> torch.Tensor:
-            return teacher_logits(self.task, arrival.teacher(), samples, TEACHER_BATCH)
+        def answers(samples: TaskData) -> torch.Tensor | States:
+            return teacher_answers(self.task, arrival.teacher(), samples, TEACHER_BATCH)
 
         loss = distillation(answers, options.temperature)
         config = AdaptConfig(options.steps, options.lr, options.batch_size, options.precision)
@@ -153,13 +152,18 @@ class Mingle(GatedMethod):
         if options.constraint == "none" or options.gates == "static" or options.k == 0:
             return self.bases
         seeds = arrival.samples()
+        # Not inside: it passes a few tokens through the model, whose directions are none of the task's.
+        compact = Compact.of(self.task, self.model, seeds)
         with (
             torch.no_grad(),
             fast_linears(self.model),
             input_directions.collected(self.layers) as seen,
         ):
             for batch in seeds.batches(TEACHER_BATCH):
-                if not self.task.logits(self.model, batch).isfinite().all():
+                answers = (
+                    self.task.logits(self.model, batch) if compact is None else compact.states(batch).hidden
+                )
+                if not answers.isfinite().all():
                     raise AdaptationDiverged("the adapted model's answers to the seed samples are not finite")
         bases = input_directions.extend(self.bases, seen, options.k)
         if crowded := input_directions.crowded(bases, options.k):
@@ -170,13 +174,7 @@ class Mingle(GatedMethod):
     def plain_tower(self) -> Tensors:
         if self.options.gates != "static":
             return super().plain_tower()
-        folded = {
-            f"{n}.weight": oriented(
-                reference.fold(layer.weight, layer.A, layer.B, layer.all_gates()[1]), layer
-            )
-            for n, layer in self.layers.items()
-        }
-        return dict(self.base) | {name: tensor.to(self.base[name]) for name, tensor in folded.items()}
+        return self.fold({name: layer.all_gates()[1] for name, layer in self.layers.items()})
 
     def task_tensors(self, index: int) -> Tensors:
         tensors = super().task_tensors(index)

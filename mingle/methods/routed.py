@@ -12,18 +12,20 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.methods.base import Arrival, StepReport, Tensors
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
+from mingle.methods.layer_router import LayerRouter
 from mingle.methods.router import FeatureStatistics, GaussianRouter
 from mingle.nn.early_stop import run_until
-from mingle.nn.linear import MingleLinear
 from mingle.options import require_positive
-from mingle.tasks import TaskType
+from mingle.tasks import TaskData, TaskType
+
+#: after how many blocks hidden states are read, where nothing is asked for and the model has that many
+DEPTHS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class RoutedOptions:
         rank: r of every expert, the truncated SVD of its task vector.
         layers: target layers as exact suffixes; None takes all linear layers of the task type's tower.
         depths: after how many transformer blocks of the base hidden states are read; 0 means the embeddings.
+            None takes those of 0, 1 and 2 that the model has.
         gates: ``hard``, the likeliest task's expert alone, or ``soft``, all experts by their posterior
             probability.
         own_covariance, shrinkage: see `mingle.methods.router.GaussianRouter`.
@@ -48,7 +51,7 @@ class RoutedOptions:
 
     rank: int = 64
     layers: tuple[str, ...] | None = None
-    depths: tuple[int, ...] = (0, 1, 2)
+    depths: tuple[int, ...] | None = None
     gates: Literal["hard", "soft"] = "hard"
     own_covariance: float = 0.1
     shrinkage: float = 0.03
@@ -58,9 +61,10 @@ class RoutedOptions:
 
     def __post_init__(self) -> None:
         require_positive(self, "rank")
-        if not self.depths or min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):
+        depths = self.depths
+        if depths is not None and (not depths or min(depths) < 0 or len(set(depths)) < len(depths)):
             raise ValueError(
-                f"depths={list(self.depths)}: expected one or more distinct numbers of blocks, from 0 on"
+                f"depths={list(depths)}: expected one or more distinct numbers of blocks, from 0 on"
             )
         if not 0 <= self.own_covariance < 1:
             raise ValueError(f"own_covariance={self.own_covariance}: expected a value in [0, 1)")
@@ -76,33 +80,43 @@ class Routed(GatedMethod):
     """W₀ + Σ_i g_i(x) B_i A_i, with the same gates g(x) [T] in all layers, given by a router.
 
     The router sees a sample's features: mean and standard deviation of its tokens' hidden states, as the base
-    model computes them, at a few shallow depths.  Adding a task leaves the statistics of earlier ones as they
-    are: they lose only the samples that the new one claims.  Biases, norms and embeddings stay those of the
-    base.
+    model computes them, at a few shallow depths.  A decoder's sample is its prompt, and what was decided on
+    it holds for the whole sequence; see `mingle.methods.layer_router.LayerRouter`.  Adding a task leaves the
+    statistics of earlier ones as they are: they lose only the samples that the new one claims.  Biases, norms
+    and embeddings stay those of the base.
     """
 
     name = "routed"
     Options = RoutedOptions
     layer_set = "full"
     needs_answers = False
+    folds_by_means = False  # the task's expert works alone
+    routes = True
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
-        stack = self.structure.stacks[0]
-        self.encoder = self.tower.get_submodule(stack.parent)
-        sequence = [self.tower.get_submodule(block) for block in stack.blocks]
-        if max(options.depths) >= len(sequence):
-            deepest = f"the model has {len(sequence)} blocks, so {len(sequence) - 1} is the deepest"
-            raise ValueError(f"depths={list(options.depths)}: {deepest}")
+        first, *later = self.structure.stacks
+        blocks = [self.tower.get_submodule(block) for block in first.blocks]
+        depths = options.depths or tuple(depth for depth in DEPTHS if depth < len(blocks))
+        if max(depths) >= len(blocks):
+            deepest = f"the model has {len(blocks)} blocks, so {len(blocks) - 1} is the deepest"
+            raise ValueError(f"depths={list(depths)}: {deepest}")
+        self.encoder = self.tower.get_submodule(first.parent)
+        decoders = {
+            self.tower.get_submodule(stack.parent): [
+                layer for name, layer in self.layers.items() if self.structure.block_of(name) in stack.blocks
+            ]
+            for stack in later
+        }
         self.router = LayerRouter(
-            list(self.layers.values()), [sequence[depth] for depth in sorted(options.depths)], options
+            list(self.layers.values()), [blocks[depth] for depth in sorted(depths)], options
         )
-        self.encoder.register_forward_pre_hook(self.router, with_kwargs=True)
+        self.router.register(model, self.encoder, decoders)
         #: one for each task that has an expert
         self.statistics: list[FeatureStatistics] = []
 
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
-        statistics = [*self.statistics, FeatureStatistics.of(self._features(arrival))]
+        statistics = [*self.statistics, FeatureStatistics.of(self._features(arrival.samples()))]
         experts = make_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
         for name, layer in self.layers.items():
             self._append(
@@ -115,15 +129,23 @@ class Routed(GatedMethod):
         self._route(statistics)
         return StepReport()
 
-    def _features(self, arrival: Arrival) -> Tensor:
-        """The features of the seed samples, [n, F]."""
+    def route(self, data: TaskData) -> Tensor | None:
+        """The likeliest tasks, also of samples so strange that the base model answers them by itself."""
+        if not self.statistics:
+            return None
+        owners = [task for task, place in enumerate(self.places) if place is not None]
+        likeliest = self.router.likeliest(self._features(data))
+        return torch.tensor(owners, device=likeliest.device)[likeliest]
+
+    def _features(self, data: TaskData) -> Tensor:
+        """The features of samples, [n, F]."""
         seen: list[Tensor] = []
 
         def record(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(self.router.features(encoder, args, kwargs))
 
         with torch.no_grad():
-            for batch in arrival.samples().batches(TEACHER_BATCH):
+            for batch in data.batches(TEACHER_BATCH):
                 run_until([self.encoder], partial(self.task.logits, self.model, batch), record)
         return torch.cat(seen)
 
@@ -138,6 +160,9 @@ class Routed(GatedMethod):
             statistics, own=options.own_covariance, shrinkage=options.shrinkage
         )
         self.statistics = statistics
+
+    def chooses(self) -> bool:
+        return bool(self.options.gates == "hard")
 
     def task_tensors(self, index: int) -> Tensors:
         place = self.places[index]
@@ -156,68 +181,3 @@ class Routed(GatedMethod):
         ]
         if kept:
             self._route(kept)
-
-
-class LayerRouter:
-    """A forward pre-hook of an encoder that sets all gates by what the base model makes of the same input.
-
-    It is copied and pickled with the model.
-
-    Args:
-        layers: the layers that it gives gates to, the first of them inside the encoder.
-        blocks: those blocks of the encoder whose inputs are read, in order.
-        options: see `RoutedOptions`.
-    """
-
-    def __init__(self, layers: list[MingleLinear], blocks: list[nn.Module], options: RoutedOptions) -> None:
-        self.layers, self.blocks, self.options = layers, blocks, options
-        self.router: GaussianRouter | None = None
-
-    def __call__(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.router is not None:
-            self._give(self.gates(self.features(encoder, args, kwargs)))
-
-    def gates(self, features: Tensor) -> Tensor:
-        """The gates [n, T] for features [n, F]."""
-        assert self.router is not None
-        options, scores = self.options, self.router.scores(features)
-        scores = scores + options.seniority * torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
-        likeliest = scores.argmax(1)
-        gates = scores.softmax(1) if options.gates == "soft" else F.one_hot(likeliest, scores.shape[1])
-        if options.abstain is not None:
-            gates = gates * (self.router.strangeness(features, likeliest) <= options.abstain).unsqueeze(1)
-        return gates.float()
-
-    @torch.no_grad()
-    def features(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Mean and standard deviation over tokens of the base model's hidden states, [n, 2 · depths · d]."""
-        seen: list[Tensor] = []
-
-        def read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            seen.extend(_moments(hidden, self.layers[0].token_mask))
-
-        *earlier, last = self.blocks
-        handles = [block.register_forward_pre_hook(read, with_kwargs=True) for block in earlier]
-        first = self.layers[0]
-        self._give(first.weight.new_zeros(first.num_experts) if first.num_experts else None)
-        try:
-            with torch.autocast(first.weight.device.type, enabled=False):
-                run_until([last], partial(encoder.forward, *args, **kwargs), read)
-        finally:
-            self._give(None)
-            for handle in handles:
-                handle.remove()
-        return torch.cat(seen, 1)
-
-    def _give(self, gates: Tensor | None) -> None:
-        for layer in self.layers:
-            layer.given_gates = gates
-
-
-def _moments(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [n, d] of hidden states [n, N, d] over the tokens in `mask` [n, N]."""
-    weight = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden)
-    weight = (weight / weight.sum(1, keepdim=True)).unsqueeze(2)
-    mean = (weight * hidden).sum(1)
-    return mean, (weight * (hidden - mean.unsqueeze(1)).square()).sum(1).sqrt()

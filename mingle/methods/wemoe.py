@@ -20,7 +20,7 @@ from mingle.methods.base import Arrival, StepReport, Tensors, widened
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.task_arithmetic import add_task_vector
-from mingle.nn.linear import GATE_INIT_STD, MingleLinear
+from mingle.nn.linear import GATE_INIT_STD, LowRankExpert, MingleLinear
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskType
 
@@ -124,6 +124,17 @@ class Wemoe(GatedMethod):
 
     def merges(self) -> Collection[str]:
         return [*super().merges(), *self.attention]
+
+    def adapter(self, index: int) -> dict[str, LowRankExpert]:
+        raise ValueError(
+            f"method {self.name!r} merges the attention layers by task arithmetic, which is not of low rank, "
+            "so no adapter of the untouched base holds what a task has; name a task to fold the experts into "
+            "a model for it, in the format 'transformers'"
+        )
+
+    def fold(self, gates: Mapping[str, torch.Tensor]) -> Tensors:
+        merged = {name: tensor.to(self.base[name].dtype) for name, tensor in self.attention.items()}
+        return super().fold(gates) | merged
 
     def _load(self, tensors: Tensors) -> None:
         self.tower.load_state_dict(tensors, strict=False)

@@ -12,7 +12,7 @@ OnReached = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object]
 
 
 class _Reached(Exception):
-    """One of the modules was reached."""
+    """One of the modules of a call of `run_until` was reached."""
 
 
 def run_until(
@@ -29,15 +29,19 @@ def run_until(
         Whether one of the modules was called; where none was, `run` has run to its end.
     """
 
+    call = object()  # `run` may hold another call of this function, which must not take the end of this one
+
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if on_reached is not None:
             on_reached(module, args, kwargs)
-        raise _Reached
+        raise _Reached(call)
 
     handles = [module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True) for module in modules]
     try:
         run()
-    except _Reached:
+    except _Reached as error:
+        if error.args != (call,):
+            raise
         return True
     finally:
         for handle in handles:

@@ -90,7 +90,9 @@ class MingleLinear(nn.Module):
         token_mask: bool [..., N], true for tokens that count in the gates' means, where `forward` is not
             given one; set around a call by whoever knows the padding, and not part of the state.
         given_gates: gates of a router, which replace the layer's own; set around a call, and not part of the
-            state.
+            state.  They are as `mingle.functional.gated_experts` takes them, or one row for each n samples
+            of an x with k · n rows, where every k rows in a row are one sample's: the windows of an image,
+            or an encoder's output repeated for beams.
     """
 
     weight: nn.Parameter
@@ -264,7 +266,7 @@ class MingleLinear(nn.Module):
             self.keep_packed()
             experts = LayerTensors(self.weight, self.bias, self.A, self.B, gate_weight=None, gate_bias=None)
             return functional.gated_experts(
-                x, *experts, reduce=self.reduce, gates=self.given_gates, backend=self.backend
+                x, *experts, reduce=self.reduce, gates=_repeated(self.given_gates, x), backend=self.backend
             )
         if self.shared is not None:
             siblings, position = self.shared
@@ -310,6 +312,14 @@ class MingleLinear(nn.Module):
             f"bias={self.bias is not None}, experts={self.num_experts}, "
             f"rank={self.rank}, reduce={self.reduce!r}"
         )
+
+
+def _repeated(gates: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Gates [n, T] of the samples for x [k · n, ..., d_in]: [k · n, T]; others are returned as they are."""
+    rows, samples = (x.shape[0] if x.dim() > 1 else 1), len(gates)
+    if gates.dim() != 2 or samples in (0, rows) or rows % samples:
+        return gates
+    return gates.repeat_interleave(rows // samples, 0)
 
 
 def _append(stack: torch.Tensor, matrix: torch.Tensor) -> nn.Parameter:

@@ -12,13 +12,14 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mingle.io.adapter_config import AdapterConfig
+from mingle.io.adapter_config import WEIGHTS, AdapterConfig
 from mingle.io.checkpoint_files import refuse_two_models
 from mingle.io.files import CheckpointError, contained
 from mingle.io.safetensors import CheckpointReader
@@ -30,12 +31,26 @@ from mingle.options import nearest, shown
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_PICKLE = "adapter_model.bin"
+ROOT = "base_model.model."
 _FACTOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
+_HALVES = ("A", "B")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN, _MAX_NAME = 5, 1000
+
+
+class Adapter(NamedTuple):
+    """What an adapter's folder holds.
+
+    Attributes:
+        experts: A [r, d_in] and B [d_out, r] by the name of their layer in the model.
+        head: the head's tensors as they were saved, by their names in the model; empty where it was not.
+    """
+
+    experts: dict[str, LowRankExpert]
+    head: dict[str, Tensor]
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
@@ -59,18 +74,41 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
             (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); a factor without its other half, of another shape or rank
             than configured, or with non-finite values.  The message names the file and the option or tensor.
     """
+    return read_with_head(folder, ()).experts
+
+
+def read_with_head(folder: str | os.PathLike[str], head: Collection[str]) -> Adapter:
+    """The experts of an adapter, and the head that PEFT saved with it (`modules_to_save`).
+
+    Args:
+        folder: see `read_adapter`.
+        head: the names of the head's tensors in the model; no other tensors are taken.
+
+    Raises:
+        CheckpointError: see `read_adapter`.
+    """
     folder = Path(folder)
     refuse_two_models(folder)
-    config = AdapterConfig.read(folder)
-    path = contained(folder, _WEIGHTS)
+    config = AdapterConfig.read(folder, with_head=bool(head))
+    path = contained(folder, WEIGHTS)
     if not path.is_file():
         path = contained(folder, _PICKLE)  # whose reader explains how to convert it
         if not path.is_file():
-            raise CheckpointError(f"{folder}: no {_WEIGHTS}")
+            raise CheckpointError(f"{folder}: no {WEIGHTS}")
     reader = CheckpointReader(path)
-    halves = _pair(reader, path)
+    saved = {name: own for name in head if (own := f"{ROOT}{name}") in reader}
+    halves = _pair([name for name in reader if name not in saved.values()], path)
     scalings = {module: _check_pair(reader, path, module, *names, config) for module, names in halves.items()}
-    return {module: _read_pair(reader, path, *names, scalings[module]) for module, names in halves.items()}
+    return Adapter(
+        {module: _read_pair(reader, path, *names, scalings[module]) for module, names in halves.items()},
+        {name: reader.tensor(own) for name, own in saved.items()},
+    )
+
+
+def factor_names(layer: str) -> tuple[str, str]:
+    """PEFT's names of A and B of a layer, in the file of an adapter."""
+    first, second = (f"{ROOT}{layer}.lora_{half}.weight" for half in _HALVES)
+    return first, second
 
 
 def add_adapter(
@@ -135,14 +173,14 @@ def add_adapter(
     return layers
 
 
-def _pair(reader: CheckpointReader, path: Path) -> dict[str, tuple[str, str]]:
+def _pair(tensors: Iterable[str], path: Path) -> dict[str, tuple[str, str]]:
     """The names of lora_A and lora_B of each module; every tensor is one of these."""
     found: dict[str, dict[str, str]] = {}
     adapters = set()
-    for name in reader:
+    for name in tensors:
         match = _FACTOR.fullmatch(name)
         if match is None or len(name) > _MAX_NAME:
-            expected = "base_model.model.<layer>.lora_A.weight and .lora_B.weight"
+            expected = " and ".join(factor_names("<layer>"))
             raise CheckpointError(
                 f"{path}: tensor {shown(name)} is not a factor of a linear layer; expected {expected}"
             )
@@ -153,7 +191,7 @@ def _pair(reader: CheckpointReader, path: Path) -> dict[str, tuple[str, str]]:
     if not found:
         raise CheckpointError(f"{path}: no tensors")
     for module, halves in found.items():
-        for half in "AB":
+        for half in _HALVES:
             if half not in halves:
                 raise CheckpointError(
                     f"{path}: layer {module!r} has {next(iter(halves.values()))!r} and no lora_{half}"

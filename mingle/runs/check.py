@@ -44,7 +44,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         writable(folder)
     revisions = _revisions(config, folders)
     base = hub.resolve(config.base, None, revisions)
-    task = tasks.of(base)
+    task = tasks.of(base) if config.task_type is None else tasks.get(config.task_type)
     model = task.skeleton(base)
     experts = {
         expert.name: hub.resolve(expert.model, expert.revision, revisions) for expert in config.experts

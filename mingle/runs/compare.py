@@ -88,7 +88,8 @@ def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> 
     timings: dict[str, Any] = {}
     traces: dict[str, Any] = {}
     for method in comparison.methods:
-        rows: dict[str, list[Any]] = {key: [] for key in ("acc", "bwt", "matrix", "order", "seconds")}
+        keys = ("acc", "acc_unknown", "bwt", "matrix", "unknown", "order", "seconds")
+        rows: dict[str, list[Any]] = {key: [] for key in keys}
         results["methods"][method] = rows
         timings[method] = []
         for number in range(comparison.orders):
@@ -162,8 +163,10 @@ def _note(rows: dict[str, list[Any]], merger: Merger, steps: Sequence[MergeStep]
     """Append the results of one order to a method's rows."""
     result, tasks = merger.result(), merger.task_names
     rows["acc"].append(result.acc)
+    rows["acc_unknown"].append(result.acc_unknown)
     rows["bwt"].append(result.bwt)
-    rows["matrix"].append([row + [None] * (len(tasks) - len(row)) for row in result.matrix])
+    for key, matrix in (("matrix", result.matrix), ("unknown", result.unknown)):
+        rows[key].append([row + [None] * (len(tasks) - len(row)) for row in matrix])
     rows["order"].append(tasks)
     rows["seconds"].append(round(sum(step.merge for step in steps), 3))
 

@@ -2,6 +2,7 @@
 
     base: models/clip-vit-base-patch32        # a local folder, or a hub id
     method: mingle
+    task_type: text-classification            # where the base's own head does not say what it is
     experts:                                  # each a folder in hub format, a LoRA adapter, or a hub id
       - {name: svhn, model: models/clip-vit-base-patch32_svhn}
       - {name: gtsrb, model: tanganke/clip-vit-base-patch32_gtsrb, revision: 1a2b3c…}
@@ -26,7 +27,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mingle import methods
+from mingle import methods, tasks
 from mingle.merging.vocabulary import Vocabulary
 from mingle.options import OptionError, build, refuse_unknown, require_positive, shown
 from mingle.runs import strict_yaml
@@ -108,6 +109,7 @@ class MergeConfig:
     base: str
     experts: tuple[Expert, ...]
     method: str = "mingle"
+    task_type: str | None = None
     order: Order = field(default_factory=Order)
     layers: tuple[str, ...] | None = None
     rank: int | None = None
@@ -175,6 +177,8 @@ def parse(content: Any, where: str) -> MergeConfig:
         twice = next(name for name in names if names.count(name) > 1)
         raise OptionError(f"{where}: experts: two of them are called {twice!r}")
     try:
+        if config.task_type is not None:
+            tasks.get(config.task_type)
         config.method_options()
     except ValueError as error:
         raise OptionError(f"{where}: {error}") from None

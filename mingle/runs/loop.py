@@ -66,13 +66,13 @@ def merge_all(
         name, last = order[index], index + 1 == len(order)
         observer.merging(merger.method.name, number, index, order)
         seeds = None
-        if suite is not None and merger.method.needs_seeds:
+        if suite is not None:
             seeds = suite.seeds(name, whole=merger.method.sequential)
         model = expert(name, order[:index])
         began = time.perf_counter()
         report = merger.add(name, model, seeds, on_step=observer.adapting)
-        merged = time.perf_counter()
-        if suite is not None and seeds is not None and (short := suite.shortage(name)):
+        merged = time.perf_counter() - report.calibration
+        if suite is not None and merger.method.needs_seeds and (short := suite.shortage(name)):
             merger.merged[-1].notes.append(short)
         if suite is not None and (last or evaluate != "last"):
             everything = last or evaluate == "every"

@@ -11,7 +11,9 @@ from mingle import suites
 from mingle.io import hub, merger_folder
 from mingle.io.files import CheckpointError, free_space, writable
 from mingle.io.manifest import MANIFEST
+from mingle.merging import exports
 from mingle.merging.evaluate import Result
+from mingle.merging.exports import Format
 from mingle.merging.merger import Merger
 from mingle.merging.vocabulary import Vocabulary
 from mingle.options import OptionError
@@ -152,15 +154,51 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], batch_size: int) -> Res
     return merger.evaluate(suite, batch_size)
 
 
+def export(
+    folder: Path,
+    out: Path,
+    overrides: Mapping[str, Any],
+    task: str | None = None,
+    format: Format = "transformers",
+) -> None:
+    """Write a merged model for other programs, see `Merger.export`.
+
+    Where the model of one task has means of gates in its weights, they are over the seed samples of the
+    merge's suite, if it has one.
+
+    Args:
+        folder: the folder that a merge wrote.
+        out: a new or an empty folder.
+        overrides: as for `add`.
+        task, format: see `Merger.export`.
+    """
+    merger, seeds = Merger.from_pretrained(folder), None
+    exports.check(task, format, seeds=False)
+    if task is not None and merger.method.folds_by_means:
+        merger.model_for(task)  # which refuses an unknown one before samples are made
+        suite = _suite(merger, folder, overrides, [task])
+        seeds = None if suite is None else suite.seeds(task)
+    elif overrides:
+        name = next(iter(overrides)).replace("_", "-")
+        reason = "samples are only for the model of one task, with a method whose gates depend on the input"
+        raise OptionError(f"--{name}: {reason}")
+    merger.export(out, task, format, seeds)
+
+
 def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite | None]:
     """A merged model and its suite, with the caller's changes to its origin."""
     merger = Merger.from_pretrained(folder)
+    return merger, _suite(merger, folder, overrides, merger.task_names)
+
+
+def _suite(merger: Merger, folder: Path, overrides: Mapping[str, Any], names: Sequence[str]) -> Suite | None:
+    """A merged model's suite, its samples of these tasks checked, once the changes are in the metadata."""
     pooled_over_batch = getattr(merger.options, "reduce", None) == PROTOCOLS["official"]
     protocol = "official" if pooled_over_batch else "strict"
     merger.metadata = origin(protocol=protocol) | merger.metadata | dict(overrides)
     check_origin(merger.metadata, folder)
     if merger.metadata["suite"] is None:
-        return merger, None
+        return None
     if pooled_over_batch and merger.metadata["protocol"] == "strict":
         raise OptionError(f"{folder}: was merged with batch gates, which the strict protocol does not allow")
     suite = suites.load(
@@ -172,8 +210,8 @@ def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite |
         revisions=merger.metadata["revisions"],
     )
     suite.check_task_type(merger.task.name, merger.base_folder)
-    for name in merger.task_names:
+    for name in names:
         if name not in suite:
             raise OptionError(f"suite {suite.name!r} has no samples of the merged task {name!r}")
         suite.check(name)
-    return merger, suite
+    return suite

@@ -15,6 +15,7 @@ from mingle.methods.base import MergeMethod, PlainMethod
 from mingle.methods.gated import GatedMethod
 from mingle.options import build
 from mingle.tasks import TaskType
+from mingle.tasks.heads import head_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def of_method(fitted: MergeMethod, base: Path) -> Room:
         kept = _expert(fitted)
         if type(fitted).state_tensors is not GatedMethod.state_tensors:
             state = _bytes(fitted.base.values())
+    kept += _bytes(head_of(fitted.model, fitted.task.heads(fitted.model)).values())
     return Room(sum(file.stat().st_size for file in base_files(base)), kept, 2 * state)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mingle import tasks
 from mingle.io import merger_folder
 from mingle.io.files import CheckpointError, free_space
 from mingle.io.manifest import MANIFEST
@@ -45,8 +46,10 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
     manifest = merger_folder.load(folder).manifest
     noted = manifest["metadata"].pop(inputs.INPUTS, {})  # compared one by one
     revisions = {"revisions": plan.revisions}  # compared when they were read
-    found = _facts(manifest["method"], manifest["metadata"] | revisions, manifest["options"])
-    wanted = _facts(plan.config.method, plan.origin(), plan.options)
+    found = _facts(manifest, manifest["metadata"] | revisions)
+    wanted = _facts(
+        {"method": plan.config.method, "task_type": plan.task.name, "options": plan.options}, plan.origin()
+    )
     found["vocabulary"], wanted["vocabulary"] = manifest.get("vocabulary", "same"), plan.config.vocabulary
     differing = [
         f"{key}: {found.get(key)!r} there, {value!r} now"
@@ -64,9 +67,11 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
     return len(merged)
 
 
-def _facts(method: str, metadata: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(merge: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that must be the same for a merge to go on; JSON has lists where options have tuples."""
     plain = {
-        f"option {key}": tuple(value) if isinstance(value, list) else value for key, value in options.items()
+        f"option {key}": tuple(value) if isinstance(value, list) else value
+        for key, value in merge["options"].items()
     }
-    return {"method": method, "metadata": metadata, **plain}
+    task_type = tasks.get(merge["task_type"]).name  # which may be noted by an earlier name
+    return {"method": merge["method"], "task type": task_type, "metadata": metadata, **plain}

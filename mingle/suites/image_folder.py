@@ -102,7 +102,10 @@ class FolderSamples:
         """
         head = self.base.head(list(self.classes), self.templates)
         images = torch.cat([self._pixels(path) for path in self._paths()])
-        return TaskData({"pixel_values": images}, {"text_embeds": head}, self.labels().numbers)
+        names = tuple(self.classes)
+        return TaskData(
+            {"pixel_values": images}, {"text_embeds": head}, self.labels().numbers, class_names=names
+        )
 
     def _paths(self) -> list[Path]:
         return [path for images in self.classes.values() for path in images]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from mingle.io.files import CheckpointError
 from mingle.nn.inject import matches
 from mingle.nn.matrices import is_linear
+from mingle.nn.replay import replayed
 from mingle.options import shown
 from mingle.tasks import loading
 from mingle.tasks.configs import CONFIG
-from mingle.tasks.data import TaskData
+from mingle.tasks.data import TaskData, class_names_of
+from mingle.tasks.heads import Head, common_part, head_of, put_head
 from mingle.tasks.structure import Structure, find_structure, run_example
+from mingle.tasks.vocabulary import Vocabulary
 
 
 class TaskType(ABC):
@@ -29,6 +32,9 @@ class TaskType(ABC):
 
     Attributes:
         name: under which merged models note it; the class's own where none is given.
+        one_class: whether an answer is one class, so that answers of several tasks can be compared.
+        shared: what the samples of a task share and stands in for its head, such as ``text_embeds``.
+        one_scale: whether scores of different tasks' classes can be compared as they are.
         config_part: the name of the tower's configuration in the model's; empty where the tower is the whole
             model.
         published_sets: sets of layers that a paper names, as suffixes, instead of those that are found.  They
@@ -36,6 +42,9 @@ class TaskType(ABC):
     """
 
     name: ClassVar[str]
+    one_class: ClassVar[bool] = True
+    shared: ClassVar[tuple[str, ...]] = ()
+    one_scale: ClassVar[bool] = False
     config_part: ClassVar[str] = ""
     published_sets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
@@ -51,15 +60,34 @@ class TaskType(ABC):
         They are differentiable where gradients are on.
         """
 
+    def vocabulary(self, model: nn.Module, data: TaskData) -> Vocabulary | None:
+        """The head that makes the logits of answers with many positions; None where there is no such head.
+
+        Where whole logits would be too large, adaptation makes them of a few positions at a time, and only of
+        those that are `valid`.
+
+        Args:
+            model: in evaluation mode.
+            data: samples to try it on.
+        """
+        return None
+
+    def states(self, model: nn.Module, vocabulary: Vocabulary, data: TaskData) -> Tensor:
+        """What the head makes `logits` of, [n, L, d]."""
+        return vocabulary.inputs(lambda: self.logits(model, data))
+
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Checked samples: ``labels`` are the targets, all other tensors are inputs with a row per sample.
+
+        ``class_names``, which may be there, are texts.
 
         Raises:
             ValueError: no inputs, something that is not a tensor, or numbers of rows that differ.
         """
         if isinstance(given, TaskData):
             return given
-        inputs = {name: tensor for name, tensor in given.items() if name != "labels"}
+        names = class_names_of(given)
+        inputs = {name: tensor for name, tensor in given.items() if name not in ("labels", "class_names")}
         checked = {**inputs, **({"labels": given["labels"]} if given.get("labels") is not None else {})}
         for name, tensor in checked.items():
             if not isinstance(tensor, Tensor) or tensor.dim() == 0:
@@ -69,7 +97,7 @@ class TaskType(ABC):
             raise ValueError(f"samples with {', '.join(given) or 'nothing'}: expected inputs")
         if len(set(rows.values())) > 1:
             raise ValueError(f"samples with inputs of {rows} rows: expected one row per sample in each")
-        return TaskData(inputs, {}, given.get("labels"))
+        return TaskData(inputs, {}, given.get("labels"), class_names=names)
 
     def outcomes(self, model: nn.Module, data: TaskData) -> Tensor:
         """The result for each sample: 1 or 0, right or wrong, [n]; or numbers given and wanted, [n, 2].
@@ -80,6 +108,28 @@ class TaskType(ABC):
             ValueError: samples without labels.
         """
         return (self.logits(model, data).argmax(-1).cpu() == required_labels(data).cpu()).double()
+
+    def union(self, model: nn.Module, data: TaskData, heads: Sequence[Head]) -> list[Tensor]:
+        """The scores of the classes of every task for the same samples, [n, C] for each head.
+
+        What all heads have in common is computed once.
+
+        Args:
+            model: is afterwards as it was.
+            data: what its samples share does not count.
+            heads: of the tasks, one or more.
+        """
+        part = common_part(model, self.tower(model), heads[0].tensors)
+        scores, served = [], head_of(model, heads[0].tensors)
+        try:
+            with replayed(model, part) as replay:
+                for head in heads:
+                    put_head(model, head.tensors)
+                    replay.again()
+                    scores.append(self.logits(model, replace(data, shared=head.shared)))
+        finally:
+            put_head(model, served)
+        return scores
 
     def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
         """Seed samples completed by what only the fine-tuned model can tell, such as its own answers.
@@ -96,6 +146,14 @@ class TaskType(ABC):
         """The reduction of the gates of a layer of the tower, where `reduce` is asked for."""
         return reduce
 
+    def base(self, model: nn.Module) -> nn.Module:
+        """A base model that was given as a module, as this task type needs it.
+
+        Raises:
+            ValueError: it cannot be one.
+        """
+        return model
+
     def tower(self, model: nn.Module) -> str:
         """The dotted name of the sub-module that is merged; empty where it is the whole model."""
         return ""
@@ -103,6 +161,21 @@ class TaskType(ABC):
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         """The names of the model's tensors that each task has of its own: kept with it, never merged."""
         return ()
+
+    def labels(self, head: Mapping[str, Tensor], config: Path | Any) -> tuple[str, ...] | None:
+        """The names of the classes of a fine-tuned model's head; None where they are not known.
+
+        Args:
+            head: the head, by names in the model; tensors may be on the meta device.
+            config: the model's folder, or its configuration; None where there is neither.
+
+        Raises:
+            IncompatibleModel: a head that is not one of this task type.
+        """
+        return None
+
+    def check_head(self, head: Head) -> None:  # noqa: B027 – most have no heads
+        """Raise `ValueError` for a head that is not one, or for names of another number of classes."""
 
     def optional(self, model: nn.Module) -> Collection[str]:
         """The names of the model's tensors that a base's checkpoint may lack; they are then 0."""

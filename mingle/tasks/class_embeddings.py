@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mingle.tasks.base import TaskType
 from mingle.tasks.data import TaskData
+from mingle.tasks.heads import Head
+
+#: their name among what samples share
+EMBEDDINGS = "text_embeds"
+
+
+class ClassEmbeddingTask(TaskType):
+    """A task type whose classes are embeddings [C, P] that samples are compared with."""
+
+    shared = (EMBEDDINGS,)
+    one_scale = True
+
+    def check_head(self, head: Head) -> None:
+        embeddings = head.shared.get(EMBEDDINGS)
+        if embeddings is None:
+            return
+        if embeddings.dim() != 2:
+            raise ValueError(f"{EMBEDDINGS} {list(embeddings.shape)}: expected [C, P]")
+        check_class_embeddings(embeddings, [f"class {row}" for row in range(len(embeddings))])
+        if head.labels is not None and len(head.labels) != len(embeddings):
+            raise ValueError(f"class_names: {len(head.labels)} names for {len(embeddings)} classes")
+
+    def union(self, model: nn.Module, data: TaskData, heads: Sequence[Head]) -> list[Tensor]:
+        """The scores of the classes of every task, [n, C] for each head, from one product."""
+        embeddings = [head.shared[EMBEDDINGS] for head in heads]
+        scores = self.logits(model, replace(data, shared={EMBEDDINGS: torch.cat(embeddings)}))
+        return list(scores.split([len(part) for part in embeddings], 1))
 
 
 def check_class_embeddings(head: Tensor, names: Sequence[str]) -> None:

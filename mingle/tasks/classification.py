@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mingle.io.state_dicts import IncompatibleModel
 from mingle.tasks.base import TaskType
-from mingle.tasks.data import TaskData
-from mingle.tasks.loading import absent
+from mingle.tasks.data import TaskData, class_names_of
+from mingle.tasks.heads import Head, names_of
+from mingle.tasks.labels import ONE_CLASS, labels_of
+from mingle.tasks.loading import absent, note_absent
+
+#: endings of the names of classes in transformers that have a classifier's head
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 
 
 class ClassificationTask(TaskType):
@@ -44,7 +52,12 @@ class ClassificationTask(TaskType):
                 found = ", ".join(given) or "nothing"
                 raise ValueError(f"the samples of a {self.name} task need {self.needed!r}; got {found}")
             known = (self.needed, *self.others)
-            given = TaskData({key: given[key] for key in known if key in given}, {}, given.get("labels"))
+            given = TaskData(
+                {key: given[key] for key in known if key in given},
+                {},
+                given.get("labels"),
+                class_names=class_names_of(given),
+            )
         self.check_inputs(given.select(slice(0, 1)).inputs)
         if given.labels is not None and given.labels.shape != (len(given),):
             shape = list(given.labels.shape)
@@ -57,13 +70,53 @@ class ClassificationTask(TaskType):
         result: Tensor = model(**{name: tensor.to(device) for name, tensor in data.inputs.items()}).logits
         return result
 
+    def base(self, model: nn.Module) -> nn.Module:
+        """A model with a head, of any number of classes, around a transformer that has none or another one.
+
+        Raises:
+            ValueError: transformers has no such class for it, or the transformer lacks a tensor.
+        """
+        whole: Any = model
+        if not hasattr(model, "base_model") or type(model).__name__.endswith(_CLASSIFIERS):
+            return model
+        wanted = self.model_class(whole.config.to_dict())
+        with torch.random.fork_rng(devices=()):  # what is drawn here is replaced
+            made: Any = wanted(copy.deepcopy(whole.config)).to(whole.device, whole.dtype).eval()
+        inside, given = self.tower(made), whole.base_model.state_dict()
+        lacking = [name for name in made.base_model.state_dict() if name not in given]
+        made.base_model.load_state_dict(given, strict=False)
+        may_lack = self.optional(made)
+        if needed := [name for name in lacking if f"{inside}.{name}" not in may_lack]:
+            raise ValueError(
+                f"{type(model).__name__}: no {needed[0]!r} in it, which a {wanted.__name__} has: give one"
+            )
+        note_absent(made, [name for name in may_lack if name.removeprefix(f"{inside}.") not in given])
+        return made.requires_grad_(False)
+
     def tower(self, model: nn.Module) -> str:
         prefix: str = getattr(model, "base_model_prefix", "")
         return prefix if prefix and hasattr(model, prefix) else ""
 
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         inside, missing = f"{self.tower(model)}.", absent(model)
-        return tuple(name for name in model.state_dict() if not name.startswith(inside) or name in missing)
+        return tuple(name for name in self.optional(model) if not name.startswith(inside) or name in missing)
+
+    def labels(self, head: Mapping[str, Tensor], config: Path | Any) -> tuple[str, ...] | None:
+        names = labels_of(config)
+        if len(names_of(Head(head, {}, names))) == 1:
+            raise IncompatibleModel(f"its head gives a single number, as for regression; {ONE_CLASS}")
+        rows = {len(tensor) for tensor in head.values() if tensor.dim()}
+        if names is not None and len(names) not in rows and not isinstance(config, Path):
+            return None  # in memory, a head may have been replaced and the names of the old one kept
+        self.check_head(Head(head, {}, names))
+        return names
+
+    def check_head(self, head: Head) -> None:
+        rows = {len(tensor) for tensor in head.tensors.values() if tensor.dim()}
+        if head.labels is not None and len(head.labels) not in rows:
+            raise IncompatibleModel(
+                f"there are names for {len(head.labels)} classes, and no tensor of the head has as many rows"
+            )
 
     def optional(self, model: nn.Module) -> tuple[str, ...]:
         inside = f"{self.tower(model)}."

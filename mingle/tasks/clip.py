@@ -11,23 +11,23 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import nn
 
-from mingle.tasks.base import TaskType
-from mingle.tasks.class_embeddings import check_class_embeddings, check_labels
+from mingle.tasks.class_embeddings import ClassEmbeddingTask, check_class_embeddings, check_labels
 from mingle.tasks.classification import auto_class
-from mingle.tasks.data import TaskData
+from mingle.tasks.data import TaskData, class_names_of
+from mingle.tasks.heads import Head
 from mingle.tasks.image_processor import ImageProcessor
 from mingle.tasks.pixels import upright_rgb
 
 _INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
-class ClipTask(TaskType):
+class ClipTask(ClassEmbeddingTask):
     """The task type ``clip``: any `transformers.CLIPModel` or `transformers.SiglipModel`, SigLIP 2 included.
 
     Samples are mappings with ``pixel_values`` [n, 3, H, W], as the model's image processor makes them (or,
     for images of any aspect, patches [n, N, P] with ``pixel_attention_mask`` and ``spatial_shapes``),
-    ``text_embeds`` [C, P], the unit-length embeddings of the classes (see `zero_shot_head`), and for
-    evaluation ``labels`` [n].
+    ``text_embeds`` [C, P], the unit-length embeddings of the classes (see `zero_shot_head`), for evaluation
+    ``labels`` [n], and, where predictions are to name them, ``class_names``.
     """
 
     name = "clip"
@@ -58,6 +58,7 @@ class ClipTask(TaskType):
                 {name: given[name] for name in _INPUTS if name in given},
                 {"text_embeds": given["text_embeds"]},
                 given.get("labels"),
+                class_names=class_names_of(given),
             )
         first, head = given.select(slice(0, 1)).inputs, given.shared["text_embeds"]
         pixels = first["pixel_values"]
@@ -66,7 +67,7 @@ class ClipTask(TaskType):
                 f"pixel_values {list(pixels.shape)} and text_embeds {list(head.shape)}: "
                 "expected [n, 3, H, W] and [C, P]"
             )
-        check_class_embeddings(head, [f"class {row}" for row in range(len(head))])
+        self.check_head(Head({}, given.shared, given.class_names))
         check_labels(given, len(head))
         return given
 

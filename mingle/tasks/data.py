@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from mingle.options import shown
 from mingle.tasks.lazy import LazyInputs
 
 
@@ -20,8 +22,10 @@ class TaskData:
         shared: tensors that all samples share, such as the text embeddings of the classes.
         labels: targets [n], or tokens of answers [n, L], or None where there are none; adaptation never reads
             them.
-        metric: what is measured on them, ``accuracy`` or ``spearman``.
+        metric: what is measured on them: ``accuracy``, or another that the task type knows; see
+            `mingle.merging.evaluate.score`.
         decode: tokens [n, L] → n texts, for a metric that reads the answers as text.
+        class_names: the names of the classes by number, where they are known.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -29,6 +33,7 @@ class TaskData:
     labels: torch.Tensor | None = None
     metric: str = "accuracy"
     decode: Callable[[torch.Tensor], list[str]] | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(
@@ -60,3 +65,17 @@ class TaskData:
         """Consecutive batches of at most `size` samples in memory, in order."""
         for start in range(0, len(self), size):
             yield self.select(slice(start, start + size)).made()
+
+
+def class_names_of(given: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The ``class_names`` of samples, None where there are none.
+
+    Raises:
+        ValueError: anything but a list of texts.
+    """
+    names = given.get("class_names")
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"class_names: {shown(names)}: expected a list of texts, one for each class")
+    return tuple(names)

@@ -84,9 +84,9 @@ def _kind(config: Mapping[str, Any], where: str) -> str:
     for task in ("clip", "seq2seq", "sentence-encoder", "causal-lm", "image-classification"):
         if task in possible:
             if task == "sentence-encoder" and "text-classification" in possible:
-                logger.info(
-                    "%s: %s has no head of a classifier and is taken for a sentence-encoder; say "
-                    "task_type='text-classification' where heads come with the fine-tuned models",
+                logger.warning(
+                    "%s: a %s without a classifier's head is taken for a sentence-encoder; say so by the "
+                    "task_type sentence-encoder, or text-classification where fine-tuned models have heads",
                     where,
                     name or kind,
                 )

@@ -108,7 +108,7 @@ def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.
         if tensor.is_floating_point() and not found.is_floating_point():
             raise CheckpointError(f"{folder}: {name} holds {found.dtype}; {DEQUANTISE}")
     _untie(model, first, checkpoint)
-    _note_absent(model, absent)
+    note_absent(model, absent)
     return model
 
 
@@ -123,19 +123,18 @@ def load_model(folder: Path, model_class: type[Any], optional: Optional) -> nn.M
     described = skeleton_of(folder, model_class, optional)
     expected, checkpoint = first_names(described), ModelCheckpoint(folder, described)
     lacking = absent(described)
-    model: nn.Module = model_class.from_pretrained(
-        folder,
-        local_files_only=True,
-        use_safetensors=True,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=bool(lacking),
-    )
-    _note_absent(model, lacking)
+    with torch.random.fork_rng(devices=()):  # what is drawn here is replaced by 0
+        model: nn.Module = model_class.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=bool(lacking),
+        )
+    note_absent(model, lacking)
     found = first_names(model)
     for name, tensor in model.state_dict().items():
-        if name in lacking:
-            tensor.zero_()
-        elif not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             checkpoint[name]  # raises, with the count and the first index
         if found[name] != expected[name]:
             raise CheckpointError(
@@ -150,10 +149,16 @@ def absent(model: nn.Module) -> tuple[str, ...]:
     return getattr(model, "absent_tensors", ())
 
 
-def _note_absent(model: nn.Module, names: Collection[str]) -> None:
-    """Note it in the module: what is in a configuration would be saved with it."""
+def note_absent(model: nn.Module, names: Collection[str]) -> None:
+    """Note in a model which of its tensors are from no checkpoint, and make these 0.
+
+    It is not noted in the configuration: what is there would be saved with the model.
+    """
     whole: Any = model
     whole.absent_tensors = tuple(names)
+    for name, tensor in model.state_dict().items():
+        if name in names and not tensor.is_meta:
+            tensor.zero_()
 
 
 def _untie(model: nn.Module, first: dict[str, str], checkpoint: ModelCheckpoint) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mingle.io.files import CheckpointError, contained, read_json
 from mingle.options import nearest, shown
-from mingle.tasks.base import TaskType
-from mingle.tasks.class_embeddings import check_class_embeddings, check_labels
+from mingle.tasks.class_embeddings import ClassEmbeddingTask, check_class_embeddings, check_labels
 from mingle.tasks.classification import auto_class, check_tokens, with_mask
-from mingle.tasks.data import TaskData
+from mingle.tasks.data import TaskData, class_names_of
+from mingle.tasks.heads import Head
 
 #: what cosines are multiplied by where the folder says nothing
 SCALE = 20.0
@@ -33,12 +33,12 @@ _FLAGS = {
 }
 
 
-class SentenceEncoderTask(TaskType):
+class SentenceEncoderTask(ClassEmbeddingTask):
     """The task type ``sentence-encoder``: a BERT-like encoder, or a folder of sentence-transformers.
 
     Samples are mappings with ``input_ids`` and ``attention_mask`` [n, L] (``token_type_ids`` where the model
     has them), ``text_embeds`` [C, d], the unit-length embeddings of the class names (see `class_embeddings`),
-    and for evaluation ``labels`` [n].
+    for evaluation ``labels`` [n], and, where predictions are to name them, ``class_names``.
 
     How tokens become one embedding is read from ``1_Pooling`` and noted in the module as
     ``sentence_pooling``; without it, it is their mean.  ``sentence_scale`` is what cosines are multiplied by.
@@ -65,12 +65,11 @@ class SentenceEncoderTask(TaskType):
                 {name: given[name] for name in names if name in given},
                 {"text_embeds": given["text_embeds"]},
                 given.get("labels"),
+                class_names=class_names_of(given),
             )
         check_tokens(given.select(slice(0, 1)).inputs)
         head = given.shared["text_embeds"]
-        if head.dim() != 2:
-            raise ValueError(f"text_embeds {list(head.shape)}: expected [C, d]")
-        check_class_embeddings(head, [f"class {row}" for row in range(len(head))])
+        self.check_head(Head({}, given.shared, given.class_names))
         check_labels(given, len(head))
         return given
 
@@ -78,6 +77,11 @@ class SentenceEncoderTask(TaskType):
         """scale · cos(text, class name), [n, C]."""
         embedded, scale = embed(model, data.inputs), getattr(model, "sentence_scale", SCALE)
         return scale * embedded @ data.shared["text_embeds"].to(embedded).mT
+
+    def base(self, model: nn.Module) -> nn.Module:
+        """The encoder alone, where the module has a head."""
+        whole: Any = model
+        return whole.base_model if isinstance(getattr(model, "base_model", None), nn.Module) else model
 
     def prefixes(self, model: nn.Module) -> tuple[str, ...]:
         """Fine-tuned models may have heads, and then their tensors have a prefix."""

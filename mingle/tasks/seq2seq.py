@@ -14,10 +14,13 @@ from mingle.tasks.base import TaskType, required_labels
 from mingle.tasks.classification import auto_class
 from mingle.tasks.data import TaskData
 from mingle.tasks.masks import answer_mask
+from mingle.tasks.prompts import right_padded
 from mingle.tasks.structure import Structure
+from mingle.tasks.vocabulary import Vocabulary, find_vocabulary
 
 #: tokens of an answer, the start token included, as published
 ANSWER_TOKENS = 10
+_GLIMPSE = 3  # tokens of an answer that a head is looked at with
 _BATCH = 128  # samples in one pass that generates
 
 
@@ -34,6 +37,7 @@ class Seq2SeqTask(TaskType):
     """
 
     name = "seq2seq"
+    one_class = False  # but a text
     #: attention and the inner feed-forward layers of T5, gated as in Flan-T5 or not
     published_sets: ClassVar = {
         "full": (
@@ -97,17 +101,25 @@ class Seq2SeqTask(TaskType):
         """
         t5: Any = model
         inputs = {name: tensor.to(t5.device) for name, tensor in data.inputs.items()}
+        ids, mask = right_padded(inputs["input_ids"], inputs["attention_mask"])
         decoder_ids = inputs.get("decoder_input_ids")
         if decoder_ids is None:
             decoder_ids = inputs["input_ids"].new_full((len(data), 1), t5.config.decoder_start_token_id)
         with answer_mask(_counted(inputs)):
             result: Tensor = t5(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                input_ids=ids,
+                attention_mask=mask,
                 decoder_input_ids=decoder_ids,
                 use_cache=False,
             ).logits
         return result
+
+    def vocabulary(self, model: nn.Module, data: TaskData) -> Vocabulary | None:
+        few = {
+            name: tensor[:1, :_GLIMPSE] if name.startswith("decoder") else tensor[:1]
+            for name, tensor in data.inputs.items()
+        }
+        return find_vocabulary(model, lambda: self.logits(model, TaskData(few)))
 
     def valid(self, data: TaskData) -> Tensor | None:
         """Positions up to the end of the answer, bool [n, L]; None without the decoder's inputs."""
@@ -137,6 +149,7 @@ class Seq2SeqTask(TaskType):
         """Greedy answers [n, ≤ 10], the start token first."""
         t5: Any = model
         ids, mask = (data.inputs[name].to(t5.device) for name in ("input_ids", "attention_mask"))
+        ids, mask = right_padded(ids, mask)
         answers: Tensor = t5.generate(
             input_ids=ids, attention_mask=mask, max_length=ANSWER_TOKENS, do_sample=False, num_beams=1
         )

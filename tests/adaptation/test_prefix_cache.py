@@ -11,7 +11,7 @@ from torch import nn
 
 from mingle.adaptation.losses import distillation
 from mingle.adaptation.prefix_cache import frozen_prefix
-from mingle.adaptation.teacher import teacher_logits
+from mingle.adaptation.teacher import teacher_answers
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.tasks.clip import ClipTask
 
@@ -97,7 +97,7 @@ def test_adapting_with_and_without_the_prefix_gives_the_same_gates(
         model, layers = student(base_model, ("layers.1.self_attn.q_proj", "layers.1.mlp.fc1"))
         teacher = copy.deepcopy(base_model)
         teacher.vision_model.load_state_dict(tuned_states[0])
-        targets = teacher_logits(task, teacher, samples[0], 24)
+        targets = teacher_answers(task, teacher, samples[0], 24)
         adapt_gates(
             task,
             model,

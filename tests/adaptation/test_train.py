@@ -14,7 +14,7 @@ from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.adaptation.losses import distillation
 from mingle.adaptation.optimizer import GateStep
 from mingle.adaptation.projector import RelaxedProjector
-from mingle.adaptation.teacher import teacher_logits
+from mingle.adaptation.teacher import teacher_answers
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.tasks.clip import ClipTask
 
@@ -74,7 +74,7 @@ def prepared(base_model, tuned):
 def test_adaptation_brings_the_student_closer_and_touches_only_gates(base_model, tuned_states, samples):
     task = ClipTask()
     model, layers, teacher = prepared(base_model, tuned_states[0])
-    targets = teacher_logits(task, teacher, samples[0], 10)
+    targets = teacher_answers(task, teacher, samples[0], 10)
     torch.testing.assert_close(targets, task.logits(teacher, samples[0]))
     frozen = {n: p.clone() for n, p in model.named_parameters() if "gate" not in n}
     projector = RelaxedProjector(

@@ -16,7 +16,8 @@ from merge_files import merge_file
 
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.cli import main
-from mingle.merging.merger import Merger, NonFiniteMerge
+from mingle.merging.finite import NonFiniteMerge
+from mingle.merging.merger import Merger
 from mingle.ops.dispatch import BackendUnavailable
 
 FEW = ("--suite", "glyphs4", "--methods", "average")

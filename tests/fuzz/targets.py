@@ -142,6 +142,20 @@ def adapters(folder: Path) -> Target:
     return target
 
 
+def routers(folder: Path) -> Target:
+    """Descriptions of exported adapters; an accepted one is loaded as a merger."""
+    (base,) = (SAVED / "clip-mingle").glob("base-*")
+    Merger.from_pretrained(SAVED / "clip-mingle").export(folder / "adapters", format="peft")
+    path = folder / "adapters" / "router.json"
+    value = json.loads(path.read_text())
+
+    def target(chance: random.Random) -> Callable[[], object]:
+        path.write_bytes(to_json(edit_value(value, chance), chance))
+        return lambda: Merger.from_adapters(base, folder / "adapters")
+
+    return target
+
+
 _YAML = """\
 base: &base models/clip
 method: mingle
@@ -212,5 +226,5 @@ def bases(folder: Path) -> Target:
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    target.__name__: target for target in (headers, indexes, manifests, adapters, configs, bases)
+    target.__name__: target for target in (headers, indexes, manifests, adapters, routers, configs, bases)
 }

@@ -53,24 +53,26 @@ def test_an_addition_killed_at_any_step_leaves_the_old_merge_or_the_new_and_ends
 
 
 @chosen_steps
-def test_an_export_killed_at_any_step_leaves_no_folder_or_all_of_it(tiny: TinyMerge, chosen: Chosen) -> None:
+@pytest.mark.parametrize("form", ["transformers", "peft"])
+def test_an_export_killed_at_any_step_leaves_no_folder_or_all_of_it(
+    tiny: TinyMerge, chosen: Chosen, form: str
+) -> None:
+    merged = tiny.root / "merged" if form == "transformers" else tiny.routed()
     place, plain = tiny.root / "exports", tiny.root / "plain"
     shutil.rmtree(plain, ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)
-    assert tiny.export(tiny.root / "merged", plain)() == 0
+    assert tiny.export(merged, plain, "--format", form)() == 0
     whole = contents(plain)
     place.mkdir()
-    steps = kinds(tiny.root, tiny.export(tiny.root / "merged", place / "plain"))
+    export = tiny.export(merged, place / "plain", "--format", form)
+    steps = kinds(tiny.root, export)
     assert contents(place / "plain") == whole
     for at in chosen(steps):
         shutil.rmtree(place)
         place.mkdir()
-        assert (
-            ends(tiny.root, tiny.export(tiny.root / "merged", place / "plain"), killing(at))
-            == -signal.SIGKILL
-        )
-        there = "config.json" in contents(place / "plain")
-        again = tiny.export(tiny.root / "merged", place / "plain")()
+        assert ends(tiny.root, export, killing(at)) == -signal.SIGKILL
+        there = "README.md" in contents(place / "plain")
+        again = export()
         assert "overwrites nothing" in tiny.said.read_text() if there else again == 0, (at, steps[at])
         assert contents(place / "plain") == whole, (at, steps[at])
         assert [path.name for path in place.iterdir()] == ["plain"]

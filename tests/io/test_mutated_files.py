@@ -21,7 +21,15 @@ from mingle.io.patterns import Ending
 from mingle.options import OptionError
 from mingle.runs import config
 
-COUNTS = {"headers": 3000, "indexes": 1500, "manifests": 100, "adapters": 1500, "configs": 400, "bases": 100}
+COUNTS = {
+    "headers": 3000,
+    "indexes": 1500,
+    "manifests": 100,
+    "adapters": 1500,
+    "routers": 100,
+    "configs": 400,
+    "bases": 100,
+}
 
 
 def check(report: Report) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mingle.io.files import CheckpointError, without_nan
 from mingle.runs import report
 from mingle.runs.report import canvas, plots
 
@@ -147,6 +148,56 @@ def test_table_shows_means_deviations_and_gaps(small: dict[str, Any]) -> None:
     assert row["opcm"].count("–") == 2
     rule = next(i for i, line in enumerate(lines) if "├" in line)
     assert all((name in report.REFERENCES) == (lines.index(line) < rule) for name, line in row.items())
+
+
+def measured_unknown(results: dict[str, Any]) -> dict[str, Any]:
+    """The same results with those of unknown tasks, for `average` alone."""
+    for name, result in results["methods"].items():
+        count, known = len(result["acc"]), name == "average"
+        result["acc_unknown"] = [20.0, 30.0][:count] if known else [None] * count
+        result["unknown"] = [
+            [[value and value / 2 if known else None for value in row] for row in matrix]
+            for matrix in result["matrix"]
+        ]
+    return results
+
+
+def test_accuracy_of_unknown_tasks_stands_beside_that_of_known_ones(
+    small: dict[str, Any], tmp_path: Path
+) -> None:
+    results = measured_unknown(small)
+    lines = report.markdown_table(results).splitlines()
+    assert lines[2] == "| method | ACC (%) | task unknown (%) | BWT (%) | seconds |"
+    assert lines[3] == "|---|---:|---:|---:|---:|"
+    assert "| average | 60.5 ± 0.7 | 25.0 ± 7.1 | −3.5 ± 0.7 | 1.5 |" in lines
+    assert "| **mingle** | **76.0 ± 1.4** | **–** | **−0.2 ± 1.1** | **1.5** |" in lines
+    assert "task unknown" in render(results)
+    report.write_csv(results, tmp_path / "accuracy_matrix.csv")
+    rows = (tmp_path / "accuracy_matrix.csv").read_text().splitlines()
+    assert rows[:2] == [
+        "method,order,step,after,task,accuracy,task_unknown",
+        "average,0,1,digits,digits,70.0,35.0",
+    ]
+    assert "mingle,0,1,digits,digits,90.0," in rows
+    for name, value in (("results.json", results), ("traces.json", {})):
+        (tmp_path / name).write_text(json.dumps(without_nan(value)))
+    assert report.read(tmp_path)[0]["methods"]["average"]["acc_unknown"] == [20.0, 30.0]
+    results["methods"]["average"]["unknown"].pop()
+    (tmp_path / "results.json").write_text(json.dumps(without_nan(results)))
+    with pytest.raises(CheckpointError, match="unknown: expected one value for each of 2 orders, found 1"):
+        report.read(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_known_and_unknown_tasks_are_plotted_where_both_were_measured(tmp_path: Path) -> None:
+    results, traces = fabricate()
+    paths = report.write_plots(measured_unknown(results), traces, tmp_path)
+    assert [path.stem for path in paths] == [*ALL_PLOTS[:2], "task_known_or_unknown", *ALL_PLOTS[2:]]
+    figure = plots._plot_unknown(results)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["average"]
+    known, unknown = figure.axes[0].lines[0].get_xdata()
+    assert known == pytest.approx(np.mean(results["methods"]["average"]["acc"]))
+    assert unknown == pytest.approx(25)
 
 
 def test_only_the_best_merging_method_is_bold(small: dict[str, Any]) -> None:

@@ -81,9 +81,12 @@ def test_a_cell_is_what_a_merger_measures(tmp_path, samples, tuned_folders):
         result = merger.evaluate(suite)
     (found,) = results(tmp_path).values()
     assert found["matrix"] == result.matrix
+    assert found["unknown"] == result.unknown
     assert (found["acc"], found["bwt"]) == (result.acc, result.bwt)
+    assert found["acc_unknown"] == result.acc_unknown < result.acc
     cell = out["tables"][0]["rows"][0]["cells"]["stub"]
-    assert cell["acc"] == {"mean": result.acc, "std": None, "values": [result.acc]}
+    for key, value in (("acc", result.acc), ("acc_unknown", result.acc_unknown)):
+        assert cell[key] == {"mean": value, "std": None, "values": [value]}
     kept = Merger.from_pretrained(tmp_path / "cells" / cell["folders"][0] / "merger")
     assert kept.matrix == result.matrix
 
@@ -94,7 +97,7 @@ def test_an_unfinished_table_says_what_is_finished(tmp_path):
     rows = summary.write(reproduce.plan(request()), tmp_path)["tables"][0]["rows"]
     assert [row["cells"]["stub"]["finished"] for row in rows] == [[42], [42], []]
     assert rows[2]["cells"]["stub"]["acc"] == {"mean": None, "std": None, "values": []}
-    assert "| mingle | – | – | – | 0 of 1 |" in (tmp_path / "table.md").read_text()
+    assert "| mingle | – | – | – | – | 0 of 1 |" in (tmp_path / "table.md").read_text()
 
 
 def test_a_finished_table_runs_nothing_and_a_changed_option_only_its_own_cells(tmp_path):

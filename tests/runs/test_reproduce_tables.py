@@ -12,6 +12,7 @@ from stub_tables import METHODS, NAMES, QUICK, Recorder, measure, request, resul
 from mingle import suites
 from mingle.runs import reproduce
 from mingle.runs.orders import shuffled
+from mingle.runs.report import comparison
 from mingle.runs.reproduce import Request, paper, summary, tables
 from mingle.runs.reproduce.expected import expected
 
@@ -95,12 +96,28 @@ def test_measured_stands_beside_published_with_the_difference(tmp_path, monkeypa
     text = (tmp_path / "table.md").read_text()
     headers = [line for line in text.splitlines() if line.startswith("| row")]
     assert headers == [  # too wide for one table
-        "| row | stub ACC (%) | stub published | stub difference | stub BWT | stub seconds | stub orders |",
-        "| row | other ACC (%) | other published | other difference "
+        "| row | stub ACC (%) | stub published | stub difference | stub task unknown (%) "
+        "| stub BWT | stub seconds | stub orders |",
+        "| row | other ACC (%) | other published | other difference | other task unknown (%) "
         "| other BWT | other published | other difference | other seconds | other orders |",
     ]
     assert f"| 50.0 | {mingle['difference']['acc']:.1f} |".replace("-", "−") in text.replace("**", "")
     assert "measured under the official protocol" in text
+
+
+def test_a_table_of_before_has_no_unknown_tasks(tmp_path):
+    out = measure(tmp_path)
+    for path in tmp_path.glob("cells/*/result.json"):
+        result = json.loads(path.read_text())
+        del result["acc_unknown"], result["unknown"]
+        path.write_text(json.dumps(result))
+    assert "task unknown" in comparison.markdown(out)
+    found = summary.write(reproduce.plan(request()), tmp_path)
+    assert found["tables"][0]["rows"][1]["cells"]["stub"]["acc_unknown"]["values"] == []
+    assert "task unknown" not in (tmp_path / "table.md").read_text()
+    for row in out["tables"][0]["rows"]:
+        del row["cells"]["stub"]["acc_unknown"]
+    assert "task unknown" not in comparison.markdown(out)
 
 
 def test_the_published_figures_belong_to_their_rows():

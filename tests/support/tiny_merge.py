@@ -12,6 +12,7 @@ import yaml
 from transformers import CLIPConfig, CLIPModel
 
 from mingle.cli import main, output
+from mingle.merging.merger import Merger
 
 _TOWER = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
@@ -51,8 +52,20 @@ class TinyMerge:
     def add(self, folder: Path, name: str = "c") -> Callable[[], int]:
         return self._command("add", folder, "--name", name, "--model", self.inputs / name)
 
-    def export(self, folder: Path, out: Path) -> Callable[[], int]:
-        return self._command("export", folder, "--out", out)
+    def export(self, folder: Path, out: Path, *more: str) -> Callable[[], int]:
+        return self._command("export", folder, "--out", out, *more)
+
+    def routed(self) -> Path:
+        """The folder of another merge of two, whose method leaves experts."""
+        folder = self.root / "routed"
+        if not folder.exists():
+            merger = Merger(self.inputs / "base", "routed", rank=2, depths=(0,))
+            head = torch.nn.functional.normalize(torch.randn(2, 8), dim=-1)
+            for name in "ab":
+                samples = {"pixel_values": torch.randn(4, 3, 8, 8), "text_embeds": head}
+                merger.add(name, self.inputs / name, samples)
+            merger.save_pretrained(folder)
+        return folder
 
     def copied(self, name: str) -> Path:
         """A new copy of the merge of two."""

@@ -2,7 +2,8 @@
 
 `results` is ``results.json``: under ``methods`` and the method's name, for each order of arrival, ``acc``
 (per cent), ``bwt`` (points), ``seconds``, ``order`` (task names) and ``matrix`` (row i: accuracies after
-merging task i).  A missing number is None or NaN.
+merging task i); and, but for files of earlier versions, ``acc_unknown`` and ``unknown``, the same where the
+task has to be found too.  A missing number is None or NaN.
 
 `traces` is ``traces.json``: under the name of a method that adapts, for its first order, ``order``,
 ``layers`` (by depth) and per task ``loss`` [steps], ``interference`` and ``strength`` {layer: [steps]} and

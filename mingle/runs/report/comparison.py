@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: the most columns that fit side by side: further suites go into a table below
 _MOST_COLUMNS = 13
+#: in the place of what earlier versions did not measure
+_UNMEASURED: dict[str, Any] = {"mean": None, "std": None}
 
 
 class _Block(NamedTuple):
@@ -108,14 +110,16 @@ def _suite(rows: list[Mapping[str, Any]], suite: str) -> tuple[list[str], list[l
     best = max((mean for mean in means if mean is not None), default=None)
     columns: list[str] = []
     texts: list[list[str]] = [[] for _ in rows]
-    for key, title in (("acc", "ACC (%)"), ("bwt", "BWT")):
+    found = any(cell and cell.get("acc_unknown", _UNMEASURED)["mean"] is not None for cell in cells)
+    unknown = [("acc_unknown", "task unknown (%)")] if found else []
+    for key, title in (("acc", "ACC (%)"), *unknown, ("bwt", "BWT")):
         columns.append(f"{suite} {title}")
         published = any(
-            cell and cell["published"][key] is not None for cell in cells if cell and cell["published"]
+            cell and cell["published"].get(key) is not None for cell in cells if cell and cell["published"]
         )
         columns += [f"{suite} published", f"{suite} difference"] if published else []
         for text, cell in zip(texts, cells, strict=True):
-            text.append(_mean_std(cell[key]) if cell else "–")
+            text.append(_mean_std(cell.get(key, _UNMEASURED)) if cell else "–")
             if published:
                 text += [
                     number(cell[what][key]) if cell and cell[what] else "–"

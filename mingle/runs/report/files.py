@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mingle.io.files import CheckpointError, read_json
-from mingle.io.schema import check
+from mingle.io.schema import Absent, check
 
 _NUMBERS = [(float, None)]
 _RESULTS = {
@@ -20,6 +20,8 @@ _RESULTS = {
             "seconds": _NUMBERS,
             "order": [[str]],
             "matrix": [[_NUMBERS]],
+            "acc_unknown": Absent(_NUMBERS),
+            "unknown": Absent([[_NUMBERS]]),
         }
     },
 }
@@ -59,15 +61,16 @@ def check_traces(traces: Any, file: Path) -> None:
 
 def _row_faults(rows: Mapping[str, Any]) -> Iterator[str]:
     orders, tasks = len(rows["order"]), len(rows["order"][0]) if rows["order"] else 0
-    for key in ("acc", "bwt", "seconds", "matrix"):
-        if len(rows[key]) != orders:
+    for key in ("acc", "bwt", "seconds", "matrix", "acc_unknown", "unknown"):
+        if key in rows and len(rows[key]) != orders:
             yield f"{key}: expected one value for each of {orders} orders, found {len(rows[key])}"
     for i, names in enumerate(rows["order"]):
         if len(names) != tasks or not names:
             yield f"order[{i}]: expected {tasks or 'some'} tasks, as in the first order, found {len(names)}"
-    for i, matrix in enumerate(rows["matrix"]):
-        if [len(row) for row in matrix] != [tasks] * tasks:
-            yield f"matrix[{i}]: expected {tasks} rows of {tasks} values"
+    for key in ("matrix", "unknown"):
+        for i, matrix in enumerate(rows.get(key, ())):
+            if [len(row) for row in matrix] != [tasks] * tasks:
+                yield f"{key}[{i}]: expected {tasks} rows of {tasks} values"
 
 
 def _trace_faults(trace: Mapping[str, Any]) -> Iterator[str]:

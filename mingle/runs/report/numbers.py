@@ -33,6 +33,16 @@ def mean_std(values: Sequence[float | None]) -> str:
     )
 
 
+def unknown_of(result: Mapping[str, Any]) -> list[float | None]:
+    """The ACC of every order where the task has to be found; of earlier versions' files it is missing."""
+    return result.get("acc_unknown") or [None] * len(result["acc"])
+
+
+def has_unknown(results: Mapping[str, Any]) -> bool:
+    """Whether any method of a run was measured where the task has to be found."""
+    return any(is_known(value) for result in results["methods"].values() for value in unknown_of(result))
+
+
 def caption(results: Mapping[str, Any]) -> str:
     count = max((len(result["acc"]) for result in results["methods"].values()), default=0)
     orders = f"{count} order{'' if count == 1 else 's'}"

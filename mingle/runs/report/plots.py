@@ -20,7 +20,7 @@ from mingle.runs.report.canvas import (
     label_ends,
     small_multiples,
 )
-from mingle.runs.report.numbers import REFERENCES, caption, mean_of, number
+from mingle.runs.report.numbers import REFERENCES, caption, mean_of, number, unknown_of
 from mingle.text import plot_label
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def write_plots(results: Mapping[str, Any], traces: Mapping[str, Any], folder: P
         for name, figure in {
             "accuracy_matrix": _plot_matrices(results),
             "accuracy_over_tasks": _plot_accuracy(results),
+            "task_known_or_unknown": _plot_unknown(results),
             "gate_activation": _plot_gates(traces),
             "interference": _plot_interference(traces),
             "loss": _plot_loss(traces),
@@ -104,6 +105,34 @@ def _plot_accuracy(results: Mapping[str, Any]) -> Figure | None:
     ax.locator_params(axis="x", integer=True)
     ax.grid(True)
     label_ends(figure, ax, ends)
+    return figure
+
+
+def _plot_unknown(results: Mapping[str, Any]) -> Figure | None:
+    """For each method, ACC where the task is known and where it has to be found, ± one standard deviation."""
+    methods = {
+        name: result
+        for name, result in results["methods"].items()
+        if np.isfinite([mean_of(result["acc"]), mean_of(unknown_of(result))]).all()
+    }
+    if not methods:
+        return None
+    height = 0.42 * len(methods) + 1.6
+    figure = figure_of(7.2, height, f"Accuracy where nobody says which task it is ({caption(results)})")
+    ax = figure.subplots()
+    for row, (name, result) in enumerate(methods.items()):
+        color = COLORS.get(name, OTHER_COLOR)
+        ends = [mean_of(result["acc"]), mean_of(unknown_of(result))]
+        ax.plot(ends, [row, row], color=color, linewidth=1.2, zorder=1)
+        for values, end, face in zip(
+            (result["acc"], unknown_of(result)), ends, (color, "white"), strict=True
+        ):
+            std = np.std(np.array(values, float), ddof=1) if len(values) > 1 else 0
+            ax.errorbar(end, row, xerr=std, fmt="o", color=color, markerfacecolor=face, markersize=7)
+    ax.set_yticks(range(len(methods)), map(plot_label, methods))
+    ax.invert_yaxis()
+    ax.set(xlabel="ACC (%): full where the task is known, empty where it has to be found too", xlim=(0, 100))
+    ax.grid(True, axis="x")
     return figure
 
 

@@ -19,7 +19,7 @@ from mingle.adaptation.trace import AdaptTrace
 from mingle.io.files import read_json, without_nan, write_json
 from mingle.io.manifest import MANIFEST
 from mingle.io.provenance import describe
-from mingle.io.schema import check
+from mingle.io.schema import Absent, check
 from mingle.merging.merger import Merger
 from mingle.runs import room
 from mingle.runs.loop import Evaluate, MergeStep, experts_of, merge_all
@@ -69,7 +69,7 @@ class Cell:
         result: dict[str, Any] = read_json(path)
         check(result, {"failed": (str, None), "seconds": float}, path)
         if result["failed"] is None:
-            check(result, {"acc": float, "bwt": float}, path)
+            check(result, {"acc": float, "bwt": float, "acc_unknown": Absent((float, None))}, path)
         return result
 
     def prepare(self, suite: Suite) -> None:
@@ -123,7 +123,9 @@ class Cell:
             "failed": failed,
             "acc": result.acc if failed is None else None,
             "bwt": result.bwt if failed is None else None,
+            "acc_unknown": result.acc_unknown if failed is None else None,
             "matrix": result.matrix,
+            "unknown": result.unknown,
             "seconds": round(sum(step["merge"] for step in done), 3),
             "steps": [{key: value for key, value in step.items() if key != "trace"} for step in done],
         }

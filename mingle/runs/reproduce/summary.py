@@ -26,8 +26,9 @@ def gather(plan: TablePlan, out: Path) -> dict[str, Any]:
         ``table``, ``title``, ``axis`` (the swept quantity or None), ``orders`` (how many were asked for),
         ``set`` (options asked for), ``samples_per_class``, ``seed``, ``versions`` and ``tables``: for each
         protocol its name, the ``suites`` and ``rows``.  A row has ``label``, ``method``, ``options``,
-        ``series`` and ``value`` (of a sweep) and, under ``cells`` and the suite's name, ``acc``, ``bwt``
-        ({mean, std, values} in per cent and points, over the finished orders; std is None for one order),
+        ``series`` and ``value`` (of a sweep) and, under ``cells`` and the suite's name, ``acc``, ``bwt``,
+        ``acc_unknown`` ({mean, std, values} in per cent and points, over the finished orders; std is None for
+        one order, and of what was not measured there are no values),
         ``published`` and ``difference`` ({acc, bwt}, or None where nothing was published), ``seconds`` (mean,
         of merging), ``finished`` (order seeds), ``failed`` (order seed → message) and ``folders``.
     """
@@ -94,7 +95,10 @@ def _cell(entry: Entry, published: Scores | None, cells: Path) -> dict[str, Any]
     results = {cell.order: result for cell in entry.cells if (result := cell.result(cells)) is not None}
     measured = {order: result for order, result in results.items() if result["failed"] is None}
     seconds = [result["seconds"] for result in measured.values()]
-    spread = {key: _spread([result[key] for result in measured.values()]) for key in _MEASURES}
+    spread = {
+        key: _spread([result[key] for result in measured.values() if result.get(key) is not None])
+        for key in (*_MEASURES, "acc_unknown")
+    }
     figures = None if published is None else dict(zip(_MEASURES, published, strict=True))
     return {
         **spread,

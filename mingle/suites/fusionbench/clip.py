@@ -74,7 +74,8 @@ class ImageSamples:
         labels, base = self.labels, self.base()
         pixels = _Pixels(self.splits, base.processor)
         inputs = LazyInputs(("pixel_values",), pixels, torch.arange(len(labels)))
-        return TaskData(inputs, {"text_embeds": head(base, *self.classes)}, labels)
+        shared = {"text_embeds": head(base, *self.classes)}
+        return TaskData(inputs, shared, labels, class_names=tuple(self.classes[0]))
 
 
 class _Pixels:

@@ -96,6 +96,7 @@ def _samples(task: GlyphTask, corruptions: tuple[str, ...], base: Path) -> TaskD
         {"pixel_values": finetune.pixels(base, pictures)},
         {"text_embeds": finetune.head(base, _model(base), task)},
         labels,
+        class_names=tuple(task.class_names),
     )
 
 
@@ -108,6 +109,7 @@ def _training(task: GlyphTask, base: Path) -> TaskData:
     return TaskData(
         {"pixel_values": finetune.pixels(base, pictures)},
         {"text_embeds": finetune.head(base, _model(base), task)},
+        class_names=tuple(task.class_names),
     )
 
 

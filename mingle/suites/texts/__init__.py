@@ -97,10 +97,12 @@ def _check(task: TextTask, prepared: Callable[[], TextBase]) -> None:
 def _samples(task: TextTask, prepared: Callable[[], TextBase]) -> TaskData:
     """All test texts of a task."""
     base, (texts, labels) = prepared(), labelled(task.test)
-    return TaskData(base.tokens(texts), {"text_embeds": base.head(task.class_names)}, labels)
+    head = {"text_embeds": base.head(task.class_names)}
+    return TaskData(base.tokens(texts), head, labels, class_names=tuple(task.class_names))
 
 
 def _training(task: TextTask, prepared: Callable[[], TextBase]) -> TaskData:
     """The texts that fine-tuning sees."""
     base, (texts, _) = prepared(), labelled(task.train)
-    return TaskData(base.tokens(texts), {"text_embeds": base.head(task.class_names)})
+    head = {"text_embeds": base.head(task.class_names)}
+    return TaskData(base.tokens(texts), head, class_names=tuple(task.class_names))

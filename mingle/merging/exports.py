@@ -1,0 +1,139 @@
+"""A merge for other programs: one plain model, a plain model for one task, or adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from mingle.io import adapters_folder, export, merger_folder
+from mingle.io.hub import ModelName
+from mingle.io.model_card import adapters_card, folded_card, model_card
+from mingle.merging import adapters
+from mingle.methods import MergeMethod
+from mingle.methods.base import Tensors
+from mingle.options import nearest
+from mingle.tasks import TaskData
+
+Format = Literal["transformers", "peft"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merger has to write.
+
+    Attributes:
+        base: the whole base model.
+        base_folder: where it came from, if that is a folder.
+        base_name: what it is called.
+        method: with all that is merged.
+        described: what a saved merge says of itself, in the form of `mingle.io.manifest.MERGE`.
+        head, labels: of the task whose model is asked for, if it has a head of its own: its tensors by their
+            names in the whole model, and the names of its classes.
+    """
+
+    base: nn.Module
+    base_folder: Path | None
+    base_name: ModelName
+    method: MergeMethod
+    described: dict[str, Any]
+    head: Tensors = field(default_factory=dict)
+    labels: Sequence[str] = ()
+
+    def names(self) -> list[str]:
+        """The merged tasks in order of arrival."""
+        return [task["name"] for task in self.described["tasks"]]
+
+    def tower(self) -> str:
+        """The name in the base of the part that is merged; empty where that is all of it."""
+        return self.method.task.tower(self.base)
+
+
+def check(task: str | None, format: str, *, seeds: bool) -> None:
+    """Raise `ValueError` for a request that makes no sense with any method.
+
+    Args:
+        task, format: see `mingle.Merger.export`.
+        seeds: whether samples of the task were given.
+    """
+    if format not in FORMATS:
+        expected = ", ".join(FORMATS)
+        raise ValueError(f"format={format!r}{nearest(format, FORMATS)}; expected one of {expected}")
+    if format == "peft" and task is not None:
+        raise ValueError(f"task {task!r}: adapters are exported for all tasks together; leave the task out")
+    if seeds and task is None:
+        raise ValueError("seed_data is for the model of one task, and no task was named")
+
+
+def write_plain(folder: Path, merged: Merged) -> None:
+    """Write the model that serves all tasks, or, of the reference row ``individual``, the selected one."""
+    _write(folder, merged, merged.method.plain_tower(), model_card(folder.name, merged.described))
+
+
+def write_folded(folder: Path, merged: Merged, task: str, samples: TaskData | None) -> None:
+    """Write a plain model for one task, with the gates' means over samples of it, where there are any."""
+    folded = merged.method.folded(merged.names().index(task), samples)
+    by_layer = torch.stack([gates.double() for gates in folded.gates.values()], 1)  # [T, L]
+    experts = [entry["name"] for entry in merged.described["tasks"] if entry["skipped"] is None]
+    gates = {
+        name: (row.mean().item(), row.min().item(), row.max().item())
+        for name, row in zip(experts, by_layer, strict=True)
+    }
+    count = None if samples is None else len(samples)
+    _write(folder, merged, folded.tower, folded_card(folder.name, merged.described, task, gates, count))
+
+
+def write_adapters(folder: Path, merged: Merged, kept: Sequence[Tensors], heads: Sequence[Tensors]) -> None:
+    """Write a folder of adapters, see `mingle.io.adapters_folder`.
+
+    Args:
+        folder: a new or an empty folder.
+        merged: the merge.
+        kept: all that is kept of each task alone.
+        heads: the tensors of each task's head, by their names in the whole model.
+    """
+    method, described, tower = merged.method, merged.described, merged.tower()
+    experts = [method.adapter(i) for i in range(len(described["tasks"]))]
+    if not any(experts):
+        raise ValueError("no expert was merged yet, so there are no adapters to export")
+    names = adapters_folder.folder_names(merged.names())
+    folders = [name if expert else None for name, expert in zip(names, experts, strict=True)]
+    found = {name: i for i, name in enumerate(folders) if name is not None}
+    base, called = merged.base, merged.base_name
+    card = adapters_card(
+        folder.name,
+        described,
+        called,
+        adapters.class_in_transformers(base),
+        folders,
+        {name: adapters.ranks(experts[i]) for name, i in found.items()},
+        tower,
+        classes=adapters.classes(heads[next(iter(found.values()))]),
+        chooses=method.chooses(),
+    )
+    description = described | {
+        "tasks": [t | {"adapter": name} for t, name in zip(described["tasks"], folders, strict=True)],
+        "base": {"sha256": merger_folder.state_hash(base), **called._asdict()},
+    }
+    adapters_folder.write(
+        folder,
+        description,
+        {name: adapters.files(base, tower, called, experts[i], heads[i]) for name, i in found.items()},
+        [adapters.beside(tensors, expert) for tensors, expert in zip(kept, experts, strict=True)],
+        method.state_tensors(),
+        card,
+    )
+
+
+def _write(folder: Path, merged: Merged, tower: Tensors, card: str) -> None:
+    state = export.whole_model(merged.base, merged.tower(), tower) | merged.head
+    dtype = next(merged.base.parameters()).dtype
+    config = export.hub_config(merged.base, merged.base_folder, dtype)
+    if merged.head:
+        config = export.with_head(config, type(merged.base).__name__, merged.labels)
+    export.write_model(folder, state, config, merged.base_folder, card)
