@@ -253,5 +253,5 @@ def history(problem: MergeProblem, count: int, seed: int = 0) -> list[dict[str, 
 
 
 def _targets(problem: MergeProblem, model: nn.Module) -> dict[str, Any]:
-    tower = model.get_submodule(problem.task.tower(model))
-    return find_targets(tower, problem.task.structure(model).sets["full"])
+    task = problem.task
+    return find_targets(model.get_submodule(task.tower(model)), task.structure(model).sets["full"])
