@@ -129,7 +129,8 @@ class PublishedMerge:
             return expert
         with self.clock("load"):
             tensors = load_file(expert / "model.safetensors", device=str(self.clock.device))
-            return {name.removeprefix(self.task.prefixes(self.base)[0]): tensors[name] for name in tensors}
+            prefix = self.task.prefixes(self.base)[0]
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if not n.endswith("position_ids")}
 
     @torch.no_grad()
     def make_experts(self, expert: Tuned, names: Iterable[str]) -> Experts:
