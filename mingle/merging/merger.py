@@ -7,7 +7,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,52 +23,25 @@ from mingle.io.files import CheckpointError
 from mingle.io.hub import ModelName
 from mingle.io.manifest import MANIFEST
 from mingle.io.state_dicts import IncompatibleModel, non_finite
-from mingle.merging import adapters, exports
+from mingle.merging import adapters, exports, saved_merge
 from mingle.merging.calibration import temperature
 from mingle.merging.evaluate import Result, accuracies, accuracy
 from mingle.merging.exports import Format, Merged
 from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.finite import refuse_non_finite
+from mingle.merging.merged_task import MergedTask, own_head
 from mingle.merging.opened import check_known, opened
 from mingle.merging.predict import AllTasks, Prediction
 from mingle.merging.vocabulary import Vocabulary, check_vocabulary
 from mingle.methods import Arrival, MergeMethod, StepReport
-from mingle.methods.base import Tensors
 from mingle.methods.gated import GatedMethod
 from mingle.options import build
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.data import class_names_of
 from mingle.tasks.heads import Head, head_of, names_of, put_head, put_names
 from mingle.tasks.image_settings import differing_preparation
-from mingle.tasks.loading import absent
-from mingle.tasks.names import in_files
 
 logger = logging.getLogger(__name__)
-
-#: before the names of what a task has of its own, in its file: a head's tensors, and what its samples share
-_HEAD, _SHARED = "head/", "shared/"
-
-
-@dataclass
-class MergedTask:
-    """One task that the merged model serves.
-
-    Attributes:
-        name: the task's name.
-        seed_samples: how many seed samples it was merged with.
-        skipped: why nothing was merged, or None.
-        notes: things worth telling, such as a saturated basis.
-        labels: the names of its classes by number, None where they are not known.
-        temperature: what makes its head's scores probabilities, see `mingle.merging.calibration`; None where
-            it was not measured.
-    """
-
-    name: str
-    seed_samples: int = 0
-    skipped: str | None = None
-    notes: list[str] = field(default_factory=list)
-    labels: list[str] | None = None
-    temperature: float | None = None
 
 
 class Merger:
@@ -127,10 +100,6 @@ class Merger:
         self._base_tower = {name: tensor.detach() for name, tensor in tower.state_dict().items()}
         self._begin(method_class)
         self.merged: list[MergedTask] = []
-        #: what each task has of its own, such as a classifier's head, by names in the model
-        self.heads: list[dict[str, torch.Tensor]] = []
-        #: what the samples of each task share, such as the embeddings of its classes
-        self.shared: list[dict[str, torch.Tensor]] = []
         #: accuracies after every merge: where the task is known, and where it has to be found too
         self.matrix: list[list[float | None]] = []
         self.unknown: list[list[float | None]] = []
@@ -180,7 +149,7 @@ class Merger:
             model = FineTuned(finetuned_model, self.base, self.task, self.vocabulary, self.base_folder)
             tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
             left += self._prepared_otherwise(finetuned_model)
-            own = _own(head, samples, model.labels)
+            own = own_head(head, samples, model.labels)
             self.task.check_head(own)
         except (IncompatibleModel, CheckpointError) as error:
             raise type(error)(f"task {name!r}: {error}") from None
@@ -220,12 +189,13 @@ class Merger:
         report.notes += left
         count = len(seeds) if seeds else 0
         labels = None if own.labels is None else list(own.labels)
-        self.merged.append(MergedTask(name, count, report.skipped, report.notes, labels, degree))
+        shared = dict(own.shared)
+        self.merged.append(
+            MergedTask(name, count, report.skipped, report.notes, labels, degree, head, shared)
+        )
         self.matrix.append([None] * len(self.merged))
         self.unknown.append([None] * len(self.merged))
-        self.heads.append(head)
-        self.shared.append(dict(own.shared))
-        self._note_labels(index)
+        self.put_head(index)
         return report
 
     def set_classes(
@@ -244,15 +214,15 @@ class Merger:
         Raises:
             ValueError: a task that is not merged, or classes that do not fit its head.
         """
-        place = self._place(name)
-        kept = self._head(place)
+        task = self.merged[self._place(name)]
+        kept = task.head
         names = class_names_of({"class_names": class_names})
         head = Head(kept.tensors, dict(shared or kept.shared), names or kept.labels)
         if unknown := [key for key in head.shared if key not in self.task.shared]:
             raise ValueError(f"{unknown[0]!r} is nothing that the samples of a {self.task.name} task share")
         self.task.check_head(head)
-        self.merged[place].labels = None if head.labels is None else list(head.labels)
-        self.shared[place] = dict(head.shared)
+        task.labels = None if head.labels is None else list(head.labels)
+        task.shared = dict(head.shared)
 
     def check_name(self, name: str) -> None:
         """Raise `ValueError` for a name that a further task cannot have."""
@@ -267,8 +237,7 @@ class Merger:
         """
         place = self._place(name)
         self.method.select(place)
-        put_head(self.model, self.heads[place])
-        self._note_labels(place)
+        self.put_head(place)
         return self.model
 
     def predict(self, inputs: TaskData | Mapping[str, Any], batch_size: int = 128) -> Prediction:
@@ -344,12 +313,12 @@ class Merger:
             include_base: put the base model into the folder too, which makes it self-contained; without it,
                 `from_pretrained` needs `base`.
         """
-        task_tensors = self._kept()
+        task_tensors = saved_merge.kept(self)
         refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
-        base = self._base_model() if include_base else None
+        base = saved_merge.base_model(self) if include_base else None
         merger_folder.save(
             Path(folder),
-            self._described() | {"metadata": self.metadata},
+            saved_merge.described(self) | {"metadata": self.metadata},
             merger_folder.state_hash(self.base),
             self.base_name,
             base,
@@ -388,11 +357,12 @@ class Merger:
                 one model serves all; another format.
             CheckpointError: a folder in use, or a full disk.
         """
-        folder, method, owned = Path(folder), self.method, any(self.heads)
+        folder, method, owned = Path(folder), self.method, any(task.tensors for task in self.merged)
         exports.check(task, format, seeds=seed_data is not None)
-        merged = Merged(self.base, self.base_folder, self.base_name, method, self._described())
+        merged = Merged(self.base, self.base_folder, self.base_name, method, saved_merge.described(self))
         if format == "peft":
-            exports.write_adapters(folder, merged, self._kept(), self.heads)
+            heads = [each.tensors for each in self.merged]
+            exports.write_adapters(folder, merged, saved_merge.kept(self), heads)
             return
         if task is None and (method.per_task or owned):
             reason = "each task has a head of its own"
@@ -402,7 +372,7 @@ class Merger:
         if task is not None:
             self.model_for(task)
             if owned:
-                head = self._head(self._place(task))
+                head = self.merged[self._place(task)].head
                 merged = replace(merged, head=head_of(self.model, head.tensors), labels=names_of(head))
         if task is None or (not isinstance(method, GatedMethod) and (method.per_task or owned)):
             exports.write_plain(folder, merged)
@@ -440,11 +410,11 @@ class Merger:
         folder = Path(folder)
         saved = opened(folder, task_type)
         model = base if base is not None else saved.base_folder()
-        merger = cls._opened(saved.manifest, model, task_type, device, folder / MANIFEST)
+        merger = saved_merge.begun(cls, saved.manifest, model, task_type, device, folder / MANIFEST)
         if base is None:
             merger.base_name = saved.base_name()
         saved.check_base(merger_folder.state_hash(merger.base))
-        merger._restore(saved.task_tensors(), saved.state_tensors(), folder)
+        saved_merge.restore(merger, saved.task_tensors(), saved.state_tensors(), folder)
         merger.metadata = saved.manifest["metadata"]
         return merger
 
@@ -474,114 +444,10 @@ class Merger:
         folder = Path(folder)
         exported = adapters_folder.load(folder)
         check_known(exported.description, exported.path, task_type)
-        merger = cls._opened(exported.description, base, task_type, device, exported.path)
+        merger = saved_merge.begun(cls, exported.description, base, task_type, device, exported.path)
         exported.check_base(merger_folder.state_hash(merger.base))
-        merger._restore(*adapters.tensors_in(exported, merger.task, merger.base), folder)
+        saved_merge.restore(merger, *adapters.tensors_in(exported, merger.task, merger.base), folder)
         return merger
-
-    @classmethod
-    def _opened(
-        cls,
-        merge: Mapping[str, Any],
-        base: nn.Module | str | Path,
-        task_type: TaskType | None,
-        device: str | torch.device | None,
-        path: Path,
-    ) -> Merger:
-        """The merger that the file at `path` describes, without the tensors of its tasks."""
-        task, model = task_type or tasks.get(merge["task_type"]), base
-        if not isinstance(model, nn.Module):
-            model = task.load(model).to(getattr(torch, merge["dtype"]))
-        try:
-            merger = cls(
-                model,
-                merge["method"],
-                task,
-                seed=merge["seed"],
-                device=device,
-                vocabulary=merge.get("vocabulary", "same"),
-                **merge["options"],
-            )
-        except ValueError as error:  # options that do not suit this model
-            raise CheckpointError(f"{path}: {error}") from error
-        if not isinstance(base, nn.Module):
-            merger.base_folder, merger.base_name = Path(base), _name(base)
-        merger.merged = [
-            MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__ if key in task})
-            for task in merge["tasks"]
-        ]
-        merger.matrix = merge["matrix"]
-        merger.unknown = merge.get("unknown", [[None] * len(row) for row in merger.matrix])
-        return merger
-
-    def _restore(self, saved: list[Tensors], state: Tensors, folder: Path) -> None:
-        """Take on what `_kept` gave of each task, and the state of the method.
-
-        Raises:
-            CheckpointError: tensors that belong to something else.
-        """
-        place = next(self.base.parameters()).device
-        moved = [{name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved]
-        self.heads, self.shared = (
-            [
-                {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-                for tensors in moved
-            ]
-            for kind in (_HEAD, _SHARED)
-        )
-        own = [
-            {name: tensor for name, tensor in tensors.items() if not name.startswith((_HEAD, _SHARED))}
-            for tensors in moved
-        ]
-        try:
-            self.method.restore(own, {name: tensor.to(place) for name, tensor in state.items()})
-            for number, tensors in enumerate(own):
-                if left := sorted(tensors.keys() - self.method.task_tensors(number).keys()):
-                    raise ValueError(f"there is no place for {left[0]!r}")
-                self._take_head(number)
-            if self.merged:
-                put_head(self.model, self.heads[-1])
-                self._note_labels(-1)
-        # what names, numbers and shapes of tensors that belong to something else lead to
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"the tensors do not fit the method {self.method.name!r} with these options"
-            raise CheckpointError(f"{folder}: {reason}: {error}") from error
-
-    def _kept(self) -> list[Tensors]:
-        """All that is kept of each task alone: what the method keeps, and what the task has of its own."""
-        return [
-            self.method.task_tensors(i)
-            | {f"{_HEAD}{name}": tensor for name, tensor in head.items()}
-            | {f"{_SHARED}{name}": tensor for name, tensor in shared.items()}
-            for i, (head, shared) in enumerate(zip(self.heads, self.shared, strict=True))
-        ]
-
-    def _described(self) -> dict[str, Any]:
-        """What a saved merge says of itself, in the form of `mingle.io.manifest.MERGE`."""
-        return {
-            "method": self.method.name,
-            "task_type": self.task.name,
-            "seed": self.seed,
-            "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
-            "options": asdict(self.options),
-            **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
-            "tasks": [asdict(task) for task in self.merged],
-            "matrix": self.matrix,
-            "unknown": self.unknown,
-        }
-
-    def _base_model(self) -> merger_folder.BaseModel:
-        if self.base_folder is not None:
-            return merger_folder.BaseModel(self.base_folder)
-        files = self.task.files(self.base)
-        if not files:
-            raise CheckpointError(
-                f"the base {type(self.base).__name__} has no config to save it with; use include_base=False "
-                "and give the base to from_pretrained"
-            )
-        lacking = absent(self.base)
-        held = {name: tensor for name, tensor in self.base.state_dict().items() if name not in lacking}
-        return merger_folder.BaseModel(None, files, partial(in_files, self.base, held))
 
     def _place(self, name: str) -> int:
         """The number of a merged task; `ValueError` for any other."""
@@ -591,26 +457,19 @@ class Merger:
             )
         return self.task_names.index(name)
 
-    def _head(self, place: int) -> Head:
-        return Head(self.heads[place], self.shared[place], self.merged[place].labels)
-
-    def _take_head(self, place: int) -> None:
-        """Order a head from a file as it is in the model; `ValueError` for one that this base cannot have."""
-        expected = self.task.heads(self.base)
-        if self.heads[place].keys() != set(expected):
-            raise ValueError(
-                f"task {self.task_names[place]!r}: expected a head of {', '.join(expected) or 'nothing'}"
-            )
-        self.heads[place] = {name: self.heads[place][name] for name in expected}
-        self.task.check_head(self._head(place))
-
-    def _note_labels(self, place: int) -> None:
-        """Note the classes of a task's head in the model's configuration."""
-        if self.heads[place] and hasattr(self.model, "config") and (names := names_of(self._head(place))):
+    def put_head(self, place: int) -> None:
+        """Put the head of a merged task into the model, and note the names of its classes there."""
+        task = self.merged[place]
+        put_head(self.model, task.tensors)
+        if task.tensors and hasattr(self.model, "config") and (names := names_of(task.head)):
             put_names(self.model, names)
 
+    def note_base(self, folder: str | Path) -> None:
+        """Note the folder that the base is from."""
+        self.base_folder, self.base_name = Path(folder), _name(folder)
+
     def _all_tasks(self) -> AllTasks:
-        heads = [self._head(place) for place in range(len(self.merged))]
+        heads = [task.head for task in self.merged]
         temperatures = [task.temperature for task in self.merged]
         return AllTasks(self.task, self.method, self.task_names, heads, temperatures)
 
@@ -654,14 +513,6 @@ def _task_type(given: str | TaskType | None, base_model: nn.Module | str | Path)
     if isinstance(given, TaskType):
         return given
     return tasks.of(base_model) if given is None else tasks.get(given)
-
-
-def _own(head: Mapping[str, torch.Tensor], samples: TaskData | None, labels: Sequence[str] | None) -> Head:
-    """What a task has of its own; the names of classes that come with samples go before its model's."""
-    if samples is None:
-        return Head(head, {}, labels)
-    shared = {name: part.detach().clone() for name, part in samples.shared.items()}
-    return Head(head, shared, labels if samples.class_names is None else samples.class_names)
 
 
 def _finite(base: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from mingle.nn import kv_cache
 from mingle.nn.call_arguments import by_name, takes
 from mingle.nn.early_stop import run_until
 from mingle.nn.linear import MingleLinear
-from mingle.tasks.masks import prompt, prompt_tokens
+from mingle.tasks.masks import prompt, prompt_length, prompt_tokens
 from mingle.tasks.prompts import positions
 
 
@@ -66,7 +66,7 @@ class LayerRouter:
         """Before a call of the encoder.
 
         Raises:
-            ValueError: a key-value cache that somebody else has filled.
+            ValueError: a key-value cache that somebody else has filled, or a part of a prompt.
         """
         if self.router is None:
             return
@@ -77,6 +77,12 @@ class LayerRouter:
                 raise ValueError(
                     "a key-value cache that was not filled by this model: which expert its sequences need is "
                     "decided on their prompts, which are not in this call"
+                )
+            tokens = by_name(encoder, args, kwargs).get("input_ids")
+            if isinstance(tokens, Tensor) and tokens.shape[1] < prompt_length():
+                part = f"the first {tokens.shape[1]} of the {prompt_length()} tokens of a prompt"
+                raise ValueError(
+                    f"{part}: which expert it needs is decided on all; generate without prefill_chunk_size"
                 )
             gates = self.gates(self.features(encoder, args, kwargs))
         self._decided = gates

@@ -49,6 +49,12 @@ def prompt(tokens: Tensor | int | None) -> Iterator[None]:
         _prompts.reset(token)
 
 
+def prompt_length() -> int:
+    """How many columns prompts take up, the first ones of their calls; 0 where nobody has said so."""
+    tokens = _prompts.get()
+    return tokens if isinstance(tokens, int) else 0
+
+
 def prompt_tokens(hidden: Tensor, counted: Tensor | None) -> Tensor | None:
     """Which tokens of hidden states [n, N, d] are those of prompts, bool [n, N]; None where all are.
 

@@ -145,6 +145,12 @@ def test_without_a_cache_only_generate_knows_the_prompt():
     assert torch.equal(layer.given_gates, GATES[:1])
 
 
+def test_a_part_of_a_prompt_is_not_decided_on():
+    model, _ = routed("llama")
+    with pytest.raises(ValueError, match="the first 4 of the 9 tokens of a prompt"):
+        model.generate(**mixed("llama"), max_new_tokens=3, prefill_chunk_size=4)
+
+
 def test_given_answers_are_not_part_of_the_decision():
     merger = merged("llama", "routed")
     _, layer = routed("llama")

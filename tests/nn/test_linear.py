@@ -163,3 +163,19 @@ def test_gates_of_half_precision_layers_are_single_precision(dtype):
     torch.optim.Adam([layer.gate_weight], lr=1e-4).step()
     # a step this small would vanish in the roundings of half precision
     assert (layer.gate_weight.detach() - before).abs().max().item() == pytest.approx(1e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 8), (6, 8), (3, 5, 8)])
+def test_given_gates_of_a_sample_hold_for_all_of_its_rows(shape):
+    layer = MingleLinear.from_linear(torch.nn.Linear(8, 4))
+    for _ in range(2):
+        layer.add_expert(torch.randn(2, 8), torch.randn(4, 2))
+    x, gates = torch.randn(shape), torch.rand(3, 2)
+    layer.given_gates = gates
+    found = layer(x)
+    for row in range(len(x)):
+        layer.given_gates = gates[row * 3 // len(x)]
+        torch.testing.assert_close(found[row], layer(x[row : row + 1])[0], rtol=1e-5, atol=1e-6)
+    layer.given_gates = gates
+    with pytest.raises(ValueError, match="gates has shape"):
+        layer(torch.randn(4, 5, 8))

@@ -10,6 +10,7 @@ import transformers
 
 import mingle
 from mingle.methods import METHODS
+from mingle.tasks.structure import is_linear
 
 VOCABULARY = 96
 _SIZES = dict(
@@ -31,6 +32,10 @@ CONFIGS = {
         head_dim=8,
         sliding_window=5,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
     ),
     "mixtral": lambda: transformers.MixtralConfig(**_SIZES, num_local_experts=4),
     "mt5": lambda: transformers.MT5Config(**_PAIR, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
@@ -64,7 +69,7 @@ def tuned(base: torch.nn.Module, seed: int) -> torch.nn.Module:
     generator, model = torch.Generator().manual_seed(seed), copy.deepcopy(base)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            if is_linear(module) and module is not model.get_output_embeddings():
                 change = torch.randn(module.weight.shape, generator=generator)
                 module.weight += 0.5 * module.weight.std() * change
     return model

@@ -1,0 +1,334 @@
+"""Every architecture and every method: its structure is found, and it merges, goes on, answers and leaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, built, moved, samples
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+import mingle
+from mingle import tasks
+from mingle.methods import METHODS
+from mingle.methods.base import PlainMethod
+from mingle.nn.inject import matches
+
+CHEAP = dict(rank=2, later_rank=2, steps=2, lr=1e-2, batch_size=4, r_p=4, r_v=2, r_l=2, depths=(0, 1), k=1)
+
+#: kinds → task type, layers of attention, layers of MLPs, by what follows the block's name; those before the
+#: stroke read the block's input
+FOUND = {
+    "llama qwen2 qwen3 mistral gemma2 gemma3 olmo2": (
+        "causal-lm",
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj / self_attn.o_proj",
+        "mlp.gate_proj mlp.up_proj / mlp.down_proj",
+    ),
+    "mixtral qwen3_moe": (
+        "causal-lm",
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj / self_attn.o_proj",
+        "/",
+    ),
+    "phi3": ("causal-lm", "self_attn.qkv_proj / self_attn.o_proj", "mlp.gate_up_proj / mlp.down_proj"),
+    "gpt2": ("causal-lm", "attn.c_attn / attn.c_proj", "mlp.c_fc / mlp.c_proj"),
+    "gpt_neox": (
+        "causal-lm",
+        "attention.query_key_value / attention.dense",
+        "mlp.dense_h_to_4h / mlp.dense_4h_to_h",
+    ),
+    "vit dinov2": (
+        "image-classification",
+        "attention.q_proj attention.k_proj attention.v_proj / attention.o_proj",
+        "mlp.fc1 / mlp.fc2",
+    ),
+    "bert roberta": (
+        "text-classification",
+        "attention.self.query attention.self.key attention.self.value / attention.output.dense",
+        "intermediate.dense / output.dense",
+    ),
+    "deberta-v2": (
+        "text-classification",
+        "attention.self.query_proj attention.self.key_proj attention.self.value_proj"
+        " / attention.output.dense",
+        "intermediate.dense / output.dense",
+    ),
+    "distilbert": (
+        "text-classification",
+        "attention.q_lin attention.k_lin attention.v_lin / attention.out_lin",
+        "ffn.lin1 / ffn.lin2",
+    ),
+    "clip siglip": (
+        "clip",
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj / self_attn.out_proj",
+        "mlp.fc1 / mlp.fc2",
+    ),
+}
+#: the layers that papers name, by what follows the block's name, however many blocks there are
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+T5 = [f"{kind}.{n}" for kind in ("SelfAttention", "EncDecAttention") for n in "qkv"]
+T5_OUT = ["SelfAttention.o", "EncDecAttention.o"]
+
+
+def of_t5(*inner):
+    """The sets of a T5 whose MLP begins with these layers."""
+    wi = [f"DenseReluDense.{name}" for name in inner]
+    wo = ["DenseReluDense.wo"]
+    return {
+        "full": [*T5, *T5_OUT, *wi],
+        "light": [*T5, *wi],
+        "nufilt": [*T5, *T5_OUT, *wi, *wo],
+        "mlp": [*wi, *wo],
+    }
+
+
+PUBLISHED = {
+    "clip": {
+        "full": [*QKV, "self_attn.out_proj", "mlp.fc1", "mlp.fc2"],
+        "light": [*QKV, "mlp.fc1"],
+        "nufilt": [*QKV, "self_attn.out_proj", "mlp.fc1"],
+        "mlp": ["mlp.fc1", "mlp.fc2"],
+    },
+    "t5": of_t5("wi"),
+    "mt5": of_t5("wi_0", "wi_1"),
+}
+
+
+def in_blocks(structure, name):
+    """The layers of a set, each by its name inside its block, once for all blocks."""
+    return {layer.removeprefix(structure.block_of(layer) + ".") for layer in structure.layers[name]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(kind, expected) for kinds, expected in FOUND.items() for kind in kinds.split()]
+)
+def test_blocks_and_sets_of_layers_are_found(kind, expected):
+    model, (task, *parts) = built(kind), expected
+    first, last = zip(*(part.split("/") for part in parts), strict=True)
+    attention, mlp = ({*a.split(), *b.split()} for a, b in zip(first, last, strict=True))
+    found = tasks.of(model)
+    assert found.name == task
+    structure = found.structure(model)
+    assert [len(stack.blocks) for stack in structure.stacks] == [2]
+    assert in_blocks(structure, "attention") == attention
+    assert in_blocks(structure, "mlp") == mlp
+    assert in_blocks(structure, "full") == attention | mlp
+    assert in_blocks(structure, "light") == set(" ".join(first).split())
+    assert structure.unfit == {}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_the_sets_of_the_papers_are_as_published(kind):
+    model = built(kind)
+    structure = tasks.of(model).structure(model)
+    for name, layers in PUBLISHED[kind].items():
+        assert {suffix for suffix in layers if any(matches(n, suffix) for n in structure.layers[name])} == {
+            *layers
+        }
+        assert all(any(matches(n, suffix) for suffix in layers) for n in structure.layers[name]), name
+    if kind == "clip":
+        assert len(structure.layers["full"]) == 2 * 6 and len(structure.layers["nufilt"]) == 2 * 5
+    else:  # the encoder has no attention to an encoder
+        assert len(structure.stacks) == 2 and len(structure.memory) == 2 * 2
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_suffixes_of_a_set_select_its_layers_and_no_others(kind):
+    model = built(kind)
+    task = tasks.of(model)
+    structure = task.structure(model)
+    tower = model.get_submodule(task.tower(model))
+    linear = [
+        n
+        for n, module in tower.named_modules()
+        if isinstance(module, nn.Linear) or "Conv1D" in type(module).__name__
+    ]
+    for name, suffixes in structure.sets.items():
+        chosen = {n for n in linear if any(matches(n, suffix) for suffix in suffixes)}
+        assert chosen == set(structure.layers[name]), name
+
+
+def test_swin_has_blocks_in_stages_and_bart_a_decoder_that_sees_its_encoder():
+    model = built("swin")
+    structure = tasks.of(model).structure(model)
+    layers = structure.layers["attention"]
+    assert len(layers) == 2 * 2 * 4 and all(".attention." in layer for layer in layers)
+    model = built("bart")
+    structure = tasks.of(model).structure(model)
+    assert [stack.parent for stack in structure.stacks] == ["model.encoder", "model.decoder"]
+    assert {layer.rpartition(".")[2] for layer in structure.memory} == {"k_proj", "v_proj"}
+    assert all("encoder_attn" in layer for layer in structure.memory)
+
+
+def options(method):
+    return {name: CHEAP[name] for name in CHEAP if name in METHODS[method].Options.__dataclass_fields__}
+
+
+def without(kind, method):
+    """Whether a method has nothing to work on in this kind of model."""
+    return method == "wemoe" and kind in ("mixtral", "qwen3_moe")
+
+
+def cases():
+    """All pairs; those of one method with all kinds, and of one kind with all methods, in the plain run."""
+    for kind in ARCHITECTURES:
+        for method in METHODS:
+            plain = method == "mingle" or kind == "llama"
+            yield pytest.param(kind, method, marks=[] if plain else pytest.mark.slow, id=f"{kind}-{method}")
+
+
+@pytest.mark.parametrize(("kind", "method"), list(cases()))
+def test_a_method_merges_goes_on_after_loading_answers_and_leaves(kind, method, tmp_path):
+    base = built(kind)
+    base.save_pretrained(tmp_path / "base")
+    tuned = [moved(base, seed) for seed in (1, 2, 3)]
+    tuned[0].save_pretrained(tmp_path / "one")
+    if without(kind, method):
+        with pytest.raises(ValueError, match="no linear layers in the set 'mlp' that can take experts"):
+            mingle.Merger(tmp_path / "base", method)
+        return
+    merger = mingle.Merger(tmp_path / "base", method, **options(method))
+    given = samples(merger.task, base)
+    merger.add("one", tmp_path / "one", given)
+    merger.add("two", tuned[1], given)
+    merger.save_pretrained(tmp_path / "merged")
+    again = mingle.Merger.from_pretrained(tmp_path / "merged")
+    for each in (merger, again):
+        each.add("three", tuned[2].state_dict(), given)
+    state = again.model.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in merger.model.state_dict().items())
+    labelled = samples(merger.task, base, labelled=True)
+    assert 0 <= again.evaluate(dict.fromkeys(again.task_names, labelled)).acc <= 100
+    if issubclass(METHODS[method], PlainMethod) and not again.heads[0]:
+        again.export(tmp_path / "exported")
+        exported = type(base).from_pretrained(tmp_path / "exported").state_dict()
+        assert all(torch.equal(tensor, exported[name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_plain_formulas_give_the_merged_weights(kind):
+    base = built(kind)
+    tuned = [moved(base, seed) for seed in (1, 2)]
+    task = tasks.of(base)
+    tower = [model.get_submodule(task.tower(model)).state_dict() for model in (base, *tuned)]
+    heads = set(task.heads(base))
+    expected = {
+        "average": lambda zero, one, two: (one + two) / 2,
+        "task-arithmetic": lambda zero, one, two: zero + 0.3 * ((one - zero) + (two - zero)),
+    }
+    for method, formula in expected.items():
+        merger = mingle.Merger(base, method)
+        for i, model in enumerate(tuned):
+            merger.add(str(i), model)
+        for name, merged in merger.method.tower.state_dict().items():
+            if f"{task.tower(base)}.{name}".removeprefix(".") not in heads and merged.is_floating_point():
+                torch.testing.assert_close(merged, formula(*(state[name] for state in tower)))
+
+
+# An architecture that nobody has seen
+
+
+class NewConfig(PretrainedConfig):
+    model_type = "made-up"
+
+    def __init__(self, vocab_size=32, width=16, layers=2, **more):
+        self.vocab_size, self.width, self.layers = vocab_size, width, layers
+        super().__init__(**more)
+
+
+class NewAttention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.mix(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+class NewBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(width), NewAttention(width)
+        self.grow, self.shrink = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm(x))
+        return x + self.shrink(self.grow(x).relu())
+
+
+class NewModel(PreTrainedModel):
+    config_class = NewConfig
+    base_model_prefix = "trunk"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.steps = nn.ModuleList(NewBlock(config.width) for _ in range(config.layers))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, **_):
+        x = self.embed(input_ids)
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class NewForCausalLM(PreTrainedModel):
+    config_class = NewConfig
+    base_model_prefix = "trunk"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.trunk = NewModel(config)
+        self.words = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        return CausalLMOutput(logits=self.words(self.trunk(input_ids)))
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """A new architecture, registered at run time; folders of its base and of three fine-tuned models."""
+    AutoConfig.register("made-up", NewConfig, exist_ok=True)
+    AutoModelForCausalLM.register(NewConfig, NewForCausalLM, exist_ok=True)
+    folder = tmp_path_factory.mktemp("made-up")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = NewForCausalLM(NewConfig()).eval()
+    base.save_pretrained(folder / "base")
+    for i in range(3):
+        moved(base, i).save_pretrained(folder / str(i))
+    return folder
+
+
+def test_the_structure_of_an_architecture_that_nobody_has_seen_is_found(made_up):
+    task = tasks.of(made_up / "base")
+    assert task.name == "causal-lm"
+    structure = task.structure(task.skeleton(made_up / "base"))
+    assert structure.sets["full"] == ("attention.qkv", "attention.mix", "grow", "shrink")
+    assert structure.sets["light"] == ("attention.qkv", "grow")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_merges_it_without_any_code(made_up, method, tmp_path):
+    merger = mingle.Merger(made_up / "base", method, **options(method))
+    given = {"input_ids": torch.arange(3, 23).view(4, 5), "answer_mask": torch.ones(4, 5, dtype=torch.long)}
+    for i in range(2):
+        merger.add(str(i), made_up / str(i), given)
+    merger.save_pretrained(tmp_path / "merged")
+    again = mingle.Merger.from_pretrained(tmp_path / "merged")
+    again.add("2", made_up / "2", given)
+    if issubclass(METHODS[method], PlainMethod):
+        again.export(tmp_path / "exported")
+        with safe_open(tmp_path / "exported" / "model.safetensors", "pt") as file:
+            assert set(file.keys()) == set(again.model.state_dict())
+        NewForCausalLM.from_pretrained(tmp_path / "exported")
