@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle import methods, tasks
 from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.adaptation.trace import StepProgress
 from mingle.io import adapters_folder, merger_folder
 from mingle.io.files import CheckpointError
-from mingle.io.hub import ModelName
 from mingle.io.manifest import MANIFEST
-from mingle.io.state_dicts import IncompatibleModel, non_finite
-from mingle.merging import adapters, exports, saved_merge
+from mingle.io.state_dicts import IncompatibleModel
+from mingle.merging import adapters, exports
 from mingle.merging.calibration import temperature
 from mingle.merging.evaluate import Result, accuracies, accuracy
 from mingle.merging.exports import Format, Merged
@@ -32,19 +30,18 @@ from mingle.merging.finite import refuse_non_finite
 from mingle.merging.merged_task import MergedTask, own_head
 from mingle.merging.opened import check_known, opened
 from mingle.merging.predict import AllTasks, Prediction
-from mingle.merging.vocabulary import Vocabulary, check_vocabulary
-from mingle.methods import Arrival, MergeMethod, StepReport
+from mingle.merging.state import MergeState
+from mingle.methods import Arrival, StepReport
 from mingle.methods.gated import GatedMethod
-from mingle.options import build
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.data import class_names_of
-from mingle.tasks.heads import Head, head_of, names_of, put_head, put_names
+from mingle.tasks.heads import Head, head_of, names_of, put_head
 from mingle.tasks.image_settings import differing_preparation
 
 logger = logging.getLogger(__name__)
 
 
-class Merger:
+class Merger(MergeState):
     """Merges fine-tuned models into one, in the order in which they arrive.
 
         merger = mingle.Merger("clip-vit-base-patch32", method="mingle")
@@ -70,46 +67,6 @@ class Merger:
         ValueError: an unknown method, task type, option or vocabulary; a base with NaN or infinite weights.
         CheckpointError: a folder that does not hold an intact model.
     """
-
-    def __init__(
-        self,
-        base_model: nn.Module | str | Path,
-        method: str = "mingle",
-        task_type: str | TaskType | None = None,
-        *,
-        seed: int = 0,
-        device: str | torch.device | None = None,
-        vocabulary: Vocabulary = "same",
-        **options: Any,
-    ) -> None:
-        check_vocabulary(vocabulary)
-        self.task = _task_type(task_type, base_model)
-        method_class = methods.get(method)
-        self.options: Any = build(method_class.Options, options, f"method {method!r}")
-        self.seed, self.vocabulary = seed, vocabulary
-        self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
-        self.base_name = _name(base_model)
-        self.base = (
-            _finite(self.task.base(base_model))
-            if isinstance(base_model, nn.Module)
-            else self.task.load(base_model)
-        )
-        if device is not None:
-            self.base = copy.deepcopy(self.base).to(device)
-        tower = self.base.get_submodule(self.task.tower(self.base))
-        self._base_tower = {name: tensor.detach() for name, tensor in tower.state_dict().items()}
-        self._begin(method_class)
-        self.merged: list[MergedTask] = []
-        #: accuracies after every merge: where the task is known, and where it has to be found too
-        self.matrix: list[list[float | None]] = []
-        self.unknown: list[list[float | None]] = []
-        #: anything JSON can hold, saved with the merger
-        self.metadata: dict[str, Any] = {}
-
-    @property
-    def task_names(self) -> list[str]:
-        """The merged tasks in order of arrival."""
-        return [task.name for task in self.merged]
 
     def add(
         self,
@@ -195,7 +152,7 @@ class Merger:
         )
         self.matrix.append([None] * len(self.merged))
         self.unknown.append([None] * len(self.merged))
-        self.put_head(index)
+        self._put_head(index)
         return report
 
     def set_classes(
@@ -237,7 +194,7 @@ class Merger:
         """
         place = self._place(name)
         self.method.select(place)
-        self.put_head(place)
+        self._put_head(place)
         return self.model
 
     def predict(self, inputs: TaskData | Mapping[str, Any], batch_size: int = 128) -> Prediction:
@@ -313,12 +270,12 @@ class Merger:
             include_base: put the base model into the folder too, which makes it self-contained; without it,
                 `from_pretrained` needs `base`.
         """
-        task_tensors = saved_merge.kept(self)
+        task_tensors = self._kept()
         refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
-        base = saved_merge.base_model(self) if include_base else None
+        base = self._base_model() if include_base else None
         merger_folder.save(
             Path(folder),
-            saved_merge.described(self) | {"metadata": self.metadata},
+            self._described() | {"metadata": self.metadata},
             merger_folder.state_hash(self.base),
             self.base_name,
             base,
@@ -359,10 +316,10 @@ class Merger:
         """
         folder, method, owned = Path(folder), self.method, any(task.tensors for task in self.merged)
         exports.check(task, format, seeds=seed_data is not None)
-        merged = Merged(self.base, self.base_folder, self.base_name, method, saved_merge.described(self))
+        merged = Merged(self.base, self.base_folder, self.base_name, method, self._described())
         if format == "peft":
             heads = [each.tensors for each in self.merged]
-            exports.write_adapters(folder, merged, saved_merge.kept(self), heads)
+            exports.write_adapters(folder, merged, self._kept(), heads)
             return
         if task is None and (method.per_task or owned):
             reason = "each task has a head of its own"
@@ -410,11 +367,11 @@ class Merger:
         folder = Path(folder)
         saved = opened(folder, task_type)
         model = base if base is not None else saved.base_folder()
-        merger = saved_merge.begun(cls, saved.manifest, model, task_type, device, folder / MANIFEST)
+        merger = cls._begun(saved.manifest, model, task_type, device, folder / MANIFEST)
         if base is None:
             merger.base_name = saved.base_name()
         saved.check_base(merger_folder.state_hash(merger.base))
-        saved_merge.restore(merger, saved.task_tensors(), saved.state_tensors(), folder)
+        merger._restore(saved.task_tensors(), saved.state_tensors(), folder)
         merger.metadata = saved.manifest["metadata"]
         return merger
 
@@ -444,29 +401,10 @@ class Merger:
         folder = Path(folder)
         exported = adapters_folder.load(folder)
         check_known(exported.description, exported.path, task_type)
-        merger = saved_merge.begun(cls, exported.description, base, task_type, device, exported.path)
+        merger = cls._begun(exported.description, base, task_type, device, exported.path)
         exported.check_base(merger_folder.state_hash(merger.base))
-        saved_merge.restore(merger, *adapters.tensors_in(exported, merger.task, merger.base), folder)
+        merger._restore(*adapters.tensors_in(exported, merger.task, merger.base), folder)
         return merger
-
-    def _place(self, name: str) -> int:
-        """The number of a merged task; `ValueError` for any other."""
-        if name not in self.task_names:
-            raise ValueError(
-                f"task {name!r} is not among the merged ones: {', '.join(self.task_names) or 'none'}"
-            )
-        return self.task_names.index(name)
-
-    def put_head(self, place: int) -> None:
-        """Put the head of a merged task into the model, and note the names of its classes there."""
-        task = self.merged[place]
-        put_head(self.model, task.tensors)
-        if task.tensors and hasattr(self.model, "config") and (names := names_of(task.head)):
-            put_names(self.model, names)
-
-    def note_base(self, folder: str | Path) -> None:
-        """Note the folder that the base is from."""
-        self.base_folder, self.base_name = Path(folder), _name(folder)
 
     def _all_tasks(self) -> AllTasks:
         heads = [task.head for task in self.merged]
@@ -489,35 +427,8 @@ class Merger:
             return []
         return differing_preparation(self.base_folder, Path(model))
 
-    def _begin(self, method: type[MergeMethod]) -> None:
-        """Set up a merged model into which nothing is merged yet."""
-        self.model = copy.deepcopy(self.base).eval()
-        self.method = method(self.model, self.task, self._base_tower, self.options)
-
     def _teacher(self, tuned: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]) -> nn.Module:
         teacher = copy.deepcopy(self.base).eval()
         put_head(teacher, head)
         teacher.get_submodule(self.task.tower(teacher)).load_state_dict(dict(tuned))
         return teacher
-
-
-def _name(base: nn.Module | str | Path) -> ModelName:
-    """What the base is called; a module may say so in its configuration."""
-    place: Any = (
-        getattr(getattr(base, "config", None), "name_or_path", "") if isinstance(base, nn.Module) else base
-    )
-    return ModelName.of(place) if place else ModelName()
-
-
-def _task_type(given: str | TaskType | None, base_model: nn.Module | str | Path) -> TaskType:
-    if isinstance(given, TaskType):
-        return given
-    return tasks.of(base_model) if given is None else tasks.get(given)
-
-
-def _finite(base: nn.Module) -> nn.Module:
-    """The base, if it has no NaN or infinite weights; a folder's are looked at when it is loaded."""
-    for name, tensor in base.state_dict().items():
-        if found := non_finite(tensor):
-            raise ValueError(f"the base: {name}: {found}")
-    return base
