@@ -84,7 +84,7 @@ def with_head(config: Mapping[str, Any], architecture: str, names: Sequence[str]
 def write_model(
     folder: Path,
     state: Mapping[str, torch.Tensor],
-    config: dict[str, Any],
+    files: Mapping[str, Any],
     source: Path | None,
     card: str,
     shard_bytes: int = SHARD_BYTES,
@@ -93,13 +93,24 @@ def write_model(
 
     Whole or not at all, see `mingle.io.staging.staged`.
 
+    Args:
+        folder: a new or an empty folder.
+        state: tensors by the names that they get.
+        files: contents of JSON files by their names, ``config.json`` at least.
+        source: the base's folder, which has the other files; None where there is none.
+        card: the text of the model card.
+        shard_bytes: how large a file of weights may be.
+
     Raises:
         CheckpointError: the folder is in use, another process is writing it, or the disk is full.
     """
     with staged(folder, sum(tensor.nbytes for tensor in state.values())) as staging:
         if source is not None:
             _copy_data(source, staging)
-        write_json(staging / "config.json", config)
+        for name, content in files.items():
+            with naming(staging):
+                (staging / name).parent.mkdir(exist_ok=True)
+            write_json(staging / name, content)
         write_text(staging / "README.md", card)
         _write_weights(staging, state, shard_bytes)
 

@@ -18,6 +18,8 @@ from mingle.methods import MergeMethod
 from mingle.methods.base import Tensors
 from mingle.options import nearest
 from mingle.tasks import TaskData
+from mingle.tasks.configs import CONFIG
+from mingle.tasks.names import in_files
 
 Format = Literal["transformers", "peft"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -136,4 +138,6 @@ def _write(folder: Path, merged: Merged, tower: Tensors, card: str) -> None:
     config = export.hub_config(merged.base, merged.base_folder, dtype)
     if merged.head:
         config = export.with_head(config, type(merged.base).__name__, merged.labels)
-    export.write_model(folder, state, config, merged.base_folder, card)
+    files = merged.method.task.files(merged.base) if merged.base_folder is None else {}
+    state = in_files(merged.base, state)
+    export.write_model(folder, state, files | {CONFIG: config}, merged.base_folder, card)

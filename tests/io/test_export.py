@@ -141,7 +141,12 @@ def test_large_models_are_sharded_and_tied_tensors_written_once(tmp_path):
     state = export.whole_model(base, "", tuned)
     assert "encoder.embed_tokens.weight" not in state
     export.write_model(
-        tmp_path / "plain", state, export.hub_config(base, None, torch.float32), None, "", shard_bytes=4000
+        tmp_path / "plain",
+        state,
+        {"config.json": export.hub_config(base, None, torch.float32)},
+        None,
+        "",
+        shard_bytes=4000,
     )
     shards = sorted((tmp_path / "plain").glob("*.safetensors"))
     assert len(shards) > 2

@@ -14,6 +14,7 @@ import mingle
 from mingle import tasks
 from mingle.methods import METHODS
 from mingle.methods.base import PlainMethod
+from mingle.methods.gated import GatedMethod
 from mingle.nn.inject import matches
 
 CHEAP = dict(rank=2, later_rank=2, steps=2, lr=1e-2, batch_size=4, r_p=4, r_v=2, r_l=2, depths=(0, 1), k=1)
@@ -161,6 +162,12 @@ def test_swin_has_blocks_in_stages_and_bart_a_decoder_that_sees_its_encoder():
     assert all("encoder_attn" in layer for layer in structure.memory)
 
 
+def names_in(folder):
+    """The tensors in the files of a folder."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
 def options(method):
     return {name: CHEAP[name] for name in CHEAP if name in METHODS[method].Options.__dataclass_fields__}
 
@@ -200,10 +207,15 @@ def test_a_method_merges_goes_on_after_loading_answers_and_leaves(kind, method, 
     assert all(torch.equal(t, state[name]) for name, t in merger.model.state_dict().items())
     labelled = samples(merger.task, base, labelled=True)
     assert 0 <= again.evaluate(dict.fromkeys(again.task_names, labelled)).acc <= 100
-    if issubclass(METHODS[method], PlainMethod) and not again.heads[0]:
-        again.export(tmp_path / "exported")
-        exported = type(base).from_pretrained(tmp_path / "exported").state_dict()
-        assert all(torch.equal(tensor, exported[name]) for name, tensor in state.items())
+    plain = not isinstance(again.method, GatedMethod)
+    again.export(
+        tmp_path / "exported", None if plain and not again.method.per_task and not again.heads[0] else "two"
+    )
+    assert names_in(tmp_path / "exported") == names_in(tmp_path / "base")
+    exported = type(base).from_pretrained(tmp_path / "exported").state_dict()
+    if plain:
+        wanted = again.model_for("two").state_dict()
+        assert all(torch.equal(tensor, exported[name]) for name, tensor in wanted.items())
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -329,6 +341,5 @@ def test_every_method_merges_it_without_any_code(made_up, method, tmp_path):
     again.add("2", made_up / "2", given)
     if issubclass(METHODS[method], PlainMethod):
         again.export(tmp_path / "exported")
-        with safe_open(tmp_path / "exported" / "model.safetensors", "pt") as file:
-            assert set(file.keys()) == set(again.model.state_dict())
+        assert names_in(tmp_path / "exported") == names_in(made_up / "base")
         NewForCausalLM.from_pretrained(tmp_path / "exported")
