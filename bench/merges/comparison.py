@@ -231,7 +231,7 @@ def total(at: Mapping[str, Mapping[str, Any]], tasks: int, steps: int) -> Row:
 def published_bytes(problem: MergeProblem) -> float:
     """Of the published procedure's last task: five models, and 2.3 times its dense experts (ViT-B/32)."""
     model = problem.module()
-    dense = sum(layer.weight.nbytes for layer in _targets(problem, model).values())
+    dense = sum(layer.weight.nbytes for layer in _targets(problem.task, model).values())
     return 2.3 * problem.tasks * dense + 5 * sum(weight.nbytes for weight in model.parameters())
 
 
@@ -240,7 +240,7 @@ def history(problem: MergeProblem, count: int, seed: int = 0) -> list[dict[str, 
     randn = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     rank, k = problem.options.get("rank", 64), problem.options.get("k", 3)
     tasks: list[dict[str, Tensor]] = [{} for _ in range(count)]
-    for name, layer in _targets(problem, problem.module()).items():
+    for name, layer in _targets(problem.task, problem.module()).items():
         (outputs, inputs), size = layer.weight.shape, layer.weight.detach().norm()
         basis = torch.linalg.qr(randn(inputs, min(count * k, inputs))).Q
         for i, tensors in enumerate(tasks):
@@ -252,6 +252,5 @@ def history(problem: MergeProblem, count: int, seed: int = 0) -> list[dict[str, 
     return tasks
 
 
-def _targets(problem: MergeProblem, model: nn.Module) -> dict[str, Any]:
-    tower = model.get_submodule(problem.task.tower(model))
-    return find_targets(tower, problem.task.structure(model).sets["full"])
+def _targets(task: Any, model: nn.Module) -> dict[str, Any]:
+    return find_targets(model.get_submodule(task.tower(model)), task.structure(model).sets["full"])

@@ -22,7 +22,8 @@ from mingle.bench.merges.cases import BF16, EAGER, PUBLISHED, MergeProblem, Tune
 from mingle.bench.merges.published import PublishedMerge
 from mingle.merging.evaluate import accuracy
 from mingle.merging.finetuned import FineTuned
-from mingle.merging.merger import MergedTask, Merger
+from mingle.merging.merged_task import MergedTask
+from mingle.merging.merger import Merger
 from mingle.methods import experts, gated
 from mingle.methods import mingle as method
 from mingle.methods.mingle import Mingle

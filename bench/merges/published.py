@@ -87,8 +87,7 @@ class PublishedMerge:
         with clock("load"):
             self.base = problem.module().to(clock.device)
             self.model = copy.deepcopy(self.base).eval().requires_grad_(False)
-            layers = o.layers or self.task.structure(self.model).sets["full"]
-            suffixes = tuple(f".{suffix}" for suffix in layers)
+            suffixes = tuple(f".{s}" for s in o.layers or self.task.structure(self.model).sets["full"])
             tower = self.model.get_submodule(self.task.tower(self.model))
             for name, module in [item for item in tower.named_modules() if item[0].endswith(suffixes)]:
                 assert isinstance(module, nn.Linear)
@@ -130,9 +129,8 @@ class PublishedMerge:
             return expert
         with self.clock("load"):
             tensors = load_file(expert / "model.safetensors", device=str(self.clock.device))
-            kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
             prefix = self.task.prefixes(self.base)[0]
-            return {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if not n.endswith("position_ids")}
 
     @torch.no_grad()
     def make_experts(self, expert: Tuned, names: Iterable[str]) -> Experts:

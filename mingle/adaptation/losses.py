@@ -35,7 +35,7 @@ def distillation(answers: Callable[[TaskData], Tensor | States], temperature: fl
         whole = teacher.to(device)
 
         def loss(student: Tensor | States, index: Tensor, valid: Tensor | None) -> Tensor:
-            assert isinstance(student, Tensor)
+            assert isinstance(student, Tensor)  # models of one kind answer alike
             return distillation_loss(student, whole[index], temperature, valid)
 
         return loss

@@ -7,7 +7,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,63 +15,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle import methods, tasks
 from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.adaptation.trace import StepProgress
 from mingle.io import adapters_folder, merger_folder
 from mingle.io.files import CheckpointError
-from mingle.io.hub import ModelName
 from mingle.io.manifest import MANIFEST
-from mingle.io.state_dicts import IncompatibleModel, non_finite
+from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging import adapters, exports
 from mingle.merging.calibration import temperature
 from mingle.merging.evaluate import Result, accuracies, accuracy
 from mingle.merging.exports import Format, Merged
 from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.finite import refuse_non_finite
+from mingle.merging.merged_task import MergedTask, own_head
 from mingle.merging.opened import check_known, opened
 from mingle.merging.predict import AllTasks, Prediction
-from mingle.merging.vocabulary import Vocabulary, check_vocabulary
-from mingle.methods import Arrival, MergeMethod, StepReport
-from mingle.methods.base import Tensors
+from mingle.merging.state import MergeState
+from mingle.methods import Arrival, StepReport
 from mingle.methods.gated import GatedMethod
-from mingle.options import build
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.data import class_names_of
-from mingle.tasks.heads import Head, head_of, names_of, put_head, put_names
+from mingle.tasks.heads import Head, head_of, names_of, put_head
 from mingle.tasks.image_settings import differing_preparation
-from mingle.tasks.loading import absent
-from mingle.tasks.names import in_files
 
 logger = logging.getLogger(__name__)
 
-#: before the names of what a task has of its own, in its file: a head's tensors, and what its samples share
-_HEAD, _SHARED = "head/", "shared/"
 
-
-@dataclass
-class MergedTask:
-    """One task that the merged model serves.
-
-    Attributes:
-        name: the task's name.
-        seed_samples: how many seed samples it was merged with.
-        skipped: why nothing was merged, or None.
-        notes: things worth telling, such as a saturated basis.
-        labels: the names of its classes by number, None where they are not known.
-        temperature: what makes its head's scores probabilities, see `mingle.merging.calibration`; None where
-            it was not measured.
-    """
-
-    name: str
-    seed_samples: int = 0
-    skipped: str | None = None
-    notes: list[str] = field(default_factory=list)
-    labels: list[str] | None = None
-    temperature: float | None = None
-
-
-class Merger:
+class Merger(MergeState):
     """Merges fine-tuned models into one, in the order in which they arrive.
 
         merger = mingle.Merger("clip-vit-base-patch32", method="mingle")
@@ -97,50 +67,6 @@ class Merger:
         ValueError: an unknown method, task type, option or vocabulary; a base with NaN or infinite weights.
         CheckpointError: a folder that does not hold an intact model.
     """
-
-    def __init__(
-        self,
-        base_model: nn.Module | str | Path,
-        method: str = "mingle",
-        task_type: str | TaskType | None = None,
-        *,
-        seed: int = 0,
-        device: str | torch.device | None = None,
-        vocabulary: Vocabulary = "same",
-        **options: Any,
-    ) -> None:
-        check_vocabulary(vocabulary)
-        self.task = _task_type(task_type, base_model)
-        method_class = methods.get(method)
-        self.options: Any = build(method_class.Options, options, f"method {method!r}")
-        self.seed, self.vocabulary = seed, vocabulary
-        self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
-        self.base_name = _name(base_model)
-        self.base = (
-            _finite(self.task.base(base_model))
-            if isinstance(base_model, nn.Module)
-            else self.task.load(base_model)
-        )
-        if device is not None:
-            self.base = copy.deepcopy(self.base).to(device)
-        tower = self.base.get_submodule(self.task.tower(self.base))
-        self._base_tower = {name: tensor.detach() for name, tensor in tower.state_dict().items()}
-        self._begin(method_class)
-        self.merged: list[MergedTask] = []
-        #: what each task has of its own, such as a classifier's head, by names in the model
-        self.heads: list[dict[str, torch.Tensor]] = []
-        #: what the samples of each task share, such as the embeddings of its classes
-        self.shared: list[dict[str, torch.Tensor]] = []
-        #: accuracies after every merge: where the task is known, and where it has to be found too
-        self.matrix: list[list[float | None]] = []
-        self.unknown: list[list[float | None]] = []
-        #: anything JSON can hold, saved with the merger
-        self.metadata: dict[str, Any] = {}
-
-    @property
-    def task_names(self) -> list[str]:
-        """The merged tasks in order of arrival."""
-        return [task.name for task in self.merged]
 
     def add(
         self,
@@ -180,7 +106,7 @@ class Merger:
             model = FineTuned(finetuned_model, self.base, self.task, self.vocabulary, self.base_folder)
             tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
             left += self._prepared_otherwise(finetuned_model)
-            own = _own(head, samples, model.labels)
+            own = own_head(head, samples, model.labels)
             self.task.check_head(own)
         except (IncompatibleModel, CheckpointError) as error:
             raise type(error)(f"task {name!r}: {error}") from None
@@ -220,12 +146,13 @@ class Merger:
         report.notes += left
         count = len(seeds) if seeds else 0
         labels = None if own.labels is None else list(own.labels)
-        self.merged.append(MergedTask(name, count, report.skipped, report.notes, labels, degree))
+        shared = dict(own.shared)
+        self.merged.append(
+            MergedTask(name, count, report.skipped, report.notes, labels, degree, head, shared)
+        )
         self.matrix.append([None] * len(self.merged))
         self.unknown.append([None] * len(self.merged))
-        self.heads.append(head)
-        self.shared.append(dict(own.shared))
-        self._note_labels(index)
+        self._put_head(index)
         return report
 
     def set_classes(
@@ -244,15 +171,15 @@ class Merger:
         Raises:
             ValueError: a task that is not merged, or classes that do not fit its head.
         """
-        place = self._place(name)
-        kept = self._head(place)
+        task = self.merged[self._place(name)]
+        kept = task.head
         names = class_names_of({"class_names": class_names})
         head = Head(kept.tensors, dict(shared or kept.shared), names or kept.labels)
         if unknown := [key for key in head.shared if key not in self.task.shared]:
             raise ValueError(f"{unknown[0]!r} is nothing that the samples of a {self.task.name} task share")
         self.task.check_head(head)
-        self.merged[place].labels = None if head.labels is None else list(head.labels)
-        self.shared[place] = dict(head.shared)
+        task.labels = None if head.labels is None else list(head.labels)
+        task.shared = dict(head.shared)
 
     def check_name(self, name: str) -> None:
         """Raise `ValueError` for a name that a further task cannot have."""
@@ -267,8 +194,7 @@ class Merger:
         """
         place = self._place(name)
         self.method.select(place)
-        put_head(self.model, self.heads[place])
-        self._note_labels(place)
+        self._put_head(place)
         return self.model
 
     def predict(self, inputs: TaskData | Mapping[str, Any], batch_size: int = 128) -> Prediction:
@@ -388,11 +314,12 @@ class Merger:
                 one model serves all; another format.
             CheckpointError: a folder in use, or a full disk.
         """
-        folder, method, owned = Path(folder), self.method, any(self.heads)
+        folder, method, owned = Path(folder), self.method, any(task.tensors for task in self.merged)
         exports.check(task, format, seeds=seed_data is not None)
         merged = Merged(self.base, self.base_folder, self.base_name, method, self._described())
         if format == "peft":
-            exports.write_adapters(folder, merged, self._kept(), self.heads)
+            heads = [each.tensors for each in self.merged]
+            exports.write_adapters(folder, merged, self._kept(), heads)
             return
         if task is None and (method.per_task or owned):
             reason = "each task has a head of its own"
@@ -402,7 +329,7 @@ class Merger:
         if task is not None:
             self.model_for(task)
             if owned:
-                head = self._head(self._place(task))
+                head = self.merged[self._place(task)].head
                 merged = replace(merged, head=head_of(self.model, head.tensors), labels=names_of(head))
         if task is None or (not isinstance(method, GatedMethod) and (method.per_task or owned)):
             exports.write_plain(folder, merged)
@@ -440,7 +367,7 @@ class Merger:
         folder = Path(folder)
         saved = opened(folder, task_type)
         model = base if base is not None else saved.base_folder()
-        merger = cls._opened(saved.manifest, model, task_type, device, folder / MANIFEST)
+        merger = cls._begun(saved.manifest, model, task_type, device, folder / MANIFEST)
         if base is None:
             merger.base_name = saved.base_name()
         saved.check_base(merger_folder.state_hash(merger.base))
@@ -474,143 +401,13 @@ class Merger:
         folder = Path(folder)
         exported = adapters_folder.load(folder)
         check_known(exported.description, exported.path, task_type)
-        merger = cls._opened(exported.description, base, task_type, device, exported.path)
+        merger = cls._begun(exported.description, base, task_type, device, exported.path)
         exported.check_base(merger_folder.state_hash(merger.base))
         merger._restore(*adapters.tensors_in(exported, merger.task, merger.base), folder)
         return merger
 
-    @classmethod
-    def _opened(
-        cls,
-        merge: Mapping[str, Any],
-        base: nn.Module | str | Path,
-        task_type: TaskType | None,
-        device: str | torch.device | None,
-        path: Path,
-    ) -> Merger:
-        """The merger that the file at `path` describes, without the tensors of its tasks."""
-        task, model = task_type or tasks.get(merge["task_type"]), base
-        if not isinstance(model, nn.Module):
-            model = task.load(model).to(getattr(torch, merge["dtype"]))
-        try:
-            merger = cls(
-                model,
-                merge["method"],
-                task,
-                seed=merge["seed"],
-                device=device,
-                vocabulary=merge.get("vocabulary", "same"),
-                **merge["options"],
-            )
-        except ValueError as error:  # options that do not suit this model
-            raise CheckpointError(f"{path}: {error}") from error
-        if not isinstance(base, nn.Module):
-            merger.base_folder, merger.base_name = Path(base), _name(base)
-        merger.merged = [
-            MergedTask(**{key: task[key] for key in MergedTask.__dataclass_fields__ if key in task})
-            for task in merge["tasks"]
-        ]
-        merger.matrix = merge["matrix"]
-        merger.unknown = merge.get("unknown", [[None] * len(row) for row in merger.matrix])
-        return merger
-
-    def _restore(self, saved: list[Tensors], state: Tensors, folder: Path) -> None:
-        """Take on what `_kept` gave of each task, and the state of the method.
-
-        Raises:
-            CheckpointError: tensors that belong to something else.
-        """
-        place = next(self.base.parameters()).device
-        moved = [{name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved]
-        self.heads, self.shared = (
-            [
-                {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-                for tensors in moved
-            ]
-            for kind in (_HEAD, _SHARED)
-        )
-        own = [
-            {name: tensor for name, tensor in tensors.items() if not name.startswith((_HEAD, _SHARED))}
-            for tensors in moved
-        ]
-        try:
-            self.method.restore(own, {name: tensor.to(place) for name, tensor in state.items()})
-            for number, tensors in enumerate(own):
-                if left := sorted(tensors.keys() - self.method.task_tensors(number).keys()):
-                    raise ValueError(f"there is no place for {left[0]!r}")
-                self._take_head(number)
-            if self.merged:
-                put_head(self.model, self.heads[-1])
-                self._note_labels(-1)
-        # what names, numbers and shapes of tensors that belong to something else lead to
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"the tensors do not fit the method {self.method.name!r} with these options"
-            raise CheckpointError(f"{folder}: {reason}: {error}") from error
-
-    def _kept(self) -> list[Tensors]:
-        """All that is kept of each task alone: what the method keeps, and what the task has of its own."""
-        return [
-            self.method.task_tensors(i)
-            | {f"{_HEAD}{name}": tensor for name, tensor in head.items()}
-            | {f"{_SHARED}{name}": tensor for name, tensor in shared.items()}
-            for i, (head, shared) in enumerate(zip(self.heads, self.shared, strict=True))
-        ]
-
-    def _described(self) -> dict[str, Any]:
-        """What a saved merge says of itself, in the form of `mingle.io.manifest.MERGE`."""
-        return {
-            "method": self.method.name,
-            "task_type": self.task.name,
-            "seed": self.seed,
-            "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
-            "options": asdict(self.options),
-            **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
-            "tasks": [asdict(task) for task in self.merged],
-            "matrix": self.matrix,
-            "unknown": self.unknown,
-        }
-
-    def _base_model(self) -> merger_folder.BaseModel:
-        if self.base_folder is not None:
-            return merger_folder.BaseModel(self.base_folder)
-        files = self.task.files(self.base)
-        if not files:
-            raise CheckpointError(
-                f"the base {type(self.base).__name__} has no config to save it with; use include_base=False "
-                "and give the base to from_pretrained"
-            )
-        lacking = absent(self.base)
-        held = {name: tensor for name, tensor in self.base.state_dict().items() if name not in lacking}
-        return merger_folder.BaseModel(None, files, partial(in_files, self.base, held))
-
-    def _place(self, name: str) -> int:
-        """The number of a merged task; `ValueError` for any other."""
-        if name not in self.task_names:
-            raise ValueError(
-                f"task {name!r} is not among the merged ones: {', '.join(self.task_names) or 'none'}"
-            )
-        return self.task_names.index(name)
-
-    def _head(self, place: int) -> Head:
-        return Head(self.heads[place], self.shared[place], self.merged[place].labels)
-
-    def _take_head(self, place: int) -> None:
-        """Order a head from a file as it is in the model; `ValueError` for one that this base cannot have."""
-        expected = self.task.heads(self.base)
-        if self.heads[place].keys() != set(expected):
-            raise ValueError(
-                f"task {self.task_names[place]!r}: expected a head of {', '.join(expected) or 'nothing'}"
-            )
-        self.heads[place] = {name: self.heads[place][name] for name in expected}
-        self.task.check_head(self._head(place))
-
-    def _note_labels(self, place: int) -> None:
-        """Note the classes of a task's head in the model's configuration."""
-        if self.heads[place] and hasattr(self.model, "config") and (names := names_of(self._head(place))):
-            put_names(self.model, names)
-
     def _all_tasks(self) -> AllTasks:
-        heads = [self._head(place) for place in range(len(self.merged))]
+        heads = [task.head for task in self.merged]
         temperatures = [task.temperature for task in self.merged]
         return AllTasks(self.task, self.method, self.task_names, heads, temperatures)
 
@@ -630,43 +427,8 @@ class Merger:
             return []
         return differing_preparation(self.base_folder, Path(model))
 
-    def _begin(self, method: type[MergeMethod]) -> None:
-        """Set up a merged model into which nothing is merged yet."""
-        self.model = copy.deepcopy(self.base).eval()
-        self.method = method(self.model, self.task, self._base_tower, self.options)
-
     def _teacher(self, tuned: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]) -> nn.Module:
         teacher = copy.deepcopy(self.base).eval()
         put_head(teacher, head)
         teacher.get_submodule(self.task.tower(teacher)).load_state_dict(dict(tuned))
         return teacher
-
-
-def _name(base: nn.Module | str | Path) -> ModelName:
-    """What the base is called; a module may say so in its configuration."""
-    place: Any = (
-        getattr(getattr(base, "config", None), "name_or_path", "") if isinstance(base, nn.Module) else base
-    )
-    return ModelName.of(place) if place else ModelName()
-
-
-def _task_type(given: str | TaskType | None, base_model: nn.Module | str | Path) -> TaskType:
-    if isinstance(given, TaskType):
-        return given
-    return tasks.of(base_model) if given is None else tasks.get(given)
-
-
-def _own(head: Mapping[str, torch.Tensor], samples: TaskData | None, labels: Sequence[str] | None) -> Head:
-    """What a task has of its own; the names of classes that come with samples go before its model's."""
-    if samples is None:
-        return Head(head, {}, labels)
-    shared = {name: part.detach().clone() for name, part in samples.shared.items()}
-    return Head(head, shared, labels if samples.class_names is None else samples.class_names)
-
-
-def _finite(base: nn.Module) -> nn.Module:
-    """The base, if it has no NaN or infinite weights; a folder's are looked at when it is loaded."""
-    for name, tensor in base.state_dict().items():
-        if found := non_finite(tensor):
-            raise ValueError(f"the base: {name}: {found}")
-    return base

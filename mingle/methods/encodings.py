@@ -32,7 +32,6 @@ class Encodings:
         if not isinstance(hidden, Tensor) or len(hidden) != len(gates):
             return
         self._found = weakref.ref(hidden), gates
-
         for row, own in zip(_digests(hidden), gates.unbind(), strict=True):
             self._rows[row] = own
             self._rows.move_to_end(row)
@@ -44,6 +43,9 @@ class Encodings:
 
         Args:
             hidden: [n, N, d].
+
+        Raises:
+            ValueError: unknown samples, of another number than those noted last or a multiple of it.
         """
         if self._found is not None and self._found[0]() is hidden:
             return self._found[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
@@ -14,8 +13,6 @@ from safetensors.torch import load_file, save_file
 import mingle
 from mingle.io.files import CheckpointError
 from mingle.io.state_dicts import IncompatibleModel
-
-peft = pytest.importorskip("peft")
 
 TASK_TYPES = {"vit": "image-classification"}
 
@@ -124,7 +121,7 @@ def test_heads_whose_answer_is_not_one_class_are_refused(settings, names, messag
     for given in (model, tmp_path):
         with pytest.raises(IncompatibleModel, match=f"task 'x': .*{message}"):
             merger.add("x", given)
-    assert not merger.merged and not merger.heads
+    assert not merger.merged
 
 
 @pytest.mark.parametrize(
@@ -219,66 +216,6 @@ def test_a_pooler_that_the_base_lacks_belongs_to_each_task(tmp_path):
 def test_a_base_of_another_kind_is_refused_in_words():
     with pytest.raises(ValueError, match="transformers has no 'vit' with a text-classification head"):
         mingle.Merger(hf.ViTModel(made("vit").config), "average", "text-classification")
-
-
-# Adapters that were saved with their head
-
-
-def adapter(base, folder, **options):
-    """An adapter for three classes as peft saves it, and the model that it makes of the base."""
-    config = peft.LoraConfig(r=2, lora_alpha=4, **options)
-    whole = tuned(base, NAMES[1])
-    whole.base_model.load_state_dict(base.base_model.state_dict())
-    model = peft.get_peft_model(whole, config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape)
-    model.save_pretrained(folder)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("bert", dict(task_type="SEQ_CLS", target_modules=["query", "value"])),
-        ("roberta", dict(task_type="SEQ_CLS", target_modules=["query", "dense"])),
-        ("llama", dict(task_type="SEQ_CLS", target_modules="all-linear")),
-        ("vit", dict(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])),
-    ],
-)
-def test_an_adapter_saved_with_its_head_is_the_model_that_peft_makes_of_it(kind, options, tmp_path):
-    base = made(kind)
-    model = adapter(base, tmp_path, **options)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
-    merger = mingle.Merger(base, "average")
-    merger.add("one", tmp_path, {**inputs(base), "class_names": list(NAMES[1])})
-    served = merger.model_for("one")
-    assert labels(served) == NAMES[1]
-    torch.testing.assert_close(
-        served(**inputs(base)).logits, model(**inputs(base)).logits, atol=1e-5, rtol=1e-5
-    )
-
-
-def test_an_adapter_that_saved_more_than_the_head_is_refused(tmp_path):
-    base = made("bert")
-    adapter(base, tmp_path, target_modules=["query"], modules_to_save=["classifier", "word_embeddings"])
-    with pytest.raises(CheckpointError, match="word_embeddings.weight' is not a factor of a linear layer"):
-        mingle.Merger(base, "average").add("x", tmp_path)
-
-
-def test_an_adapter_without_a_head_has_that_of_the_base_if_it_is_there(tmp_path):
-    base = made("bert")
-    config = peft.LoraConfig(r=2, target_modules=["query"])
-    model = peft.get_peft_model(copy.deepcopy(base), config)
-    model.save_pretrained(tmp_path / "adapter")
-    merger = mingle.Merger(base, "average")
-    merger.add("one", tmp_path / "adapter")
-    assert torch.equal(merger.model_for("one").classifier.weight, base.classifier.weight)
-    base.bert.save_pretrained(tmp_path / "base")
-    headless = mingle.Merger(tmp_path / "base", "average", "text-classification")
-    with pytest.raises(IncompatibleModel, match="saved with its head"):
-        headless.add("one", tmp_path / "adapter")
 
 
 def test_a_head_that_is_not_finite_is_refused(tmp_path):

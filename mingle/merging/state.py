@@ -1,0 +1,215 @@
+"""What a merger holds, how it is written, and how it comes back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from mingle import methods, tasks
+from mingle.io import merger_folder
+from mingle.io.files import CheckpointError
+from mingle.io.hub import ModelName
+from mingle.io.state_dicts import non_finite
+from mingle.merging.merged_task import MergedTask
+from mingle.merging.vocabulary import Vocabulary, check_vocabulary
+from mingle.methods import MergeMethod
+from mingle.methods.base import Tensors
+from mingle.options import build
+from mingle.tasks import TaskType
+from mingle.tasks.heads import names_of, put_head, put_names
+from mingle.tasks.loading import absent
+from mingle.tasks.names import in_files
+
+
+class MergeState:
+    """A base, the model merged so far, and what is known of its tasks; see `mingle.Merger`."""
+
+    def __init__(
+        self,
+        base_model: nn.Module | str | Path,
+        method: str = "mingle",
+        task_type: str | TaskType | None = None,
+        *,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        vocabulary: Vocabulary = "same",
+        **options: Any,
+    ) -> None:
+        check_vocabulary(vocabulary)
+        self.task = _task_type(task_type, base_model)
+        method_class = methods.get(method)
+        self.options: Any = build(method_class.Options, options, f"method {method!r}")
+        self.seed, self.vocabulary = seed, vocabulary
+        self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
+        self.base_name = _name(base_model)
+        self.base = (
+            _finite(self.task.base(base_model))
+            if isinstance(base_model, nn.Module)
+            else self.task.load(base_model)
+        )
+        if device is not None:
+            self.base = copy.deepcopy(self.base).to(device)
+        tower = self.base.get_submodule(self.task.tower(self.base))
+        self._base_tower = {name: tensor.detach() for name, tensor in tower.state_dict().items()}
+        self._begin(method_class)
+        self.merged: list[MergedTask] = []
+        #: accuracies after every merge: where the task is known, and where it has to be found too
+        self.matrix: list[list[float | None]] = []
+        self.unknown: list[list[float | None]] = []
+        #: anything JSON can hold, saved with the merger
+        self.metadata: dict[str, Any] = {}
+
+    @property
+    def task_names(self) -> list[str]:
+        """The merged tasks in order of arrival."""
+        return [task.name for task in self.merged]
+
+    def _place(self, name: str) -> int:
+        """The number of a merged task; `ValueError` for any other."""
+        if name not in self.task_names:
+            raise ValueError(
+                f"task {name!r} is not among the merged ones: {', '.join(self.task_names) or 'none'}"
+            )
+        return self.task_names.index(name)
+
+    def _put_head(self, place: int) -> None:
+        """Put the head of a merged task into the model, and note the names of its classes there."""
+        task = self.merged[place]
+        put_head(self.model, task.tensors)
+        if task.tensors and hasattr(self.model, "config") and (names := names_of(task.head)):
+            put_names(self.model, names)
+
+    def _begin(self, method: type[MergeMethod]) -> None:
+        """Set up a merged model into which nothing is merged yet."""
+        self.model = copy.deepcopy(self.base).eval()
+        self.method = method(self.model, self.task, self._base_tower, self.options)
+
+    def _described(self) -> dict[str, Any]:
+        """What a saved merge says of itself, in the form of `mingle.io.manifest.MERGE`."""
+        return {
+            "method": self.method.name,
+            "task_type": self.task.name,
+            "seed": self.seed,
+            "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
+            "options": asdict(self.options),
+            **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
+            "tasks": [task.noted() for task in self.merged],
+            "matrix": self.matrix,
+            "unknown": self.unknown,
+        }
+
+    def _kept(self) -> list[Tensors]:
+        """All that is kept of each task alone: what the method keeps, and what the task has of its own."""
+        return [self.method.task_tensors(i) | task.kept() for i, task in enumerate(self.merged)]
+
+    def _base_model(self) -> merger_folder.BaseModel:
+        """The base, to be written beside what is merged.
+
+        Raises:
+            CheckpointError: a module that does not know how it is described.
+        """
+        if self.base_folder is not None:
+            return merger_folder.BaseModel(self.base_folder)
+        files = self.task.files(self.base)
+        if not files:
+            raise CheckpointError(
+                f"the base {type(self.base).__name__} has no config to save it with; use include_base=False "
+                "and give the base to from_pretrained"
+            )
+        lacking = absent(self.base)
+        held = {name: tensor for name, tensor in self.base.state_dict().items() if name not in lacking}
+        return merger_folder.BaseModel(None, files, partial(in_files, self.base, held))
+
+    @classmethod
+    def _begun(
+        cls,
+        merge: Mapping[str, Any],
+        base: nn.Module | str | Path,
+        task_type: TaskType | None,
+        device: str | torch.device | None,
+        path: Path,
+    ) -> Self:
+        """The merger that a file describes, without the tensors of its tasks.
+
+        Args:
+            merge: what `_described` gave.
+            base, task_type, device: see `mingle.Merger.from_pretrained`.
+            path: of the file, for messages.
+
+        Raises:
+            CheckpointError: a broken base, or options that do not suit it.
+        """
+        task, model = task_type or tasks.get(merge["task_type"]), base
+        if not isinstance(model, nn.Module):
+            model = task.load(model).to(getattr(torch, merge["dtype"]))
+        try:
+            merger = cls(
+                model,
+                merge["method"],
+                task,
+                seed=merge["seed"],
+                device=device,
+                vocabulary=merge.get("vocabulary", "same"),
+                **merge["options"],
+            )
+        except ValueError as error:  # options that do not suit this model
+            raise CheckpointError(f"{path}: {error}") from error
+        if not isinstance(base, nn.Module):
+            merger.base_folder, merger.base_name = Path(base), _name(base)
+        merger.merged = [MergedTask.of(noted) for noted in merge["tasks"]]
+        merger.matrix = merge["matrix"]
+        merger.unknown = merge.get("unknown", [[None] * len(row) for row in merger.matrix])
+        return merger
+
+    def _restore(self, saved: list[Tensors], state: Tensors, folder: Path) -> None:
+        """Take on what `_kept` gave of each task, and the state of its method.
+
+        Raises:
+            CheckpointError: tensors that belong to something else.
+        """
+        place = next(self.base.parameters()).device
+        moved = [{name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved]
+        try:
+            own = [
+                task.take(tensors, self.task, self.base)
+                for task, tensors in zip(self.merged, moved, strict=True)
+            ]
+            self.method.restore(own, {name: tensor.to(place) for name, tensor in state.items()})
+            for number, tensors in enumerate(own):
+                if left := sorted(tensors.keys() - self.method.task_tensors(number).keys()):
+                    raise ValueError(f"there is no place for {left[0]!r}")
+            if self.merged:
+                self._put_head(-1)
+        # what names, numbers and shapes of tensors that belong to something else lead to
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"the tensors do not fit the method {self.method.name!r} with these options"
+            raise CheckpointError(f"{folder}: {reason}: {error}") from error
+
+
+def _name(base: nn.Module | str | Path) -> ModelName:
+    """What the base is called; a module may say so in its configuration."""
+    place: Any = (
+        getattr(getattr(base, "config", None), "name_or_path", "") if isinstance(base, nn.Module) else base
+    )
+    return ModelName.of(place) if place else ModelName()
+
+
+def _task_type(given: str | TaskType | None, base_model: nn.Module | str | Path) -> TaskType:
+    if isinstance(given, TaskType):
+        return given
+    return tasks.of(base_model) if given is None else tasks.get(given)
+
+
+def _finite(base: nn.Module) -> nn.Module:
+    """The base, if it has no NaN or infinite weights; a folder's are looked at when it is loaded."""
+    for name, tensor in base.state_dict().items():
+        if found := non_finite(tensor):
+            raise ValueError(f"the base: {name}: {found}")
+    return base
