@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mingle.methods.encodings import Encodings
 from mingle.methods.router import GaussianRouter
 from mingle.nn import kv_cache
-from mingle.nn.call_arguments import by_name, takes
+from mingle.nn.call_arguments import by_name, first_name, takes
 from mingle.nn.early_stop import run_until
 from mingle.nn.linear import MingleLinear
 from mingle.tasks.masks import prompt, prompt_length, prompt_tokens
@@ -142,7 +142,8 @@ class LayerRouter:
         mask = first.token_mask
 
         def read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden: Tensor = by_name(block, args, kwargs)[first_name(block)]
+            hidden = hidden.reshape(len(hidden), -1, hidden.shape[-1])  # some have no tokens, or rows of them
             seen.extend(_moments(hidden, prompt_tokens(hidden, mask)))
 
         *earlier, last = self.blocks

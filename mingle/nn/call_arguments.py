@@ -17,3 +17,8 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 def takes(module: nn.Module, name: str) -> bool:
     """Whether `module` has an argument of this name."""
     return name in inspect.signature(module.forward).parameters
+
+
+def first_name(module: nn.Module) -> str:
+    """The name of the first argument of `module`."""
+    return next(iter(inspect.signature(module.forward).parameters))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mingle.io.files import CheckpointError
 from mingle.nn.inject import matches
-from mingle.nn.matrices import is_linear
 from mingle.nn.replay import replayed
 from mingle.options import shown
 from mingle.tasks import loading
@@ -196,12 +195,12 @@ class TaskType(ABC):
         found = find_structure(tower, self.run)
         sets = {**found.sets, "nufilt": found.sets["full"]}
         layers = {**found.layers, "nufilt": found.layers["full"]}
-        linear = [name for name, module in tower.named_modules() if is_linear(module)]
+        everything = [name for name, _ in tower.named_modules()]
         for name, suffixes in self.published_sets.items():
             chosen = [layer for layer in layers["full"] if any(matches(layer, suffix) for suffix in suffixes)]
             if chosen:
                 used = tuple(suffix for suffix in suffixes if any(matches(n, suffix) for n in chosen))
-                selected = [n for n in linear if any(matches(n, suffix) for suffix in used)]
+                selected = [n for n in everything if any(matches(n, suffix) for suffix in used)]
                 layers[name] = tuple(chosen)
                 sets[name] = used if set(selected) == set(chosen) else tuple(chosen)
         return replace(found, sets=sets, layers=layers)

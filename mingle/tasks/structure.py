@@ -135,8 +135,7 @@ def find_structure(
         "mlp": tuple(name for name in inside if name not in attention),
         "light": tuple(name for name in inside if name in light),
     }
-    everything = [name for name, module in modules.items() if is_linear(module)]
-    sets = {key: _suffixes(names, stacks, everything) for key, names in layers.items()}
+    sets = {key: _suffixes(names, stacks, modules) for key, names in layers.items()}
     return Structure(tuple(stacks), sets, layers, _memory(stacks, inside, readings), unfit)
 
 
@@ -293,7 +292,7 @@ def _memory(stacks: list[Stack], inside: list[str], readings: Mapping[str, _Read
     )
 
 
-def _suffixes(names: tuple[str, ...], stacks: list[Stack], everything: list[str]) -> tuple[str, ...]:
+def _suffixes(names: tuple[str, ...], stacks: list[Stack], everything: Iterable[str]) -> tuple[str, ...]:
     """The shortest suffixes of two or more components that select exactly these layers; or their names."""
     for shorten in (lambda name: ".".join(name.split(".")[-2:]), lambda name: name):
         suffixes = tuple(dict.fromkeys(shorten(_within(name, stacks)) for name in names))

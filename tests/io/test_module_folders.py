@@ -71,6 +71,8 @@ def test_what_a_killed_export_left_of_them_is_cleared_away(merger, tmp_path):
     left.mkdir(parents=True)
     (left / "config.json").write_text("{")
     merger.export(tmp_path / "exported")
-    (tmp_path / ".mingle-export-other" / "mine").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="mine: in the way of an export"):
+    mine = tmp_path / ".mingle-export-other" / "mine"
+    mine.mkdir(parents=True)
+    (mine / "notes.txt").write_text("")
+    with pytest.raises(CheckpointError, match="notes.txt: in the way of an export"):
         merger.export(tmp_path / "other")

@@ -66,6 +66,31 @@ def test_every_method_merges_a_plain_model_and_goes_on_after_loading(base, task,
     assert 0 <= result.acc <= 100
 
 
+class NoTokens(torch.nn.Module):
+    """Points [n, 8] → two scores [n, 2]; blocks are called with arguments by name."""
+
+    def __init__(self):
+        super().__init__()
+        layers = (torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(2))
+        self.layers, self.classify = torch.nn.ModuleList(layers), torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(input=x)
+        return self.classify(x)
+
+
+@pytest.mark.parametrize("method", ["mingle", "routed", "wemoe", "nufilt"])
+def test_a_model_without_tokens_merges(method):
+    points = type("Points", (TaskType,), {"logits": lambda self, model, data: model(data.inputs["point"])})
+    base = NoTokens().eval()
+    known = {name: CHEAP[name] for name in CHEAP if name in METHODS[method].Options.__dataclass_fields__}
+    merger = mingle.Merger(base, method, points(), **known)
+    for name in ("one", "two"):
+        merger.add(name, moved(base), {"point": torch.randn(6, 8)})
+    assert merger.model(torch.randn(3, 8)).shape == (3, 2)
+
+
 def test_what_a_plain_model_lacks_is_asked_for(base, tmp_path):
     with pytest.raises(ValueError, match="PlainNet is not a model of transformers: give a task_type"):
         mingle.Merger(base, "average")
