@@ -179,7 +179,7 @@ def test_quantised_models_are_refused_by_name(by, tmp_path):
         mingle.Merger(base, "average").add("one", other)
 
 
-@pytest.mark.parametrize("kind", ["made-up", "llama"])
+@pytest.mark.parametrize("kind", ["home-made", "llama"])
 def test_code_in_a_folder_is_never_run(kind, tmp_path):
     folder = saved(built("llama"), tmp_path / "base")
     code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
@@ -190,7 +190,7 @@ def test_code_in_a_folder_is_never_run(kind, tmp_path):
         mingle.Merger(folder, "average").add("one", folder)
         return
     with pytest.raises(
-        CheckpointError, match="config.json: model_type: .* knows no kind 'made-up' without code"
+        CheckpointError, match="config.json: model_type: .* knows no kind 'home-made' without code"
     ):
         mingle.Merger(folder, "average")
 
