@@ -244,10 +244,10 @@ def test_models_and_samples_of_another_kind_are_refused(taught_hub, tmp_path, ca
         "the adapter's layer 'decoder.block.0.layer.2.DenseReluDense.wi' is not in the base; did you mean"
         in text
     )
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
-    assert "bert/config.json: unknown task type 'bert': expected one of clip, t5" in message(
-        base=str(tmp_path / "bert")
+    (tmp_path / "encodec").mkdir()
+    (tmp_path / "encodec/config.json").write_text('{"model_type": "encodec"}')
+    assert "encodec/config.json: encodec: mingle has no task type for it" in message(
+        base=str(tmp_path / "encodec")
     )
     assert "method 'mingle': no Linear layer's name ends in 'fc1'" in message(layers=["fc1"])
 
