@@ -1,8 +1,9 @@
-"""The image processor of a CLIP folder, and whether it makes what the model takes."""
+"""The image processor of a folder, and whether it makes what the model takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,18 @@ from mingle.io.files import CheckpointError
 from mingle.tasks.configs import broken
 from mingle.tasks.image_settings import check_settings, read_settings
 from mingle.tasks.pixels import ImageError
+
+#: of processors that make ``pixel_values`` [n, 3, h, w]; they differ in what a file need not say
+_KINDS = ("CLIP", "Siglip", "ViT", "DeiT", "Bit", "Beit", "ConvNext")
+
+
+def _kind(settings: Mapping[str, Any]) -> str:
+    """Which of `_KINDS` the settings are for, under the present or an earlier name; CLIP for any other."""
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    return next(
+        (kind for kind in _KINDS if re.fullmatch(rf"{kind}(ImageProcessor\w*|FeatureExtractor)", str(name))),
+        "CLIP",
+    )
 
 
 class ImageProcessor:
@@ -28,12 +41,13 @@ class ImageProcessor:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        from transformers import CLIPImageProcessorPil
+        import transformers
 
         self.path, settings = read_settings(Path(folder))
         check_settings(settings, self.path)
+        made_by = getattr(transformers, f"{_kind(settings)}ImageProcessorPil")
         try:
-            self._processor = CLIPImageProcessorPil.from_dict(settings)
+            self._processor = made_by.from_dict(settings)
         except broken() as error:
             raise CheckpointError(f"{self.path}: no image processor can be made of it: {error}") from None
 
