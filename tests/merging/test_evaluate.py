@@ -26,7 +26,5 @@ def test_spearman_of_answers_that_never_vary_is_zero():
 
 
 def test_an_unknown_metric_is_refused():
-    with pytest.raises(
-        ValueError, match="metric='f1': expected accuracy, .* or perplexity"
-    ):
+    with pytest.raises(ValueError, match="metric='f1': expected accuracy, .* or perplexity"):
         score(torch.ones(2), "f1")

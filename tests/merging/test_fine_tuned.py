@@ -421,7 +421,9 @@ def test_packed_codes_and_scales_are_refused_by_name(code, tmp_path):
 def test_a_quantised_model_is_refused_by_its_configuration(base, tuned, clip_config, tmp_path):
     quantised = clip_config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     expert = written(tmp_path / "a", tuned, quantised)
-    refused(base, expert, "config.json: quantization_config is set, by 'bitsandbytes'; .*dequantise", tmp_path)
+    refused(
+        base, expert, "config.json: quantization_config is set, by 'bitsandbytes'; .*dequantise", tmp_path
+    )
     whole = written(tmp_path / "base", load_file(base / "model.safetensors"), quantised)
     with pytest.raises(CheckpointError, match="quantization_config"):
         mingle.Merger(whole, "average")
