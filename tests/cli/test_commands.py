@@ -47,7 +47,7 @@ def test_demo_writes_everything_it_promises(demo):
     expected = {
         "config.yaml", "results.json", "accuracy_matrix.csv", "timings.json", "traces.json", "merged",
         "accuracy_matrix.png", "accuracy_over_tasks.png", "gate_activation.png", "interference.png",
-        "loss.png",
+        "loss.png", "task_known_or_unknown.png",
     }  # fmt: skip
     assert {path.name for path in demo.iterdir()} == expected
     assert {path.name for path in (demo / "merged").iterdir()} == {"average", "mingle"}
@@ -60,7 +60,7 @@ def test_demo_results_follow_the_schema(demo, request):
     assert (results["suite"], results["protocol"]) == ("glyphs4", "strict")
     for row in results["methods"].values():
         assert len(row["order"]) == orders
-        assert set(row) == {"acc", "bwt", "matrix", "order", "seconds"}
+        assert set(row) == {"acc", "acc_unknown", "bwt", "matrix", "unknown", "order", "seconds"}
         for acc, bwt, matrix, order in zip(row["acc"], row["bwt"], row["matrix"], row["order"], strict=True):
             assert sorted(order) == sorted(TASKS)
             assert all(
