@@ -59,7 +59,7 @@ def grow(device: torch.device, reduce: str, quick: bool, seed: int = 0) -> Resul
     held, known = (left[key][-1] / 1e6 for key in ("held_bytes", "accounted_bytes"))
     remark = (
         f"after {tasks} tasks: {held:.2f} MB in tensors beyond the base, {known:.2f} MB of them experts, "
-        f"gates and bases; unaccounted per task: {left['unaccounted_bytes_per_task']:.0f} bytes"
+        f"gates, bases and heads; unaccounted per task: {left['unaccounted_bytes_per_task']:.0f} bytes"
     )
     sizes = fixed | {"rank": RANK, "batch": BATCH, "tokens": 50, "reduce": reduce}
     same = f"width {fixed['width']}, {fixed['layers']} blocks, {fixed['tasks']} tasks where they do not vary"
@@ -119,7 +119,7 @@ def _step(
 
 
 def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[str, Any]:
-    """Bytes in living tensors after each of our merges, and how many are experts, gates and bases."""
+    """Bytes in living tensors after each of our merges, and how many are experts, gates, bases and heads."""
     problem = small_problem(FIXED | {"tasks": tasks, "width": 64}, reduce, 2, seed)
     task = problem.expert(0), problem.seeds(0)  # the same for all: what they are does not matter here
     running = contenders.start(OURS, problem, Stopwatch(device))
@@ -130,7 +130,8 @@ def kept(device: torch.device, tasks: int, reduce: str, seed: int = 0) -> dict[s
         running.add(*task)
         held.append(_held(device) - before)
         of_layers = sum(getattr(one, name).nbytes for one in running.layers.values() for name in _OF_A_LAYER)
-        accounted.append(of_layers + sum(basis.nbytes for basis in running.bases().values()))
+        own = sum(part.nbytes for one in running.merger.merged for part in one.kept().values())
+        accounted.append(of_layers + own + sum(basis.nbytes for basis in running.bases().values()))
     rest, count = np.subtract(held, accounted), np.arange(1, tasks + 1)
     slope = float(np.polyfit(count, rest, 1)[0]) if tasks > 1 else 0.0
     found = {"tasks": count.tolist(), "held_bytes": held, "accounted_bytes": accounted}

@@ -38,7 +38,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
         out = Table(title=Text(visible(block.caption)))
         for i, column in enumerate(block.columns):
             heading = visible(column).replace(" ", "\n", 1) if i else column
-            out.add_column(Text(heading), justify="right" if i else "left")
+            out.add_column(Text(heading), justify="right" if i else "left", no_wrap=not i)
         for row, cells in block.rows:
             out.add_row(
                 *(Text(visible(text), style="bold" if best else "") for text, best in cells),
