@@ -9,13 +9,10 @@ share the work.
 
 from __future__ import annotations
 
-import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
-from mingle.io.files import write_json
-from mingle.runs.tuning import Tuning
+from mingle.runs.tuning import as_script
 
 #: method → option → values
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -26,15 +23,5 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="JSON file to write")
-    parser.add_argument("--work", type=Path, default=Path("runs/tuning"), help="folder of finished runs")
-    args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)  # better now than after an hour
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    write_json(args.out, Tuning("glyphs-tuning", args.work).run(GRIDS))
-
-
 if __name__ == "__main__":
-    main()
+    as_script(__doc__.splitlines()[0], "glyphs-tuning", Path("runs/tuning"), GRIDS)

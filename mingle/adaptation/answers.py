@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mingle.kernels.dtypes import wide
 from mingle.tasks import TaskData, TaskType
-from mingle.tasks.vocabulary import Vocabulary
+from mingle.tasks.vocabulary import Vocabulary, output_embeddings
 
 #: the largest size, in bytes, of whole logits of all samples in float32
 BUDGET = 2**25
@@ -61,9 +61,12 @@ class Compact:
     @classmethod
     def of(cls, task: TaskType, model: nn.Module, samples: TaskData) -> Compact | None:
         """For samples whose whole logits would be too large; None where they are not, or there is no way."""
-        valid = task.valid(samples)
-        vocabulary = None if valid is None else task.vocabulary(model, samples)
-        if valid is None or vocabulary is None or 4 * vocabulary.size * valid.numel() <= BUDGET:
+        valid, output = task.valid(samples), output_embeddings(model)
+        # Looking for a head takes passes of the model, which small answers are spared.
+        if valid is None or (output is not None and 4 * len(output.weight) * valid.numel() <= BUDGET):
+            return None
+        vocabulary = task.vocabulary(model, samples)
+        if vocabulary is None or 4 * vocabulary.size * valid.numel() <= BUDGET:
             return None
         return cls(task, model, vocabulary, valid)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from mingle import linalg
 from mingle.linalg import InputDirections
+from mingle.nn.observe import observed
 
 _SHOWN = 5
 
@@ -30,26 +30,19 @@ def collected(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, InputDirect
     # far share the cost of this one too.  Keeping the earlier state alive keeps its id its own.
     results: dict[int, tuple[InputDirections, InputDirections]] = {}
 
-    def hook(name: str) -> Any:
-        def collect(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            nonlocal last
-            x, mask = args[0], getattr(module, "token_mask", None)
-            if last is not x:
-                last = x
-                results.clear()
-            before = seen.get(name) or nothing.setdefault(x.shape[-1], InputDirections(x.shape[-1]))
-            if id(before) not in results:
-                results[id(before)] = before, before.including(x if mask is None else x[mask])
-            seen[name] = results[id(before)][1]
+    def collect(name: str, layer: nn.Module, x: torch.Tensor) -> None:
+        nonlocal last
+        mask = getattr(layer, "token_mask", None)
+        if last is not x:
+            last = x
+            results.clear()
+        before = seen.get(name) or nothing.setdefault(x.shape[-1], InputDirections(x.shape[-1]))
+        if id(before) not in results:
+            results[id(before)] = before, before.including(x if mask is None else x[mask])
+        seen[name] = results[id(before)][1]
 
-        return collect
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with observed(layers, collect):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def extend(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.kernels.gated_experts import reference
 from mingle.nn.linear import MingleLinear
+from mingle.nn.observe import observed
 from mingle.tasks import TaskData, TaskType
 
 
@@ -36,26 +36,19 @@ def mean_gates(
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def hook(name: str) -> Any:
-        def collect(layer: MingleLinear, args: tuple[Tensor, ...]) -> None:
-            x, mask, gates = args[0], layer.token_mask, layer.given_gates
-            if gates is None:
-                gates = reference.gate_values(x, *layer.all_gates(), layer.reduce, mask)
-            if gates.dim() > 2:
-                gates = reference.pooled_input(gates, "sample", mask if gates.shape[-2] > 1 else None)
-            mean = gates.double().flatten(0, -2).mean(0)
-            sums[name] = sums.get(name, torch.zeros_like(mean)) + len(x) * mean
-            counts[name] = counts.get(name, 0) + len(x)
+    def collect(name: str, layer: MingleLinear, x: Tensor) -> None:
+        mask, gates = layer.token_mask, layer.given_gates
+        if gates is None:
+            gates = reference.gate_values(x, *layer.all_gates(), layer.reduce, mask)
+        if gates.dim() > 2:
+            gates = reference.pooled_input(gates, "sample", mask if gates.shape[-2] > 1 else None)
+        mean = gates.double().flatten(0, -2).mean(0)
+        sums[name] = sums.get(name, torch.zeros_like(mean)) + len(x) * mean
+        counts[name] = counts.get(name, 0) + len(x)
 
-        return collect
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with observed(layers, collect):
         for batch in samples.batches(TEACHER_BATCH):
             task.logits(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, total in sums.items():
         if not total.isfinite().all():
             raise AdaptationDiverged(f"{name}: its gates on the samples are not finite")

@@ -85,12 +85,6 @@ def beside(kept: Tensors, experts: Mapping[str, LowRankExpert]) -> Tensors:
     return {name: tensor for name, tensor in kept.items() if name not in factors}
 
 
-def classes(head: Mapping[str, Tensor]) -> int | None:
-    """How many classes a head has; None for no head."""
-    rows = [len(tensor) for tensor in head.values() if tensor.dim() == 2]
-    return rows[-1] if rows else None
-
-
 def tensors_in(adapters: Adapters, task: TaskType, base: nn.Module) -> tuple[list[Tensors], Tensors]:
     """What a merger restores itself from: the tensors of each task, and those of all tasks together.
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from mingle.kernels.gated_experts import reference
 from mingle.merging.predict import AllTasks
 from mingle.nn.linear import MingleLinear
+from mingle.nn.observe import observed
 from mingle.nn.replay import replayed
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.base import required_labels
@@ -148,23 +148,16 @@ def gate_activation(
     batch_size: int = 128,
 ) -> torch.Tensor:
     """The mean gate value of every expert in every layer over the samples: [L, T]."""
-    sums = [torch.zeros(layer.num_experts) for layer in layers.values()]
+    sums = {name: torch.zeros(layer.num_experts) for name, layer in layers.items()}
 
-    def hook(i: int) -> Callable[..., None]:
-        def observe(layer: MingleLinear, args: tuple[Any, ...]) -> None:
-            x, mask = args[0], layer.token_mask
-            values = reference.gate_values(x, *layer.all_gates(), layer.reduce, mask)
-            counted = mask if mask is not None and layer.reduce == "token" else x.new_ones(values.shape[:-1])
-            weight = counted / counted.sum() * len(x)
-            sums[i] += (values * weight.unsqueeze(-1)).flatten(0, -2).sum(0).cpu()
+    def collect(name: str, layer: MingleLinear, x: torch.Tensor) -> None:
+        mask = layer.token_mask
+        values = reference.gate_values(x, *layer.all_gates(), layer.reduce, mask)
+        counted = mask if mask is not None and layer.reduce == "token" else x.new_ones(values.shape[:-1])
+        weight = counted / counted.sum() * len(x)
+        sums[name] += (values * weight.unsqueeze(-1)).flatten(0, -2).sum(0).cpu()
 
-        return observe
-
-    handles = [layer.register_forward_pre_hook(hook(i)) for i, layer in enumerate(layers.values())]
-    try:
+    with observed(layers, collect):
         for batch in data.batches(batch_size):
             task.logits(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack(sums) / max(len(data), 1)
+    return torch.stack(list(sums.values())) / max(len(data), 1)

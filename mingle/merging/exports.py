@@ -19,6 +19,7 @@ from mingle.methods.base import Tensors
 from mingle.options import nearest
 from mingle.tasks import TaskData
 from mingle.tasks.configs import CONFIG
+from mingle.tasks.heads import class_count
 from mingle.tasks.names import in_files
 
 Format = Literal["transformers", "peft"]
@@ -115,7 +116,7 @@ def write_adapters(folder: Path, merged: Merged, kept: Sequence[Tensors], heads:
         folders,
         {name: adapters.ranks(experts[i]) for name, i in found.items()},
         tower,
-        classes=adapters.classes(heads[next(iter(found.values()))]),
+        classes=class_count(heads[next(iter(found.values()))]),
         chooses=method.chooses(),
     )
     description = described | {

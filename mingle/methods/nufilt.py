@@ -157,9 +157,9 @@ class Nufilt(WeightMethod):
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
-        published = (*task.structure(model).sets["nufilt"], *packed_experts(self.tower))
+        targets = options.layers or (*task.structure(model).sets["nufilt"], *packed_experts(self.tower))
         #: how each of the target weights holds its matrices
-        self.layouts = find_weights(self.tower, options.layers or published)
+        self.layouts = find_weights(self.tower, targets)
         self.targets = list(self.layouts)
 
     def merges(self) -> Collection[str]:

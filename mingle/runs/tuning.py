@@ -8,6 +8,7 @@ tuning suites: the bound is half of what is wanted there.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import logging
 import statistics
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mingle.io.files import write_json
 from mingle.io.provenance import versions
 from mingle.runs import reproduce
 
@@ -93,3 +95,20 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     best = max(acc for _, acc, _ in kept)
     chosen: dict[str, Any] = max((row for row in kept if row[1] >= best - WITHIN), key=lambda row: row[2])[0]
     return chosen
+
+
+def as_script(about: str, suite: str, work: Path, grids: Mapping[str, Grid]) -> None:
+    """Measure grids on a suite of tuning tasks, as a script whose arguments say where results go.
+
+    Args:
+        about: what the script is for.
+        suite, work: see `Tuning`; another folder may be given.
+        grids: method → grid.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("--work", type=Path, default=work, help="folder of finished runs")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # better now than after an hour
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    write_json(args.out, Tuning(suite, args.work).run(grids))

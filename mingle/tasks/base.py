@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mingle.io.files import CheckpointError
 from mingle.nn.inject import matches
 from mingle.nn.replay import replayed
 from mingle.options import shown
@@ -246,7 +245,7 @@ class TaskType(ABC):
         Raises:
             CheckpointError: the folder does not hold an intact safetensors checkpoint of this kind.
         """
-        return loading.skeleton_of(Path(folder), self._class_in(Path(folder)), self.optional)
+        return loading.skeleton_of(Path(folder), self.model_class, self.optional)
 
     def load(self, folder: str | Path) -> nn.Module:
         """A base model from a local folder in hub format, in float32, in evaluation mode.
@@ -254,15 +253,7 @@ class TaskType(ABC):
         Raises:
             CheckpointError: as in `skeleton`, and for weights that are NaN or infinite.
         """
-        return loading.load_model(Path(folder), self._class_in(Path(folder)), self.optional)
-
-    def _class_in(self, folder: Path) -> type[Any]:
-        try:
-            return self.model_class(loading.read_base_config(folder))
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+        return loading.load_model(Path(folder), self.model_class, self.optional)
 
 
 def required_labels(data: TaskData) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mingle.io.state_dicts import IncompatibleModel
 from mingle.tasks.base import TaskType
+from mingle.tasks.configs import config_class_of
 from mingle.tasks.data import TaskData, class_names_of
 from mingle.tasks.heads import Head, names_of
 from mingle.tasks.labels import ONE_CLASS, labels_of
@@ -140,13 +141,9 @@ def auto_class(auto: str, config: Mapping[str, Any], what: str) -> type[Any]:
     """
     import transformers
 
-    kind = config["model_type"]
-    if kind not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"model_type: transformers {transformers.__version__} knows no kind {kind!r}")
-    mapping = getattr(transformers, auto)._model_mapping
-    config_class = transformers.CONFIG_MAPPING[kind]
+    mapping, config_class = getattr(transformers, auto)._model_mapping, config_class_of(config)
     if config_class not in mapping:
-        raise ValueError(f"model_type: transformers has no {kind!r} with {what}")
+        raise ValueError(f"model_type: transformers has no {config['model_type']!r} with {what}")
     found = mapping[config_class]
     result: type[Any] = found[0] if isinstance(found, tuple) else found
     return result

@@ -42,6 +42,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def config_class_of(config: Mapping[str, Any]) -> Any:
+    """The class in transformers of a configuration, by its model type; `ValueError` for an unknown one."""
+    import transformers
+
+    kind = config["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"model_type: transformers {transformers.__version__} knows no kind {shown(kind)} without code "
+            "from elsewhere; for a model of your own give a task_type, see mingle.tasks.TaskType"
+        )
+    return transformers.CONFIG_MAPPING[kind]
+
+
 def broken() -> tuple[type[Exception], ...]:
     """What transformers and torch raise for values of a wrong type, sizes that do not fit and unknown names.
 

@@ -48,15 +48,17 @@ def put_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
             module.out_features, module.in_features = value.shape
 
 
-def names_of(head: Head) -> list[str]:
-    """The names of a classifier's classes; those that transformers gives where they are not known.
+def class_count(tensors: Mapping[str, Tensor]) -> int | None:
+    """How many classes a classifier's head tells apart, the rows of its last matrix; None without any."""
+    rows = [len(tensor) for tensor in tensors.values() if tensor.dim() == 2]
+    return rows[-1] if rows else None
 
-    They are then as many as the head's last matrix has rows.
-    """
+
+def names_of(head: Head) -> list[str]:
+    """The names of a classifier's classes; those that transformers gives where they are not known."""
     if head.labels is not None:
         return list(head.labels)
-    rows = [len(tensor) for tensor in head.tensors.values() if tensor.dim() == 2]
-    return [f"LABEL_{number}" for number in range(rows[-1] if rows else 0)]
+    return [f"LABEL_{number}" for number in range(class_count(head.tensors) or 0)]
 
 
 def put_names(model: nn.Module, names: Sequence[str]) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from mingle.io.files import CheckpointError, contained
-from mingle.options import shown
-from mingle.tasks.configs import CONFIG, read_config
+from mingle.tasks.configs import CONFIG, config_class_of, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +53,7 @@ def kind_of(model: nn.Module | str | Path) -> str:
 def _kind(config: Mapping[str, Any], where: str) -> str:
     import transformers
 
-    kind = config["model_type"]
-    if kind not in transformers.CONFIG_MAPPING:
-        raise ValueError(
-            f"model_type: transformers {transformers.__version__} knows no kind {shown(kind)} without code "
-            "from elsewhere; for a model of your own give a task_type, see mingle.tasks.TaskType"
-        )
-    config_class = transformers.CONFIG_MAPPING[kind]
+    kind, config_class = config["model_type"], config_class_of(config)
     names = config.get("architectures") or []
     name = str(names[0]) if isinstance(names, list) and names else ""
     known: dict[str, Any] = {

@@ -12,6 +12,7 @@ from mingle.nn.kv_cache import cache_in
 from mingle.tasks.base import TaskType
 from mingle.tasks.data import TaskData
 from mingle.tasks.prompts import left_padded, positions
+from mingle.tasks.vocabulary import output_embeddings
 
 #: the largest size, in bytes, of logits that are made at a time, where one sample's are not larger
 _BUDGET = 2**26
@@ -54,7 +55,7 @@ def choice_likelihoods(task: TaskType, model: nn.Module, data: TaskData) -> tupl
         data: with ``input_ids``, ``attention_mask`` [n, S] and ``choices`` [n, K, C], filled up with −100.
     """
     lm: Any = model
-    (n, count, length), size = data.inputs["choices"].shape, int(lm.get_output_embeddings().weight.shape[0])
+    (n, count, length), size = data.inputs["choices"].shape, len(output_embeddings(lm).weight)
     parts = []
     for batch in data.batches(max(1, _rows(size) // (count * length))):
         found = _from_cache(lm, batch)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,16 @@ class ModelCheckpoint(ModelTensors):
         folder: the folder; nothing outside of it is opened.
         model: a model of the checkpoint's class, or with the same tower; it may be on the meta device.
         strip: see `mingle.tasks.names.ModelTensors`.
+        reader: of the folder, where there is one already.
 
     Raises:
         CheckpointError: the folder does not hold an intact safetensors checkpoint.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, *, strip: bool = True) -> None:
-        self._reader = CheckpointReader(folder)
+    def __init__(
+        self, folder: Path, model: nn.Module, *, strip: bool = True, reader: CheckpointReader | None = None
+    ) -> None:
+        self._reader = reader or CheckpointReader(folder)
         super().__init__(model, self._reader, self._reader.tensor, strip=strip, where=str(folder))
 
     def described(self, name: str) -> Tensor:
@@ -41,31 +44,13 @@ class ModelCheckpoint(ModelTensors):
         return torch.empty(self._reader.shape(file), dtype=self._reader.dtype(file), device="meta")
 
 
-def read_base_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a base model, whose checkpoint is intact and inside the folder.
-
-    Raises:
-        CheckpointError: a broken checkpoint, or a broken configuration.
-    """
-    CheckpointReader(folder)  # before anything else opens it
-    return read_config(folder)
-
-
-def model_type(folder: str | Path) -> str:
-    """The kind of model that the folder's ``config.json`` names, such as ``clip``.
-
-    Raises:
-        CheckpointError: no such file, or one without a model type.
-    """
-    found: str = read_config(Path(folder))["model_type"]
-    return found
-
-
+#: the content of a ``config.json`` → the class in transformers
+FindClass = Callable[[Mapping[str, Any]], type[Any]]
 #: names of tensors of a model that a base's checkpoint may lack
 Optional = Callable[[nn.Module], Collection[str]]
 
 
-def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.Module:
+def skeleton_of(folder: Path, find_class: FindClass, optional: Optional) -> nn.Module:
     """The model that a local folder describes, on the meta device, its checkpoint checked against it.
 
     Of the tensors that the model ties together, the checkpoint needs to hold only one.  Where it holds
@@ -74,13 +59,24 @@ def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.
 
     Args:
         folder: the folder.
-        model_class: the class in transformers.
+        find_class: raises `ValueError` for a configuration that no class fits.
         optional: tells which tensors may be missing, such as those of a classifier's head.
 
     Raises:
         CheckpointError: the folder does not hold an intact safetensors checkpoint of this class.
     """
-    reader, config = CheckpointReader(folder), read_config(folder)
+    return _described(folder, find_class, optional)[0]
+
+
+def _described(folder: Path, find_class: FindClass, optional: Optional) -> tuple[nn.Module, ModelCheckpoint]:
+    """The same, and the checkpoint, whose headers are read once."""
+    reader, config = CheckpointReader(folder), read_config(folder)  # intact, before anything else opens it
+    try:
+        model_class = find_class(config)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
     config_class = model_class.config_class
     wanted = config_class.model_type
     if config["model_type"] != wanted:
@@ -88,7 +84,7 @@ def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.
             f"{folder / CONFIG}: model_type is {config['model_type']!r}, expected {wanted!r}"
         )
     model = skeleton(model_class, config_class, config, folder / CONFIG, len(reader))
-    checkpoint = ModelCheckpoint(folder, model)
+    checkpoint = ModelCheckpoint(folder, model, reader=reader)
     first, may_lack = first_names(model), frozenset(optional(model))
     held = {first[name] for name in first if name in checkpoint}
     absent = []
@@ -109,10 +105,10 @@ def skeleton_of(folder: Path, model_class: type[Any], optional: Optional) -> nn.
             raise CheckpointError(f"{folder}: {name} holds {found.dtype}; {DEQUANTISE}")
     _untie(model, first, checkpoint)
     note_absent(model, absent)
-    return model
+    return model, checkpoint
 
 
-def load_model(folder: Path, model_class: type[Any], optional: Optional) -> nn.Module:
+def load_model(folder: Path, find_class: FindClass, optional: Optional) -> nn.Module:
     """The model of a local folder in float32, in evaluation mode.
 
     Optional tensors that are not in the checkpoint are 0: transformers would draw them at random.
@@ -120,9 +116,8 @@ def load_model(folder: Path, model_class: type[Any], optional: Optional) -> nn.M
     Raises:
         CheckpointError: as in `skeleton_of`, and for weights that are NaN or infinite.
     """
-    described = skeleton_of(folder, model_class, optional)
-    expected, checkpoint = first_names(described), ModelCheckpoint(folder, described)
-    lacking = absent(described)
+    described, checkpoint = _described(folder, find_class, optional)
+    expected, lacking, model_class = first_names(described), absent(described), cast(Any, type(described))
     with torch.random.fork_rng(devices=()):  # what is drawn here is replaced by 0
         model: nn.Module = model_class.from_pretrained(
             folder,

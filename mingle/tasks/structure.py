@@ -8,7 +8,6 @@ the model that has no weights.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mingle.nn.call_arguments import takes
 from mingle.nn.inject import matches, refusal
 from mingle.nn.matrices import is_linear, widths
 
@@ -170,15 +170,15 @@ def _passes(
     """
     from mingle.tasks.configs import broken
 
-    wanted, passes = set(names), []
+    wanted, passes, hollow = set(names), [], _hollow(tower)
     for samples in _SAMPLES:
-        hollow = _hollow(tower)
         readings: dict[str, _Reading] = {}
         given: list[Tensor] = []
         for name, module in hollow.named_modules():
             if is_linear(module):
                 note = readings if name in wanted else {}
-                module.forward = partial(_zeros, name, widths(module)[0], note, given)  # type: ignore[method-assign]
+                stand_in = partial(_zeros, name, widths(module)[0], note, given)
+                module.forward = stand_in  # type: ignore[method-assign]
         try:
             with torch.no_grad():
                 run(hollow, samples, torch.device("cpu"))
@@ -324,5 +324,5 @@ def example_inputs(module: nn.Module, samples: int, device: torch.device) -> dic
 
 def run_example(module: nn.Module, samples: int, device: torch.device) -> None:
     """Pass `example_inputs` through a model of transformers."""
-    given = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
+    given = {"use_cache": False} if takes(module, "use_cache") else {}
     module(**example_inputs(module, samples, device), **given)

@@ -96,6 +96,13 @@ def _without_parts(module: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) 
     return shell
 
 
+def output_embeddings(model: nn.Module) -> Any:
+    """The module that makes a language model's logits, whose weight is [V, d]; None where there is none."""
+    whole: Any = model
+    head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return None if getattr(head, "weight", None) is None else head
+
+
 @torch.no_grad()
 def find_vocabulary(model: nn.Module, run: Callable[[], Tensor]) -> Vocabulary | None:
     """The head of a language model; None where its logits cannot be had apart from the rest.
@@ -107,10 +114,9 @@ def find_vocabulary(model: nn.Module, run: Callable[[], Tensor]) -> Vocabulary |
     """
     from mingle.tasks.configs import broken
 
-    whole: Any = model
-    head: Any = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_embeddings(model)
     names = [name for name, module in model.named_modules() if module is head]
-    if not names or isinstance(head, MingleLinear) or getattr(head, "weight", None) is None:
+    if not names or isinstance(head, MingleLinear):
         return None
     parent = model.get_submodule(names[0].rpartition(".")[0])
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
