@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -54,9 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     named = tuple(CASES[case] for case in args.case)
     selection = Selection(named, _SECONDS) if named else SELECTIONS[name]
     peers = args.peer or (STRATEGIES if name == "dispatch" else ())
-    found = run(selection, peers, device, args.seed, args.until)
-    if args.out:
-        write_json(args.out, found)
+    keep = partial(write_json, args.out) if args.out else lambda found: None
+    found = run(selection, peers, device, args.seed, args.until, keep)
     if args.plots:
         from mingle.bench import plot  # matplotlib only where it is used
 
@@ -90,9 +89,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(
-    selection: Selection, peers: Sequence[str], device: torch.device, seed: int = 0, until: float = math.inf
+    selection: Selection,
+    peers: Sequence[str],
+    device: torch.device,
+    seed: int = 0,
+    until: float = math.inf,
+    keep: Callable[[Results], object] = lambda found: None,
 ) -> Results:
     """The measurements of all cases that can be started before `until` seconds have passed.
+
+    `keep` gets all there is after each case.
 
     Ours and `peers`, where there are any, are all that is run; otherwise all, but what takes long to build
     only in `compiled` cases, and not after `selection.build_until` seconds or half of `until`.
@@ -112,6 +118,13 @@ def run(
         found.append(measure(case, chosen, device, limits, selection.seconds, seed))
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        keep(_results(found, limits, device, seed, began))
+    return _results(found, limits, device, seed, began)
+
+
+def _results(
+    found: Sequence[CaseResult], limits: Ceilings, device: torch.device, seed: int, began: float
+) -> Results:
     judged = {case["name"]: case["dispatch"] for case in found if case["dispatch"]}
     bad = {name: choice for name, choice in judged.items() if not choice["within_limit"]}
     good = f"in {len(judged) - len(bad)} of {len(judged)} cases"

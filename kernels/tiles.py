@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from mingle.kernels.chips import INTERPRETER as INTERPRETER
+from mingle.kernels.chips import Chip as Chip
+from mingle.kernels.chips import chip as chip
+from mingle.kernels.chips import family
 from mingle.kernels.store import Store
 
 logger = logging.getLogger(__name__)
@@ -30,19 +35,9 @@ class Tile(NamedTuple):
     depth: int  # of one step of the inner loop
     warps: int
     stages: int  # of the software pipeline
+    splits: int = 1  # programs that share the inner products of a block
+    described: bool = False  # moved by tensor descriptors
 
-
-class Chip(NamedTuple):
-    """What the rule needs to know of a processor."""
-
-    kind: str  # "cuda", "hip" or "interpreter"
-    name: str
-    capability: int  # major · 10 + minor
-    multiprocessors: int
-    shared_memory: int  # bytes that one block may use
-
-
-INTERPRETER = Chip("interpreter", "interpreter", 0, 1, 1 << 20)
 
 # Largest first.  None of them spills registers in any kernel on the targets of the offline compilation, and
 # that is what limits them: an accumulator of 128 × 256 takes 128 of a thread's 255 registers on sm_90 and
@@ -74,22 +69,32 @@ _STRAINED = {
     ("tf32", "ragged"): Tile(32, 64, 32, 4, 4),
 }
 
+# For launches whose operands tensor descriptors can take, on NVIDIA's Hopper and later.
+_DESCRIBED = [Tile(128, 256, 64, 8, 3, described=True), Tile(128, 128, 64, 8, 4, described=True)]
+_SPLITS = (1, 2, 4, 8, 16)
+#: of the launch that adds up what splits have computed
+ADDING = Tile(16, 128, 0, 4, 2)
+
+# The share of a multiprocessor's matrix rate that one program reaches alone on it, by the block's area, as
+# measured on an H100 in bf16 (bench/results); where descriptors move the operands, and where threads do.
+_RATES = {True: {128 * 256: 0.84, 128 * 128: 0.79}}
+_RATES[False] = {128 * 256: 0.6, 128 * 128: 0.5, 64 * 128: 0.45, 64 * 64: 0.36, 32 * 64: 0.2, 16 * 64: 0.1}
+_START = 2e-6  # seconds of a program before its first product and after its last
+_LATENCY = 1e-6  # seconds from asking for operands to having them
+_ADD = 3e-6  # seconds of a launch that adds up parts, beyond its bytes
+
 # Tiles measured faster than the rule's, by `_key`; see bench/results.
 COMMITTED: dict[str, Tile] = {}
 
-_override: contextvars.ContextVar[Tile | None] = contextvars.ContextVar("tile", default=None)
+
+class _Forced:
+    """The tile of a search, and the keys of the launches that got it."""
+
+    def __init__(self, tile: Tile) -> None:
+        self.tile, self.keys = tile, set[str]()
 
 
-@cache
-def chip(device: torch.device) -> Chip:
-    """The chip behind a device; CPU tensors run in Triton's interpreter."""
-    if device.type != "cuda":
-        return INTERPRETER
-    properties = torch.cuda.get_device_properties(device)
-    kind = "hip" if torch.version.hip else "cuda"
-    capability = properties.major * 10 + properties.minor
-    shared = getattr(properties, "shared_memory_per_block_optin", 1 << 16)
-    return Chip(kind, properties.name, capability, properties.multi_processor_count, shared)
+_override: contextvars.ContextVar[_Forced | None] = contextvars.ContextVar("tile", default=None)
 
 
 def bucket(tokens: int) -> int:
@@ -112,7 +117,15 @@ def strain(tensors: Iterable[torch.Tensor], sizes: Iterable[int], special: bool)
 
 
 def choose(
-    kernel: str, x: torch.Tensor, tokens: int, columns: int, depth: int, strain: str = "plain"
+    kernel: str,
+    x: torch.Tensor,
+    tokens: int,
+    columns: int,
+    depth: int,
+    strain: str = "plain",
+    *,
+    splits: bool = False,
+    described: bool = False,
 ) -> Tile:
     """The tile for one launch.
 
@@ -123,11 +136,23 @@ def choose(
         columns: columns of the output.
         depth: length of the inner products, all that a tile sums up.
         strain: see `strain`.
+        splits: whether programs may share the inner products of a tile.
+        described: whether tensor descriptors can take the operands.
     """
+    form = strain + "".join(name for name, may in ((" splits", splits), (" described", described)) if may)
+    launch = kernel, chip(x.device), _arithmetic(x), bucket(tokens), columns, depth, form
     forced = _override.get()
-    if forced is not None:
-        return forced
-    return _choose(kernel, chip(x.device), _arithmetic(x), bucket(tokens), columns, depth, strain)
+    if forced is None:
+        return _choose(*launch)
+    forced.keys.add(_key(*launch))
+    tile = forced.tile
+    return tile._replace(splits=tile.splits if splits else 1, described=tile.described and described)
+
+
+def shares(depth: int, tile: Tile) -> tuple[int, int]:
+    """How many programs share inner products of length `depth`, and how much each takes, in whole steps."""
+    part = math.ceil(depth / tile.splits / tile.depth) * tile.depth
+    return math.ceil(depth / part), part
 
 
 def _arithmetic(x: torch.Tensor) -> str:
@@ -138,10 +163,8 @@ def _arithmetic(x: torch.Tensor) -> str:
 
 
 @cache
-def _choose(
-    kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int, strain: str
-) -> Tile:
-    key = _key(kernel, chip, arithmetic, rows, columns, depth, strain)
+def _choose(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int, form: str) -> Tile:
+    key = _key(kernel, chip, arithmetic, rows, columns, depth, form)
     stored = store().get(key)
     if (
         isinstance(stored, (list, tuple))
@@ -149,36 +172,65 @@ def _choose(
         and all(isinstance(number, int) for number in stored)
     ):
         return Tile(*stored)
-    return COMMITTED.get(key) or rule(kernel, chip, arithmetic, rows, columns, strain)
+    return COMMITTED.get(key) or rule(kernel, chip, arithmetic, rows, columns, depth, form)
 
 
-def _key(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int, strain: str) -> str:
-    return f"{chip.name}, {kernel} {arithmetic} {rows}x{columns}x{depth} {strain}"
+def _key(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int, form: str) -> str:
+    return f"{chip.name}, {kernel} {arithmetic} {rows}x{columns}x{depth} {form}"
 
 
-def rule(kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, strain: str = "plain") -> Tile:
-    """The largest tile whose grid fills the chip, as deep as its shared memory allows.
+def rule(
+    kernel: str, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int, form: str = "plain"
+) -> Tile:
+    """The tile that `seconds` holds for the fastest, with as many stages as its shared memory allows.
 
-    `arithmetic` is a dtype's name or ``"tf32"``.
+    Args:
+        arithmetic: a dtype's name or ``"tf32"``.
+        form: what `strain` says; then `` splits`` and `` described`` where these may be chosen.
     """
     if chip.kind == "interpreter":
         return Tile(16, 32, 16, 4, 1)  # small, so that small tensors span several tiles
+    strain, *may = form.split()
     widest = max(32, triton.next_power_of_2(columns))  # beyond it a tile is mostly padding
-    tiles = [
-        tile
-        for tile in _tiles(arithmetic, strain)
-        if _fits(kernel, chip, tile) and tile.rows <= rows and tile.columns <= widest
-    ]
-    filling = [
-        tile
-        for tile in tiles
-        if math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns) >= 0.9 * chip.multiprocessors
-    ]
-    tile = (filling or tiles[-1:])[0]
+    tiles = [tile for tile in _tiles(arithmetic, strain) if _fits(kernel, chip, tile)]
+    if "splits" in may:
+        tiles = [
+            tile._replace(splits=splits)
+            for tile in tiles
+            for splits in _SPLITS
+            if splits == 1 or splits * tile.depth <= depth
+        ]
+    if kernel == "upstream" and "described" in may:  # else it goes expert by expert
+        tiles = [tile for tile in tiles if tile.columns <= 64]
+    if "described" in may:
+        tiles += _described(kernel, chip, arithmetic)
+    tiles = [tile for tile in tiles if tile.rows <= rows and tile.columns <= widest] or tiles[-1:]
+    tile = min(tiles, key=lambda tile: seconds(tile, chip, arithmetic, rows, columns, depth))
     if chip.kind == "hip":
         return tile._replace(depth=32, stages=2)  # 64 KB of shared memory
     stages = min(tile.stages, chip.shared_memory // _stage_bytes(tile, arithmetic))
     return tile._replace(stages=max(2, stages))
+
+
+def seconds(tile: Tile, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int) -> float:
+    """The modelled time of a product [rows, depth] · [depth, columns] on `chip`, in waves of programs."""
+    speed, itemsize = family(chip), _itemsize(arithmetic)
+    programs = math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns) * tile.splits
+    waves = math.ceil(programs / chip.multiprocessors)
+    steps = math.ceil(depth / tile.splits / tile.depth)
+    rates = _RATES[tile.described]
+    area = tile.rows * tile.columns
+    products = 2 * area * tile.depth / (rates.get(area, area / 16384 * 0.5) * speed.matrix * 2 / itemsize)
+    # as many steps are asked for at once as there are stages, by as many programs as one processor holds
+    together = max(1, chip.shared_memory // (tile.stages * _stage_bytes(tile, arithmetic)))
+    loads = _LATENCY / (tile.stages - 1) / together
+    moved = (
+        (rows * math.ceil(columns / tile.columns) + columns * math.ceil(rows / tile.rows)) * depth
+    ) * itemsize
+    time = max(waves * steps * max(products, loads) + _START, moved / (3 * speed.bandwidth))
+    if tile.splits > 1:
+        time += _ADD + (2 * tile.splits * 4 + itemsize) * rows * columns / (3 * speed.bandwidth)
+    return time
 
 
 def _tiles(arithmetic: str, strain: str = "plain") -> list[Tile]:
@@ -190,9 +242,21 @@ def _tiles(arithmetic: str, strain: str = "plain") -> list[Tile]:
     return [largest, *(tile for tile in _TILES[units] if tile.rows * tile.columns < size)]
 
 
+def _described(kernel: str, chip: Chip, arithmetic: str) -> list[Tile]:
+    """Tiles that descriptors move; sums of H in a tile take the memory of one more."""
+    able = chip.kind == "cuda" and chip.capability >= 90 and chip.shared_memory > 220_000
+    if not able or kernel == "fold" or _itemsize(arithmetic) > 2:
+        return []
+    return _DESCRIBED[1:] if kernel == "upstream" else _DESCRIBED
+
+
 def _stage_bytes(tile: Tile, arithmetic: str) -> int:
     """Shared memory of one pipeline stage: both operands of one step."""
-    return (tile.rows + tile.columns) * tile.depth * (4 if arithmetic in ("float32", "tf32") else 2)
+    return (tile.rows + tile.columns) * tile.depth * _itemsize(arithmetic)
+
+
+def _itemsize(arithmetic: str) -> int:
+    return 4 if arithmetic in ("float32", "tf32") else 2
 
 
 def _fits(kernel: str, chip: Chip, tile: Tile) -> bool:
@@ -239,22 +303,29 @@ def store() -> Store:
 
 
 def candidates(kernel: str, chip: Chip, arithmetic: str) -> list[Tile]:
-    """What `search` tries: every tile of the rule, at two depths and two to four stages, that fits."""
+    """What `search` tries: every tile of the rule that fits, at two depths and two to four stages.
+
+    Also with inner products in four parts, and the tiles for descriptors; a launch that can't have these
+    takes the tile without.
+    """
     variants = (
-        tile._replace(depth=depth, stages=stages)
+        tile._replace(depth=depth, stages=stages, splits=splits)
         for tile in _tiles(arithmetic)
         if _fits(kernel, chip, tile)
         for depth in (32, 64)
         for stages in (2, 3, 4)
+        for splits in (1, 4)
     )
-    return [tile for tile in variants if tile.stages * _stage_bytes(tile, arithmetic) <= chip.shared_memory]
+    every = itertools.chain(variants, _described(kernel, chip, arithmetic))
+    return [tile for tile in every if tile.stages * _stage_bytes(tile, arithmetic) <= chip.shared_memory]
 
 
 @contextlib.contextmanager
-def _forced(tile: Tile) -> Iterator[None]:
-    token = _override.set(tile)
+def _forced(tile: Tile) -> Iterator[_Forced]:
+    forced = _Forced(tile)
+    token = _override.set(forced)
     try:
-        yield
+        yield forced
     finally:
         _override.reset(token)
 
@@ -262,19 +333,15 @@ def _forced(tile: Tile) -> Iterator[None]:
 def search(
     kernel: str,
     x: torch.Tensor,
-    tokens: int,
-    columns: int,
-    depth: int,
     launch: Callable[[], object],
     time: Callable[[Callable[[], object]], float],
     tiles: Iterable[Tile] | None = None,
-    strain: str = "plain",
 ) -> Tile:
     """Time `launch` under every candidate tile, keep the fastest for this user and GPU, and return it.
 
     Args:
-        kernel, x, tokens, columns, depth, strain: as for `choose`, which returns the found tile from now on.
-        launch: runs the kernel once, through its launcher.
+        kernel, x: as for `choose`.
+        launch: runs the kernel once, through its launcher, which gets the found tile from now on.
         time: seconds of one call of its argument, such as a wrapper of ``triton.testing.do_bench``.
         tiles: candidates other than `candidates`.
 
@@ -283,15 +350,18 @@ def search(
     """
     own, arithmetic = chip(x.device), _arithmetic(x)
     timed: dict[Tile, float] = {}
+    keys = set[str]()
     for tile in candidates(kernel, own, arithmetic) if tiles is None else tiles:
-        with _forced(tile):
+        with _forced(tile) as forced:
             try:
                 timed[tile] = time(launch)
+                keys |= forced.keys
             except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
                 logger.info("%s with %s: %s", kernel, tile, error)
     if not timed:
         raise RuntimeError(f"{kernel}: no tile could be launched on {own.name}")
     best = min(timed, key=timed.__getitem__)
-    store().put(_key(kernel, own, arithmetic, bucket(tokens), columns, depth, strain), best)
+    for key in keys:
+        store().put(key, best)
     _choose.cache_clear()
     return best

@@ -137,10 +137,10 @@ def _by_an_operator(
     backend: str,
 ) -> torch.Tensor:
     """All tokens in one dimension, through the operator and the backend that cost least."""
-    tokens, (outputs, _), (experts, rank, _) = x.reshape(-1, x.shape[-1]), layer.weight.shape, layer.A.shape
+    tokens, (outputs, _) = x.reshape(-1, x.shape[-1]), layer.weight.shape
     group, rows, mask = grouping.linear(x, reduce, mask) if gates is None else grouping.given(x, gates)
     skip = gates is not None and not _learns(gates, layer.A, layer.B)
-    backend, fold = dispatch.plan(backend, tokens, group, outputs, experts * rank)
+    backend, fold = dispatch.plan(backend, tokens, group, outputs)
     save = _learns(tokens, rows, *layer)
     call = Call(rows, mask, group, frozen_gates, skip, save, backend)
     y = _folded(tokens, layer, call) if fold else _low_rank(tokens, layer, call)
@@ -220,10 +220,7 @@ def _common_plan(
     tokens: torch.Tensor, layers: Sequence[LayerTensors], group: int, backend: str
 ) -> dispatch.ExecutionPlan | None:
     """The plan that is the same for all layers; None where there is none, or where folding pays."""
-    plans = {
-        dispatch.plan(backend, tokens, group, layer.weight.shape[0], layer.A.shape[0] * layer.A.shape[1])
-        for layer in layers
-    }
+    plans = {dispatch.plan(backend, tokens, group, layer.weight.shape[0]) for layer in layers}
     plan = plans.pop() if len(plans) == 1 else None
     return None if plan is None or plan.fold else plan
 

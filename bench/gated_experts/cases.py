@@ -17,7 +17,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 Sizes = tuple[int, int, int, int, int]
 # fmt: off
-#: samples, tokens per sample, d_in, d_out, experts; rank 64 throughout
+#: samples, tokens per sample, d_in, d_out, experts; rank 64
 SHAPES: dict[str, Sizes] = {
     "vit-b16":     (128, 197, 768, 768, 20),   # ViT-B/16, 224 pixels, batch 128: arithmetic decides
     "vit-b32":     (16, 50, 768, 3072, 8),     # fc1 of ViT-B/32, batch 16: launches and waves decide
@@ -32,10 +32,18 @@ SHAPES: dict[str, Sizes] = {
     "vit-l-fc2-t20": (16, 257, 4096, 1024, 20),
     "llm":         (2, 1024, 4096, 4096, 8),   # a projection of a 7B language model
 }
+#: single tokens of as many sequences through the same projection, as a language model generates
+DECODING: dict[str, Sizes] = {
+    "llm-n1":      (1, 1, 4096, 4096, 8),
+    "llm-n16":     (16, 1, 4096, 4096, 8),
+    "llm-n64":     (64, 1, 4096, 4096, 8),
+    "llm-n1-t64":  (1, 1, 4096, 4096, 64),
+}
 #: one-hot gates from a router, samples sorted by expert
 ROUTED: dict[str, Sizes] = {
     "routed":       (16, 50, 768, 768, 64),
     "routed-large": (128, 197, 768, 768, 64),
+    "routed-many":  (128, 197, 768, 768, 1024),
 }
 #: batch gates around the number of tokens from which folding is cheaper: 384 at 768 → 768, 614 at 768 → 3072
 FOLDING: dict[str, Sizes] = {
@@ -103,17 +111,18 @@ class Selection:
 
 
 def _cases(
-    shapes: Mapping[str, Sizes], reductions: Iterable[str], routed: bool = False
+    shapes: Mapping[str, Sizes], reductions: Iterable[str], routed: bool = False, rank: int = 64
 ) -> dict[str, KernelCase]:
     """Every shape with every reduction and dtype, forward and forward+backward."""
     found = {}
     for shape, reduce, dtype, backward in itertools.product(shapes, reductions, DTYPES, (False, True)):
-        name = f"{shape}-{reduce}-{dtype}{'-bw' * backward}"
-        found[name] = KernelCase(name, *shapes[shape], 64, reduce, DTYPES[dtype], backward, routed)
+        name = f"{shape}{f'-r{rank}' * (rank != 64)}-{reduce}-{dtype}{'-bw' * backward}"
+        found[name] = KernelCase(name, *shapes[shape], rank, reduce, DTYPES[dtype], backward, routed)
     return found
 
 
 CASES = _cases(SHAPES, REDUCTIONS) | _cases(ROUTED, ("sample",), routed=True) | _cases(FOLDING, ("batch",))
+CASES |= _cases(DECODING, ("token",)) | _cases(DECODING, ("token",), rank=16)
 
 
 def _select(names: str, compiled: str = "", **settings: Any) -> Selection:
@@ -126,16 +135,17 @@ _QUICK = """square-sample-fp32 square-sample-bf16 square-batch-fp32 square-token
     fold-n1536-batch-fp32"""
 _GPU_COMPILED = """vit-b16-sample-bf16 vit-b32-sample-bf16 image-sample-bf16 vit-b16-sample-bf16-bw
     llm-token-bf16"""
-_GPU = f"""{_GPU_COMPILED} vit-b16-token-bf16 vit-b16-token-bf16-bw vit-b16-batch-bf16 vit-b16-sample-fp16
-    vit-b16-sample-fp32 vit-b32-sample-bf16-bw vit-b32-batch-bf16 vit-b32-t1-sample-bf16
-    vit-b32-t20-sample-bf16 vit-b32-t64-sample-bf16 vit-l-fc1-sample-bf16 vit-l-fc2-sample-bf16
-    vit-l-fc1-t20-sample-bf16 vit-l-fc2-t20-sample-bf16 vit-l-fc1-sample-bf16-bw llm-token-bf16-bw
-    llm-sample-bf16 routed-sample-bf16 routed-large-sample-bf16"""
+_GPU = f"""{_GPU_COMPILED} llm-n1-token-bf16 llm-n16-token-bf16 llm-n64-token-bf16 llm-n1-r16-token-bf16
+    llm-n1-t64-token-bf16 routed-large-sample-bf16 routed-many-sample-bf16 vit-b16-token-bf16
+    vit-b16-token-bf16-bw vit-b16-batch-bf16 vit-b16-sample-fp16 vit-b16-sample-fp32 vit-b32-sample-bf16-bw
+    vit-b32-batch-bf16 vit-b32-t1-sample-bf16 vit-b32-t20-sample-bf16 vit-b32-t64-sample-bf16
+    vit-l-fc1-sample-bf16 vit-l-fc2-sample-bf16 vit-l-fc1-t20-sample-bf16 vit-l-fc2-t20-sample-bf16
+    vit-l-fc1-sample-bf16-bw llm-token-bf16-bw llm-sample-bf16 routed-sample-bf16"""
 _FOLDED = " ".join(name for name in CASES if name.startswith("fold-") and "fp16" not in name)
 _OTHERS = "square-token-fp32 square-sample-fp32 vit-b32-sample-fp32 image-sample-fp32 routed-sample-fp32"
 SELECTIONS = {
     "quick": _select(_QUICK, "square-sample-fp32", seconds=6, build_until=60, about="two minutes on a CPU"),
-    "gpu": _select(_GPU, _GPU_COMPILED, seconds=6, build_until=300, about="ten minutes on a large GPU"),
+    "gpu": _select(_GPU, _GPU_COMPILED, seconds=3, build_until=300, about="ten minutes on a large GPU"),
     "dispatch": _select(f"{_FOLDED} {_OTHERS}", seconds=4, about='does backend="auto" choose well?'),
 }
 

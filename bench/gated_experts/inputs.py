@@ -54,8 +54,8 @@ class Inputs:
     def gate_values(self) -> Tensor:
         """The gates, linear in x or as given; they broadcast against [samples, tokens, T]."""
         if self.gates is not None:
-            return self.gates.unsqueeze(1)
-        return reference.gate_values(self.x, *self.all_gates(), self.case.reduce)
+            return self.gates.to(self.x.dtype).unsqueeze(1)
+        return reference.gate_values(self.x, *self.all_gates(), self.case.reduce).to(self.x.dtype)
 
     def side_by_side(self) -> tuple[Tensor, Tensor]:
         """A_cat [R, d_in] and B_cat [R, d_out], copies of their own."""
@@ -69,7 +69,10 @@ class Inputs:
     def to(self, dtype: torch.dtype) -> Inputs:
         """Copies in that dtype, to which nothing else refers."""
         tensors = {k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        copies: dict[str, Any] = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+        kept = torch.float32 if dtype.itemsize == 2 else dtype  # of the gates, as `MingleLinear` keeps them
+        copies: dict[str, Any] = {
+            name: tensor.to(kept if "gate" in name else dtype, copy=True) for name, tensor in tensors.items()
+        }
         copied = replace(self, **copies)
         for tensor in copied.differentiated().values():
             tensor.requires_grad_(self.case.backward)

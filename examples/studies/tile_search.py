@@ -22,8 +22,8 @@ from mingle.kernels import tiles
 from mingle.kernels.tiles import Tile
 from mingle.ops import dispatch
 
-#: name of the kernel, operand, rows, columns and depth of its products, one launch
-Launch = tuple[str, Tensor, int, int, int, Callable[[], object]]
+#: name of the kernel, operand, one launch
+Launch = tuple[str, Tensor, Callable[[], object]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,9 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reason := dispatch.without_triton(device, case.torch_dtype):
             parser.error(f"{case.name}: {reason}")
     table.write_lines(
-        f"{case.name:32}{kernel:10}{rows} × {columns} × {depth}, {warps} warps, {stages} stages"
+        f"{case.name:32}{kernel:10}{tile.rows} × {tile.columns} × {tile.depth}, {tile.warps} warps, "
+        f"{tile.stages} stages, {tile.splits} parts{', descriptors' * tile.described}"
         for case in chosen
-        for kernel, (rows, columns, depth, warps, stages) in tune(case, device)
+        for kernel, tile in tune(case, device)
     )
     return 0
 
@@ -51,9 +52,8 @@ def tune(
     case: KernelCase, device: torch.device, candidates: Sequence[Tile] | None = None
 ) -> Iterator[tuple[str, Tile]]:
     """Search every kernel that the case runs; yields its name and the best tile."""
-    strain = "special" if case.routed else "plain"  # zeros are skipped
     for launch in launches(case, device):
-        yield launch[0], tiles.search(*launch, lambda run: seconds(run, device), candidates, strain)
+        yield launch[0], tiles.search(*launch, lambda run: seconds(run, device), candidates)
 
 
 def launches(case: KernelCase, device: torch.device) -> Iterator[Launch]:
@@ -64,26 +64,21 @@ def launches(case: KernelCase, device: torch.device) -> Iterator[Launch]:
     t = inputs.make(case, device)
     x, dy = t.x.detach().flatten(0, 1), t.dy.flatten(0, 1)
     weight, bias = (joined.detach() for joined in t.all_gates())
-    rows, width, outputs, ranks = case.rows, case.d_in, case.d_out, case.experts * case.rank
     given, group = None if t.gates is None else t.gates.float(), case.rows // case.groups
     skip = given is not None
-
-    def shrink(skip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return kernels.shrink(x, t.A, weight, bias, given, None, group, skip)
-
-    hidden, z, _ = shrink(False)
+    z = kernels.gates(x, weight, bias, None, group)[0] if given is None else given
+    hidden, gated = kernels.shrink(x, t.A, z, group, False)
 
     def expand(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor) -> Callable[[], object]:
-        return lambda: kernels.expand(x, weight, bias, hidden, up, z, group, skip)
+        return lambda: kernels.expand(x, weight, bias, hidden, gated, up, z, group, skip)
 
-    yield "shrink", x, rows, ranks, width, lambda: shrink(skip)
-    yield "expand", x, rows, outputs, width + ranks, expand(x, t.weight, t.bias, t.B.mT)
+    yield "shrink", x, lambda: kernels.shrink(x, t.A, z, group, skip)
+    yield "expand", x, expand(x, t.weight, t.bias, t.B.mT)
     if case.reduce == "batch":
-        yield "fold", t.weight, outputs, width, ranks, lambda: fold.fold(t.weight, t.A, t.B, z[0])
+        yield "fold", t.weight, lambda: fold.fold(t.weight, t.A, t.B, z[0])
     if case.backward:
-        upstream = lambda: kernels.upstream(dy, t.B, hidden, z, group, skip)  # noqa: E731
-        yield "upstream", dy, rows, ranks, outputs, upstream
-        yield "expand", dy, rows, width, outputs + ranks, expand(dy, t.weight.mT, None, t.A)
+        yield "upstream", dy, lambda: kernels.upstream(dy, t.B, hidden, z, group, skip)
+        yield "expand", dy, expand(dy, t.weight.mT, None, t.A)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

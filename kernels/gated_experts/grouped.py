@@ -39,30 +39,26 @@ def pooled_gates(
     return torch.addmm(gate_bias.to(pooled.dtype), pooled, gate_weight.to(pooled.dtype).mT), pooled
 
 
+def gates(
+    x: torch.Tensor, gate_weight: torch.Tensor, gate_bias: torch.Tensor, mask: torch.Tensor | None, group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `mingle.kernels.gated_experts.gates.gates`; gate values and means are fp64 where x is."""
+    if group > 1 or mask is not None:
+        return pooled_gates(x, gate_weight, gate_bias, mask, group)
+    dtype = wide(x)
+    if gate_weight.dtype == x.dtype:
+        products = torch.nn.functional.linear(x, gate_weight)
+    else:
+        products = x.to(dtype) @ gate_weight.to(dtype).mT
+    return products.to(dtype) + gate_bias.to(dtype), x.new_empty(0, x.shape[1], dtype=dtype)
+
+
 def shrink(
-    x: torch.Tensor,
-    A: torch.Tensor,
-    gate_weight: torch.Tensor | None,
-    gate_bias: torch.Tensor | None,
-    gates: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    group: int,
-    skip: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `mingle.kernels.gated_experts.triton.shrink`; gate values and means are fp64 where x is."""
+    x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int, skip: bool, *, keep: bool = True
+) -> tuple[torch.Tensor, None]:
+    """See `mingle.kernels.gated_experts.triton.shrink`; z ⊙ H is left to `expand`, perhaps in place."""
     packed = prepack.find("shrink", A, x=x)
-    hidden = linear(x, A.flatten(0, 1)) if packed is None else linear_packed(x, packed)
-    if gates is None:
-        assert gate_weight is not None and gate_bias is not None
-        if group > 1 or mask is not None:
-            return hidden, *pooled_gates(x, gate_weight, gate_bias, mask, group)
-        dtype = wide(x)
-        if gate_weight.dtype == x.dtype:
-            products = torch.nn.functional.linear(x, gate_weight)
-        else:
-            products = x.to(dtype) @ gate_weight.to(dtype).mT
-        gates = products.to(dtype) + gate_bias.to(dtype)
-    return hidden, gates, x.new_empty(0, x.shape[1], dtype=wide(x))
+    return linear(x, A.flatten(0, 1)) if packed is None else linear_packed(x, packed), None
 
 
 def gate(hidden: torch.Tensor, z: torch.Tensor, group: int, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -84,6 +80,7 @@ def expand(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     hidden: torch.Tensor,
+    gated: torch.Tensor | None,
     up: torch.Tensor,
     z: torch.Tensor,
     group: int,
@@ -94,15 +91,19 @@ def expand(
     gate_weight: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `mingle.kernels.gated_experts.triton.expand`."""
-    packed = None if share is not None else prepack.find("joined", weight, up, x=x)
+    """See `mingle.kernels.gated_experts.triton.expand`.
+
+    Where `gated` is None it is z ⊙ `hidden`, written to where H was unless `keep` says that H is needed.
+    """
+    packed = None if gated is not None else prepack.find("joined", weight, up, x=x)
     if packed is not None:
         joined = x.new_empty(len(x), x.shape[1] + hidden.shape[1])  # [x | z ⊙ H]
         joined[:, : x.shape[1]] = x
         gate(hidden, z, group, out=joined[:, x.shape[1] :])
         return linear_packed(joined, packed, bias)
     base = linear(x, weight, bias)
-    gated = gate(hidden, z, group, out=None if keep else hidden)
+    if gated is None:
+        gated = gate(hidden, z, group, out=None if keep else hidden)
     y = linear(gated, up.flatten(0, 1).mT, onto=base)
     if share is not None:
         assert gate_weight is not None
@@ -114,14 +115,21 @@ def expand(
 
 
 def upstream(
-    dy: torch.Tensor, B: torch.Tensor, hidden: torch.Tensor, z: torch.Tensor, group: int, skip: bool
+    dy: torch.Tensor,
+    B: torch.Tensor,
+    hidden: torch.Tensor,
+    z: torch.Tensor,
+    group: int,
+    skip: bool,
+    *,
+    keep: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `mingle.kernels.gated_experts.triton.upstream`."""
     u = linear(dy, B.mT.flatten(0, 1))
-    if skip:
-        return u, z.new_empty(0, len(B))
-    products = u.to(wide(u)) * hidden
-    return u, products.view(len(dy), len(B), B.shape[2]).sum(-1)
+    sums = z.new_empty(0, len(B))
+    if not skip:
+        sums = (u.to(wide(u)) * hidden).view(len(dy), len(B), B.shape[2]).sum(-1)
+    return gate(u, z, group, out=u) if keep else u.new_empty(0, u.shape[1]), sums
 
 
 def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:

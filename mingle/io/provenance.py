@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -47,7 +48,12 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with a ``+`` where tracked files differ; None outside a checkout of mingle."""
+    """The checkout's commit, with a ``+`` where tracked files differ; None outside a checkout of mingle.
+
+    ``MINGLE_COMMIT`` names it where a checkout went to a machine without its history.
+    """
+    if given := os.environ.get("MINGLE_COMMIT"):
+        return given
     here = Path(__file__).resolve()
     commands = (("ls-files", here.name), ("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
     try:

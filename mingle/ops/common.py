@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from mingle.kernels.gated_experts import grouped
+from mingle.ops import dispatch
 from mingle.ops.operands import FoldedOperands, LowRankOperands
 
 
@@ -34,8 +35,13 @@ class Operator(NamedTuple):
         return (self.differentiable if save else self.plain)(*arguments)
 
 
-def kernels_of(backend: str, fused: str = "triton") -> ModuleType:
-    """The module that computes: `grouped`, or the one with the Triton kernels, ``triton`` or ``fold``."""
+def kernels_of(backend: str, x: Tensor, outputs: int, columns: int, fused: str = "triton") -> ModuleType:
+    """The module that computes: `grouped`, or the one with the Triton kernels, ``triton`` or ``fold``.
+
+    With ``"auto"`` the cheapest for x [N, d_in], d_out = `outputs` and T·r = `columns`.
+    """
+    if backend == "auto":
+        backend = dispatch.cheapest(x, outputs, columns)
     # Triton is imported at its first use: it may be absent, and it is slow to load.
     return (
         grouped if backend == "grouped" else importlib.import_module(f"mingle.kernels.gated_experts.{fused}")

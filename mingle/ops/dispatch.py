@@ -10,15 +10,20 @@ from typing import NamedTuple
 
 import torch
 
+from mingle.kernels import chips
+
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "eager", "grouped", "triton")
 
-# The cost model of `auto` on a GPU, in H100 figures: only their ratios matter.
-_PEAK = 798e12  # FLOP/s of a large bf16 product in the vendor's library
-_BANDWIDTH = 3.0e12  # bytes/s of a large copy, read and write
-_LAUNCH = 3e-6  # seconds between launches of small kernels
-_TRITON_SHARE = 0.75  # of the vendor library's rate that the fused kernels reach on large products
+# found here, as torch.compile could not follow the search
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# Of the vendor library's rate: what its own products reach beside other work, and the fused kernels by the
+# size of a number, as measured (bench/results).
+_LIBRARY_SHARE = 0.85
+_TRITON_SHARE = {2: 0.8, 4: 0.5}
+_START = 3e-6  # seconds of a kernel beyond its arithmetic or its bytes
 
 
 class BackendUnavailable(RuntimeError):
@@ -28,18 +33,21 @@ class BackendUnavailable(RuntimeError):
 class ExecutionPlan(NamedTuple):
     """How one call is computed."""
 
-    backend: str  # "grouped" or "triton"
+    backend: str  # "grouped", "triton", or "auto" where the operator takes the `cheapest`
     fold: bool  # whether the experts are folded into one weight first
 
 
-def plan(backend: str, x: torch.Tensor, group: int, d_out: int, columns: int) -> ExecutionPlan:
-    """How a layer of d_out outputs and T·r = `columns` computes x [N, d_in], `group` tokens to a gate row.
+def plan(backend: str, x: torch.Tensor, group: int, d_out: int) -> ExecutionPlan:
+    """How a layer of d_out outputs computes x [N, d_in], `group` tokens to a gate row.
 
     Raises:
         BackendUnavailable: an explicit backend cannot run.
     """
     if backend == "auto":
-        backend = _cheapest(x, d_out, columns)
+        reason = without_triton(x.device, x.dtype)
+        if not torch.compiler.is_compiling():  # a tracer follows neither caches nor logs
+            _tell(x.device.type, reason)
+        backend = "auto" if reason is None and x.device.type == "cuda" else "grouped"
     elif backend == "triton" and (reason := without_triton(x.device, x.dtype)):
         raise BackendUnavailable(f"backend='triton' cannot run: {reason}")
     return ExecutionPlan(backend, group == x.shape[0] and folding_pays(x.shape[0], x.shape[1], d_out))
@@ -56,7 +64,7 @@ def folding_pays(tokens: int, d_in: int, d_out: int) -> bool:
 
 def without_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot serve tensors of this device and dtype; None where they can."""
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
@@ -68,50 +76,46 @@ def without_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
 def _tell(device: str, reason: str | None) -> None:
     """Say once what keeps `auto` from the fused kernels; aloud where a GPU waits for them."""
     if reason is not None:
-        level = logging.WARNING if device == "cuda" and not _triton_installed() else logging.INFO
+        level = logging.WARNING if device == "cuda" and not _TRITON_INSTALLED else logging.INFO
         logger.log(level, "backend='auto' computes with dense products instead of the kernels: %s", reason)
 
 
-def _cheapest(x: torch.Tensor, d_out: int, columns: int) -> str:
-    if x.device.type != "cuda" or without_triton(x.device, x.dtype) is not None:
-        if not torch.compiler.is_compiling():  # a tracer follows neither caches nor logs
-            _tell(x.device.type, without_triton(x.device, x.dtype))
+def cheapest(x: torch.Tensor, outputs: int, columns: int) -> str:
+    """The backend for x [N, d_in] that `seconds` holds for the fastest.
+
+    It is for operators, as a tracer could not ask for the device.  On chips that nobody has measured it is
+    ``"grouped"``, the vendor's library.
+    """
+    if without_triton(x.device, x.dtype) is not None:
         return "grouped"
-    costs = {
-        backend: seconds(backend, x.shape[0], x.shape[1], d_out, columns, x.element_size())
-        for backend in ("grouped", "triton")
-    }
+    speed = chips.family(chips.chip(x.device))
+    if not speed.measured:
+        return "grouped"
+    sizes = (x.shape[0], x.shape[1], outputs, columns, x.element_size())
+    costs = {backend: seconds(backend, *sizes, speed) for backend in ("grouped", "triton")}
     return min(costs, key=costs.__getitem__)
 
 
-def seconds(backend: str, tokens: int, d_in: int, d_out: int, columns: int, itemsize: int) -> float:
-    """The modelled time of one forward on a GPU.
+def seconds(
+    backend: str, tokens: int, d_in: int, d_out: int, columns: int, itemsize: int, speed: chips.Family
+) -> float:
+    """The modelled time of one forward on an H100: each kernel's arithmetic or bytes, and its start."""
+    share = _TRITON_SHARE[itemsize] if backend == "triton" else _LIBRARY_SHARE
+    rate = share * speed.matrix * speed.multiprocessors * 2 / itemsize
 
-    Every kernel takes as long as its arithmetic, its bytes or a launch, whichever is longest.
-    """
-    rate = _PEAK * 2 / itemsize * (_TRITON_SHARE if backend == "triton" else 1.0)
+    def product(rows: int, inner: int, outer: int) -> float:
+        touched = (rows * inner + inner * outer + rows * outer) * itemsize
+        return max(2 * rows * inner * outer / rate, touched / speed.bandwidth) + _START
 
-    def product(rows: int, inner: int, outer: int, extra: int = 0) -> float:
-        touched = rows * inner + inner * outer + rows * outer + extra
-        return max(2 * rows * inner * outer / rate, touched * itemsize / _BANDWIDTH, _LAUNCH)
+    def passing(numbers: int) -> float:
+        return numbers * itemsize / speed.bandwidth + _START
 
+    gates = passing(tokens * d_in) + _START
     if backend == "triton":
-        shrink = product(tokens, d_in, columns)
-        return shrink + product(tokens, d_in + columns, d_out)
-    gate = max(2 * tokens * columns * itemsize / _BANDWIDTH, _LAUNCH)
-    pooling = max(tokens * d_in * itemsize / _BANDWIDTH, _LAUNCH) + _LAUNCH
-    return (
-        product(tokens, d_in, columns)
-        + pooling
-        + gate
-        + product(tokens, d_in, d_out)
-        + product(tokens, columns, d_out, tokens * d_out)
-    )
+        return gates + product(tokens, d_in, columns) + product(tokens, d_in + columns, d_out)
+    # three products, the last of which reads y again, and the gates' product with H in place
+    products = product(tokens, d_in, columns) + product(tokens, d_in, d_out) + product(tokens, columns, d_out)
+    return gates + products + passing(2 * tokens * columns) + tokens * d_out * itemsize / speed.bandwidth

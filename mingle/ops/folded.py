@@ -49,7 +49,7 @@ def _gated_experts_folded(
     else:
         pooled = x.new_empty(0, x.shape[1], dtype=wide(x))
         z = gates.clone(memory_format=torch.contiguous_format)
-    folded = kernels_of(backend, "fold").fold(weight, A, B, z[0])
+    folded = kernels_of(backend, x, len(weight), A.shape[0] * A.shape[1], "fold").fold(weight, A, B, z[0])
     return gemm.linear(x, folded, bias), folded, z, pooled
 
 

@@ -75,10 +75,14 @@ def _gated_experts(
     if skip and gates is not None and _routed(gates, backend):
         y = grouped.routed(x, weight, bias, A, B.mT, gates, group)
         return y, x.new_empty(0, A.shape[0] * A.shape[1]), gates, x.new_empty(0, x.shape[1], dtype=wide(x))
-    kernels = kernels_of(backend)
-    hidden, z, pooled = kernels.shrink(x, A, gate_weight, gate_bias, gates, mask, group, skip)
-    y = kernels.expand(x, weight, bias, hidden, B.mT, z, group, skip, keep=save)
-    return y, hidden if save and not skip else hidden.new_empty(0, hidden.shape[1]), z, pooled
+    kernels = kernels_of(backend, x, len(weight), A.shape[0] * A.shape[1])
+    z, pooled = gates, x.new_empty(0, x.shape[1], dtype=wide(x))
+    if z is None:
+        z, pooled = kernels.gates(x, gate_weight, gate_bias, mask, group)
+    keep = save and not skip
+    hidden, gated = kernels.shrink(x, A, z, group, skip, keep=keep)
+    y = kernels.expand(x, weight, bias, hidden, gated, B.mT, z, group, skip, keep=keep)
+    return y, hidden if keep else hidden.new_empty(0, hidden.shape[1]), z, pooled
 
 
 def _routed(z: Tensor, backend: str) -> bool:
@@ -131,12 +135,14 @@ def _gated_experts_backward(
         dz_i = Σ_{tokens of the group} Σ_{columns of i} u ⊙ H
         dx = dy W₀ + (z ⊙ u) A_cat + dz w (/ tokens in the mean)
 
+    z ⊙ u, the gradient of H, also gives that of A.
+
     Args:
         first: the first expert whose gate or factors need a gradient; must be 0 with `need_x`.
 
     Returns:
-        dx [N, d_in] (no rows without `need_x`), dz [G, T − first] and u [N, (T − first)·r] (no rows without
-        `need_u`).
+        dx [N, d_in] (no rows without `need_x`), dz [G, T − first] and z ⊙ u [N, (T − first)·r] (no rows
+        without `need_u`).
     """
     experts, rank, width = A.shape
     if len(dy) == 0 or first == experts:
@@ -146,17 +152,19 @@ def _gated_experts_backward(
             dy.new_empty(len(dy) if need_u else 0, (experts - first) * rank),
         )
     mask, hidden, z = dense(mask), dense(hidden), dense(z)
-    kernels = kernels_of(backend)
+    kernels = kernels_of(backend, dy, width, (experts - first) * rank)
     none = dy.new_empty(0, (experts - first) * rank)
     if skip and _routed(z, backend):
         return grouped.routed(dy, weight.mT, None, B.mT, A, z, group), z.new_empty(0, experts), none
-    u, rows = kernels.upstream(dy, B[first:], hidden[:, first * rank :], z, group, skip)
+    u, rows = kernels.upstream(
+        dy, B[first:], hidden[:, first * rank :], z[:, first:], group, skip, keep=need_x or need_u
+    )
     dz = z.new_empty(0, experts) if skip else rows.view(-1, group, experts - first).sum(1)
     if not need_x:
         return dy.new_empty(0, width), dz, u if need_u else none
     share = None if gate_weight is None else share_of_a_token(dz, mask, group)
     through_gates = dict(share=share, gate_weight=gate_weight, mask=mask)
-    dx = kernels.expand(dy, weight.mT, None, u, A, z, group, skip, keep=need_u, **through_gates)
+    dx = kernels.expand(dy, weight.mT, None, u, u, A, z, group, skip, **through_gates)
     return dx, dz, u if need_u else none
 
 
@@ -200,7 +208,7 @@ def _gradients(ctx: Any, dy: Tensor | None, core: Callable[..., tuple[Tensor, ..
         if need_gates:
             to_gates = gate_gradients(ctx, needs, saved, dz[:, ctx.frozen_gates - first :])
         if needs.A:
-            dA = (grouped.gate(u, saved.z, ctx.group).mT @ saved.x).view(saved.A.shape)
+            dA = (u.mT @ saved.x).view(saved.A.shape)
         if needs.B:
             dB = (grouped.gate(saved.product, saved.z, ctx.group).mT @ dy).view(saved.B.mT.shape).mT
     return LowRankOperands(

@@ -79,15 +79,15 @@ def _gated_experts_shared(
             x.new_empty(0, x.shape[1], dtype=wide(x)),
         )
     mask, biases = dense(mask), [dense(bias) for bias in biases]
-    kernels = kernels_of(backend)
-    hidden, z, pooled = kernels.shrink(
-        x, stacked(As), stacked(gate_weights), stacked(gate_biases), None, mask, group, False
-    )
+    kernels = kernels_of(backend, x, len(weights[0]), sum(experts) * rank)
+    z, pooled = kernels.gates(x, stacked(gate_weights), stacked(gate_biases), mask, group)
+    hidden, gated = kernels.shrink(x, stacked(As), z, group, False, keep=save)
     ys = []
     for i, (weight, B, span) in enumerate(zip(weights, Bs, _spans(experts), strict=True)):
         bias = biases[i] if biases else None
-        own = hidden[:, span.start * rank : span.stop * rank]
-        ys.append(kernels.expand(x, weight, bias, own, B.mT, z[:, span], group, False, keep=save))
+        columns = slice(span.start * rank, span.stop * rank)
+        own = hidden[:, columns], None if gated is None else gated[:, columns]
+        ys.append(kernels.expand(x, weight, bias, *own, B.mT, z[:, span], group, False, keep=save))
     return ys, hidden if save else none, z, pooled
 
 
@@ -135,23 +135,24 @@ def _gated_experts_shared_backward(
     if len(dys[0]) == 0:
         return dys[0].new_empty(0, width), dz
     mask, hidden, z = dense(mask), dense(hidden), dense(z)
-    kernels = kernels_of(backend)
+    kernels = kernels_of(backend, dys[0], width, hidden.shape[1])
     dx: Tensor | None = None
     for dy, weight, A, B, gate_weight, span, first in zip(
         dys, weights, As, Bs, gate_weights, _spans([len(A) for A in As]), firsts, strict=True
     ):
         if first == len(A):
             continue
-        columns = slice((span.start + first) * rank, span.stop * rank)
-        u, rows = kernels.upstream(dy, B[first:], hidden[:, columns], z, group, False)
+        experts = slice(span.start + first, span.stop)
+        columns = slice(experts.start * rank, experts.stop * rank)
+        u, rows = kernels.upstream(
+            dy, B[first:], hidden[:, columns], z[:, experts], group, False, keep=need_x
+        )
         own = rows.view(-1, group, len(A) - first).sum(1)
-        dz[:, span.start + first : span.stop] = own
+        dz[:, experts] = own
         if need_x:
             share = share_of_a_token(own, mask, group)
             through_gates = dict(share=share, gate_weight=gate_weight, mask=mask)
-            part = kernels.expand(
-                dy, weight.mT, None, u, A, z[:, span], group, False, keep=False, **through_gates
-            )
+            part = kernels.expand(dy, weight.mT, None, u, u, A, z[:, span], group, False, **through_gates)
             dx = part if dx is None else dx.add_(part)
     return dys[0].new_empty(0, width) if dx is None else dx, dz
 

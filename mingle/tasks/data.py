@@ -54,12 +54,13 @@ class TaskData:
         return replace(self, inputs=self.inputs.made()) if isinstance(self.inputs, LazyInputs) else self
 
     def to(self, device: torch.device) -> TaskData:
-        """The same samples, in memory, on a device; labels stay where they are."""
+        """The same samples, in memory, on a device."""
         inputs, shared = (
             {name: tensor.to(device) for name, tensor in part.items()}
             for part in (self.made().inputs, self.shared)
         )
-        return replace(self, inputs=inputs, shared=shared)
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, inputs=inputs, shared=shared, labels=labels)
 
     def batches(self, size: int) -> Iterator[TaskData]:
         """Consecutive batches of at most `size` samples in memory, in order."""

@@ -26,7 +26,7 @@ for reduce in ("sample", "batch"):
     found = tile_search.tune(case, torch.device("cpu"), [small, odd])
     print(*sorted({kernel for kernel, tile in found if tile in (small, odd)}))
 x = torch.zeros(10, 24)
-assert tiles.choose("shrink", x, 10, 8, 24) in (small, odd)
+assert tiles.choose("shrink", x, 10, 8, 24, "ragged", splits=True) in (small, odd)
 """
     environment = {
         **os.environ,

@@ -43,21 +43,22 @@ def _launches() -> dict[str, Launch]:
     mask = torch.rand(tokens, generator=generator) > 0.4
     sparse = z * torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 0]])
     active = (sparse != 0).repeat_interleave(group, 0).repeat_interleave(rank, 1)  # [N, T·r]
-    gates, share = (gate_weight, gate_bias, None), {"share": z, "gate_weight": gate_weight}
+    gates, share = (gate_weight, gate_bias), {"share": z, "gate_weight": gate_weight}
+    dx = (dy, weight.mT, None, hidden, hidden, A, z, group, False)
     return {
-        "shrink-token": Launch("shrink", (x, A, *gates, None, 1, False), {}),
-        "shrink-wide-gates": Launch("shrink", (x.half(), A.half(), *gates, None, 1, False), {}),
-        "shrink-pooled": Launch("shrink", (x, A, *gates, None, group, False), {}),
-        "shrink-masked": Launch("shrink", (x, A, *gates, mask, group, False), {}),
-        "shrink-given": Launch("shrink", (x, A, None, None, z, None, group, False), {}),
-        "shrink-skip": Launch("shrink", (x, A, None, None, sparse, None, group, True), {}, active),
-        "expand": Launch("expand", (x, weight, bias, hidden, up, z, group, False), {}),
-        "expand-token": Launch("expand", (x, weight, None, hidden, up, token_z, 1, False), {}),
-        "expand-skip": Launch("expand", (x, weight, bias, hidden, up, sparse, group, True), {}),
-        "dx": Launch("expand", (dy, weight.mT, None, hidden, A, z, group, False), share),
-        "dx-masked": Launch(
-            "expand", (dy, weight.mT, None, hidden, A, z, group, False), share | {"mask": mask}
+        "gates-token": Launch("gates", (x, *gates, None, 1), {}),
+        "gates-wide": Launch("gates", (x.half(), *gates, None, 1), {}),
+        "gates-pooled": Launch("gates", (x, *gates, None, group), {}),
+        "gates-masked": Launch("gates", (x, *gates, mask, group), {}),
+        "shrink": Launch("shrink", (x, A, z, group, False), {}),
+        "shrink-token": Launch("shrink", (x, A, token_z, 1, False), {}),
+        "shrink-skip": Launch("shrink", (x, A, sparse, group, True), {}, active),
+        "expand": Launch("expand", (x, weight, bias, hidden, hidden, up, z, group, False), {}),
+        "expand-skip": Launch(
+            "expand", (x, weight, bias, hidden, hidden * active, up, sparse, group, True), {}
         ),
+        "dx": Launch("expand", dx, share),
+        "dx-masked": Launch("expand", dx, share | {"mask": mask}),
         "upstream": Launch("upstream", (dy, up.mT, hidden, z, group, False), {}),
         "upstream-skip": Launch("upstream", (dy, up.mT, hidden, sparse, group, True), {}, active),
         "fold": Launch("fold", (weight, A, up.mT, z[0]), {}),
@@ -78,7 +79,7 @@ def guard_bands(name: str) -> None:
     grouped = importlib.import_module("mingle.kernels.gated_experts.grouped")
     guard = Guard()
     # the position of z, which must be contiguous
-    gates = {"shrink": 4, "expand": 5, "upstream": 3, "fold": 3}[launcher]
+    gates = {"gates": None, "shrink": 2, "expand": 6, "upstream": 3, "fold": 3}[launcher]
     inside = [
         guard.around(value, dense=i == gates) if isinstance(value, Tensor) else value
         for i, value in enumerate(arguments)
@@ -87,6 +88,9 @@ def guard_bands(name: str) -> None:
     with guard.allocating():
         results = getattr(kernels, launcher)(*inside, **named_inside)
     expected = getattr(grouped, launcher)(*arguments, **named)
+    if launcher == "shrink":
+        hidden, z, group = expected[0], *arguments[2:4]
+        expected = hidden, grouped.gate(hidden, z, group)
     if isinstance(results, Tensor):
         results, expected = (results,), (expected,)
     for result, right in zip(results, expected, strict=True):

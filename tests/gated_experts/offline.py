@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mingle.adaptation.projector import RelaxedProjector
 from mingle.functional import gated_experts
@@ -81,13 +82,15 @@ class Layer(NamedTuple):
     rank: int
 
 
-# A layer of ViT-B/16 at batch 128, one of ViT-B/32 at batch 16, and one image; then what Triton specialises
+# A layer of ViT-B/16 at batch 128, one of ViT-B/32 at batch 16, one image, and one token of a language model,
+# whose inner products are computed in parts; then what Triton specialises
 # differently: no row of H that is a multiple of 16 elements, nothing at all that is one, and sizes of 1,
 # which become constants.
 LAYERS = {
     "large": Layer(128, 197, 768, 768, 20, 64),
     "middle": Layer(16, 50, 768, 3072, 8, 64),
     "small": Layer(1, 50, 768, 768, 20, 64),
+    "decode": Layer(1, 1, 4096, 4096, 8, 64),
     "narrow": Layer(128, 197, 768, 768, 5, 8),
     "ragged": Layer(128, 197, 769, 771, 5, 17),
     "single": Layer(2, 1, 1, 1, 1, 1),
@@ -101,17 +104,22 @@ FOLDED_LAYERS = {
     "single": Layer(1, 2, 1, 1, 1, 1),
 }
 
-# A variant of a kernel: the call that launches it, and which of the call's launches it is (shrink, expand,
-# upstream, expand for dx).
-VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
-    "shrink-token": ({}, 0),
-    "shrink-pooled": ({"reduce": "sample"}, 0),
-    "shrink-masked": ({"reduce": "sample", "masked": True}, 0),
-    "shrink-wide-gates": ({"gate_dtype": torch.float32}, 0),
-    "shrink-given": ({"gates": "given"}, 0),
+# A variant of a kernel: the call that launches it, and which launch it is: one of the products (shrink,
+# expand, upstream, expand for dx) by its place among them, or another kernel by its name.
+VARIANTS: dict[str, tuple[dict[str, Any], int | str]] = {
+    "gates-token": ({}, "token_gates_kernel"),
+    "gates-few": ({}, "row_gates_kernel"),
+    "gates-wide": ({"gate_dtype": torch.float32}, "token_gates_kernel"),
+    "pool": ({"reduce": "sample"}, "pool_kernel"),
+    "pool-masked": ({"reduce": "sample", "masked": True}, "pool_kernel"),
+    "gates-pooled": ({"reduce": "sample"}, "row_gates_kernel"),
+    "gates-masked": ({"reduce": "sample", "masked": True}, "row_gates_kernel"),
+    "shrink": ({}, 0),
     "shrink-skip": ({"gates": "constant"}, 0),
+    "gate-parts": ({}, "gate_parts_kernel"),
     "expand": ({}, 1),
     "expand-skip": ({"gates": "constant"}, 1),
+    "add-parts": ({}, "add_parts_kernel"),
     "upstream": ({}, 2),
     "upstream-skip": ({"gates": "constant"}, 2),
     "dx": ({}, 3),
@@ -121,6 +129,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "dx-skip": ({"gates": "constant"}, 3),
     "fold": ({"reduce": "batch"}, 0),
 }
+_PRODUCTS = ("shrink_kernel", "expand_kernel", "upstream_kernel", "fold_kernel")
 
 # The launches of the relaxed projector: always in fp32, for a layer of width d_in and three directions of
 # each expert's task.
@@ -277,6 +286,9 @@ def source(launch: Launch, target: CompileTarget) -> ASTSource:
             or (special and value is not True and isinstance(value, int) and value == 1)
         ):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            element = _POINTERS[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{element}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
             small = value.untyped_storage().size() < 1 << 31
@@ -293,11 +305,13 @@ def find(case: CompileCase, tile: tiles.Tile | None = None) -> Launch:
     target = TARGETS[case.target]
     if case.variant in PROJECTOR:
         return record(lambda: projection(LAYERS[case.size]), target, case.arithmetic)[PROJECTOR[case.variant]]
-    options, index = VARIANTS[case.variant]
+    options, which = VARIANTS[case.variant]
     layer = (FOLDED_LAYERS if case.variant == "fold" else LAYERS)[case.size]
     with contextlib.nullcontext() if tile is None else tiles._forced(tile):
         launches = record(lambda: step(layer, case.arithmetic, **options), target, case.arithmetic)
-    return launches[index]
+    if isinstance(which, int):
+        return [launch for launch in launches if launch.kernel.__name__ in _PRODUCTS][which]
+    return next(launch for launch in launches if launch.kernel.__name__ == which)
 
 
 def key(case: CompileCase) -> str:
@@ -349,5 +363,5 @@ def _pipelined(ttgir: str) -> list[bool]:
         end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(opening[1] + "}"))
         body = "\n".join(lines[start + 1 : end])
         if _PRODUCT.search(body) and "scf.for" not in body:
-            found.append("async_copy_global_to_local" in body)
+            found.append(re.search(r"async_(tma_)?copy_global_to_local", body) is not None)
     return found

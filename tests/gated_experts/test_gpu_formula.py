@@ -100,12 +100,15 @@ def test_exact_for_the_gradient_of_a_plain_sum():
 @pytest.mark.parametrize("arithmetic", ["float32", "float16", "bfloat16"], indirect=True)
 @pytest.mark.parametrize("gates", ["token", "sample", "batch"])
 @pytest.mark.parametrize("shape", ["ViT-B/16, four images", "ragged"])
-def test_errors_are_at_most_twice_those_of_the_formula_in_the_same_dtype(shape, arithmetic, gates, backend):
-    """Not for TF32, whose rounding of the operands libraries do in different ways."""
+def test_errors_are_like_those_of_the_formula_in_the_same_dtype(shape, arithmetic, gates, backend):
+    """Twice as large at most, in fp32 four times, where the library sums long products in pieces; not for
+    TF32, whose rounding of the operands libraries do in different ways.
+    """
     problem = make(SHAPES[shape], arithmetic.dtype, gates)
     exact, eager, got = problem.exact(), problem.solve("eager"), problem.solve(backend)
     for name in ("y", "x", "weight", "bias", "A", "B"):  # thousands of elements: no luck in the ratio
-        assert distance(got[name], exact[name]) <= 2 * distance(eager[name], exact[name]), name
+        times = 4 if arithmetic.dtype == torch.float32 else 2
+        assert distance(got[name], exact[name]) <= times * distance(eager[name], exact[name]), name
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])

@@ -278,13 +278,6 @@ def test_folding_leaves_the_base_weight_as_it_is() -> None:
     assert torch.equal(p["weight"], before)
 
 
-@pytest.mark.parametrize("limit", ["_MAX_POOL_ELEMENTS", "_MAX_POOL_EXPERTS"])
-def test_groups_too_large_for_one_program_are_pooled_before(limit: str) -> None:
-    with mock.patch.object(gated_experts, limit, 2):
-        accurate(problem(), reduce="sample")
-        accurate(problem((3, 6)), reduce="sample", mask=random_mask(3, 6))
-
-
 def test_rows_may_be_further_apart_than_32_bits_count(tmp_path: Path) -> None:
     # x lies in a sparse file, which takes no memory and next to no disk; 2³¹ + 64 elements of fp16.
     stride = 2**30 + 32
@@ -299,16 +292,17 @@ def test_rows_may_be_further_apart_than_32_bits_count(tmp_path: Path) -> None:
     # The interpreter copies arguments back from where they were computed, here onto themselves: the whole
     # file.
     with mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", autospec=True):
-        result = gated_experts.shrink(far[0], p["A"], p["gate_weight"], p["gate_bias"], None, None, 1, False)
-        y = gated_experts.expand(far[0], p["weight"], p["bias"], result[0], p["B"].mT, result[1], 1, False)
-        u, _ = gated_experts.upstream(far[0], p["A"].mT, result[0], result[1], 1, False)
-    right = gated_experts.shrink(near[0], p["A"], p["gate_weight"], p["gate_bias"], None, None, 1, False)
-    assert torch.equal(result[0], right[0])
-    assert torch.equal(result[1], right[1])
-    assert torch.equal(u, right[0])
-    assert torch.equal(
-        y, gated_experts.expand(near[0], p["weight"], p["bias"], *right[:1], p["B"].mT, right[1], 1, False)
-    )
+        got = _every_launch(far[0], p)
+    assert all(torch.equal(one, right) for one, right in zip(got, _every_launch(near[0], p), strict=True))
+
+
+def _every_launch(x: Tensor, p: dict[str, Tensor]) -> list[Tensor]:
+    z, _ = gated_experts.gates(x, p["gate_weight"], p["gate_bias"], None, 1)
+    of_samples, _ = gated_experts.gates(x, p["gate_weight"], p["gate_bias"], None, len(x))
+    hidden, gated = gated_experts.shrink(x, p["A"], z, 1, False)
+    y = gated_experts.expand(x, p["weight"], p["bias"], hidden, gated, p["B"].mT, z, 1, False)
+    u, dz = gated_experts.upstream(x, p["A"].mT, hidden, z, 1, False)
+    return [z, of_samples, hidden, gated, y, u, dz]
 
 
 @pytest.mark.parametrize("dim", [-1, -2])

@@ -15,33 +15,27 @@ from mutants import Mutation, applied
 
 pytestmark = pytest.mark.interpret
 
-KERNELS, FOLD, OPS = (
+KERNELS, GATES, PARTS, DESCRIPTORS, FOLD, OPS = (
     "mingle.kernels.gated_experts.triton",
+    "mingle.kernels.gated_experts.gates",
+    "mingle.kernels.gated_experts.parts",
+    "mingle.kernels.gated_experts.descriptors",
     "mingle.kernels.gated_experts.fold",
     "mingle.ops.common",
 )
 
 MUTATIONS = {
-    "the last expert dropped": Mutation(
-        KERNELS,
-        "for step in range(T * CHUNKS):",
-        "for step in range((T - 1) * CHUNKS):",
-        "linear gates of tokens",
+    "the last ranks dropped": Mutation(
+        KERNELS, "first, last = 0, R\n", "first, last = 0, R - r\n", "linear gates of tokens"
     ),
-    "the last expert dropped in half precision": Mutation(
-        KERNELS,
-        "for step in range(T * CHUNKS):",
-        "for step in range((T - 1) * CHUNKS):",
-        "experts alone in fp16",
+    "the last ranks dropped in half precision": Mutation(
+        KERNELS, "first, last = 0, R\n", "first, last = 0, R - r\n", "experts alone in fp16"
     ),
     "the last expert not folded": Mutation(
         FOLD, "for step in range(T * CHUNKS):", "for step in range((T - 1) * CHUNKS):", "fold"
     ),
-    "a rank lost going up": Mutation(
-        KERNELS,
-        "mask=row_in[:, None] & (j < r)[None, :]",
-        "mask=row_in[:, None] & (j < r - 1)[None, :]",
-        "linear gates of tokens",
+    "a rank of the neighbour going up": Mutation(
+        KERNELS, "(j % r) * stride_ur", "tl.minimum(j % r, r - 2) * stride_ur", "linear gates of tokens"
     ),
     "a rank lost going down": Mutation(
         KERNELS,
@@ -52,23 +46,62 @@ MUTATIONS = {
     "a rank lost in the fold": Mutation(
         FOLD, "mask=(j < r)[:, None] & column_ok", "mask=(j < r - 1)[:, None] & column_ok", "fold"
     ),
+    "a part of an inner product lost going down": Mutation(
+        KERNELS,
+        "first, last = split * part, min((split + 1) * part, K)",
+        "first, last = split * part, min((split + 1) * part, K - 1)",
+        "parts of inner products",
+    ),
+    "a part of an inner product lost going up": Mutation(
+        KERNELS,
+        "max(split * part - K, 0), min((split + 1) * part - K, R)",
+        "max(split * part - K, 0), min((split + 1) * part - K, R - 1)",
+        "parts of inner products",
+    ),
+    "a part of H not added up": Mutation(
+        KERNELS,
+        "acc += tl.load(parts_ptr + tl.cast(split, tl.int64) * N * R",
+        "acc = tl.load(parts_ptr + tl.cast(split, tl.int64) * N * R",
+        "parts of inner products",
+    ),
+    "a part of y not added up": Mutation(
+        KERNELS,
+        "acc += tl.load(parts_ptr + tl.cast(split, tl.int64) * N * O",
+        "acc = tl.load(parts_ptr + tl.cast(split, tl.int64) * N * O",
+        "parts of inner products",
+    ),
+    "H of another group gated": Mutation(
+        KERNELS,
+        "    groups = (rows // group).to(tl.int64)\n    z = tl.load(",
+        "    groups = (rows // (group + 1)).to(tl.int64)\n    z = tl.load(",
+        "parts of inner products",
+    ),
     "only the last ranks in the gradient of a gate": Mutation(
         KERNELS, "dz += tl.sum(acc", "dz = tl.sum(acc", "linear gates of samples"
     ),
-    "1 % too much gate bias for tokens": Mutation(
-        KERNELS,
+    "1 % too much gate bias for many tokens": Mutation(
+        GATES,
         "acc += tl.load(beta_ptr + experts, mask=experts < T, other=0.0)",
         "acc += 1.01 * tl.load(beta_ptr + experts, mask=experts < T, other=0.0)",
-        "linear gates of tokens",
+        "gates of many tokens",
     ),
-    "1 % too much gate bias for samples": Mutation(
-        KERNELS,
+    "a piece of a gate's weight lost": Mutation(
+        GATES, "for _ in tl.static_range(3):", "for _ in tl.static_range(1):", "gates of many tokens"
+    ),
+    "1 % too much gate bias": Mutation(
+        GATES,
         "z += tl.load(beta_ptr + experts, mask=experts < T, other=0.0)",
         "z += 1.01 * tl.load(beta_ptr + experts, mask=experts < T, other=0.0)",
         "linear gates of samples",
     ),
+    "a part of a group not pooled": Mutation(
+        GATES,
+        "ok = (several < parts)[:, None]",
+        "ok = (several < parts - 1)[:, None]",
+        "large groups",
+    ),
     "no gradient of x through the gates": Mutation(
-        KERNELS, "    if HAS_SHARE:", "    if False:", "linear gates of tokens"
+        PARTS, "    if HAS_SHARE:", "    if False:", "linear gates of tokens"
     ),
     "the gradient of a gate not divided among its tokens": Mutation(
         OPS, "return dz / group", "return dz", "linear gates of samples"
@@ -80,54 +113,60 @@ MUTATIONS = {
         "masked samples",
     ),
     "the gradient of a gate given to padding": Mutation(
-        KERNELS,
+        PARTS,
         "counted = counted & (tl.load(mask_ptr + rows, mask=rows < N, other=0) != 0)[:, None]",
         "pass",
         "masked samples",
     ),
     "gates of the neighbouring group": Mutation(
         KERNELS,
-        "groups = (rows // group).to(tl.int64)",
-        "groups = tl.maximum(rows // group - 1, 0).to(tl.int64)",
+        "    groups = (rows // group).to(tl.int64)\n    first, last",
+        "    groups = tl.maximum(rows // group - 1, 0).to(tl.int64)\n    first, last",
+        "linear gates of samples",
+    ),
+    "gates of the neighbouring group going back": Mutation(
+        KERNELS,
+        "z_ptr + (rows // group).to(tl.int64) * stride_zg + expert",
+        "z_ptr + tl.maximum(rows // group - 1, 0).to(tl.int64) * stride_zg + expert",
         "linear gates of samples",
     ),
     "gates of the neighbouring expert in the fold": Mutation(
         FOLD, "tl.load(g_ptr + expert)", "tl.load(g_ptr + (expert ^ 1) % T)", "fold"
     ),
     "padding in the mean": Mutation(
-        KERNELS,
+        GATES,
         "valid = valid & (tl.load(mask_ptr + start + tokens, mask=valid, other=0) != 0)",
         "pass",
         "masked samples",
     ),
     "padding counted in the mean": Mutation(
-        KERNELS,
-        "(tl.load(mask_ptr + start + tokens, mask=tokens < group, other=0) != 0).to(tl.float32), 0",
-        "(tokens < group).to(tl.float32), 0",
+        GATES,
+        "size += tl.sum(valid.to(tl.float32), 0)",
+        "size += tl.sum((tokens < group).to(tl.float32), 0)",
         "masked samples",
     ),
     "a mask read past its group": Mutation(
-        KERNELS,
-        "(tl.load(mask_ptr + start + tokens, mask=tokens < group, other=0) != 0).to(tl.float32), 0",
-        "(tl.load(mask_ptr + start + tokens) != 0).to(tl.float32), 0",
-        "guard bands of shrink-masked",
+        GATES,
+        "tl.load(mask_ptr + place * group + tokens, mask=tokens < group, other=0)",
+        "tl.load(mask_ptr + place * group + tokens)",
+        "guard bands of gates-masked",
     ),
-    "columns of x unmasked going down": Mutation(
+    "columns of x unmasked": Mutation(
         KERNELS,
-        "mask=(rows < N)[:, None] & (k < K)[None, :], other=0.0)\n            a =",
-        "mask=(rows < N)[:, None], other=0.0)\n            a =",
-        "guard bands of shrink-given",
+        "mask=row_ok & (k < last)[None, :], other=0.0",
+        "mask=row_ok, other=0.0",
+        "guard bands of shrink",
     ),
     "columns of x unmasked in the base": Mutation(
         KERNELS,
-        "x = tl.load(x_rows + k[None, :] * stride_xk, mask=row_ok & (k < K)[None, :], other=0.0)",
-        "x = tl.load(x_rows + k[None, :] * stride_xk, mask=row_ok, other=0.0)",
+        "mask=row_ok & (k < last)[None, :], other=0.0",
+        "mask=row_ok, other=0.0",
         "guard bands of expand",
     ),
     "rows of the output unmasked": Mutation(
         KERNELS,
-        "acc.to(y_ptr.dtype.element_ty),\n        mask=row_ok & column_ok",
-        "acc.to(y_ptr.dtype.element_ty),\n        mask=column_ok",
+        "acc.to(y_ptr.dtype.element_ty), mask=row_ok & column_ok",
+        "acc.to(y_ptr.dtype.element_ty), mask=column_ok",
         "guard bands of expand",
     ),
     "columns of the folded weight unmasked": Mutation(
@@ -137,38 +176,64 @@ MUTATIONS = {
         "guard bands of fold",
     ),
     "tiles never computed": Mutation(
-        KERNELS, "rows = min(row_tiles - first, BAND)", "rows = BAND", "guard bands of expand"
+        PARTS, "rows = min(row_tiles - first, BAND)", "rows = BAND", "guard bands of expand"
     ),
     "the base accumulated in half precision": Mutation(
         KERNELS,
-        "acc = tl.dot(x, w, acc, input_precision=PRECISION)",
-        "acc = tl.dot(x, w, acc, input_precision=PRECISION).to(x.dtype).to(tl.float32)",
+        "acc = tl.dot(a, b, acc, input_precision=PRECISION)",
+        "acc = tl.dot(a, b, acc, input_precision=PRECISION).to(a.dtype).to(tl.float32)",
         "a cancelling sum in fp16",
     ),
     "an expert too many skipped": Mutation(
         KERNELS,
-        "for _ in range(tl.sum(used, 0).to(tl.int32)):",
-        "for _ in range(tl.maximum(tl.sum(used, 0) - 1, 0).to(tl.int32)):",
+        "for step in range(tl.sum(used, 0).to(tl.int32) * CHUNKS):",
+        "for step in range(tl.maximum(tl.sum(used, 0) - 1, 0).to(tl.int32) * CHUNKS):",
         "one expert per sample",
+    ),
+    "the first ranks of an active expert alone": Mutation(
+        KERNELS,
+        "j = (step % CHUNKS) * BLOCK_R",
+        "j = (step % 1) * BLOCK_R",
+        "one expert of many ranks",
     ),
     "a word of gates too many skipped": Mutation(
         KERNELS,
-        "for first in range(0, T, 32):",
-        "for first in range(0, T // 32 * 32, 32):",
+        "for word in range(0, T, 32):",
+        "for word in range(0, T // 32 * 32, 32):",
         "one expert per sample",
     ),
     "tiles of H skipped that have an active expert": Mutation(
         KERNELS,
-        "column_tile * BLOCK_C // r, last // r, 16",
-        "column_tile * BLOCK_C // r, last // r - 1, 16",
+        "column_tile * BLOCK_C // r, end // r, 16",
+        "column_tile * BLOCK_C // r, end // r - 1, 16",
         "one expert per sample",
     ),
-    "u gated twice": Mutation(
+    "u not gated": Mutation(
         KERNELS,
+        "(acc * z).to(u_ptr.dtype.element_ty)",
         "acc.to(u_ptr.dtype.element_ty)",
-        "(acc * tl.load(z_ptr + (rows // group) * T + expert, mask=rows < N, other=0.0)[:, None])"
-        ".to(u_ptr.dtype.element_ty)",
         "linear gates of samples",
+    ),
+    "H gated by the neighbouring expert under descriptors": Mutation(
+        DESCRIPTORS, "experts = column // RANK + tl", "experts = 0 * column // RANK + tl", "descriptors"
+    ),
+    "H gated by the neighbouring expert at odd ranks": Mutation(
+        DESCRIPTORS,
+        "(columns // RANK)[None, :]",
+        "((columns + 1) // RANK)[None, :]",
+        "descriptors at odd ranks",
+    ),
+    "a gate's gradient without its tile's other experts": Mutation(
+        DESCRIPTORS,
+        "tl.sum(each * h, 2)",
+        "tl.sum(tl.sum(each * h, 2), 1, keep_dims=True) + 0 * z",
+        "descriptors",
+    ),
+    "tiles of the next round never computed": Mutation(
+        DESCRIPTORS,
+        "for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs):",
+        "for tile in tl.range(tl.program_id(0), programs, programs):",
+        "descriptors",
     ),
 }
 

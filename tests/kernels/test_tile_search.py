@@ -32,7 +32,7 @@ FOUND, SHIPPED = Tile(32, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2)
 
 def test_the_rule_serves_what_nobody_measured(monkeypatch):
     on(monkeypatch, H100)
-    assert tiles.choose(*LAUNCH) == tiles.rule("expand", H100, "bfloat16", 1024, 3072)
+    assert tiles.choose(*LAUNCH) == tiles.rule("expand", H100, "bfloat16", 1024, 3072, 768)
 
 
 def test_a_committed_tile_comes_before_the_rule_and_a_found_one_before_it(monkeypatch):
@@ -60,7 +60,9 @@ def test_a_measured_tile_holds_for_its_own_launch_only(monkeypatch):
     ):
         assert tiles.choose(*other) != SHIPPED
     for strain in ("special", "ragged"):
-        assert tiles.choose(*LAUNCH, strain) == tiles.rule("expand", H100, "bfloat16", 1024, 3072, strain)
+        assert tiles.choose(*LAUNCH, strain) == tiles.rule(
+            "expand", H100, "bfloat16", 1024, 3072, 768, strain
+        )
     on(monkeypatch, CHIPS["A100"])
     assert tiles.choose(*LAUNCH) != SHIPPED
 
@@ -88,7 +90,7 @@ def test_search_keeps_the_fastest_for_this_user_and_chip(monkeypatch, tmp_path):
     on(monkeypatch, H100)
     launch, time, seen = timer(lambda tile: 1.0 if tile == FOUND else 2.0)
     assert tiles.choose(*LAUNCH) != FOUND
-    assert tiles.search(*LAUNCH, launch, time, TRIED) == FOUND
+    assert tiles.search(*LAUNCH[:2], launch, time, TRIED) == FOUND
     assert seen == TRIED
     assert tiles.choose(*LAUNCH) == FOUND
     assert tiles.choose("expand", X, 513, 3072, 768) == FOUND  # the same bucket
@@ -117,7 +119,7 @@ def test_search_passes_over_tiles_that_cannot_be_launched(error, monkeypatch):
         return float(area(tile))
 
     launch, time, seen = timer(seconds)
-    assert tiles.search(*LAUNCH, launch, time, TRIED) == TRIED[2]
+    assert tiles.search(*LAUNCH[:2], launch, time, TRIED) == TRIED[2]
     assert seen == TRIED
 
 
@@ -130,7 +132,7 @@ def test_search_that_launches_nothing_leaves_everything_as_it_was(monkeypatch, t
 
     launch, time, _ = timer(seconds)
     with pytest.raises(RuntimeError, match="expand: no tile could be launched on NVIDIA H100"):
-        tiles.search(*LAUNCH, launch, time, TRIED)
+        tiles.search(*LAUNCH[:2], launch, time, TRIED)
     assert tiles.choose(*LAUNCH) == before
     assert not any(tmp_path.iterdir())
 
@@ -144,7 +146,7 @@ def test_an_error_of_the_launch_ends_the_search_and_its_tile(monkeypatch):
 
     launch, time, _ = timer(seconds)
     with pytest.raises(ValueError, match="x has shape"):
-        tiles.search(*LAUNCH, launch, time, TRIED)
+        tiles.search(*LAUNCH[:2], launch, time, TRIED)
     assert tiles.choose(*LAUNCH) == before
 
 
@@ -158,12 +160,14 @@ def test_candidates_can_be_launched_and_hold_the_rules_tiles(chip, arithmetic, k
     assert all(tiles._fits(kernel, CHIPS[chip], tile) for tile in tried)
     sizes = {(tile.rows, tile.columns) for tile in tried}
     for rows in (16, 1024, 1 << 17):
-        tile = tiles.rule(kernel, CHIPS[chip], arithmetic, rows, 768)
+        tile = tiles.rule(kernel, CHIPS[chip], arithmetic, rows, 768, 768)
         assert (tile.rows, tile.columns) in sizes
 
 
 def test_search_tries_the_candidates_unless_told_otherwise(monkeypatch):
     on(monkeypatch, H100)
     launch, time, seen = timer(lambda tile: float(area(tile)))
-    tiles.search(*LAUNCH, launch, time)
-    assert seen == tiles.candidates("expand", H100, "bfloat16")
+    tiles.search(*LAUNCH[:2], launch, time)
+    tried = tiles.candidates("expand", H100, "bfloat16")
+    assert any(tile.splits > 1 for tile in tried) and any(tile.described for tile in tried)
+    assert seen == [tile._replace(splits=1, described=False) for tile in tried]  # all this launch can have

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-from chips import CHIPS, ITEMSIZE, KERNELS, area, stage_bytes
+from chips import CHIPS, H100, ITEMSIZE, KERNELS, area, stage_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mingle.kernels import tiles
-from mingle.kernels.tiles import Tile
 
 pytestmark = pytest.mark.usefixtures("own_tiles")
 
 STRAINS = ("plain", "special", "ragged")
+FORMS = [strain + may for strain in STRAINS for may in ("", " splits", " described", " splits described")]
 
 launches = given(
     kernel=st.sampled_from(KERNELS),
@@ -26,12 +25,9 @@ launches = given(
     arithmetic=st.sampled_from(sorted(ITEMSIZE)),
     rows=st.integers(1, 1 << 20).map(tiles.bucket),
     columns=st.integers(1, 20_000),
-    strain=st.sampled_from(STRAINS),
+    depth=st.integers(1, 20_000),
+    form=st.sampled_from(FORMS),
 )
-
-
-def programs(tile: Tile, rows: int, columns: int) -> int:
-    return math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns)
 
 
 @given(st.integers(1, 1 << 31))
@@ -45,9 +41,9 @@ def test_buckets_are_the_next_power_of_two_from_sixteen_on(tokens):
 @settings(deadline=None, derandomize=True)
 @launches
 def test_tiles_are_powers_of_two_that_a_matrix_instruction_takes(
-    kernel, chip, arithmetic, rows, columns, strain
+    kernel, chip, arithmetic, rows, columns, depth, form
 ):
-    tile = tiles.rule(kernel, chip, arithmetic, rows, columns, strain)
+    tile = tiles.rule(kernel, chip, arithmetic, rows, columns, depth, form)
     assert all(size >= 16 and size & (size - 1) == 0 for size in tile[:3])
     assert tile.warps in (4, 8)
     assert tile.stages >= 2
@@ -55,73 +51,72 @@ def test_tiles_are_powers_of_two_that_a_matrix_instruction_takes(
 
 @settings(deadline=None, derandomize=True)
 @launches
-def test_all_stages_fit_in_shared_memory(kernel, chip, arithmetic, rows, columns, strain):
-    tile = tiles.rule(kernel, chip, arithmetic, rows, columns, strain)
+def test_all_stages_fit_in_shared_memory(kernel, chip, arithmetic, rows, columns, depth, form):
+    tile = tiles.rule(kernel, chip, arithmetic, rows, columns, depth, form)
     assert tile.stages * stage_bytes(tile, arithmetic) <= chip.shared_memory
 
 
 @settings(deadline=None, derandomize=True)
 @launches
-def test_the_grid_fills_the_chip_where_a_tile_can(kernel, chip, arithmetic, rows, columns, strain):
-    tile = tiles.rule(kernel, chip, arithmetic, rows, columns, strain)
-    enough = 0.9 * chip.multiprocessors
-    widest = max(32, 1 << (columns - 1).bit_length())
-    allowed = [
-        other
-        for other in tiles._tiles(arithmetic, strain)
-        if tiles._fits(kernel, chip, other) and other.rows <= rows and other.columns <= widest
-    ]
-    if any(programs(other, rows, columns) >= enough for other in allowed):
-        assert programs(tile, rows, columns) >= enough
-        assert all(
-            programs(other, rows, columns) < enough for other in allowed if area(other) > area(tile)
-        ), "a larger tile would do"
-    else:
-        assert area(tile) == min(map(area, allowed))
+def test_parts_and_descriptors_only_where_they_may_be(kernel, chip, arithmetic, rows, columns, depth, form):
+    tile = tiles.rule(kernel, chip, arithmetic, rows, columns, depth, form)
+    if tile.splits > 1:
+        assert "splits" in form and not tile.described
+        splits, part = tiles.shares(depth, tile)
+        assert part % tile.depth == 0 and (splits - 1) * part < depth <= splits * part
+    if tile.described:
+        assert "described" in form and chip.kind == "cuda" and chip.capability >= 90
 
 
 @settings(deadline=None, derandomize=True)
 @launches
-def test_more_tokens_never_get_a_smaller_tile(kernel, chip, arithmetic, rows, columns, strain):
-    few, many = (tiles.rule(kernel, chip, arithmetic, tokens, columns, strain) for tokens in (rows, 2 * rows))
-    assert area(few) <= area(many)
+def test_more_tokens_are_never_held_for_faster(kernel, chip, arithmetic, rows, columns, depth, form):
+    few, many = (
+        tiles.seconds(
+            tiles.rule(kernel, chip, arithmetic, tokens, columns, depth, form),
+            chip, arithmetic, tokens, columns, depth,
+        )
+        for tokens in (rows, 2 * rows)
+    )  # fmt: skip
+    assert 0 < few <= many * 1.01 + 1e-6  # the rule compares tiles with as many stages as they would like
 
 
 @settings(deadline=None, derandomize=True)
 @launches
-def test_a_launch_that_strains_the_registers_never_gets_a_larger_tile(
-    kernel, chip, arithmetic, rows, columns, strain
+def test_a_launch_that_strains_the_registers_gets_no_tile_that_is_too_large_for_it(
+    kernel, chip, arithmetic, rows, columns, depth, form
 ):
-    strained, plain = (
-        tiles.rule(kernel, chip, arithmetic, rows, columns, which) for which in (strain, "plain")
-    )
-    assert area(strained) <= area(plain)
+    strain = form.split()[0]
+    tile = tiles.rule(kernel, chip, arithmetic, rows, columns, depth, form)
+    assert tile.described or area(tile) <= max(area(other) for other in tiles._tiles(arithmetic, strain))
 
 
-@pytest.mark.parametrize("chip", [chip for chip in CHIPS if chip != "RTX 5090"])
-@pytest.mark.parametrize("arithmetic", ITEMSIZE)
-def test_the_published_cases_get_tiles_of_their_size(chip, arithmetic):
-    large, small = (
-        tiles.rule("expand", CHIPS[chip], arithmetic, tiles.bucket(tokens), 768) for tokens in (25216, 50)
-    )
-    assert area(large) == max(
-        area(tile) for tile in tiles._tiles(arithmetic) if tiles._fits("expand", CHIPS[chip], tile)
-    )
-    assert (small.rows, small.columns) == (16, 32)
+def test_the_published_cases_get_what_was_fastest_on_an_h100():
+    """Large products by descriptors in the largest tile, small ones in parts (bench/results)."""
+    form = "plain splits described"
+
+    def tile(kernel, tokens, columns, depth):
+        return tiles.rule(kernel, H100, "bfloat16", tiles.bucket(tokens), columns, depth, form)
+
+    for kernel, sizes in {"shrink": (25216, 1280, 768), "expand": (25216, 768, 2048)}.items():
+        assert (tile(kernel, *sizes).described, area(tile(kernel, *sizes))) == (True, 128 * 256)
+    assert tile("expand", 800, 3072, 1280).described
+    assert tile("expand", 50, 768, 2048).splits > 1 and tile("expand", 1, 4096, 4608).splits > 1
+    assert tile("shrink", 800, 512, 768).splits == 1 and area(tile("shrink", 800, 512, 768)) == 64 * 64
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_largest_tile_goes_only_where_registers_hold_it(chip):
     """128 × 256 takes Hopper's wgmma or the tensor memory of B200s, and no fold: elsewhere it spills."""
     for kernel, arithmetic in product(KERNELS, ITEMSIZE):
-        tile = tiles.rule(kernel, CHIPS[chip], arithmetic, 1 << 17, 3072)
+        tile = tiles.rule(kernel, CHIPS[chip], arithmetic, 1 << 17, 3072, 768)
         possible = chip in ("H100", "B200") and kernel != "fold" and arithmetic in ("float16", "bfloat16")
         assert (area(tile) == 128 * 256) == possible, (kernel, arithmetic)
 
 
 @pytest.mark.parametrize("arithmetic", ITEMSIZE)
 def test_the_interpreter_gets_tiles_that_small_tensors_span_several_of(arithmetic):
-    tile = tiles.rule("expand", tiles.INTERPRETER, arithmetic, 1 << 20, 1 << 20)
+    tile = tiles.rule("expand", tiles.INTERPRETER, arithmetic, 1 << 20, 1 << 20, 768)
     assert max(tile[:3]) <= 32
 
 
@@ -146,7 +141,8 @@ def test_ranks_are_taken_in_powers_of_two_from_sixteen_to_the_limit(rank, limit,
 def test_large_launches_that_strain_the_registers_get_smaller_tiles(chip):
     for arithmetic, strain in (("bfloat16", "special"), ("float16", "ragged"), ("tf32", "ragged")):
         strained, plain = (
-            tiles.rule("expand", CHIPS[chip], arithmetic, 1 << 17, 3072, which) for which in (strain, "plain")
+            tiles.rule("expand", CHIPS[chip], arithmetic, 1 << 17, 3072, 768, which)
+            for which in (strain, "plain")
         )
         assert area(strained) < area(plain), (arithmetic, strain)
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from mingle import ops
-from mingle.ops import dispatch
 
 
 @pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._triton_installed.cache_clear()
-    yield
-    dispatch._triton_installed.cache_clear()
 
 
 @pytest.fixture

@@ -31,10 +31,10 @@ def test_folding_pays_where_it_takes_fewer_operations(tokens, d_in, d_out, ranks
 def test_only_tokens_that_all_share_their_gates_are_folded(backend):
     x = torch.empty(1000, 768)
     for group, fold in ((1000, True), (500, False), (1, False)):
-        assert dispatch.plan(backend, x, group, 768, 512) == ("grouped", fold)
-    assert dispatch.plan(backend, x[:384], 384, 768, 512) == ("grouped", False)
-    assert dispatch.plan(backend, x[:385], 385, 768, 512) == ("grouped", True)
-    assert dispatch.plan(backend, x[:0], 1, 768, 512) == ("grouped", False)
+        assert dispatch.plan(backend, x, group, 768) == ("grouped", fold)
+    assert dispatch.plan(backend, x[:384], 384, 768) == ("grouped", False)
+    assert dispatch.plan(backend, x[:385], 385, 768) == ("grouped", True)
+    assert dispatch.plan(backend, x[:0], 1, 768) == ("grouped", False)
 
 
 @pytest.mark.parametrize("backend", ["auto", "grouped"])

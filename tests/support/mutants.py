@@ -47,7 +47,8 @@ def applied(mutation: Mutation, folder: Path) -> Iterator[None]:
     replaced = {
         id(value): getattr(mutant, name)
         for name, value in vars(original).items()
-        if getattr(value, "__module__", None) == mutation.module
+        # Triton's kernels wrap a function
+        if getattr(getattr(value, "fn", value), "__module__", None) == mutation.module
     }
     replaced[id(original)] = mutant
     undo = []

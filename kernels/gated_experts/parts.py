@@ -1,0 +1,53 @@
+"""What the Triton kernels of the gated sum of experts share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def swizzled(pid, row_tiles, column_tiles, BAND: tl.constexpr):
+    """Tile (row, column) of program `pid`.
+
+    Programs that run together work on bands of BAND row tiles, and so share operands in L2.
+    """
+    per_band = BAND * column_tiles
+    first = (pid // per_band) * BAND
+    rows = min(row_tiles - first, BAND)
+    return first + (pid % per_band) % rows, (pid % per_band) // rows
+
+
+@triton.jit
+def finish(
+    acc, rows, columns,
+    bias_ptr,  # [O]
+    share_ptr,  # [G, T] fp32
+    gate_ptr, stride_gt, stride_go,  # [T, O]
+    mask_ptr,  # [N] bool
+    N, O, T, group,
+    HAS_BIAS: tl.constexpr, HAS_SHARE: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc [+ share · gate of the tokens that count] [+ bias]."""
+    if HAS_SHARE:
+        counted = (rows < N)[:, None]
+        if HAS_MASK:
+            counted = counted & (tl.load(mask_ptr + rows, mask=rows < N, other=0) != 0)[:, None]
+        groups = (rows // group).to(tl.int64)
+        for first in range(0, T, 16):
+            experts = first + tl.arange(0, 16)
+            share = tl.load(
+                share_ptr + groups[:, None] * T + experts[None, :],
+                mask=counted & (experts < T)[None, :],
+                other=0.0,
+            )
+            gate = tl.load(
+                gate_ptr + experts[:, None] * stride_gt + columns[None, :] * stride_go,
+                mask=(experts < T)[:, None] & (columns < O)[None, :],
+                other=0.0,
+            )
+            # [rows, 16] @ [16, columns]
+            acc = tl.dot(share.to(gate.dtype), gate, acc, input_precision=PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + columns, mask=columns < O, other=0.0).to(tl.float32)[None, :]
+    return acc
