@@ -149,6 +149,24 @@ def choose(
     return tile._replace(splits=tile.splits if splits else 1, described=tile.described and described)
 
 
+def listed(kernel: str, x: torch.Tensor, tokens: int, columns: int, strain: str = "plain") -> Tile:
+    """The tile of a launch that passes over zero gates.
+
+    Its rows depend on the number of tokens alone: for all kernels that see one list of active experts.
+    """
+    own = chip(x.device)
+    if own.kind == "interpreter":
+        return Tile(16, 32 if kernel == "expand" else rank_block(columns, 16), 16, 4, 1)
+    rows = 128 if tokens >= 64 * own.multiprocessors else 64 if tokens >= 512 else 16
+    arithmetic = _arithmetic(x)
+    rows = min(rows, max(tile.rows for tile in _tiles(arithmetic, strain)))
+    tile = next(tile for tile in _tiles(arithmetic, strain) if tile.rows == rows and _fits(kernel, own, tile))
+    if kernel == "shrink":
+        tile = tile._replace(columns=rank_block(columns, 64))
+    stages = 2 if own.kind == "hip" else min(tile.stages, own.shared_memory // _stage_bytes(tile, arithmetic))
+    return tile._replace(depth=32 if own.kind == "hip" else tile.depth, stages=max(2, stages))
+
+
 def shares(depth: int, tile: Tile) -> tuple[int, int]:
     """How many programs share inner products of length `depth`, and how much each takes, in whole steps."""
     part = math.ceil(depth / tile.splits / tile.depth) * tile.depth

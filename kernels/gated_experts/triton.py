@@ -27,18 +27,6 @@ __all__ = ["expand", "gates", "shrink", "upstream"]
 
 
 @triton.jit
-def _any_active(z_ptr, stride_zg, groups, row_ok, first, last, BLOCK_E: tl.constexpr):
-    """Whether a gate of experts first … last is non-zero for any of the rows."""
-    flag = 0
-    for start in range(first, last + 1, BLOCK_E):
-        experts = start + tl.arange(0, BLOCK_E)
-        ok = row_ok[:, None] & (experts <= last)[None, :]
-        z = tl.load(z_ptr + groups[:, None] * stride_zg + experts[None, :], mask=ok, other=0.0)
-        flag += tl.sum(tl.sum((z != 0).to(tl.int32), 1), 0)
-    return flag > 0
-
-
-@triton.jit
 def _add_product(
     acc, left, stride_lk, right, stride_rk, row_ok, column_ok, first, last,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -65,7 +53,7 @@ def shrink_kernel(
     h_ptr,  # [N, T·r]; written where KEEP
     gated_ptr,  # [N, T·r]; fp32 [splits, N, T·r] where SPLIT
     N, K, T, r, group, part,
-    KEEP: tl.constexpr, SKIP: tl.constexpr, SPLIT: tl.constexpr,
+    KEEP: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """H = x A_catᵀ and z ⊙ H; with SPLIT, H over `part` of the K columns of x."""
@@ -83,10 +71,6 @@ def shrink_kernel(
     first, last = 0, K
     if SPLIT:
         first, last = split * part, min((split + 1) * part, K)
-    if SKIP:
-        end = min((column_tile + 1) * BLOCK_C, R) - 1
-        active = _any_active(z_ptr, stride_zg, groups, rows < N, column_tile * BLOCK_C // r, end // r, 16)
-        last = tl.where(active, last, first)  # a bound, not a branch: the loop stays pipelined
     a_columns = a_ptr + ((columns // r).to(tl.int64) * stride_at + (columns % r) * stride_ar)[None, :]
     acc = _add_product(
         tl.zeros([BLOCK_N, BLOCK_C], tl.float32),
@@ -135,7 +119,7 @@ def expand_kernel(
     bias_ptr,  # [O]
     h_ptr, stride_hn,  # z ⊙ H [N, T·r], columns contiguous
     up_ptr, stride_ut, stride_ur, stride_uo,  # [T, r, O]
-    z_ptr, stride_zg,  # [G, T] fp32, read where SKIP
+    experts_ptr, count_ptr,  # int32, what `listed` returns; read where SKIP
     share_ptr,  # [G, T] fp32: the gate gradient's share of one token
     gate_ptr, stride_gt, stride_go,  # [T, O] gate weights
     mask_ptr,  # [N] bool
@@ -159,7 +143,6 @@ def expand_kernel(
     columns = column_tile * BLOCK_O + tl.arange(0, BLOCK_O)
     row_ok, column_ok = (rows < N)[:, None], (columns < O)[None, :]
     long_rows = rows.to(tl.int64)[:, None]
-    groups = (rows // group).to(tl.int64)
     R = T * r
     first, last = 0, K
     if SPLIT:
@@ -173,29 +156,16 @@ def expand_kernel(
     h_rows = h_ptr + long_rows * stride_hn
     up_columns = up_ptr + columns[None, :] * stride_uo
     if SKIP:
-        # Thirty-two gates at a time as the bits of one word: the loop visits the set ones only.
-        z_rows = z_ptr + groups * stride_zg
-        for word in range(0, T, 32):
-            lanes = tl.arange(0, 32)
-            tile = tl.load(
-                z_rows[:, None] + (word + lanes)[None, :],
-                mask=row_ok & (word + lanes < T)[None, :],
+        for step in range(tl.load(count_ptr + row_tile) * CHUNKS):
+            expert = tl.load(experts_ptr + row_tile * T + step // CHUNKS)
+            j = (step % CHUNKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+            h = tl.load(h_rows + (expert * r + j)[None, :], mask=row_ok & (j < r)[None, :], other=0.0)
+            up = tl.load(
+                up_columns + expert.to(tl.int64) * stride_ut + j[:, None] * stride_ur,
+                mask=column_ok & (j < r)[:, None],
                 other=0.0,
             )
-            used = tl.max((tile != 0).to(tl.int32), 0).to(tl.int64)  # [32]
-            bits = tl.sum(used << lanes.to(tl.int64), 0)
-            for step in range(tl.sum(used, 0).to(tl.int32) * CHUNKS):
-                lowest = bits & -bits
-                expert = word + (tl.log2(lowest.to(tl.float32)) + 0.5).to(tl.int32)
-                j = (step % CHUNKS) * BLOCK_R + tl.arange(0, BLOCK_R)
-                h = tl.load(h_rows + (expert * r + j)[None, :], mask=row_ok & (j < r)[None, :], other=0.0)
-                up = tl.load(
-                    up_columns + tl.cast(expert, tl.int64) * stride_ut + j[:, None] * stride_ur,
-                    mask=column_ok & (j < r)[:, None],
-                    other=0.0,
-                )
-                acc = tl.dot(h, up, acc, input_precision=PRECISION)  # [BLOCK_N, BLOCK_R] @ [BLOCK_R, BLOCK_O]
-                bits = tl.where(step % CHUNKS == CHUNKS - 1, bits ^ lowest, bits)
+            acc = tl.dot(h, up, acc, input_precision=PRECISION)  # [BLOCK_N, BLOCK_R] @ [BLOCK_R, BLOCK_O]
     else:
         first, last = 0, R
         if SPLIT:
@@ -252,12 +222,12 @@ def add_parts_kernel(
 def upstream_kernel(
     dy_ptr, stride_dn, stride_do,  # [N, O]
     b_ptr, stride_bt, stride_bo, stride_br,  # [T, O, r]
-    h_ptr, stride_hn,  # [N, T·r], columns contiguous; not read where SKIP
+    h_ptr, stride_hn,  # [N, T·r], columns contiguous
     z_ptr, stride_zg,  # [G, T] fp32
     u_ptr,  # [N, T·r], written where KEEP
-    dz_ptr,  # [N, T] fp32, not written where SKIP
+    dz_ptr,  # [N, T] fp32
     N, O, T, r, group,
-    KEEP: tl.constexpr, SKIP: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z ⊙ u with u = dy B_i of one expert and, before u is rounded, the sums over its columns of u ⊙ H."""
@@ -267,31 +237,116 @@ def upstream_kernel(
     long_rows = rows.to(tl.int64)
     z_rows = z_ptr + (rows // group).to(tl.int64) * stride_zg + expert
     z = tl.load(z_rows, mask=rows < N, other=0.0)[:, None]
-    end = O
-    if SKIP:
-        end = tl.where(tl.sum((z != 0).to(tl.int32)) > 0, O, 0)
     dz = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, r, BLOCK_R):
         j = first + tl.arange(0, BLOCK_R)
+        ok = row_ok & (j < r)[None, :]
         acc = _add_product(
             tl.zeros([BLOCK_N, BLOCK_R], tl.float32), dy_ptr + long_rows[:, None] * stride_dn, stride_do,
             b_ptr + expert.to(tl.int64) * stride_bt + j[None, :] * stride_br, stride_bo,
-            row_ok, (j < r)[None, :], 0, end, BLOCK_K, PRECISION,
+            row_ok, (j < r)[None, :], 0, O, BLOCK_K, PRECISION,
         )  # fmt: skip
-        ok = row_ok & (j < r)[None, :]
-        if not SKIP:
-            h = tl.load(
-                h_ptr + long_rows[:, None] * stride_hn + (expert * r + j)[None, :], mask=ok, other=0.0
-            )
-            dz += tl.sum(acc * h.to(tl.float32), 1)
+        h = tl.load(h_ptr + long_rows[:, None] * stride_hn + (expert * r + j)[None, :], mask=ok, other=0.0)
+        dz += tl.sum(acc * h.to(tl.float32), 1)
         if KEEP:
             tl.store(
                 u_ptr + long_rows[:, None] * (T * r) + (expert * r + j)[None, :],
                 (acc * z).to(u_ptr.dtype.element_ty),
                 mask=ok,
             )
-    if not SKIP:
-        tl.store(dz_ptr + long_rows * T + expert, dz, mask=rows < N)
+    tl.store(dz_ptr + long_rows * T + expert, dz, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["N", "group"])
+def list_kernel(
+    z_ptr, stride_zg,  # [G, T] fp32
+    experts_ptr,  # int32 [row tiles, T]
+    count_ptr,  # int32 [row tiles]
+    N, T, group,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The experts with a gate that is not 0 for some row of a tile, in rising order, and their number."""
+    row_tile = tl.program_id(0)
+    first_group = row_tile * BLOCK_N // group
+    end_group = (min((row_tile + 1) * BLOCK_N, N) - 1) // group + 1
+    count = 0
+    for first in range(0, T, BLOCK_E):
+        experts = first + tl.arange(0, BLOCK_E)
+        used = tl.zeros([BLOCK_E], tl.int32)
+        for g0 in range(first_group, end_group, BLOCK_G):
+            groups = g0 + tl.arange(0, BLOCK_G)
+            ok = (groups < end_group)[:, None] & (experts < T)[None, :]
+            z = tl.load(
+                z_ptr + groups.to(tl.int64)[:, None] * stride_zg + experts[None, :], mask=ok, other=0.0
+            )
+            used = tl.maximum(used, tl.max((z != 0).to(tl.int32), 0))
+        places = count + tl.cumsum(used, 0) - used
+        tl.store(experts_ptr + row_tile * T + places, experts, mask=used > 0)
+        count += tl.sum(used, 0)
+    tl.store(count_ptr + row_tile, count)
+
+
+@triton.jit(do_not_specialize=["N", "group", "programs"])
+def shrink_listed_kernel(
+    x_ptr, stride_xn, stride_xk,  # [N, K]
+    a_ptr, stride_at, stride_ar, stride_ak,  # [T, r, K]
+    z_ptr, stride_zg,  # [G, T] fp32
+    experts_ptr, count_ptr,  # int32, what `listed` returns
+    gated_ptr,  # [N, T·r]
+    N, K, T, r, group, programs,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """z ⊙ (x A_iᵀ) for the listed experts of a row tile, which `programs` programs share, and no others."""
+    row_tile, first = tl.program_id(0) // programs, tl.program_id(0) % programs
+    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = (rows < N)[:, None]
+    long_rows = rows.to(tl.int64)[:, None]
+    z_rows = z_ptr + (rows // group).to(tl.int64) * stride_zg
+    chunks = tl.cdiv(r, BLOCK_R)
+    for step in range(first, tl.load(count_ptr + row_tile) * chunks, programs):
+        expert = tl.load(experts_ptr + row_tile * T + step // chunks)
+        j = (step % chunks) * BLOCK_R + tl.arange(0, BLOCK_R)
+        acc = _add_product(
+            tl.zeros([BLOCK_N, BLOCK_R], tl.float32), x_ptr + long_rows * stride_xn, stride_xk,
+            a_ptr + expert.to(tl.int64) * stride_at + j[None, :] * stride_ar, stride_ak,
+            row_ok, (j < r)[None, :], 0, K, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        z = tl.load(z_rows + expert, mask=rows < N, other=0.0)[:, None]
+        place = long_rows * (T * r) + (expert * r + j)[None, :]
+        tl.store(gated_ptr + place, (acc * z).to(gated_ptr.dtype.element_ty), mask=row_ok & (j < r)[None, :])
+
+
+def listed(z: torch.Tensor, group: int, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts whose gates are not all 0 for a tile of `rows` rows: int32 [tiles, T], and their number.
+
+    Nothing is read on the host.
+    """
+    tiles_of_rows, experts = triton.cdiv(tokens, rows), z.shape[1]
+    found = z.new_empty(tiles_of_rows, experts, dtype=torch.int32)
+    count = z.new_empty(tiles_of_rows, dtype=torch.int32)
+    tile = tiles.Tile(16, min(128, triton.next_power_of_2(experts)), 0, warps=4, stages=2)
+    list_kernel[(tiles_of_rows,)](
+        z, z.stride(0), found, count, tokens, experts, group,
+        BLOCK_N=rows, BLOCK_G=tile.rows, BLOCK_E=tile.columns, **tiles.options(tile),
+    )  # fmt: skip
+    return found, count
+
+
+def _shrink_listed(x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int) -> torch.Tensor:
+    (tokens, width), (experts, rank) = x.shape, A.shape[:2]
+    gated = x.new_empty(tokens, experts * rank)
+    strain = tiles.strain((x, A), (width,), special=rank % 16 > 0)
+    tile = tiles.listed("shrink", x, tokens, rank, strain)
+    row_tiles = triton.cdiv(tokens, tile.rows)
+    programs = max(1, min(2 * tiles.chip(x.device).multiprocessors // row_tiles, experts))
+    with tiles.on_device(x):
+        shrink_listed_kernel[(row_tiles * programs,)](
+            x, *x.stride(), A, *A.stride(), z, z.stride(0), *listed(z, group, tokens, tile.rows), gated,
+            tokens, width, experts, rank, group, programs,
+            BLOCK_N=tile.rows, BLOCK_R=tile.columns, BLOCK_K=tile.depth,
+            PRECISION=tiles.precision(x), **tiles.options(tile),
+        )  # fmt: skip
+    return gated
 
 
 def shrink(
@@ -304,7 +359,8 @@ def shrink(
         A: [T, r, K], T > 0, any strides.
         z: gate values [G, T] fp32, contiguous columns.
         group: tokens per gate row.
-        skip: leave both at 0 where all gates of a tile are 0.
+        skip: leave out experts whose gates are 0 for a whole tile of rows, which `expand` does not read; H is
+            not kept.
         keep: H is needed afterwards.
 
     Returns:
@@ -313,12 +369,12 @@ def shrink(
     x, A = tiles.addressable(x, 1), tiles.addressable(A, 1, 2)
     (tokens, width), (experts, rank) = x.shape, A.shape[:2]
     columns = experts * rank
+    if skip:
+        return x.new_empty(0, columns), _shrink_listed(x, A, z, group)
     hidden, gated = x.new_empty(tokens if keep else 0, columns), x.new_empty(tokens, columns)
-    flat = None if skip else descriptors.flat(x, A)
-    strain = tiles.strain((x, A), (width,), special=skip or rank % 16 > 0)
-    tile = tiles.choose(
-        "shrink", x, tokens, columns, width, strain, splits=not skip, described=flat is not None
-    )
+    flat = descriptors.flat(x, A)
+    strain = tiles.strain((x, A), (width,), special=rank % 16 > 0)
+    tile = tiles.choose("shrink", x, tokens, columns, width, strain, splits=True, described=flat is not None)
     with tiles.on_device(x):
         if tile.described and flat is not None:
             descriptors.shrink(x, flat, z, group, hidden if keep else None, gated, None, None, rank, tile)
@@ -329,7 +385,7 @@ def shrink(
         shrink_kernel[(grid,)](
             x, *x.stride(), A, *A.stride(), z, z.stride(0), hidden, parts,
             tokens, width, experts, rank, group, part,
-            KEEP=keep, SKIP=skip, SPLIT=splits > 1,
+            KEEP=keep, SPLIT=splits > 1,
             BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_K=tile.depth,
             PRECISION=tiles.precision(x), **tiles.options(tile),
         )  # fmt: skip
@@ -371,7 +427,7 @@ def expand(
         up: [T, r, O], any strides.
         z: [G, T] fp32, contiguous columns.
         group: tokens per gate row.
-        skip: pass over experts whose gates are 0 for a whole tile.
+        skip: pass over experts whose gates are 0 for a whole tile of rows.
         share: [G, T] fp32, contiguous; reaches the tokens that `mask` [N], contiguous, lets through.
         gate_weight: [T, O], any strides; needed with `share`.
 
@@ -386,10 +442,13 @@ def expand(
         gate = tiles.addressable(gate_weight.to(x.dtype), 0, 1)  # y is rounded to it anyway
     columns = experts * rank
     flat = None if skip else descriptors.flat(x, up, weight, gated)
-    strain = tiles.strain((x, weight, up), (width, outputs), special=skip or rank % 16 > 0)
-    tile = tiles.choose(
-        "expand", x, tokens, outputs, width + columns, strain, splits=not skip, described=flat is not None
-    )
+    strain = tiles.strain((x, weight, up), (width, outputs), special=rank % 16 > 0)
+    if skip:
+        tile = tiles.listed("expand", x, tokens, outputs, strain)
+    else:
+        tile = tiles.choose(
+            "expand", x, tokens, outputs, width + columns, strain, splits=True, described=flat is not None
+        )
     rest = (bias, share, gate, *gate.stride(), mask)
     has = dict(HAS_BIAS=bias is not None, HAS_SHARE=share is not None, HAS_MASK=mask is not None)
     with tiles.on_device(x):
@@ -397,12 +456,13 @@ def expand(
             descriptors.expand(x, weight, gated, flat, rest, y, experts, group, has, tile)
             return y
         splits, part = tiles.shares(width + columns, tile)
+        active = listed(z, group, tokens, tile.rows) if skip else (None, None)
         parts = y if splits == 1 else x.new_empty(splits, tokens, outputs, dtype=torch.float32)
         block_rank = tiles.rank_block(rank, tile.depth) if skip else tile.depth
         grid = splits * triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.columns)
         expand_kernel[(grid,)](
             x, *x.stride(), weight, *weight.stride(), bias, gated, gated.stride(0), up, *up.stride(),
-            z, z.stride(0), *rest[1:], parts, tokens, width, outputs, experts, rank, group, part,
+            *active, *rest[1:], parts, tokens, width, outputs, experts, rank, group, part,
             **has, SKIP=skip, SPLIT=splits > 1,
             BLOCK_N=tile.rows, BLOCK_O=tile.columns, BLOCK_K=tile.depth, BLOCK_R=block_rank,
             CHUNKS=triton.cdiv(rank, block_rank), PRECISION=tiles.precision(x), **tiles.options(tile),
@@ -435,7 +495,7 @@ def upstream(
         hidden: H [N, T·r], contiguous columns; not read with `skip`.
         z: [G, T] fp32, contiguous columns.
         group: tokens per gate row.
-        skip: leave z ⊙ u at 0 where all gates of a tile are 0, and the sums out.
+        skip: leave out experts whose gates are 0 for a whole tile of rows, and the sums.
         keep: z ⊙ u is needed, not the sums alone.
 
     Returns:
@@ -445,10 +505,12 @@ def upstream(
     dy, B = tiles.addressable(dy, 1), tiles.addressable(B, 1, 2)
     (tokens, outputs), (experts, _, rank) = dy.shape, B.shape
     columns = experts * rank
+    if skip:
+        return _shrink_listed(dy, B.mT, z, group), dy.new_empty(0, experts, dtype=torch.float32)
     u = dy.new_empty(tokens if keep else 0, columns)
-    dz = dy.new_empty(0 if skip else tokens, experts, dtype=torch.float32)
-    strain = tiles.strain((dy, B), (outputs,), special=skip or rank % 16 > 0)
-    flat = None if skip or not keep else descriptors.flat(dy, B.mT, hidden)
+    dz = dy.new_empty(tokens, experts, dtype=torch.float32)
+    strain = tiles.strain((dy, B), (outputs,), special=rank % 16 > 0)
+    flat = descriptors.flat(dy, B.mT, hidden) if keep else None
     tile = tiles.choose("upstream", dy, tokens, columns, outputs, strain, described=flat is not None)
     with tiles.on_device(dy):
         if tile.described and flat is not None and descriptors.whole_experts(rank, tile):
@@ -458,7 +520,7 @@ def upstream(
         upstream_kernel[(triton.cdiv(tokens, tile.rows) * experts,)](
             dy, *dy.stride(), B, *B.stride(), hidden, hidden.stride(0), z, z.stride(0), u, dz,
             tokens, outputs, experts, rank, group,
-            KEEP=keep, SKIP=skip,
+            KEEP=keep,
             BLOCK_N=tile.rows, BLOCK_R=tiles.rank_block(rank, tile.columns), BLOCK_K=tile.depth,
             PRECISION=tiles.precision(dy), **tiles.options(tile),
         )  # fmt: skip

@@ -259,8 +259,8 @@ COMPACT: dict[str, Callable[[], None]] = {
     "one expert of many ranks": lambda: accurate(
         given(problem((6, 3), experts=3, rank=40), torch.eye(3)[[0, 1, 2] * 2]), needs=("x",)
     ),
-    # each is the last expert with columns in its tile of H, and two are at the ends of the words of gate bits
+    # on both sides of the first hundred and twenty-eight, which are listed together
     "one expert per sample": lambda: accurate(
-        given(problem((6, 3), experts=40, rank=2), torch.eye(40)[[15, 31, 39] * 2]), needs=("x",)
+        given(problem((6, 3), experts=140, rank=2), torch.eye(140)[[15, 131, 127] * 2]), needs=("x",)
     ),
 } | {f"guard bands of {name}": partial(guard_bands, name) for name in LAUNCHES}

@@ -40,6 +40,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.bool: "*i1",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -115,6 +116,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], int | str]] = {
     "gates-pooled": ({"reduce": "sample"}, "row_gates_kernel"),
     "gates-masked": ({"reduce": "sample", "masked": True}, "row_gates_kernel"),
     "shrink": ({}, 0),
+    "list": ({"gates": "constant"}, "list_kernel"),
     "shrink-skip": ({"gates": "constant"}, 0),
     "gate-parts": ({}, "gate_parts_kernel"),
     "expand": ({}, 1),
@@ -129,7 +131,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], int | str]] = {
     "dx-skip": ({"gates": "constant"}, 3),
     "fold": ({"reduce": "batch"}, 0),
 }
-_PRODUCTS = ("shrink_kernel", "expand_kernel", "upstream_kernel", "fold_kernel")
+_PRODUCTS = ("shrink_kernel", "shrink_listed_kernel", "expand_kernel", "upstream_kernel", "fold_kernel")
 
 # The launches of the relaxed projector: always in fp32, for a layer of width d_in and three directions of
 # each expert's task.

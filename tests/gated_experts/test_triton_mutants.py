@@ -186,8 +186,26 @@ MUTATIONS = {
     ),
     "an expert too many skipped": Mutation(
         KERNELS,
-        "for step in range(tl.sum(used, 0).to(tl.int32) * CHUNKS):",
-        "for step in range(tl.maximum(tl.sum(used, 0) - 1, 0).to(tl.int32) * CHUNKS):",
+        "for step in range(tl.load(count_ptr + row_tile) * CHUNKS):",
+        "for step in range((tl.load(count_ptr + row_tile) - 1) * CHUNKS):",
+        "one expert per sample",
+    ),
+    "experts of the first hundred not counted": Mutation(
+        KERNELS,
+        "        count += tl.sum(used, 0)\n",
+        "        count = tl.sum(used, 0)\n",
+        "one expert per sample",
+    ),
+    "a listed expert not computed": Mutation(
+        KERNELS,
+        "for step in range(first, tl.load(count_ptr + row_tile) * chunks, programs):",
+        "for step in range(first + 1, tl.load(count_ptr + row_tile) * chunks, programs):",
+        "one expert per sample",
+    ),
+    "groups of a tile left out": Mutation(
+        KERNELS,
+        "end_group = (min((row_tile + 1) * BLOCK_N, N) - 1) // group + 1",
+        "end_group = (min((row_tile + 1) * BLOCK_N, N) - 1) // group",
         "one expert per sample",
     ),
     "the first ranks of an active expert alone": Mutation(
@@ -195,18 +213,6 @@ MUTATIONS = {
         "j = (step % CHUNKS) * BLOCK_R",
         "j = (step % 1) * BLOCK_R",
         "one expert of many ranks",
-    ),
-    "a word of gates too many skipped": Mutation(
-        KERNELS,
-        "for word in range(0, T, 32):",
-        "for word in range(0, T // 32 * 32, 32):",
-        "one expert per sample",
-    ),
-    "tiles of H skipped that have an active expert": Mutation(
-        KERNELS,
-        "column_tile * BLOCK_C // r, end // r, 16",
-        "column_tile * BLOCK_C // r, end // r - 1, 16",
-        "one expert per sample",
     ),
     "u not gated": Mutation(
         KERNELS,
