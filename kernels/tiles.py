@@ -209,7 +209,7 @@ def rule(
     if chip.kind == "interpreter":
         return Tile(16, 32, 16, 4, 1)  # small, so that small tensors span several tiles
     strain, *may = form.split()
-    widest = max(32, triton.next_power_of_2(columns))  # beyond it a tile is mostly padding
+    widest = max(32, next_power_of_2(columns))  # beyond it a tile is mostly padding
     tiles = [tile for tile in _tiles(arithmetic, strain) if _fits(kernel, chip, tile)]
     if "splits" in may:
         tiles = [
@@ -286,9 +286,19 @@ def _fits(kernel: str, chip: Chip, tile: Tile) -> bool:
     return tile.rows * tile.columns <= 128 * 128 or large
 
 
+def cdiv(count: int, size: int) -> int:
+    """How many blocks of `size` hold `count` of anything.  (Triton's own takes microseconds on the host.)"""
+    return -(-count // size)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is not below `number` ≥ 1."""
+    return 1 << (number - 1).bit_length()
+
+
 def rank_block(rank: int, limit: int) -> int:
     """Ranks of one step over an expert: a power of two, at least the 16 that a matrix instruction takes."""
-    return min(max(16, triton.next_power_of_2(rank)), limit)
+    return min(max(16, next_power_of_2(rank)), limit)
 
 
 def precision(x: torch.Tensor) -> str:

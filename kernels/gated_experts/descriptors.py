@@ -126,7 +126,7 @@ def whole_experts(rank: int, tile: tiles.Tile) -> bool:
 
 
 def _programs(tokens: int, columns: int, tile: tiles.Tile, chip: tiles.Chip) -> int:
-    return min(chip.multiprocessors, triton.cdiv(tokens, tile.rows) * triton.cdiv(columns, tile.columns))
+    return min(chip.multiprocessors, tiles.cdiv(tokens, tile.rows) * tiles.cdiv(columns, tile.columns))
 
 
 def _described(matrix: torch.Tensor, rows: int, columns: int) -> Any:

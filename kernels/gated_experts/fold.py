@@ -66,14 +66,14 @@ def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Te
     tile = tiles.choose("fold", weight, outputs, width, experts * rank, strain)
     block_rank = tiles.rank_block(rank, tile.depth)
     with tiles.on_device(weight):
-        fold_kernel[(triton.cdiv(outputs, tile.rows) * triton.cdiv(width, tile.columns),)](
+        fold_kernel[(tiles.cdiv(outputs, tile.rows) * tiles.cdiv(width, tile.columns),)](
             weight, *weight.stride(),
             A, *A.stride(),
             B, *B.stride(),
             gates,
             folded,
             outputs, width, experts, rank,
-            BLOCK_O=tile.rows, BLOCK_K=tile.columns, BLOCK_R=block_rank, CHUNKS=triton.cdiv(rank, block_rank),
+            BLOCK_O=tile.rows, BLOCK_K=tile.columns, BLOCK_R=block_rank, CHUNKS=tiles.cdiv(rank, block_rank),
             PRECISION=tiles.precision(weight), **tiles.options(tile),
         )  # fmt: skip
     return folded

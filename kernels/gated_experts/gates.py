@@ -154,7 +154,7 @@ def gates(
     """
     x, gate_weight = tiles.addressable(x, 1), tiles.addressable(gate_weight, 0, 1)
     (tokens, width), experts = x.shape, len(gate_weight)
-    groups = triton.cdiv(tokens, group)
+    groups = tiles.cdiv(tokens, group)
     z = x.new_empty(groups, experts, dtype=torch.float32)
     single = group == 1 and mask is None
     pooled = x.new_empty(0 if single else groups, width, dtype=torch.float32)
@@ -163,19 +163,19 @@ def gates(
             rows = _GATE_ROWS if tokens >= _GATE_ROWS * 4 * tiles.chip(x.device).multiprocessors else 16
             wide = gate_weight.dtype != x.dtype
             tile = tiles.Tile(rows, _GATE_EXPERTS, 64 if wide else 128, warps=4, stages=4 if wide else 3)
-            token_gates_kernel[(triton.cdiv(tokens, tile.rows), triton.cdiv(experts, tile.columns))](
+            token_gates_kernel[(tiles.cdiv(tokens, tile.rows), tiles.cdiv(experts, tile.columns))](
                 x, *x.stride(), gate_weight, *gate_weight.stride(), gate_bias, z, tokens, width, experts,
                 BLOCK_N=tile.rows, BLOCK_K=tile.depth, BLOCK_E=tile.columns,
                 **_exact_product(x, gate_weight), **tiles.options(tile),
             )  # fmt: skip
             return z, pooled
         sums, parts = (x, 1) if single else _sums(x, mask, group)
-        tile = tiles.Tile(min(triton.next_power_of_2(experts), 2), 2048, 0, warps=8, stages=2)
-        row_gates_kernel[(groups, triton.cdiv(experts, tile.rows))](
+        tile = tiles.Tile(min(tiles.next_power_of_2(experts), 2), 2048, 0, warps=8, stages=2)
+        row_gates_kernel[(groups, tiles.cdiv(experts, tile.rows))](
             sums, *sums.stride(), mask, gate_weight, *gate_weight.stride(), gate_bias, z, pooled,
             groups, width, experts, group, parts,
             HAS_MASK=mask is not None, POOLED=not single, BLOCK_G=_TOKENS,
-            BLOCK_P=min(triton.next_power_of_2(parts), _PARTS), BLOCK_C=tile.columns, BLOCK_E=tile.rows,
+            BLOCK_P=min(tiles.next_power_of_2(parts), _PARTS), BLOCK_C=tile.columns, BLOCK_E=tile.rows,
             **tiles.options(tile),
         )  # fmt: skip
     return z, pooled
@@ -184,11 +184,11 @@ def gates(
 def _sums(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> tuple[torch.Tensor, int]:
     """Sums over the valid tokens of each group in parts [parts · G, K] fp32, and how many parts."""
     tokens, width = x.shape
-    groups, blocks = triton.cdiv(tokens, group), triton.cdiv(width, _COLUMNS)
+    groups, blocks = tiles.cdiv(tokens, group), tiles.cdiv(width, _COLUMNS)
     # few groups of many tokens are summed in parts, so that the whole chip works
-    wanted = triton.cdiv(4 * tiles.chip(x.device).multiprocessors, groups * blocks)
-    part = triton.cdiv(triton.cdiv(group, wanted), _TOKENS) * _TOKENS
-    parts = triton.cdiv(group, part)
+    wanted = tiles.cdiv(4 * tiles.chip(x.device).multiprocessors, groups * blocks)
+    part = tiles.cdiv(tiles.cdiv(group, wanted), _TOKENS) * _TOKENS
+    parts = tiles.cdiv(group, part)
     sums = x.new_empty(parts * groups, width, dtype=torch.float32)
     tile = tiles.Tile(_TOKENS, _COLUMNS, 0, warps=8, stages=4)
     pool_kernel[(parts * groups, blocks)](

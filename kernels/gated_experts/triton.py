@@ -321,10 +321,10 @@ def listed(z: torch.Tensor, group: int, tokens: int, rows: int) -> tuple[torch.T
 
     Nothing is read on the host.
     """
-    tiles_of_rows, experts = triton.cdiv(tokens, rows), z.shape[1]
+    tiles_of_rows, experts = tiles.cdiv(tokens, rows), z.shape[1]
     found = z.new_empty(tiles_of_rows, experts, dtype=torch.int32)
     count = z.new_empty(tiles_of_rows, dtype=torch.int32)
-    tile = tiles.Tile(16, min(128, triton.next_power_of_2(experts)), 0, warps=4, stages=2)
+    tile = tiles.Tile(16, min(128, tiles.next_power_of_2(experts)), 0, warps=4, stages=2)
     list_kernel[(tiles_of_rows,)](
         z, z.stride(0), found, count, tokens, experts, group,
         BLOCK_N=rows, BLOCK_G=tile.rows, BLOCK_E=tile.columns, **tiles.options(tile),
@@ -337,7 +337,7 @@ def _shrink_listed(x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int
     gated = x.new_empty(tokens, experts * rank)
     strain = tiles.strain((x, A), (width,), special=rank % 16 > 0)
     tile = tiles.listed("shrink", x, tokens, rank, strain)
-    row_tiles = triton.cdiv(tokens, tile.rows)
+    row_tiles = tiles.cdiv(tokens, tile.rows)
     programs = max(1, min(2 * tiles.chip(x.device).multiprocessors // row_tiles, experts))
     with tiles.on_device(x):
         shrink_listed_kernel[(row_tiles * programs,)](
@@ -381,7 +381,7 @@ def shrink(
             return hidden, gated
         splits, part = tiles.shares(width, tile)
         parts = gated if splits == 1 else x.new_empty(splits, tokens, columns, dtype=torch.float32)
-        grid = splits * triton.cdiv(tokens, tile.rows) * triton.cdiv(columns, tile.columns)
+        grid = splits * tiles.cdiv(tokens, tile.rows) * tiles.cdiv(columns, tile.columns)
         shrink_kernel[(grid,)](
             x, *x.stride(), A, *A.stride(), z, z.stride(0), hidden, parts,
             tokens, width, experts, rank, group, part,
@@ -391,7 +391,7 @@ def shrink(
         )  # fmt: skip
         if splits > 1:
             last = tiles.ADDING
-            gate_parts_kernel[(triton.cdiv(tokens, last.rows), triton.cdiv(columns, last.columns))](
+            gate_parts_kernel[(tiles.cdiv(tokens, last.rows), tiles.cdiv(columns, last.columns))](
                 parts, z, z.stride(0), hidden, gated, tokens, columns, rank, group,
                 SPLITS=splits, KEEP=keep, BLOCK_N=last.rows, BLOCK_C=last.columns, **tiles.options(last),
             )  # fmt: skip
@@ -459,17 +459,17 @@ def expand(
         active = listed(z, group, tokens, tile.rows) if skip else (None, None)
         parts = y if splits == 1 else x.new_empty(splits, tokens, outputs, dtype=torch.float32)
         block_rank = tiles.rank_block(rank, tile.depth) if skip else tile.depth
-        grid = splits * triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.columns)
+        grid = splits * tiles.cdiv(tokens, tile.rows) * tiles.cdiv(outputs, tile.columns)
         expand_kernel[(grid,)](
             x, *x.stride(), weight, *weight.stride(), bias, gated, gated.stride(0), up, *up.stride(),
             *active, *rest[1:], parts, tokens, width, outputs, experts, rank, group, part,
             **has, SKIP=skip, SPLIT=splits > 1,
             BLOCK_N=tile.rows, BLOCK_O=tile.columns, BLOCK_K=tile.depth, BLOCK_R=block_rank,
-            CHUNKS=triton.cdiv(rank, block_rank), PRECISION=tiles.precision(x), **tiles.options(tile),
+            CHUNKS=tiles.cdiv(rank, block_rank), PRECISION=tiles.precision(x), **tiles.options(tile),
         )  # fmt: skip
         if splits > 1:
             last = tiles.ADDING
-            add_parts_kernel[(triton.cdiv(tokens, last.rows), triton.cdiv(outputs, last.columns))](
+            add_parts_kernel[(tiles.cdiv(tokens, last.rows), tiles.cdiv(outputs, last.columns))](
                 parts, *rest, y, tokens, outputs, experts, group,
                 SPLITS=splits, **has, BLOCK_N=last.rows, BLOCK_O=last.columns,
                 PRECISION=tiles.precision(x), **tiles.options(last),
@@ -517,7 +517,7 @@ def upstream(
             descriptors.shrink(dy, flat, z, group, None, u, hidden, dz, rank, tile)
             return u, dz
         tile = tile._replace(columns=min(tile.columns, 128))
-        upstream_kernel[(triton.cdiv(tokens, tile.rows) * experts,)](
+        upstream_kernel[(tiles.cdiv(tokens, tile.rows) * experts,)](
             dy, *dy.stride(), B, *B.stride(), hidden, hidden.stride(0), z, z.stride(0), u, dz,
             tokens, outputs, experts, rank, group,
             KEEP=keep,

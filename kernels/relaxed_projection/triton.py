@@ -128,7 +128,7 @@ def project_(
         fp32 [L, rows]: 1 for every row that is not finite.  Where there is one, nothing else has changed.
     """
     layers = len(table)
-    block_k = max(16, triton.next_power_of_2(directions))
+    block_k = max(16, tiles.next_power_of_2(directions))
     block_d = max(16, _TILE // block_k)
     along = gradients.new_empty(layers, rows, block_k)
     norms = gradients.new_empty(layers, rows)
