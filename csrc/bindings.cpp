@@ -96,6 +96,7 @@ PYBIND11_MODULE(_C, module) {
 
     module.def("check", &mingle::check_device, arg("device"), py::call_guard<py::gil_scoped_release>(),
                "Raise RuntimeError, with CUDA's reason, where the kernels cannot run on a device.");
+    module.def("widest_eigh", &mingle::widest_eigh, arg("device"), "The widest matrix that `small_eigh` takes on a device.");
     module.def("cholesky_inverse", &cholesky_inverse, arg("gram"), arg("batch"), arg("n"), arg("shift"), arg("single"), arg("inverse"),
                arg("flags"), arg("device"), arg("stream"),
                "gram float64 [batch, n, n], n <= 128 -> inverse [batch, n, n], float32 if `single` and float64 otherwise, and\n"
@@ -103,7 +104,7 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "small_eigh", &small_eigh, arg("gram"), arg("batch"), arg("n"), arg("values"), arg("vectors"), arg("flags"), arg("device"),
         arg("stream"),
-        "gram float64 [batch, n, n], n <= 128 -> values float64 [batch, n], falling, vectors float64 [batch, n, n], as columns, and\n"
+        "gram float64 [batch, n, n], n <= `widest_eigh` -> values float64 [batch, n], falling, vectors float64 [batch, n, n], as columns, and\n"
         "flags int32 [batch]: the number of sweeps, or -1.");
     module.def("rescale_workspace", &mingle::rescale_workspace, arg("batch"), arg("m"), arg("n"),
                "Bytes of workspace that `rescale` needs.");

@@ -68,6 +68,8 @@ void small_eigh(const double* gram, int64_t batch, int n, double* values, double
     }
 }
 
+int widest_eigh(int64_t bytes) { return mingle::JacobiMemory::widest(bytes); }
+
 int rescale_chunks(int64_t size) { return mingle::chunks_of(size); }
 
 void rescale_f32(const float* M, int64_t batch, int64_t m, int64_t n, int64_t batch_stride, int64_t row_stride, int chunks, float* scaled,

@@ -16,6 +16,9 @@ struct Queue {
 // Throws what CUDA says where the kernels cannot run on a device: its driver is too old, or no code in the module fits it.
 void check_device(int device);
 
+// The widest matrix that `launch_small_eigh` takes on a device: 128, or 111 where a block has 99 KB of shared memory.
+int widest_eigh(int device);
+
 // A batch of matrices, `strides` entries apart in batch, row and column.
 template <class T>
 struct Batch {

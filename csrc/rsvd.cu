@@ -89,8 +89,8 @@ void require(bool valid, const std::string& message) {
     if (!valid) throw std::invalid_argument("mingle: " + message);
 }
 
-void require_size(const char* name, int n) {
-    require(1 <= n && n <= kMaxSize, std::string(name) + ": n = " + std::to_string(n) + ", expected 1 … " + std::to_string(kMaxSize));
+void require_size(const char* name, int n, int widest = kMaxSize) {
+    require(1 <= n && n <= widest, std::string(name) + ": n = " + std::to_string(n) + ", expected 1 … " + std::to_string(widest));
 }
 
 // Makes a device current for as long as it lives.
@@ -112,15 +112,16 @@ private:
     bool changed_ = false;
 };
 
-// Queues kernel<<<blocks, threads, shared>>>(arguments…); no blocks, no launch.
+// Queues kernel<<<blocks, threads, shared>>>(arguments…); no blocks, no launch.  `most`: what any launch of this kernel takes of shared
+// memory.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, const Queue& queue, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
+void launch(const char* name, const Queue& queue, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, int most,
             Arguments... arguments) {
     if (blocks == 0) return;
     require(blocks <= INT32_MAX, std::string(name) + ": too many matrices for one launch");
     const Current current(queue.device, name);
-    // more than 48 KB is granted to those who ask
-    if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
+    // More than 48 KB is granted to those who ask: always for as much, as other threads may be about to launch the same kernel.
+    if (most > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
     kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(queue.stream)>>>(arguments...);
     check(cudaGetLastError(), name);
 }
@@ -133,18 +134,28 @@ void check_device(int device) {
     check(cudaFuncGetAttributes(&attributes, effective_rank_kernel), "device");
 }
 
+int widest_eigh(int device) {
+    int bytes = 0;
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "small_eigh");
+    const Current current(device, "small_eigh");
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, small_eigh_kernel), "small_eigh");
+    return JacobiMemory::widest(bytes - static_cast<int64_t>(attributes.sharedSizeBytes));
+}
+
 template <class Out>
 void launch_cholesky_inverse(const Queue& queue, const double* gram, int64_t batch, int n, double shift, Out* inverse, int32_t* flags) {
     require_size("cholesky_inverse", n);
-    const int shared = CholeskyMemory::doubles(n) * sizeof(double);
-    launch("cholesky_inverse", queue, cholesky_inverse_kernel<Out>, batch, kCholeskyThreads, shared, gram, n, shift, inverse, flags);
+    const int shared = CholeskyMemory::doubles(n) * sizeof(double), most = CholeskyMemory::doubles(kMaxSize) * sizeof(double);
+    launch("cholesky_inverse", queue, cholesky_inverse_kernel<Out>, batch, kCholeskyThreads, shared, most, gram, n, shift, inverse, flags);
 }
 
 void launch_small_eigh(const Queue& queue, const double* gram, int64_t batch, int n, double* values, double* vectors, int32_t* flags) {
-    require_size("small_eigh", n);
-    const int shared = JacobiMemory::doubles(n) * sizeof(double);
+    const int widest = widest_eigh(queue.device);
+    require_size("small_eigh", n, widest);
+    const int shared = JacobiMemory::doubles(n) * sizeof(double), most = JacobiMemory::doubles(widest) * sizeof(double);
     const int threads = 32 * ((n + 3) / 4);  // a warp for two pairs
-    launch("small_eigh", queue, small_eigh_kernel, batch, threads, shared, gram, n, values, vectors, flags);
+    launch("small_eigh", queue, small_eigh_kernel, batch, threads, shared, most, gram, n, values, vectors, flags);
 }
 
 int64_t rescale_workspace(int64_t batch, int64_t m, int64_t n) { return batch * chunks_of(m * n) * static_cast<int64_t>(sizeof(Survey)); }
@@ -156,8 +167,8 @@ void launch_rescale(const Queue& queue, const Batch<const In>& M, int64_t batch,
     require(0 < m && 0 < n && n <= INT32_MAX && m * n / kMaxChunks < INT32_MAX, "rescale: the matrices are empty or too large");
     const int chunks = chunks_of(m * n);
     const auto surveys = static_cast<Survey*>(workspace);
-    launch("rescale", queue, survey_kernel<In>, batch * chunks, kThreads, 0, M.data, m, n, M.strides[0], M.strides[1], chunks, surveys);
-    launch("rescale", queue, rescale_kernel<In>, batch * chunks, kThreads, 0, M.data, m, n, M.strides[0], M.strides[1], chunks, surveys,
+    launch("rescale", queue, survey_kernel<In>, batch * chunks, kThreads, 0, 0, M.data, m, n, M.strides[0], M.strides[1], chunks, surveys);
+    launch("rescale", queue, rescale_kernel<In>, batch * chunks, kThreads, 0, 0, M.data, m, n, M.strides[0], M.strides[1], chunks, surveys,
            scaled, exponent, nonfinite, first);
 }
 
@@ -165,11 +176,11 @@ template <class T>
 void launch_fix_signs(const Queue& queue, const Batch<T>& U, const Batch<T>& Vh, int64_t batch, int64_t m, int64_t r, int64_t n) {
     require(0 < m && n <= INT32_MAX && r <= INT32_MAX, "fix_signs: the matrices are empty or too large");
     const int strips = static_cast<int>((r + kColumns - 1) / kColumns);
-    launch("fix_signs", queue, fix_signs_kernel<T>, batch * strips, kThreads, 0, U, Vh, m, r, n, strips);
+    launch("fix_signs", queue, fix_signs_kernel<T>, batch * strips, kThreads, 0, 0, U, Vh, m, r, n, strips);
 }
 
 void launch_effective_rank(const Queue& queue, const double* sigma, int64_t batch, int k, int32_t* ranks) {
-    launch("effective_rank", queue, effective_rank_kernel, batch, kThreads, 0, sigma, k, ranks);
+    launch("effective_rank", queue, effective_rank_kernel, batch, kThreads, 0, 0, sigma, k, ranks);
 }
 
 template void launch_cholesky_inverse(const Queue&, const double*, int64_t, int, double, double*, int32_t*);

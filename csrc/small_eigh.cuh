@@ -13,6 +13,7 @@
 #include <cfloat>
 
 #include "block.cuh"
+#include "cholesky_qr.cuh"
 
 namespace mingle {
 
@@ -35,6 +36,13 @@ struct JacobiMemory {
     static constexpr int doubles(int n) { return n * (n | 1) + 2 * n + (n + 1) / 2; }
 
     MINGLE_DEVICE double* column(int j) const { return columns + j * stride; }
+
+    // The widest matrix for which that many bytes suffice.
+    static constexpr int widest(int64_t bytes) {
+        int n = kMaxSize;
+        while (n > 0 && static_cast<int64_t>(doubles(n) * sizeof(double)) > bytes) --n;
+        return n;
+    }
 };
 
 // The largest of rest[0 … n).

@@ -105,13 +105,14 @@ def bucket(tokens: int) -> int:
 def strain(tensors: Iterable[torch.Tensor], sizes: Iterable[int], special: bool) -> str:
     """How much a launch asks of the registers beyond its tile.
 
-    ``"ragged"``: rows that are not whole 32-byte pieces are loaded number by number, each with an address of
-    its own; ``"special"``: some other extra, such as ranks that do not fill a step, gates that are wider than
-    x, or zeros that are skipped; else ``"plain"``.
+    ``"ragged"``: rows that are not whole 32-byte pieces, or do not begin at multiples of 16 bytes, are loaded
+    number by number, each with an address of its own; ``"special"``: some other extra, such as ranks that do
+    not fill a step; else ``"plain"``.
     """
     tensors = list(tensors)
     lengths = [*sizes, *(stride for tensor in tensors for stride in tensor.stride() if stride != 1)]
-    if any(length % 16 for length in lengths) or any(1 not in tensor.stride() for tensor in tensors):
+    slow = any(1 not in tensor.stride() or tensor.data_ptr() % 16 for tensor in tensors)
+    if slow or any(length % 16 for length in lengths):
         return "ragged"
     return "special" if special else "plain"
 
@@ -312,6 +313,43 @@ def options(tile: Tile) -> dict[str, int]:
     Fused multiply-adds are named because Triton 3.9 warns where their default decides.
     """
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
+def launched(kernel: str, tile: Tile, run: Callable[[Tile], None], rows: bool = True) -> None:
+    """`run` with `tile`, or with the next smaller one that the chip has the memory for.
+
+    That is remembered, and told once.  `rows`: whether a tile may get fewer rows.
+    """
+    tile = _smaller.get((kernel, tile), tile)
+    wanted = tile
+    while True:
+        try:
+            run(tile)
+        except triton.runtime.errors.OutOfResources as error:
+            less = _less(tile, rows)
+            if less is None or _override.get() is not None:  # a search has to know
+                raise
+            logger.info("%s with %s: %s", kernel, tile, error)
+            tile = less
+            continue
+        if tile != wanted:
+            _smaller[kernel, wanted] = tile
+            logger.warning("%s: %s needs more than this chip has; %s takes its place", kernel, wanted, tile)
+        return
+
+
+_smaller: dict[tuple[str, Tile], Tile] = {}
+
+
+def _less(tile: Tile, rows: bool) -> Tile | None:
+    """A tile that needs less shared memory: without descriptors, with fewer stages, columns or rows."""
+    if tile.described:
+        return tile._replace(described=False)
+    if tile.stages > 2:
+        return tile._replace(stages=tile.stages - 1)
+    if tile.columns > 32:
+        return tile._replace(columns=tile.columns // 2)
+    return tile._replace(rows=tile.rows // 2) if rows and tile.rows > 16 else None
 
 
 def addressable(tensor: torch.Tensor, *dims: int) -> torch.Tensor:

@@ -339,13 +339,17 @@ def _shrink_listed(x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int
     tile = tiles.listed("shrink", x, tokens, rank, strain)
     row_tiles = tiles.cdiv(tokens, tile.rows)
     programs = max(1, min(2 * tiles.chip(x.device).multiprocessors // row_tiles, experts))
-    with tiles.on_device(x):
+
+    def launch(tile: tiles.Tile) -> None:
         shrink_listed_kernel[(row_tiles * programs,)](
             x, *x.stride(), A, *A.stride(), z, z.stride(0), *listed(z, group, tokens, tile.rows), gated,
             tokens, width, experts, rank, group, programs,
             BLOCK_N=tile.rows, BLOCK_R=tile.columns, BLOCK_K=tile.depth,
             PRECISION=tiles.precision(x), **tiles.options(tile),
         )  # fmt: skip
+
+    with tiles.on_device(x):
+        tiles.launched("listed shrink", tile, launch, rows=False)
     return gated
 
 
@@ -375,10 +379,11 @@ def shrink(
     flat = descriptors.flat(x, A)
     strain = tiles.strain((x, A), (width,), special=rank % 16 > 0)
     tile = tiles.choose("shrink", x, tokens, columns, width, strain, splits=True, described=flat is not None)
-    with tiles.on_device(x):
+
+    def launch(tile: tiles.Tile) -> None:
         if tile.described and flat is not None:
             descriptors.shrink(x, flat, z, group, hidden if keep else None, gated, None, None, rank, tile)
-            return hidden, gated
+            return
         splits, part = tiles.shares(width, tile)
         parts = gated if splits == 1 else x.new_empty(splits, tokens, columns, dtype=torch.float32)
         grid = splits * tiles.cdiv(tokens, tile.rows) * tiles.cdiv(columns, tile.columns)
@@ -395,6 +400,9 @@ def shrink(
                 parts, z, z.stride(0), hidden, gated, tokens, columns, rank, group,
                 SPLITS=splits, KEEP=keep, BLOCK_N=last.rows, BLOCK_C=last.columns, **tiles.options(last),
             )  # fmt: skip
+
+    with tiles.on_device(x):
+        tiles.launched("shrink", tile, launch)
     return hidden, gated
 
 
@@ -451,10 +459,11 @@ def expand(
         )
     rest = (bias, share, gate, *gate.stride(), mask)
     has = dict(HAS_BIAS=bias is not None, HAS_SHARE=share is not None, HAS_MASK=mask is not None)
-    with tiles.on_device(x):
+
+    def launch(tile: tiles.Tile) -> None:
         if tile.described and flat is not None:
             descriptors.expand(x, weight, gated, flat, rest, y, experts, group, has, tile)
-            return y
+            return
         splits, part = tiles.shares(width + columns, tile)
         active = listed(z, group, tokens, tile.rows) if skip else (None, None)
         parts = y if splits == 1 else x.new_empty(splits, tokens, outputs, dtype=torch.float32)
@@ -474,6 +483,9 @@ def expand(
                 SPLITS=splits, **has, BLOCK_N=last.rows, BLOCK_O=last.columns,
                 PRECISION=tiles.precision(x), **tiles.options(last),
             )  # fmt: skip
+
+    with tiles.on_device(x):
+        tiles.launched("expand", tile, launch, rows=not skip)
     return y
 
 
@@ -512,10 +524,11 @@ def upstream(
     strain = tiles.strain((dy, B), (outputs,), special=rank % 16 > 0)
     flat = descriptors.flat(dy, B.mT, hidden) if keep else None
     tile = tiles.choose("upstream", dy, tokens, columns, outputs, strain, described=flat is not None)
-    with tiles.on_device(dy):
+
+    def launch(tile: tiles.Tile) -> None:
         if tile.described and flat is not None and descriptors.whole_experts(rank, tile):
             descriptors.shrink(dy, flat, z, group, None, u, hidden, dz, rank, tile)
-            return u, dz
+            return
         tile = tile._replace(columns=min(tile.columns, 128))
         upstream_kernel[(tiles.cdiv(tokens, tile.rows) * experts,)](
             dy, *dy.stride(), B, *B.stride(), hidden, hidden.stride(0), z, z.stride(0), u, dz,
@@ -524,4 +537,7 @@ def upstream(
             BLOCK_N=tile.rows, BLOCK_R=tiles.rank_block(rank, tile.columns), BLOCK_K=tile.depth,
             PRECISION=tiles.precision(dy), **tiles.options(tile),
         )  # fmt: skip
+
+    with tiles.on_device(dy):
+        tiles.launched("upstream", tile, launch)
     return u, dz

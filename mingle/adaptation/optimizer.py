@@ -95,24 +95,29 @@ def captured(advance: Advance, step: GateStep, batch_size: int, device: torch.de
         batch_size: of every batch to come.
         device: where all of it runs.
     """
-    index = torch.arange(batch_size, device=device)
+    index, graph = torch.arange(batch_size, device=device), torch.cuda.CUDAGraph()
     before = [tensor.clone() for tensor in step.state()]
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                advance(index)
-        torch.cuda.current_stream(device).wait_stream(side)
-        with torch.cuda.graph(graph):
-            results = advance(index)
-    except RuntimeError as error:
-        logger.info("steps run one by one: they cannot be captured in a CUDA graph: %s", error)
-        torch.cuda.synchronize(device)
-        return advance
-    finally:
-        _reset(step, before)
+    with torch.cuda.device(device):  # a capture is of the current one
+        present, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        random = generator.clone_state()
+        side.wait_stream(present)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    advance(index)
+            present.wait_stream(side)
+            with torch.cuda.graph(graph):
+                results = advance(index)
+        except RuntimeError as error:
+            logger.info("steps run one by one: they cannot be captured in a CUDA graph: %s", error)
+            # where the capture's end raised, its stream is still the current one, and the generator in it
+            torch.cuda.set_stream(present)
+            generator.graphsafe_set_state(random)
+            torch.cuda.synchronize()
+            return advance
+        finally:
+            _reset(step, before)
 
     def replay(chosen: Tensor) -> tuple[Tensor, Tensor]:
         index.copy_(chosen)

@@ -9,7 +9,8 @@
 Each is registered in ``torch.ops.mingle``, takes a batch on any device, runs without autograd, and returns
 what went wrong as numbers on that device: no function raises for the values it meets.  On a GPU the kernels
 of ``mingle._C`` compute, without waiting for the device; where they are missing, for Gram matrices wider than
-128, and on a CPU, plain torch does, with equal meaning.  Eager calls go past the dispatcher.
+128 or than the card has room for, and on a CPU, plain torch does, with equal meaning.  Eager calls go past
+the dispatcher.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def _shift(S: Tensor, L: Tensor, failed: Tensor, tau: float, flags: Tensor) -> N
 
 def _small_eigh(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _expect_gram("eigh", gram)
-    if kernels.serve(gram, gram.shape[-1]):
+    if kernels.serve_eigh(gram):
         return kernels.small_eigh(gram)
     flags = torch.zeros(len(gram), dtype=torch.int32, device=gram.device)
     if gram.numel() == 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -24,6 +25,18 @@ def serve(tensor: Tensor, width: int = 1) -> bool:
     """Whether the kernels take a batch of matrices of this width on the tensor's device."""
     wanted = tensor.is_cuda and width <= MAX_SIZE and tensor.numel() > 0 and not _set_aside.get()
     return wanted and extension.load(tensor.device) is not None
+
+
+def serve_eigh(gram: Tensor) -> bool:
+    """`serve` for `small_eigh`, whose matrices lie in shared memory, of which some cards have less."""
+    return serve(gram, gram.shape[-1]) and gram.shape[-1] <= _widest_eigh(gram.device)
+
+
+@cache
+def _widest_eigh(device: torch.device) -> int:
+    module = extension.load(device)
+    assert module is not None
+    return int(module.widest_eigh(torch.cuda.current_device() if device.index is None else device.index))
 
 
 _set_aside = ContextVar("_set_aside", default=False)

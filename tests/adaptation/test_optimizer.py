@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
 from mingle import MingleLinear
-from mingle.adaptation.optimizer import GateStep
+from mingle.adaptation.optimizer import GateStep, captured
 from mingle.adaptation.projector import RelaxedProjector
 
 
@@ -93,3 +95,92 @@ def test_accumulated_gradients_advance_the_interference_once():
     # |G u| / ‖G‖ = 1/2 for equal entries, whatever their size
     expected = 0.5 * layer.gate_weight.grad.new_ones(1) / 2
     torch.testing.assert_close(step.projector.interferences, expected)
+
+
+class FakeCuda:
+    """What `captured` uses of torch.cuda; captures end with an error and leave everything as it is then."""
+
+    def __init__(self) -> None:
+        self.streams = {0: "stream of device 0", 1: "stream of device 1"}
+        self.device, self.random = 0, {0: "state 0", 1: "state 1"}
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = self
+
+        class Stream:
+            def wait_stream(self, other: object) -> None: ...
+
+        class Generator:
+            def __init__(self, device: int) -> None:
+                self.device = device
+
+            def clone_state(self) -> str:
+                return fake.random[self.device]
+
+            def graphsafe_set_state(self, state: str) -> None:
+                fake.random[self.device] = state
+
+        @contextmanager
+        def device(wanted: torch.device) -> Iterator[None]:
+            before, fake.device = fake.device, wanted.index
+            yield
+            fake.device = before
+
+        @contextmanager
+        def stream(wanted: object) -> Iterator[None]:
+            before, fake.streams[fake.device] = fake.streams[fake.device], wanted
+            yield
+            fake.streams[fake.device] = before
+
+        class Graph:
+            def __init__(self, graph: object) -> None: ...
+
+            def __enter__(self) -> None:
+                fake.streams[fake.device] = "the capture's stream"
+                fake.random[fake.device] = "capturing"
+
+            def __exit__(self, *error: object) -> None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        for name, value in {
+            "Stream": Stream,
+            "CUDAGraph": object,
+            "device": device,
+            "stream": stream,
+            "graph": Graph,
+            "synchronize": lambda: None,
+            "current_device": lambda: fake.device,
+            "current_stream": lambda: _Named(fake.streams[fake.device]),
+            "set_stream": lambda one: fake.streams.__setitem__(fake.device, getattr(one, "name", one)),
+            "default_generators": [Generator(0), Generator(1)],
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value, raising=False)
+        arange = torch.arange
+        monkeypatch.setattr(torch, "arange", lambda *sizes, device=None, **options: arange(*sizes, **options))
+
+
+class _Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wait_stream(self, other: object) -> None: ...
+
+
+def test_a_capture_that_fails_leaves_streams_generators_and_gates_as_they_were(monkeypatch):
+    step = GateStep(layers_with_gates(), 0.1)
+    before = [gate.detach().clone() for gate in step.gates]
+    cuda = FakeCuda()
+    cuda.patch(monkeypatch)
+    devices = []
+
+    def advance(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        devices.append(cuda.device)
+        step.gradients.fill_(1.0)
+        return torch.ones(()), step.step(torch.ones(()))
+
+    assert captured(advance, step, 3, torch.device("cuda", 1)) is advance
+    assert (
+        devices == [1, 1, 1, 1] and cuda.device == 0
+    )  # three to warm up and the one recorded, on the model's
+    assert cuda.streams == FakeCuda().streams and cuda.random == FakeCuda().random
+    assert all(torch.equal(gate, old) for gate, old in zip(step.gates, before, strict=True))

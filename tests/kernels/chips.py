@@ -25,6 +25,7 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
 def forget() -> None:
     tiles._choose.cache_clear()
     tiles.store.cache_clear()
+    tiles._smaller.clear()
 
 
 def area(tile: Tile) -> int:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mingle.kernels import tiles
+from mingle.kernels.tiles import Tile
 
 pytestmark = pytest.mark.usefixtures("own_tiles")
 
@@ -159,6 +160,7 @@ def test_large_launches_that_strain_the_registers_get_smaller_tiles(chip):
         (torch.empty(5, 96)[:, ::2], "ragged"),
         (torch.empty(5, 768)[:, ::16], "ragged"),  # whole pieces apart
         (torch.empty(3, 7, 48), "plain"),
+        (torch.empty(5 * 48 + 1)[1:].view(5, 48), "ragged"),  # begins four bytes behind a multiple of 16
     ],
 )
 def test_rows_that_are_not_whole_pieces_strain_the_registers(tensor, strain):
@@ -203,3 +205,35 @@ def test_fp32_means_ieee_unless_the_user_allowed_tf32():
 
 def test_cpu_tensors_run_in_the_interpreter():
     assert tiles.chip(torch.device("cpu")) == tiles.INTERPRETER
+
+
+def test_a_launch_that_takes_too_much_gets_the_next_smaller_tile_and_says_so_once(caplog):
+    triton = pytest.importorskip("triton")
+    seen = []
+
+    def run(tile: Tile) -> None:
+        seen.append(tile)
+        if tile.described or tile.stages * stage_bytes(tile, "bfloat16") > 60_000:
+            raise triton.runtime.errors.OutOfResources(1 << 18, 60_000, "shared memory")
+
+    large = Tile(128, 256, 64, 8, 3, described=True)
+    tiles.launched("expand", large, run)
+    fitting = Tile(128, 64, 64, 8, 2)
+    assert seen == [
+        large,
+        *(Tile(128, 256, 64, 8, stages) for stages in (3, 2)),
+        Tile(128, 128, 64, 8, 2),
+        fitting,
+    ]
+    seen.clear()
+    tiles.launched("expand", large, run)
+    assert seen == [fitting]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1 and "needs more than this chip has" in told[0]
+
+    def never(tile: Tile) -> None:
+        assert tile.rows == 64
+        raise triton.runtime.errors.OutOfResources(1 << 18, 1, "shared memory")
+
+    with pytest.raises(triton.runtime.errors.OutOfResources):  # as many rows as the list of experts is for
+        tiles.launched("expand", Tile(64, 64, 64, 4, 2), never, rows=False)

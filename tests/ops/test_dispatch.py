@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -140,6 +141,19 @@ def test_what_keeps_the_kernels_from_running_is_said(device, dtype, reason, monk
         )
         with pytest.raises(RuntimeError, match="backend='triton' cannot run: "):
             dispatch.plan("triton", OnGpu((1, 4), dtype, device) if device == CUDA else x, 1, 4)
+
+
+def test_nothing_is_searched_for_while_a_layer_is_traced(monkeypatch):
+    """torch.compile of PyTorch 2.11 breaks the graph at a search for a package."""
+
+    def search(*arguments: object) -> None:
+        raise AssertionError("a package is searched for")
+
+    monkeypatch.setattr(importlib.util, "find_spec", search)
+    x = torch.empty(50, 768)
+    for backend in ("auto", "grouped"):
+        dispatch.plan(backend, x, 1, 768)
+    dispatch.without_triton(CUDA, torch.float32)
 
 
 def test_the_interpreter_serves_the_cpu_but_for_bfloat16(monkeypatch):

@@ -92,6 +92,9 @@ class Host:
         self._call("effective_rank", sigma, len(sigma), ctypes.c_int(sigma.shape[1]), ranks)
         return ranks
 
+    def widest_eigh(self, bytes_of_a_block: int) -> int:
+        return int(self._library.widest_eigh(ctypes.c_int64(bytes_of_a_block)))
+
     def _call(self, name: str, *arguments: object) -> None:
         def convert(argument: object) -> object:
             if isinstance(argument, Tensor):

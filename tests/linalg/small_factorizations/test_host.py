@@ -85,3 +85,11 @@ def test_small_eigenvalues_of_graded_columns_are_relatively_accurate(host: Host)
     scaled = values / length.square()
     pivots = torch.linalg.cholesky(core).diagonal().square()
     assert ((scaled / pivots).log().abs() < 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("bytes_of_a_block", "widest"), [(232_448, 128), (166_912, 128), (101_376, 111), (0, 0)]
+)
+def test_the_widest_matrix_is_what_a_block_has_room_for(bytes_of_a_block, widest, host):
+    """99 KB on an A10, an L40S and an RTX 4090."""
+    assert host.widest_eigh(bytes_of_a_block) == widest
