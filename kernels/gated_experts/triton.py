@@ -236,19 +236,19 @@ def upstream_kernel(
     row_ok = (rows < N)[:, None]
     long_rows = rows.to(tl.int64)
     z_rows = z_ptr + (rows // group).to(tl.int64) * stride_zg + expert
-    z = tl.load(z_rows, mask=rows < N, other=0.0)[:, None]
     dz = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, r, BLOCK_R):
         j = first + tl.arange(0, BLOCK_R)
-        ok = row_ok & (j < r)[None, :]
         acc = _add_product(
             tl.zeros([BLOCK_N, BLOCK_R], tl.float32), dy_ptr + long_rows[:, None] * stride_dn, stride_do,
             b_ptr + expert.to(tl.int64) * stride_bt + j[None, :] * stride_br, stride_bo,
             row_ok, (j < r)[None, :], 0, O, BLOCK_K, PRECISION,
         )  # fmt: skip
+        ok = row_ok & (j < r)[None, :]
         h = tl.load(h_ptr + long_rows[:, None] * stride_hn + (expert * r + j)[None, :], mask=ok, other=0.0)
         dz += tl.sum(acc * h.to(tl.float32), 1)
         if KEEP:
+            z = tl.load(z_rows, mask=rows < N, other=0.0)[:, None]
             tl.store(
                 u_ptr + long_rows[:, None] * (T * r) + (expert * r + j)[None, :],
                 (acc * z).to(u_ptr.dtype.element_ty),

@@ -32,7 +32,7 @@ SELECTION = [
     (
         "large",
         ["bfloat16"],
-        ["dx-wide-gates", "shrink-skip", "expand-skip", "upstream-skip", "dx-skip"],
+        ["dx-wide-gates", "list", "shrink-skip", "expand-skip", "upstream-skip", "dx-skip"],
     ),
     (
         "large",

@@ -168,7 +168,7 @@ def test_strides_and_shapes_of_many_more_arguments_do_not_matter(problem: Proble
     is_the_formula(problem, "triton")
 
 
-@settings(drawing, max_examples=12)
+@settings(drawing, max_examples=5)
 @drawn(shared_problems(torch.float32))
 def test_strides_of_layers_that_share_their_input_do_not_matter(problem: SharedProblem) -> None:
     strides_do_not_matter(problem, "triton")
