@@ -3,6 +3,9 @@
 reference   the formula, expert by expert: the oracle of the tests, backend "eager"
 grouped     dense products over concatenated experts, for any device: backend "grouped"
 triton      the fused kernels shrink, expand and upstream, and their launchers: backend "triton"
+gates       its kernels for the gate values
+descriptors its kernels for large products on Hopper and later
+common      what those kernels share
 cost        operations and bytes of a call, whatever computes it
 fold        one weight W_eff for tokens that share their gates, in Triton; dense: `grouped.fold`
 

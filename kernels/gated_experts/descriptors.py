@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mingle.kernels import tiles
-from mingle.kernels.gated_experts.parts import finish, swizzled
+from mingle.kernels.gated_experts.common import finish, swizzled
 
 
 @triton.jit(do_not_specialize=["N", "group", "programs"])

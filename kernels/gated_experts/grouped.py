@@ -1,7 +1,7 @@
 """The gated sum of experts as a few dense products over concatenated experts: the CPU's default.
 
-For any device and any floating dtype.  The same four operations as the Triton kernels, with the same
-arguments: `shrink`, `expand`, `upstream`, `fold`.
+For any device and any floating dtype.  The same five operations as the Triton kernels, with the same
+arguments: `gates`, `shrink`, `expand`, `upstream`, `fold`.
 """
 
 from __future__ import annotations

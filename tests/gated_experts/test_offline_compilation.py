@@ -153,7 +153,9 @@ def test_no_register_is_spilled_and_shared_memory_suffices(
 ) -> None:
     built = builds(case)
     # On a B200 ptxas gives some kernels fewer registers than there are, and spills two of a thread's numbers.
-    assert built.spills <= (8 if case.target == "sm_100" else 0), f"{built.spills} spilled, {built.registers} registers"
+    assert built.spills <= (8 if case.target == "sm_100" else 0), (
+        f"{built.spills} spilled, {built.registers} registers"
+    )
     assert built.shared <= TARGETS[case.target].chip.shared_memory
 
 

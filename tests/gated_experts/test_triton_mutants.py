@@ -15,10 +15,10 @@ from mutants import Mutation, applied
 
 pytestmark = pytest.mark.interpret
 
-KERNELS, GATES, PARTS, DESCRIPTORS, FOLD, OPS = (
+KERNELS, GATES, COMMON, DESCRIPTORS, FOLD, OPS = (
     "mingle.kernels.gated_experts.triton",
     "mingle.kernels.gated_experts.gates",
-    "mingle.kernels.gated_experts.parts",
+    "mingle.kernels.gated_experts.common",
     "mingle.kernels.gated_experts.descriptors",
     "mingle.kernels.gated_experts.fold",
     "mingle.ops.common",
@@ -101,7 +101,7 @@ MUTATIONS = {
         "large groups",
     ),
     "no gradient of x through the gates": Mutation(
-        PARTS, "    if HAS_SHARE:", "    if False:", "linear gates of tokens"
+        COMMON, "    if HAS_SHARE:", "    if False:", "linear gates of tokens"
     ),
     "the gradient of a gate not divided among its tokens": Mutation(
         OPS, "return dz / group", "return dz", "linear gates of samples"
@@ -113,7 +113,7 @@ MUTATIONS = {
         "masked samples",
     ),
     "the gradient of a gate given to padding": Mutation(
-        PARTS,
+        COMMON,
         "counted = counted & (tl.load(mask_ptr + rows, mask=rows < N, other=0) != 0)[:, None]",
         "pass",
         "masked samples",
@@ -176,7 +176,7 @@ MUTATIONS = {
         "guard bands of fold",
     ),
     "tiles never computed": Mutation(
-        PARTS, "rows = min(row_tiles - first, BAND)", "rows = BAND", "guard bands of expand"
+        COMMON, "rows = min(row_tiles - first, BAND)", "rows = BAND", "guard bands of expand"
     ),
     "the base accumulated in half precision": Mutation(
         KERNELS,
