@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels: a committed table, a rule for everything else, and a search on demand.
 
 No kernel is ever timed at its first call.  `choose` looks up a tile found by `search` for this user and GPU,
-then the committed table, then follows the rule: the largest tile whose grid still fills the chip.
+then the committed table, then follows the rule: the tile that a model of the chip holds for the fastest.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ import triton.language as tl
 
 from mingle.kernels import tiles
 from mingle.kernels.gated_experts import descriptors
-from mingle.kernels.gated_experts.gates import gates
 from mingle.kernels.gated_experts.common import finish, swizzled
+from mingle.kernels.gated_experts.gates import gates
 
 __all__ = ["expand", "gates", "shrink", "upstream"]
 

@@ -188,6 +188,7 @@ def fabricated(names: list[str], suite: str = "suite [x] $\\frac{") -> tuple[dic
     return {"suite": suite, "protocol": "[p]", "methods": methods}, {names[0]: trace}
 
 
+@pytest.mark.slow
 def test_demo_and_reproduce_show_where_they_write(tmp_path, capsys):
     folder, few = tmp_path / FOLDER, ("--suite", "glyphs4", "--methods", "average")
     assert f"{SHOWN}/demo[1]" in printed(capsys, 0, "demo", *few, "--out", folder / "demo[1]")

@@ -43,7 +43,7 @@ COMMANDS = (
 )
 
 #: pages whose commands take more than half a minute
-SLOW = ("reproduce.md", "adapters-elsewhere.md")
+SLOW = ("README.md", "reproduce.md", "adapters-elsewhere.md")
 #: page → what its blocks have to print, as a pattern
 SAYS = {
     "README.md": r"^[67]\d\.\d+$",

@@ -44,6 +44,7 @@ def test_an_example_runs_as_a_script(name, capsys, monkeypatch):
     assert re.search(SAYS[name], capsys.readouterr().out, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_yaml_file_is_checked_and_merges(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     file = EXAMPLES / "6_merge.yaml"
