@@ -180,7 +180,7 @@ def without(kind, method):
 
 
 def cases():
-    """All pairs; those of one kind with all methods, and of one method with unlike kinds, in the plain run."""
+    """All pairs; one kind with all methods, and one method with unlike kinds, in the plain run."""
     for kind in ARCHITECTURES:
         for method in METHODS:
             plain = kind == "llama" or (method == "mingle" and kind in UNLIKE)
