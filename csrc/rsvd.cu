@@ -151,6 +151,7 @@ void launch_cholesky_inverse(const Queue& queue, const double* gram, int64_t bat
 }
 
 void launch_small_eigh(const Queue& queue, const double* gram, int64_t batch, int n, double* values, double* vectors, int32_t* flags) {
+    require_size("small_eigh", n);
     const int widest = widest_eigh(queue.device);
     require_size("small_eigh", n, widest);
     const int shared = JacobiMemory::doubles(n) * sizeof(double), most = JacobiMemory::doubles(widest) * sizeof(double);
