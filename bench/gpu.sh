@@ -8,7 +8,7 @@
 #
 # Several parts may be named; without one, all run.  Each writes as it goes and resumes: a test file whose
 # junit-*.xml in FOLDER shows no failure is not run again.  Exits with 1 where a test failed or a result of ours
-# was wrong.  The first tests compile the kernels, eight at a time with pytest-xdist.
+# was wrong.  The first tests compile the kernels, as many at a time as there are cores with pytest-xdist.
 # MINGLE_GPU_SECONDS: how long each part may take, 570 by default.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -89,23 +89,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(
-    selection: Selection,
-    peers: Sequence[str],
-    device: torch.device,
-    seed: int = 0,
-    until: float = math.inf,
+    selection: Selection, peers: Sequence[str], device: torch.device, seed: int = 0, until: float = math.inf,
     keep: Callable[[Results], object] = lambda found: None,
-) -> Results:
+) -> Results:  # fmt: skip
     """The measurements of all cases that can be started before `until` seconds have passed.
 
-    `keep` gets all there is after each case.
-
-    Ours and `peers`, where there are any, are all that is run; otherwise all, but what takes long to build
-    only in `compiled` cases, and not after `selection.build_until` seconds or half of `until`.
+    `keep` gets all there is after each case.  Without `peers` ours is run beside all, but what takes long to
+    build only in `compiled` cases, and not after `selection.build_until` seconds or half of `until`.
     """
-    began, found = time.monotonic(), []
+    began, found = time.monotonic(), list[CaseResult]()
     log.info("measuring the ceilings of %s", device_name(device))
     limits = floor.ceilings((case.dtype for case in selection.cases), device)
+
+    def so_far() -> Results:
+        judged = {case["name"]: case["dispatch"] for case in found if case["dispatch"]}
+        bad = {name: one for name, one in judged.items() if not one["within_limit"]}
+        good = f"{len(judged) - len(bad)} of {len(judged)}"
+        remarks = [f'backend="auto" is within 10 % of the best strategy in {good} cases']
+        remarks += [f"{name}: {b['auto_over_best']:.2f}× the time of {b['best']}" for name, b in bad.items()]
+        facts = dict(ceilings=asdict(limits), remarks=remarks)
+        return record.envelope("kernels", device, seed, found, cases.TARGETS, began, **facts)
+
     for case in selection.cases:
         passed = time.monotonic() - began
         if passed > until:
@@ -116,24 +120,9 @@ def run(
         chosen = [PEERS[name] for name in dict.fromkeys([OURS, *(peers or default)])]
         log.info("%s: %d peers, after %.0f s", case.name, len(chosen), passed)
         found.append(measure(case, chosen, device, limits, selection.seconds, seed))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        keep(_results(found, limits, device, seed, began))
-    return _results(found, limits, device, seed, began)
-
-
-def _results(
-    found: Sequence[CaseResult], limits: Ceilings, device: torch.device, seed: int, began: float
-) -> Results:
-    judged = {case["name"]: case["dispatch"] for case in found if case["dispatch"]}
-    bad = {name: choice for name, choice in judged.items() if not choice["within_limit"]}
-    good = f"in {len(judged) - len(bad)} of {len(judged)} cases"
-    remarks = [f'backend="auto" is within 10 % of the best strategy {good}']
-    remarks += [
-        f"{name}: {one['auto_over_best']:.2f}× the time of {one['best']}" for name, one in bad.items()
-    ]
-    more = {"ceilings": asdict(limits), "remarks": remarks}
-    return record.envelope("kernels", device, seed, found, cases.TARGETS, began, **more)
+        torch.cuda.empty_cache()  # which does nothing without one
+        keep(so_far())
+    return so_far()
 
 
 def measure(

@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -99,7 +98,7 @@ _override: contextvars.ContextVar[_Forced | None] = contextvars.ContextVar("tile
 
 def bucket(tokens: int) -> int:
     """Token counts that share a configuration: powers of two, none below 16."""
-    return max(16, 1 << (tokens - 1).bit_length())
+    return max(16, next_power_of_2(tokens))
 
 
 def strain(tensors: Iterable[torch.Tensor], sizes: Iterable[int], special: bool) -> str:
@@ -170,8 +169,8 @@ def listed(kernel: str, x: torch.Tensor, tokens: int, columns: int, strain: str 
 
 def shares(depth: int, tile: Tile) -> tuple[int, int]:
     """How many programs share inner products of length `depth`, and how much each takes, in whole steps."""
-    part = math.ceil(depth / tile.splits / tile.depth) * tile.depth
-    return math.ceil(depth / part), part
+    part = cdiv(depth, tile.splits * tile.depth) * tile.depth
+    return cdiv(depth, part), part
 
 
 def _arithmetic(x: torch.Tensor) -> str:
@@ -234,18 +233,16 @@ def rule(
 def seconds(tile: Tile, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int) -> float:
     """The modelled time of a product [rows, depth] · [depth, columns] on `chip`, in waves of programs."""
     speed, itemsize = family(chip), _itemsize(arithmetic)
-    programs = math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns) * tile.splits
-    waves = math.ceil(programs / chip.multiprocessors)
-    steps = math.ceil(depth / tile.splits / tile.depth)
+    row_tiles, column_tiles = cdiv(rows, tile.rows), cdiv(columns, tile.columns)
+    waves = cdiv(row_tiles * column_tiles * tile.splits, chip.multiprocessors)
+    steps = cdiv(depth, tile.splits * tile.depth)
     rates = _RATES[tile.described]
     area = tile.rows * tile.columns
     products = 2 * area * tile.depth / (rates.get(area, area / 16384 * 0.5) * speed.matrix * 2 / itemsize)
     # as many steps are asked for at once as there are stages, by as many programs as one processor holds
     together = max(1, chip.shared_memory // (tile.stages * _stage_bytes(tile, arithmetic)))
     loads = _LATENCY / (tile.stages - 1) / together
-    moved = (
-        (rows * math.ceil(columns / tile.columns) + columns * math.ceil(rows / tile.rows)) * depth
-    ) * itemsize
+    moved = (rows * column_tiles + columns * row_tiles) * depth * itemsize
     time = max(waves * steps * max(products, loads) + _START, moved / (3 * speed.bandwidth))
     if tile.splits > 1:
         time += _ADD + (2 * tile.splits * 4 + itemsize) * rows * columns / (3 * speed.bandwidth)

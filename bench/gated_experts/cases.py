@@ -21,9 +21,7 @@ Sizes = tuple[int, int, int, int, int]
 SHAPES: dict[str, Sizes] = {
     "vit-b16":     (128, 197, 768, 768, 20),   # ViT-B/16, 224 pixels, batch 128: arithmetic decides
     "vit-b32":     (16, 50, 768, 3072, 8),     # fc1 of ViT-B/32, batch 16: launches and waves decide
-    "vit-b32-t1":  (16, 50, 768, 3072, 1),
-    "vit-b32-t20": (16, 50, 768, 3072, 20),
-    "vit-b32-t64": (16, 50, 768, 3072, 64),
+    **{f"vit-b32-t{experts}": (16, 50, 768, 3072, experts) for experts in (1, 20, 64)},
     "square":      (16, 50, 768, 768, 8),      # an attention projection of ViT-B/32
     "image":       (1, 50, 768, 768, 20),      # one image: launches decide
     "vit-l-fc1":     (16, 257, 1024, 4096, 8),
@@ -33,12 +31,7 @@ SHAPES: dict[str, Sizes] = {
     "llm":         (2, 1024, 4096, 4096, 8),   # a projection of a 7B language model
 }
 #: single tokens of as many sequences through the same projection, as a language model generates
-DECODING: dict[str, Sizes] = {
-    "llm-n1":      (1, 1, 4096, 4096, 8),
-    "llm-n16":     (16, 1, 4096, 4096, 8),
-    "llm-n64":     (64, 1, 4096, 4096, 8),
-    "llm-n1-t64":  (1, 1, 4096, 4096, 64),
-}
+DECODING = {f"llm-n{n}": (n, 1, 4096, 4096, 8) for n in (1, 16, 64)} | {"llm-n1-t64": (1, 1, 4096, 4096, 64)}
 #: one-hot gates from a router, samples sorted by expert
 ROUTED: dict[str, Sizes] = {
     "routed":       (16, 50, 768, 768, 64),
@@ -46,14 +39,8 @@ ROUTED: dict[str, Sizes] = {
     "routed-many":  (128, 197, 768, 768, 1024),
 }
 #: batch gates around the number of tokens from which folding is cheaper: 384 at 768 → 768, 614 at 768 → 3072
-FOLDING: dict[str, Sizes] = {
-    "fold-n96":       (2, 48, 768, 768, 8),
-    "fold-n288":      (6, 48, 768, 768, 8),
-    "fold-n480":      (10, 48, 768, 768, 8),
-    "fold-n1536":     (32, 48, 768, 768, 8),
-    "fold-wide-n384":  (8, 48, 768, 3072, 8),
-    "fold-wide-n1536": (32, 48, 768, 3072, 8),
-}
+FOLDING = {f"fold-n{48 * samples}": (samples, 48, 768, 768, 8) for samples in (2, 6, 10, 32)}
+FOLDING |= {f"fold-wide-n{48 * samples}": (samples, 48, 768, 3072, 8) for samples in (8, 32)}
 # fmt: on
 
 

@@ -70,10 +70,10 @@ class Inputs:
         """Copies in that dtype, to which nothing else refers."""
         tensors = {k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)}
         kept = torch.float32 if dtype.itemsize == 2 else dtype  # of the gates, as `MingleLinear` keeps them
-        copies: dict[str, Any] = {
-            name: tensor.to(kept if "gate" in name else dtype, copy=True) for name, tensor in tensors.items()
+        made: dict[str, Any] = {
+            k: v.to(kept if "gate" in k else dtype, copy=True) for k, v in tensors.items()
         }
-        copied = replace(self, **copies)
+        copied = replace(self, **made)
         for tensor in copied.differentiated().values():
             tensor.requires_grad_(self.case.backward)
         return copied

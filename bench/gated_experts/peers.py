@@ -164,7 +164,7 @@ def replayed(build: Callable[[Inputs], Pass]) -> Callable[[Inputs], Pass]:
     return build_graph
 
 
-_BUILD_FUSED = partial(_build_explicit, backend="triton")
+_KERNELS = replayed(partial(_build_explicit, backend="triton"))
 _GEMMS = "three GEMMs by hand"
 _LOOP_32 = "the eager reference on the same values in fp32"
 _PER_SAMPLE = "the public reference procedure: a dense weight per sample, expert by expert"
@@ -180,7 +180,7 @@ PEERS = {
         *(KernelPeer(f"mingle {b}", partial(_build_explicit, backend=b), f'backend="{b}"') for b in EXPLICIT),
         KernelPeer("mingle prepacked", build_prepacked, _PACKED),
         KernelPeer("mingle one expert", build, "T = 1: what routed gates should cost", adapt=_one_expert),
-        KernelPeer("mingle CUDA graph", replayed(_BUILD_FUSED), "the kernels, replayed", captured=True),
+        KernelPeer("mingle CUDA graph", _KERNELS, "the kernels, replayed", captured=True),
         KernelPeer("eager loop", handmade.loop, "the eager reference, expert by expert"),
         KernelPeer("eager loop fp32", handmade.loop, _LOOP_32, adapt=handmade.single_precision),
         KernelPeer("grouped eager", handmade.chained, _GEMMS),

@@ -19,6 +19,15 @@ def swizzled(pid, row_tiles, column_tiles, BAND: tl.constexpr):
 
 
 @triton.jit
+def placed(N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's part of the inner products, and its tile (row, column) of an output [N, C]."""
+    row_tiles, column_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(C, BLOCK_C)
+    tile = tl.program_id(0) % (row_tiles * column_tiles)
+    row_tile, column_tile = swizzled(tile, row_tiles, column_tiles, 8)
+    return tl.program_id(0) // (row_tiles * column_tiles), row_tile, column_tile
+
+
+@triton.jit
 def finish(
     acc, rows, columns,
     bias_ptr,  # [O]

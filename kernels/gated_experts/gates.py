@@ -161,12 +161,13 @@ def gates(
     with tiles.on_device(x):
         if single and tokens >= _MANY_TOKENS:
             rows = _GATE_ROWS if tokens >= _GATE_ROWS * 4 * tiles.chip(x.device).multiprocessors else 16
-            wide = gate_weight.dtype != x.dtype
+            exact = _exact_product(x, gate_weight)
+            wide = exact["UPCAST"]
             tile = tiles.Tile(rows, _GATE_EXPERTS, 64 if wide else 128, warps=4, stages=4 if wide else 3)
             token_gates_kernel[(tiles.cdiv(tokens, tile.rows), tiles.cdiv(experts, tile.columns))](
                 x, *x.stride(), gate_weight, *gate_weight.stride(), gate_bias, z, tokens, width, experts,
                 BLOCK_N=tile.rows, BLOCK_K=tile.depth, BLOCK_E=tile.columns,
-                **_exact_product(x, gate_weight), **tiles.options(tile),
+                **exact, **tiles.options(tile),
             )  # fmt: skip
             return z, pooled
         sums, parts = (x, 1) if single else _sums(x, mask, group)

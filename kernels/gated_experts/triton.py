@@ -20,7 +20,7 @@ import triton.language as tl
 
 from mingle.kernels import tiles
 from mingle.kernels.gated_experts import descriptors
-from mingle.kernels.gated_experts.common import finish, swizzled
+from mingle.kernels.gated_experts.common import finish, placed
 from mingle.kernels.gated_experts.gates import gates
 
 __all__ = ["expand", "gates", "shrink", "upstream"]
@@ -58,11 +58,7 @@ def shrink_kernel(
 ):  # fmt: skip
     """H = x A_catᵀ and z ⊙ H; with SPLIT, H over `part` of the K columns of x."""
     R = T * r
-    row_tiles, column_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(R, BLOCK_C)
-    split = tl.program_id(0) // (row_tiles * column_tiles)
-    row_tile, column_tile = swizzled(
-        tl.program_id(0) % (row_tiles * column_tiles), row_tiles, column_tiles, 8
-    )
+    split, row_tile, column_tile = placed(N, R, BLOCK_N, BLOCK_C)
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = column_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     row_ok, column_ok = (rows < N)[:, None], (columns < R)[None, :]
@@ -134,11 +130,7 @@ def expand_kernel(
 
     With SPLIT, over `part` of the K + T·r columns of x and z ⊙ H.
     """
-    row_tiles, column_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(O, BLOCK_O)
-    split = tl.program_id(0) // (row_tiles * column_tiles)
-    row_tile, column_tile = swizzled(
-        tl.program_id(0) % (row_tiles * column_tiles), row_tiles, column_tiles, 8
-    )
+    split, row_tile, column_tile = placed(N, O, BLOCK_N, BLOCK_O)
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = column_tile * BLOCK_O + tl.arange(0, BLOCK_O)
     row_ok, column_ok = (rows < N)[:, None], (columns < O)[None, :]
