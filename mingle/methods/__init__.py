@@ -11,6 +11,7 @@ from mingle.methods.adamerging import AdaMerging
 from mingle.methods.average import Average
 from mingle.methods.base import Arrival, MergeMethod, StepReport
 from mingle.methods.consensus_ta import ConsensusTa
+from mingle.methods.iso_c import IsoC
 from mingle.methods.magmax import MagMax
 from mingle.methods.mingle import Mingle, MingleLight
 from mingle.methods.mingle_seq import MingleSeq
@@ -21,7 +22,9 @@ from mingle.methods.references import Individual, PreTrained
 from mingle.methods.routed import Routed
 from mingle.methods.task_arithmetic import TaskArithmetic
 from mingle.methods.ties import Ties
+from mingle.methods.tsv_m import TsvM
 from mingle.methods.wemoe import Wemoe
+from mingle.methods.wudi import Wudi
 from mingle.options import nearest, shown
 
 METHODS: dict[str, type[MergeMethod]] = {
@@ -35,6 +38,9 @@ METHODS: dict[str, type[MergeMethod]] = {
         MagMax,
         ConsensusTa,
         Opcm,
+        TsvM,
+        IsoC,
+        Wudi,
         AdaMerging,
         Wemoe,
         Nufilt,

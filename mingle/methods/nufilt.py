@@ -15,7 +15,7 @@ from mingle.linalg.arithmetic import buckets, ieee, product, stacked
 from mingle.linalg.sketch import gaussian
 from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
 from mingle.nn.inject import find_weights
-from mingle.nn.matrices import packed_experts
+from mingle.nn.matrices import joined, packed_experts, split
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskType
 
@@ -168,14 +168,6 @@ class Nufilt(WeightMethod):
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
         deltas = task_vector(self.base, arrival.tuned, self.targets)
         merged = task_vector(self.base, self.merged, self.targets)
-        parts = updates(self._split(deltas), self._split(merged), self.options, arrival.seed)
-        added = {name: layout.joined(name, parts) for name, layout in self.layouts.items()}
+        parts = updates(split(self.layouts, deltas), split(self.layouts, merged), self.options, arrival.seed)
+        added = joined(self.layouts, parts)
         return self.merged | shifted({name: self.merged[name] for name in added}, added), {}
-
-    def _split(self, tensors: Tensors) -> Tensors:
-        """The matrices [d_out, d_in] that the target weights hold."""
-        return {
-            key: matrix
-            for name, layout in self.layouts.items()
-            for key, matrix in layout.split(name, tensors[name]).items()
-        }

@@ -1,6 +1,7 @@
 """The settings behind the published figures, by method, task type and number of tasks.
 
-They are those of arXiv 2505.11883 and of its code.
+They are those of arXiv 2505.11883 and of its code; of methods that it does not compare with, those of their
+own papers.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def _settings(method: str, task_type: str, tasks: int) -> dict[str, Any]:
         "magmax": {"scaling": 0.5},
         "consensus-ta": {"scaling": 0.1, "threshold": 0.2, "min_masks": 2},
         "opcm": {"alpha": 0.5},
+        "tsv-m": {"scaling": 1.0},
+        "wudi": {"solver": "adam", "lr": 1e-5, "steps": 300},
         "adamerging": entropy,
         "wemoe": {"rank": 64, "later_rank": 16}
         | entropy

@@ -72,6 +72,20 @@ class Layout:
         return tensor.mT if self.transposed else tensor
 
 
+def split(layouts: Mapping[str, Layout], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The matrices [d_out, d_in] in those tensors of a state that have a layout, views of them."""
+    return {
+        key: matrix
+        for name, layout in layouts.items()
+        for key, matrix in layout.split(name, tensors[name]).items()
+    }
+
+
+def joined(layouts: Mapping[str, Layout], matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `split` takes apart."""
+    return {name: layout.joined(name, matrices) for name, layout in layouts.items()}
+
+
 def matrices(model: nn.Module) -> dict[str, Layout]:
     """The weights of a model's linear layers and its packed experts, by their names in the state dict."""
     linear = {

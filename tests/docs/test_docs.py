@@ -147,7 +147,7 @@ def test_the_readme_s_table_is_the_measured_one():
         cell = rows[label]
         assert (acc, spread) == (f"{cell['acc']['mean']:.1f}", f"{cell['acc']['std']:.1f}")
         assert float(bwt.replace("−", "-")) == pytest.approx(cell["bwt"]["mean"], abs=0.05)
-    plain = [label for label, method in methods.METHODS.items() if leaves_plain_weights(method)]
+    plain = [label for label in rows if leaves_plain_weights(methods.METHODS[label])]
     assert max(plain, key=lambda label: rows[label]["acc"]["mean"]) == "nufilt"
 
 

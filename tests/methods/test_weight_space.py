@@ -22,6 +22,9 @@ CONTRACT = {
     "magmax",
     "consensus-ta",
     "opcm",
+    "tsv-m",
+    "iso-c",
+    "wudi",
     "adamerging",
     "wemoe",
     "nufilt",
@@ -224,7 +227,7 @@ def test_half_precision_towers_stay_in_theirs(base_model, tuned_states, method):
     for i, state in enumerate(states):
         merger.add(f"task{i}", state)
     assert {tensor.dtype for tensor in merger.model.state_dict().values()} == {torch.bfloat16}
-    if method not in ("pre-trained", "individual", "nufilt"):
+    if method not in ("pre-trained", "individual", "nufilt", "iso-c"):  # Iso-C enlarges the smallest
         wider = run(half.float(), method, [{k: v.float() for k, v in s.items()} for s in states])
         assert_same(merged_tower(merger), wider, tolerance=2e-2)
 

@@ -1,0 +1,105 @@
+"""WUDI-Merging: the task vector that disturbs no task's inputs (Cheng et al., arXiv 2503.08099)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mingle import linalg
+from mingle.linalg.arithmetic import ieee, product
+from mingle.methods.base import Tensors
+from mingle.methods.matrixwise import MatrixMethod
+from mingle.options import require_not_negative
+
+
+@dataclass(frozen=True)
+class WudiOptions:
+    """Settings of WUDI; the defaults are the published ones.
+
+    Attributes:
+        scaling: α, the merged task vector's weight.
+        solver: ``adam``, as published, or ``exact``, the minimum that is closest to the sum of the task
+            vectors, where Adam starts.
+        lr, steps: of Adam.
+    """
+
+    scaling: float = 1.0
+    solver: Literal["adam", "exact"] = "adam"
+    lr: float = 1e-5
+    steps: int = 300
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "lr", "steps")
+
+
+@ieee
+def descended(start: Tensor, square: Tensor, target: Tensor, lr: float, steps: int) -> Tensor:
+    """M [m, n] after `steps` of Adam from `start` on the loss of WUDI.
+
+        L = Σ_i ‖(M − Δ_i) Δ_iᵀ‖² / ‖Δ_i‖²,    ∂L/∂M = 2 (M H − N)
+
+    Args:
+        start: [m, n].
+        square: H = Σ_i Δ_iᵀ Δ_i / ‖Δ_i‖² [n, n].
+        target: N = Σ_i Δ_i Δ_iᵀ Δ_i / ‖Δ_i‖² [m, n].
+    """
+    M = start.clone(memory_format=torch.contiguous_format)  # fused Adam reads M and its gradient in one order
+    optimizer = torch.optim.Adam([M], lr=lr, fused=True)
+    for _ in range(steps):
+        M.grad = 2 * (product(M, square) - target)
+        optimizer.step()
+    M.grad = None
+    return M
+
+
+@ieee
+def solved(start: Tensor, square: Tensor, target: Tensor) -> Tensor:
+    """The minimum of the loss that is closest to `start`, S + (N − S H) H⁺; see `descended`."""
+    S, H, N = start.double(), square.double(), target.double()
+    return (S + (N - S @ H) @ torch.linalg.pinv(H, rtol=linalg.NULL_SPACE_TOLERANCE, hermitian=True)).to(
+        start
+    )
+
+
+class Wudi(MatrixMethod):
+    """M minimises what it adds to every task on the inputs that the task's own vector spans.
+
+    The loss is quadratic, and all it needs of the tasks are three sums.  So after every arrival the result
+    is that of all models at once, and what is kept does not grow with their number.
+    """
+
+    name = "wudi"
+    Options = WudiOptions
+
+    def merge(self, deltas: Tensors, roundings: Mapping[str, float], index: int) -> tuple[Tensors, Tensors]:
+        merged: Tensors = {}
+        state: Tensors = {}
+        for name, delta in deltas.items():
+            start, square, target = self._sums(name, delta, index)
+            merged[name] = self._minimum(start, square, target) if index else delta
+            state |= {f"sum/{name}": start, f"square/{name}": square, f"target/{name}": target}
+        return merged, state
+
+    @ieee
+    def _sums(self, name: str, delta: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ Δ_i, H and N of all tasks so far; one that changed nothing has no part in any."""
+        size = delta.square().sum()
+        rows = delta / size if size > 0 else delta
+        square = product(rows.mT, delta)
+        sums = delta, square, product(delta, square)
+        if not index:
+            return sums
+        start, square, target = (
+            self.state[f"{kind}/{name}"] + new
+            for kind, new in zip(("sum", "square", "target"), sums, strict=True)
+        )
+        return start, square, target
+
+    def _minimum(self, start: Tensor, square: Tensor, target: Tensor) -> Tensor:
+        if self.options.solver == "exact":
+            return solved(start, square, target)
+        return descended(start, square, target, self.options.lr, self.options.steps)
