@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -74,6 +74,18 @@ class StepReport:
     calibration: float = 0.0
 
 
+class Kept(NamedTuple):
+    """How many bytes are kept, at most.
+
+    Attributes:
+        task: of each task alone.
+        state: of all tasks together.
+    """
+
+    task: int
+    state: int
+
+
 class Folded(NamedTuple):
     """A gated tower for one task, its gates held constant.
 
@@ -136,6 +148,10 @@ class MergeMethod(ABC):
     @abstractmethod
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         """Return, bit for bit, to the state that `task_tensors` and `state_tensors` gave."""
+
+    def kept_bytes(self) -> Kept:
+        """How large `task_tensors` and `state_tensors` will be, from shapes alone; rather too much."""
+        return Kept(0, 0)
 
     def merges(self) -> Collection[str]:
         """The names of the tower's tensors that merging changes; all others stay those of the base."""
@@ -223,6 +239,10 @@ class PlainMethod(MergeMethod):
     def plain_tower(self) -> Tensors:
         return {name: tensor.to(self.base[name].dtype) for name, tensor in self.merged.items()}
 
+    def kept_bytes(self) -> Kept:
+        whole = kept_size(self.tower.state_dict().values())
+        return Kept(0, whole + whole // 2)  # in some methods a count for every entry
+
     def task_tensors(self, index: int) -> Tensors:
         return {}
 
@@ -267,6 +287,11 @@ def shifted(
 def widened(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Copies in float32, or float64 where a tensor is."""
     return {name: tensor.to(wide(tensor), copy=True) for name, tensor in tensors.items()}
+
+
+def kept_size(tensors: Iterable[torch.Tensor]) -> int:
+    """The bytes of tensors as they are kept, in float32 at least."""
+    return sum(tensor.numel() * max(tensor.dtype.itemsize, 4) for tensor in tensors)
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:

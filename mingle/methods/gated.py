@@ -13,7 +13,7 @@ from mingle.adaptation.mean_gates import mean_gates
 from mingle.io.state_dicts import task_vector
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import reference
-from mingle.methods.base import Arrival, Folded, MergeMethod, StepReport, Tensors
+from mingle.methods.base import Arrival, Folded, Kept, MergeMethod, StepReport, Tensors
 from mingle.nn.inject import find_targets, inject
 from mingle.nn.linear import LowRankExpert, MingleLinear
 from mingle.nn.matrices import oriented, packed_experts
@@ -89,6 +89,15 @@ class GatedMethod(MergeMethod):
             raise
         self._count(merged=True)
         return report
+
+    def kept_bytes(self) -> Kept:
+        """A, B, gate and basis of every layer."""
+        basis, size = getattr(self.options, "k", 0), 0
+        for layer in self.layers.values():
+            width, height = layer.in_features, layer.out_features
+            numbers = min(self.options.rank, width, height) * (width + height) + (basis + 1) * width + 1
+            size += numbers * wide(layer.weight).itemsize
+        return Kept(size, 0)
 
     def merges(self) -> Collection[str]:
         return [f"{name}.weight" for name in self.layers]

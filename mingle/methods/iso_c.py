@@ -46,6 +46,10 @@ class IsoC(MatrixMethod):
     name = "iso-c"
     Options = IsoCOptions
 
+    @staticmethod
+    def kept_numbers(m: int, n: int) -> int:
+        return m * n
+
     def merge(self, deltas: Tensors, roundings: Mapping[str, float], index: int) -> tuple[Tensors, Tensors]:
         totals = {
             f"sum/{name}": delta + self.state[f"sum/{name}"] if index else delta

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
+from mingle.kernels.dtypes import wide
+from mingle.methods.base import Arrival, Kept, Tensors, WeightMethod, kept_size, shifted
 from mingle.nn.matrices import joined, matrices, split
 from mingle.tasks import TaskType
 
@@ -35,6 +36,17 @@ class MatrixMethod(WeightMethod):
             roundings: singular values of Δ_t under this one may be rounding errors of the weights.
             index: how many tasks were merged before.
         """
+
+    @staticmethod
+    @abstractmethod
+    def kept_numbers(m: int, n: int) -> int:
+        """How many numbers the running state has of a matrix [m, n], at most."""
+
+    def kept_bytes(self) -> Kept:
+        size = kept_size(self.tower.state_dict().values())
+        for matrix in split(self.layouts, self.base).values():
+            size += self.kept_numbers(*matrix.shape) * wide(matrix).itemsize
+        return Kept(0, size)
 
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
         vector, delta = self.vectors(arrival.tuned)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle.methods.base import Arrival, MergeMethod, StepReport, Tensors
+from mingle.methods.base import Arrival, Kept, MergeMethod, StepReport, Tensors, kept_size
 from mingle.tasks import TaskType
 
 
@@ -52,6 +52,9 @@ class Individual(MergeMethod):
         self.towers.append({name: tensor.to(self.base[name]) for name, tensor in arrival.tuned.items()})
         self.select(arrival.index)
         return StepReport()
+
+    def kept_bytes(self) -> Kept:
+        return Kept(kept_size(self.base.values()), 0)
 
     def plain_tower(self) -> Tensors:
         return self.tower.state_dict()

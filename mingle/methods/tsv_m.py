@@ -58,6 +58,10 @@ class TsvM(MatrixMethod):
     name = "tsv-m"
     Options = TsvMOptions
 
+    @staticmethod
+    def kept_numbers(m: int, n: int) -> int:
+        return (m + n + 1) * min(m, n)
+
     def merge(self, deltas: Tensors, roundings: Mapping[str, float], index: int) -> tuple[Tensors, Tensors]:
         merged: Tensors = {}
         state: Tensors = {}

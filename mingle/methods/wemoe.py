@@ -16,7 +16,7 @@ from torch import nn
 from mingle.adaptation.losses import entropy
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.kernels.gated_experts import reference
-from mingle.methods.base import Arrival, StepReport, Tensors, widened
+from mingle.methods.base import Arrival, Kept, StepReport, Tensors, kept_size, widened
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.task_arithmetic import add_task_vector
@@ -121,6 +121,9 @@ class Wemoe(GatedMethod):
         layer = self.layers[name]
         layer.add_expert(A, B, gate_weight=gate, gate_bias=bias)
         layer.set_trainable_gates(layer.num_experts if name in self.routers else 0)
+
+    def kept_bytes(self) -> Kept:
+        return super().kept_bytes()._replace(state=kept_size(self.attention.values()))
 
     def merges(self) -> Collection[str]:
         return [*super().merges(), *self.attention]

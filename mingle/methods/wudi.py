@@ -75,6 +75,10 @@ class Wudi(MatrixMethod):
     name = "wudi"
     Options = WudiOptions
 
+    @staticmethod
+    def kept_numbers(m: int, n: int) -> int:
+        return 2 * m * n + n * n
+
     def merge(self, deltas: Tensors, roundings: Mapping[str, float], index: int) -> tuple[Tensors, Tensors]:
         merged: Tensors = {}
         state: Tensors = {}

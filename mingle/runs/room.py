@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mingle import methods
 from mingle.io.base_files import base_files
-from mingle.methods.base import MergeMethod, PlainMethod
-from mingle.methods.gated import GatedMethod
+from mingle.methods.base import MergeMethod, kept_size
 from mingle.options import build
 from mingle.tasks import TaskType
 from mingle.tasks.heads import head_of
@@ -42,35 +39,7 @@ def of_merge(method: str, options: Mapping[str, Any], base: Path, task: TaskType
 
 def of_method(fitted: MergeMethod, base: Path) -> Room:
     """The room for a merge by a method that was fitted to the base model in a folder, or to its skeleton."""
-    kept = state = 0
-    if fitted.per_task:
-        kept = _bytes(fitted.base.values())
-    elif isinstance(fitted, PlainMethod):
-        whole = _bytes(fitted.tower.state_dict().values())
-        state = whole + whole // 2  # the tower, and in some methods a count for every entry
-    elif isinstance(fitted, GatedMethod):
-        kept = _expert(fitted)
-        if type(fitted).state_tensors is not GatedMethod.state_tensors:
-            state = _bytes(fitted.base.values())
-    kept += _bytes(head_of(fitted.model, fitted.task.heads(fitted.model)).values())
-    return Room(sum(file.stat().st_size for file in base_files(base)), kept, 2 * state)
-
-
-def _expert(method: GatedMethod) -> int:
-    """A, B, gate and basis of every layer."""
-    rank, basis = method.options.rank, getattr(method.options, "k", 0)
-    size = 0
-    for layer in method.layers.values():
-        width, height = layer.in_features, layer.out_features
-        numbers = min(rank, width, height) * (width + height) + (basis + 1) * width + 1
-        size += numbers * _itemsize(layer.weight)
-    return size
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * _itemsize(tensor) for tensor in tensors)
-
-
-def _itemsize(tensor: Tensor) -> int:
-    """Of what is kept, which may be wider than the base."""
-    return max(tensor.dtype.itemsize, 4)
+    kept = fitted.kept_bytes()
+    head = kept_size(head_of(fitted.model, fitted.task.heads(fitted.model)).values())
+    files = sum(file.stat().st_size for file in base_files(base))
+    return Room(files, kept.task + head, 2 * kept.state)

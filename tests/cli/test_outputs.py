@@ -197,7 +197,9 @@ def test_a_disk_without_room_is_refused_before_work(config, tmp_path, base_folde
     assert not (tmp_path / "plain").exists()
 
 
-@pytest.mark.parametrize("method", ["average", "individual", "pre-trained", "opcm", "consensus-ta"])
+@pytest.mark.parametrize(
+    "method", ["average", "individual", "pre-trained", "opcm", "consensus-ta", "tsv-m", "iso-c", "wudi"]
+)
 def test_the_estimate_covers_what_a_merge_takes(method, config, tmp_path, base_folder):
     content = yaml.safe_load(config.read_text()) | {"method": method}
     if method == "consensus-ta":
