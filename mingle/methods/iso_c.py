@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from mingle import linalg
-from mingle.methods.base import Tensors
-from mingle.methods.matrixwise import MatrixMethod
-
-
-@dataclass(frozen=True)
-class IsoCOptions:
-    """Settings of Iso-C.
-
-    Attributes:
-        scaling: α, the merged task vector's weight.
-    """
-
-    scaling: float = 1.0
+from mingle.methods.matrixwise import Change, MatrixMethod
 
 
 def isotropic(total: Tensor, rounding: float = 0.0) -> Tensor:
@@ -44,17 +31,13 @@ class IsoC(MatrixMethod):
     """M = σ̄ U Vᵀ of the sum of all task vectors, which is all that is kept of them; see `isotropic`."""
 
     name = "iso-c"
-    Options = IsoCOptions
+    parts = ("sum",)
 
     @staticmethod
     def kept_numbers(m: int, n: int) -> int:
         return m * n
 
-    def merge(self, deltas: Tensors, roundings: Mapping[str, float], index: int) -> tuple[Tensors, Tensors]:
-        totals = {
-            f"sum/{name}": delta + self.state[f"sum/{name}"] if index else delta
-            for name, delta in deltas.items()
-        }
+    def merge(self, change: Change, seen: int, kept: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        total = change.delta + kept[0] if seen else change.delta
         # independent errors of as many weights as were added up
-        growth = (index + 1) ** 0.5
-        return {name: isotropic(totals[f"sum/{name}"], growth * roundings[name]) for name in deltas}, totals
+        return isotropic(total, (seen + 1) ** 0.5 * change.rounding), (total,)

@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mingle.io.state_dicts import task_vector
 from mingle.kernels.dtypes import wide
 from mingle.methods.base import Arrival, Kept, Tensors, WeightMethod, kept_size, shifted
 from mingle.nn.matrices import joined, matrices, split
 from mingle.tasks import TaskType
 
 
+@dataclass(frozen=True)
+class MatrixOptions:
+    """Settings of all methods that go matrix by matrix.
+
+    Attributes:
+        scaling: α, the merged task vector's weight.
+    """
+
+    scaling: float = 1.0
+
+
+class Change(NamedTuple):
+    """What fine-tuning did to one matrix.
+
+    Attributes:
+        name: of the matrix.
+        delta: Δ_t [d_out, d_in].
+        rounding: singular values of Δ_t under this one may be rounding errors of the weights.
+    """
+
+    name: str
+    delta: Tensor
+    rounding: float
+
+
 class MatrixMethod(WeightMethod):
     """θ = θ₀ + α M, with M a function of the task vectors in every matrix, and their mean elsewhere.
 
     The matrices are the weights of linear layers, and of packed experts one by one; biases, norms and
-    embeddings are elsewhere.  Subclasses give `merge`, and their `Options` have ``scaling``, α.
+    embeddings are elsewhere.  Subclasses give `merge`, and `parts`: the names of what they keep of a matrix.
     """
+
+    Options: ClassVar[type] = MatrixOptions
+    parts: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
@@ -28,19 +58,19 @@ class MatrixMethod(WeightMethod):
         self.layouts = {name: layout for name, layout in matrices(self.tower).items() if name in self.base}
 
     @abstractmethod
-    def merge(self, deltas: Tensors, roundings: Mapping[str, float], index: int) -> tuple[Tensors, Tensors]:
-        """The merged matrices and the new running state, from `state` and one more task's.
+    def merge(self, change: Change, seen: int, kept: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """The merged matrix [d_out, d_in], and what to keep of it, in the order of `parts`.
 
         Args:
-            deltas: Δ_t [d_out, d_in] by matrix.
-            roundings: singular values of Δ_t under this one may be rounding errors of the weights.
-            index: how many tasks were merged before.
+            change: one more task's.
+            seen: how many tasks were merged before.
+            kept: what was kept after them; empty before the first.
         """
 
     @staticmethod
     @abstractmethod
     def kept_numbers(m: int, n: int) -> int:
-        """How many numbers the running state has of a matrix [m, n], at most."""
+        """How many numbers are kept of a matrix [m, n], at most."""
 
     def kept_bytes(self) -> Kept:
         size = kept_size(self.tower.state_dict().values())
@@ -49,17 +79,20 @@ class MatrixMethod(WeightMethod):
         return Kept(0, size)
 
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        vector, delta = self.vectors(arrival.tuned)
         scaling, seen = self.options.scaling, arrival.index
-        weights = split(self.layouts, self.base)
-        stored = split(self.layouts, arrival.tuned)
-        roundings = {name: rounding(W, stored[name].dtype) for name, W in weights.items()}
-        parts, state = self.merge(split(self.layouts, delta), roundings, seen)
-        vector = {
-            name: M + (scaling * delta[name] - M) / (seen + 1)
-            for name, M in vector.items()
-            if name not in self.layouts
-        } | {name: scaling * M for name, M in joined(self.layouts, parts).items()}
+        elsewhere = [name for name in self.base if name not in self.layouts]
+        before = task_vector(self.base, self.merged, elsewhere)
+        delta = task_vector(self.base, arrival.tuned, self.base)
+        vector = {name: M + (scaling * delta[name] - M) / (seen + 1) for name, M in before.items()}
+        merged: Tensors = {}
+        state: Tensors = {}
+        weights, tuned = split(self.layouts, self.base), split(self.layouts, arrival.tuned)
+        for name, part in split(self.layouts, delta).items():
+            keys = [f"{kind}/{name}" for kind in self.parts]
+            change = Change(name, part, rounding(weights[name], tuned[name].dtype))
+            merged[name], kept = self.merge(change, seen, [self.state[key] for key in keys if seen])
+            state |= dict(zip(keys, kept, strict=True))
+        vector |= {name: scaling * M for name, M in joined(self.layouts, merged).items()}
         return shifted(self.base, vector), state
 
 

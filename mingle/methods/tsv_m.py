@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mingle import linalg
-from mingle.methods.base import Tensors
-from mingle.methods.matrixwise import MatrixMethod
-
-#: the parts of a decomposition, as the running state names them
-_PARTS = ("U", "S", "Vh")
-
-
-@dataclass(frozen=True)
-class TsvMOptions:
-    """Settings of TSV-M.
-
-    Attributes:
-        scaling: α, the merged task vector's weight.
-    """
-
-    scaling: float = 1.0
+from mingle.methods.matrixwise import Change, MatrixMethod
 
 
 def whitened(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
@@ -44,8 +28,8 @@ def whitened(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
 
 def _orthogonal(vectors: Tensor) -> Tensor:
     """P Qᵀ of the singular value decomposition P D Qᵀ."""
-    P, D, Qh = linalg.gram_svd(vectors)
-    return (P * (D > 0)).to(vectors.dtype) @ Qh.to(vectors.dtype)
+    P, _, Qh = linalg.gram_svd(vectors)  # where D is 0, one of them is
+    return P.to(vectors.dtype) @ Qh.to(vectors.dtype)
 
 
 class TsvM(MatrixMethod):
@@ -56,33 +40,20 @@ class TsvM(MatrixMethod):
     """
 
     name = "tsv-m"
-    Options = TsvMOptions
+    parts = ("U", "S", "Vh")
 
     @staticmethod
     def kept_numbers(m: int, n: int) -> int:
         return (m + n + 1) * min(m, n)
 
-    def merge(self, deltas: Tensors, roundings: Mapping[str, float], index: int) -> tuple[Tensors, Tensors]:
-        merged: Tensors = {}
-        state: Tensors = {}
-        for name, delta in deltas.items():
-            triplets = self._triplets(name, delta, roundings[name], index)
-            merged[name] = whitened(*triplets)
-            state |= {f"{part}/{name}": tensor for part, tensor in zip(_PARTS, triplets, strict=True)}
-        return merged, state
-
-    def _triplets(
-        self, name: str, delta: Tensor, rounding: float, index: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """U [m, R], S [R] and Vh [R, n] of all tasks, oldest first."""
-        keep = max(1, min(delta.shape) // (index + 1))
-        U, S, Vh = linalg.svd_lowrank(delta, keep, keys=[name])
-        S = torch.where(rounding < S, S, 0)
-        if not index:
-            return U, S, Vh
-        U_old, S_old, Vh_old = (self.state[f"{part}/{name}"] for part in _PARTS)
-        # of every task's triplets, side by side, the leading ones
-        U_old = U_old.unflatten(1, (index, -1))[:, :, :keep].flatten(1)
-        S_old = S_old.unflatten(0, (index, -1))[:, :keep].flatten()
-        Vh_old = Vh_old.unflatten(0, (index, -1))[:, :keep].flatten(0, 1)
-        return torch.cat([U_old, U], 1), torch.cat([S_old, S]), torch.cat([Vh_old, Vh])
+    def merge(self, change: Change, seen: int, kept: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        count = max(1, min(change.delta.shape) // (seen + 1))
+        U, S, Vh = linalg.svd_lowrank(change.delta, count, keys=[change.name])
+        S = torch.where(change.rounding < S, S, 0)
+        if seen:
+            # of every earlier task's triplets, side by side, the leading ones
+            old_U, old_S, old_Vh = kept
+            U = torch.cat([old_U.unflatten(1, (seen, -1))[:, :, :count].flatten(1), U], 1)
+            S = torch.cat([old_S.unflatten(0, (seen, -1))[:, :count].flatten(), S])
+            Vh = torch.cat([old_Vh.unflatten(0, (seen, -1))[:, :count].flatten(0, 1), Vh])
+        return whitened(U, S, Vh), (U, S, Vh)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,23 +11,20 @@ from torch import Tensor
 
 from mingle import linalg
 from mingle.linalg.arithmetic import ieee, product
-from mingle.methods.base import Tensors
-from mingle.methods.matrixwise import MatrixMethod
+from mingle.methods.matrixwise import Change, MatrixMethod, MatrixOptions
 from mingle.options import require_not_negative
 
 
 @dataclass(frozen=True)
-class WudiOptions:
+class WudiOptions(MatrixOptions):
     """Settings of WUDI; the defaults are the published ones.
 
     Attributes:
-        scaling: α, the merged task vector's weight.
         solver: ``adam``, as published, or ``exact``, the minimum that is closest to the sum of the task
             vectors, where Adam starts.
         lr, steps: of Adam.
     """
 
-    scaling: float = 1.0
     solver: Literal["adam", "exact"] = "adam"
     lr: float = 1e-5
     steps: int = 300
@@ -60,9 +57,8 @@ def descended(start: Tensor, square: Tensor, target: Tensor, lr: float, steps: i
 def solved(start: Tensor, square: Tensor, target: Tensor) -> Tensor:
     """The minimum of the loss that is closest to `start`, S + (N − S H) H⁺; see `descended`."""
     S, H, N = start.double(), square.double(), target.double()
-    return (S + (N - S @ H) @ torch.linalg.pinv(H, rtol=linalg.NULL_SPACE_TOLERANCE, hermitian=True)).to(
-        start
-    )
+    inverse = torch.linalg.pinv(H, rtol=linalg.NULL_SPACE_TOLERANCE, hermitian=True)
+    return (S + (N - S @ H) @ inverse).to(start)
 
 
 class Wudi(MatrixMethod):
@@ -74,36 +70,23 @@ class Wudi(MatrixMethod):
 
     name = "wudi"
     Options = WudiOptions
+    parts = ("sum", "square", "target")
 
     @staticmethod
     def kept_numbers(m: int, n: int) -> int:
         return 2 * m * n + n * n
 
-    def merge(self, deltas: Tensors, roundings: Mapping[str, float], index: int) -> tuple[Tensors, Tensors]:
-        merged: Tensors = {}
-        state: Tensors = {}
-        for name, delta in deltas.items():
-            start, square, target = self._sums(name, delta, index)
-            merged[name] = self._minimum(start, square, target) if index else delta
-            state |= {f"sum/{name}": start, f"square/{name}": square, f"target/{name}": target}
-        return merged, state
-
     @ieee
-    def _sums(self, name: str, delta: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Σ Δ_i, H and N of all tasks so far; one that changed nothing has no part in any."""
-        size = delta.square().sum()
-        rows = delta / size if size > 0 else delta
+    def merge(self, change: Change, seen: int, kept: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        delta, size = change.delta, change.delta.square().sum()
+        rows = delta / size if size > 0 else delta  # a task that changed nothing has no part in any sum
         square = product(rows.mT, delta)
-        sums = delta, square, product(delta, square)
-        if not index:
-            return sums
-        start, square, target = (
-            self.state[f"{kind}/{name}"] + new
-            for kind, new in zip(("sum", "square", "target"), sums, strict=True)
-        )
-        return start, square, target
-
-    def _minimum(self, start: Tensor, square: Tensor, target: Tensor) -> Tensor:
+        new = delta, square, product(delta, square)
+        if not seen:
+            return delta, new
+        total, square, target = (old + own for old, own in zip(kept, new, strict=True))
         if self.options.solver == "exact":
-            return solved(start, square, target)
-        return descended(start, square, target, self.options.lr, self.options.steps)
+            merged = solved(total, square, target)
+        else:
+            merged = descended(total, square, target, self.options.lr, self.options.steps)
+        return merged, (total, square, target)
