@@ -47,7 +47,7 @@ def adapted(base, linear):
     states, generator = [], torch.Generator().manual_seed(1)
     for _ in range(3):
         state = copy.deepcopy(base.state_dict())
-        for name in linear:
+        for name in sorted(linear):  # or each process would draw others
             m, n = state[name].shape
             B, A = (torch.randn(shape, generator=generator).double() for shape in ((m, RANK), (RANK, n)))
             state[name] += 0.01 * B @ A
@@ -207,6 +207,13 @@ def test_rounding_is_what_rounding_does(dtype):
     error = (W + delta).to(dtype).double() - W.to(dtype).double() - delta
     bound = rounding(W.to(dtype), dtype)
     assert 0.3 * bound < torch.linalg.matrix_norm(error, 2) < bound
+
+
+def test_rounding_of_small_matrices_scatters_but_not_beyond_the_bound():
+    for _ in range(300):
+        W, delta = (torch.randn(16, 16).double() * scale for scale in (0.02, 0.01))
+        error = (W + delta).half().double() - W.half().double() - delta
+        assert torch.linalg.matrix_norm(error, 2) < rounding(W.half(), torch.float16)
 
 
 def test_a_task_that_changed_nothing_changes_nothing(base, states):
