@@ -32,12 +32,14 @@ class States:
         counted: which of them do count, bool [n, M].
         head: makes logits of hidden states.
         size: how many logits there are for each position, V.
+        learning: the tensors that the head makes them with and that learn.
     """
 
     hidden: Tensor
     counted: Tensor
     head: Head
     size: int
+    learning: tuple[Tensor, ...] = ()
 
     def select(self, index: Tensor) -> States:
         """Those of the samples at `index`."""
@@ -75,14 +77,17 @@ class Compact:
 
         Args:
             samples: the samples.
-            head: stands in for the model's own.
+            head: stands in for the model's own, and learns nothing.
         """
         hidden, valid = self.task.states(self.model, self.vocabulary, samples), self.task.valid(samples)
         assert valid is not None
         places = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.most].to(hidden.device)
         chosen = hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
         counted = valid.to(hidden.device).gather(1, places)
-        return States(chosen, counted, head or self.vocabulary.logits, self.vocabulary.size)
+        vocabulary = self.vocabulary
+        if head is not None:
+            return States(chosen, counted, head, vocabulary.size)
+        return States(chosen, counted, vocabulary.logits, vocabulary.size, vocabulary.learning())
 
 
 def joined(parts: list[States]) -> States:
@@ -94,7 +99,8 @@ def joined(parts: list[States]) -> States:
 def mean_over_positions(states: States, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The mean of a loss over the positions that count.
 
-    Logits are made a few positions at a time, and forgotten after their gradient was taken at once.
+    Logits are made a few positions at a time, and forgotten after their gradients were taken at once: those
+    with respect to the hidden states and to what learns of the head.
 
     Args:
         states: of one batch.
@@ -113,29 +119,43 @@ def mean_over_positions(states: States, loss: Callable[[Tensor, Tensor], Tensor]
         own, logits = places[start : start + len(hidden)], states.head(hidden)
         return torch.where(counted[own], loss(own, logits.to(wide(logits))), 0).sum()
 
-    total: Tensor = _Summed.apply(states.hidden.flatten(0, 1)[places], rows, summed)
+    total: Tensor = _Summed.apply(rows, summed, states.hidden.flatten(0, 1)[places], *states.learning)
     return total / counted.sum()
 
 
 class _Summed(torch.autograd.Function):
-    """The sum of a function of hidden states [R, d] over chunks of rows, each with its gradient at once."""
+    """The sum of a function of hidden states [R, d] over chunks of rows, each with its gradients at once.
+
+    The function may use other tensors, which are passed for their gradients alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, rows: int, summed: Callable[[int, Tensor], Tensor]) -> Tensor:
-        learns = ctx.needs_input_grad[0]
-        gradients = torch.zeros_like(hidden) if learns else hidden.new_empty(0)
+    def forward(
+        ctx: Any, rows: int, summed: Callable[[int, Tensor], Tensor], hidden: Tensor, *others: Tensor
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[2:]
+        learning = [other for other, needed in zip(others, wanted[1:], strict=True) if needed]
+        gradients = [torch.zeros_like(tensor) for tensor in (hidden, *learning)] if any(wanted) else []
         total = hidden.new_zeros((), dtype=wide(hidden))
         for start in range(0, len(hidden), rows):
-            part = hidden[start : start + rows].detach().requires_grad_(learns)
-            with torch.set_grad_enabled(learns):
+            part = hidden[start : start + rows].detach().requires_grad_(any(wanted))
+            with torch.set_grad_enabled(any(wanted)):
                 value = summed(start, part)
-            if learns:
-                (gradients[start : start + rows],) = torch.autograd.grad(value, part)
+            if any(wanted):
+                gradients[0][start : start + rows], *more = torch.autograd.grad(value, (part, *learning))
+                for gradient, one in zip(gradients[1:], more, strict=True):
+                    gradient += one
             total += value.detach()
-        ctx.save_for_backward(gradients)
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (gradients,) = ctx.saved_tensors
-        return gradients * grads[0].to(gradients), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = iter([gradient * grads[0].to(gradient) for gradient in ctx.saved_tensors])
+        own = next(scaled)
+        return (
+            None,
+            None,
+            own if ctx.needs_input_grad[2] else None,
+            *(next(scaled) if needed else None for needed in ctx.needs_input_grad[3:]),
+        )

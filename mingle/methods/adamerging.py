@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mingle.adaptation.answers import Compact
 from mingle.adaptation.batches import shuffled_batches
 from mingle.adaptation.divergence import PATIENCE, AdaptationDiverged
-from mingle.adaptation.losses import entropy_loss
+from mingle.adaptation.losses import entropy
 from mingle.adaptation.trace import AdaptTrace, StepProgress
 from mingle.io.state_dicts import task_vector
 from mingle.kernels.dtypes import wide
@@ -46,13 +47,17 @@ class AdaMergingOptions:
 class _Entropy(nn.Module):
     """The loss of a batch as a module's forward pass, so that `functional_call` can replace the weights."""
 
-    def __init__(self, task: TaskType, model: nn.Module) -> None:
+    def __init__(self, task: TaskType, model: nn.Module, seeds: TaskData) -> None:
         super().__init__()
-        self.task, self.model = task, model
+        self.task, self.model, self.seeds = task, model, seeds
+        self.loss, self.compact = entropy(seeds), Compact.of(task, model, seeds)
 
-    def forward(self, batch: TaskData) -> Tensor:
+    def forward(self, index: Tensor) -> Tensor:
+        batch = self.seeds.select(index)
+        if self.compact is not None:
+            return self.loss(self.compact.states(batch), index, None)
         logits = self.task.logits(self.model, batch)
-        return entropy_loss(logits.to(wide(logits)), self.task.valid(batch))
+        return self.loss(logits.to(wide(logits)), index, self.task.valid(batch))
 
 
 def combined(merged: Mapping[str, Tensor], delta: Mapping[str, Tensor], coefficients: Tensor) -> Tensors:
@@ -130,7 +135,8 @@ class AdaMerging(PlainMethod):
         if not any(tensor.any() for tensor in delta.values()):
             return StepReport(skipped=f"{arrival.name}: identical to the base, nothing was merged")
         device = next(iter(self.base.values())).device
-        entropy, seeds = _Entropy(self.task, self.model), arrival.samples().to(device)
+        seeds = arrival.samples().to(device)
+        entropies = _Entropy(self.task, self.model, seeds)
         places = {
             name: ".".join(filter(None, ("model", self.task.tower(self.model), name))) for name in self.merged
         }
@@ -138,7 +144,7 @@ class AdaMerging(PlainMethod):
         def loss(coefficients: Tensor, index: Tensor) -> Tensor:
             weights = combined(self.merged, delta, coefficients)
             placed = {places[name]: weight.to(self.base[name]) for name, weight in weights.items()}
-            value: Tensor = functional_call(entropy, placed, (seeds.select(index.to(device)),))
+            value: Tensor = functional_call(entropies, placed, (index.to(device),))
             return value
 
         start = torch.full((len(delta),), self.options.init, device=device)

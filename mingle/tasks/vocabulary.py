@@ -64,6 +64,10 @@ class Vocabulary:
         #: how many tokens there are, V
         self.size = int(weight.shape[0])
 
+    def learning(self) -> tuple[Tensor, ...]:
+        """The head's own tensors that learn, as they stand in it now."""
+        return tuple(tensor for tensor in self._stand_in.head.parameters() if tensor.requires_grad)
+
     def inputs(self, run: Callable[[], object]) -> Tensor:
         """What the head is given in a forward pass of the model, [n, L, d]; the pass ends there."""
         seen: list[Tensor] = []

@@ -30,7 +30,8 @@ def gather(plan: TablePlan, out: Path) -> dict[str, Any]:
         ``acc_unknown`` ({mean, std, values} in per cent and points, over the finished orders; std is None for
         one order, and of what was not measured there are no values),
         ``published`` and ``difference`` ({acc, bwt}, or None where nothing was published), ``seconds`` (mean,
-        of merging), ``finished`` (order seeds), ``failed`` (order seed → message) and ``folders``.
+        of merging), ``finished`` (order seeds), ``failed`` (order seed → message), ``commits`` and
+        ``devices`` (of the code and the machines that measured) and ``folders``.
     """
     protocols: dict[str, dict[str, Any]] = {}
     for entry in plan.entries:
@@ -109,6 +110,8 @@ def _cell(entry: Entry, published: Scores | None, cells: Path) -> dict[str, Any]
         "failed": {
             str(order): result["failed"] for order, result in results.items() if result["failed"] is not None
         },
+        "commits": sorted({commit for result in results.values() if (commit := result.get("commit"))}),
+        "devices": sorted({result["device"]["name"] for result in results.values() if "device" in result}),
         "folders": [cell.folder_name for cell in entry.cells],
     }
 
