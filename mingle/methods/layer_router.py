@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mingle.methods.encodings import Encodings
-from mingle.methods.router import GaussianRouter
+from mingle.methods.router_choice import ExpertRouter
 from mingle.nn import kv_cache
 from mingle.nn.call_arguments import by_name, first_name, takes
 from mingle.nn.early_stop import run_until
@@ -32,13 +31,14 @@ class LayerRouter:
 
     Args:
         layers: the layers that it gives gates to, the first of them inside the encoder.
-        blocks: those blocks of the encoder whose inputs are read, in order.
-        options: see `mingle.methods.routed.RoutedOptions`.
+        blocks: the blocks of the encoder whose inputs can be read, in order.
     """
 
-    def __init__(self, layers: list[MingleLinear], blocks: list[nn.Module], options: Any) -> None:
-        self.layers, self.blocks, self.options = layers, blocks, options
-        self.router: GaussianRouter | None = None
+    def __init__(self, layers: list[MingleLinear], blocks: list[nn.Module]) -> None:
+        self.layers, self.blocks = layers, blocks
+        self.router: ExpertRouter | None = None
+        #: the numbers of the blocks that `router` reads, in order
+        self.read: tuple[int, ...] = ()
         #: where decoders read the encoder's outputs
         self.encodings: Encodings | None = None
         self._decided: Tensor | None = None
@@ -84,7 +84,7 @@ class LayerRouter:
                 raise ValueError(
                     f"{part}: which expert it needs is decided on all; generate without prefill_chunk_size"
                 )
-            gates = self.gates(self.features(encoder, args, kwargs))
+            gates = self.router.gates(joined(self.features(encoder, args, kwargs, self.read)))
         self._decided = gates
         _give(self.layers, gates)
 
@@ -113,51 +113,42 @@ class LayerRouter:
         if self.router is not None and self.encodings is not None and hidden is not None:
             _give(layers, self.encodings.gates(hidden))
 
-    def likeliest(self, features: Tensor) -> Tensor:
-        """The places [n] of the likeliest tasks among those with an expert, for features [n, F]."""
-        return self._scores(features).argmax(1)
-
-    def _scores(self, features: Tensor) -> Tensor:
-        """Log-likelihoods [n, T], older tasks preferred."""
-        assert self.router is not None
-        scores = self.router.scores(features)
-        older = torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
-        return scores + self.options.seniority * older
-
-    def gates(self, features: Tensor) -> Tensor:
-        """The gates [n, T] for features [n, F]."""
-        assert self.router is not None
-        options, scores = self.options, self._scores(features)
-        likeliest = scores.argmax(1)
-        gates = scores.softmax(1) if options.gates == "soft" else F.one_hot(likeliest, scores.shape[1])
-        if options.abstain is not None:
-            gates = gates * (self.router.strangeness(features, likeliest) <= options.abstain).unsqueeze(1)
-        return gates.float()
-
     @torch.no_grad()
-    def features(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Mean and standard deviation over tokens of the base model's hidden states, [n, 2 · depths · d]."""
-        seen: list[Tensor] = []
+    def features(
+        self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], read: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Mean and standard deviation over tokens of the base model's hidden states, [n, d] each.
+
+        Args:
+            encoder, args, kwargs: a call.
+            read: the numbers of the blocks whose inputs are wanted, in order.
+        """
+        seen: list[tuple[Tensor, Tensor]] = []
         first = self.layers[0]
         mask = first.token_mask
 
-        def read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden: Tensor = by_name(block, args, kwargs)[first_name(block)]
             hidden = hidden.reshape(len(hidden), -1, hidden.shape[-1])  # some have no tokens, or rows of them
-            seen.extend(_moments(hidden, prompt_tokens(hidden, mask)))
+            seen.append(_moments(hidden, prompt_tokens(hidden, mask)))
 
-        *earlier, last = self.blocks
-        handles = [block.register_forward_pre_hook(read, with_kwargs=True) for block in earlier]
+        *earlier, last = (self.blocks[number] for number in read)
+        handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in earlier]
         _give(self.layers, first.weight.new_zeros(first.num_experts) if first.num_experts else None)
         args, kwargs = _apart(encoder, args, kwargs, mask)
         try:
             with torch.autocast(first.weight.device.type, enabled=False):
-                run_until([last], partial(encoder.forward, *args, **kwargs), read)
+                run_until([last], partial(encoder.forward, *args, **kwargs), note)
         finally:
             _give(self.layers, None)
             for handle in handles:
                 handle.remove()
-        return torch.cat(seen, 1)
+        return seen
+
+
+def joined(moments: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Features [n, F] of one or more depths: all means, then all standard deviations."""
+    return torch.cat([part for kind in zip(*moments, strict=True) for part in kind], 1)
 
 
 class PromptedGenerate:

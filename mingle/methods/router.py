@@ -1,4 +1,4 @@
-"""Which task a sample belongs to, by Gaussians over the base's shallow features: no training, no labels."""
+"""Which task a sample belongs to, by Gaussians over features of the base: no training, no labels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mingle import linalg
+
+#: The share of a leverage that leaving a sample out may take; beyond it the estimate without it is useless.
+_LEVERAGE = 0.99
+
 
 class FeatureStatistics(NamedTuple):
     """The Gaussian of one task's features, which reveals no single sample.
@@ -15,10 +20,12 @@ class FeatureStatistics(NamedTuple):
     Attributes:
         mean: [F].
         factor: [m, F], with covariance = factorᵀ factor.
+        samples: of how many it is, [].
     """
 
     mean: Tensor
     factor: Tensor
+    samples: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> FeatureStatistics:
@@ -36,67 +43,155 @@ class FeatureStatistics(NamedTuple):
         features = features.double()
         mean = features.mean(0)
         _, S, Vh = torch.linalg.svd((features - mean) / (len(features) - 1) ** 0.5, full_matrices=False)
-        return cls(mean, S.unsqueeze(1) * Vh)
+        factor = (S.unsqueeze(1) * Vh).contiguous()  # as it will be read from a file
+        return cls(mean, factor, torch.tensor(len(features), device=features.device))
+
+    def part(self, width: int) -> FeatureStatistics:
+        """Those of the first features alone."""
+        return FeatureStatistics(self.mean[:width], self.factor[:, :width], self.samples)
+
+    @property
+    def variances(self) -> Tensor:
+        """[F]."""
+        return self.factor.square().sum(0)
+
+
+class FeatureSpace:
+    """The features of several tasks in the coordinates in which their mean covariance is diagonal.
+
+    Features are first divided by their standard deviation within tasks, averaged over tasks; one that never
+    varies says nothing.  There are k = min(F, Σ m) coordinates; in all other directions the covariance is 0.
+
+    Args:
+        tasks: their statistics, oldest first.
+    """
+
+    def __init__(self, tasks: Sequence[FeatureStatistics]) -> None:
+        deviation = torch.stack([task.variances for task in tasks]).mean(0).sqrt()
+        self.scale = torch.where(deviation > 0, 1 / deviation, 0.0)
+        self.means = torch.stack([task.mean for task in tasks]) * self.scale
+        self.counts = torch.stack([task.samples for task in tasks]).double()
+        factors = [task.factor * self.scale for task in tasks]
+        _, S, self.directions = linalg.gram_svd(torch.cat(factors) * len(tasks) ** -0.5)
+        #: the covariance's eigenvalues [k], and each task's factor in coordinates [m, k]
+        self.values = S.square()
+        self.factors = [factor @ self.directions.mT for factor in factors]
 
 
 class GaussianRouter:
-    """Log-likelihood of every task: −½ (φ − μ_t)ᵀ Q_t⁻¹ (φ − μ_t) − ½ log det Q_t, up to a constant.
+    """Log-likelihood of every task under its predictive Gaussian, up to a constant.
 
-    Features are divided by their standard deviation within tasks, averaged over tasks.  Then
+        −½ (φ − μ_t)ᵀ Q_t⁻¹ (φ − μ_t) / v_t − ½ log det (v_t Q_t),    v_t = 1 + 1/n_t
+
+    For features as they are scaled in a `FeatureSpace`,
 
         Q_t = (1 − s) ((1 − a) C + a C_t) + s I
 
     blends the mean covariance C of all tasks with the task's own C_t, which few samples determine too badly
-    to be used alone (regularised discriminant analysis; Friedman, JASA 84, 1989).  All in float64.
+    to be used alone (regularised discriminant analysis; Friedman, JASA 84, 1989); v_t is what is added to it
+    because μ_t too is an estimate, from n_t samples.  All in float64.
 
     Args:
-        tasks: their statistics, oldest first.
+        space: the tasks' features.
         own: a, the weight of the task's own covariance.
         shrinkage: s, the weight of the identity.
     """
 
-    def __init__(
-        self, tasks: Sequence[FeatureStatistics], *, own: float = 0.1, shrinkage: float = 0.03
-    ) -> None:
-        self.means = torch.stack([task.mean for task in tasks])
-        self.variances = torch.stack([task.factor.square().sum(0) for task in tasks])
-        factors = [task.factor for task in tasks]
-        deviation = self.variances.mean(0).sqrt()
-        scale = torch.where(deviation > 0, 1 / deviation, 0.0)  # a feature that never varies says nothing
-        factors = [factor * scale for factor in factors]
-        shared = torch.cat(factors) * len(tasks) ** -0.5
-        identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
-        blend = (1 - shrinkage) * (1 - own) * (shared.mT @ shared) + shrinkage * identity
-        whitening = torch.linalg.inv_ex(torch.linalg.cholesky(blend))[0]
-        self._project = (whitening * scale).mT  # [F, F]
-        self._centres = self.means @ self._project
+    def __init__(self, space: FeatureSpace, *, own: float, shrinkage: float) -> None:
+        self.space, self.own, self.shrinkage = space, own, shrinkage
+        blend = (1 - shrinkage) * (1 - own) * space.values + shrinkage
+        self._whitening = blend.rsqrt().unsqueeze(1) * space.directions  # [k, F]
+        self._centres = space.means @ self._whitening.mT
         # Q_t⁻¹ = K⁻¹ − K⁻ᵀᐟ² Vᵀ V K⁻¹ᐟ² with K the blend: a correction of rank m for the task's own share
         self._corrections, self._log_dets = [], []
-        for factor in factors:
-            own_rows = ((1 - shrinkage) * own) ** 0.5 * factor @ whitening.mT  # [m, F]
+        for factor in space.factors:
+            rows = (
+                ((1 - shrinkage) * own) ** 0.5 * factor[: len(factor) if own else 0] * blend.rsqrt()
+            )  # [m, k]
             root = torch.linalg.cholesky(
-                torch.eye(len(factor), dtype=factor.dtype, device=factor.device) + own_rows @ own_rows.mT
+                torch.eye(len(rows), dtype=rows.dtype, device=rows.device) + rows @ rows.mT
             )
-            self._corrections.append(torch.linalg.solve_triangular(root, own_rows, upper=False))
+            self._corrections.append(torch.linalg.solve_triangular(root, rows, upper=False))
             self._log_dets.append(2 * root.diagonal().log().sum())
 
     def scores(self, features: Tensor) -> Tensor:
         """Log-likelihoods [n, T] of features [n, F]."""
-        whitened = features.double() @ self._project
+        whitened, elsewhere = self._coordinates(features)
         columns = []
-        for centre, correction, log_det in zip(self._centres, self._corrections, self._log_dets, strict=True):
+        for t, centre in enumerate(self._centres):
             z = whitened - centre
-            columns.append(-0.5 * (z.square().sum(1) - (z @ correction.mT).square().sum(1) + log_det))
+            columns.append(self._log_likelihood(self._product(t, z, z) + elsewhere[:, t], t))
         return torch.stack(columns, 1)
 
-    def strangeness(self, features: Tensor, tasks: Tensor) -> Tensor:
-        """How far features [n, F] are from tasks [n]: the mean over features of (φ − μ)² / σ², [n].
+    def scores_left_out(self, features: Tensor) -> Tensor:
+        """Log-likelihoods [n, T] of the newest task's own samples, each as if it had not been among them.
 
-        σ² are the task's own variances.  The mean over a task's seed samples is 1, and hardly more over other
-        samples of its kind, however many features there are.
+        What a sample adds to its task's mean and to all covariances is taken back by rank-one updates
+        (Sherman and Morrison, 1950); that C_t of one sample less is larger by a factor (n − 1) / (n − 2), and
+        that features would be scaled otherwise, is left out.
+
+        Args:
+            features: [n, F], those that the newest task's statistics were made of.
         """
-        variances = self.variances[tasks]
-        squares = torch.where(
-            variances > 0, (features.double() - self.means[tasks]).square() / variances, 0.0
+        n, tasks = len(features), len(self._centres)
+        newest = tasks - 1
+        whitened, elsewhere = self._coordinates(features)
+        deviations = whitened - self._centres[newest]
+        removed = (1 - self.shrinkage) * n / ((n - 1) * max(n - 2, 1))
+        columns = []
+        for t, centre in enumerate(self._centres):
+            weight = removed * ((1 - self.own) / tasks + (self.own if t == newest else 0.0))
+            z = n / (n - 1) * deviations if t == newest else whitened - centre
+            leverage = weight * self._product(t, deviations, deviations)
+            kept = 1 - leverage.clamp_max(_LEVERAGE)
+            distance = self._product(t, z, z) + elsewhere[:, t]
+            distance = distance + weight * self._product(t, z, deviations).square() / kept
+            columns.append(self._log_likelihood(distance, t, less=int(t == newest)) - kept.log() / 2)
+        return torch.stack(columns, 1)
+
+    def _coordinates(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Whitened coordinates [n, k], and the squared distances to all means outside of them, [n, T]."""
+        scaled = features.double() * self.space.scale
+        if len(self.space.directions) == len(self.space.scale):
+            return scaled @ self._whitening.mT, scaled.new_zeros(len(scaled), len(self._centres))
+        inside = self.space.directions.mT
+        whole, part = (
+            torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+            for x, y in ((scaled, self.space.means), (scaled @ inside, self.space.means @ inside))
         )
-        return squares.sum(1) / (variances > 0).sum(1).clamp_min(1)
+        return scaled @ self._whitening.mT, (whole - part).clamp_min(0) / self.shrinkage
+
+    def _product(self, t: int, x: Tensor, y: Tensor) -> Tensor:
+        """x Q_t⁻¹ y [n] of x and y [n, k] in whitened coordinates."""
+        V = self._corrections[t]
+        return (x * y).sum(1) - ((x @ V.mT) * (y @ V.mT)).sum(1)
+
+    def _log_likelihood(self, distance: Tensor, t: int, less: int = 0) -> Tensor:
+        """Of samples at these squared distances [n] from task t, which is known by `less` fewer samples."""
+        v = 1 + 1 / (self.space.counts[t] - less)
+        return -0.5 * (distance / v + self._log_dets[t] + len(self.space.scale) * v.log())
+
+
+def strangeness(features: Tensor, mean: Tensor, variances: Tensor) -> Tensor:
+    """How far features [n, F] are from a task: the mean over features of (φ − μ)² / σ², [n].
+
+    σ² are the task's own variances.  The mean over a task's own samples is 1, however many features there
+    are.
+
+    Args:
+        features: [n, F].
+        mean: μ [F], or [n, F] for samples of different tasks.
+        variances: σ², of the same shape.
+    """
+    squares = torch.where(variances > 0, (features.double() - mean).square() / variances, 0.0)
+    return squares.sum(1) / (variances > 0).expand_as(features).sum(1).clamp_min(1)
+
+
+def strangeness_left_out(features: Tensor, task: FeatureStatistics) -> Tensor:
+    """`strangeness` [n] of a task's own samples [n, F], each as if it had not been among them."""
+    n = len(features)
+    squares = (features.double() - task.mean).square()
+    variances = ((n - 1) * task.variances - n / (n - 1) * squares).clamp_min(0) / max(n - 2, 1)
+    # a feature that no other sample varies in says nothing
+    ratios = torch.where(variances > 0, squares * (n / (n - 1)) ** 2 / variances, 0.0)
+    return ratios.sum(1) / (variances > 0).sum(1).clamp_min(1)

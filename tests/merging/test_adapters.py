@@ -291,14 +291,14 @@ def test_a_module_s_own_name_is_cut_to_what_others_can_use(
 
 
 def test_the_card_says_how_well_one_adapter_per_input_does(base_model, tuned_states, samples, tmp_path):
-    merger = merger_of(base_model, "routed", tuned_states, samples)
+    merger = merger_of(base_model, "routed", tuned_states, samples, gates="hard")
     merger.export(tmp_path / "a", format="peft")
     assert "whose accuracy was not measured" in (tmp_path / "a" / "README.md").read_text()
     acc = merger.evaluate(dict(zip(NAMES, samples, strict=False))).matrix[-1][0]
     merger.export(tmp_path / "b", format="peft")
     card = (tmp_path / "b" / "README.md").read_text()
     assert 'has the accuracies above, under "now"' in card and f"| not measured | {acc:.1f} % |" in card
-    soft = merger_of(base_model, "routed", tuned_states, samples, gates="soft")
+    soft = merger_of(base_model, "routed", tuned_states, samples)
     soft.export(tmp_path / "c", format="peft")
     assert "the accuracy of that was not measured" in (tmp_path / "c" / "README.md").read_text()
 

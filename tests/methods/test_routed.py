@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from small_merges import NAMES, same_bits
 
 import mingle
-from mingle.methods.router import FeatureStatistics, GaussianRouter
+from mingle.methods.routed import candidates
+from mingle.methods.router import (
+    FeatureSpace,
+    FeatureStatistics,
+    GaussianRouter,
+    strangeness,
+    strangeness_left_out,
+)
+from mingle.methods.router_choice import TEMPERATURES, Setting, choose, measured, settings
 from mingle.tasks import TaskData
 
 OPTIONS = dict(rank=6, depths=(0, 1))
@@ -58,24 +67,75 @@ def clouds():
     return sets
 
 
-def test_scores_are_the_blended_gaussians_log_likelihoods(clouds):
-    router = GaussianRouter([FeatureStatistics.of(x) for x in clouds], own=0.2, shrinkage=0.05)
-    covariances = [torch.cov(x.T)[:6, :6] for x in clouds]
+def router(clouds, own=0.2, shrinkage=0.05):
+    space = FeatureSpace([FeatureStatistics.of(x) for x in clouds])
+    return GaussianRouter(space, own=own, shrinkage=shrinkage)
+
+
+def plain_scores(clouds, x, own, shrinkage, deviation=None):
+    """The formula as it stands, with all matrices in full."""
+    tasks, width = len(clouds), clouds[0].shape[1]
+    covariances = [torch.cov(features.T) for features in clouds]
     deviation = torch.stack([c.diagonal() for c in covariances]).mean(0).sqrt()
-    scaled = [c / deviation / deviation[:, None] for c in covariances]
-    x = torch.randn(4, 7, dtype=torch.float64)
-    expected = []
+    scale = torch.where(deviation > 1e-12, 1 / deviation, 0)
+    scaled = [c * scale * scale[:, None] for c in covariances]
+    columns = []
     for i, features in enumerate(clouds):
-        Q = 0.95 * (0.8 * sum(scaled) / 3 + 0.2 * scaled[i]) + 0.05 * torch.eye(6, dtype=torch.float64)
-        z = (x - features.mean(0))[:, :6] / deviation
-        expected.append(-0.5 * ((z @ Q.inverse() * z).sum(1) + torch.logdet(Q)))
+        v = 1 + 1 / len(features)
+        Q = (1 - shrinkage) * ((1 - own) * sum(scaled) / tasks + own * scaled[i])
+        Q = v * (Q + shrinkage * torch.eye(width, dtype=torch.float64))
+        z = (x - features.mean(0)) * scale
+        columns.append(-0.5 * ((z @ Q.inverse() * z).sum(1) + torch.logdet(Q)))
+    return torch.stack(columns, 1)
+
+
+def assert_same_posteriors(got, expected, **tolerance):
+    torch.testing.assert_close(got.log_softmax(1), expected.log_softmax(1), **tolerance)
+
+
+@pytest.mark.parametrize("own", [0.0, 0.2])
+def test_scores_are_the_predictive_gaussians_log_likelihoods(clouds, own):
+    x = torch.randn(4, 7, dtype=torch.float64)
+    x[:, 6] = 4.0
+    assert_same_posteriors(router(clouds, own).scores(x), plain_scores(clouds, x, own, 0.05))
+
+
+@pytest.mark.parametrize("own", [0.0, 0.2])
+def test_so_they_are_where_samples_are_fewer_than_features(own):
+    few = [torch.randn(n, 20, dtype=torch.float64) + i for i, n in enumerate((3, 4, 5))]
+    x = torch.randn(6, 20, dtype=torch.float64)
+    assert_same_posteriors(router(few, own).scores(x), plain_scores(few, x, own, 0.05))
+
+
+@pytest.mark.parametrize("own", [0.0, 0.2])
+@pytest.mark.parametrize("width", [6, 50])
+def test_samples_are_left_out_without_fitting_again(width, own):
+    clouds = [torch.randn(n, width, dtype=torch.float64) + 0.3 * i for i, n in enumerate((30, 40, 35))]
+    newest = clouds[-1]
+    got = router(clouds, own, 0.2).scores_left_out(newest)
+    inside = router(clouds, own, 0.2).scores(newest)
+    expected = torch.cat(
+        [
+            plain_scores([*clouds[:-1], newest[torch.arange(35) != i]], newest[i : i + 1], own, 0.2)
+            for i in range(35)
+        ]
+    )
+    error, bias = ((scores.log_softmax(1) - expected.log_softmax(1)).abs().mean() for scores in (got, inside))
+    assert error < 0.15 * bias  # what is left out of the update is much less than what it corrects
+
+
+def test_strangeness_is_the_mean_squared_deviation(clouds):
+    x = torch.randn(4, 7, dtype=torch.float64)
+    for features in clouds:
+        task = FeatureStatistics.of(features)
         squares = (x - features.mean(0))[:, :6].square() / features.var(0)[:6]
-        torch.testing.assert_close(router.strangeness(x, torch.full((4,), i)), squares.mean(1))
-        own = router.strangeness(features, torch.full((len(features),), i))
+        torch.testing.assert_close(strangeness(x, task.mean, task.variances), squares.mean(1))
+        own = strangeness(features, task.mean, task.variances)
         torch.testing.assert_close(own.sum() / (len(features) - 1), torch.tensor(1.0, dtype=torch.float64))
-    expected = torch.stack(expected, 1)
-    got = router.scores(x)
-    torch.testing.assert_close(got - got[:, :1], expected - expected[:, :1])
+        for i, left_out in enumerate(strangeness_left_out(features, task)):
+            others = FeatureStatistics.of(features[torch.arange(len(features)) != i])
+            again = strangeness(features[i : i + 1], others.mean, others.variances)[0]
+            torch.testing.assert_close(left_out, again)
 
 
 def test_statistics_refuse_what_says_nothing(clouds):
@@ -85,12 +145,47 @@ def test_statistics_refuse_what_says_nothing(clouds):
         FeatureStatistics.of(clouds[0] * float("nan"))
 
 
-def test_features_that_never_vary_say_nothing(clouds):
-    router = GaussianRouter([FeatureStatistics.of(torch.ones(4, 3)), FeatureStatistics.of(torch.zeros(4, 3))])
-    assert torch.equal(*router.scores(torch.ones(2, 3)).unbind(1))
-    assert torch.equal(
-        router.strangeness(torch.ones(2, 3), torch.tensor([0, 1])), torch.zeros(2, dtype=torch.float64)
-    )
+def test_features_that_never_vary_say_nothing():
+    same = [torch.ones(4, 3), torch.zeros(4, 3)]
+    assert torch.equal(*router(same).scores(torch.ones(2, 3)).unbind(1))
+    task = FeatureStatistics.of(same[0])
+    assert torch.equal(strangeness(torch.ones(2, 3), task.mean, task.variances), torch.zeros(2).double())
+
+
+def told_apart(signal, seed=0):
+    """What is kept of three tasks of 40 samples with 4 means and 4 deviations, that far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for i in range(3):
+        features = torch.randn(40, 8, generator=generator)
+        features[:, 0] += signal * i
+        kept.append(measured(features, kept, settings(None, None, None)))
+    return kept
+
+
+def test_the_shallowest_of_the_best_depths_is_chosen():
+    grid = settings(None, None, None)
+    depths = [told_apart(signal) for signal in (0.5, 3.0, 9.0, 9.0)]
+    choice = choose([[depth[i] for depth in depths] for i in range(3)], grid, None)
+    assert choice.candidate == 2
+    assert choice.losses[0] > choice.losses[1] > choice.losses[2] + 0.02
+    assert choose([[depth[0] for depth in depths]], grid, None).candidate == 0  # one task tells nothing
+
+
+def test_a_sure_router_is_not_tempered_and_a_guessing_one_is():
+    grid = settings(None, None, None)
+    sure, guessing = (choose([[kept] for kept in told_apart(signal)], grid, None) for signal in (20.0, 0.0))
+    assert sure.temperature == TEMPERATURES[0]
+    assert guessing.temperature > 2
+    assert choose([[kept] for kept in told_apart(0.0)], grid, 3.0).temperature == 3.0
+
+
+def test_what_is_fixed_is_not_chosen():
+    assert settings(True, 0.3, 0.1) == (Setting(True, 0.3, 0.1),)
+    assert {setting.spread for setting in settings(None, 0.3, 0.1)} == {True, False}
+    assert candidates((2, 0), 4) == [(0, 2)]
+    assert candidates(None, 3) == [(0,), (1,), (2,)]
+    assert candidates(None, 33) == [(0,), (5,), (9,), (14,), (18,), (23,), (27,), (32,)]
 
 
 def test_every_sample_is_answered_by_its_tasks_expert(base_model, tuned_states, samples):
@@ -127,20 +222,48 @@ def test_seniority_gives_contested_samples_to_the_older_task(base_model, tuned_s
 
 
 def test_far_samples_go_to_the_base(base_model, tuned_states, samples):
-    router = merge(base_model, tuned_states, samples).method.router
-    means = router.router.means
-    assert torch.equal(router.gates(means), torch.eye(3))
-    assert torch.equal(router.gates(means + 10 * router.router.variances.sum(0).sqrt()), torch.zeros(3, 3))
-    all_far = merge(base_model, tuned_states, samples, abstain=1e-9)
+    router = merge(base_model, tuned_states, samples).method.router.router
+    assert torch.equal(router.gates(router.means), torch.eye(3))
+    assert torch.equal(router.gates(router.means + 10 * router.variances.sum(0).sqrt()), torch.zeros(3, 3))
+    all_far = merge(base_model, tuned_states, samples, abstain=1e-9, gates="hard")
+    assert all_far.method.router.router.limits is not None
+    all_far.method.router.router.limits.zero_()
     expected = all_far.task.logits(base_model, shifted(samples, 1))
     torch.testing.assert_close(logits(all_far, shifted(samples, 1)), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_soft_gates_are_the_posterior(base_model, tuned_states, samples):
-    router = merge(base_model, tuned_states, samples, gates="soft", seniority=2.0, abstain=None).method.router
-    features = torch.randn(5, 2 * 2 * 32) * 0.3
-    expected = torch.softmax(router.router.scores(features) + torch.tensor([4.0, 2.0, 0.0]), 1)
-    torch.testing.assert_close(router.gates(features), expected.float())
+def test_few_clean_samples_are_found_strange(base_model, tuned_states, samples):
+    """Of samples drawn as the seeds were, no more than what three standard deviations leave."""
+    router = merge(base_model, tuned_states, samples).method.router.router
+    width = router.means.shape[1]
+    drawn = router.means[0] + torch.randn(2000, width) * router.variances[0].sqrt()
+    assert (router.gates(drawn).sum(1) == 0).double().mean() < 0.02
+
+
+def test_soft_gates_are_the_tempered_posterior(base_model, tuned_states, samples):
+    options = dict(seniority=0.3, abstain=None, temperature=600.0)
+    router = merge(base_model, tuned_states, samples, **options).method.router.router
+    features = router.means.mean(0) + torch.randn(5, 2 * 2 * 32) * 0.1
+    scores = router.gaussians.scores(features) / 600 + torch.tensor([0.6, 0.3, 0.0])
+    expected = scores.softmax(1)
+    assert ((expected > 0.05).sum(1) > 1).any()
+    expected[expected < 0.01] = 0
+    torch.testing.assert_close(router.gates(features), (expected / expected.sum(1, keepdim=True)).float())
+
+
+def test_the_report_says_what_was_chosen_and_why(base_model, tuned_states, samples):
+    merger = mingle.Merger(base_model, "routed", rank=6)
+    notes = [
+        merger.add(NAMES[i], tuned_states[i], TaskData(shifted(samples, i).inputs, samples[i].shared)).notes
+        for i in range(2)
+    ]
+    assert not any("routing" in note for note in notes[0])
+    (told,) = [note for note in notes[1] if "routing" in note]
+    assert re.fullmatch(
+        r"routing reads means( and standard deviations)? (after \d blocks|of the embeddings): seed samples "
+        r"left out are given to their own task with a probability of (9\d|100) %",
+        told,
+    )
 
 
 def test_resuming_copying_and_pickling_keep_the_router(base_model, tuned_states, samples, tmp_path):
@@ -177,6 +300,7 @@ def test_nothing_is_left_where_a_merge_fails(base_model, tuned_states, samples):
         (dict(depths=(1, 1)), "depths=\\[1, 1\\]"),
         (dict(shrinkage=0.0), "shrinkage=0.0"),
         (dict(own_covariance=1.0), "own_covariance=1.0"),
+        (dict(temperature=0.0), "temperature=0.0"),
         (dict(seniority=-1.0), "seniority=-1.0"),
         (dict(abstain=0.0), "abstain=0.0"),
         (dict(rank=0), "rank=0"),

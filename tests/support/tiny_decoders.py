@@ -98,7 +98,7 @@ def mixed(name: str, n: int = 4, seed: int = 9) -> dict[str, torch.Tensor]:
 def merged(name: str, method: str) -> mingle.Merger:
     """A merge of two tasks; whoever uses it leaves it as it is."""
     base = built(CONFIGS[name]())
-    given = QUICK | ({"abstain": None} if method == "routed" else {})
+    given = QUICK | ({"abstain": None, "gates": "hard", "depths": (0, 1)} if method == "routed" else {})
     options = {key: value for key, value in given.items() if hasattr(METHODS[method].Options(), key)}
     merger = mingle.Merger(base, method, **options)
     for task in range(2):
