@@ -24,12 +24,13 @@ _ABLATION: dict[str, dict[str, Any]] = {
 #: the choices behind the routed experts: each row changes one
 _ROUTER: dict[str, dict[str, Any]] = {
     "routed": {},
+    "hard gates": {"gates": "hard"},
+    "as sure as the Gaussians are": {"temperature": 1.0},
     "one covariance for all tasks": {"own_covariance": 0.0},
+    "means alone": {"spread": False},
     "embeddings alone": {"depths": (0,)},
-    "embeddings and one block": {"depths": (0, 1)},
-    "embeddings and three blocks": {"depths": (0, 1, 2, 3)},
-    "soft gates": {"gates": "soft"},
-    "no seniority": {"seniority": 0.0},
+    "embeddings and two blocks together": {"depths": (0, 1, 2)},
+    "older tasks preferred": {"seniority": 1.0},
     "never abstaining": {"abstain": None},
     "rank 64": {"rank": 64},
 }
