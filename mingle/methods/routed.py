@@ -15,17 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from mingle.adaptation.teacher import TEACHER_BATCH
-from mingle.methods.base import Arrival, StepReport, Tensors
+from mingle.methods.base import Arrival, Kept, StepReport, Tensors
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.layer_router import LayerRouter, joined
-from mingle.methods.router_choice import ExpertRouter, TaskFeatures, choose, measured, settings
+from mingle.methods.router_choice import TEMPERATURES, ExpertRouter, TaskFeatures, choose, measured, settings
 from mingle.nn.early_stop import run_until
 from mingle.options import require_positive
 from mingle.tasks import TaskData, TaskType
 
 #: the most depths that are tried where none are asked for
 MOST_DEPTHS = 8
+#: how many seed samples room is reckoned for
+USUAL_SEEDS = 100
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,18 @@ class Routed(GatedMethod):
             for batch in data.batches(TEACHER_BATCH):
                 run_until([self.encoder], partial(self.task.logits, self.model, batch), record)
         return [torch.cat(batches) for batches in zip(*seen, strict=True)]
+
+    def kept_bytes(self) -> Kept:
+        widths: dict[str | None, int] = {}
+        for name, layer in self.layers.items():
+            widths.setdefault(self.structure.block_of(name), layer.in_features)
+        blocks = self.structure.stacks[0].blocks
+        numbers = 0
+        for depths in self.candidates:
+            features = 2 * sum(widths.get(blocks[depth], max(widths.values())) for depth in depths)
+            numbers += features * (1 + min(features, USUAL_SEEDS)) + len(self.grid) * len(TEMPERATURES)
+        experts = super().kept_bytes()
+        return experts._replace(task=experts.task + numbers * torch.float64.itemsize)
 
     def _append(self, name: str, A: Tensor, B: Tensor, gate: Tensor, bias: float | Tensor) -> None:
         layer = self.layers[name]
