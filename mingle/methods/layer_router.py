@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mingle.methods.encodings import Encodings
-from mingle.methods.router_choice import ExpertRouter
 from mingle.nn import kv_cache
 from mingle.nn.call_arguments import by_name, first_name, takes
 from mingle.nn.early_stop import run_until
 from mingle.nn.linear import MingleLinear
 from mingle.tasks.masks import prompt, prompt_length, prompt_tokens
 from mingle.tasks.prompts import positions
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation [n, d] of samples' hidden states over their tokens."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
+class Router(Protocol):
+    """Decides by what the base model makes of samples at the sites that it reads."""
+
+    def gates(self, moments: Sequence[Moments]) -> Tensor:
+        """The gates of all experts, [n, T]."""
+
+    def likeliest(self, moments: Sequence[Moments]) -> Tensor:
+        """The places [n] of the likeliest tasks among those with an expert."""
 
 
 class LayerRouter:
@@ -31,13 +47,13 @@ class LayerRouter:
 
     Args:
         layers: the layers that it gives gates to, the first of them inside the encoder.
-        blocks: the blocks of the encoder whose inputs can be read, in order.
+        sites: the modules of the encoder whose inputs can be read, in the order in which it calls them.
     """
 
-    def __init__(self, layers: list[MingleLinear], blocks: list[nn.Module]) -> None:
-        self.layers, self.blocks = layers, blocks
-        self.router: ExpertRouter | None = None
-        #: the numbers of the blocks that `router` reads, in order
+    def __init__(self, layers: list[MingleLinear], sites: list[nn.Module]) -> None:
+        self.layers, self.sites = layers, sites
+        self.router: Router | None = None
+        #: the numbers of the sites that `router` reads, in order
         self.read: tuple[int, ...] = ()
         #: where decoders read the encoder's outputs
         self.encodings: Encodings | None = None
@@ -84,7 +100,7 @@ class LayerRouter:
                 raise ValueError(
                     f"{part}: which expert it needs is decided on all; generate without prefill_chunk_size"
                 )
-            gates = self.router.gates(joined(self.features(encoder, args, kwargs, self.read)))
+            gates = self.router.gates(self.moments(encoder, args, kwargs, self.read))
         self._decided = gates
         _give(self.layers, gates)
 
@@ -114,26 +130,26 @@ class LayerRouter:
             _give(layers, self.encodings.gates(hidden))
 
     @torch.no_grad()
-    def features(
+    def moments(
         self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], read: Sequence[int]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Mean and standard deviation over tokens of the base model's hidden states, [n, d] each.
+    ) -> list[Moments]:
+        """What the base model makes of samples at some sites, over their tokens.
 
         Args:
             encoder, args, kwargs: a call.
-            read: the numbers of the blocks whose inputs are wanted, in order.
+            read: the numbers of the sites whose inputs are wanted, in order.
         """
-        seen: list[tuple[Tensor, Tensor]] = []
+        seen: list[Moments] = []
         first = self.layers[0]
         mask = first.token_mask
 
-        def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden: Tensor = by_name(block, args, kwargs)[first_name(block)]
+        def note(site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden: Tensor = by_name(site, args, kwargs)[first_name(site)]
             hidden = hidden.reshape(len(hidden), -1, hidden.shape[-1])  # some have no tokens, or rows of them
             seen.append(_moments(hidden, prompt_tokens(hidden, mask)))
 
-        *earlier, last = (self.blocks[number] for number in read)
-        handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in earlier]
+        *earlier, last = (self.sites[number] for number in read)
+        handles = [site.register_forward_pre_hook(note, with_kwargs=True) for site in earlier]
         _give(self.layers, first.weight.new_zeros(first.num_experts) if first.num_experts else None)
         args, kwargs = _apart(encoder, args, kwargs, mask)
         try:
@@ -144,11 +160,6 @@ class LayerRouter:
             for handle in handles:
                 handle.remove()
         return seen
-
-
-def joined(moments: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Features [n, F] of one or more depths: all means, then all standard deviations."""
-    return torch.cat([part for kind in zip(*moments, strict=True) for part in kind], 1)
 
 
 class PromptedGenerate:
@@ -201,9 +212,9 @@ def _give(layers: Iterable[MingleLinear], gates: Tensor | None) -> None:
         layer.given_gates = gates
 
 
-def _moments(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [n, d] of hidden states [n, N, d] over the tokens in `mask` [n, N]."""
+def _moments(hidden: Tensor, mask: Tensor | None) -> Moments:
+    """Those of hidden states [n, N, d] over the tokens in `mask` [n, N]."""
     weight = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden)
     weight = (weight / weight.sum(1, keepdim=True)).unsqueeze(2)
     mean = (weight * hidden).sum(1)
-    return mean, (weight * (hidden - mean.unsqueeze(1)).square()).sum(1).sqrt()
+    return Moments(mean, (weight * (hidden - mean.unsqueeze(1)).square()).sum(1).sqrt())

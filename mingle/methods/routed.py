@@ -6,23 +6,26 @@ Nothing is trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.methods.base import Arrival, Kept, StepReport, Tensors
-from mingle.methods.experts import make_experts
-from mingle.methods.gated import GatedMethod
-from mingle.methods.layer_router import LayerRouter, joined
-from mingle.methods.router_choice import TEMPERATURES, ExpertRouter, TaskFeatures, choose, measured, settings
-from mingle.nn.early_stop import run_until
+from mingle.methods.router_choice import (
+    TEMPERATURES,
+    PosteriorRouter,
+    TaskFeatures,
+    choose,
+    joined,
+    measured,
+    settings,
+)
+from mingle.methods.routing import RoutedMethod
 from mingle.options import require_positive
-from mingle.tasks import TaskData, TaskType
+from mingle.tasks import TaskType
 
 #: the most depths that are tried where none are asked for
 MOST_DEPTHS = 8
@@ -87,83 +90,40 @@ class RoutedOptions:
             raise ValueError(f"abstain={self.abstain}: expected a positive value")
 
 
-class Routed(GatedMethod):
-    """W₀ + Σ_i g_i(x) B_i A_i, with the same gates g(x) [T] in all layers, given by a router.
+class Routed(RoutedMethod):
+    """Gates by the posterior probability of tasks under Gaussians over features of the base.
 
-    The router sees a sample's features: mean and standard deviation of its tokens' hidden states, as the base
-    model computes them, at some depth.  A decoder's sample is its prompt, and what was decided on it holds
-    for the whole sequence; see `mingle.methods.layer_router.LayerRouter`.  Adding a task leaves the
-    statistics of earlier ones as they are, but may move the depth and the sureness of all decisions; see
-    `mingle.methods.router_choice`.  Biases, norms and embeddings stay those of the base.
+    A sample's features are mean and standard deviation of its tokens' hidden states at some depth.  Adding a
+    task leaves the statistics of earlier ones as they are, but may move the depth and the sureness of all
+    decisions; see `mingle.methods.router_choice`.
     """
 
     name = "routed"
     Options = RoutedOptions
-    layer_set = "full"
-    needs_answers = False
-    folds_by_means = False  # the task's expert works alone
-    routes = True
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
-        first, *later = self.structure.stacks
-        blocks = [self.tower.get_submodule(block) for block in first.blocks]
-        self.candidates = candidates(options.depths, len(blocks))
+        self.candidates = candidates(options.depths, len(self.router.sites))
         self.grid = settings(
             True if options.depths and len(options.depths) > 1 else options.spread,
             options.own_covariance,
             options.shrinkage,
         )
-        self.encoder = self.tower.get_submodule(first.parent)
-        decoders = {
-            self.tower.get_submodule(stack.parent): [
-                layer for name, layer in self.layers.items() if self.structure.block_of(name) in stack.blocks
-            ]
-            for stack in later
-        }
-        self.router = LayerRouter(list(self.layers.values()), blocks)
-        self.router.register(model, self.encoder, decoders)
         #: for each task that has an expert, what is kept of its features at every candidate
         self.features: list[list[TaskFeatures]] = []
 
+    def sites(self) -> list[nn.Module]:
+        return [self.tower.get_submodule(block) for block in self.structure.stacks[0].blocks]
+
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
-        seen = self._features(arrival.samples(), self.candidates)
-        earlier = [[task[c] for task in self.features] for c in range(len(self.candidates))]
-        kept = [measured(x, before, self.grid) for x, before in zip(seen, earlier, strict=True)]
-        experts = make_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
-        for name, layer in self.layers.items():
-            self._append(
-                name,
-                experts[name].A.to(layer.weight),
-                experts[name].B.to(layer.weight),
-                torch.zeros(layer.in_features),
-                0.0,
-            )
+        read = sorted({depth for depths in self.candidates for depth in depths})
+        batches = [dict(zip(read, found, strict=True)) for found in self.moments(arrival.samples(), read)]
+        kept = []
+        for number, depths in enumerate(self.candidates):
+            features = torch.cat([joined([found[depth] for depth in depths]) for found in batches])
+            kept.append(measured(features, [task[number] for task in self.features], self.grid))
+        self.add_experts(deltas)
         return StepReport(notes=self._route([*self.features, kept]))
-
-    def route(self, data: TaskData) -> Tensor | None:
-        """The likeliest tasks, also of samples so strange that the base model answers them by itself."""
-        router = self.router.router
-        if router is None:
-            return None
-        owners = [task for task, place in enumerate(self.places) if place is not None]
-        [features] = self._features(data, [self.router.read])
-        likeliest = router.likeliest(features)
-        return torch.tensor(owners, device=likeliest.device)[likeliest]
-
-    def _features(self, data: TaskData, candidates: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """The features of samples at every candidate, [n, F]."""
-        read = sorted({depth for depths in candidates for depth in depths})
-        seen: list[list[Tensor]] = []
-
-        def record(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            moments = dict(zip(read, self.router.features(encoder, args, kwargs, read), strict=True))
-            seen.append([joined([moments[depth] for depth in depths]) for depths in candidates])
-
-        with torch.no_grad():
-            for batch in data.batches(TEACHER_BATCH):
-                run_until([self.encoder], partial(self.task.logits, self.model, batch), record)
-        return [torch.cat(batches) for batches in zip(*seen, strict=True)]
 
     def kept_bytes(self) -> Kept:
         widths: dict[str | None, int] = {}
@@ -177,17 +137,12 @@ class Routed(GatedMethod):
         experts = super().kept_bytes()
         return experts._replace(task=experts.task + numbers * torch.float64.itemsize)
 
-    def _append(self, name: str, A: Tensor, B: Tensor, gate: Tensor, bias: float | Tensor) -> None:
-        layer = self.layers[name]
-        layer.add_expert(A, B, gate_weight=gate, gate_bias=bias)
-        layer.set_trainable_gates(0)
-
     def _route(self, tasks: list[list[TaskFeatures]]) -> list[str]:
         """Set the router by what is kept of all tasks; returns what it chose and why."""
         options = self.options
         choice = choose(tasks, self.grid, options.temperature)
         depths = self.candidates[choice.candidate]
-        self.router.router = ExpertRouter(
+        self.router.router = PosteriorRouter(
             [task[choice.candidate] for task in tasks],
             choice.setting,
             choice.temperature,

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mingle.methods.layer_router import Moments
 from mingle.methods.router import (
     FeatureSpace,
     FeatureStatistics,
@@ -153,8 +154,8 @@ def choose(
     return Choice(candidate, grid[place], temperature or TEMPERATURES[k], tuple(least.tolist()))
 
 
-class ExpertRouter:
-    """The gates of all experts for samples, from features at the candidate that was chosen.
+class PosteriorRouter:
+    """Gates by the posterior probability of tasks, from features at the candidate that was chosen.
 
     Args:
         tasks: what is kept of every task at this candidate, oldest first.
@@ -193,12 +194,11 @@ class ExpertRouter:
         older = torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
         return scores + self.seniority * older
 
-    def likeliest(self, features: Tensor) -> Tensor:
-        """The places [n] of the likeliest tasks among those with an expert, for features [n, F]."""
-        return self.scores(features).argmax(1)
+    def likeliest(self, moments: Sequence[Moments]) -> Tensor:
+        return self.scores(joined(moments)).argmax(1)
 
-    def gates(self, features: Tensor) -> Tensor:
-        """The gates [n, T] for features [n, F]."""
+    def gates(self, moments: Sequence[Moments]) -> Tensor:
+        features = joined(moments)
         scores = self.scores(features)
         likeliest = scores.argmax(1)
         gates = F.one_hot(likeliest, scores.shape[1]).double() if self.hard else scores.softmax(1)
@@ -208,6 +208,11 @@ class ExpertRouter:
             strange = strangeness(features, self.means[likeliest], self.variances[likeliest])
             gates = gates * (strange <= self.limits[likeliest]).unsqueeze(1)
         return gates.float()
+
+
+def joined(moments: Sequence[Moments]) -> Tensor:
+    """Features [n, F] from one or more sites: all means, then all standard deviations."""
+    return torch.cat([part for kind in zip(*moments, strict=True) for part in kind], 1)
 
 
 def used(features: Tensor, spread: bool) -> Tensor:

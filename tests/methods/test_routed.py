@@ -11,6 +11,7 @@ import torch
 from small_merges import NAMES, same_bits
 
 import mingle
+from mingle.methods.layer_router import Moments
 from mingle.methods.routed import candidates
 from mingle.methods.router import (
     FeatureSpace,
@@ -36,6 +37,12 @@ def merge(base_model, tuned_states, samples, count=3, **options):
     for i in range(count):
         merger.add(NAMES[i], tuned_states[i], TaskData(shifted(samples, i).inputs, samples[i].shared))
     return merger
+
+
+def moments(features):
+    """Features [n, 2 · 2 · 32] as the router reads them at two sites."""
+    first, second, *deviations = features.split(32, 1)
+    return [Moments(mean, each) for mean, each in zip((first, second), deviations, strict=True)]
 
 
 def logits(merger, data):
@@ -223,8 +230,10 @@ def test_seniority_gives_contested_samples_to_the_older_task(base_model, tuned_s
 
 def test_far_samples_go_to_the_base(base_model, tuned_states, samples):
     router = merge(base_model, tuned_states, samples).method.router.router
-    assert torch.equal(router.gates(router.means), torch.eye(3))
-    assert torch.equal(router.gates(router.means + 10 * router.variances.sum(0).sqrt()), torch.zeros(3, 3))
+    assert torch.equal(router.gates(moments(router.means)), torch.eye(3))
+    assert torch.equal(
+        router.gates(moments(router.means + 10 * router.variances.sum(0).sqrt())), torch.zeros(3, 3)
+    )
     all_far = merge(base_model, tuned_states, samples, abstain=1e-9, gates="hard")
     assert all_far.method.router.router.limits is not None
     all_far.method.router.router.limits.zero_()
@@ -237,7 +246,7 @@ def test_few_clean_samples_are_found_strange(base_model, tuned_states, samples):
     router = merge(base_model, tuned_states, samples).method.router.router
     width = router.means.shape[1]
     drawn = router.means[0] + torch.randn(2000, width) * router.variances[0].sqrt()
-    assert (router.gates(drawn).sum(1) == 0).double().mean() < 0.02
+    assert (router.gates(moments(drawn)).sum(1) == 0).double().mean() < 0.02
 
 
 def test_soft_gates_are_the_tempered_posterior(base_model, tuned_states, samples):
@@ -248,7 +257,9 @@ def test_soft_gates_are_the_tempered_posterior(base_model, tuned_states, samples
     expected = scores.softmax(1)
     assert ((expected > 0.05).sum(1) > 1).any()
     expected[expected < 0.01] = 0
-    torch.testing.assert_close(router.gates(features), (expected / expected.sum(1, keepdim=True)).float())
+    torch.testing.assert_close(
+        router.gates(moments(features)), (expected / expected.sum(1, keepdim=True)).float()
+    )
 
 
 def test_the_report_says_what_was_chosen_and_why(base_model, tuned_states, samples):

@@ -1,0 +1,89 @@
+"""The common part of methods with one expert per task that a router, the same for all layers, gives gates to.
+
+Nothing is trained.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mingle.adaptation.teacher import TEACHER_BATCH
+from mingle.methods.base import Tensors
+from mingle.methods.experts import make_experts
+from mingle.methods.gated import GatedMethod
+from mingle.methods.layer_router import LayerRouter, Moments
+from mingle.nn.early_stop import run_until
+from mingle.tasks import TaskData, TaskType
+
+
+class RoutedMethod(GatedMethod):
+    """W₀ + Σ_i g_i(x) B_i A_i, with B_i A_i the truncated task vectors and the same gates g(x) in all layers.
+
+    The router sees what the base makes of a sample somewhere in its first stack of blocks.  A decoder's
+    sample is its prompt, and what was decided on it holds for the whole sequence; see
+    `mingle.methods.layer_router.LayerRouter`.  Biases, norms and embeddings stay those of the base.
+
+    Subclasses say where it looks, and set `router.router` and `router.read` when a task was merged; their
+    `Options` have ``rank``.
+    """
+
+    layer_set = "full"
+    needs_answers = False
+    folds_by_means = False  # the task's expert works alone
+    routes = True
+
+    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
+        super().__init__(model, task, base, options)
+        first, *later = self.structure.stacks
+        self.encoder = self.tower.get_submodule(first.parent)
+        decoders = {
+            self.tower.get_submodule(stack.parent): [
+                layer for name, layer in self.layers.items() if self.structure.block_of(name) in stack.blocks
+            ]
+            for stack in later
+        }
+        self.router = LayerRouter(list(self.layers.values()), self.sites())
+        self.router.register(model, self.encoder, decoders)
+
+    @abstractmethod
+    def sites(self) -> list[nn.Module]:
+        """The modules whose inputs can be read, in the order in which the first stack calls them."""
+
+    def add_experts(self, deltas: Tensors) -> None:
+        """Give every layer the truncated Δ as an expert."""
+        experts = make_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
+        for name, layer in self.layers.items():
+            A, B = (part.to(layer.weight) for part in experts[name])
+            self._append(name, A, B, torch.zeros(layer.in_features), 0.0)
+
+    def route(self, data: TaskData) -> Tensor | None:
+        """The likeliest tasks, also of samples so strange that the base model answers them by itself."""
+        router = self.router.router
+        if router is None:
+            return None
+        owners = [task for task, place in enumerate(self.places) if place is not None]
+        likeliest = torch.cat([router.likeliest(moments) for moments in self.moments(data, self.router.read)])
+        return torch.tensor(owners, device=likeliest.device)[likeliest]
+
+    def moments(self, data: TaskData, read: Sequence[int]) -> list[list[Moments]]:
+        """What the router reads at these sites, batch by batch."""
+        seen: list[list[Moments]] = []
+
+        def record(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(self.router.moments(encoder, args, kwargs, read))
+
+        with torch.no_grad():
+            for batch in data.batches(TEACHER_BATCH):
+                run_until([self.encoder], partial(self.task.logits, self.model, batch), record)
+        return seen
+
+    def _append(self, name: str, A: Tensor, B: Tensor, gate: Tensor, bias: float | Tensor) -> None:
+        layer = self.layers[name]
+        layer.add_expert(A, B, gate_weight=gate, gate_bias=bias)
+        layer.set_trainable_gates(0)
