@@ -12,7 +12,9 @@ from mingle.methods.average import Average
 from mingle.methods.base import Arrival, MergeMethod, StepReport
 from mingle.methods.consensus_ta import ConsensusTa
 from mingle.methods.iso_c import IsoC
+from mingle.methods.made_it import MadeIt
 from mingle.methods.magmax import MagMax
+from mingle.methods.mass import Mass
 from mingle.methods.mingle import Mingle, MingleLight
 from mingle.methods.mingle_seq import MingleSeq
 from mingle.methods.nufilt import Nufilt
@@ -47,6 +49,8 @@ METHODS: dict[str, type[MergeMethod]] = {
         Mingle,
         MingleLight,
         MingleSeq,
+        MadeIt,
+        Mass,
         Routed,
     )
 }

@@ -236,6 +236,20 @@ class MingleLinear(nn.Module):
         self.A, self.B_transposed = _append(self.A, A), _append(self.B_transposed, B.mT)
         self._set_gates(weights, biases, trainable=1)
 
+    def set_expert(self, place: int, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Put another expert in the place of one, whose gate stays.
+
+        Args:
+            place: of the expert, counted from the oldest.
+            A: [r, d_in], with r at most the layer's `rank`.
+            B: [d_out, r].
+        """
+        rank = len(A)
+        down, up = self.A.detach().clone(), self.B_transposed.detach().clone()
+        down[place, :rank], up[place, :rank] = A, B.mT
+        down[place, rank:], up[place, rank:] = 0, 0
+        self.A, self.B_transposed = _frozen(down), _frozen(up)
+
     def set_trainable_gates(self, count: int) -> None:
         """Make the newest `count` gates the trainable ones; 0 freezes all."""
         if not 0 <= count <= self.num_experts:

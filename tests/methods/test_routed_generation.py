@@ -230,10 +230,10 @@ def test_a_model_of_few_blocks_is_read_at_those_it_has(tmp_path):
     config.num_hidden_layers = 1
     base = built(config)
     merger = mingle.Merger(base, "routed", rank=4)
-    assert len(merger.method.router.blocks) == 1
+    assert len(merger.method.router.sites) == 1
     with pytest.raises(ValueError, match="the model has 1 blocks, so 0 is the deepest"):
         mingle.Merger(base, "routed", rank=4, depths=(0, 1))
-    assert len(merged("llama", "routed").method.router.blocks) == 3
+    assert len(merged("llama", "routed").method.router.sites) == 3
     merger.add("a", tuned(base, 1), prompts("llama", 0))
     merger.save_pretrained(tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())

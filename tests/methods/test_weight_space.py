@@ -31,6 +31,8 @@ CONTRACT = {
     "mingle",
     "mingle-light",
     "mingle-seq",
+    "made-it",
+    "mass",
     "routed",
 }
 DATA_FREE = [name for name, method in METHODS.items() if not method.needs_seeds]

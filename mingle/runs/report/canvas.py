@@ -23,7 +23,8 @@ COLORS = {
     "pre-trained": "#999999", "individual": "#555555",
     "average": "#88CCEE", "task-arithmetic": "#4477AA", "ties": "#CC99BB", "magmax": "#AA4499",
     "consensus-ta": "#999933", "opcm": "#117733", "tsv-m": "#7AB648", "iso-c": "#B8CC66", "wudi": "#6A7FDB",
-    "adamerging": "#44AA99", "wemoe": "#332288", "nufilt": "#111111", "routed": "#0077BB",
+    "adamerging": "#44AA99", "wemoe": "#332288", "nufilt": "#111111", "made-it": "#DDAA33",
+    "mass": "#66BBCC", "routed": "#0077BB",
     "mingle": "#CC3311", "mingle-light": "#EE9944", "mingle-seq": "#882255",
 }
 OTHER_COLOR = "#AA8855"
