@@ -23,6 +23,9 @@ from mingle.methods.mass import input_directions
 from mingle.nn.linear import LowRankExpert, MingleLinear
 from mingle.tasks import TaskType
 
+#: subspaces of that affinity are the same
+_SAME = 0.8
+
 
 @dataclass(frozen=True)
 class MadeItOptions:
@@ -213,7 +216,10 @@ def _forget(layer: MingleLinear, *_: Any) -> None:
 
 
 def threshold(affinities: Sequence[float], spread: float) -> float:
-    """The affinity above which experts join: the mean and that many standard deviations of all there are."""
+    """The affinity above which experts join: the mean and that many standard deviations of all there are.
+
+    Subspaces that are nearly the same join in any case, or none would where many are.
+    """
     if len(affinities) < 2:
-        return math.inf
-    return statistics.fmean(affinities) + spread * statistics.stdev(affinities)
+        return _SAME
+    return min(statistics.fmean(affinities) + spread * statistics.stdev(affinities), _SAME)
