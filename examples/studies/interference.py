@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,11 @@ from torch import Tensor
 from mingle import suites
 from mingle.io.files import write_json
 from mingle.io.provenance import describe
-from mingle.kernels.gated_experts import reference
 from mingle.merging.evaluate import accuracy
 from mingle.merging.merger import Merger
 from mingle.methods.mingle import Mingle
 from mingle.nn.linear import MingleLinear
+from mingle.nn.observe import gates_made_of
 from mingle.runs.orders import FIRST_ORDER_SEED, shuffled
 from mingle.runs.settings import for_suite
 from mingle.suites import Suite
@@ -124,25 +124,6 @@ def _task(merger: Merger, data: TaskData, place: int) -> dict[str, Any]:
 def _note(magnitudes: list[Tensor], gates: Tensor) -> Tensor:
     magnitudes.append(gates.abs().flatten(0, -2))
     return gates
-
-
-@contextmanager
-def gates_made_of(layers: Mapping[str, MingleLinear], make: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the block, every layer's gates [..., T] are what `make` makes of its own."""
-
-    def hook(layer: MingleLinear, args: tuple[Tensor, ...]) -> None:
-        layer.given_gates = make(
-            reference.gate_values(args[0], *layer.all_gates(), layer.reduce, layer.token_mask)
-        )
-
-    handles = [layer.register_forward_pre_hook(hook) for layer in layers.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer in layers.values():
-            layer.given_gates = None
 
 
 @contextmanager

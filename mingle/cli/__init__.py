@@ -21,6 +21,7 @@ from mingle.cli import (
     demo,
     env,
     evaluate,
+    explain,
     export,
     inspect,
     merge,
@@ -32,7 +33,7 @@ from mingle.cli.arguments import LiteralParser
 from mingle.merging.finite import NonFiniteMerge
 from mingle.ops.dispatch import BackendUnavailable
 
-_COMMANDS = (demo, reproduce, merge, check, add, evaluate, inspect, export, report, bench, env)
+_COMMANDS = (demo, reproduce, merge, check, add, evaluate, explain, inspect, export, report, bench, env)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,13 +1,16 @@
-"""What layers are given, while a model runs."""
+"""What layers are given while a model runs, and other gates than their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+from mingle.kernels.gated_experts import reference
+from mingle.nn.linear import MingleLinear
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -25,3 +28,28 @@ def observed(layers: Mapping[str, Layer], observe: Callable[[str, Layer, Tensor]
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def gates_made_of(layers: Mapping[str, MingleLinear], make: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside the block, every layer's gates [..., T] are what `make` makes of its own, or of a router's."""
+    given: dict[MingleLinear, Tensor | None] = {}
+
+    def before(layer: MingleLinear, args: tuple[Tensor, ...]) -> None:
+        given[layer] = gates = layer.given_gates
+        if gates is None:
+            gates = reference.gate_values(args[0], *layer.all_gates(), layer.reduce, layer.token_mask)
+        layer.given_gates = make(gates)
+
+    def after(layer: MingleLinear, *_: Any) -> None:
+        layer.given_gates = given.pop(layer)
+
+    handles = [layer.register_forward_pre_hook(before) for layer in layers.values()]
+    handles += [layer.register_forward_hook(after) for layer in layers.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, gates in given.items():
+            layer.given_gates = gates

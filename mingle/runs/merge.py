@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from mingle.io.files import CheckpointError, free_space, writable
 from mingle.io.manifest import MANIFEST
 from mingle.merging import exports
 from mingle.merging.evaluate import Result
+from mingle.merging.explain import Explanation
+from mingle.merging.explain import explain as explained
 from mingle.merging.exports import Format
 from mingle.merging.merger import Merger
 from mingle.merging.vocabulary import Vocabulary
 from mingle.options import OptionError
 from mingle.runs import inputs, room
 from mingle.runs.config import Expert, MergeConfig
-from mingle.runs.loop import Evaluate, merge_all
+from mingle.runs.loop import Evaluate, experts_of, merge_all
 from mingle.runs.observer import Observer
 from mingle.runs.origin import check_origin, origin
 from mingle.suites import Suite
@@ -152,6 +154,40 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], batch_size: int) -> Res
     if suite is None:
         raise OptionError("suite: name one; the merge was made without a suite")
     return merger.evaluate(suite, batch_size)
+
+
+def explain(
+    folder: Path,
+    overrides: Mapping[str, Any],
+    given: Mapping[str, str],
+    batch_size: int,
+    on_task: Callable[[str], None] | None = None,
+) -> list[Explanation]:
+    """What each step of merging cost every task, see `mingle.merging.explain`; nothing is written.
+
+    Args:
+        folder: the folder that a merge wrote.
+        overrides: as for `add`.
+        given: task → its fine-tuned model, a folder or a hub id; those of a suite that has models are found.
+        batch_size: samples per batch.
+        on_task: told of every task before it is looked at.
+
+    Raises:
+        OptionError: no samples, or a name that is not a merged task's.
+    """
+    merger, suite = _reopen(folder, overrides)
+    if suite is None:
+        raise OptionError("suite: name one; the merge was made without a suite")
+    if unknown := [name for name in given if name not in merger.task_names]:
+        known = ", ".join(merger.task_names)
+        raise OptionError(f"--expert {unknown[0]}: no task of that name was merged; there are {known}")
+    revisions = merger.metadata["revisions"]
+    models = {name: hub.resolve(model, None, revisions) for name, model in given.items()}
+    find = experts_of(suite, sequential=merger.method.sequential)
+    for place, name in enumerate(merger.task_names):
+        if name not in models and suite.has_expert(name):
+            models[name] = find(name, merger.task_names[:place])
+    return explained(merger, suite, models, batch_size, on_task)
 
 
 def export(

@@ -115,6 +115,10 @@ class Suite(Mapping[str, TaskData]):
         """
         return self._whole(name)() if whole else self._parts(name)[0]
 
+    def has_expert(self, name: str) -> bool:
+        """Whether the suite brings the task's fine-tuned model."""
+        return name in self._experts
+
     def expert(self, name: str, after: Sequence[str] = ()) -> Path:
         """The folder of the task's fine-tuned model.
 

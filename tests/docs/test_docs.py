@@ -35,6 +35,7 @@ COMMANDS = (
     "check",
     "add",
     "eval",
+    "explain",
     "inspect",
     "export",
     "report",
