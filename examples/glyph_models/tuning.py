@@ -1,4 +1,4 @@
-"""How the glyph suites' settings of the methods that train were chosen, on tasks that are in no suite.
+"""How the glyph suites' settings were chosen, on tasks that are in no suite.
 
 Learning rates depend on the size of a model, and the published ones are for much larger models; so does how
 much of a layer's width the ranks take.  `mingle.runs.tuning` has the rule.  Started twice, two processes
@@ -10,12 +10,12 @@ share the work.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from mingle.runs.tuning import as_script
+from mingle.runs.tuning import WITHOUT_TRAINING, Grid, as_script
 
 #: method → option → values
-GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
+GRIDS: dict[str, Grid] = {
+    **WITHOUT_TRAINING,
     "mingle": {"rank": (8, 16, 32), "gamma": (0.0, 0.1, 0.3, 1.0), "lr": (1e-3, 2e-3, 4e-3)},
     "adamerging": {"lr": (1e-4, 1e-3, 1e-2)},
     "wemoe": {"lr": (1e-4, 1e-3, 1e-2)},

@@ -1,4 +1,4 @@
-"""How the text suites' settings of the methods that train were chosen, on tasks that are in no suite.
+"""How the text suites' settings were chosen, on tasks that are in no suite.
 
 The published settings are for much larger models.  `mingle.runs.tuning` has the rule.  Started twice, two
 processes share the work.
@@ -9,12 +9,12 @@ processes share the work.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from mingle.runs.tuning import as_script
+from mingle.runs.tuning import WITHOUT_TRAINING, Grid, as_script
 
 #: method → option → values
-GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
+GRIDS: dict[str, Grid] = {
+    **WITHOUT_TRAINING,
     # half the published rank, for a model half as wide
     "mingle": {"rank": (32,), "gamma": (0.1, 0.3, 1.0), "lr": (5e-4, 1e-3, 2e-3)},
     "adamerging": {"lr": (1e-4, 1e-3, 1e-2)},

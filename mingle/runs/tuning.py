@@ -1,4 +1,4 @@
-"""One rule by which the settings of methods that train are chosen, on tasks that are in no suite.
+"""One rule by which the settings of all methods are chosen, on tasks that are in no suite.
 
 For every method, all combinations of a grid are measured.  The best mean ACC decides among the settings whose
 mean BWT is above `FORGETTING`, or among all where none is; of those within `WITHIN` points of it the one that
@@ -27,6 +27,19 @@ FORGETTING, WITHIN = -2.0, 0.5
 
 #: option → values
 Grid = Mapping[str, Sequence[Any]]
+#: method → grid, of the methods that train nothing; they are the same for models of all kinds
+WITHOUT_TRAINING: Mapping[str, Grid] = {
+    "task-arithmetic": {"scaling": (0.1, 0.2, 0.3, 0.5)},
+    "ties": {"scaling": (0.1, 0.3, 0.5, 1.0)},
+    "magmax": {"scaling": (0.3, 0.5, 1.0)},
+    "consensus-ta": {"scaling": (0.1, 0.3, 0.5)},
+    "opcm": {"alpha": (0.3, 0.5, 0.7)},
+    "tsv-m": {"scaling": (0.5, 0.7, 1.0, 1.3)},
+    "iso-c": {"scaling": (0.5, 0.7, 1.0, 1.3)},
+    "wudi": {"scaling": (0.5, 0.7, 1.0)},
+    "made-it": {"share": (0.1, 0.2, 0.4)},
+    "mass": {"depth": (0, 1, 2), "most": (1, 2)},
+}
 
 
 @dataclass(frozen=True)
