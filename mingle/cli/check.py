@@ -6,7 +6,7 @@ import argparse
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import say
+from mingle.cli.output import say, say_method
 from mingle.io.files import file_path
 from mingle.runs import config
 from mingle.runs.check import check
@@ -23,6 +23,7 @@ def register(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     plan = check(config.load(args.config))
+    say_method(plan.config.method)
     for name, lines in plan.left.items():
         for line in lines:
             say(f"{name}: {line}")

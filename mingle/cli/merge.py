@@ -6,7 +6,7 @@ import argparse
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console, result_table, say
+from mingle.cli.output import console, result_table, say, say_method
 from mingle.cli.progress import bars
 from mingle.io.files import file_path
 from mingle.runs import config
@@ -25,6 +25,7 @@ def register(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     plan = check(config.load(args.config), args.out)
+    say_method(plan.config.method)
     try:
         with bars(len(plan.orders)) as observer:
             for result in plan.run(observer):

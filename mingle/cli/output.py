@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mingle.merging.evaluate import Result
+from mingle.methods import DEFAULT
 from mingle.text import visible
 
 
@@ -85,6 +86,11 @@ def explained(error: OSError) -> str:
     if error.filename is None or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}"
+
+
+def say_method(name: str) -> None:
+    """Which method merges."""
+    say("method: ", f"{name}, the default" if name == DEFAULT else name)
 
 
 def result_table(result: Result) -> Table:

@@ -55,6 +55,9 @@ METHODS: dict[str, type[MergeMethod]] = {
     )
 }
 
+#: the method of a merge whose file names none: the first on the suites of both kinds of model
+DEFAULT = Routed.name
+
 
 def get(name: str) -> type[MergeMethod]:
     """The method of that name.
@@ -68,4 +71,22 @@ def get(name: str) -> type[MergeMethod]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Arrival", "MergeMethod", "StepReport", "get", "published"]
+def without_samples() -> list[str]:
+    """The names of the methods that merge without any samples."""
+    return [
+        name
+        for name, method in METHODS.items()
+        if not method.needs_seeds and method not in (PreTrained, Individual)
+    ]
+
+
+__all__ = [
+    "DEFAULT",
+    "METHODS",
+    "Arrival",
+    "MergeMethod",
+    "StepReport",
+    "get",
+    "published",
+    "without_samples",
+]

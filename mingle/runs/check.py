@@ -142,8 +142,9 @@ def _suite(
 ) -> Suite | None:
     if config.eval.suite is None:
         if methods.get(config.method).needs_seeds:
-            need = f"method {config.method!r} adapts on seed samples, which come from a suite"
-            raise OptionError(f"eval: suite is missing: {need}")
+            need = f"method {config.method!r} needs seed samples, which come from a suite"
+            others = ", ".join(methods.without_samples())
+            raise OptionError(f"eval: suite is missing: {need}; {others} need none")
         return None
     suite = suites.load(
         config.eval.suite,
@@ -160,6 +161,6 @@ def _suite(
         )
     counted = suite.request.total is None  # where tasks are answered in words, the suite fixes the number
     if methods.get(config.method).needs_seeds and counted and config.adapt.samples_per_class == 0:
-        need = f"method {config.method!r} adapts on seed samples"
+        need = f"method {config.method!r} needs seed samples"
         raise OptionError(f"adapt: samples_per_class is 0, and {need}")
     return suite

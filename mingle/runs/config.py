@@ -1,7 +1,7 @@
 """The YAML file of ``merge`` and ``check``, read into dataclasses; every mistake in it is found here.
 
     base: models/clip-vit-base-patch32        # a local folder, or a hub id
-    method: mingle
+    method: mingle                            # without it, `mingle.methods.DEFAULT`
     task_type: text-classification            # where the base's own head does not say what it is
     experts:                                  # each a folder in hub format, a LoRA adapter, or a hub id
       - {name: svhn, model: models/clip-vit-base-patch32_svhn}
@@ -108,7 +108,7 @@ class MergeConfig:
 
     base: str
     experts: tuple[Expert, ...]
-    method: str = "mingle"
+    method: str = methods.DEFAULT
     task_type: str | None = None
     order: Order = field(default_factory=Order)
     layers: tuple[str, ...] | None = None

@@ -17,6 +17,7 @@ import yaml
 import mingle
 from mingle import suites
 from mingle.cli import main
+from mingle.methods import DEFAULT
 from mingle.runs import merge
 from mingle.runs.check import check
 from mingle.runs.compare import Comparison, run
@@ -150,6 +151,18 @@ def test_a_merge_takes_what_the_suite_recommends_and_what_the_user_says(tmp_path
     assert own.options["gamma"] == recommended["gamma"]
 
 
+def test_a_file_that_names_no_method_takes_the_default_and_says_so(tmp_path, capsys):
+    plain = {"method": None, "rank": None, "adapt": None}
+    assert check(load(write_config(tmp_path, **plain))).config.method == DEFAULT == "routed"
+    assert main(["check", str(write_config(tmp_path, **plain))]) == 0
+    assert "method: routed, the default\n" in capsys.readouterr().out
+    assert main(["check", str(write_config(tmp_path))]) == 0
+    assert "method: mingle\n" in capsys.readouterr().out
+    text = fails(capsys, "check", write_config(tmp_path, **plain, eval=None))
+    assert "method 'routed' needs seed samples, which come from a suite; average, task-arithmetic" in text
+    assert "pre-trained" not in text and "mingle" not in text.partition("come from a suite")[2]
+
+
 def test_several_orders_make_several_merges(tmp_path):
     out = tmp_path / "merged"
     config = write_config(
@@ -204,7 +217,7 @@ def test_merge_refuses_before_anything_is_written(tmp_path, capsys):
         experts=[{"name": "greek", "model": str(glyphs.DATA / "experts" / TASKS[0])}]
     )
     assert "unknown suite 'glyphs5'" in message(eval={"suite": "glyphs5"})
-    assert "adapts on seed samples" in message(eval={})
+    assert "needs seed samples" in message(eval={})
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     torch.save({}, pickled / "pytorch_model.bin")

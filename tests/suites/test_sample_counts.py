@@ -98,7 +98,7 @@ def test_no_seeds_are_refused_by_a_method_that_adapts_on_them(tmp_path, capsys):
         given = config | {"method": method, "adapt": {"samples_per_class": 0}}
         (tmp_path / "m.yaml").write_text(yaml.safe_dump(given))
         assert main(["check", str(tmp_path / "m.yaml")]) == code
-    assert "samples_per_class is 0, and method 'mingle' adapts on seed samples" in capsys.readouterr().out
+    assert "samples_per_class is 0, and method 'mingle' needs seed samples" in capsys.readouterr().out
 
 
 def test_classes_with_too_few_samples_are_recorded_with_the_merged_task(tmp_path):

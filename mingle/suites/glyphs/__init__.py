@@ -35,8 +35,8 @@ BASE = DATA / "base"
 TEST_IMAGES_PER_CLASS = 25
 TRAINING_IMAGES_PER_CLASS = 50
 
-#: Chosen by ``examples/glyph_models/tuning.py`` on the tuning tasks, which no other suite contains, where that
-#: took others than the published ones, which are for larger models.  ``routed`` has the rank of ``mingle``.
+#: Chosen by ``examples/glyph_models/tuning.py`` on the tuning tasks, which no other suite contains; the
+#: published settings are for larger models.  ``routed`` has the rank of ``mingle``.
 SETTINGS: dict[str, dict[str, Any]] = {
     "task-arithmetic": {"scaling": 0.1},
     "ties": {"scaling": 0.1},
