@@ -153,7 +153,7 @@ class PublishedMerge:
         teacher = copy.deepcopy(self.base).eval()
         teacher.get_submodule(self.task.tower(teacher)).load_state_dict(dict(tuned))
         gates = [p for layer in self.layers.values() for p in layer.gates[-1].parameters()]
-        optimizer, temperature = torch.optim.Adam(gates, lr=self.options.lr), self.options.temperature
+        optimizer, temperature = torch.optim.Adam(gates, float(self.options.lr)), self.options.temperature
         interference = {name: torch.zeros_like(layer.basis[0]) for name, layer in self.layers.items()}
         marks = []
         for index in batches:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +30,15 @@ class GateStep:
 
     Args:
         layers: the injected layers by name.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate, or one for each layer by name.
         projector: of the same layers; None trains unconstrained.
     """
 
     def __init__(
-        self, layers: Mapping[str, MingleLinear], lr: float, projector: RelaxedProjector | None = None
+        self,
+        layers: Mapping[str, MingleLinear],
+        lr: float | Mapping[str, float],
+        projector: RelaxedProjector | None = None,
     ) -> None:
         if projector is None:
             projector = RelaxedProjector(
@@ -53,7 +57,13 @@ class GateStep:
         )
         for (name, layer), view in zip(layers.items(), bias_views, strict=True):
             layer.gate_weight.grad, layer.gate_bias.grad = self.views[name], view
-        self.optimizer = torch.optim.Adam(self.gates, lr=lr, fused=True, capturable=self.gradients.is_cuda)
+        groups: list[dict[str, Any]] = [{"params": self.gates, "lr": lr}]
+        if isinstance(lr, Mapping):
+            groups = [
+                {"params": [layer.gate_weight, layer.gate_bias], "lr": lr[name]}
+                for name, layer in layers.items()
+            ]
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self.gradients.is_cuda)
 
     def zero_grad(self) -> None:
         self.gradients.zero_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from mingle.adaptation import fast_forward
 from mingle.adaptation.answers import Compact, States
 from mingle.adaptation.batches import drawn
+from mingle.adaptation.learning_rates import learning_rates
 from mingle.adaptation.losses import Loss
 from mingle.adaptation.optimizer import Advance, GateStep, captured
 from mingle.adaptation.prefix_cache import frozen_prefix
@@ -32,7 +34,7 @@ class AdaptConfig:
 
     Attributes:
         steps: the number of steps of Adam.
-        lr: its learning rate.
+        lr: its learning rate; ``auto`` goes by what the gates see, see `mingle.adaptation.learning_rates`.
         batch_size: samples per step.
         precision: of the model's products: ``"fp32"``, or ``"bf16"`` under autocast.  Gates, their gradients
             and attention on CPUs are fp32 either way.
@@ -42,7 +44,7 @@ class AdaptConfig:
     """
 
     steps: int = 50
-    lr: float = 1e-4
+    lr: float | Literal["auto"] = 1e-4
     batch_size: int = 16
     precision: str = "fp32"
 
@@ -85,7 +87,8 @@ def adapt_gates(
     device = next(iter(layers.values())).weight.device
     used, batches = drawn(len(seeds), config.batch_size, config.steps, generator)
     samples = (seeds if len(used) == len(seeds) else seeds.select(used)).to(device)
-    step = GateStep(layers, config.lr, projector)
+    lr = learning_rates(task, model, layers, samples) if config.lr == "auto" else config.lr
+    step = GateStep(layers, lr, projector)
     recorder = Recorder(step)
     with _stepping(task, model, layers, samples, loss, config, step) as advance:
         if device.type == "cuda":

@@ -43,6 +43,7 @@ def make_experts(
     rank: int,
     *,
     drop_diagonal: bool = False,
+    energy: float = 1.0,
 ) -> dict[str, LowRankExpert]:
     """The rank-`rank` experts of a task, for all layers together.
 
@@ -54,6 +55,7 @@ def make_experts(
         earlier: the experts of earlier tasks by layer, the same number in each.
         rank: r; at most min(d_out, d_in) is used.
         drop_diagonal: see `project_out_experts`.
+        energy: an expert has no more directions than hold this share of ‖Δ‖², of what is left of Δ.
 
     Raises:
         ValueError: a Δ with non-finite entries; the message names the layer.
@@ -68,6 +70,13 @@ def make_experts(
         for i, part in zip(places, parts.view(len(places), *matrices[places[0]].shape), strict=True):
             projected[i] = part
     triplets = linalg.svd_lowrank(projected, rank, keys=names)
-    return {
-        name: LowRankExpert(S.unsqueeze(1) * Vh, U) for name, U, S, Vh in zip(names, *triplets, strict=True)
-    }
+    experts = {}
+    for name, delta, U, S, Vh in zip(names, projected, *triplets, strict=True):
+        r = len(S) if energy == 1 else leading(S, energy * delta.double().square().sum())
+        experts[name] = LowRankExpert(S[:r].unsqueeze(1) * Vh[:r], U[:, :r])
+    return experts
+
+
+def leading(S: Tensor, energy: Tensor) -> int:
+    """How many of the singular values S [k], 1 or more, have squares that add up to `energy`; at most all."""
+    return min(int((S.double().square().cumsum(0) < energy).sum()) + 1, len(S))

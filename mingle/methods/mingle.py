@@ -35,11 +35,14 @@ class MingleOptions:
 
     Attributes:
         rank: r of every expert.
+        energy: an expert has fewer directions where these hold that share of ‖Δ‖², of what projection leaves
+            of the task vector.
         layers: target layers as exact suffixes; None takes the method's own set for the task type.
         reduce: what the gates see: each token, the mean of a sample, or the mean of the batch.
         k: how many input directions of every task are protected per layer.
         gamma, beta: γ, the strength of relaxation, and β, the memory of S.
-        steps, lr, batch_size: of the adaptation, see `mingle.adaptation.train.AdaptConfig`.
+        steps, lr, batch_size: of the adaptation, see `mingle.adaptation.train.AdaptConfig`; with ``auto`` the
+            learning rate goes by what the gates see.
         temperature: of both soft-maxes in its loss.
         gates: which gates train: the newest one, all, or none at all (``static``, all gates constant).
         constraint: ``relaxed``, ``hard`` (λ = 1) or ``none``.
@@ -52,13 +55,14 @@ class MingleOptions:
     """
 
     rank: int = 64
+    energy: float = 1.0
     layers: tuple[str, ...] | None = None
     reduce: Literal["token", "sample", "batch"] = "sample"
     k: int = 3
     gamma: float = 1.0
     beta: float = 0.99
     steps: int = 50
-    lr: float = 1e-4
+    lr: float | Literal["auto"] = 1e-4
     batch_size: int = 16
     temperature: float = 2.0
     gates: Literal["newest", "all", "static"] = "newest"
@@ -71,9 +75,11 @@ class MingleOptions:
 
     def __post_init__(self) -> None:
         require_positive(self, "rank", "batch_size")
-        require_not_negative(self, "k", "steps", "gamma", "lr")
+        require_not_negative(self, "k", "steps", "gamma", *(["lr"] if self.lr != "auto" else []))
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: expected a positive value")
+        if not 0 < self.energy <= 1:
+            raise ValueError(f"energy={self.energy}: expected a value in (0, 1]")
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta={self.beta}: expected a value in [0, 1)")
 
@@ -108,7 +114,9 @@ class Mingle(GatedMethod):
         options, report = self.options, StepReport()
         generator = torch.Generator().manual_seed(arrival.seed)
         earlier = {name: layer.experts() for name, layer in self.layers.items()}
-        experts = make_experts(deltas, earlier, options.rank, drop_diagonal=options.drop_diagonal)
+        experts = make_experts(
+            deltas, earlier, options.rank, drop_diagonal=options.drop_diagonal, energy=options.energy
+        )
         for name, layer in self.layers.items():
             gate = torch.zeros(layer.in_features)
             if options.gates != "static" and options.gate_init == "normal":

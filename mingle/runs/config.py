@@ -77,7 +77,7 @@ class Adapt:
     """Options of the adaptation; None leaves the suite's or the published setting."""
 
     steps: int | None = None
-    lr: float | None = None
+    lr: float | Literal["auto"] | None = None
     batch_size: int | None = None
     temperature: float | None = None
     samples_per_class: int = 5

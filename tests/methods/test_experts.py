@@ -50,6 +50,28 @@ def test_make_experts():
     assert expert.A.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("energy", "rank"), [(0.5, 1), (0.9, 2), (0.97, 3), (1 - 1e-9, 4), (1.0, 4)])
+def test_experts_have_no_more_directions_than_hold_the_energy(energy, rank):
+    U, V = (torch.linalg.qr(torch.randn(size, 5))[0] for size in (10, 14))
+    delta = U * torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0]) @ V.T  # 64, 80, 84, 85 of 85
+    small = {"small": delta / 1000, "none": torch.zeros(10, 14)}
+    found = make_experts({"fc1": delta} | small, dict.fromkeys(["fc1", *small], ()), 4, energy=energy)
+    assert [len(found[name].A) for name in ("fc1", "small")] == [rank, rank]
+    kept = found["fc1"].delta()
+    assert float((kept / delta.norm()).square().sum()) >= min(energy, 1 - 1e-6)
+    torch.testing.assert_close(kept, U[:, :rank] * torch.tensor([8.0, 4.0, 2.0, 1.0])[:rank] @ V.T[:rank])
+
+
+def test_energy_counts_what_projection_leaves():
+    U, V = (torch.linalg.qr(torch.randn(size, 5))[0] for size in (10, 14))
+    older = LowRankExpert(100 * V.T[:1], U[:, :1])
+    delta = U * torch.tensor([50.0, 0.0, 3.0, 2.0, 1.0]) @ V.T
+    expert = make_experts({"fc1": delta}, {"fc1": [older]}, 4, energy=0.9)["fc1"]
+    torch.testing.assert_close(
+        expert.delta(), U[:, 2:4] * torch.tensor([3.0, 2.0]) @ V.T[2:4], atol=1e-4, rtol=0
+    )
+
+
 def test_the_factored_and_the_dense_path_agree():
     B, A = torch.randn(40, 30, dtype=torch.float64), torch.randn(30, 45, dtype=torch.float64)
     assert spectrum._DENSE_SHARE * 40 < 30

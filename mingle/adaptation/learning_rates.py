@@ -1,0 +1,52 @@
+"""Learning rates in units of gates: how far a step of Adam moves one, whatever the width of its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mingle.kernels.gated_experts import reference
+from mingle.nn.linear import MingleLinear
+from mingle.nn.observe import observed
+from mingle.tasks import TaskData, TaskType
+
+#: how far a step may move the gate of a usual input
+STEP = 0.1
+_BATCH = 16
+
+
+@torch.no_grad()
+def learning_rates(
+    task: TaskType, model: nn.Module, layers: Mapping[str, MingleLinear], samples: TaskData
+) -> dict[str, float]:
+    """The learning rate of every layer's gates with which a step moves them by up to `STEP`.
+
+    A step of Adam moves every weight by about its learning rate, whatever the size of the gradient, and so a
+    gate w · x + b by up to lr (‖x‖₁ + 1): with layers twice as wide, or inputs twice as large, a learning
+    rate means twice as much.  ‖x‖₁ is the mean over what the gates see of the samples.
+
+    Args:
+        task: how the model is run.
+        model: holds the layers.
+        layers: the layers by name.
+        samples: seed samples.
+    """
+    sums = {
+        name: torch.zeros((), dtype=torch.float64, device=layer.weight.device)
+        for name, layer in layers.items()
+    }
+    counts = dict(sums)
+
+    def collect(name: str, layer: MingleLinear, x: Tensor) -> None:
+        norms = reference.pooled_input(x, layer.reduce, layer.token_mask).abs().sum(-1)
+        mask = layer.token_mask if layer.reduce == "token" else None
+        valid = torch.ones_like(norms, dtype=torch.bool) if mask is None else mask
+        sums[name] = sums[name] + torch.where(valid, norms, 0).sum()
+        counts[name] = counts[name] + valid.sum()
+
+    with observed(layers, collect):
+        for batch in samples.batches(_BATCH):
+            task.logits(model, batch)
+    return {name: STEP / (float(sums[name] / counts[name].clamp_min(1)) + 1) for name in layers}
