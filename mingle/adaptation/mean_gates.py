@@ -37,9 +37,7 @@ def mean_gates(
     counts: dict[str, int] = {}
 
     def collect(name: str, layer: MingleLinear, x: Tensor) -> None:
-        mask, gates = layer.token_mask, layer.given_gates
-        if gates is None:
-            gates = reference.gate_values(x, *layer.all_gates(), layer.reduce, mask)
+        mask, gates = layer.token_mask, layer.gates(x)
         if gates.dim() > 2:
             gates = reference.pooled_input(gates, "sample", mask if gates.shape[-2] > 1 else None)
         mean = gates.double().flatten(0, -2).mean(0)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from mingle.kernels.gated_experts import reference
 from mingle.merging.predict import AllTasks
 from mingle.nn.linear import MingleLinear
 from mingle.nn.observe import observed
@@ -152,7 +151,7 @@ def gate_activation(
 
     def collect(name: str, layer: MingleLinear, x: torch.Tensor) -> None:
         mask = layer.token_mask
-        values = reference.gate_values(x, *layer.all_gates(), layer.reduce, mask)
+        values = layer.gates(x)
         counted = mask if mask is not None and layer.reduce == "token" else x.new_ones(values.shape[:-1])
         weight = counted / counted.sum() * len(x)
         sums[name] += (values * weight.unsqueeze(-1)).flatten(0, -2).sum(0).cpu()

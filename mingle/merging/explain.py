@@ -21,6 +21,7 @@ from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.merger import Merger
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
+from mingle.methods.routing import RoutedMethod
 from mingle.nn.matrices import oriented
 from mingle.nn.observe import gates_made_of
 from mingle.tasks import TaskData
@@ -139,10 +140,10 @@ class _Stages:
             yield "all tasks" if when is None else "newer tasks", self._merged()
             return
         assert isinstance(method, GatedMethod)
-        if model is None or not method.routes:
+        if model is None or not isinstance(method, RoutedMethod):
             own = method.fold(method.own_gates(self.place))
             yield "own expert" if model is None else "projection", self._of(own)
-        if method.routes:
+        if isinstance(method, RoutedMethod):
             yield "routing", self._merged()
             return
         place = method.places[self.place]

@@ -16,6 +16,7 @@ from mingle.methods.made_it import MadeIt
 from mingle.methods.magmax import MagMax
 from mingle.methods.mass import Mass
 from mingle.methods.mingle import Mingle, MingleLight
+from mingle.methods.mingle_routed import MingleRouted
 from mingle.methods.mingle_seq import MingleSeq
 from mingle.methods.nufilt import Nufilt
 from mingle.methods.opcm import Opcm
@@ -48,6 +49,7 @@ METHODS: dict[str, type[MergeMethod]] = {
         Nufilt,
         Mingle,
         MingleLight,
+        MingleRouted,
         MingleSeq,
         MadeIt,
         Mass,

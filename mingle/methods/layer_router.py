@@ -100,9 +100,18 @@ class LayerRouter:
                 raise ValueError(
                     f"{part}: which expert it needs is decided on all; generate without prefill_chunk_size"
                 )
-            gates = self.router.gates(self.moments(encoder, args, kwargs, self.read))
+            gates = self.decided(self.router, self.moments(encoder, args, kwargs, self.read))
         self._decided = gates
-        _give(self.layers, gates)
+        self.give(self.layers, gates)
+
+    def decided(self, router: Router, moments: Sequence[Moments]) -> Tensor:
+        """What layers get for samples of which the router sees this, [n, T]."""
+        return router.gates(moments)
+
+    def give(self, layers: Iterable[MingleLinear], gates: Tensor | None) -> None:
+        """Let layers have these gates; None lets them have their own."""
+        for layer in layers:
+            layer.given_gates = gates
 
     def after(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After a call of the encoder."""
@@ -127,7 +136,7 @@ class LayerRouter:
         """Before a call of a decoder with an encoder's outputs."""
         hidden = by_name(decoder, args, kwargs).get("encoder_hidden_states")
         if self.router is not None and self.encodings is not None and hidden is not None:
-            _give(layers, self.encodings.gates(hidden))
+            self.give(layers, self.encodings.gates(hidden))
 
     @torch.no_grad()
     def moments(
@@ -150,13 +159,13 @@ class LayerRouter:
 
         *earlier, last = (self.sites[number] for number in read)
         handles = [site.register_forward_pre_hook(note, with_kwargs=True) for site in earlier]
-        _give(self.layers, first.weight.new_zeros(first.num_experts) if first.num_experts else None)
+        self.give(self.layers, first.weight.new_zeros(first.num_experts) if first.num_experts else None)
         args, kwargs = _apart(encoder, args, kwargs, mask)
         try:
             with torch.autocast(first.weight.device.type, enabled=False):
                 run_until([last], partial(encoder.forward, *args, **kwargs), note)
         finally:
-            _give(self.layers, None)
+            self.give(self.layers, None)
             for handle in handles:
                 handle.remove()
         return seen
@@ -205,11 +214,6 @@ def _apart(
         if takes(module, "position_ids") and given.get("position_ids") is None:
             given["position_ids"] = positions(mask)
     return (), given
-
-
-def _give(layers: Iterable[MingleLinear], gates: Tensor | None) -> None:
-    for layer in layers:
-        layer.given_gates = gates
 
 
 def _moments(hidden: Tensor, mask: Tensor | None) -> Moments:

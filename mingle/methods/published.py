@@ -61,6 +61,7 @@ def _settings(method: str, task_type: str, tasks: int) -> dict[str, Any]:
         "nufilt": {"r_p": 128, "r_v": 8, "r_l": 64, "steps": 50, "lr": 1e-3},
         "mingle": _MINGLE | adaptation,
         "mingle-light": _MINGLE | adaptation,
+        "mingle-routed": _MINGLE | adaptation,
         "mingle-seq": _MINGLE | adaptation | {"steps": 500, "constraint": "hard"},
     }
     return table.get(method, {})

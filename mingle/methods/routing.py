@@ -1,11 +1,7 @@
-"""The common part of methods with one expert per task that a router, the same for all layers, gives gates to.
-
-Nothing is trained.
-"""
+"""The common part of methods in which a router, the same for all layers, decides about gates."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,20 +18,16 @@ from mingle.nn.early_stop import run_until
 from mingle.tasks import TaskData, TaskType
 
 
-class RoutedMethod(GatedMethod):
-    """W₀ + Σ_i g_i(x) B_i A_i, with B_i A_i the truncated task vectors and the same gates g(x) in all layers.
+class RouterMethod(GatedMethod):
+    """A router sees what the base makes of a sample somewhere in its first stack of blocks.
 
-    The router sees what the base makes of a sample somewhere in its first stack of blocks.  A decoder's
-    sample is its prompt, and what was decided on it holds for the whole sequence; see
-    `mingle.methods.layer_router.LayerRouter`.  Biases, norms and embeddings stay those of the base.
+    A decoder's sample is its prompt, and what was decided on it holds for the whole sequence; see
+    `mingle.methods.layer_router.LayerRouter`.
 
-    Subclasses say where it looks, and set `router.router` and `router.read` when a task was merged; their
-    `Options` have ``rank``.
+    Subclasses may say where it looks, and set `router.router` and `router.read` when a task was merged.
     """
 
     layer_set = "full"
-    needs_answers = False
-    folds_by_means = False  # the task's expert works alone
     routes = True
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
@@ -48,19 +40,16 @@ class RoutedMethod(GatedMethod):
             ]
             for stack in later
         }
-        self.router = LayerRouter(list(self.layers.values()), self.sites())
+        self.router = self.made_router()
         self.router.register(model, self.encoder, decoders)
 
-    @abstractmethod
+    def made_router(self) -> LayerRouter:
+        """The router of all layers, not set."""
+        return LayerRouter(list(self.layers.values()), self.sites())
+
     def sites(self) -> list[nn.Module]:
         """The modules whose inputs can be read, in the order in which the first stack calls them."""
-
-    def add_experts(self, deltas: Tensors) -> None:
-        """Give every layer the truncated Δ as an expert."""
-        experts = make_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
-        for name, layer in self.layers.items():
-            A, B = (part.to(layer.weight) for part in experts[name])
-            self._append(name, A, B, torch.zeros(layer.in_features), 0.0)
+        return [self.tower.get_submodule(block) for block in self.structure.stacks[0].blocks]
 
     def route(self, data: TaskData) -> Tensor | None:
         """The likeliest tasks, also of samples so strange that the base model answers them by itself."""
@@ -82,6 +71,31 @@ class RoutedMethod(GatedMethod):
             for batch in data.batches(TEACHER_BATCH):
                 run_until([self.encoder], partial(self.task.logits, self.model, batch), record)
         return seen
+
+    def block_widths(self) -> list[int]:
+        """The widths of what each site reads, as far as the layers tell."""
+        widths: dict[str | None, int] = {}
+        for name, layer in self.layers.items():
+            widths.setdefault(self.structure.block_of(name), layer.in_features)
+        return [widths.get(block, max(widths.values())) for block in self.structure.stacks[0].blocks]
+
+
+class RoutedMethod(RouterMethod):
+    """W₀ + Σ_i g_i(x) B_i A_i, with B_i A_i the truncated task vectors and the same gates g(x) in all layers.
+
+    Nothing is trained.  Biases, norms and embeddings stay those of the base.  Subclasses' `Options` have
+    ``rank``.
+    """
+
+    needs_answers = False
+    folds_by_means = False  # the task's expert works alone
+
+    def add_experts(self, deltas: Tensors) -> None:
+        """Give every layer the truncated Δ as an expert."""
+        experts = make_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
+        for name, layer in self.layers.items():
+            A, B = (part.to(layer.weight) for part in experts[name])
+            self._append(name, A, B, torch.zeros(layer.in_features), 0.0)
 
     def _append(self, name: str, A: Tensor, B: Tensor, gate: Tensor, bias: float | Tensor) -> None:
         layer = self.layers[name]

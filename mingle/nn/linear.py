@@ -11,6 +11,7 @@ from torch import nn
 from mingle import functional, linalg
 from mingle.kernels import prepack as prepacked
 from mingle.kernels.dtypes import wide
+from mingle.kernels.gated_experts import reference
 from mingle.kernels.gated_experts.reference import REDUCTIONS
 from mingle.nn.conv1d import conv1d, is_conv1d
 from mingle.ops.operands import LayerTensors
@@ -93,6 +94,8 @@ class MingleLinear(nn.Module):
             state.  They are as `mingle.functional.gated_experts` takes them, or one row for each n samples
             of an x with k · n rows, where every k rows in a row are one sample's: the windows of an image,
             or an encoder's output repeated for beams.
+        gate_prior: factors of the layer's own gates, [n, T] as a router gives them; set and read as
+            `given_gates` are.
     """
 
     weight: nn.Parameter
@@ -135,6 +138,7 @@ class MingleLinear(nn.Module):
         self.shared: tuple[Siblings, int] | None = None
         self.token_mask: torch.Tensor | None = None
         self.given_gates: torch.Tensor | None = None
+        self.gate_prior: torch.Tensor | None = None
 
     @classmethod
     def from_linear(
@@ -197,6 +201,24 @@ class MingleLinear(nn.Module):
             return self.gate_weight, self.gate_bias
         weight = torch.cat([frozen, self.gate_weight])
         return weight, torch.cat([self.frozen_gate_bias, self.gate_bias])
+
+    def gates(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The gates that the experts have in `forward` of the same arguments.
+
+        Returns:
+            [..., N or 1, T], in fp32 or better; given ones as they were given.
+        """
+        if self.given_gates is not None:
+            return _repeated(self.given_gates, x)
+        mask = self.token_mask if mask is None else mask
+        with torch.autocast(x.device.type, enabled=False):
+            gates = reference.gate_values(x, *self.all_gates(), self.reduce, mask)
+        if self.gate_prior is None:
+            return gates
+        prior = _repeated(self.gate_prior, x).to(gates)
+        if prior.dim() == 2:
+            prior = prior.view(len(prior), *[1] * (gates.dim() - 2), prior.shape[1])
+        return gates * prior
 
     def add_expert(
         self,
@@ -276,11 +298,12 @@ class MingleLinear(nn.Module):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., N, d_in] → [..., N, d_out]; `mask` [..., N] marks tokens that the gates' means count."""
         mask = self.token_mask if mask is None else mask
-        if self.given_gates is not None:
+        if self.given_gates is not None or self.gate_prior is not None:
             self.keep_packed()
             experts = LayerTensors(self.weight, self.bias, self.A, self.B, gate_weight=None, gate_bias=None)
+            gates = self.gates(x, mask)
             return functional.gated_experts(
-                x, *experts, reduce=self.reduce, gates=_repeated(self.given_gates, x), backend=self.backend
+                x, *experts, reduce=self.reduce, gates=gates, backend=self.backend
             )
         if self.shared is not None:
             siblings, position = self.shared

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from mingle.kernels.gated_experts import reference
 from mingle.nn.linear import MingleLinear
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -36,10 +35,8 @@ def gates_made_of(layers: Mapping[str, MingleLinear], make: Callable[[Tensor], T
     given: dict[MingleLinear, Tensor | None] = {}
 
     def before(layer: MingleLinear, args: tuple[Tensor, ...]) -> None:
-        given[layer] = gates = layer.given_gates
-        if gates is None:
-            gates = reference.gate_values(args[0], *layer.all_gates(), layer.reduce, layer.token_mask)
-        layer.given_gates = make(gates)
+        given[layer] = layer.given_gates
+        layer.given_gates = make(layer.gates(args[0]))
 
     def after(layer: MingleLinear, *_: Any) -> None:
         layer.given_gates = given.pop(layer)

@@ -38,7 +38,9 @@ ROUTED = {"rank": 4, "depths": (0, 1)}
 GATED = {
     "mingle": SETTINGS,
     "mingle-light": SETTINGS | {"reduce": "token"},
+    "mingle-routed": SETTINGS,
     "mingle-seq": SETTINGS | {"start": "previous"},
+    "mass": {"rank": 4},
     "routed": ROUTED,
 }
 WHOLE = {"README.md", "router.json", "router.safetensors"}
@@ -465,7 +467,7 @@ def test_a_folded_model_answers_as_the_merged_one_with_these_gates(
     model, report = CLIPModel.from_pretrained(tmp_path / "two", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     gates = merger.method.folded(1, seeds if given else None).gates
-    means = given and method != "routed"
+    means = given and merger.method.folds_by_means
     assert all(torch.equal(gate, gate.new_tensor([0, 1])) for gate in gates.values()) != means
     held = copy.deepcopy(merger.model)
     for module in held.modules():  # routers would overrule what is given

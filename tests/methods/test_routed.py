@@ -12,7 +12,6 @@ from small_merges import NAMES, same_bits
 
 import mingle
 from mingle.methods.layer_router import Moments
-from mingle.methods.routed import candidates
 from mingle.methods.router import (
     FeatureSpace,
     FeatureStatistics,
@@ -21,6 +20,7 @@ from mingle.methods.router import (
     strangeness_left_out,
 )
 from mingle.methods.router_choice import TEMPERATURES, Setting, choose, measured, settings
+from mingle.methods.task_router import candidates
 from mingle.tasks import TaskData
 
 OPTIONS = dict(rank=6, depths=(0, 1))

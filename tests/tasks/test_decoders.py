@@ -20,13 +20,13 @@ WAYS = {
     "all beams": dict(num_beams=4, num_return_sequences=3),
     "many samples": dict(do_sample=True, top_k=20, num_return_sequences=3),
 }
-#: methods whose gates are per token too
-LIKE_MINGLE = ("mingle-light", "wemoe")
+#: methods whose gates are per token too, and one whose are also decided on the prompt
+SLOW = ("mingle-light", "wemoe", "mingle-routed")
 #: Mixtral has no linear layers outside of its attention
 CASES = [
-    pytest.param(name, method, marks=[pytest.mark.slow] * (method in LIKE_MINGLE and name != "llama"))
+    pytest.param(name, method, marks=[pytest.mark.slow] * (method in SLOW and name != "llama"))
     for name in CONFIGS
-    for method in ("mingle", "routed", *LIKE_MINGLE)
+    for method in ("mingle", "routed", *SLOW)
     if (name, method) != ("mixtral", "wemoe")
 ]
 

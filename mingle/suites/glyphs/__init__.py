@@ -35,6 +35,7 @@ BASE = DATA / "base"
 TEST_IMAGES_PER_CLASS = 25
 TRAINING_IMAGES_PER_CLASS = 50
 
+_MINGLES = ("mingle", "mingle-light", "mingle-routed")
 #: Chosen by ``examples/glyph_models/tuning.py`` on the tuning tasks, which no other suite contains; the
 #: published settings are for larger models.  ``routed`` has the rank of ``mingle``.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -44,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "opcm": {"alpha": 0.7},
     "wudi": {"scaling": 0.5},
     "nufilt": {"r_p": 64},
-    **{name: {"rank": 32, "lr": 4e-3, "gamma": 0.1} for name in ("mingle", "mingle-light")},
+    **{name: {"rank": 32, "lr": 4e-3, "gamma": 0.1} for name in _MINGLES},
     "mingle-seq": {"rank": 32, "lr": 4e-3},
     "made-it": {"share": 0.4},
     "mass": {"depth": 0, "most": 2},

@@ -26,10 +26,11 @@ from mingle.suites.trained import trained
 from mingle.tasks import TaskData
 
 NAMES = ("texts8", "texts-tuning")
+_MINGLES = ("mingle", "mingle-light", "mingle-routed")
 #: Chosen by ``examples/text_data/tuning.py`` on the tasks of ``texts-tuning``, which ``texts8`` has none of;
 #: for the other methods that learn the rule took the published settings.
 SETTINGS: dict[str, dict[str, Any]] = {
-    **{name: {"rank": 32, "lr": 1e-3, "gamma": 0.3} for name in ("mingle", "mingle-light")},
+    **{name: {"rank": 32, "lr": 1e-3, "gamma": 0.3} for name in _MINGLES},
     "nufilt": {"lr": 1e-2},
 }
 
