@@ -105,7 +105,7 @@ def checked(value: Any, hint: Any, where: str) -> Any:
                 return checked(value, arg, where)
             except OptionError:
                 continue
-        raise OptionError(f"{where}: {shown(value)} is not of type {hint}")
+        raise OptionError(f"{where}: {shown(value)} is not of type {' | '.join(map(_kind, args))}")
     if is_dataclass(hint):
         if not isinstance(value, hint):  # type: ignore[arg-type]
             raise OptionError(f"{where}: {shown(value)} is not a mapping")
@@ -128,6 +128,13 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, float) and math.isnan(value):
         raise OptionError(f"{where}: NaN is not a number that can be worked with")
     return value
+
+
+def _kind(hint: Any) -> str:
+    """A type in words."""
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
 def one_of(names: Collection[str], what: str) -> Callable[[str], str]:

@@ -181,7 +181,8 @@ def parse(content: Any, where: str) -> MergeConfig:
             tasks.get(config.task_type)
         config.method_options()
     except ValueError as error:
-        raise OptionError(f"{where}: {error}") from None
+        unnamed = "" if "method" in given else f"; the file names no method, which means {config.method!r}"
+        raise OptionError(f"{where}: {error}{unnamed}") from None
     return config
 
 

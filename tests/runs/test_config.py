@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mingle.methods import DEFAULT
 from mingle.options import OptionError
 from mingle.runs import config, settings
 from mingle.runs.orders import shuffled
@@ -30,10 +31,11 @@ def resolved(merge):
 
 def test_defaults_and_protocol(tmp_path):
     minimal = parsed(tmp_path, MINIMAL)
-    assert minimal.method == "mingle"
+    assert minimal.method == DEFAULT
     assert minimal.method_options() == {}
-    assert resolved(minimal)["reduce"] == "sample"
-    official = parsed(tmp_path, MINIMAL + "adapt: {protocol: official}\n")
+    mingle = MINIMAL + "method: mingle\n"
+    assert resolved(parsed(tmp_path, mingle))["reduce"] == "sample"
+    official = parsed(tmp_path, mingle + "adapt: {protocol: official}\n")
     assert resolved(official)["reduce"] == "batch"
     average = parsed(tmp_path, MINIMAL + "method: average\n")
     assert average.method_options() == resolved(average) == {}
@@ -85,8 +87,12 @@ def test_every_key_arrives(tmp_path):
         ("order: [42]\n", r"order: \[42\] is not a mapping"),
         ("method: mingel\n", "unknown method 'mingel'; did you mean 'mingle'"),
         ("method: average\nrank: 4\n", "method 'average': unknown option 'rank'"),
-        ("options: {constrain: hard}\n", "unknown option 'constrain'; did you mean 'constraint'"),
-        ("gate: {reduce: batch}\n", "strict protocol"),
+        ("options: {rnak: 4}\n", "did you mean 'rank'?.*; the file names no method, which means 'routed'$"),
+        (
+            "method: mingle\noptions: {constrain: hard}\n",
+            "unknown option 'constrain'; did you mean 'constraint'",
+        ),
+        ("method: mingle\ngate: {reduce: batch}\n", "strict protocol"),
         ("eval: {batch_size: 0}\n", "batch_size"),
     ],
 )
