@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import nn
 
 from mingle.io import adapters_folder, export, merger_folder
@@ -81,11 +80,10 @@ def write_plain(folder: Path, merged: Merged) -> None:
 def write_folded(folder: Path, merged: Merged, task: str, samples: TaskData | None) -> None:
     """Write a plain model for one task, with the gates' means over samples of it, where there are any."""
     folded = merged.method.folded(merged.names().index(task), samples)
-    by_layer = torch.stack([gates.double() for gates in folded.gates.values()], 1)  # [T, L]
     experts = [entry["name"] for entry in merged.described["tasks"] if entry["skipped"] is None]
     gates = {
         name: (row.mean().item(), row.min().item(), row.max().item())
-        for name, row in zip(experts, by_layer, strict=True)
+        for name, row in zip(experts, folded.by_task, strict=True)
     }
     count = None if samples is None else len(samples)
     _write(folder, merged, folded.tower, folded_card(folder.name, merged.described, task, gates, count))

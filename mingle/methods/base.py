@@ -92,10 +92,12 @@ class Folded(NamedTuple):
     Attributes:
         tower: plain weights under the base's names.
         gates: layer → the constant gates [T] of all experts, oldest first.
+        by_task: the gate of every task's expert in every layer, of those tasks that have any, [T, L].
     """
 
     tower: Tensors
     gates: Tensors
+    by_task: torch.Tensor
 
 
 class MergeMethod(ABC):

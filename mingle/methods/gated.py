@@ -133,7 +133,11 @@ class GatedMethod(MergeMethod):
         gates = self.own_gates(index)
         if samples is not None and self.folds_by_means:
             gates |= mean_gates(self.task, self.model, self.layers, samples)
-        return Folded(self.fold(gates), gates)
+        return Folded(self.fold(gates), gates, self.by_task(gates))
+
+    def by_task(self, gates: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Gates [T] by layer as those of tasks that have experts, [T, L], float64."""
+        return torch.stack([each.double() for each in gates.values()], 1)
 
     def own_gates(self, index: int) -> Tensors:
         """Gates [T] by layer that let the task's own expert work alone; all 0 if the task was skipped."""

@@ -166,6 +166,10 @@ class MadeIt(GatedMethod):
                 gate[self.owned[name][index]] = 1
         return gates
 
+    def by_task(self, gates: Mapping[str, Tensor]) -> Tensor:
+        owned = {name: [place for place in places if place >= 0] for name, places in self.owned.items()}
+        return torch.stack([gates[name].double()[places] for name, places in owned.items()], 1)
+
     def adapter(self, index: int) -> dict[str, LowRankExpert]:
         return MergeMethod.adapter(self, index)  # tasks share experts
 

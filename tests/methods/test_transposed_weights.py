@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from mingle.methods import METHODS
+from mingle.methods.base import WeightMethod
 from mingle.nn.linear import MingleLinear
 from mingle.tasks import TaskData
 
@@ -19,11 +20,7 @@ OPTIONS = {
     "opcm": [{}, {"drop_diagonal": True}],
     "nufilt": [dict(r_p=3, r_v=2, r_l=4, steps=10)],
 }
-WEIGHT_METHODS = [
-    name
-    for name, method in METHODS.items()
-    if not method.needs_seeds and name not in ("pre-trained", "individual")
-]
+WEIGHT_METHODS = [name for name, method in METHODS.items() if issubclass(method, WeightMethod)]
 
 
 @pytest.fixture(scope="module")
