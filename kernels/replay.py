@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mingle.kernels import tiles
 
@@ -26,6 +27,20 @@ _MOST = 4096  # calls of one launcher that are remembered
 _local = threading.local()
 
 
+class _Address(int):
+    """Where a tensor begins, for descriptors, which ask their base for it and for nothing else."""
+
+    def data_ptr(self) -> int:
+        return int(self)
+
+
+def _moved(descriptor: Any, address: int) -> Any:
+    """A descriptor of the same kind of matrix that begins at `address`; its checks are not repeated."""
+    moved = object.__new__(TensorDescriptor)
+    moved.__dict__.update(descriptor.__dict__, base=_Address(address))
+    return moved
+
+
 class _Launch(NamedTuple):
     """One launch: Triton's compiled kernel, and its arguments but for the addresses."""
 
@@ -34,6 +49,7 @@ class _Launch(NamedTuple):
     function: tuple[Any, ...]  # the kernel's handle and what Triton calls its metadata
     arguments: list[Any]
     addresses: list[tuple[int, int, int]]  # argument, root, bytes from the root's beginning
+    described: list[tuple[int, int, int]]  # the same for arguments that are descriptors
 
 
 class _Recording(NamedTuple):
@@ -47,10 +63,12 @@ class _Recording(NamedTuple):
         new_empty = tensors[0].new_empty
         roots = tensors + [new_empty(size, dtype=dtype) for size, dtype in self.allocated]
         begins = [root.data_ptr() for root in roots]
-        for run, grid, function, template, addresses in self.launches:
+        for run, grid, function, template, addresses, described in self.launches:
             arguments = template.copy()
             for argument, root, offset in addresses:
                 arguments[argument] = begins[root] + offset
+            for argument, root, offset in described:
+                arguments[argument] = _moved(template[argument], begins[root] + offset)
             run(*grid, stream, *function, None, None, None, *arguments)
         if isinstance(self.result, int):
             return roots[self.result]
@@ -93,22 +111,27 @@ class _Recorder(TorchDispatchMode):
         self.places[id(tensor)] = root, offset
 
     def launched(self, kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        template, addresses = [], []
+        template: list[Any] = []
+        addresses: list[tuple[int, int, int]] = []
+        described: list[tuple[int, int, int]] = []
         for index, name in enumerate(kernel.arg_names):
             value = arguments[name]
-            if isinstance(value, torch.Tensor):
-                if id(value) not in self.places:
+            places, base = (
+                (described, value.base) if isinstance(value, TensorDescriptor) else (addresses, value)
+            )
+            if isinstance(base, torch.Tensor):
+                if id(base) not in self.places:
                     self.hindrance = f"{name} comes from elsewhere"
                     return
-                addresses.append((index, *self.places[id(value)]))
-                value = 0
+                places.append((index, *self.places[id(base)]))
+                value = 0 if value is base else _moved(value, 0)
             elif not isinstance(value, (int, float, str, type(None))):
                 self.hindrance = f"{name} is a {type(value).__name__}"
                 return
             template.append(value)
         front = (*grid, 1, 1)[:3]
         function = compiled.function, compiled.packed_metadata
-        self.launches.append(_Launch(compiled.run, front, function, template, addresses))
+        self.launches.append(_Launch(compiled.run, front, function, template, addresses, described))
 
     def recording(self, result: Any) -> _Recording | None:
         results = result if isinstance(result, tuple) else (result,)
@@ -132,8 +155,8 @@ def replayed(launcher: Callable[P, R]) -> Callable[P, R]:
 
     Its first argument is a tensor.  It may depend on nothing but what `_kind` sees of its arguments, and
     launch by `launch` alone.  A call that does more with tensors than to allocate them by `Tensor.new_empty`
-    and to take views is never repeated, nor is one that passes descriptors.  Nothing is without a GPU, or
-    where somebody watches Triton's launches.
+    and to take views is never repeated.  Nothing is without a GPU, or where somebody watches Triton's
+    launches.
     """
     recordings: dict[Any, _Recording | None] = {}
     seen: set[Any] = set()

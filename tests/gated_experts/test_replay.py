@@ -10,6 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from mingle.kernels import replay, tiles
 
 STREAM = 7
@@ -38,7 +40,14 @@ class Kernel:
         return launch
 
     def run(self, *arguments: Any) -> None:
-        self.launches.append(arguments)
+        self.launches.append(tuple(map(_plain, arguments)))
+
+
+def _plain(value: Any) -> Any:
+    """A descriptor by what Triton reads of it."""
+    if not isinstance(value, TensorDescriptor):
+        return value
+    return value.base.data_ptr(), value.shape, value.strides, value.block_shape, value.padding
 
 
 class Launcher(NamedTuple):
@@ -123,6 +132,28 @@ def test_another_kind_of_call_is_recorded_for_itself(launcher, other):
     args, kwargs = other(*matrices(6, 4))
     launcher.call(*args, **kwargs)
     assert launcher.kernel.by_triton == 6
+
+
+def test_descriptors_move_along(stream):
+    kernel = Kernel()
+
+    def described(matrix: Tensor) -> TensorDescriptor:
+        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [2, 4])
+
+    @replay.replayed
+    def call(x: Tensor) -> Tensor:
+        made = x.new_empty(6, 4)
+        replay.launch(
+            kernel, (1,), described(x[2:]), described(x.view(6, 8)), described(made), SIZE=1, num_warps=4
+        )
+        return made
+
+    for number in range(4):
+        x = torch.randn(12, 4)
+        made = call(x)
+        expected = [described(x[2:]), described(x.view(6, 8)), described(made)]
+        assert kernel.launches[number][-4:] == (*map(_plain, expected), 1)
+    assert kernel.by_triton == 2
 
 
 def test_calls_that_compute_or_copy_tensors_are_never_repeated(launcher):
