@@ -94,6 +94,7 @@ class _Forced:
 
 
 _override: contextvars.ContextVar[_Forced | None] = contextvars.ContextVar("tile", default=None)
+_searches = 0  # that are over
 
 
 def bucket(tokens: int) -> int:
@@ -427,4 +428,16 @@ def search(
     for key in keys:
         store().put(key, best)
     _choose.cache_clear()
+    global _searches
+    _searches += 1
     return best
+
+
+def searching() -> bool:
+    """Whether this is a launch of a search."""
+    return _override.get() is not None
+
+
+def searches() -> int:
+    """How many searches are over: what was chosen before the last one may be chosen otherwise."""
+    return _searches

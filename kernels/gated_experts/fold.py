@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mingle.kernels import tiles
+from mingle.kernels import replay, tiles
 
 
 @triton.jit
@@ -53,6 +53,7 @@ def fold_kernel(
     )
 
 
+@replay.replayed
 def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """W_eff = W₀ + Σ_i g_i B_i A_i in a new tensor.
 
@@ -66,7 +67,8 @@ def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Te
     tile = tiles.choose("fold", weight, outputs, width, experts * rank, strain)
     block_rank = tiles.rank_block(rank, tile.depth)
     with tiles.on_device(weight):
-        fold_kernel[(tiles.cdiv(outputs, tile.rows) * tiles.cdiv(width, tile.columns),)](
+        replay.launch(
+            fold_kernel, (tiles.cdiv(outputs, tile.rows) * tiles.cdiv(width, tile.columns),),
             weight, *weight.stride(),
             A, *A.stride(),
             B, *B.stride(),

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mingle.kernels import tiles
+from mingle.kernels import replay, tiles
 from mingle.kernels.gated_experts import descriptors
 from mingle.kernels.gated_experts.common import finish, placed
 from mingle.kernels.gated_experts.gates import gates
@@ -317,7 +317,8 @@ def listed(z: torch.Tensor, group: int, tokens: int, rows: int) -> tuple[torch.T
     found = z.new_empty(tiles_of_rows, experts, dtype=torch.int32)
     count = z.new_empty(tiles_of_rows, dtype=torch.int32)
     tile = tiles.Tile(16, min(128, tiles.next_power_of_2(experts)), 0, warps=4, stages=2)
-    list_kernel[(tiles_of_rows,)](
+    replay.launch(
+        list_kernel, (tiles_of_rows,),
         z, z.stride(0), found, count, tokens, experts, group,
         BLOCK_N=rows, BLOCK_G=tile.rows, BLOCK_E=tile.columns, **tiles.options(tile),
     )  # fmt: skip
@@ -333,7 +334,8 @@ def _shrink_listed(x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int
     programs = max(1, min(2 * tiles.chip(x.device).multiprocessors // row_tiles, experts))
 
     def launch(tile: tiles.Tile) -> None:
-        shrink_listed_kernel[(row_tiles * programs,)](
+        replay.launch(
+            shrink_listed_kernel, (row_tiles * programs,),
             x, *x.stride(), A, *A.stride(), z, z.stride(0), *listed(z, group, tokens, tile.rows), gated,
             tokens, width, experts, rank, group, programs,
             BLOCK_N=tile.rows, BLOCK_R=tile.columns, BLOCK_K=tile.depth,
@@ -345,6 +347,7 @@ def _shrink_listed(x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int
     return gated
 
 
+@replay.replayed
 def shrink(
     x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int, skip: bool, *, keep: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -379,7 +382,8 @@ def shrink(
         splits, part = tiles.shares(width, tile)
         parts = gated if splits == 1 else x.new_empty(splits, tokens, columns, dtype=torch.float32)
         grid = splits * tiles.cdiv(tokens, tile.rows) * tiles.cdiv(columns, tile.columns)
-        shrink_kernel[(grid,)](
+        replay.launch(
+            shrink_kernel, (grid,),
             x, *x.stride(), A, *A.stride(), z, z.stride(0), hidden, parts,
             tokens, width, experts, rank, group, part,
             KEEP=keep, SPLIT=splits > 1,
@@ -388,7 +392,8 @@ def shrink(
         )  # fmt: skip
         if splits > 1:
             last = tiles.ADDING
-            gate_parts_kernel[(tiles.cdiv(tokens, last.rows), tiles.cdiv(columns, last.columns))](
+            replay.launch(
+                gate_parts_kernel, (tiles.cdiv(tokens, last.rows), tiles.cdiv(columns, last.columns)),
                 parts, z, z.stride(0), hidden, gated, tokens, columns, rank, group,
                 SPLITS=splits, KEEP=keep, BLOCK_N=last.rows, BLOCK_C=last.columns, **tiles.options(last),
             )  # fmt: skip
@@ -434,12 +439,29 @@ def expand(
     Returns:
         y [N, O] in x's dtype.
     """
+    if gate_weight is not None:
+        gate_weight = gate_weight.to(x.dtype)  # y is rounded to it anyway
+    return _expand(x, weight, bias, gated, up, z, group, skip, share, gate_weight, mask)
+
+
+@replay.replayed
+def _expand(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gated: torch.Tensor,
+    up: torch.Tensor,
+    z: torch.Tensor,
+    group: int,
+    skip: bool,
+    share: torch.Tensor | None,
+    gate_weight: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
     x, up = tiles.addressable(x, 1), tiles.addressable(up, 1, 2)
     (tokens, width), (outputs, _), (experts, rank, _) = x.shape, weight.shape, up.shape
     y = x.new_empty(tokens, outputs)
-    gate = weight
-    if gate_weight is not None:
-        gate = tiles.addressable(gate_weight.to(x.dtype), 0, 1)  # y is rounded to it anyway
+    gate = weight if gate_weight is None else tiles.addressable(gate_weight, 0, 1)
     columns = experts * rank
     flat = None if skip else descriptors.flat(x, up, weight, gated)
     strain = tiles.strain((x, weight, up), (width, outputs), special=rank % 16 > 0)
@@ -461,7 +483,8 @@ def expand(
         parts = y if splits == 1 else x.new_empty(splits, tokens, outputs, dtype=torch.float32)
         block_rank = tiles.rank_block(rank, tile.depth) if skip else tile.depth
         grid = splits * tiles.cdiv(tokens, tile.rows) * tiles.cdiv(outputs, tile.columns)
-        expand_kernel[(grid,)](
+        replay.launch(
+            expand_kernel, (grid,),
             x, *x.stride(), weight, *weight.stride(), bias, gated, gated.stride(0), up, *up.stride(),
             *active, *rest[1:], parts, tokens, width, outputs, experts, rank, group, part,
             **has, SKIP=skip, SPLIT=splits > 1,
@@ -470,7 +493,8 @@ def expand(
         )  # fmt: skip
         if splits > 1:
             last = tiles.ADDING
-            add_parts_kernel[(tiles.cdiv(tokens, last.rows), tiles.cdiv(outputs, last.columns))](
+            replay.launch(
+                add_parts_kernel, (tiles.cdiv(tokens, last.rows), tiles.cdiv(outputs, last.columns)),
                 parts, *rest, y, tokens, outputs, experts, group,
                 SPLITS=splits, **has, BLOCK_N=last.rows, BLOCK_O=last.columns,
                 PRECISION=tiles.precision(x), **tiles.options(last),
@@ -481,6 +505,7 @@ def expand(
     return y
 
 
+@replay.replayed
 def upstream(
     dy: torch.Tensor,
     B: torch.Tensor,
@@ -522,7 +547,8 @@ def upstream(
             descriptors.shrink(dy, flat, z, group, None, u, hidden, dz, rank, tile)
             return
         tile = tile._replace(columns=min(tile.columns, 128))
-        upstream_kernel[(tiles.cdiv(tokens, tile.rows) * experts,)](
+        replay.launch(
+            upstream_kernel, (tiles.cdiv(tokens, tile.rows) * experts,),
             dy, *dy.stride(), B, *B.stride(), hidden, hidden.stride(0), z, z.stride(0), u, dz,
             tokens, outputs, experts, rank, group,
             KEEP=keep,

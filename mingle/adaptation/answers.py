@@ -126,23 +126,22 @@ def mean_over_positions(states: States, loss: Callable[[Tensor, Tensor], Tensor]
 class _Summed(torch.autograd.Function):
     """The sum of a function of hidden states [R, d] over chunks of rows, each with its gradients at once.
 
-    The function may use other tensors, which are passed for their gradients alone.
+    The function may use other tensors, all of which learn and are passed for their gradients alone.
     """
 
     @staticmethod
     def forward(
         ctx: Any, rows: int, summed: Callable[[int, Tensor], Tensor], hidden: Tensor, *others: Tensor
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[2:]
-        learning = [other for other, needed in zip(others, wanted[1:], strict=True) if needed]
-        gradients = [torch.zeros_like(tensor) for tensor in (hidden, *learning)] if any(wanted) else []
+        learns = any(ctx.needs_input_grad)
+        gradients = [torch.zeros_like(tensor) for tensor in (hidden, *others)] if learns else []
         total = hidden.new_zeros((), dtype=wide(hidden))
         for start in range(0, len(hidden), rows):
-            part = hidden[start : start + rows].detach().requires_grad_(any(wanted))
-            with torch.set_grad_enabled(any(wanted)):
+            part = hidden[start : start + rows].detach().requires_grad_(learns)
+            with torch.set_grad_enabled(learns):
                 value = summed(start, part)
-            if any(wanted):
-                gradients[0][start : start + rows], *more = torch.autograd.grad(value, (part, *learning))
+            if learns:
+                gradients[0][start : start + rows], *more = torch.autograd.grad(value, (part, *others))
                 for gradient, one in zip(gradients[1:], more, strict=True):
                     gradient += one
             total += value.detach()
@@ -151,11 +150,4 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = iter([gradient * grads[0].to(gradient) for gradient in ctx.saved_tensors])
-        own = next(scaled)
-        return (
-            None,
-            None,
-            own if ctx.needs_input_grad[2] else None,
-            *(next(scaled) if needed else None for needed in ctx.needs_input_grad[3:]),
-        )
+        return None, None, *(gradient * grads[0].to(gradient) for gradient in ctx.saved_tensors)

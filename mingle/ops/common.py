@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -42,10 +43,11 @@ def kernels_of(backend: str, x: Tensor, outputs: int, columns: int, fused: str =
     """
     if backend == "auto":
         backend = dispatch.cheapest(x, outputs, columns)
+    if backend == "grouped":
+        return grouped
+    name = f"mingle.kernels.gated_experts.{fused}"
     # Triton is imported at its first use: it may be absent, and it is slow to load.
-    return (
-        grouped if backend == "grouped" else importlib.import_module(f"mingle.kernels.gated_experts.{fused}")
-    )
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def share_of_a_token(dz: Tensor, mask: Tensor | None, group: int) -> Tensor:

@@ -76,9 +76,10 @@ def _gated_experts(
         y = grouped.routed(x, weight, bias, A, B.mT, gates, group)
         return y, x.new_empty(0, A.shape[0] * A.shape[1]), gates, x.new_empty(0, x.shape[1], dtype=wide(x))
     kernels = kernels_of(backend, x, len(weight), A.shape[0] * A.shape[1])
-    z, pooled = gates, x.new_empty(0, x.shape[1], dtype=wide(x))
-    if z is None:
+    if gates is None:
         z, pooled = kernels.gates(x, gate_weight, gate_bias, mask, group)
+    else:
+        z, pooled = gates, x.new_empty(0, x.shape[1], dtype=wide(x))
     keep = save and not skip
     hidden, gated = kernels.shrink(x, A, z, group, skip, keep=keep)
     y = kernels.expand(x, weight, bias, hidden, gated, B.mT, z, group, skip, keep=keep)

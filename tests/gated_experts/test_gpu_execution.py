@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from gpu_cases import BACKENDS, RAGGED, capture, distance, make
+from gpu_cases import BACKENDS, RAGGED, SHAPES, capture, distance, make
 
 from mingle.functional import gated_experts
+from mingle.kernels import replay
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +51,31 @@ def test_kernels_run_on_the_current_stream():
         got = problem._replace(tensors=problem.tensors | dict(x=x)).solve("triton")
     torch.cuda.current_stream().wait_stream(side)
     assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+@pytest.mark.parametrize("shape", [RAGGED, *map(SHAPES.get, ("one image", "many experts", "ViT-B/32"))])
+@pytest.mark.parametrize(
+    ("gates", "zeros"),
+    [("token", False), ("sample", False), ("batch", False), ("given sample", False), ("given sample", True)],
+)
+def test_repeated_launches_give_the_bits_of_those_that_triton_makes(shape, gates, zeros, monkeypatch):
+    """In forward and backward, from the third call on, with tensors that are elsewhere each time."""
+    repeated = []
+    repeat = replay._Recording.repeat
+    monkeypatch.setattr(
+        replay._Recording, "repeat", lambda *arguments: repeated.append(1) or repeat(*arguments)
+    )
+    needs = {"x"} if zeros else None
+    for seed in range(4):
+        problem = make(shape, torch.bfloat16, gates, zeros=zeros, needs=needs, seed=seed)
+        repeated.clear()
+        got = problem.solve("triton")
+        with monkeypatch.context() as patch:
+            patch.setattr(replay, "_stream", lambda tensor: None)
+            expected = problem.solve("triton")
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in got), seed
+    assert repeated
 
 
 @pytest.mark.skipif(

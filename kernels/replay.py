@@ -1,0 +1,246 @@
+"""Launches recorded once and repeated, without what a launcher and Triton do on the host at every call.
+
+A launcher allocates tensors and launches kernels.  What it does depends on its arguments' sizes, strides,
+dtypes and alignments, and not on their values or addresses; so a call like an earlier one repeats the earlier
+one's allocations and launches with other addresses.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mingle.kernels import tiles
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MOST = 4096  # calls of one launcher that are remembered
+
+_local = threading.local()
+
+
+class _Address(int):
+    """Where a tensor begins, for descriptors, which ask their base for it and for nothing else."""
+
+    def data_ptr(self) -> int:
+        return int(self)
+
+
+def _moved(descriptor: Any, address: int) -> Any:
+    """A descriptor of the same kind of matrix that begins at `address`; its checks are not repeated."""
+    moved = object.__new__(TensorDescriptor)
+    moved.__dict__.update(descriptor.__dict__, base=_Address(address))
+    return moved
+
+
+class _Launch(NamedTuple):
+    """One launch: Triton's compiled kernel, and its arguments but for the addresses."""
+
+    run: Callable[..., None]
+    front: tuple[Any, ...]  # the grid
+    function: tuple[Any, ...]  # the kernel's handle and what Triton calls its metadata
+    arguments: list[Any]
+    addresses: list[tuple[int, int, int]]  # argument, root, bytes from the root's beginning
+    described: list[tuple[int, int, int]]  # the same for arguments that are descriptors
+
+
+class _Recording(NamedTuple):
+    """What a call did.  Its roots are the tensors it got, then those it allocated."""
+
+    allocated: list[tuple[tuple[int, ...], torch.dtype]]
+    launches: list[_Launch]
+    result: int | tuple[int, ...]  # roots
+
+    def repeat(self, tensors: list[torch.Tensor], stream: int) -> Any:
+        new_empty = tensors[0].new_empty
+        roots = tensors + [new_empty(size, dtype=dtype) for size, dtype in self.allocated]
+        begins = [root.data_ptr() for root in roots]
+        for run, grid, function, template, addresses, described in self.launches:
+            arguments = template.copy()
+            for argument, root, offset in addresses:
+                arguments[argument] = begins[root] + offset
+            for argument, root, offset in described:
+                arguments[argument] = _moved(template[argument], begins[root] + offset)
+            run(*grid, stream, *function, None, None, None, *arguments)
+        if isinstance(self.result, int):
+            return roots[self.result]
+        return tuple([roots[root] for root in self.result])
+
+
+class _Recorder(TorchDispatchMode):
+    """Follows a call.  `hindrance` says what of it could not be repeated, if anything."""
+
+    def __init__(self, given: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.tensors = list(given)  # kept, as an id may be used again
+        self.places = {id(tensor): (root, 0) for root, tensor in enumerate(given)}  # root, offset
+        self.made: dict[int, int] = {}  # the roots that were allocated
+        self.begins = [tensor.data_ptr() for tensor in given]
+        self.allocated: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self.launches: list[_Launch] = []
+        self.hindrance: str | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        if func is torch.ops.aten.new_empty.default:
+            self.made[id(made)] = len(self.begins)
+            self._place(made, len(self.begins), 0)
+            self.begins.append(made.data_ptr())
+            self.allocated.append((tuple(made.shape), made.dtype))
+        elif isinstance(made, torch.Tensor) and returns[0].alias_info and not func._schema.is_mutable:
+            if id(args[0]) in self.places:
+                root = self.places[id(args[0])][0]
+                self._place(made, root, made.data_ptr() - self.begins[root])
+        else:
+            self.hindrance = str(func)
+        return made
+
+    def _place(self, tensor: torch.Tensor, root: int, offset: int) -> None:
+        self.tensors.append(tensor)
+        self.places[id(tensor)] = root, offset
+
+    def launched(self, kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        template: list[Any] = []
+        addresses: list[tuple[int, int, int]] = []
+        described: list[tuple[int, int, int]] = []
+        for index, name in enumerate(kernel.arg_names):
+            value = arguments[name]
+            places, base = (
+                (described, value.base) if isinstance(value, TensorDescriptor) else (addresses, value)
+            )
+            if isinstance(base, torch.Tensor):
+                if id(base) not in self.places:
+                    self.hindrance = f"{name} comes from elsewhere"
+                    return
+                places.append((index, *self.places[id(base)]))
+                value = 0 if value is base else _moved(value, 0)
+            elif not isinstance(value, (int, float, str, type(None))):
+                self.hindrance = f"{name} is a {type(value).__name__}"
+                return
+            template.append(value)
+        front = (*grid, 1, 1)[:3]
+        function = compiled.function, compiled.packed_metadata
+        self.launches.append(_Launch(compiled.run, front, function, template, addresses, described))
+
+    def recording(self, result: Any) -> _Recording | None:
+        results = result if isinstance(result, tuple) else (result,)
+        if self.hindrance is not None or any(id(tensor) not in self.made for tensor in results):
+            return None
+        roots = tuple(self.made[id(tensor)] for tensor in results)
+        return _Recording(self.allocated, self.launches, roots if isinstance(result, tuple) else roots[0])
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a Triton kernel; a launcher with `replayed` launches all of its kernels here."""
+    compiled = kernel[grid](*arguments, **constants)
+    recorder = getattr(_local, "recorder", None)
+    if recorder is not None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        recorder.launched(kernel, compiled, grid, named | constants)
+
+
+def replayed(launcher: Callable[P, R]) -> Callable[P, R]:
+    """`launcher`, recorded at the second call of a kind and repeated from the third on.
+
+    Its first argument is a tensor.  It may depend on nothing but what `_kind` sees of its arguments, and
+    launch by `launch` alone.  A call that does more with tensors than to allocate them by `Tensor.new_empty`
+    and to take views is never repeated.  Nothing is without a GPU, or where somebody watches Triton's
+    launches.
+    """
+    recordings: dict[Any, _Recording | None] = {}
+    seen: set[Any] = set()
+
+    @wraps(launcher)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, torch.Tensor)
+        stream = _stream(first)
+        if stream is None:
+            return launcher(*args, **kwargs)
+        kind, tensors = _kind(args, kwargs)
+        recording = recordings.get(kind)
+        if recording is not None:
+            return recording.repeat(tensors, stream)
+        if kind in recordings or getattr(_local, "recorder", None) is not None:
+            return launcher(*args, **kwargs)
+        if len(seen) > _MOST:
+            recordings.clear()
+            seen.clear()
+        if kind not in seen:
+            seen.add(kind)
+            return launcher(*args, **kwargs)
+        return _recorded(launcher, args, kwargs, lambda made: recordings.__setitem__(kind, made))
+
+    return call
+
+
+def _recorded(
+    launcher: Callable[..., R],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    put: Callable[[_Recording | None], None],
+) -> R:
+    """What `launcher` returns, and its recording to `put`."""
+    given: list[torch.Tensor] = []
+
+    def own(value: Any) -> Any:
+        """Each tensor as an object of its own: one that is passed twice has two roots."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        given.append(value.detach())
+        return given[-1]
+
+    args, kwargs = tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
+    recorder = _Recorder(given)
+    _local.recorder = recorder
+    try:
+        with recorder:
+            result = launcher(*args, **kwargs)
+    finally:
+        _local.recorder = None
+    put(recorder.recording(result))
+    return result
+
+
+def _kind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
+    """All that a launcher may depend on, and the tensors among its arguments."""
+    tensors: list[torch.Tensor] = []
+    kind: list[Any] = [tiles.searches(), *kwargs]
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+            kind.append((value.dtype, value.shape, value.stride(), value.data_ptr() & 15))
+        else:
+            kind.append(value)
+    first = tensors[0]
+    kind.append(first.get_device())
+    if first.dtype == torch.float32:
+        kind.append(tiles.precision(first))
+    return tuple(kind), tensors
+
+
+def _stream(tensor: torch.Tensor) -> int | None:
+    """The stream to launch on; None where launches can't be repeated."""
+    if not tensor.is_cuda or tiles.searching():
+        return None
+    device = tensor.get_device()
+    if torch._C._cuda_getDevice() != device or _watched():
+        return None
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+def _watched() -> bool:
+    """Whether somebody, such as a profiler, is told of Triton's launches."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
