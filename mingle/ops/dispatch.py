@@ -77,6 +77,17 @@ def without_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"the tensors are on {device.type}, the kernels run on CUDA and ROCm devices"
 
 
+def explanation(device: torch.device) -> str:
+    """Whether the Triton kernels serve fp32 tensors on `device`, and by which figures, in words."""
+    if reason := without_triton(device, torch.float32):
+        return f"not used: {reason}"
+    chip = chips.chip(device)
+    table = f"the table of {'gfx' if chip.kind == 'hip' else 'sm_'}{chip.capability}"
+    if chips.family(chip).measured:
+        return f"used where {table}, measured on such a chip, holds it for faster"
+    return f"not used by backend='auto': {table} was not measured; backend='triton' uses it"
+
+
 @cache
 def _tell(device: str, reason: str | None) -> None:
     """Say once what keeps `auto` from the fused kernels; aloud where a GPU waits for them."""

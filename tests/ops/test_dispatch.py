@@ -115,6 +115,23 @@ def test_auto_is_grouped_on_chips_that_nobody_has_measured(chip, monkeypatch):
     assert dispatch.cheapest(OnGpu((50, 768)), 768, 1280) == "grouped"
 
 
+@pytest.mark.parametrize(
+    ("chip", "said"),
+    [
+        (H100, "used where the table of sm_90, measured on such a chip, holds it for faster"),
+        (
+            chips.Chip("cuda", "NVIDIA A100", 80, 108, 166_912),
+            "not used by backend='auto': the table of sm_80 was not measured; backend='triton' uses it",
+        ),
+    ],
+)
+def test_what_serves_a_chip_is_explained(chip, said, monkeypatch):
+    installed(monkeypatch, True)
+    monkeypatch.setattr(chips, "chip", lambda device: chip)
+    assert dispatch.explanation(CUDA) == said
+    assert "on cpu" in dispatch.explanation(CPU)
+
+
 @pytest.mark.usefixtures("_on_an_h100")
 def test_the_model_is_asked_with_the_sizes_of_the_call(monkeypatch):
     installed(monkeypatch, True)
