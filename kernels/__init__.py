@@ -5,6 +5,7 @@
 gated_experts/        the gated sum of low-rank experts: the formula (oracle), dense products, Triton kernels
 relaxed_projection/   the null-space constraint with adaptive relaxation, likewise
 tiles                 tile sizes of the Triton kernels
+launches              their launches, recorded once and repeated
 chips                 what is known of the GPUs they run on
 gemm                  dense products in the faster of the CPU's two libraries
 prepack               copies of frozen factors in the layouts those are fastest with

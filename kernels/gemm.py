@@ -2,9 +2,9 @@
 
 PyTorch sends fp32 linear layers on the CPU to MKL, which on some processors reaches half of what oneDNN does.
 oneDNN's linear operator is in PyTorch but not among its public functions, so it is used only where it exists,
-agrees with `torch.nn.functional.linear` and was at least a fifth faster when it was timed once, for this
-machine and class of shapes.  The choice is kept in the user's cache folder: the two libraries round
-differently, and equal inputs should give equal bits next time as well.
+agrees with `torch.nn.functional.linear` and is at least a fifth faster.  That is measured once for a machine
+and kept in the user's cache folder: the two libraries round differently, and equal inputs should give equal
+bits next time as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 LIBRARIES = ("mkl", "onednn")
 MARGIN = 1.2  # how much faster oneDNN must be; well above the noise, so that the choice is the same tomorrow
-_LARGEST = 1024  # dimensions beyond it behave alike
+_ROUNDS = 9  # of measurements that are kept
+_SAMPLE = (256, 512), (512, 512)  # of x and of the weight that are measured
 _SMALLEST = 1 << 20  # multiplications below which a product is over before the choice could matter
 
 
@@ -128,9 +130,17 @@ def library(rows: int, outputs: int, width: int) -> str:
         if forced not in LIBRARIES:
             raise ValueError(f"MINGLE_CPU_GEMM={forced!r}: expected one of {', '.join(LIBRARIES)}")
         return forced
-    if not _open(rows, outputs, width):
-        return "mkl"
-    return _measured(_rounded(rows), _rounded(outputs), _rounded(width), torch.get_num_threads())
+    return _chosen(torch.get_num_threads()).library if _open(rows, outputs, width) else "mkl"
+
+
+def explanation() -> str:
+    """Which library multiplies large fp32 matrices here, and why, in words."""
+    if forced := os.environ.get("MINGLE_CPU_GEMM"):
+        return f"{library(1, 1, 1)}: MINGLE_CPU_GEMM={forced}"
+    if not _onednn_agrees():
+        return "mkl: this PyTorch has no operator of oneDNN that gives the same"
+    choice = _chosen(torch.get_num_threads())
+    return f"{choice.library}: oneDNN {choice.ratio:.2f} times as fast, median of {len(choice.ratios)} rounds"
 
 
 def _open(rows: int, outputs: int, width: int) -> bool:
@@ -138,9 +148,15 @@ def _open(rows: int, outputs: int, width: int) -> bool:
     return rows * outputs * width >= _SMALLEST or bool(os.environ.get("MINGLE_CPU_GEMM"))
 
 
-def _rounded(size: int) -> int:
-    """The next power of two, at most `_LARGEST`: shapes of one class share a choice."""
-    return min(_LARGEST, 1 << (size - 1).bit_length())
+class Choice(NamedTuple):
+    """What was measured of a machine.  `ratios`: MKL's time over oneDNN's, round by round."""
+
+    library: str
+    ratios: list[float]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
 
 
 @cache
@@ -149,19 +165,44 @@ def _store() -> Store:
 
 
 @cache
-def _measured(rows: int, outputs: int, width: int, threads: int) -> str:
-    key = f"{platform.node()}, {threads} threads, torch {torch.__version__}: {rows}x{outputs}x{width}"
-    known = _store().get(key)
-    if known not in LIBRARIES:
-        known = "onednn" if _ratio(rows, outputs, width) > MARGIN else "mkl"
-        _store().put(key, known)
-    return known
+def _chosen(threads: int) -> Choice:
+    """The choice of this machine: measured once, and followed up by later processes.
+
+    The first one measures rounds until two in a row agree.  Each later one adds a round, until there are
+    enough; the choice changes only where they show that it costs a fifth or more.
+    """
+    key = f"{platform.node()}, {threads} threads, torch {torch.__version__}"
+    known = _known(_store().get(key))
+    if known is not None and len(known.ratios) >= _ROUNDS:
+        return known
+    ratios = [_ratio()] if known is None else [*known.ratios, _ratio()]
+    while known is None and len(ratios) < _ROUNDS and not _agree(ratios):
+        ratios.append(_ratio())
+    least = {None: MARGIN, "onednn": 1 / MARGIN, "mkl": MARGIN**2}[known and known.library]
+    choice = Choice("onednn" if statistics.median(ratios) > least else "mkl", ratios)
+    _store().put(key, choice._asdict())
+    return choice
 
 
-def _ratio(rows: int, outputs: int, width: int) -> float:
-    """Time of MKL over time of oneDNN on random matrices, the median of a few interleaved rounds."""
+def _known(stored: Any) -> Choice | None:
+    """A stored choice; None where what is stored means nothing."""
+    try:
+        choice = Choice(**stored)
+        valid = choice.library in LIBRARIES and all(isinstance(r, float) and r > 0 for r in choice.ratios)
+    except TypeError:
+        return None
+    return choice if valid and choice.ratios else None
+
+
+def _agree(ratios: list[float]) -> bool:
+    """Whether the last two rounds differ by no more than a tenth."""
+    return len(ratios) > 1 and max(ratios[-2:]) <= 1.1 * min(ratios[-2:])
+
+
+def _ratio() -> float:
+    """Time of MKL over time of oneDNN, the median of a few products in turns: milliseconds in all."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, width, generator=generator) for n in (rows, outputs))
+    x, weight = (torch.randn(*shape, generator=generator) for shape in _SAMPLE)
 
     def seconds(call: Callable[[], torch.Tensor]) -> float:
         start = time.perf_counter()
@@ -170,5 +211,5 @@ def _ratio(rows: int, outputs: int, width: int) -> float:
 
     calls = (lambda: F.linear(x, weight), lambda: _onednn(x, weight, None))
     with torch.no_grad():
-        rounds = [[seconds(call) for call in calls] for _ in range(8)][1:]
+        rounds = [[seconds(call) for call in calls] for _ in range(6)][1:]
     return statistics.median(mkl / onednn for mkl, onednn in rounds)

@@ -140,7 +140,7 @@ def _by_an_operator(
     tokens, (outputs, _) = x.reshape(-1, x.shape[-1]), layer.weight.shape
     group, rows, mask = grouping.linear(x, reduce, mask) if gates is None else grouping.given(x, gates)
     skip = gates is not None and not _learns(gates, layer.A, layer.B)
-    backend, fold = dispatch.plan(backend, tokens, group, outputs)
+    backend, fold = dispatch.plan(backend, tokens, group, outputs, layer.A.shape[0] * layer.A.shape[1])
     save = _learns(tokens, rows, *layer)
     call = Call(rows, mask, group, frozen_gates, skip, save, backend)
     y = _folded(tokens, layer, call) if fold else _low_rank(tokens, layer, call)
@@ -220,7 +220,10 @@ def _common_plan(
     tokens: torch.Tensor, layers: Sequence[LayerTensors], group: int, backend: str
 ) -> dispatch.ExecutionPlan | None:
     """The plan that is the same for all layers; None where there is none, or where folding pays."""
-    plans = {dispatch.plan(backend, tokens, group, layer.weight.shape[0]) for layer in layers}
+    plans = {
+        dispatch.plan(backend, tokens, group, len(layer.weight), layer.A.shape[0] * layer.A.shape[1])
+        for layer in layers
+    }
     plan = plans.pop() if len(plans) == 1 else None
     return None if plan is None or plan.fold else plan
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mingle.kernels import replay, tiles
+from mingle.kernels import launches, tiles
 from mingle.kernels.gated_experts.common import finish, swizzled
 
 
@@ -159,7 +159,7 @@ def shrink(
     shape = (tile.rows, tile.columns)
     given = kept if hidden is None else hidden
     programs = _programs(tokens, columns, tile, tiles.chip(x.device))
-    replay.launch(
+    launches.launch(
         shrink_kernel, (programs,),
         _described(x, tile.rows, tile.depth), _described(joined, tile.columns, tile.depth),
         z, z.stride(0), None if given is None else _described(given, *shape), _described(gated, *shape), sums,
@@ -196,7 +196,7 @@ def expand(
         else _described(weight.mT, tile.depth, tile.columns)
     )
     programs = _programs(tokens, outputs, tile, tiles.chip(x.device))
-    replay.launch(
+    launches.launch(
         expand_kernel, (programs,),
         _described(x, tile.rows, tile.depth), side,
         _described(gated, tile.rows, tile.depth), _described(joined, tile.depth, tile.columns),

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mingle.kernels import replay, tiles
+from mingle.kernels import launches, tiles
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def fold_kernel(
     )
 
 
-@replay.replayed
+@launches.repeated
 def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """W_eff = W₀ + Σ_i g_i B_i A_i in a new tensor.
 
@@ -67,7 +67,7 @@ def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Te
     tile = tiles.choose("fold", weight, outputs, width, experts * rank, strain)
     block_rank = tiles.rank_block(rank, tile.depth)
     with tiles.on_device(weight):
-        replay.launch(
+        launches.launch(
             fold_kernel, (tiles.cdiv(outputs, tile.rows) * tiles.cdiv(width, tile.columns),),
             weight, *weight.stride(),
             A, *A.stride(),

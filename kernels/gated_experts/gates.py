@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mingle.kernels import replay, tiles
+from mingle.kernels import launches, tiles
 
 _COLUMNS = 128  # of x that one program sums up
 _TOKENS = 64  # of one step
@@ -137,7 +137,7 @@ def row_gates_kernel(
     tl.store(z_ptr + place * T + experts, z, mask=experts < T)
 
 
-@replay.replayed
+@launches.repeated
 def gates(
     x: torch.Tensor, gate_weight: torch.Tensor, gate_bias: torch.Tensor, mask: torch.Tensor | None, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,7 +165,7 @@ def gates(
             exact = _exact_product(x, gate_weight)
             wide = exact["UPCAST"]
             tile = tiles.Tile(rows, _GATE_EXPERTS, 64 if wide else 128, warps=4, stages=4 if wide else 3)
-            replay.launch(
+            launches.launch(
                 token_gates_kernel, (tiles.cdiv(tokens, tile.rows), tiles.cdiv(experts, tile.columns)),
                 x, *x.stride(), gate_weight, *gate_weight.stride(), gate_bias, z, tokens, width, experts,
                 BLOCK_N=tile.rows, BLOCK_K=tile.depth, BLOCK_E=tile.columns,
@@ -174,7 +174,7 @@ def gates(
             return z, pooled
         sums, parts = (x, 1) if single else _sums(x, mask, group)
         tile = tiles.Tile(min(tiles.next_power_of_2(experts), 2), 2048, 0, warps=8, stages=2)
-        replay.launch(
+        launches.launch(
             row_gates_kernel, (groups, tiles.cdiv(experts, tile.rows)),
             sums, *sums.stride(), mask, gate_weight, *gate_weight.stride(), gate_bias, z, pooled,
             groups, width, experts, group, parts,
@@ -195,7 +195,7 @@ def _sums(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> tuple[torch
     parts = tiles.cdiv(group, part)
     sums = x.new_empty(parts * groups, width, dtype=torch.float32)
     tile = tiles.Tile(_TOKENS, _COLUMNS, 0, warps=8, stages=4)
-    replay.launch(
+    launches.launch(
         pool_kernel, (parts * groups, blocks),
         x, *x.stride(), mask, sums, groups, width, group, part,
         HAS_MASK=mask is not None, BLOCK_G=tile.rows, BLOCK_C=tile.columns, **tiles.options(tile),

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mingle.kernels import replay, tiles
+from mingle.kernels import launches, tiles
 from mingle.kernels.gated_experts import descriptors
 from mingle.kernels.gated_experts.common import finish, placed
 from mingle.kernels.gated_experts.gates import gates
@@ -317,7 +317,7 @@ def listed(z: torch.Tensor, group: int, tokens: int, rows: int) -> tuple[torch.T
     found = z.new_empty(tiles_of_rows, experts, dtype=torch.int32)
     count = z.new_empty(tiles_of_rows, dtype=torch.int32)
     tile = tiles.Tile(16, min(128, tiles.next_power_of_2(experts)), 0, warps=4, stages=2)
-    replay.launch(
+    launches.launch(
         list_kernel, (tiles_of_rows,),
         z, z.stride(0), found, count, tokens, experts, group,
         BLOCK_N=rows, BLOCK_G=tile.rows, BLOCK_E=tile.columns, **tiles.options(tile),
@@ -334,7 +334,7 @@ def _shrink_listed(x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int
     programs = max(1, min(2 * tiles.chip(x.device).multiprocessors // row_tiles, experts))
 
     def launch(tile: tiles.Tile) -> None:
-        replay.launch(
+        launches.launch(
             shrink_listed_kernel, (row_tiles * programs,),
             x, *x.stride(), A, *A.stride(), z, z.stride(0), *listed(z, group, tokens, tile.rows), gated,
             tokens, width, experts, rank, group, programs,
@@ -347,7 +347,7 @@ def _shrink_listed(x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int
     return gated
 
 
-@replay.replayed
+@launches.repeated
 def shrink(
     x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int, skip: bool, *, keep: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -382,7 +382,7 @@ def shrink(
         splits, part = tiles.shares(width, tile)
         parts = gated if splits == 1 else x.new_empty(splits, tokens, columns, dtype=torch.float32)
         grid = splits * tiles.cdiv(tokens, tile.rows) * tiles.cdiv(columns, tile.columns)
-        replay.launch(
+        launches.launch(
             shrink_kernel, (grid,),
             x, *x.stride(), A, *A.stride(), z, z.stride(0), hidden, parts,
             tokens, width, experts, rank, group, part,
@@ -392,7 +392,7 @@ def shrink(
         )  # fmt: skip
         if splits > 1:
             last = tiles.ADDING
-            replay.launch(
+            launches.launch(
                 gate_parts_kernel, (tiles.cdiv(tokens, last.rows), tiles.cdiv(columns, last.columns)),
                 parts, z, z.stride(0), hidden, gated, tokens, columns, rank, group,
                 SPLITS=splits, KEEP=keep, BLOCK_N=last.rows, BLOCK_C=last.columns, **tiles.options(last),
@@ -444,7 +444,7 @@ def expand(
     return _expand(x, weight, bias, gated, up, z, group, skip, share, gate_weight, mask)
 
 
-@replay.replayed
+@launches.repeated
 def _expand(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -483,7 +483,7 @@ def _expand(
         parts = y if splits == 1 else x.new_empty(splits, tokens, outputs, dtype=torch.float32)
         block_rank = tiles.rank_block(rank, tile.depth) if skip else tile.depth
         grid = splits * tiles.cdiv(tokens, tile.rows) * tiles.cdiv(outputs, tile.columns)
-        replay.launch(
+        launches.launch(
             expand_kernel, (grid,),
             x, *x.stride(), weight, *weight.stride(), bias, gated, gated.stride(0), up, *up.stride(),
             *active, *rest[1:], parts, tokens, width, outputs, experts, rank, group, part,
@@ -493,7 +493,7 @@ def _expand(
         )  # fmt: skip
         if splits > 1:
             last = tiles.ADDING
-            replay.launch(
+            launches.launch(
                 add_parts_kernel, (tiles.cdiv(tokens, last.rows), tiles.cdiv(outputs, last.columns)),
                 parts, *rest, y, tokens, outputs, experts, group,
                 SPLITS=splits, **has, BLOCK_N=last.rows, BLOCK_O=last.columns,
@@ -505,7 +505,7 @@ def _expand(
     return y
 
 
-@replay.replayed
+@launches.repeated
 def upstream(
     dy: torch.Tensor,
     B: torch.Tensor,
@@ -547,7 +547,7 @@ def upstream(
             descriptors.shrink(dy, flat, z, group, None, u, hidden, dz, rank, tile)
             return
         tile = tile._replace(columns=min(tile.columns, 128))
-        replay.launch(
+        launches.launch(
             upstream_kernel, (tiles.cdiv(tokens, tile.rows) * experts,),
             dy, *dy.stride(), B, *B.stride(), hidden, hidden.stride(0), z, z.stride(0), u, dz,
             tokens, outputs, experts, rank, group,

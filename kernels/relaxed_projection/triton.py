@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mingle.kernels import replay, tiles
+from mingle.kernels import launches, tiles
 
 _TILE = 8192  # elements of a tile of a basis
 
@@ -104,7 +104,7 @@ def project_kernel(
                 tl.store(g, kept, mask=columns < d)
 
 
-@replay.replayed
+@launches.repeated
 def project_(
     gradients: torch.Tensor,
     table: torch.Tensor,
@@ -137,10 +137,10 @@ def project_(
     options = tiles.options(tiles.Tile(block_k, block_d, 0, warps=8, stages=2))
     tile = {"BLOCK_K": block_k, "BLOCK_D": block_d, **options}
     with tiles.on_device(gradients):
-        replay.launch(
+        launches.launch(
             measure_kernel, (layers, rows), gradients, table, bases, along, norms, flags, rows, **tile
         )
-        replay.launch(
+        launches.launch(
             project_kernel, (layers,),
             gradients, table, bases, interference, along, norms, flags,
             layers, rows, gamma, beta, BLOCK_F=256, **tile,

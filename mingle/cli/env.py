@@ -20,13 +20,12 @@ def register(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    missing = dispatch.without_triton(device, torch.float32)
     facts = versions() | {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": str(torch.get_num_threads()),
-        "triton": f"not used: {missing}" if missing else "used where it is the faster backend",
+        "triton": dispatch.explanation(device),
         "extension": extension.summary(),
-        "cpu products": gemm.library(1024, 1024, 1024) + " (fp32, large)",
+        "cpu products": gemm.explanation(),
     }
     for name, value in facts.items():
         say(f"{name:14}{value}")

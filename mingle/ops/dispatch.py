@@ -24,6 +24,7 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _LIBRARY_SHARE = 0.8
 _TRITON_SHARE = {2: 0.8, 4: 0.2}
 _RATE = {2: 1.0, 4: 1 / 15}  # of products of fp32 relative to bf16
+_TOUCHED = {"cpu": 50, "cuda": 1300}  # multiplications in the time of a number's way to memory and back
 _START = 3e-6  # seconds of a kernel beyond its arithmetic or its bytes
 _HOST = {"grouped": 150e-6, "triton": 120e-6}  # seconds of the processor that launches the kernels
 
@@ -39,8 +40,8 @@ class ExecutionPlan(NamedTuple):
     fold: bool  # whether the experts are folded into one weight first
 
 
-def plan(backend: str, x: torch.Tensor, group: int, d_out: int) -> ExecutionPlan:
-    """How a layer of d_out outputs computes x [N, d_in], `group` tokens to a gate row.
+def plan(backend: str, x: torch.Tensor, group: int, d_out: int, columns: int) -> ExecutionPlan:
+    """How a layer of d_out outputs and T·r = `columns` computes x [N, d_in], `group` tokens to a gate row.
 
     Raises:
         BackendUnavailable: an explicit backend cannot run.
@@ -52,16 +53,18 @@ def plan(backend: str, x: torch.Tensor, group: int, d_out: int) -> ExecutionPlan
         backend = "auto" if reason is None and x.device.type == "cuda" else "grouped"
     elif backend == "triton" and (reason := without_triton(x.device, x.dtype)):
         raise BackendUnavailable(f"backend='triton' cannot run: {reason}")
-    return ExecutionPlan(backend, group == x.shape[0] and folding_pays(x.shape[0], x.shape[1], d_out))
+    fold = group == x.shape[0] and folding_pays(x.shape[0], x.shape[1], d_out, columns, x.device.type)
+    return ExecutionPlan(backend, fold)
 
 
-def folding_pays(tokens: int, d_in: int, d_out: int) -> bool:
-    """Whether folding costs fewer operations for this many tokens that share their gates.
+def folding_pays(tokens: int, d_in: int, d_out: int, columns: int, device: str) -> bool:
+    """Whether folding costs less for this many tokens that share their gates.
 
-    Low-rank: 2n [d_in·d_out + R (d_in + d_out)]; folded: 2 d_in·d_out (R + n).  The sum R of all ranks drops
-    out.
+    In multiplications: low-rank n [d_in·d_out + R (d_in + d_out)] with R = `columns`; folded
+    d_in·d_out (R + n), and what a number of the folded weight costs that is read, written and read again.
     """
-    return tokens * (d_in + d_out) > d_in * d_out
+    weight = d_in * d_out
+    return columns * (tokens * (d_in + d_out) - weight) > _TOUCHED.get(device, 50) * weight
 
 
 def without_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -75,6 +78,17 @@ def without_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return "Triton's interpreter computes bfloat16 products wrongly" if dtype == torch.bfloat16 else None
     return f"the tensors are on {device.type}, the kernels run on CUDA and ROCm devices"
+
+
+def explanation(device: torch.device) -> str:
+    """Whether the Triton kernels serve fp32 tensors on `device`, and by which figures, in words."""
+    if reason := without_triton(device, torch.float32):
+        return f"not used: {reason}"
+    chip = chips.chip(device)
+    table = f"the table of {'gfx' if chip.kind == 'hip' else 'sm_'}{chip.capability}"
+    if chips.family(chip).measured:
+        return f"used where {table}, measured on such a chip, holds it for faster"
+    return f"not used by backend='auto': {table} was not measured; backend='triton' uses it"
 
 
 @cache

@@ -65,8 +65,11 @@ TARGETS = {
     )
     for name, kind, arch, chip, numbers, fastest, inexact in (
         ("sm_80", "cuda", 80, "A100", (80, 108, 166_912), "mma.sync", ("mma.sync",)),
+        ("sm_86", "cuda", 86, "RTX 3090", (86, 82, 101_376), "mma.sync", ("mma.sync",)),
+        ("sm_89", "cuda", 89, "RTX 4090", (89, 128, 101_376), "mma.sync", ("mma.sync",)),
         ("sm_90", "cuda", 90, "H100", (90, 132, 232_448), "wgmma.mma_async", ("wgmma", "mma.sync")),
         ("sm_100", "cuda", 100, "B200", (100, 148, 232_448), "tcgen05.mma", ("tcgen05.mma", "mma.sync")),
+        ("sm_120", "cuda", 120, "RTX 5090", (120, 170, 101_376), "mma.sync", ("mma.sync",)),
         ("gfx942", "hip", "gfx942", "MI300X", (94, 304, 65_536), "v_mfma", ("xf32", "bf16")),
     )
 }

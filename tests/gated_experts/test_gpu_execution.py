@@ -9,7 +9,7 @@ import torch
 from gpu_cases import BACKENDS, RAGGED, SHAPES, capture, distance, make
 
 from mingle.functional import gated_experts
-from mingle.kernels import replay
+from mingle.kernels import launches
 
 pytestmark = pytest.mark.gpu
 
@@ -61,9 +61,9 @@ def test_kernels_run_on_the_current_stream():
 def test_repeated_launches_give_the_bits_of_those_that_triton_makes(shape, gates, zeros, monkeypatch):
     """In forward and backward, from the third call on, with tensors that are elsewhere each time."""
     repeated = []
-    repeat = replay._Recording.repeat
+    repeat = launches._Recording.repeat
     monkeypatch.setattr(
-        replay._Recording, "repeat", lambda *arguments: repeated.append(1) or repeat(*arguments)
+        launches._Recording, "repeat", lambda *arguments: repeated.append(1) or repeat(*arguments)
     )
     needs = {"x"} if zeros else None
     for seed in range(4):
@@ -71,7 +71,7 @@ def test_repeated_launches_give_the_bits_of_those_that_triton_makes(shape, gates
         repeated.clear()
         got = problem.solve("triton")
         with monkeypatch.context() as patch:
-            patch.setattr(replay, "_stream", lambda tensor: None)
+            patch.setattr(launches, "_stream", lambda tensor: None)
             expected = problem.solve("triton")
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[name], expected[name]) for name in got), seed

@@ -71,15 +71,15 @@ def _on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_explicit_backend_is_kept(monkeypatch):
     installed(monkeypatch, True)
     for backend in ("grouped", "triton"):
-        assert dispatch.plan(backend, OnGpu((50, 768)), 1, 768).backend == backend
+        assert dispatch.plan(backend, OnGpu((50, 768)), 1, 768, 512).backend == backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_auto_is_grouped_on_the_cpu(dtype, monkeypatch):
     installed(monkeypatch, True)
-    assert dispatch.plan("auto", torch.empty(50, 768, dtype=dtype), 1, 768).backend == "grouped"
+    assert dispatch.plan("auto", torch.empty(50, 768, dtype=dtype), 1, 768, 512).backend == "grouped"
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the interpreter is for tests that ask for it
-    assert dispatch.plan("auto", torch.empty(50, 768, dtype=dtype), 1, 768).backend == "grouped"
+    assert dispatch.plan("auto", torch.empty(50, 768, dtype=dtype), 1, 768, 512).backend == "grouped"
 
 
 @pytest.mark.usefixtures("_on_an_h100")
@@ -90,13 +90,13 @@ def test_auto_takes_the_cheaper_backend_on_a_gpu(monkeypatch):
             dispatch, "seconds", lambda backend, *_, winner=winner: 1.0 if backend == winner else 2.0
         )
         dispatch._faster.cache_clear()
-        assert dispatch.plan("auto", OnGpu((50, 768)), 1, 768).backend == "auto"  # the operator asks
+        assert dispatch.plan("auto", OnGpu((50, 768)), 1, 768, 512).backend == "auto"  # the operator asks
         assert dispatch.cheapest(OnGpu((50, 768)), 768, 1280) == winner
-        assert dispatch.plan("auto", OnGpu((50, 768), torch.float64), 1, 768).backend == "grouped"
+        assert dispatch.plan("auto", OnGpu((50, 768), torch.float64), 1, 768, 512).backend == "grouped"
         assert dispatch.cheapest(OnGpu((50, 768), torch.float64), 768, 1280) == "grouped"
     installed(monkeypatch, False)
     monkeypatch.setattr(dispatch, "seconds", lambda backend, *_: 1.0 if backend == "triton" else 2.0)
-    assert dispatch.plan("auto", OnGpu((50, 768)), 1, 768).backend == "grouped"
+    assert dispatch.plan("auto", OnGpu((50, 768)), 1, 768, 512).backend == "grouped"
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,23 @@ def test_auto_is_grouped_on_chips_that_nobody_has_measured(chip, monkeypatch):
     installed(monkeypatch, True)
     monkeypatch.setattr(chips, "chip", lambda device: chip)
     assert dispatch.cheapest(OnGpu((50, 768)), 768, 1280) == "grouped"
+
+
+@pytest.mark.parametrize(
+    ("chip", "said"),
+    [
+        (H100, "used where the table of sm_90, measured on such a chip, holds it for faster"),
+        (
+            chips.Chip("cuda", "NVIDIA A100", 80, 108, 166_912),
+            "not used by backend='auto': the table of sm_80 was not measured; backend='triton' uses it",
+        ),
+    ],
+)
+def test_what_serves_a_chip_is_explained(chip, said, monkeypatch):
+    installed(monkeypatch, True)
+    monkeypatch.setattr(chips, "chip", lambda device: chip)
+    assert dispatch.explanation(CUDA) == said
+    assert "on cpu" in dispatch.explanation(CPU)
 
 
 @pytest.mark.usefixtures("_on_an_h100")
@@ -148,7 +165,7 @@ def test_what_keeps_the_kernels_from_running_is_said(device, dtype, reason, monk
             else torch.empty(1, 4, dtype=dtype)
         )
         with pytest.raises(RuntimeError, match="backend='triton' cannot run: "):
-            dispatch.plan("triton", OnGpu((1, 4), dtype, device) if device == CUDA else x, 1, 4)
+            dispatch.plan("triton", OnGpu((1, 4), dtype, device) if device == CUDA else x, 1, 4, 2)
 
 
 def test_nothing_is_searched_for_while_a_layer_is_traced(monkeypatch):
@@ -160,7 +177,7 @@ def test_nothing_is_searched_for_while_a_layer_is_traced(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", search)
     x = torch.empty(50, 768)
     for backend in ("auto", "grouped"):
-        dispatch.plan(backend, x, 1, 768)
+        dispatch.plan(backend, x, 1, 768, 512)
     dispatch.without_triton(CUDA, torch.float32)
 
 
@@ -171,7 +188,7 @@ def test_the_interpreter_serves_the_cpu_but_for_bfloat16(monkeypatch):
     assert dispatch.without_triton(CPU, torch.float16) is None
     assert "bfloat16 products wrongly" in dispatch.without_triton(CPU, torch.bfloat16)
     assert "not float64" in dispatch.without_triton(CPU, torch.float64)
-    assert dispatch.plan("triton", torch.empty(1, 4), 1, 4).backend == "triton"
+    assert dispatch.plan("triton", torch.empty(1, 4), 1, 4, 2).backend == "triton"
 
 
 def test_a_missing_package_is_named_before_anything_else(monkeypatch):
@@ -229,7 +246,7 @@ def test_auto_says_once_what_keeps_it_from_the_kernels_of_a_gpu(triton, monkeypa
     installed(monkeypatch, triton)
     dispatch._tell.cache_clear()
     for _ in range(3):
-        dispatch.plan("auto", OnGpu((50, 768), torch.float64), 1, 768)
+        dispatch.plan("auto", OnGpu((50, 768), torch.float64), 1, 768, 512)
     assert [record.levelname for record in caplog.records] == ([] if triton else ["WARNING"])
 
 

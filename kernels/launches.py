@@ -142,7 +142,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launch a Triton kernel; a launcher with `replayed` launches all of its kernels here."""
+    """Launch a Triton kernel; a launcher with `repeated` launches all of its kernels here."""
     compiled = kernel[grid](*arguments, **constants)
     recorder = getattr(_local, "recorder", None)
     if recorder is not None:
@@ -150,7 +150,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         recorder.launched(kernel, compiled, grid, named | constants)
 
 
-def replayed(launcher: Callable[P, R]) -> Callable[P, R]:
+def repeated(launcher: Callable[P, R]) -> Callable[P, R]:
     """`launcher`, recorded at the second call of a kind and repeated from the third on.
 
     Its first argument is a tensor.  It may depend on nothing but what `_kind` sees of its arguments, and

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mingle.kernels import replay, tiles
+from mingle.kernels import launches, tiles
 
 STREAM = 7
 
@@ -57,7 +57,7 @@ class Launcher(NamedTuple):
 
 @pytest.fixture
 def stream(monkeypatch):
-    monkeypatch.setattr(replay, "_stream", lambda tensor: STREAM)
+    monkeypatch.setattr(launches, "_stream", lambda tensor: STREAM)
 
 
 @pytest.fixture
@@ -65,14 +65,14 @@ def launcher(stream):
     """Two launches: x and a part of y, then y and None."""
     kernel = Kernel()
 
-    @replay.replayed
+    @launches.repeated
     def call(x: Tensor, y: Tensor, size: int = 3, *, copied: bool = False) -> tuple[Tensor, Tensor]:
         made = x.new_empty(4, size, dtype=torch.float16)
         rest = x.new_empty(0, 2)
         if copied:
             x = x + 1
-        replay.launch(kernel, (5,), x, size, y[1:], SIZE=size, num_warps=4)
-        replay.launch(kernel, (2, 3), y.mT, None, made, SIZE=1, num_warps=8)
+        launches.launch(kernel, (5,), x, size, y[1:], SIZE=size, num_warps=4)
+        launches.launch(kernel, (2, 3), y.mT, None, made, SIZE=1, num_warps=8)
         return rest, made
 
     return Launcher(call, kernel)
@@ -140,10 +140,10 @@ def test_descriptors_move_along(stream):
     def described(matrix: Tensor) -> TensorDescriptor:
         return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [2, 4])
 
-    @replay.replayed
+    @launches.repeated
     def call(x: Tensor) -> Tensor:
         made = x.new_empty(6, 4)
-        replay.launch(
+        launches.launch(
             kernel, (1,), described(x[2:]), described(x.view(6, 8)), described(made), SIZE=1, num_warps=4
         )
         return made
@@ -167,10 +167,10 @@ def test_arguments_from_elsewhere_are_never_repeated(stream, elsewhere):
     kernel = Kernel()
     value = torch.randn(3) if elsewhere == "a tensor made before" else {}
 
-    @replay.replayed
+    @launches.repeated
     def call(x: Tensor) -> Tensor:
         made = x.new_empty(1)
-        replay.launch(kernel, (1,), x, value, made, SIZE=1, num_warps=4)
+        launches.launch(kernel, (1,), x, value, made, SIZE=1, num_warps=4)
         return made
 
     for _ in range(4):
@@ -182,10 +182,10 @@ def test_arguments_from_elsewhere_are_never_repeated(stream, elsewhere):
 def test_calls_that_return_other_than_new_tensors_are_never_repeated(stream, returned):
     kernel = Kernel()
 
-    @replay.replayed
+    @launches.repeated
     def call(x: Tensor) -> Tensor:
         made = x.new_empty(4)
-        replay.launch(kernel, (1,), x, 0, made, SIZE=1, num_warps=4)
+        launches.launch(kernel, (1,), x, 0, made, SIZE=1, num_warps=4)
         return x if returned == "its argument" else made[:2]
 
     for _ in range(4):
@@ -208,10 +208,10 @@ def test_a_search_is_not_repeated_and_what_it_found_is_recorded_anew(launcher, m
 def test_errors_leave_no_recording(stream):
     kernel, broken = Kernel(), [False, True, False, False, False]
 
-    @replay.replayed
+    @launches.repeated
     def call(x: Tensor) -> Tensor:
         made = x.new_empty(4)
-        replay.launch(kernel, (1,), x, 0, made, SIZE=1, num_warps=4)
+        launches.launch(kernel, (1,), x, 0, made, SIZE=1, num_warps=4)
         if broken.pop(0):
             raise RuntimeError("out of memory")
         return made
@@ -227,10 +227,10 @@ def test_errors_leave_no_recording(stream):
 def test_nothing_is_repeated_without_a_gpu():
     kernel = Kernel()
 
-    @replay.replayed
+    @launches.repeated
     def call(x: Tensor) -> Tensor:
         made = x.new_empty(4)
-        replay.launch(kernel, (1,), x, 0, made, SIZE=1, num_warps=4)
+        launches.launch(kernel, (1,), x, 0, made, SIZE=1, num_warps=4)
         return made
 
     for _ in range(4):
@@ -239,7 +239,7 @@ def test_nothing_is_repeated_without_a_gpu():
 
 
 def test_many_kinds_of_calls_do_not_pile_up(launcher, monkeypatch):
-    monkeypatch.setattr(replay, "_MOST", 3)
+    monkeypatch.setattr(launches, "_MOST", 3)
     for size in range(1, 20):
         for _ in range(2):
             launcher.call(*matrices(6, size))
