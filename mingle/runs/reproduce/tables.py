@@ -34,6 +34,14 @@ _ROUTER: dict[str, dict[str, Any]] = {
     "never abstaining": {"abstain": None},
     "rank 64": {"rank": 64},
 }
+#: what this library adds to MINGLE, each alone: method and options
+_ADDITIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "as published": ("mingle", {}),
+    "lr: auto": ("mingle", {"lr": "auto"}),
+    "ranks by 90 % of the energy": ("mingle", {"energy": 0.9}),
+    "behind a router": ("mingle-routed", {}),
+    "behind a router that decides alone": ("mingle-routed", {"trust": 1.0}),
+}
 _LAYER_SETS = ("full", "light", "attention", "mlp")
 _RANKS = (32, 64, 128)
 
@@ -103,6 +111,10 @@ def _parts(parts: Mapping[str, Mapping[str, Any]]) -> Callable[[Suite, Sequence[
         ]
 
     return rows
+
+
+def _additions(suite: Suite, names: Sequence[str]) -> list[Row]:
+    return [Row(label, method, options, series=label) for label, (method, options) in _ADDITIONS.items()]
 
 
 def _sweep(option: str, *values: float) -> Callable[[Suite, Sequence[str]], list[Row]]:
@@ -183,6 +195,7 @@ TABLES: dict[str, Table] = {
     "router": Table(
         "the choices behind the routed experts, one by one", _parts(_ROUTER), lambda: ("routed",)
     ),
+    "additions": Table("MINGLE with what this library adds to it, each alone", _additions),
     "steps": Table(
         "adaptation steps", _sweep("steps", 5, 10, 20, 50), published=_CLIP_B16, axis="adaptation steps"
     ),
