@@ -45,7 +45,7 @@ class _Launch(NamedTuple):
     """One launch: Triton's compiled kernel, and its arguments but for the addresses."""
 
     run: Callable[..., None]
-    front: tuple[Any, ...]  # the grid
+    grid: tuple[Any, ...]
     function: tuple[Any, ...]  # the kernel's handle and what Triton calls its metadata
     arguments: list[Any]
     addresses: list[tuple[int, int, int]]  # argument, root, bytes from the root's beginning
@@ -129,9 +129,9 @@ class _Recorder(TorchDispatchMode):
                 self.hindrance = f"{name} is a {type(value).__name__}"
                 return
             template.append(value)
-        front = (*grid, 1, 1)[:3]
+        grid = (*grid, 1, 1)[:3]
         function = compiled.function, compiled.packed_metadata
-        self.launches.append(_Launch(compiled.run, front, function, template, addresses, described))
+        self.launches.append(_Launch(compiled.run, grid, function, template, addresses, described))
 
     def recording(self, result: Any) -> _Recording | None:
         results = result if isinstance(result, tuple) else (result,)
@@ -180,18 +180,16 @@ def repeated(launcher: Callable[P, R]) -> Callable[P, R]:
         if kind not in seen:
             seen.add(kind)
             return launcher(*args, **kwargs)
-        return _recorded(launcher, args, kwargs, lambda made: recordings.__setitem__(kind, made))
+        result, recordings[kind] = _recorded(launcher, args, kwargs)
+        return result
 
     return call
 
 
 def _recorded(
-    launcher: Callable[..., R],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    put: Callable[[_Recording | None], None],
-) -> R:
-    """What `launcher` returns, and its recording to `put`."""
+    launcher: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[R, _Recording | None]:
+    """What `launcher` returns, and the recording of the call; None where it could not be repeated."""
     given: list[torch.Tensor] = []
 
     def own(value: Any) -> Any:
@@ -209,8 +207,7 @@ def _recorded(
             result = launcher(*args, **kwargs)
     finally:
         _local.recorder = None
-    put(recorder.recording(result))
-    return result
+    return result, recorder.recording(result)
 
 
 def _kind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
