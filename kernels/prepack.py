@@ -3,7 +3,7 @@
 oneDNN lays a weight out anew at every product, and adds the experts to the base by reading and writing all of
 y once more.  `keep` spares both: from then on the grouped backend computes y = [x | z ⊙ H] [W₀ | B_cat]ᵀ + b,
 base and experts in one accumulator as the fused kernels do, with A_cat and [W₀ | B_cat] in oneDNN's own
-layout.  The copies take as much memory as the factors.
+layout; where experts are folded it finds B_cat row by row.  The copies take as much memory as the factors.
 
 A copy is made at its first use and found by the memory, shape and strides of its factors, whatever view of
 them is asked about.  It lives as long as they do, and is never used once one of them was changed in place,
@@ -67,6 +67,7 @@ def keep(weight: torch.Tensor, A: torch.Tensor, up: torch.Tensor) -> None:
         return
     W, B = weight.detach(), up.detach().flatten(0, 1).mT  # [O, K], [O, T·r]
     _watch("joined", (weight, up), (weight, up), lambda: gemm.pack(torch.cat([W, B], 1)))
+    _watch("rows", (up,), (up,), B.contiguous)
     keep_shrink(A, (A,))
     if _watchable(weight, A, up):
         _copies[all_three] = _Copy(all_three, (weight, A, up), weight.detach)
@@ -88,8 +89,8 @@ def drop_stale() -> None:
 def find(layout: str, *factors: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor | None:
     """The copy of these factors in a layout, or None.
 
-    Layouts are ``"shrink"`` of A and ``"joined"`` of W₀ and up, both packed for products with x: None where
-    such a product would not be the fastest.
+    Layouts are ``"shrink"`` of A and ``"joined"`` of W₀ and up, both packed, and ``"rows"`` of up.  A packed
+    one is for products with x, and None where such a product would not be the fastest.
     """
     if not _copies or factors[0].device.type != "cpu":
         return None

@@ -134,13 +134,12 @@ def upstream(
 
 def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """See `mingle.kernels.gated_experts.fold.fold`."""
-    down, up = A.flatten(0, 1), B.mT.flatten(0, 1)
-    scales = gates.to(B.dtype).repeat_interleave(A.shape[1]).unsqueeze(1)
-    if down.shape[1] <= up.shape[1]:  # the smaller one takes the gates
-        down = down * scales
+    gates, rows = gates.to(B.dtype), prepack.find("rows", B.mT)
+    if rows is None:
+        gated = (B * gates.view(-1, 1, 1)).mT.flatten(0, 1).mT
     else:
-        up = up * scales
-    return linear(up.mT, down.mT, onto=weight.clone())  # [O, T·r] @ [T·r, K]
+        gated = rows * gates.repeat_interleave(B.shape[2])
+    return linear(gated, A.flatten(0, 1).mT).add_(weight)  # [O, T·r] @ [T·r, K]
 
 
 def _one_each(pairs: list[list[int]], groups: int) -> bool:

@@ -24,7 +24,9 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _LIBRARY_SHARE = 0.8
 _TRITON_SHARE = {2: 0.8, 4: 0.2}
 _RATE = {2: 1.0, 4: 1 / 15}  # of products of fp32 relative to bf16
-_TOUCHED = {"cpu": 50, "cuda": 1300}  # multiplications in the time of a number's way to memory and back
+# Multiplications in the time of a number's way to memory and back.  On CPUs operations alone decide: results
+# of version 0.1.0 keep their bits.
+_TOUCHED = {"cuda": 1300}
 _START = 3e-6  # seconds of a kernel beyond its arithmetic or its bytes
 _HOST = {"grouped": 150e-6, "triton": 120e-6}  # seconds of the processor that launches the kernels
 
@@ -64,7 +66,7 @@ def folding_pays(tokens: int, d_in: int, d_out: int, columns: int, device: str) 
     d_in·d_out (R + n), and what a number of the folded weight costs that is read, written and read again.
     """
     weight = d_in * d_out
-    return columns * (tokens * (d_in + d_out) - weight) > _TOUCHED.get(device, 50) * weight
+    return columns * (tokens * (d_in + d_out) - weight) > _TOUCHED.get(device, 0) * weight
 
 
 def without_triton(device: torch.device, dtype: torch.dtype) -> str | None:

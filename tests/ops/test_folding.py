@@ -12,19 +12,13 @@ from mingle.functional import gated_experts
 from mingle.ops import dispatch
 
 
-@pytest.fixture
-def _by_operations_alone(monkeypatch):
-    """Small problems fold as large ones do, whose memory weighs less."""
-    monkeypatch.setattr(dispatch, "_TOUCHED", {"cpu": 0})
-
-
 @pytest.mark.parametrize(
     ("d_in", "d_out", "columns", "device", "most"),
     [
-        (768, 768, 512, "cpu", 421),  # 384 by operations alone
-        (768, 3072, 512, "cpu", 674),
-        (3072, 768, 512, "cpu", 674),
-        (768, 768, 64, "cpu", 684),
+        (768, 768, 512, "cpu", 384),
+        (768, 3072, 512, "cpu", 614),
+        (3072, 768, 64, "cpu", 614),
+        (8, 8, 12, "cpu", 4),
         (768, 3072, 512, "cuda", 2174),
         (768, 768, 1280, "cuda", 774),
     ],
@@ -52,12 +46,11 @@ def test_only_tokens_that_all_share_their_gates_are_folded(backend):
     x = torch.empty(1000, 768)
     for group, fold in ((1000, True), (500, False), (1, False)):
         assert dispatch.plan(backend, x, group, 768, 512) == ("grouped", fold)
-    assert dispatch.plan(backend, x[:421], 421, 768, 512) == ("grouped", False)
-    assert dispatch.plan(backend, x[:422], 422, 768, 512) == ("grouped", True)
+    assert dispatch.plan(backend, x[:384], 384, 768, 512) == ("grouped", False)
+    assert dispatch.plan(backend, x[:385], 385, 768, 512) == ("grouped", True)
     assert dispatch.plan(backend, x[:0], 1, 768, 512) == ("grouped", False)
 
 
-@pytest.mark.usefixtures("_by_operations_alone")
 @pytest.mark.parametrize("backend", ["auto", "grouped"])
 @pytest.mark.parametrize(
     ("leading", "form"), [((2, 2), "LOW_RANK"), ((4,), "LOW_RANK"), ((5,), "FOLDED"), ((2, 3), "FOLDED")]
@@ -73,7 +66,6 @@ def test_batch_gates_fold_above_the_threshold_and_only_there(backend, leading, f
     assert used == [f"{form} grouped"]
 
 
-@pytest.mark.usefixtures("_by_operations_alone")
 @pytest.mark.parametrize(
     ("leading", "reduce", "form"),
     [
@@ -96,7 +88,6 @@ def test_other_gates_fold_where_one_row_serves_all(leading, reduce, form, used):
     assert used == [f"{form} grouped"]
 
 
-@pytest.mark.usefixtures("_by_operations_alone")
 @pytest.mark.parametrize(
     ("shape", "leading", "form"),
     [
@@ -138,7 +129,6 @@ def test_both_forms_give_the_same_result_and_gradients(given_gates, masked, used
         torch.testing.assert_close(folded, low_rank, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.usefixtures("_by_operations_alone")
 def test_folding_leaves_the_weight_bitwise_alone(used):
     p = problem(2, 6)
     before = {name: tensor.clone() for name, tensor in p.items()}
