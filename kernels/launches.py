@@ -76,7 +76,7 @@ class _Recording(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Follows a call.  `hindrance` says what of it could not be repeated, if anything."""
+    """Follows a call, and sees whether it can be repeated."""
 
     def __init__(self, given: list[torch.Tensor]) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class _Recorder(TorchDispatchMode):
         self.begins = [tensor.data_ptr() for tensor in given]
         self.allocated: list[tuple[tuple[int, ...], torch.dtype]] = []
         self.launches: list[_Launch] = []
-        self.hindrance: str | None = None
+        self.repeatable = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -103,7 +103,7 @@ class _Recorder(TorchDispatchMode):
                 root = self.places[id(args[0])][0]
                 self._place(made, root, made.data_ptr() - self.begins[root])
         else:
-            self.hindrance = str(func)
+            self.repeatable = False
         return made
 
     def _place(self, tensor: torch.Tensor, root: int, offset: int) -> None:
@@ -121,12 +121,12 @@ class _Recorder(TorchDispatchMode):
             )
             if isinstance(base, torch.Tensor):
                 if id(base) not in self.places:
-                    self.hindrance = f"{name} comes from elsewhere"
+                    self.repeatable = False  # it comes from elsewhere
                     return
                 places.append((index, *self.places[id(base)]))
                 value = 0 if value is base else _moved(value, 0)
             elif not isinstance(value, (int, float, str, type(None))):
-                self.hindrance = f"{name} is a {type(value).__name__}"
+                self.repeatable = False
                 return
             template.append(value)
         grid = (*grid, 1, 1)[:3]
@@ -135,7 +135,7 @@ class _Recorder(TorchDispatchMode):
 
     def recording(self, result: Any) -> _Recording | None:
         results = result if isinstance(result, tuple) else (result,)
-        if self.hindrance is not None or any(id(tensor) not in self.made for tensor in results):
+        if not self.repeatable or any(id(tensor) not in self.made for tensor in results):
             return None
         roots = tuple(self.made[id(tensor)] for tensor in results)
         return _Recording(self.allocated, self.launches, roots if isinstance(result, tuple) else roots[0])
