@@ -65,9 +65,10 @@ def _mean(values: Sequence[float | None]) -> float:
 
 @torch.no_grad()
 def accuracy(task: TaskType, model: nn.Module, data: TaskData, batch_size: int = 128) -> float:
-    """The score of the model on the samples, taken in order and in batches of `batch_size`; see `score`."""
+    """The score of the model on the samples, taken in batches of `batch_size`; see `score`."""
     model.eval()
-    return score(torch.cat([task.outcomes(model, batch) for batch in data.batches(batch_size)]), data.metric)
+    outcomes = [task.outcomes(model, batch) for batch in data.batches_by_length(batch_size)]
+    return score(torch.cat(outcomes), data.metric)
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def accuracies(
     task, head = tasks.task, tasks.heads[place]
     part = common_part(model, task.tower(model), head.tensors)
     known, unknown = [], []
-    for batch in data.batches(batch_size):
+    for batch in data.batches_by_length(batch_size):
         routed = tasks.method.route(batch)
         with replayed(model, part) as replay:
             known.append(task.outcomes(model, batch))
@@ -157,6 +158,6 @@ def gate_activation(
         sums[name] += (values * weight.unsqueeze(-1)).flatten(0, -2).sum(0).cpu()
 
     with observed(layers, collect):
-        for batch in data.batches(batch_size):
+        for batch in data.batches_by_length(batch_size):
             task.logits(model, batch)
     return torch.stack(list(sums.values())) / max(len(data), 1)
