@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         output.console.on_broken_pipe()
     except KeyboardInterrupt:
-        output.say(f"interrupted: {args.kept}")
+        output.console.print(output.line(f"interrupted: {args.kept}"), soft_wrap=True)
         return 1
     except (AdaptationDiverged, NonFiniteMerge) as error:
         output.fail(error)
@@ -74,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None, args: argparse.Namespace) -> int:
     """Parse the arguments into `args`, and run the command that they name."""
     try:
-        _parser().parse_args(arguments, args)
+        parser, _ = parsers()
+        parser.parse_args(arguments, args)
+        output.choose(json=getattr(args, "json", False), quiet=getattr(args, "quiet", False))
         if getattr(args, "offline", False):
             os.environ["HF_HUB_OFFLINE"] = "1"
         return args.run(args) or 0
@@ -82,9 +84,10 @@ def _run(arguments: Sequence[str] | None, args: argparse.Namespace) -> int:
         output.flush()
 
 
-def _parser() -> LiteralParser:
+def parsers() -> tuple[LiteralParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the whole command line, and by name those of the commands."""
     parser = LiteralParser(prog="mingle", description="Merge fine-tuned models one after another.")
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in _COMMANDS:
         command.register(commands)
-    return parser
+    return parser, dict(commands.choices)

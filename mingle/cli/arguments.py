@@ -29,6 +29,14 @@ def offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help=text)
 
 
+def printing(parser: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--quiet``; see `mingle.cli.output`."""
+    text = "print what was found as one JSON document on stdout, and all else on stderr"
+    parser.add_argument("--json", action="store_true", help=text)
+    text = "print nothing but errors and what was found: no progress, no messages"
+    parser.add_argument("--quiet", action="store_true", help=text)
+
+
 def orders(parser: argparse.ArgumentParser) -> None:
     """``--orders``."""
     parser.add_argument("--orders", type=positive, default=1, help="how many task orders (seeds 42, 43, …)")

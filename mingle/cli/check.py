@@ -6,7 +6,7 @@ import argparse
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import say, say_method
+from mingle.cli.output import document, line, say_method, show
 from mingle.io.files import file_path
 from mingle.runs import config
 from mingle.runs.check import check
@@ -18,13 +18,18 @@ def register(commands: Commands) -> None:
     )
     parser.add_argument("config", type=file_path)
     arguments.offline(parser)
+    arguments.printing(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     plan = check(config.load(args.config))
     say_method(plan.config.method)
-    for name, lines in plan.left.items():
-        for line in lines:
-            say(f"{name}: {line}")
-    say(f"{args.config}: all {len(plan.experts)} experts fit the base")
+    show(
+        *(line(f"{name}: {text}") for name, lines in plan.left.items() for text in lines),
+        line(f"{args.config}: all {len(plan.experts)} experts fit the base"),
+    )
+    experts = {name: str(folder) for name, folder in plan.experts.items()}
+    document(
+        {"config": str(args.config), "method": plan.config.method, "experts": experts, "left": plan.left}
+    )

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console, points, say
+from mingle.cli.output import document, line, points, show
+from mingle.cli.progress import stages
 from mingle.io.files import file_path, writable, write_json
 from mingle.merging.explain import STEPS, Explanation
 from mingle.options import OptionError
@@ -35,6 +36,7 @@ def register(commands: Commands) -> None:
     parser.add_argument("--out", type=file_path, metavar="FILE", help="a JSON file for the numbers")
     arguments.samples(parser)
     arguments.offline(parser)
+    arguments.printing(parser)
     parser.set_defaults(run=run)
 
 
@@ -42,20 +44,20 @@ def run(args: argparse.Namespace) -> None:
     given = dict(_expert(text) for text in args.expert)
     if args.out is not None:
         writable(args.out.parent)
-    with console.status("reading") as status:
+    with stages("reading") as stage:
         found = merge.explain(
             args.folder,
             arguments.overrides(args),
             given,
             args.batch_size,
-            lambda name: status.update(visible(f"measuring {name}")),
+            lambda name: stage(f"measuring {name}"),
         )
+    explanations = {"steps": list(STEPS), "tasks": [vars(each) for each in found]}
     if args.out is not None:
-        write_json(args.out, {"steps": list(STEPS), "tasks": [vars(each) for each in found]})
-    console.print(_table(found))
+        write_json(args.out, explanations)
     steps = dict.fromkeys(step for each in found for step in each.changes)
-    for step in steps:
-        say(f"{step}: {STEPS[step]}")
+    show(_table(found), *(line(f"{step}: {STEPS[step]}") for step in steps))
+    document({"folder": str(args.folder), **explanations})
 
 
 def _expert(text: str) -> tuple[str, str]:

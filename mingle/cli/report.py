@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console
+from mingle.cli.output import document, show
 from mingle.io.files import file_path, writable
 from mingle.runs import report
 
@@ -13,6 +14,7 @@ from mingle.runs import report
 def register(commands: Commands) -> None:
     parser = commands.add_parser("report", help="make the table and plots of a run folder again")
     parser.add_argument("folder", type=file_path, help="the folder that demo wrote")
+    arguments.printing(parser)
     parser.set_defaults(run=run)
 
 
@@ -21,4 +23,5 @@ def run(args: argparse.Namespace) -> None:
     writable(args.folder)
     report.write_csv(results, args.folder / "accuracy_matrix.csv")
     report.write_plots(results, traces, args.folder)
-    console.print(report.table(results))
+    show(report.table(results))
+    document({"folder": str(args.folder), **results})
