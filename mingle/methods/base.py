@@ -279,13 +279,6 @@ class WeightMethod(PlainMethod):
         return task_vector(self.base, self.merged, self.base), task_vector(self.base, tuned, self.base)
 
 
-def shifted(
-    tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor], scaling: float = 1.0
-) -> Tensors:
-    """tensor + scaling · vector for each name, in float32, or float64 where the tensor is."""
-    return {name: (tensor + scaling * vectors[name]).to(wide(tensor)) for name, tensor in tensors.items()}
-
-
 def widened(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Copies in float32, or float64 where a tensor is."""
     return {name: tensor.to(wide(tensor), copy=True) for name, tensor in tensors.items()}

@@ -81,7 +81,13 @@ class Wemoe(GatedMethod):
 
     def add(self, arrival: Arrival) -> StepReport:
         before = self.attention
-        self._load(add_task_vector(before, self.base, arrival.tuned, self.options.init))
+        init = self.options.init
+        self._load(
+            {
+                name: add_task_vector(tensor, self.base[name], arrival.tuned[name], init)
+                for name, tensor in before.items()
+            }
+        )
         try:
             return super().add(arrival)
         except BaseException:
