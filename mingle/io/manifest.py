@@ -38,6 +38,7 @@ MERGE = {
     "tasks": [TASK],
     "matrix": [[(float, None)]],
     "unknown": Absent([[(float, None)]]),
+    "removed": Absent([{"name": str, "stays": [str]}]),
 }
 #: what a base is called; early versions of a merger's folder did not say
 BASE = {"name": Absent((str, None)), "revision": Absent((str, None))}

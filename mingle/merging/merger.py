@@ -21,7 +21,7 @@ from mingle.io import adapters_folder, merger_folder
 from mingle.io.files import CheckpointError
 from mingle.io.manifest import MANIFEST
 from mingle.io.state_dicts import IncompatibleModel
-from mingle.merging import adapters, exports
+from mingle.merging import adapters, exports, removal
 from mingle.merging.calibration import temperature
 from mingle.merging.evaluate import Result, accuracies, accuracy
 from mingle.merging.exports import Format, Merged
@@ -154,6 +154,27 @@ class Merger(MergeState):
         self.unknown.append([None] * len(self.merged))
         self._put_head(index)
         return report
+
+    def remove(self, name: str) -> list[str]:
+        """Take a merged task out again.
+
+        Experts, gates and statistics of all other tasks stay bit for bit, and so do their places in the
+        order.  Accuracies of the model as it is now are to be measured again, unless the task was the last to
+        arrive and left nothing behind.  `model` is another module afterwards.
+
+        Args:
+            name: of the task.
+
+        Returns:
+            What of the task stays in what the others have, in words: later gates, for instance, learned
+            beside it.  Nothing where the model is that of a merge that never had the task; it always is where
+            the task was the only one.
+
+        Raises:
+            ValueError: a task that is not merged; or a method that keeps a sum of all tasks, which does not
+                tell them apart, see `mingle.methods.MergeMethod.without`.  The merger is as it was before.
+        """
+        return removal.remove(self, name)
 
     def set_classes(
         self,
