@@ -219,7 +219,14 @@ def load(
         if base is None:
             raise OptionError(f"suite {name!r}: a folder of images has no model of its own; name the base")
         return image_folder.load(Path(name), base, request)
-    known = (*glyphs.NAMES, *texts.NAMES, *fusionbench.NAMES)
+    known = names()
     raise OptionError(
         f"unknown suite {name!r}{nearest(name, known)}; known are {', '.join(known)}, or the path of a folder"
     )
+
+
+def names() -> tuple[str, ...]:
+    """The suites that `load` knows by name."""
+    from mingle.suites import fusionbench, glyphs, texts
+
+    return (*glyphs.NAMES, *texts.NAMES, *fusionbench.NAMES)

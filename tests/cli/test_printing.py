@@ -85,7 +85,7 @@ def said(capsys, *words: object, code: int = 0) -> tuple[str, str]:
 
 
 every_command = pytest.mark.parametrize(
-    "words", [name for name in cli.parsers()[1] if name not in WITHOUT_JSON], indirect=True
+    "words", [name for name in cli.parsers()[1].choices if name not in WITHOUT_JSON], indirect=True
 )
 
 
