@@ -32,7 +32,7 @@ DISPATCH_LIMIT = 1.10
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a selection.  Returns 1 where a result of ours was wrong or failed, or regressed, else 0."""
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(arguments)
     command.show_progress(quiet=args.quiet)
     if args.list and args.json:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if regressions or command.status(found) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     about = "Time the gated sum of experts beside other ways to compute it, each checked first."
     default = "Without a selection: --gpu where there is a CUDA device, else --quick."
     parser = argparse.ArgumentParser(prog="mingle bench", description=about, epilog=default)

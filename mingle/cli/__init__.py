@@ -17,6 +17,7 @@ from mingle.cli import (
     add,
     bench,
     check,
+    completion,
     crash,
     demo,
     env,
@@ -29,11 +30,25 @@ from mingle.cli import (
     report,
     reproduce,
 )
-from mingle.cli.arguments import LiteralParser
+from mingle.cli.arguments import Commands, LiteralParser
 from mingle.merging.finite import NonFiniteMerge
 from mingle.ops.dispatch import BackendUnavailable
 
-_COMMANDS = (demo, reproduce, merge, check, add, evaluate, explain, inspect, export, report, bench, env)
+_COMMANDS = (
+    demo,
+    reproduce,
+    merge,
+    check,
+    add,
+    evaluate,
+    explain,
+    inspect,
+    export,
+    report,
+    bench,
+    env,
+    completion,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,10 +99,10 @@ def _run(arguments: Sequence[str] | None, args: argparse.Namespace) -> int:
         output.flush()
 
 
-def parsers() -> tuple[LiteralParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the whole command line, and by name those of the commands."""
+def parsers() -> tuple[LiteralParser, Commands]:
+    """The parser of the whole command line, and the commands, whose ``choices`` are their parsers by name."""
     parser = LiteralParser(prog="mingle", description="Merge fine-tuned models one after another.")
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in _COMMANDS:
         command.register(commands)
-    return parser, dict(commands.choices)
+    return parser, commands

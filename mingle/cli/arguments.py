@@ -13,7 +13,7 @@ from mingle.suites.protocol import PROTOCOLS
 from mingle.text import visible
 
 #: the object that a command registers itself with
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
 class LiteralParser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ from typing import Any
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import document, result_document, result_table, say, say_method, show
+from mingle.cli.output import document, method_name, result_document, result_table, say, show
 from mingle.cli.progress import bars
 from mingle.io.files import file_path
 from mingle.runs import config
@@ -27,7 +27,7 @@ def register(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     plan = check(config.load(args.config), args.out)
-    say_method(plan.config.method)
+    say("method: ", method_name(plan.config.method))
     orders: list[dict[str, Any]] = []
     try:
         with bars(len(plan.orders)) as observer:

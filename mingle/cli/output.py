@@ -150,9 +150,9 @@ def explained(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}"
 
 
-def say_method(name: str) -> None:
+def method_name(name: str) -> str:
     """Which method merges."""
-    say("method: ", f"{name}, the default" if name == DEFAULT else name)
+    return f"{name}, the default" if name == DEFAULT else name
 
 
 def result_table(result: Result) -> Table:

@@ -18,6 +18,7 @@ from mingle.merging.explain import explain as explained
 from mingle.merging.exports import Format
 from mingle.merging.merger import Merger
 from mingle.merging.vocabulary import Vocabulary
+from mingle.methods import MergeMethod
 from mingle.options import OptionError
 from mingle.runs import inputs, room
 from mingle.runs.config import Expert, MergeConfig
@@ -44,6 +45,8 @@ class MergePlan:
         folders: where each order's merged model goes; empty for a plan that was only to be checked.
         revisions: the commits in use of whatever comes from the hub; they are saved with the merged model.
         left: name → what fine-tuning changed in that model and merging leaves out, in words.
+        sources: option → who chose it, in words.
+        fitted: the method, fitted to the base without weights, from which sizes are known.
     """
 
     config: MergeConfig
@@ -56,6 +59,8 @@ class MergePlan:
     folders: list[Path]
     revisions: hub.Revisions
     left: Mapping[str, list[str]]
+    sources: Mapping[str, str]
+    fitted: MergeMethod
 
     def run(self, observer: Observer | None = None) -> Iterator[Result]:
         """Merge in every order, saving after each task; the tasks that an earlier run has merged are kept.

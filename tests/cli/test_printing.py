@@ -30,7 +30,7 @@ WITHOUT_JSON = {"completion"}
 KEYS = {
     "demo": {"folder", "suite", "methods"},
     "reproduce": {"folder", "table", "tables"},
-    "check": {"config", "method", "experts", "left"},
+    "check": {"config", "method", "settings", "orders", "experts", "evaluation", "costs"},
     "merge": {"folder", "method", "orders"},
     "add": {"folder", "tasks", "matrix", "acc", "bwt"},
     "eval": {"folder", "tasks", "matrix", "acc", "bwt"},
@@ -85,7 +85,7 @@ def said(capsys, *words: object, code: int = 0) -> tuple[str, str]:
 
 
 every_command = pytest.mark.parametrize(
-    "words", [name for name in cli.parsers()[1] if name not in WITHOUT_JSON], indirect=True
+    "words", [name for name in cli.parsers()[1].choices if name not in WITHOUT_JSON], indirect=True
 )
 
 
@@ -99,8 +99,9 @@ def test_with_json_stdout_holds_one_document_and_nothing_else(words, capsys):
 @every_command
 def test_quietly_there_is_the_result_and_no_message(words, capsys):
     out, err = said(capsys, *words, "--quiet")
-    loud = ("order 1", "method:", "measuring", "results, plots", "merged model", "plain model", "table and")
+    loud = ("order 1", "measuring one", "results, plots", "merged model: ", "plain model", "table and")
     assert err == "" and not any(message in out for message in loud)
+    assert ("method: " in out) == (words[0] == "check")
     assert bool(out) == (words[0] != "export")
 
 
