@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from mingle.cli import arguments
+from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
 from mingle.cli.output import console, result_table
 from mingle.cli.progress import bars
@@ -13,6 +13,7 @@ from mingle.io.files import file_path
 from mingle.merging.vocabulary import Vocabulary
 from mingle.runs import merge
 from mingle.runs.config import Expert
+from mingle.runs.report import page
 
 
 def register(commands: Commands) -> None:
@@ -28,6 +29,7 @@ def register(commands: Commands) -> None:
     )
     arguments.samples(parser)
     arguments.offline(parser)
+    pages.option(parser)
     parser.set_defaults(run=run)
 
 
@@ -36,3 +38,4 @@ def run(args: argparse.Namespace) -> None:
     with bars(1) as observer:
         result = merge.add(args.folder, expert, arguments.overrides(args), observer, args.vocabulary)
     console.print(result_table(result))
+    pages.told(page.write(args.folder), show=args.open)

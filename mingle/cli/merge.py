@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from mingle.cli import arguments
+from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
 from mingle.cli.output import console, result_table, say, say_method
 from mingle.cli.progress import bars
 from mingle.io.files import file_path
 from mingle.runs import config
 from mingle.runs.check import check
+from mingle.runs.report import page
 
 
 def register(commands: Commands) -> None:
@@ -20,6 +21,7 @@ def register(commands: Commands) -> None:
     parser.add_argument("config", type=file_path)
     parser.add_argument("--out", type=file_path, required=True, help="folder for the merged model")
     arguments.offline(parser)
+    pages.option(parser)
     parser.set_defaults(run=run, kept="what was merged is saved; the same command goes on from there")
 
 
@@ -35,3 +37,4 @@ def run(args: argparse.Namespace) -> None:
             error.add_note(args.kept)
         raise
     say("merged model: ", args.out)
+    pages.told(page.write(args.out), show=args.open)
