@@ -46,7 +46,10 @@ def of_row(row: Row, group: Group) -> list[Advice]:
         return found
     if not course.tasks:
         return [*found, Advice(["No task is merged yet."], "Add the first.", _adding(course))]
-    found += [Advice([f"{shortened(task)}: {note}."]) for task, note in _skipped(course)]
+    for task, reason in course.skipped.items():
+        found.append(
+            Advice([f"Nothing of {shortened(task)} was merged: {shortened(reason, 300).rstrip('.')}."])
+        )
     if all(course.now(task) is None for task in range(len(course.tasks))):
         text = "Accuracy was not measured: the merge has no suite."
         command = f"mingle eval {shlex.quote(course.folder)} --suite FOLDER_OR_NAME" if course.folder else ""
@@ -63,12 +66,6 @@ def of_row(row: Row, group: Group) -> list[Advice]:
         told += f" (at most {number(max(worst))})." if worst and max(worst) > 0 else "."
         reasons = [Advice([told], "The next one can come." if course.folder else "", _adding(course))]
     return found + reasons
-
-
-def _skipped(course: Course) -> Iterator[tuple[str, str]]:
-    for name in course.tasks:
-        for note in course.notes.get(name, ()):
-            yield name, note.rstrip(".")
 
 
 def _adding(course: Course) -> str:
@@ -114,7 +111,7 @@ def _against_forgetting(method: str) -> str:
 
 
 def _greatest_drop(course: Course, task: int) -> tuple[int, float] | None:
-    """The arrival that cost a task most, and how much; None where it is not known, or the same for all."""
+    """The arrival that cost a task half of its loss or more, and how much; None where none did."""
     steps = range(task + 1, len(course.tasks))
     drops = []
     for step in steps:
@@ -123,7 +120,8 @@ def _greatest_drop(course: Course, task: int) -> tuple[int, float] | None:
             return None
         drops.append((before - after, step))
     points, step = max(drops, default=(0.0, 0))
-    return (step, points) if len(drops) > 1 and points > 1 else None
+    lost = course.lost(task) or 0.0
+    return (step, points) if len(drops) > 1 and points >= lost / 2 else None
 
 
 def _mistaken(course: Course, task: int) -> str:
@@ -153,9 +151,9 @@ def _short(row: Row, course: Course, group: Group) -> Iterator[Advice]:
     worst = sorted(gaps, key=lambda name: -gaps[name])
     named = ", ".join(f"{shortened(name)} by {number(gaps[name])}" for name in worst[:_MOST])
     text = (
-        f"{len(gaps)} of {len(course.tasks)} tasks are over {LOSS:g} points below their own models as soon as"
+        f"Already when they are merged, {len(gaps)} of {len(course.tasks)} tasks are answered over {LOSS:g}"
     )
-    text += f" they are merged; most of all {named}."
+    text += f" points less well than by their own models, most of all {named}."
     if course.explained or course.folder is None:
         yield Advice([text])
     else:

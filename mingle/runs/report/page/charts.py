@@ -17,7 +17,7 @@ WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 300, 44, 14, 34
 #: the room right of an accuracy chart for the names of methods, their length, and the height of a line
 _NAMES, _NAME_LENGTH, _LINE = 178, 20, 15
 #: the most lines of layers in a chart, and the most points in all of them
-_MOST_LINES, _MOST_POINTS = 48, 4000
+_MOST_LINES, _MOST_POINTS = 48, 2400
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,12 @@ def _arrived(course: Course | None, step: int, orders: int) -> str:
 
 def interference(course: Course) -> Chart | None:
     """S of every block of layers, and its mean, over the adaptation of all tasks that had a basis."""
-    return _learned(course, "interference", "interference S")
+    return _learned(course, "interference", "Interference S")
 
 
 def strength(course: Course) -> Chart | None:
     """λ, in the same way."""
-    return _learned(course, "strength", "projection strength λ")
+    return _learned(course, "strength", "Projection strength λ")
 
 
 def _learned(course: Course, key: str, what: str) -> Chart | None:
@@ -200,9 +200,9 @@ def _learned(course: Course, key: str, what: str) -> Chart | None:
 def _told(name: str, what: str, series: Values) -> str:
     known = [value for value in series if is_known(value)]
     if not known:
-        return f"merging {shortened(name)}: {what} is not known"
+        return f"merging {shortened(name)}: nothing is known of it"
     ends = f"from {known[0]:.3g} at the first step to {known[-1]:.3g} at the last"
-    return f"merging {shortened(name)}: {what} {ends}, at most {max(known):.3g}"
+    return f"merging {shortened(name)}: {what[0].lower()}{what[1:]} {ends}, at most {max(known):.3g}"
 
 
 def _means(series: Sequence[Values], longest: int) -> list[float | None]:

@@ -11,8 +11,8 @@ from mingle.runs.report.page.model import Course, Values
 
 #: how many colours there are from the least to the most, and on each side of nothing
 LEVELS, SIDES = 10, 4
-#: the most columns whose cells have decimals, and the most cells of a map of layers
-_MOST_DECIMALS, _MOST_CELLS = 12, 1600
+#: the most cells of a map of layers
+_MOST_CELLS = 1000
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,11 @@ class Cell:
     """A value.
 
     Attributes:
-        shown: as it stands in the table; empty where there is none.
-        value: with all the digits that its words give.
+        shown: the text; empty where there is none.
         level: the class of its colour.
     """
 
     shown: str = ""
-    value: str = ""
     level: str = ""
 
 
@@ -125,25 +123,23 @@ def own_gates(course: Course) -> Heat | None:
 
 
 def _of_tasks(caption: str, corner: str, words: str, course: Course, rows: Sequence[Values]) -> Heat:
-    count = len(course.tasks)
-    digits = 1 if count <= _MOST_DECIMALS else 0
-    cells = [[_percent(value, digits) for value in row] for row in rows]
-    numbers = range(1, count + 1)
+    cells = [[_percent(value) for value in row] for row in rows]
+    numbers = range(1, len(course.tasks) + 1)
     return Heat(caption, corner, words, course.tasks, course.tasks, cells, numbers, numbers)
 
 
-def _percent(value: float | None, digits: int) -> Cell:
+def _percent(value: float | None) -> Cell:
     if not is_known(value):
         return Cell()
     level = min(max(int(value * LEVELS / 100), 0), LEVELS - 1)
-    return Cell(number(value, digits), number(value), f"q{level}")
+    return Cell(number(value), f"q{level}")
 
 
 def _signed(value: float | None, bound: float) -> Cell:
     if not is_known(value):
         return Cell()
     level = round(SIDES * value / bound) if bound else 0
-    return Cell(number(value, 2), f"{value:.4g}".replace("-", "−"), f"s{level + SIDES}")
+    return Cell(number(value, 2), f"s{level + SIDES}")
 
 
 def _numbers(course: Course, names: Sequence[str]) -> list[int]:

@@ -24,6 +24,7 @@ class Course:
         learned: see `mingle.runs.course`.
         explained: task → where its accuracy went, as `mingle explain` keeps it.
         notes: task → things worth telling.
+        skipped: task → why nothing of it was merged.
         folder: of the merged model, as one would name it in a command; None where it was not kept.
     """
 
@@ -34,6 +35,7 @@ class Course:
     learned: Mapping[str, Any] = field(default_factory=dict)
     explained: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
     folder: str | None = None
 
     def accuracy(self, after: int, task: int) -> float | None:

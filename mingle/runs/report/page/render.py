@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +19,8 @@ from mingle.runs.report.page import advice, cards, charts, heat
 from mingle.runs.report.page.model import Group, Page, Row
 from mingle.text import shortened, visible
 
-#: the most rows of a page that are shown in detail, the most accurate first
-MOST_DETAILS = 24
+#: the most rows that are shown in detail, the most accurate first, and the most tasks in all of these
+MOST_DETAILS, MOST_TASKS = 24, 160
 #: the longest text of a fact
 _FACT_LENGTH = 2000
 
@@ -57,8 +58,11 @@ def html(page: Page) -> str:
 
 def _details(page: Page) -> list[_Detail]:
     """The rows that are shown in detail, in the order of the tables."""
-    rows = list(_ranked(page))[:MOST_DETAILS]
-    chosen = {id(row) for row, _ in rows}
+    rows = [row for row, _ in _ranked(page)][:MOST_DETAILS]
+    tasks = itertools.accumulate(0 if row.course is None else len(row.course.tasks) for row in rows)
+    chosen = {
+        id(row) for row, count in zip(rows, tasks, strict=True) if count <= MOST_TASKS or row is rows[0]
+    }
     every = [(row, group) for group in page.groups for row in group.rows if id(row) in chosen]
     return [_Detail(f"row-{number}", row, group) for number, (row, group) in enumerate(every, start=1)]
 

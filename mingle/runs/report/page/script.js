@@ -32,21 +32,22 @@
 
   // What a cell or a mark says of itself, where the pointer or the focus is.
   const tip = document.getElementById("tip");
+  let current = null;
+  const hide = () => { tip.hidden = true; current = null; };
   const wordsOf = (element) => {
-    if (element.matches("circle, .span rect")) return element.getAttribute("aria-label");
-    const table = element.closest("table.heat");
-    if (!table || !element.matches("td[class]")) return "";
+    if (element.matches("circle, rect")) return element.getAttribute("aria-label");
+    const table = element.closest("table");
     const names = {
       row: element.parentElement.cells[0].dataset.name,
       column: table.tHead.rows[0].cells[element.cellIndex].dataset.name,
-      value: element.dataset.value || element.textContent,
+      value: element.textContent,
     };
     return table.dataset.words.replace(/\{(row|column|value)\}/g, (_, name) => names[name]);
   };
   const show = (element) => {
     const words = wordsOf(element);
-    tip.hidden = !words;
-    if (!words) return;
+    tip.hidden = false;
+    current = element;
     if (!element.hasAttribute("aria-label")) element.setAttribute("aria-label", words);
     tip.textContent = words;
     const at = element.getBoundingClientRect(), size = tip.getBoundingClientRect();
@@ -56,14 +57,15 @@
     tip.style.top = `${top > 4 ? top : Math.min(at.bottom + 6, innerHeight - size.height - 4)}px`;
   };
   const told = "table.heat td[class], .line circle, .span rect";
-  for (const event of ["pointerover", "focusin"]) {
-    document.addEventListener(event, ({ target }) => {
-      const element = target.closest(told);
-      if (element) show(element); else tip.hidden = true;
-    });
-  }
-  document.addEventListener("focusout", () => { tip.hidden = true; });
-  addEventListener("scroll", () => { tip.hidden = true; }, { capture: true, passive: true });
+  document.addEventListener("focusin", ({ target }) => { if (target.matches(told)) show(target); });
+  // Not pointerover: that comes too when the page scrolls to a cell under the keyboard.
+  document.addEventListener("pointermove", ({ target }) => {
+    const element = target.closest(told);
+    if (element && element !== current) show(element);
+    if (!element && current !== document.activeElement) hide();
+  });
+  document.addEventListener("focusout", hide);
+  addEventListener("scroll", () => { if (current) show(current); }, { capture: true, passive: true });
 
   // One stop of the Tab key for each table and chart; arrows move inside it.
   const grids = [
@@ -82,7 +84,7 @@
       element.addEventListener("keydown", (event) => {
         const by = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
         const next = event.key === "Escape" ? null : by && rows[i + by[0]];
-        if (event.key === "Escape") tip.hidden = true;
+        if (event.key === "Escape") hide();
         if (!next) return;
         event.preventDefault();
         const place = Math.min(j + by[1], next.length - 1);

@@ -111,7 +111,7 @@ def _first_course(
         answers=found["answers"][0] if found.get("answers") else {},
         learned={} if trace is None else courses.of_trace(trace),
         explained=_explained(merged, manifest),
-        notes={} if manifest is None else _notes(manifest),
+        **_told(manifest),
         folder=None if manifest is None else str(merged),
     )
 
@@ -135,7 +135,7 @@ def of_merge(folder: Path) -> Page:
             answers=manifest.get("answers", {}),
             learned=learned,
             explained=_explained(place, manifest),
-            notes=_notes(manifest),
+            **_told(manifest),
             folder=str(place),
         )
         label = method if len(manifests) == 1 else f"{method}, {place.name}"
@@ -220,7 +220,7 @@ def _table_row(folder: Path, row: Mapping[str, Any], suite: str) -> Row:
             answers=result.get("answers", {}),
             learned=learned,
             explained=_explained(merged, manifest),
-            notes={} if manifest is None else _notes(manifest),
+            **_told(manifest),
             folder=None if manifest is None else str(merged),
         )
     return Row(
@@ -285,10 +285,12 @@ def _explained(folder: Path, manifest: Mapping[str, Any] | None) -> dict[str, An
     return {} if manifest is None else explained.read(folder, manifest)
 
 
-def _notes(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+def _told(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a manifest tells of its tasks in words, by the names of a course's attributes."""
+    tasks = [] if manifest is None else manifest["tasks"]
     return {
-        task["name"]: [*([task["skipped"]] if task["skipped"] else []), *task["notes"]]
-        for task in manifest["tasks"]
+        "notes": {task["name"]: task["notes"] for task in tasks},
+        "skipped": {task["name"]: task["skipped"] for task in tasks if task["skipped"]},
     }
 
 
