@@ -277,9 +277,19 @@ def test_several_orders_of_a_merge_are_rows_of_one_page(tmp_path: Path) -> None:
 
 
 def test_a_table_s_page_has_published_figures_and_failures(tmp_path: Path) -> None:
-    table(tmp_path, ["s<1>", "s2"], ["average", "mingle"], TASKS, failed={"43": "letters: diverged <b>"})
+    table(
+        tmp_path,
+        ["s<1>", "s2"],
+        ["average", "mingle"],
+        TASKS,
+        failed={"43": "letters: diverged <b>"},
+        devices=["a CPU"],
+    )
     found = Document(page.write(tmp_path).read_text(encoding="utf-8"))
     assert "s<1>, protocol strict" in found.all("h2") and "s2, protocol strict" in found.all("h2")
+    facts = dict(zip(found.all("dt"), found.all("dd"), strict=False))
+    assert (facts["suites"], facts["protocols"], facts["options"]) == ("s<1>, s2", "strict", "k=3")
+    assert facts["devices"] == "a CPU"
     assert "published ACC" in found.all("th") and "80.5" in found.all("td")
     assert "1.00 KB" in found.all("td") or "1 KB" in found.all("td")
     assert "order 43: letters: diverged <b>: this order has no result." in found.all("p")

@@ -31,6 +31,8 @@ _CELL = {
     "bytes": Absent((float, None)),
     "failed": {str: str},
     "folders": [str],
+    "commits": Absent([str]),
+    "devices": Absent([str]),
 }
 _TABLE = {
     "table": str,
@@ -191,12 +193,21 @@ def of_table(folder: Path) -> Page:
     options = ", ".join(f"{name}={value}" for name, value in summary["set"].items())
     facts = [
         ("table", f"{summary['table']}: {summary['title']}"),
+        ("suites", ", ".join(dict.fromkeys(suite for part in summary["tables"] for suite in part["suites"]))),
+        ("protocols", ", ".join(dict.fromkeys(part["protocol"] for part in summary["tables"]))),
         ("orders of arrival", str(summary["orders"])),
         *([("options", options)] if options else []),
         *([("seed", str(summary["seed"]))] if "seed" in summary else []),
         *_versions(summary),
+        *[(name, found) for name in ("commits", "devices") if (found := _everywhere(summary, name))],
     ]
     return Page("reproduce", f"{summary['table']}: {summary['title']}", groups, facts)
+
+
+def _everywhere(summary: Mapping[str, Any], key: str) -> str:
+    """What all cells of a table say under a key, each once."""
+    cells = [cell for part in summary["tables"] for row in part["rows"] for cell in row["cells"].values()]
+    return ", ".join(dict.fromkeys(value for cell in cells for value in cell.get(key, ())))
 
 
 def _table_row(folder: Path, row: Mapping[str, Any], suite: str) -> Row:
