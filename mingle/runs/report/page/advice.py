@@ -159,7 +159,7 @@ def _short(row: Row, course: Course, group: Group) -> Iterator[Advice]:
     else:
         yield Advice(
             [text],
-            "Which step costs it is for mingle explain to say:",
+            "mingle explain says which step of merging costs them:",
             f"mingle explain {shlex.quote(course.folder)}",
         )
 
