@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from mingle.cli import arguments
+from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
-from mingle.cli.output import document, line, points, show
+from mingle.cli.output import document, line, points, say, show
 from mingle.cli.progress import stages
-from mingle.io.files import file_path, writable, write_json
+from mingle.io.files import CheckpointError, file_path, writable, write_json
 from mingle.merging.explain import STEPS, Explanation
 from mingle.options import OptionError
-from mingle.runs import merge
+from mingle.runs import explained, merge
+from mingle.runs.report import page
 from mingle.text import visible
 
 
@@ -37,6 +38,7 @@ def register(commands: Commands) -> None:
     arguments.samples(parser)
     arguments.offline(parser)
     arguments.printing(parser)
+    pages.option(parser)
     parser.set_defaults(run=run)
 
 
@@ -52,12 +54,17 @@ def run(args: argparse.Namespace) -> None:
             args.batch_size,
             lambda name: stage(f"measuring {name}"),
         )
-    explanations = {"steps": list(STEPS), "tasks": [vars(each) for each in found]}
+    explanations = explained.described(found)
     if args.out is not None:
         write_json(args.out, explanations)
     steps = dict.fromkeys(step for each in found for step in each.changes)
     show(_table(found), *(line(f"{step}: {STEPS[step]}") for step in steps))
     document({"folder": str(args.folder), **explanations})
+    try:
+        explained.keep(args.folder, found, args.suite)
+        pages.told(page.write(args.folder), show=args.open)
+    except CheckpointError as error:
+        say(f"not kept beside the merged model: {error}")
 
 
 def _expert(text: str) -> tuple[str, str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mingle.cli import arguments
+from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
 from mingle.cli.output import document, method_name, result_document, result_table, say, show
 from mingle.cli.progress import bars
 from mingle.io.files import file_path
 from mingle.runs import config
 from mingle.runs.check import check
+from mingle.runs.report import page
 
 
 def register(commands: Commands) -> None:
@@ -22,6 +23,7 @@ def register(commands: Commands) -> None:
     parser.add_argument("--out", type=file_path, required=True, help="folder for the merged model")
     arguments.offline(parser)
     arguments.printing(parser)
+    pages.option(parser)
     parser.set_defaults(run=run, kept="what was merged is saved; the same command goes on from there")
 
 
@@ -40,3 +42,4 @@ def run(args: argparse.Namespace) -> None:
         raise
     document({"folder": str(args.out), "method": plan.config.method, "orders": orders})
     say("merged model: ", args.out)
+    pages.told(page.write(args.out), show=args.open)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from mingle.cli import arguments
+from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
 from mingle.cli.output import document, say, show
 from mingle.cli.progress import bars
 from mingle.io.files import file_path, made
 from mingle.runs import report, reproduce
+from mingle.runs.report import page
 from mingle.runs.reproduce import summary
 from mingle.runs.reproduce.tables import TABLES
 from mingle.suites.protocol import PROTOCOLS
@@ -41,6 +42,7 @@ def register(commands: Commands) -> None:
     parser.add_argument("--threads", type=arguments.positive, help=text)
     arguments.offline(parser)
     arguments.printing(parser)
+    pages.option(parser)
     parser.set_defaults(run=run, kept="what is finished is kept; the same command goes on from there")
 
 
@@ -69,3 +71,4 @@ def run(args: argparse.Namespace) -> None:
         show(*report.comparison.tables(found))
         document({"folder": str(out), **found})
         say("table and plots: ", out)
+        pages.told(out / page.REPORT, show=args.open)

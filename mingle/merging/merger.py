@@ -152,6 +152,7 @@ class Merger(MergeState):
         )
         self.matrix.append([None] * len(self.merged))
         self.unknown.append([None] * len(self.merged))
+        self.answers = {}
         self._put_head(index)
         return report
 
@@ -261,24 +262,26 @@ class Merger(MergeState):
         everything = self._all_tasks()
         separable = not everything.hindrance()
         rows: tuple[list[float | None], list[float | None]] = ([], [])
+        answers = {}
         for place, name in enumerate(self.task_names):
             known = unknown = None
             if name in wanted:
                 model, data = self.model_for(name), self.task.data(suite[name])
                 if separable and data.metric == "accuracy":
-                    known, unknown = accuracies(everything, place, model, data, batch_size)
+                    known, unknown, answers[name] = accuracies(everything, place, model, data, batch_size)
                 else:
                     known = accuracy(self.task, model, data, batch_size)
             rows[0].append(known)
             rows[1].append(unknown)
         if self.merged:
             self.matrix[-1], self.unknown[-1] = rows
+            self.answers = answers
         return self.result()
 
     def result(self) -> Result:
         """Everything measured so far."""
         matrix, unknown = ([list(row) for row in rows] for rows in (self.matrix, self.unknown))
-        return Result(self.task_names, matrix, unknown)
+        return Result(self.task_names, matrix, unknown, dict(self.answers))
 
     def save_pretrained(self, folder: str | Path, *, include_base: bool = True) -> None:
         """Write the merger to a folder: safetensors and a JSON manifest, nothing pickled.

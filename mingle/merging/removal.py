@@ -34,6 +34,7 @@ def remove(merge: MergeState, name: str) -> list[str]:
     del merge.merged[place]
     for rows in (merge.matrix, merge.unknown):
         _forget(rows, place, measured=newest and not stays)
+    merge.answers = {}  # some may have been of the task
     if merge.merged:
         merge._put_head(-1)
     if stays:

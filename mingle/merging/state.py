@@ -17,6 +17,7 @@ from mingle.io import merger_folder
 from mingle.io.files import CheckpointError
 from mingle.io.hub import ModelName
 from mingle.io.state_dicts import non_finite
+from mingle.merging.answers import Answers
 from mingle.merging.merged_task import MergedTask, RemovedTask
 from mingle.merging.vocabulary import Vocabulary, check_vocabulary
 from mingle.methods import MergeMethod
@@ -65,6 +66,8 @@ class MergeState:
         #: accuracies after every merge: where the task is known, and where it has to be found too
         self.matrix: list[list[float | None]] = []
         self.unknown: list[list[float | None]] = []
+        #: what the samples of every task were taken for, as they were last measured; by the task's name
+        self.answers: dict[str, Answers] = {}
         #: anything JSON can hold, saved with the merger
         self.metadata: dict[str, Any] = {}
 
@@ -107,6 +110,11 @@ class MergeState:
             **({"removed": [asdict(task) for task in self.removed]} if self.removed else {}),
             "matrix": self.matrix,
             "unknown": self.unknown,
+            **(
+                {"answers": {name: each.noted() for name, each in self.answers.items()}}
+                if self.answers
+                else {}
+            ),
         }
 
     def _kept(self) -> list[Tensors]:
@@ -171,6 +179,7 @@ class MergeState:
         merger.removed = [RemovedTask.of(noted) for noted in merge.get("removed", [])]
         merger.matrix = merge["matrix"]
         merger.unknown = merge.get("unknown", [[None] * len(row) for row in merger.matrix])
+        merger.answers = {name: Answers.read(noted) for name, noted in merge.get("answers", {}).items()}
         return merger
 
     def _restore(self, saved: list[Tensors], state: Tensors, folder: Path) -> None:
