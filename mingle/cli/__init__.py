@@ -26,14 +26,33 @@ from mingle.cli import (
     inspect,
     merge,
     output,
+    remove,
     report,
     reproduce,
+    rollback,
+    tidy,
 )
 from mingle.cli.arguments import LiteralParser
 from mingle.merging.finite import NonFiniteMerge
 from mingle.ops.dispatch import BackendUnavailable
 
-_COMMANDS = (demo, reproduce, merge, check, add, evaluate, explain, inspect, export, report, bench, env)
+_COMMANDS = (
+    demo,
+    reproduce,
+    merge,
+    check,
+    add,
+    remove,
+    evaluate,
+    explain,
+    inspect,
+    rollback,
+    tidy,
+    export,
+    report,
+    bench,
+    env,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
