@@ -48,7 +48,7 @@ def read(folder: Path, entry: Mapping[str, Any]) -> Manifest:
     try:
         check_files(folder, [entry], "the manifest")
         found = read_folder(contained(folder, entry["file"]))
-        if found.get("generation") != number_of(entry):
+        if "parent" not in found or found.get("generation") != number_of(entry):
             raise CheckpointError(f"{folder / entry['file']}: not generation {number_of(entry)}")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; `mingle tidy` forgets old generations") from None

@@ -58,6 +58,9 @@ _FORM = MERGE | {
 }
 
 
+_GENERATIONS = ("generation", "parent", "history", "keep")
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a merger's folder, in the form that it should have; the files it names may be missing.
 
@@ -68,14 +71,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {folder} does not hold a saved merge")
     found = read_folder(path)
-    if "generation" in found:
-        numbers = [number_of(entry) for entry in found.get("history", [])]
+    if absent := [key for key in _GENERATIONS if key not in found]:
+        if len(absent) < len(_GENERATIONS):
+            raise CheckpointError(f"{path}: {absent[0]} is missing")
+    else:
+        numbers = list(map(number_of, found["history"]))
         if numbers != sorted(set(numbers)) or found["generation"] not in numbers:
             raise CheckpointError(
                 f"{path}: history: expected every generation once and in order, and generation "
                 f"{found['generation']} among them"
             )
-        if found.get("keep") is not None and found["keep"] < 1:
+        if found["keep"] is not None and found["keep"] < 1:
             raise CheckpointError(f"{path}: keep: expected 1 or more, found {found['keep']}")
     return found
 

@@ -72,6 +72,8 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
     merged = [task["name"] for task in manifest["tasks"]]
     if merged != order[: len(merged)]:
         differing.append(f"tasks: {', '.join(merged)} there, the order is now {', '.join(order)}")
+    elif removed := [task["name"] for task in manifest.get("removed", [])]:
+        differing.append(f"tasks: {', '.join(removed)} left, and something of what they were stays")
     else:
         differing += inputs.changed(noted, merged, plan.experts, plan.config.eval.suite)
     if differing:

@@ -111,7 +111,7 @@ def test_what_stays_is_printed_and_in_the_card_and_inspect(models: TinyMerge, tm
     merger.save_pretrained(tmp_path)
     assert models.remove(tmp_path, "b")() == 0
     lines = read_manifest(tmp_path)["removed"][0]["stays"]
-    assert len(lines) == 2
+    assert len(lines) == 3
     for where in (said(models), " ".join((tmp_path / "README.md").read_text().split())):
         assert all(f"b: {line}" in where for line in lines)
     assert models._command("inspect", tmp_path)() == 0
