@@ -8,6 +8,7 @@ A whole continual merge, and a single frozen layer that takes on gated low-rank 
 
 from mingle import functional, linalg
 from mingle.adaptation.projector import RelaxedProjector
+from mingle.merging.loading import load
 from mingle.merging.merger import Merger
 from mingle.nn.inject import inject, restore
 from mingle.nn.linear import LowRankExpert, MingleLinear, count_parameters
@@ -26,6 +27,7 @@ __all__ = [
     "functional",
     "inject",
     "linalg",
+    "load",
     "read_adapter",
     "restore",
     "share_inputs",

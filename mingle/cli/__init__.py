@@ -27,8 +27,11 @@ from mingle.cli import (
     inspect,
     merge,
     output,
+    remove,
     report,
     reproduce,
+    rollback,
+    tidy,
 )
 from mingle.cli.arguments import Commands, LiteralParser
 from mingle.merging.finite import NonFiniteMerge
@@ -40,9 +43,12 @@ _COMMANDS = (
     merge,
     check,
     add,
+    remove,
     evaluate,
     explain,
     inspect,
+    rollback,
+    tidy,
     export,
     report,
     bench,

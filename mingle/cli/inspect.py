@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -14,6 +15,8 @@ from mingle.cli.arguments import Commands
 from mingle.cli.output import document, line, percent, show
 from mingle.io.files import file_path
 from mingle.merging.opened import opened
+from mingle.runs import life
+from mingle.runs.life import Generation
 from mingle.text import visible
 
 #: short lines: a terminal of 80 columns has room for numbers, and for a beginning of names and notes
@@ -31,13 +34,22 @@ def run(args: argparse.Namespace) -> None:
     manifest = opened(args.folder).manifest
     tasks = [_task(manifest, i) for i in range(len(manifest["tasks"]))]
     base, options = manifest["base"]["sha256"][:16], json.dumps(manifest["options"])
+    generations = life.history(args.folder)
     show(
         line(f"{args.folder}: {manifest['method']}, {len(tasks)} tasks"),
         _table(tasks),
         line(f"base SHA-256 {base}…, options {options}"),
+        *(
+            line(f"{task['name']}, removed: {text}")
+            for task in manifest.get("removed", [])
+            for text in task["stays"]
+        ),
+        *([_generations(generations)] if generations else []),
     )
     kept = ("method", "task_type", "seed", "dtype", "options", "base", "metadata")
-    document({"folder": str(args.folder), **{key: manifest[key] for key in kept}, "tasks": tasks})
+    found = {"folder": str(args.folder), **{key: manifest[key] for key in kept}, "tasks": tasks}
+    found |= {"removed": manifest.get("removed", []), "generations": [asdict(each) for each in generations]}
+    document(found)
 
 
 def _task(manifest: dict[str, Any], place: int) -> dict[str, Any]:
@@ -64,4 +76,19 @@ def _table(tasks: Sequence[dict[str, Any]]) -> Table:
         measured = (percent(task[key]) for key in ("when_merged", "now", "task_unknown"))
         cells = (str(task["seed_samples"]), *measured, f"{task['bytes']:,}")
         table.add_row(visible(task["name"]), *cells, visible("; ".join(task["notes"])))
+    return table
+
+
+def _generations(generations: Sequence[Generation]) -> Table:
+    table = Table(title="generations", title_justify="left")
+    for column in ("", "from", "tasks", "ACC"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("what changed", overflow="fold")
+    table.add_column("bytes of\nits own", justify="right", no_wrap=True)
+    for each in generations:
+        number = f"in use: {each.number}" if each.current else str(each.number)
+        changed = ", ".join([*(f"+ {name}" for name in each.came), *(f"− {name}" for name in each.left)])
+        parent = "" if each.parent is None else str(each.parent)
+        cells = (number, parent, str(each.tasks), percent(each.acc))
+        table.add_row(*cells, visible(changed), f"{each.own_bytes:,}")
     return table

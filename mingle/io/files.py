@@ -108,7 +108,8 @@ def contained(folder: Path, name: str) -> Path:
 
     Nothing is opened, and the file need not exist. Raises `CheckpointError` for an absolute path, a `..` and
     a symlink that leads outside. One way out is allowed: a hub cache keeps the files of
-    `models--x/snapshots/<rev>` as symlinks to `models--x/blobs/<hash>`, and likewise those of `datasets--x`.
+    `models--x/snapshots/<rev>`, and of folders in it, as symlinks to `models--x/blobs/<hash>`, and likewise
+    those of `datasets--x`.
     """
     # The Windows flavour splits at both slashes and knows drives: one check covers an index of any system.
     parts = PureWindowsPath(name)
@@ -119,9 +120,13 @@ def contained(folder: Path, name: str) -> Path:
         root, target = (Path(os.path.realpath(place)) for place in (folder, path))
     except ValueError as error:
         raise CheckpointError(f"{folder}: {shown(name)} is not a file name: {error}") from error
-    snapshots, repository = root.parent, root.parent.parent
-    of_hub = snapshots.name == "snapshots" and repository.name.startswith(("models--", "datasets--"))
-    cached = of_hub and target.parent == repository / "blobs"
+    repositories = [
+        above.parent.parent
+        for above in (root, *root.parents)
+        if above.parent.name == "snapshots"
+        and above.parent.parent.name.startswith(("models--", "datasets--"))
+    ]
+    cached = any(target.parent == repository / "blobs" for repository in repositories)
     if not (target.is_relative_to(root) or cached):
         raise CheckpointError(f"{path}: refusing a symlink to {target}, outside the folder")
     return path

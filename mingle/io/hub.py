@@ -12,13 +12,14 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mingle.io.base_files import PATTERNS, belongs
 from mingle.io.files import CheckpointError, naming
+from mingle.io.licenses import CARD, license_of
 from mingle.options import shown
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,23 @@ def resolve(model: str, revision: str | None = None, revisions: Revisions | None
         CheckpointError: `model` is neither a folder nor a hub model that can be fetched, or it is at another
             commit than noted.
     """
+    if (folder := local(model, revision)) is not None:
+        return folder
+    found = snapshot(model, "model", revision, revisions)
+    wanted = [name for name in found.files if belongs(name)]
+    if not wanted:
+        raise CheckpointError(
+            f"{model}: none of {', '.join(PATTERNS)} at {found.commit}; {found.how_to_fetch(*PATTERNS)}"
+        )
+    return found.fetch([*wanted, *(name for name in found.files if name == CARD)])
+
+
+def local(model: str, revision: str | None = None) -> Path | None:
+    """The folder `model`; None for what may be a hub id.
+
+    Raises:
+        CheckpointError: neither, or a folder for which a revision was given.
+    """
     try:
         folder = Path(model).expanduser()
         found_folder = folder.is_dir()
@@ -63,13 +81,7 @@ def resolve(model: str, revision: str | None = None, revisions: Revisions | None
         return folder
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{model}: no such folder")
-    found = snapshot(model, "model", revision, revisions)
-    wanted = [name for name in found.files if belongs(name)]
-    if not wanted:
-        raise CheckpointError(
-            f"{model}: none of {', '.join(PATTERNS)} at {found.commit}; {found.how_to_fetch(*PATTERNS)}"
-        )
-    return found.fetch(wanted)
+    return None
 
 
 class ModelName(NamedTuple):
@@ -78,10 +90,22 @@ class ModelName(NamedTuple):
     Attributes:
         name: its hub id, or the name of its folder; None where it has neither.
         revision: the hub id's commit, where that is known.
+        license: what its card names, if there is one.
     """
 
     name: str | None = None
     revision: str | None = None
+    license: str | None = None
+
+    @classmethod
+    def noted(cls, model: Mapping[str, Any]) -> ModelName:
+        """The name that a manifest notes; early versions noted less."""
+        return cls(*(model.get(key) for key in cls._fields))
+
+    @property
+    def hub_id(self) -> str | None:
+        """The name, if it can be one on the hub."""
+        return self.name if self.name and re.fullmatch(r"[\w.-]+/[\w.-]+", self.name, re.ASCII) else None
 
     @classmethod
     def of(cls, place: str | Path) -> ModelName:
@@ -92,8 +116,9 @@ class ModelName(NamedTuple):
         folder = Path(PureWindowsPath(os.path.abspath(text)).as_posix())  # which knows both kinds of slashes
         snapshots, repository = folder.parent, folder.parent.parent
         if snapshots.name == "snapshots" and repository.name.startswith("models--"):
-            return cls(repository.name.removeprefix("models--").replace("--", "/"), folder.name)
-        return cls(folder.name or None)
+            name = repository.name.removeprefix("models--").replace("--", "/")
+            return cls(name, folder.name, license_of(Path(place)))
+        return cls(folder.name or None, None, license_of(Path(place)))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,11 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BASE_NAME = re.compile(r"base-[0-9a-f]{12}")
 TENSORS_NAME = re.compile(r"(state|tasks/\d{3,}-[A-Za-z0-9._-]*)-[0-9a-f]{12}\.safetensors")
+GENERATION_NAME = re.compile(r"generations/(\d{4,})-[0-9a-f]{12}\.json")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = {"file": TENSORS_NAME, "bytes": int, "sha256": DIGEST}
+#: what a base or a fine-tuned model is called; early versions did not say
+BASE = {"name": Absent((str, None)), "revision": Absent((str, None)), "license": Absent((str, None))}
 #: of a task in any folder of a merge
 TASK = {
     "name": re.compile(r"(?s).+"),
@@ -27,6 +30,7 @@ TASK = {
     "notes": [str],
     "labels": Absent(([str], None)),
     "temperature": Absent((float, None)),
+    "model": Absent(BASE),
 }
 #: what the samples of a task were taken for, see `mingle.merging.answers`
 ANSWERS = {
@@ -46,14 +50,21 @@ MERGE = {
     "removed": Absent([{"name": str, "stays": [str]}]),
     "answers": Absent({str: ANSWERS}),
 }
-#: what a base is called; early versions of a merger's folder did not say
-BASE = {"name": Absent((str, None)), "revision": Absent((str, None))}
 _FORM = MERGE | {
     "tasks": [TASK | {"tensors": (_FILE, None)}],
     "metadata": {str: object},
     "base": BASE | {"sha256": DIGEST, "folder": (BASE_NAME, None)},
     "state": (_FILE, None),
+    "versions": Absent({str: str}),
+    # of the generations, see `mingle.io.generations`; early versions kept none
+    "generation": Absent(int),
+    "parent": Absent((int, None)),
+    "history": Absent([_FILE | {"file": GENERATION_NAME}]),
+    "keep": Absent((int, None)),
 }
+
+
+_GENERATIONS = ("generation", "parent", "history", "keep")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -65,7 +76,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {folder} does not hold a saved merge")
+    found = read_folder(path)
+    if absent := [key for key in _GENERATIONS if key not in found]:
+        if len(absent) < len(_GENERATIONS):
+            raise CheckpointError(f"{path}: {absent[0]} is missing")
+    else:
+        numbers = list(map(number_of, found["history"]))
+        if numbers != sorted(set(numbers)) or found["generation"] not in numbers:
+            raise CheckpointError(
+                f"{path}: history: expected every generation once and in order, and generation "
+                f"{found['generation']} among them"
+            )
+        if found["keep"] is not None and found["keep"] < 1:
+            raise CheckpointError(f"{path}: keep: expected 1 or more, found {found['keep']}")
+    return found
+
+
+def read_folder(path: Path) -> dict[str, Any]:
+    """What a file, the manifest or a generation's, says of a merger's folder; see `read_manifest`."""
     return read_merge(path, FORMAT, FORMAT_VERSION, _FORM)
+
+
+def number_of(entry: Mapping[str, Any]) -> int:
+    """The number of the generation whose file this entry names."""
+    match = GENERATION_NAME.fullmatch(entry["file"])
+    assert match is not None  # the form says so
+    return int(match[1])
 
 
 def read_merge(path: Path, kind: str, version: int, form: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +167,6 @@ def size_of(manifest: dict[str, Any]) -> int:
     return sum(entry["bytes"] for entry in files_of(manifest))
 
 
-def entry_of(path: Path, name: str, digest: str) -> dict[str, Any]:
-    """What a manifest says of the file at `path`, called `name` within its folder."""
-    return {"file": name, "bytes": path.stat().st_size, "sha256": digest}
+def entry_of(path: Path, name: str, digest: str | None = None) -> dict[str, Any]:
+    """What a manifest says of the file at `path`, called `name` within its folder, with that SHA-256."""
+    return {"file": name, "bytes": path.stat().st_size, "sha256": digest or sha256(path)}

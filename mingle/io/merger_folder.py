@@ -1,43 +1,44 @@
 """A merger's folder: one safetensors file per task, one for the common state, the base, a JSON manifest.
 
-    manifest.json                      what the folder holds, with sizes and hashes; always written last
+    manifest.json                      what the folder holds, with sizes and hashes; written after all of it
+    README.md                          the model card, see `mingle.io.folder_card`
     base-<hash>/                       the base model in hub format
     tasks/000-<name>-<hash>.safetensors
     state-<hash>.safetensors           only for methods that keep merged weights
+    generations/0001-<hash>.json       the manifests of earlier saves, see `mingle.io.generations`
 
 Files are named by their content and never overwritten: whatever interrupts a save, every file that the
-manifest on disk names is there.
+manifest on disk names is there, and so is every file that an earlier generation names which is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mingle.io.base_files import base_files, is_inner_folder
-from mingle.io.files import CheckpointError, clean_stale, contained, naming, write_copy, write_json
+from mingle.io import folder_card, generations
+from mingle.io.base_files import base_files
+from mingle.io.files import CheckpointError, clean_stale, contained, naming, sha256, write_copy, write_json
 from mingle.io.hub import ModelName
+from mingle.io.leftovers import foreign, sweep
 from mingle.io.locks import lock
 from mingle.io.manifest import (
-    BASE_NAME,
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
-    TENSORS_NAME,
     check_files,
     entry_of,
     files_of,
+    number_of,
     read_manifest,
 )
 from mingle.io.provenance import versions
@@ -115,9 +116,10 @@ def writing(folder: Path, *, new: bool = True) -> Iterator[None]:
         clean_stale(folder)
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder)
-            _sweep(folder, {entry["file"] for entry in files_of(manifest)} | {manifest["base"]["folder"]})
+            sweep(folder, generations.names(folder, manifest))
+            folder_card.write(folder, manifest)  # if what interrupted a save was between the two
         elif foreign(folder) is None:
-            _sweep(folder, set())  # what is there is of a first save that did not end
+            sweep(folder, set())  # what is there is of a first save that did not end
         token = _written.set(_written.get() | {place})
         try:
             yield
@@ -133,16 +135,25 @@ def save(
     base: BaseModel | None,
     tasks: list[Tensors],
     state: Tensors,
+    keep: int | None = None,
 ) -> None:
-    """Write what changed and then the manifest; remove what the new manifest no longer names.
+    """Write what changed, the generation and then the manifest; remove what no kept generation names.
+
+    Args:
+        folder: of the merger.
+        manifest: what it says of itself.
+        base_hash, base_name, base: of its base, which is written too unless it is None.
+        tasks, state: what it keeps.
+        keep: how many generations are kept from now on; None leaves it as it is, at first all.
 
     Raises:
         CheckpointError: another process is writing to the folder, the disk is full, or the folder holds
             something else.
     """
     with writing(folder):
-        old = read_manifest(folder) if (folder / MANIFEST).exists() else None
-        known = {entry["file"]: entry for entry in files_of(old)} if old else {}
+        old = generations.adopted(folder, read_manifest(folder)) if (folder / MANIFEST).exists() else None
+        known = generations.tensors(folder, old) if old else {}
+        current = {entry["file"] for entry in files_of(old)} if old else set()
         place = f"base-{base_hash[:12]}"
         has_base = old is not None and old["base"]["folder"] == place
         if base is not None and not has_base:
@@ -150,8 +161,12 @@ def save(
             has_base = True
         with naming(folder / "tasks"):
             (folder / "tasks").mkdir(exist_ok=True)
+
+        def written(stem: str, tensors: Tensors) -> dict[str, Any] | None:
+            return _write(folder, stem, tensors, known, current)
+
         entries = [
-            task | {"tensors": _write(folder, f"tasks/{i:03d}-{_slug(task['name'])}", tensors, known)}
+            task | {"tensors": written(f"tasks/{i:03d}-{_slug(task['name'])}", tensors)}
             for i, (task, tensors) in enumerate(zip(manifest["tasks"], tasks, strict=True))
         ]
         new = {
@@ -160,11 +175,21 @@ def save(
             **manifest,
             "base": {"sha256": base_hash, "folder": place if has_base else None, **base_name._asdict()},
             "tasks": entries,
-            "state": _write(folder, "state", state, known),
+            "state": written("state", state),
             "versions": versions(),
         }
-        write_json(folder / MANIFEST, new)
-        _sweep(folder, {entry["file"] for entry in files_of(new)} | {place})
+        new = generations.following(old, new)
+        earlier = [entry for entry in old["history"] if number_of(entry) != new["generation"]] if old else []
+        keep = keep or (old["keep"] if old else None)
+        history = sorted([*earlier, generations.write(folder, new)], key=number_of)
+        commit(folder, new | {"history": generations.kept(history, new["generation"], keep), "keep": keep})
+
+
+def commit(folder: Path, manifest: dict[str, Any]) -> None:
+    """Put a manifest in the place of the folder's, remove what no generation in it needs, and say so."""
+    write_json(folder / MANIFEST, manifest)
+    sweep(folder, generations.names(folder, manifest))
+    folder_card.write(folder, manifest)
 
 
 @dataclass(frozen=True)
@@ -188,8 +213,7 @@ class Saved:
 
     def base_name(self) -> ModelName:
         """What the base was called where it came from; early versions did not note it."""
-        base = self.manifest["base"]
-        return ModelName(base.get("name"), base.get("revision"))
+        return ModelName.noted(self.manifest["base"])
 
     def check_base(self, found: str) -> None:
         """Refuse any base but the one the tasks were merged into."""
@@ -208,42 +232,6 @@ class Saved:
         return _read(self.folder, self.manifest["state"])
 
 
-def foreign(folder: Path) -> Path | None:
-    """The first file of a folder that is not ours; None where all of them are.
-
-    Ours is what a save writes before the manifest: a first save that was killed leaves such a folder.  Hidden
-    files do not count; those of ours are the lock and temporary files.
-    """
-    return next(_strangers(folder), None)
-
-
-def _strangers(folder: Path) -> Iterator[Path]:
-    for path in _shown(folder):
-        real = not path.is_symlink()
-        if real and path.is_dir() and path.name == "tasks":
-            yield from (file for file in _shown(path) if not _is_tensors(file, f"tasks/{file.name}"))
-        elif real and path.is_dir() and BASE_NAME.fullmatch(path.name):
-            ours = base_files(path)
-            files = (_shown(file) if is_inner_folder(file) else [file] for file in _shown(path))
-            yield from (file for file in chain(*files) if file.is_symlink() or file not in ours)
-        elif not _is_tensors(path, path.name):
-            yield path
-
-
-def _shown(folder: Path) -> list[Path]:
-    with naming(folder):
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
-
-
-def _is_tensors(path: Path, name: str) -> bool:
-    """Whether a file, by its name within the folder, holds tensors of ours."""
-    return _is_file(path) and TENSORS_NAME.fullmatch(name) is not None
-
-
 def load(folder: Path) -> Saved:
     """The manifest of a merger's folder, once every file it names is checked.
 
@@ -259,29 +247,26 @@ def load(folder: Path) -> Saved:
 
 
 def _write(
-    folder: Path, stem: str, tensors: Tensors, known: dict[str, dict[str, Any]]
+    folder: Path, stem: str, tensors: Tensors, known: Mapping[str, dict[str, Any]], current: set[str]
 ) -> dict[str, Any] | None:
-    """Write tensors to a file named by their content, unless it exists; returns its manifest entry."""
+    """Write tensors to a file named by their content, unless there is one; returns its manifest entry.
+
+    Args:
+        folder: of the merger.
+        stem: how the file's name begins.
+        tensors: may be none, which need no file.
+        known: the files that are kept, see `mingle.io.generations.tensors`.
+        current: the names of those that the manifest names; others are read before they are used again.
+    """
     if not tensors:
         return None
     name = f"{stem}-{state_hash(tensors)[:12]}.safetensors"
-    if name in known and (folder / name).is_file():
-        return known[name]
+    entry = known.get(generations.content_of(name))
+    path = folder / (entry["file"] if entry else name)
+    if entry and path.is_file() and (entry["file"] in current or sha256(path) == entry["sha256"]):
+        return entry
     digest = write_tensors(folder / name, tensors)
     return entry_of(folder / name, name, digest)
-
-
-def _sweep(folder: Path, kept: set[str]) -> None:
-    """Remove our files that the manifest no longer names, be they of the last save or an interrupted one."""
-    for path in [*folder.glob("base-*"), *folder.glob("state-*"), *folder.glob("tasks/*")]:
-        name = path.relative_to(folder).as_posix()
-        if name in kept or path.is_symlink():
-            continue
-        with naming(path):
-            if BASE_NAME.fullmatch(name) and path.is_dir():
-                shutil.rmtree(path)
-            elif _is_tensors(path, name):
-                path.unlink()
 
 
 def _read(folder: Path, entry: dict[str, Any] | None) -> Tensors:

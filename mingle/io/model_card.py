@@ -1,38 +1,59 @@
-"""The README of an exported model: what it was made of, how well it does, and what was left out."""
+"""The README of an exported model: what it was made of, how well it does, and what was left out.
+
+Of a merger's own folder it is `mingle.io.folder_card`.
+"""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from mingle.io.hub import ModelName
+from mingle.io.licenses import in_conflict
 from mingle.text import markdown_cell, visible
 from mingle.version import __version__
 
 #: what `MergeMethod` and `Merger` say of a merge: the keys of `mingle.io.manifest.MERGE`
 Merge = Mapping[str, Any]
+#: task type → what the hub calls it
+_PIPELINES = {
+    "clip": "zero-shot-image-classification",
+    "causal-lm": "text-generation",
+    "image-classification": "image-classification",
+    "text-classification": "text-classification",
+    "sentence-encoder": "sentence-similarity",
+}
+#: how the hub is told that one name does not do
+_SEVERAL = {"license": "other", "license_name": "several-see-below"}
 
 
-def model_card(title: str, merge: Merge) -> str:
+def model_card(title: str, merge: Merge, base: ModelName) -> str:
     """Of one model that serves all tasks; Markdown with the metadata that the hub reads at its head."""
-    return _page(
-        _head(title, "transformers", ("merge", "mingle")),
-        f"{_count(merge)} fine-tuned models, merged one after another {_with(merge)}.",
-        _accuracies(merge),
-        _end(merge),
+    return page(
+        head(title, "transformers", ("merge", "mingle"), merge, base),
+        f"{_count(merge)} fine-tuned models of {_called(base)}, merged one after another {_with(merge)}.",
+        accuracies(merge),
+        end(merge, base),
     )
 
 
 def folded_card(
-    title: str, merge: Merge, task: str, gates: Mapping[str, tuple[float, float, float]], samples: int | None
+    title: str,
+    merge: Merge,
+    base: ModelName,
+    task: str,
+    gates: Mapping[str, tuple[float, float, float]],
+    samples: int | None,
 ) -> str:
     """Of a model for one task alone, with experts folded into its weights.
 
     Args:
         title: of the page.
         merge: what was merged.
+        base: what the base is called.
         task: the name of the task.
         gates: name of a task with an expert → the mean, the smallest and the largest of its gates over
             layers.
@@ -44,8 +65,8 @@ def folded_card(
         if samples is None
         else f"the means over {samples} samples of the task, layer by layer"
     )
-    return _page(
-        _head(title, "transformers", ("merge", "mingle")),
+    return page(
+        head(title, "transformers", ("merge", "mingle"), merge, base),
         f"A model for the task {name}, from {count} fine-tuned models that were merged {_with(merge)}. "
         "In the merged model, gates that depend on the input decide how much of every task's expert is at "
         f"work. Here they are constant, {how}, and the experts are part of the weights: W₀ + Σ g B A. The "
@@ -55,7 +76,7 @@ def folded_card(
             f"| {markdown_cell(expert)} | {' | '.join(f'{value:.3f}' for value in values)} |"
             for expert, values in gates.items()
         ),
-        _end(merge),
+        end(merge, base),
     )
 
 
@@ -108,8 +129,8 @@ def adapters_card(
         *(f'model.set_adapter("{folder}")  # from here on this one answers' for folder in others[:1]),
     ]
     names = f"; the names of layers count from `{tower}`" if tower else ""
-    return _page(
-        _head(title, "peft", ("lora", "merge", "mingle"), base),
+    return page(
+        head(title, "peft", ("lora", "merge", "mingle"), merge, base),
         f"{_count(merge)} fine-tuned models of {called}{revision}, merged one after another {_with(merge)}, "
         "as LoRA adapters of the untouched base: one per task.",
         "\n".join(
@@ -132,7 +153,7 @@ def adapters_card(
         "## Back into mingle",
         "`mingle.Merger.from_adapters(base, folder)` is the merged model again, with its router, and takes "
         "further tasks.",
-        _end(merge),
+        end(merge, base),
     )
 
 
@@ -153,23 +174,73 @@ def _routing(merge: Merge, *, chooses: bool) -> str:
     return text + "does as well as the merged model, whose accuracy was not measured."
 
 
-def _page(*parts: str) -> str:
+def page(*parts: str) -> str:
+    """Parts with an empty line between them; those that are empty left out."""
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _head(title: str, library: str, tags: Iterable[str], base: ModelName | None = None) -> str:
-    id_on_hub = base is not None and base.name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base.name)
-    return "\n".join(
-        [
-            "---",
-            f"library_name: {library}",
-            *([f"base_model: {base.name}"] if base is not None and id_on_hub else []),
-            f"tags: [{', '.join(tags)}]",
-            "---",
-            "",
-            f"# {markdown_cell(title)}",
-        ]
+def head(title: str, library: str, tags: Sequence[str], merge: Merge, base: ModelName) -> str:
+    """The metadata that the hub reads, and the title.
+
+    Args:
+        title: of the page.
+        library: what loads the folder.
+        tags: what it is found by.
+        merge: what was merged.
+        base: what the base is called.
+    """
+    models = [base, *map(_model, merge["tasks"])]
+    ids = list(dict.fromkeys(model.hub_id for model in models if model.hub_id))
+    adapters = library == "peft"
+    metadata: dict[str, Any] = {"library_name": library}
+    if ids and base.hub_id and (adapters or len(ids) == 1):
+        metadata["base_model"] = base.hub_id
+    elif ids:
+        metadata["base_model"] = ids
+    if ids:
+        metadata["base_model_relation"] = "adapter" if adapters else "merge"
+    if kind := _PIPELINES.get(merge["task_type"]):
+        metadata["pipeline_tag"] = kind
+    known = {model.license for model in models}
+    if None not in known:
+        metadata |= {"license": known.pop()} if len(known) == 1 else _SEVERAL
+    text = yaml.safe_dump(metadata | {"tags": list(tags)}, sort_keys=False, default_flow_style=None)
+    return f"---\n{text}---\n\n# {markdown_cell(title)}"
+
+
+def licenses(merge: Merge, base: ModelName) -> str:
+    """What the cards of base and fine-tuned models name, and a warning where that does not go together."""
+    models = {"base": base} | {task["name"]: _model(task) for task in merge["tasks"]}
+    if all(model.license is None for model in models.values()):
+        return ""
+    conflict = in_conflict(model.license for model in models.values())
+    warning = (
+        "**Warning:** these licences differ, and not all of them allow what is made of a model to be passed "
+        "on under another. Find out whether this merge may be used and passed on."
     )
+    named = {name: markdown_cell(model.license or "not named in its card") for name, model in models.items()}
+    rows = [f"| {markdown_cell(name)} | {_called(model)} | {named[name]} |" for name, model in models.items()]
+    table = "\n".join(["| | model | licence |\n|---|---|---|", *rows])
+    return page("## Licences", warning if conflict else "", table).rstrip("\n")
+
+
+def left_behind(merge: Merge) -> str:
+    """What stays of tasks that were removed."""
+    lines = [
+        f"- {markdown_cell(task['name'])}: {markdown_cell(line)}"
+        for task in merge.get("removed", [])
+        for line in task["stays"]
+    ]
+    return page("## Removed tasks, and what of them stays", "\n".join(lines)).rstrip("\n") if lines else ""
+
+
+def _model(task: Mapping[str, Any]) -> ModelName:
+    return ModelName.noted(task.get("model", {}))
+
+
+def _called(model: ModelName) -> str:
+    name = f"`{visible(model.name).replace('`', '')}`" if model.name else "not named"
+    return name + (f" at `{visible(model.revision).replace('`', '')}`" if model.revision else "")
 
 
 def _count(merge: Merge) -> int:
@@ -180,7 +251,8 @@ def _with(merge: Merge) -> str:
     return f"with the method `{merge['method']}` by mingle {__version__}"
 
 
-def _accuracies(merge: Merge) -> str:
+def accuracies(merge: Merge) -> str:
+    """A table of what was measured, task by task."""
     head = "| task | accuracy when merged | accuracy now | now, task unknown |\n|---|---:|---:|---:|"
     rows = [
         f"| {markdown_cell(task['name'])} | {_measured(merge, i)} |" for i, task in enumerate(merge["tasks"])
@@ -190,20 +262,26 @@ def _accuracies(merge: Merge) -> str:
 
 def _measured(merge: Merge, place: int) -> str:
     """The accuracies of a task: when it was merged, now, and now where the task has to be found too."""
-    matrix, unknown = merge["matrix"], merge["unknown"]
-    return " | ".join(map(_percent, (matrix[place][place], matrix[-1][place], unknown[-1][place])))
+    matrix, unknown = merge["matrix"], merge.get("unknown")
+    found = unknown[-1][place] if unknown else None
+    return " | ".join(map(_percent, (matrix[place][place], matrix[-1][place], found)))
 
 
-def _end(merge: Merge) -> str:
-    """The notes on tasks, and the options."""
+def end(merge: Merge, base: ModelName) -> str:
+    """The notes on tasks, what stays of those that left, licences, and the options."""
     noted = [
         f"- {markdown_cell(task['name'])}: {markdown_cell(note)}"
         for task in merge["tasks"]
         for note in task["notes"]
     ]
     options = json.dumps(merge["options"], indent=2, default=str)
-    return _page(
-        "## What to know" if noted else "", "\n".join(noted), "## Options", f"```json\n{options}\n```"
+    return page(
+        "## What to know" if noted else "",
+        "\n".join(noted),
+        left_behind(merge),
+        licenses(merge, base),
+        "## Options",
+        f"```json\n{options}\n```",
     ).rstrip("\n")
 
 

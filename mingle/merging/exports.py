@@ -74,7 +74,12 @@ def check(task: str | None, format: str, *, seeds: bool) -> None:
 
 def write_plain(folder: Path, merged: Merged) -> None:
     """Write the model that serves all tasks, or, of the reference row ``individual``, the selected one."""
-    _write(folder, merged, merged.method.plain_tower(), model_card(folder.name, merged.described))
+    _write(
+        folder,
+        merged,
+        merged.method.plain_tower(),
+        model_card(folder.name, merged.described, merged.base_name),
+    )
 
 
 def write_folded(folder: Path, merged: Merged, task: str, samples: TaskData | None) -> None:
@@ -86,7 +91,8 @@ def write_folded(folder: Path, merged: Merged, task: str, samples: TaskData | No
         for name, row in zip(experts, folded.by_task, strict=True)
     }
     count = None if samples is None else len(samples)
-    _write(folder, merged, folded.tower, folded_card(folder.name, merged.described, task, gates, count))
+    card = folded_card(folder.name, merged.described, merged.base_name, task, gates, count)
+    _write(folder, merged, folded.tower, card)
 
 
 def write_adapters(folder: Path, merged: Merged, kept: Sequence[Tensors], heads: Sequence[Tensors]) -> None:

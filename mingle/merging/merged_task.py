@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mingle.io.hub import ModelName
 from mingle.methods.base import Tensors
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.heads import Head
@@ -29,6 +30,7 @@ class MergedTask:
         labels: the names of its classes by number, None where they are not known.
         temperature: what makes its head's scores probabilities, see `mingle.merging.calibration`; None where
             it was not measured.
+        model: what its fine-tuned model is called.
         tensors: what it has of its own, such as a classifier's head, by names in the model.
         shared: what its samples share, such as the embeddings of its classes.
     """
@@ -39,6 +41,7 @@ class MergedTask:
     notes: list[str] = field(default_factory=list)
     labels: list[str] | None = None
     temperature: float | None = None
+    model: ModelName = field(default_factory=ModelName)
     tensors: Tensors = field(default_factory=dict, compare=False)
     shared: Tensors = field(default_factory=dict, compare=False)
 
@@ -49,12 +52,13 @@ class MergedTask:
 
     def noted(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return {key: getattr(self, key) for key in _NOTED}
+        return {key: getattr(self, key) for key in _NOTED} | {"model": self.model._asdict()}
 
     @classmethod
     def of(cls, noted: Mapping[str, Any]) -> MergedTask:
         """The task of which a manifest says this; its tensors are yet to be taken."""
-        return cls(**{key: noted[key] for key in _NOTED if key in noted})
+        known = {key: noted[key] for key in _NOTED if key in noted}
+        return cls(**known, model=ModelName.noted(noted.get("model", {})))
 
     def kept(self) -> Tensors:
         """What it has of its own, as it is saved."""

@@ -19,6 +19,7 @@ from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.adaptation.trace import StepProgress
 from mingle.io import adapters_folder, merger_folder
 from mingle.io.files import CheckpointError
+from mingle.io.hub import ModelName
 from mingle.io.manifest import MANIFEST
 from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging import adapters, exports, removal
@@ -30,7 +31,7 @@ from mingle.merging.finite import refuse_non_finite
 from mingle.merging.merged_task import MergedTask, own_head
 from mingle.merging.opened import check_known, opened
 from mingle.merging.predict import AllTasks, Prediction
-from mingle.merging.state import MergeState
+from mingle.merging.state import MergeState, model_name
 from mingle.methods import Arrival, StepReport
 from mingle.methods.gated import GatedMethod
 from mingle.tasks import TaskData, TaskType
@@ -147,8 +148,9 @@ class Merger(MergeState):
         count = len(seeds) if seeds else 0
         labels = None if own.labels is None else list(own.labels)
         shared = dict(own.shared)
+        called = ModelName() if isinstance(finetuned_model, Mapping) else model_name(finetuned_model)
         self.merged.append(
-            MergedTask(name, count, report.skipped, report.notes, labels, degree, head, shared)
+            MergedTask(name, count, report.skipped, report.notes, labels, degree, called, head, shared)
         )
         self.matrix.append([None] * len(self.merged))
         self.unknown.append([None] * len(self.merged))
@@ -283,17 +285,27 @@ class Merger(MergeState):
         matrix, unknown = ([list(row) for row in rows] for rows in (self.matrix, self.unknown))
         return Result(self.task_names, matrix, unknown, dict(self.answers))
 
-    def save_pretrained(self, folder: str | Path, *, include_base: bool = True) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, include_base: bool = True, keep: int | None = None
+    ) -> None:
         """Write the merger to a folder: safetensors and a JSON manifest, nothing pickled.
 
         Files are written beside the old ones and the manifest last, so an interruption leaves the old state
-        or the new one.  Only what changed since the last save to the same folder is written.
+        or the new one.  Only what changed since the last save to the same folder is written.  What was saved
+        there before stays as an earlier generation, see ``mingle rollback`` and ``mingle tidy``.
 
         Args:
             folder: created if it does not exist.
             include_base: put the base model into the folder too, which makes it self-contained; without it,
                 `from_pretrained` needs `base`.
+            keep: how many generations the folder keeps from now on, the newest ones; None leaves it at what
+                was said before, at first all.
+
+        Raises:
+            ValueError: `keep` less than 1.
         """
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep={keep}: expected 1 or more, the generation that is saved")
         task_tensors = self._kept()
         refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
         base = self._base_model() if include_base else None
@@ -305,6 +317,7 @@ class Merger(MergeState):
             base,
             task_tensors,
             self.method.state_tensors(),
+            keep,
         )
 
     def export(

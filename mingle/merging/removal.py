@@ -7,6 +7,7 @@ from typing import Any
 from mingle.merging.merged_task import RemovedTask
 from mingle.merging.state import MergeState
 
+_TEMPERATURES = "the temperatures that predict weighs the answers of later tasks by were measured beside it"
 Rows = list[list[float | None]]
 
 
@@ -24,6 +25,9 @@ def remove(merge: MergeState, name: str) -> list[str]:
         except ValueError as error:
             raise ValueError(f"task {name!r} cannot be removed: {error}") from None
         stays = left.stays
+        later = merge.merged[place + 1 :]
+        if (saved[place] or stays) and any(task.temperature is not None for task in later):
+            stays = [*stays, _TEMPERATURES]
         try:
             merge._begin(type(merge.method))
             merge.method.restore(left.tasks, left.state)

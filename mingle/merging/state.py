@@ -49,7 +49,7 @@ class MergeState:
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
         self.seed, self.vocabulary = seed, vocabulary
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
-        self.base_name = _name(base_model)
+        self.base_name = model_name(base_model)
         self.base = (
             _finite(self.task.base(base_model))
             if isinstance(base_model, nn.Module)
@@ -174,7 +174,7 @@ class MergeState:
         except ValueError as error:  # options that do not suit this model
             raise CheckpointError(f"{path}: {error}") from error
         if not isinstance(base, nn.Module):
-            merger.base_folder, merger.base_name = Path(base), _name(base)
+            merger.base_folder, merger.base_name = Path(base), model_name(base)
         merger.merged = [MergedTask.of(noted) for noted in merge["tasks"]]
         merger.removed = [RemovedTask.of(noted) for noted in merge.get("removed", [])]
         merger.matrix = merge["matrix"]
@@ -207,10 +207,10 @@ class MergeState:
             raise CheckpointError(f"{folder}: {reason}: {error}") from error
 
 
-def _name(base: nn.Module | str | Path) -> ModelName:
-    """What the base is called; a module may say so in its configuration."""
+def model_name(model: nn.Module | str | Path) -> ModelName:
+    """What a model is called; a module may say so in its configuration."""
     place: Any = (
-        getattr(getattr(base, "config", None), "name_or_path", "") if isinstance(base, nn.Module) else base
+        getattr(getattr(model, "config", None), "name_or_path", "") if isinstance(model, nn.Module) else model
     )
     return ModelName.of(place) if place else ModelName()
 

@@ -178,7 +178,7 @@ class MadeIt(GatedMethod):
             math.ceil(self.options.share * min(layer.weight.shape)) * sum(layer.weight.shape)
             for layer in self.layers.values()
         )
-        return Kept(2 * 4 * experts, 0)  # in the state, of which the old one stays until the new is written
+        return Kept(4 * experts, 0)  # in the state, which holds those of all tasks
 
     def task_tensors(self, index: int) -> Tensors:
         return {}

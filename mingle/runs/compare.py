@@ -124,7 +124,7 @@ def _check_room(comparison: Comparison, suite: Suite, merged: Path) -> None:
             size = room.of_merge(
                 method, comparison.options_for(method, suite), suite.base, tasks.get(suite.task_type)
             )
-            needed += size.base + size.task * len(suite) + size.state
+            needed += size.base + size.saved_once(len(suite))
             if (merged / method / MANIFEST).exists():
                 read_manifest(merged / method)
                 needed -= size.base

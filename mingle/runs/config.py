@@ -13,6 +13,7 @@
     adapt: {steps: 50, lr: 1.0e-4, batch_size: 16, samples_per_class: 5, temperature: 2.0, protocol: strict}
     eval: {suite: images/, every_step: true, batch_size: 128}
     vocabulary: same                          # or base: of models with new tokens, merge the rows both have
+    keep: 3                                   # generations; without it, all are kept
     options: {constraint: hard}               # anything else the method takes
     revisions: {datasets/ylecun/mnist: 4d5…}  # commits of hub models and data sets
 
@@ -117,8 +118,13 @@ class MergeConfig:
     adapt: Adapt = field(default_factory=Adapt)
     eval: Eval = field(default_factory=Eval)
     vocabulary: Vocabulary = "same"
+    keep: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.keep is not None:
+            require_positive(self, "keep")
 
     def method_options(self) -> dict[str, Any]:
         """The file's settings of the method, under the method's own option names.

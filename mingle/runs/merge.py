@@ -80,7 +80,7 @@ class MergePlan:
                 for step in merging:
                     inputs.note(merger.metadata, step.task, self.experts[step.task])
                     _note_course(merger, step, self.suite, last=len(merger.merged) == len(order))
-                    merger.save_pretrained(folder)
+                    merger.save_pretrained(folder, keep=self.config.keep)
                     timings.note(folder, step)
                 result = merger.result()
             observer.merged(self.config.method, number, result)
@@ -148,7 +148,7 @@ def add(
         merger.check_name(expert.name)
         assert merger.base_folder is not None  # without a base in the folder, it would not have been opened
         size = room.of_method(merger.method, merger.base_folder)
-        free_space(folder, size.task + size.state)
+        free_space(folder, size.saved_each(1, len(merger.merged)))
         order = [*merger.task_names, expert.name]
         for step in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):
             inputs.note(merger.metadata, expert.name, model)
@@ -222,7 +222,7 @@ def export(
     exports.check(task, format, seeds=False)
     if task is not None and merger.method.folds_by_means:
         merger.model_for(task)  # which refuses an unknown one before samples are made
-        suite = _suite(merger, folder, overrides, [task])
+        suite = suite_of(merger, folder, overrides, [task])
         seeds = None if suite is None else suite.seeds(task)
     elif overrides:
         name = next(iter(overrides)).replace("_", "-")
@@ -241,10 +241,12 @@ def _note_course(merger: Merger, step: MergeStep, suite: Suite | None, *, last: 
 def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite | None]:
     """A merged model and its suite, with the caller's changes to its origin."""
     merger = Merger.from_pretrained(folder)
-    return merger, _suite(merger, folder, overrides, merger.task_names)
+    return merger, suite_of(merger, folder, overrides, merger.task_names)
 
 
-def _suite(merger: Merger, folder: Path, overrides: Mapping[str, Any], names: Sequence[str]) -> Suite | None:
+def suite_of(
+    merger: Merger, folder: Path, overrides: Mapping[str, Any], names: Sequence[str]
+) -> Suite | None:
     """A merged model's suite, its samples of these tasks checked, once the changes are in the metadata."""
     pooled_over_batch = getattr(merger.options, "reduce", None) == PROTOCOLS["official"]
     protocol = "official" if pooled_over_batch else "strict"

@@ -22,12 +22,32 @@ class Room:
     Attributes:
         base: the copy of the base model.
         task: what is kept of each task alone, at most.
-        state: what is kept of all tasks together, twice: the old stays until the new is written.
+        state: what is kept of all tasks together.
+        rewritten: whether each arrival writes what is kept of every task again.
     """
 
     base: int
     task: int
     state: int
+    rewritten: bool = False
+
+    def saved_once(self, tasks: int) -> int:
+        """For a merge of that many tasks that is saved when it is done, without the base."""
+        return self.task * tasks + self.state
+
+    def saved_each(self, tasks: int, before: int = 0, keep: int | None = None) -> int:
+        """For that many tasks that are merged and saved one after another, without the base.
+
+        Every save is a generation, and an old one goes only when the next is there.
+
+        Args:
+            tasks: how many arrive.
+            before: how many are merged already.
+            keep: how many generations are kept; None for all.
+        """
+        at_once = tasks if keep is None else min(tasks, keep + 1)
+        merged = range(before + 1, before + tasks + 1)[tasks - at_once :]
+        return self.state * at_once + self.task * (sum(merged) if self.rewritten else tasks)
 
 
 def of_merge(method: str, options: Mapping[str, Any], base: Path, task: TaskType) -> Room:
@@ -42,4 +62,4 @@ def of_method(fitted: MergeMethod, base: Path) -> Room:
     kept = fitted.kept_bytes()
     head = kept_size(head_of(fitted.model, fitted.task.heads(fitted.model)).values())
     files = sum(file.stat().st_size for file in base_files(base))
-    return Room(files, kept.task + head, 2 * kept.state)
+    return Room(files, kept.task + head, kept.state, fitted.rewrites_tasks())

@@ -9,7 +9,8 @@ from typing import Any
 from mingle import tasks
 from mingle.io import merger_folder
 from mingle.io.files import CheckpointError, free_space
-from mingle.io.manifest import MANIFEST
+from mingle.io.leftovers import foreign
+from mingle.io.manifest import MANIFEST, read_manifest
 from mingle.methods import MergeMethod
 from mingle.runs import inputs, room
 from mingle.runs.course import COURSE
@@ -28,18 +29,30 @@ def check(plan: MergePlan, method: MergeMethod) -> None:
     """
     if not plan.folders:
         return
-    size, needed = room.of_method(method, plan.base), 0
+    size, needed, least, keep = room.of_method(method, plan.base), 0, 0, plan.config.keep
     for folder, order in zip(plan.folders, plan.orders, strict=True):
         merged = _check_folder(folder, plan, order) if folder.exists() else 0
         if merged < len(order):
-            needed += size.state + size.task * (len(order) - merged) + (0 if merged else size.base)
-    free_space(plan.folders[0], needed)
+            base = 0 if merged else size.base
+            needed += base + size.saved_each(len(order) - merged, merged, keep or _keep(folder))
+            least += base + size.saved_each(len(order) - merged, merged, 1)
+    try:
+        free_space(plan.folders[0], needed)
+    except CheckpointError as error:
+        if least < needed:
+            error.add_note(f"keep: 1, which keeps only the newest generation of the merge, needs {least}")
+        raise
+
+
+def _keep(folder: Path) -> int | None:
+    """How many generations the folder keeps so far; None for all."""
+    return read_manifest(folder).get("keep") if (folder / MANIFEST).exists() else None
 
 
 def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
     """How many tasks of this very merge the folder holds."""
     if not (folder / MANIFEST).exists():
-        if (stranger := merger_folder.foreign(folder)) is not None:
+        if (stranger := foreign(folder)) is not None:
             raise CheckpointError(
                 f"{folder}: not empty, and not a merge that could be resumed: {stranger} is in it"
             )
@@ -61,6 +74,8 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
     merged = [task["name"] for task in manifest["tasks"]]
     if merged != order[: len(merged)]:
         differing.append(f"tasks: {', '.join(merged)} there, the order is now {', '.join(order)}")
+    elif removed := [task["name"] for task in manifest.get("removed", [])]:
+        differing.append(f"tasks: {', '.join(removed)} left, and something of what they were stays")
     else:
         differing += inputs.changed(noted, merged, plan.experts, plan.config.eval.suite)
     if differing:

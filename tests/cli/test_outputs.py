@@ -209,8 +209,8 @@ def test_the_estimate_covers_what_a_merge_takes(method, config, tmp_path, base_f
     taken = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors"))
     size = room.of_merge(method, content.get("options", {}), base_folder, ClipTask())
     headers = 64 << 10
-    assert taken <= size.base + 2 * size.task + size.state // 2 + headers
-    assert size.base + 2 * size.task + size.state < 4 * taken
+    assert taken <= size.base + size.saved_each(2) + headers
+    assert size.base + size.saved_each(2) < 4 * taken
 
 
 @pytest.mark.parametrize("method", ["mingle", "routed", "wemoe"])

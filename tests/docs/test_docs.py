@@ -38,6 +38,7 @@ SLOW = ("README.md", "reproduce.md", "adapters-elsewhere.md")
 SAYS = {
     "README.md": r"^[67]\d\.\d+$",
     "merge-two-clips.md": r"(?s)ACC (9|100).*'stripes': (9|100).*'colours': (9|100).*'corners': (9|100)",
+    "life-after-the-merge.md": r"(?s)nothing of it stays.*would be freed.*\['spots', 'waves'\]",
     "adapters-elsewhere.md": r"(?s)merged: ACC (\d+\.\d).*9\d\.\d % with its adapter.*% folded\nback: ACC \1",
     "your-own-method.md": r"did you mean 'keep'\?$",
     "your-own-task-type.md": r"average: ACC [67]\d %\nmingle: ACC (8[5-9]|9\d) %",

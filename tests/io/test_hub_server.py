@@ -18,6 +18,9 @@ import pytest
 pytest.importorskip("pyarrow", reason="the suites of the papers read Parquet files")
 
 from standin_hub import images, table
+from tiny_merge import TinyMerge, contents
+
+import mingle
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOS = {
@@ -165,3 +168,26 @@ def test_a_repository_that_does_not_exist_is_named(server, tmp_path):
     assert (
         "CheckpointError: org/modle: is not a local folder and cannot be fetched from the hub" in done.stderr
     )
+
+
+MERGE = """
+import mingle
+model = mingle.load("me/merged")
+print(float(sum(parameter.double().sum() for parameter in model.state_dict().values())))
+"""
+
+
+@pytest.mark.slow
+def test_of_a_merge_only_the_generation_in_use_is_fetched(server, tmp_path, monkeypatch):
+    tiny = TinyMerge(tmp_path / "tiny")
+    files = contents(tiny.root / "merged") | {"notes.txt": b"mine", "code.py": b"print()"}
+    monkeypatch.setitem(REPOS, "models/me/merged", files)
+    done = user(server, tmp_path, MERGE)
+    expected = sum(float(t.double().sum()) for t in mingle.load(tiny.root / "merged").state_dict().values())
+    assert float(done.stdout) == pytest.approx(expected), done.stderr
+    manifest = json.loads(files["manifest.json"])
+    base = [name for name in files if name.startswith("base-")]
+    assert len(base) == 2 and len([name for name in files if name.startswith("state-")]) == 2
+    assert sorted(server.fetched) == sorted(["manifest.json", manifest["state"]["file"], *base])
+    server.shutdown()
+    assert user(server, tmp_path, MERGE, HF_HUB_OFFLINE="1").stdout == done.stdout

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from operations import ends, every, few, killing, kinds
+from operations import ends, every, few, killing, kinds, some
 from tiny_merge import TinyMerge, contents
 
 from mingle.merging.merger import Merger
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 chosen_steps = pytest.mark.parametrize("chosen", [few, pytest.param(every, marks=pytest.mark.slow)])
+some_steps = pytest.mark.parametrize("chosen", [some, pytest.param(every, marks=pytest.mark.slow)])
 Chosen = Callable[[list[str]], list[int]]
 
 
@@ -49,6 +51,42 @@ def test_an_addition_killed_at_any_step_leaves_the_old_merge_or_the_new_and_ends
         assert names in (["a", "b"], ["a", "b", "c"])
         again = tiny.add(out)()
         assert again == 0 if len(names) == 2 else "already merged" in tiny.said.read_text()
+        assert contents(out) == contents(whole), (at, steps[at])
+
+
+@some_steps
+def test_a_removal_killed_at_any_step_leaves_the_old_merge_or_the_new_and_ends_in_the_same_bits(
+    tiny: TinyMerge, chosen: Chosen
+) -> None:
+    tiny.routed()
+    whole = tiny.copied("whole", "routed")
+    steps = kinds(tiny.root, tiny.remove(whole, "a"))
+    for at in chosen(steps):
+        out = tiny.copied("removed", "routed")
+        assert ends(tiny.root, tiny.remove(out, "a"), killing(at)) == -signal.SIGKILL
+        names = Merger.from_pretrained(out).task_names
+        assert names in (["a", "b"], ["b"])
+        again = tiny.remove(out, "a")()
+        assert again == 0 if len(names) == 2 else "not among the merged" in tiny.said.read_text()
+        assert contents(out) == contents(whole), (at, steps[at])
+
+
+@some_steps
+@pytest.mark.parametrize("command", ["rollback", "tidy"])
+def test_a_return_or_a_tidying_killed_at_any_step_loses_nothing_and_ends_in_the_same_bits(
+    tiny: TinyMerge, chosen: Chosen, command: str
+) -> None:
+    def run(out: Path) -> Callable[[], int]:
+        return tiny.rollback(out, 1) if command == "rollback" else tiny.tidy(out)
+
+    whole = tiny.copied("whole")
+    steps = kinds(tiny.root, run(whole))
+    for at in chosen(steps):
+        out = tiny.copied("changed")
+        assert ends(tiny.root, run(out), killing(at)) == -signal.SIGKILL
+        names = Merger.from_pretrained(out).task_names
+        assert names in (["a", "b"], ["a"]) and (command == "rollback" or len(names) == 2)
+        assert run(out)() == 0
         assert contents(out) == contents(whole), (at, steps[at])
 
 

@@ -52,6 +52,15 @@ class TinyMerge:
     def add(self, folder: Path, name: str = "c") -> Callable[[], int]:
         return self._command("add", folder, "--name", name, "--model", self.inputs / name)
 
+    def remove(self, folder: Path, *names: str) -> Callable[[], int]:
+        return self._command("remove", folder, *names)
+
+    def rollback(self, folder: Path, number: int) -> Callable[[], int]:
+        return self._command("rollback", folder, "--to", number)
+
+    def tidy(self, folder: Path, *more: str) -> Callable[[], int]:
+        return self._command("tidy", folder, *more)
+
     def export(self, folder: Path, out: Path, *more: str) -> Callable[[], int]:
         return self._command("export", folder, "--out", out, *more)
 
@@ -67,10 +76,10 @@ class TinyMerge:
             merger.save_pretrained(folder)
         return folder
 
-    def copied(self, name: str) -> Path:
-        """A new copy of the merge of two."""
+    def copied(self, name: str, source: str = "merged") -> Path:
+        """A new copy of the merge of two, or of another folder."""
         shutil.rmtree(self.root / name, ignore_errors=True)
-        shutil.copytree(self.root / "merged", self.root / name)
+        shutil.copytree(self.root / source, self.root / name)
         return self.root / name
 
     def _command(self, *words: object) -> Callable[[], int]:

@@ -89,7 +89,7 @@ class Cell:
     def room(self, suite: Suite, *, keep_model: bool) -> int:
         """How many bytes the merge may take on the disk."""
         size = room.of_merge(self.method, self.options, suite.base, tasks.get(suite.task_type))
-        return size.task * len(suite) + size.state + (size.base if keep_model else 0)
+        return size.saved_each(len(suite), keep=1) + (size.base if keep_model else 0)
 
     def run(
         self, suite: Suite, cells: Path, observer: Observer, device: torch.device, *, keep_model: bool
@@ -107,7 +107,7 @@ class Cell:
         try:
             for step in merge_all(merger, order, expert, suite, observer, number, evaluate=self.evaluate):
                 done.append(without_nan(asdict(step)))
-                merger.save_pretrained(saved, include_base=keep_model)
+                merger.save_pretrained(saved, include_base=keep_model, keep=1)
         except AdaptationDiverged as error:
             failed = f"{order[len(done)]}: {error}"
         if number == 0 and failed is None:
