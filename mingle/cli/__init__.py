@@ -26,6 +26,7 @@ from mingle.cli import (
     inspect,
     merge,
     output,
+    play,
     report,
     reproduce,
 )
@@ -33,7 +34,7 @@ from mingle.cli.arguments import LiteralParser
 from mingle.merging.finite import NonFiniteMerge
 from mingle.ops.dispatch import BackendUnavailable
 
-_COMMANDS = (demo, reproduce, merge, check, add, evaluate, explain, inspect, export, report, bench, env)
+_COMMANDS = (demo, reproduce, merge, check, add, evaluate, explain, inspect, export, play, report, bench, env)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
