@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor, nn
 
 from mingle.nn.call_arguments import takes
@@ -54,12 +53,11 @@ class ImageReader:
         if size is not None:
             self.processor.check_output(size)
 
-    def __call__(self, given: Path | None) -> dict[str, Tensor]:
-        if given is None:
+    def __call__(self, given: str | Path | None) -> dict[str, Tensor]:
+        if not given:
             raise ReadingError("there is no image yet")
         try:
-            pixels: np.ndarray[Any, Any] = read_image(given)
-            return {"pixel_values": self.processor([pixels])}
+            return {"pixel_values": self.processor([read_image(Path(given))])}
         except ImageError as error:
             raise ReadingError(f"the image cannot be read: {error}") from None
 

@@ -160,7 +160,7 @@ def _page(try_out: TryOut, folder: Path) -> Any:
         """All parts of the page, once for every model that has answered."""
         names = [try_out.tasks[place] for place in active]
         try:
-            for trial in try_out.trials(Path(given) if image and given else given, names):
+            for trial in try_out.trials(given, names):
                 yield cards.answers(trial), cards.gates(trial)
         except ReadingError as error:
             yield cards.message(str(error)), ""
