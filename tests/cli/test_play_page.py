@@ -29,7 +29,7 @@ pytestmark = [
     ),
 ]
 TASKS = (
-    "<script>document.title='run'</script>",
+    "<script>document.title='run'</script> ${document.title='run'} {{7*7}}",
     "</script><img src=x onerror=document.title='run'> **b** \"q\"",
 )
 CLASSES = (("<b>cat</b>", "dog_ _"), ("red", "green" * 500, "'blue'"))
@@ -129,6 +129,11 @@ def test_an_image_is_answered_and_a_task_switched_off(tmp_path, monkeypatch):
         assert "Failed to fetch" in page.evaluate(refused)
         policy = page.request.get(address).headers["content-security-policy"]
         assert policy.startswith("default-src 'self'")
+        picture.write_bytes(b"not a picture")
+        page.locator("#given input[type=file]").set_input_files(picture)
+        until(
+            page, "answers", lambda text: "the image cannot be read: in no format that Pillow knows" in text
+        )
         page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
         until(page, "answers", lambda text: "there is no image yet" in text)
     assert kept == {path: path.read_bytes() for path in (tmp_path / "merged").rglob("*") if path.is_file()}

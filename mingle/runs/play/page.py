@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 #: the port where none is asked for, and how many after it are tried
 PORT, PORTS = 7860, 100
+#: of an image
+_MOST_BYTES = "100mb"
 _MISSING = "`mingle play` needs Gradio: pip install 'mingle-merge[play]'"
 _POLICY = (
     "default-src 'self' blob: data:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -39,7 +41,7 @@ _MONO = ["ui-monospace", "Consolas", "monospace"]
 _STYLE = """
 .gradio-container { width: 100%; max-width: min(100vw, 84rem) !important; margin: 0 auto !important; }
 .gradio-container :is(.main, .wrap, main, .row, .block) { min-width: 0; max-width: 100%; }
-.gradio-container { --body-text-color-subdued: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
+.active-tasks { --block-info-text-color: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
 .active-tasks label { max-width: 100%; }
 .active-tasks label > span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
   overflow: hidden; overflow-wrap: anywhere; }
@@ -112,6 +114,7 @@ def serve(
                 pwa=False,
                 enable_monitoring=False,
                 show_error=True,
+                max_file_size=_MOST_BYTES,
                 app_kwargs={"middleware": [Middleware(_Policy)]},
                 theme=gradio.themes.Default(font=_FONTS, font_mono=_MONO),
                 css=_STYLE + cards.STYLE,
@@ -173,12 +176,11 @@ def _page(try_out: TryOut, folder: Path) -> Any:
                 if image:
                     given: Any = gradio.Image(
                         label="image to try",
-                        type="filepath",
-                        image_mode=None,  # as it is: it is read as images of suites are
                         sources=["upload", "clipboard"],
                         height=280,
                         elem_id="given",
                     )
+                    given.preprocess = _path  # the image is read as those of suites are
                 else:
                     given = gradio.Textbox(label="text to try", lines=4, max_lines=12, elem_id="given")
                 ask = gradio.Button("Answer", variant="primary", elem_id="ask")
@@ -199,3 +201,8 @@ def _page(try_out: TryOut, folder: Path) -> Any:
             concurrency_limit=1, trigger_mode="always_last", show_progress="minimal", api_name=False,
         )  # fmt: skip
     return page
+
+
+def _path(given: Any) -> str | None:
+    """Where an uploaded file is; it may hold anything."""
+    return None if given is None else given.path
