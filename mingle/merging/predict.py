@@ -79,11 +79,8 @@ class AllTasks:
         if self.method.per_task:
             return f"method {self.method.name!r} keeps one model per task; use model_for(name)"
         for name, head in zip(self.names, self.heads, strict=True):
-            if lacking := [key for key in self.task.shared if key not in head.shared]:
-                return (
-                    f"task {name!r} was merged without samples, so its {lacking[0]} are not known; give them "
-                    f"by set_classes({name!r}, shared={{{lacking[0]!r}: …}})"
-                )
+            if reason := lacking(self.task, name, head):
+                return reason
         own = any(head.tensors or head.shared for head in self.heads)
         if not own and not self.method.routes and len(self.names) > 1:
             return (
@@ -112,6 +109,12 @@ class AllTasks:
         )
 
     @torch.no_grad()
+    def shares(self, model: nn.Module, data: TaskData, routed: Tensor | None) -> list[Tensor]:
+        """The probabilities of every task's classes, [n, C] for each task; arguments as for `choose`."""
+        scores = [part.float().cpu() for part in self.task.union(model, data, self.heads)]
+        one_scale = self.task.one_scale and routed is None
+        return probabilities(scores, self.temperatures, one_scale=one_scale)
+
     def choose(self, model: nn.Module, data: TaskData, routed: Tensor | None) -> Choice:
         """The likeliest answers to samples.
 
@@ -121,9 +124,7 @@ class AllTasks:
             routed: the numbers of their tasks [n], as the method's `route` gives them; None where it has no
                 router.
         """
-        scores = [part.float().cpu() for part in self.task.union(model, data, self.heads)]
-        one_scale = self.task.one_scale and routed is None
-        shares = [part.max(1) for part in probabilities(scores, self.temperatures, one_scale=one_scale)]
+        shares = [part.max(1) for part in self.shares(model, data, routed)]
         best, labels = (torch.stack(parts, 1) for parts in zip(*shares, strict=True))  # [n, T]
         chosen = (best.argmax(1) if routed is None else routed.cpu()).unsqueeze(1)
         answers = (chosen, labels.gather(1, chosen), best.gather(1, chosen))
@@ -138,3 +139,14 @@ class AllTasks:
         dropped = ("labels", "class_names", *shared)
         kept = {name: part for name, part in given.items() if name not in dropped}
         return self.task.data({**kept, **shared})
+
+
+def lacking(task: TaskType, name: str, head: Head) -> str:
+    """Why the classes of a merged task are not known; empty where they are."""
+    unknown = [key for key in task.shared if key not in head.shared]
+    if not unknown:
+        return ""
+    return (
+        f"task {name!r} was merged without samples, so its {unknown[0]} are not known; give them "
+        f"by set_classes({name!r}, shared={{{unknown[0]!r}: …}})"
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,7 @@ from mingle.methods.base import Arrival, Folded, Kept, Left, MergeMethod, StepRe
 from mingle.nn.inject import find_targets, inject
 from mingle.nn.linear import LowRankExpert, MingleLinear
 from mingle.nn.matrices import oriented, packed_experts
+from mingle.nn.observe import gates_made_of
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.masks import TokenMasks
 
@@ -146,6 +149,34 @@ class GatedMethod(MergeMethod):
         for gate in gates.values() if place is not None else ():
             gate[place] = 1
         return gates
+
+    @contextmanager
+    def only(self, tasks: Collection[int]) -> Iterator[None]:
+        """Inside the block the experts of these tasks answer, as if there were no others."""
+        own = [self.own_gates(index) for index in sorted(tasks)]
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                kept = torch.stack([torch.zeros_like(layer.all_gates()[1]), *(gates[name] for gates in own)])
+                make = partial(self.remaining, kept.amax(0))
+                stack.enter_context(gates_made_of({name: layer}, make))
+            yield
+
+    @contextmanager
+    def alone(self, index: int) -> Iterator[None]:
+        """Inside the block the task's own expert answers with a gate of 1, and no other; see `own_gates`."""
+        with ExitStack() as stack:
+            for name, gates in self.own_gates(index).items():
+                stack.enter_context(gates_made_of({name: self.layers[name]}, gates.expand_as))
+            yield
+
+    def remaining(self, kept: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """What the gates [..., T] of a layer would be if it had certain experts only: 0 for the others.
+
+        Args:
+            kept: 1 for those that it would have and 0 for the others, [T].
+            gates: of all of them.
+        """
+        return gates * kept.to(gates)
 
     def fold(self, gates: Mapping[str, torch.Tensor]) -> Tensors:
         """The tower as plain weights, W₀ + Σ_i g_i B_i A_i in every layer, for its gates [T]."""

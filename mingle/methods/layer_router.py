@@ -26,13 +26,22 @@ class Moments(NamedTuple):
 
 
 class Router(Protocol):
-    """Decides by what the base model makes of samples at the sites that it reads."""
+    """Decides by what the base model makes of samples at the sites that it reads.
+
+    Attributes:
+        among: the tasks with an expert that it chooses among, bool [T]; None for all of them.
+    """
+
+    among: Tensor | None
 
     def gates(self, moments: Sequence[Moments]) -> Tensor:
         """The gates of all experts, [n, T]."""
 
     def likeliest(self, moments: Sequence[Moments]) -> Tensor:
         """The places [n] of the likeliest tasks among those with an expert."""
+
+    def shares(self, moments: Sequence[Moments]) -> Tensor:
+        """How much speaks for every task with an expert, [n, T], each row a sum of 1."""
 
 
 class LayerRouter:
@@ -57,6 +66,8 @@ class LayerRouter:
         self.read: tuple[int, ...] = ()
         #: where decoders read the encoder's outputs
         self.encodings: Encodings | None = None
+        #: whether the layers are called for `moments`, and not for an answer
+        self.looking = False
         self._decided: Tensor | None = None
 
     def register(
@@ -161,10 +172,12 @@ class LayerRouter:
         handles = [site.register_forward_pre_hook(note, with_kwargs=True) for site in earlier]
         self.give(self.layers, first.weight.new_zeros(first.num_experts) if first.num_experts else None)
         args, kwargs = _apart(encoder, args, kwargs, mask)
+        self.looking = True
         try:
             with torch.autocast(first.weight.device.type, enabled=False):
                 run_until([last], partial(encoder.forward, *args, **kwargs), note)
         finally:
+            self.looking = False
             self.give(self.layers, None)
             for handle in handles:
                 handle.remove()

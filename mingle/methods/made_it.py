@@ -166,6 +166,11 @@ class MadeIt(GatedMethod):
                 gate[self.owned[name][index]] = 1
         return gates
 
+    def remaining(self, kept: Tensor, gates: Tensor) -> Tensor:
+        """The softmax over the others' alignments."""
+        gates = super().remaining(kept, gates)
+        return gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+
     def by_task(self, gates: Mapping[str, Tensor]) -> Tensor:
         owned = {name: [place for place in places if place >= 0] for name, places in self.owned.items()}
         return torch.stack([gates[name].double()[places] for name, places in owned.items()], 1)

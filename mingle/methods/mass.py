@@ -59,6 +59,8 @@ class ResidualRouter:
         options: see `MassOptions`.
     """
 
+    among: Tensor | None = None
+
     def __init__(self, layer: MingleLinear, options: MassOptions) -> None:
         self.layer, self.options = layer, options
 
@@ -66,13 +68,17 @@ class ResidualRouter:
         """[n, T]."""
         z = moments[0].mean.float()
         outside = [z - (z @ V.mT) @ V for V in map(input_directions, self.layer.A)]
-        return torch.stack([part.norm(dim=1) for part in outside], 1)
+        residuals = torch.stack([part.norm(dim=1) for part in outside], 1)
+        return residuals if self.among is None else residuals.masked_fill(~self.among, torch.inf)
 
     def likeliest(self, moments: Sequence[Moments]) -> Tensor:
         return self.residuals(moments).argmin(1)
 
+    def shares(self, moments: Sequence[Moments]) -> Tensor:
+        return (-self.residuals(moments) / self.options.temperature).softmax(1)
+
     def gates(self, moments: Sequence[Moments]) -> Tensor:
-        weights = (-self.residuals(moments) / self.options.temperature).softmax(1)
+        weights = self.shares(moments)
         heaviest = weights.topk(min(self.options.most, weights.shape[1]), 1)
         taking = heaviest.values > self.options.threshold
         taking[:, 0] = True

@@ -167,6 +167,8 @@ class PosteriorRouter:
             its own samples have, on a logarithmic scale, get no expert; None for none.
     """
 
+    among: Tensor | None = None
+
     def __init__(
         self,
         tasks: Sequence[TaskFeatures],
@@ -192,10 +194,14 @@ class PosteriorRouter:
         """Tempered log-likelihoods [n, T] of features [n, F], older tasks preferred."""
         scores = self.gaussians.scores(used(features, self.setting.spread)) / self.temperature
         older = torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
-        return scores + self.seniority * older
+        scores = scores + self.seniority * older
+        return scores if self.among is None else scores.masked_fill(~self.among, -math.inf)
 
     def likeliest(self, moments: Sequence[Moments]) -> Tensor:
         return self.scores(joined(moments)).argmax(1)
+
+    def shares(self, moments: Sequence[Moments]) -> Tensor:
+        return self.scores(joined(moments)).softmax(1)
 
     def gates(self, moments: Sequence[Moments]) -> Tensor:
         features = joined(moments)

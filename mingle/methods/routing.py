@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,18 @@ from mingle.methods.gated import GatedMethod
 from mingle.methods.layer_router import LayerRouter, Moments
 from mingle.nn.early_stop import run_until
 from mingle.tasks import TaskData, TaskType
+
+
+class Decision(NamedTuple):
+    """What a router makes of samples.
+
+    Attributes:
+        shares: how much speaks for every task, [n, T], each row a sum of 1; 0 for a task without an expert.
+        strange: which samples are so strange that it opens no gate, bool [n].
+    """
+
+    shares: Tensor
+    strange: Tensor
 
 
 class RouterMethod(GatedMethod):
@@ -59,6 +72,33 @@ class RouterMethod(GatedMethod):
         owners = [task for task, place in enumerate(self.places) if place is not None]
         likeliest = torch.cat([router.likeliest(moments) for moments in self.moments(data, self.router.read)])
         return torch.tensor(owners, device=likeliest.device)[likeliest]
+
+    def decision(self, data: TaskData) -> Decision | None:
+        """What the router makes of samples; None before it knows any task."""
+        router = self.router.router
+        if router is None:
+            return None
+        seen = self.moments(data, self.router.read)
+        found = torch.cat([router.shares(moments) for moments in seen])
+        shares = found.new_zeros(len(found), len(self.places))
+        shares[:, [place is not None for place in self.places]] = found
+        return Decision(shares, torch.cat([router.gates(moments).sum(1) == 0 for moments in seen]))
+
+    @contextmanager
+    def only(self, tasks: Collection[int]) -> Iterator[None]:
+        """Inside the block the router chooses among these tasks; without any the base model answers."""
+        router = self.router.router
+        among = torch.tensor([i in tasks for i, place in enumerate(self.places) if place is not None])
+        if router is None or not among.any():
+            with super().only(tasks):
+                yield
+            return
+        before, router.among = router.among, among.to(next(self.tower.parameters()).device)
+        try:
+            with super().only(tasks):
+                yield
+        finally:
+            router.among = before
 
     def moments(self, data: TaskData, read: Sequence[int]) -> list[list[Moments]]:
         """What the router reads at these sites, batch by batch."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class TaskType(ABC):
         one_class: whether an answer is one class, so that answers of several tasks can be compared.
         shared: what the samples of a task share and stands in for its head, such as ``text_embeds``.
         one_scale: whether scores of different tasks' classes can be compared as they are.
+        modality: what a sample is to a person, ``image`` or ``text``, which the files of a base's folder turn
+            into inputs, see `mingle.tasks.readers`; None where nobody knows.
         config_part: the name of the tower's configuration in the model's; empty where the tower is the whole
             model.
         published_sets: sets of layers that a paper names, as suffixes, instead of those that are found.  They
@@ -43,6 +45,7 @@ class TaskType(ABC):
     one_class: ClassVar[bool] = True
     shared: ClassVar[tuple[str, ...]] = ()
     one_scale: ClassVar[bool] = False
+    modality: ClassVar[Literal["image", "text"] | None] = None
     config_part: ClassVar[str] = ""
     published_sets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
@@ -128,6 +131,14 @@ class TaskType(ABC):
         finally:
             put_head(model, served)
         return scores
+
+    def written(self, model: nn.Module, data: TaskData, length: int) -> Tensor:
+        """The greedy answer to one sample, where answers are texts: token ids, at most `length` of them.
+
+        Raises:
+            ValueError: another task type, or a prompt that leaves no room for an answer.
+        """
+        raise ValueError(f"the answers of a {self.name} model are not texts")
 
     def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
         """Seed samples completed by what only the fine-tuned model can tell, such as its own answers.

@@ -55,6 +55,7 @@ class CausalLmTask(TaskType):
 
     name = "causal-lm"
     one_class = False  # but a text
+    modality = "text"
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples as `TaskData`.
@@ -139,6 +140,11 @@ class CausalLmTask(TaskType):
             scores = sums / lengths if data.metric == "accuracy-per-token" else sums
             return (scores.argmax(1) == required_labels(data).cpu()).double()
         return self._exact(model, data)
+
+    @torch.no_grad()
+    def written(self, model: nn.Module, data: TaskData, length: int) -> Tensor:
+        ids, _, counted = self._answered(model, data, length)
+        return ids[counted.bool()]
 
     def _exact(self, model: nn.Module, data: TaskData) -> Tensor:
         """Whether the greedy answers to the prompts are those wanted, token by token, [n]."""

@@ -153,6 +153,7 @@ class ImageClassificationTask(ClassificationTask):
     """The task type ``image-classification``: samples have ``pixel_values`` [n, 3, H, W]."""
 
     name = "image-classification"
+    modality = "image"
     needed = "pixel_values"
     auto = "AutoModelForImageClassification"
 
@@ -169,6 +170,7 @@ class TextClassificationTask(ClassificationTask):
     """
 
     name = "text-classification"
+    modality = "text"
     needed = "input_ids"
     others = ("attention_mask", "token_type_ids")
     auto = "AutoModelForSequenceClassification"

@@ -31,6 +31,7 @@ class ClipTask(ClassEmbeddingTask):
     """
 
     name = "clip"
+    modality = "image"
     config_part = "vision_config"
     published_sets: ClassVar = {
         "nufilt": (*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "mlp.fc1")

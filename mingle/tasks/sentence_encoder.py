@@ -45,6 +45,7 @@ class SentenceEncoderTask(ClassEmbeddingTask):
     """
 
     name = "sentence-encoder"
+    modality = "text"
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples as `TaskData`.

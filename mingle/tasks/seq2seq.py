@@ -38,6 +38,7 @@ class Seq2SeqTask(TaskType):
 
     name = "seq2seq"
     one_class = False  # but a text
+    modality = "text"
     #: attention and the inner feed-forward layers of T5, gated as in Flan-T5 or not
     published_sets: ClassVar = {
         "full": (
@@ -145,13 +146,17 @@ class Seq2SeqTask(TaskType):
             dtype=torch.float64,
         ).mT
 
-    def _answers(self, model: nn.Module, data: TaskData) -> Tensor:
-        """Greedy answers [n, ≤ 10], the start token first."""
+    @torch.no_grad()
+    def written(self, model: nn.Module, data: TaskData, length: int) -> Tensor:
+        return self._answers(model, data, length + 1)[0, 1:]
+
+    def _answers(self, model: nn.Module, data: TaskData, length: int = ANSWER_TOKENS) -> Tensor:
+        """Greedy answers [n, ≤ length], the start token first."""
         t5: Any = model
         ids, mask = (data.inputs[name].to(t5.device) for name in ("input_ids", "attention_mask"))
         ids, mask = right_padded(ids, mask)
         answers: Tensor = t5.generate(
-            input_ids=ids, attention_mask=mask, max_length=ANSWER_TOKENS, do_sample=False, num_beams=1
+            input_ids=ids, attention_mask=mask, max_length=length, do_sample=False, num_beams=1
         )
         return answers
 

@@ -43,6 +43,7 @@ SAYS = {
     "your-own-method.md": r"did you mean 'keep'\?$",
     "your-own-task-type.md": r"average: ACC [67]\d %\nmingle: ACC (8[5-9]|9\d) %",
     "reproduce.md": r"routed, 5 per class",
+    "try-a-merged-model.md": r"task='cyrillic-checker', label='cyrillic capital letter a'",
 }
 #: how a dictionary of phrases would translate, and nobody would write
 NOT_ENGLISH = ("so many", " is no ", "to be had", "of which")

@@ -1,0 +1,1 @@
+"""A merged model tried out by hand: what it answers, and why."""
