@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mingle.io.files import CheckpointError, contained, read_json, sha256
+from mingle.io.files import CheckpointError, contained, read_json, sha256, similar
 from mingle.io.schema import Absent, check
 from mingle.options import shown
 
@@ -17,6 +17,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BASE_NAME = re.compile(r"base-[0-9a-f]{12}")
 TENSORS_NAME = re.compile(r"(state|tasks/\d{3,}-[A-Za-z0-9._-]*)-[0-9a-f]{12}\.safetensors")
+_SHOWN = 8
 DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = {"file": TENSORS_NAME, "bytes": int, "sha256": DIGEST}
 #: of a task in any folder of a merge
@@ -57,8 +58,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing; {folder} does not hold a saved merge")
+        raise CheckpointError(f"{path}: missing; {folder} does not hold a saved merge{_inside(folder)}")
     return read_merge(path, FORMAT, FORMAT_VERSION, _FORM)
+
+
+def _inside(folder: Path) -> str:
+    """Where a folder without a manifest has merges inside, as of several orders; or one that is like it."""
+    if not folder.exists():
+        return similar(folder)
+    inside = sorted(path.parent for part in ("*", "merged/*") for path in folder.glob(f"{part}/{MANIFEST}"))
+    return f"; there are some in {', '.join(map(str, inside[:_SHOWN]))}" if inside else ""
 
 
 def read_merge(path: Path, kind: str, version: int, form: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +86,11 @@ def read_merge(path: Path, kind: str, version: int, form: dict[str, Any]) -> dic
         raise CheckpointError(f"{path}: not the manifest of a {kind} folder")
     its_version = found.get("format_version")
     if type(its_version) is not int or its_version != version:
-        raise CheckpointError(f"{path}: format version {shown(its_version)}, this mingle reads {version}")
+        newer = type(its_version) is int and its_version > version
+        advice = "; it was written by a newer one: pip install --upgrade mingle-merge" if newer else ""
+        raise CheckpointError(
+            f"{path}: format version {shown(its_version)}, this mingle reads {version}{advice}"
+        )
     check(found, form, path)
     names = [task["name"] for task in found["tasks"]]
     if len(set(names)) < len(names):
