@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import mingle
-from mingle import cli, methods, tasks
+from mingle import cli, methods, suites, tasks
 from mingle.cli import main
 from mingle.runs import config
 
@@ -200,11 +200,15 @@ def test_every_public_name_is_in_the_reference():
     public |= {
         f"mingle.linalg.{each}" for each in mingle.linalg.__all__ if callable(getattr(mingle.linalg, each))
     }
-    public |= {
-        f"mingle.functional.{each}"
-        for each, member in inspect.getmembers(mingle.functional, inspect.isfunction)
-        if member.__module__ == "mingle.functional" and not each.startswith("_")
-    }
+    for module in (mingle.functional, suites, tasks, methods):
+        public |= {
+            f"{module.__name__}.{each}"
+            for each, member in inspect.getmembers(
+                module, lambda one: inspect.isfunction(one) or inspect.isclass(one)
+            )
+            if member.__module__ == module.__name__ and not each.startswith("_")
+        }
+    public |= {"mingle.tasks.TaskType", "mingle.tasks.TaskData", "mingle.methods.published"}
     shown = set(re.findall(r"^::: ([\w.]+)$", reference, re.MULTILINE))
     assert public <= shown, public - shown
 
@@ -266,3 +270,9 @@ def test_the_site_builds(tmp_path):
     assert built.returncode == 0, built.stdout + built.stderr
     results = (tmp_path / "results" / "index.html").read_text()
     assert "54.7 ± 3.6" in results  # of the committed table, which the page only names
+    page = (tmp_path / "methods" / "index.html").read_text()
+    for table in measured("glyphs8")["tables"]:
+        for row in table["rows"]:
+            section = page.partition(f'<h2 id="{row["label"]}">')[2].partition("<h2 ")[0]
+            acc = row["cells"]["glyphs8"]["acc"]
+            assert f">{acc['mean']:.1f} ± {acc['std']:.1f}<" in section, row["label"]
