@@ -236,6 +236,8 @@ def test_every_method_and_option_has_its_section():
     for label, method in methods.METHODS.items():
         assert f"## {label}\n" in page
         section = page.partition(f"## {label}\n")[2].partition("\n## ")[0]
+        if method not in (methods.PreTrained, methods.Individual):
+            assert "*Take it* " in section and "*Costs* " in section, label
         inherited = dict.fromkeys(("mingle-light", "mingle-routed", "mingle-seq"), "mingle").get(label)
         known = {field.name for field in fields(methods.METHODS[inherited].Options)} if inherited else set()
         for option in (field.name for field in fields(method.Options)):
