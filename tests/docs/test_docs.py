@@ -32,13 +32,14 @@ COMMANDS = tuple(cli.parsers()[1].choices)
 #: described once, for all commands
 COMMON = ("--help", "--offline", "--json", "--quiet")
 
-#: pages whose commands take more than half a minute
-SLOW = ("README.md", "reproduce.md", "adapters-elsewhere.md")
+#: pages whose blocks take more than a few seconds
+SLOW = ("README.md", "reproduce.md", "adapters-elsewhere.md", "many-adapters.md")
 #: page → what its blocks have to print, as a pattern
 SAYS = {
     "README.md": r"^[67]\d\.\d+$",
     "merge-two-clips.md": r"(?s)ACC (9|100).*'stripes': (9|100).*'colours': (9|100).*'corners': (9|100)",
     "adapters-elsewhere.md": r"(?s)merged: ACC (\d+\.\d).*9\d\.\d % with its adapter.*% folded\nback: ACC \1",
+    "many-adapters.md": r"(?s)exact answers: (9|100).*one batch: \[3, 4, 5, 6, 7, 8\]\naverage: [1-8]\d %",
     "your-own-method.md": r"did you mean 'keep'\?$",
     "your-own-task-type.md": r"average: ACC [67]\d %\nmingle: ACC (8[5-9]|9\d) %",
     "reproduce.md": r"routed, 5 per class",
