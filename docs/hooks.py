@@ -2,7 +2,8 @@
 
 A paragraph that is nothing but a link called "table", to a ``table.md`` or ``results.json`` under
 ``bench/results``, is replaced by what that file holds, and pictures from there are copied into the site.
-On a code host, where nothing is replaced, the links and pictures of a page work as they are.
+The section of a method ends with its rows of all committed tables.  On a code host, where nothing is
+replaced, the links and pictures of a page work as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mkdocs.structure.pages import Page
 
 RESULTS = "bench/results/"
 _TABLE = re.compile(rf"^\[table\]\((?:\.\./)+({RESULTS}[\w/.-]+)\)$", re.MULTILINE)
+_SECTION = re.compile(r"^## ([\w-]+)\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _PICTURE = re.compile(rf"\]\((?:\.\./)+{RESULTS}([\w/.-]+\.png)\)")
 
 
@@ -35,6 +37,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     root = Path(config.config_file_path).parent
     here = posixpath.dirname(page.file.src_uri)
     markdown = _TABLE.sub(lambda match: tables(root / match[1]), markdown)
+    if page.file.src_uri == "methods.md":
+        rows = measured(root / RESULTS / "cpu" / "tables")
+        markdown = _SECTION.sub(lambda match: match[0] + rows.get(match[1], ""), markdown)
     return _PICTURE.sub(
         lambda match: f"]({posixpath.relpath(f'measured/{match[1]}', here or '.')})", markdown
     )
@@ -55,3 +60,30 @@ def tables(file: Path) -> str:
         cells = [f"{value:.1f}" if (value := measured[key][0]) is not None else "–" for key in kept]
         lines.append(f"| {' | '.join([method, *cells])} |".replace(" -", " −"))
     return "\n".join(lines)
+
+
+def measured(folder: Path) -> dict[str, str]:
+    """Method → its row of every ``table.json`` below the folder, as one table.
+
+    A row is a method's where it is labelled with its name: those of sweeps and ablations are not.
+    """
+    lines: dict[str, list[str]] = {}
+    for file in sorted(folder.glob("*/table.json")):
+        for table in json.loads(file.read_text())["tables"]:
+            for row in (row for row in table["rows"] if row["label"] == row["method"]):
+                for suite, cell in row["cells"].items():
+                    spreads = [cell["acc"], cell.get("acc_unknown", {}), cell["bwt"]]
+                    seconds = {"mean": cell["seconds"]}
+                    numbers = " | ".join(map(_number, [*spreads, seconds]))
+                    where = f"{file.parent.name} | {suite} | {table['protocol']}"
+                    lines.setdefault(row["label"], []).append(f"| {where} | {numbers} |")
+    head = "| table | suite | protocol | ACC (%) | task unknown (%) | BWT (points) | seconds |"
+    about = "*Measured*, as in the [tables](results.md):"
+    rule = "|---|---|---|---:|---:|---:|---:|"
+    return {name: "\n".join([about, "", head, rule, *rows, "", ""]) for name, rows in lines.items()}
+
+
+def _number(spread: dict[str, float | None]) -> str:
+    """Mean ± standard deviation, as far as they are there."""
+    known = [f"{value:.1f}" for key in ("mean", "std") if (value := spread.get(key)) is not None]
+    return " ± ".join(known).replace("-", "−") or "–"

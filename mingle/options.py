@@ -28,9 +28,9 @@ def shown(value: object, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[: limit - 50]} … {text[-50:]}"
 
 
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`; None where none is like it."""
-    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff=0.4)), None)
+def closest(name: str, known: Iterable[str], likeness: float = 0.4) -> str | None:
+    """The known name most like `name`; None where none is as like it, from 0 to 1."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff=likeness)), None)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

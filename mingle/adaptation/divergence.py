@@ -4,6 +4,8 @@ from __future__ import annotations
 
 #: After this many steps in a row whose loss or gradient is not finite, adaptation gives up.
 PATIENCE = 3
+#: what to do about it
+ADVICE = "a smaller learning rate (lr) may help"
 
 
 class AdaptationDiverged(RuntimeError):

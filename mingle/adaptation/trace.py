@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mingle.adaptation.divergence import PATIENCE, AdaptationDiverged
+from mingle.adaptation.divergence import ADVICE, PATIENCE, AdaptationDiverged
 from mingle.adaptation.optimizer import GateStep
 
 
@@ -89,7 +89,7 @@ class Recorder:
             if self.skipped_in_a_row >= PATIENCE:
                 last = f"last at step {done + i + 1}"
                 raise AdaptationDiverged(
-                    f"the loss or its gradient was not finite for {PATIENCE} steps, {last}"
+                    f"the loss or its gradient was not finite for {PATIENCE} steps, {last}; {ADVICE}"
                 )
 
     def progress(self, steps: int) -> StepProgress:

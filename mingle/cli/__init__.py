@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.cli import (
     add,
@@ -58,6 +60,8 @@ _COMMANDS = (
     completion,
 )
 
+_ON_MEMORY = "`mingle check` says how much a merge takes"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -90,8 +94,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         output.fail(output.explained(error))
     except MemoryError as error:
-        output.fail(f"out of memory: {error}")
+        output.fail(f"out of memory: {error}; {_ON_MEMORY}")
+    except RuntimeError as error:
+        if not _is_memory(error):
+            raise
+        output.fail(f"out of memory: {str(error).splitlines()[0]}; {_ON_MEMORY}")
     return 2
+
+
+def _is_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch got no memory; on a CPU that has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _run(arguments: Sequence[str] | None, args: argparse.Namespace) -> int:

@@ -6,7 +6,8 @@ import argparse
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console, say
+from mingle.cli.output import say
+from mingle.cli.progress import stages
 from mingle.io.files import file_path
 from mingle.runs.play import page
 from mingle.runs.play.try_out import TryOut
@@ -26,7 +27,7 @@ def register(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     page.require()
     port = page.free_port(args.port)
-    with console.status("reading"):
+    with stages("reading"):
         try_out = TryOut.of(args.folder)
     page.serve(try_out, args.folder, port, _started, share=args.share, browser=args.open)
     say("stopped: nothing was changed")

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
-from mingle.io.files import CheckpointError, contained, naming, read_json
+from mingle.io.files import CheckpointError, contained, naming, read_json, similar
 from mingle.options import shown
 
 _MODEL, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
@@ -24,7 +24,7 @@ def find_checkpoint(path: Path) -> Path:
     if os.path.isfile(path):
         return path
     if not os.path.isdir(path):
-        raise CheckpointError(f"{path}: no such file or folder")
+        raise CheckpointError(f"{path}: no such file or folder{similar(Path(path))}")
     refuse_two_models(path)
     for name in _NAMES:
         if os.path.isfile(file := contained(path, name)):

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from mingle.options import shown
+from mingle.options import closest, shown
 
 logger = logging.getLogger(__name__)
 
@@ -214,14 +214,31 @@ def free_space(folder: Path, needed: int) -> None:
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     if free < needed + _SPARE_BYTES:
         raise CheckpointError(
-            f"{folder}: disk full: {needed} bytes and {_SPARE_BYTES} spare are needed, {free} are free"
+            f"{folder}: disk full: {needed} bytes and {_SPARE_BYTES} spare are needed, {free} are free; "
+            f"make room for {needed + _SPARE_BYTES - free} more, or name a folder on another disk"
         )
+
+
+def similar(path: Path) -> str:
+    """``; did you mean …?`` for what exists and is called most like a path that does not, or nothing."""
+    missing = path
+    while not os.path.isdir(missing.parent):
+        if missing.parent == missing:
+            return ""
+        missing = missing.parent
+    with suppress(OSError):
+        if found := closest(missing.name, os.listdir(missing.parent), 0.6):
+            whole = missing.parent / found / path.relative_to(missing)
+            return f"; did you mean {whole if whole.exists() else missing.parent / found}?"
+    return ""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: {error}{similar(path)}") from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

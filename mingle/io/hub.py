@@ -18,7 +18,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, NamedTuple
 
 from mingle.io.base_files import PATTERNS, belongs
-from mingle.io.files import CheckpointError, naming
+from mingle.io.files import CheckpointError, naming, similar
 from mingle.io.licenses import CARD, license_of
 from mingle.options import shown
 
@@ -80,7 +80,7 @@ def local(model: str, revision: str | None = None) -> Path | None:
             raise CheckpointError(f"{folder}: a local folder has no revision {revision!r}")
         return folder
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise CheckpointError(f"{model}: no such folder")
+        raise CheckpointError(f"{model}: no such folder{similar(folder)}")
     return None
 
 
@@ -156,7 +156,8 @@ class Snapshot:
             )
         except Exception as error:
             reason = _first_line(error)
-            raise CheckpointError(f"{self.repo}: cannot be fetched from the hub ({reason})") from None
+            advice = _how_to_log_in(error)
+            raise CheckpointError(f"{self.repo}: cannot be fetched from the hub ({reason}){advice}") from None
         if folder.name != self.commit:
             moved = f"moved from commit {self.commit} to {folder.name} meanwhile"
             raise CheckpointError(f"{self.repo}: {self.revision!r} {moved}; start again")
@@ -218,7 +219,10 @@ def _find(repo: str, kind: Kind, revision: str) -> Snapshot:
         found, reason = _cached(repo, kind, revision), _first_line(error)
         if found is None:
             elsewhere = "is not a local folder and " if kind == "model" else ""
-            raise CheckpointError(f"{repo}: {elsewhere}cannot be fetched from the hub ({reason})") from None
+            advice = similar(Path(repo)) or _how_to_log_in(error)
+            raise CheckpointError(
+                f"{repo}: {elsewhere}cannot be fetched from the hub ({reason}){advice}"
+            ) from None
         cached = "%s: the hub cannot be asked (%s); taking commit %s from the cache"
         logger.warning(cached, repo, reason, found.commit)
         return found
@@ -250,6 +254,15 @@ def _how_to_fetch(repo: str, kind: Kind, patterns: Sequence[str], revision: str 
     command += [word for pattern in patterns for word in ("--include", pattern)]
     command += ["--revision", revision] if revision else []
     return f"fetch it where there is a network connection: {shlex.join(command)}"
+
+
+def _how_to_log_in(error: Exception) -> str:
+    """Advice where the hub hides a repository, or keeps its files, from those that it does not know."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if not isinstance(error, RepositoryNotFoundError):  # one that is gated, too
+        return ""
+    return "; for a private or gated repository run `hf auth login` first"
 
 
 def _first_line(error: Exception) -> str:

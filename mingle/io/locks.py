@@ -61,7 +61,9 @@ def _flock(descriptor: int, operation: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, operation)
     except BlockingIOError:
-        raise Locked(f"{folder}: being written by {_holder(os.pread(descriptor, 4096, 0))}") from None
+        holder = _holder(os.pread(descriptor, 4096, 0))
+        advice = "wait until that has ended, or end it: what it saved is kept"
+        raise Locked(f"{folder}: being written by {holder}; {advice}") from None
 
 
 def _holder(text: bytes) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mingle.io.files import CheckpointError, contained, read_json, sha256
+from mingle.io.files import CheckpointError, contained, read_json, sha256, similar
 from mingle.io.schema import Absent, check
 from mingle.options import shown
 
@@ -18,6 +18,7 @@ MANIFEST = "manifest.json"
 BASE_NAME = re.compile(r"base-[0-9a-f]{12}")
 TENSORS_NAME = re.compile(r"(state|tasks/\d{3,}-[A-Za-z0-9._-]*)-[0-9a-f]{12}\.safetensors")
 GENERATION_NAME = re.compile(r"generations/(\d{4,})-[0-9a-f]{12}\.json")
+_SHOWN = 8
 DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = {"file": TENSORS_NAME, "bytes": int, "sha256": DIGEST}
 #: what a base or a fine-tuned model is called; early versions did not say
@@ -75,7 +76,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing; {folder} does not hold a saved merge")
+        raise CheckpointError(f"{path}: missing; {folder} does not hold a saved merge{_inside(folder)}")
     found = read_folder(path)
     if absent := [key for key in _GENERATIONS if key not in found]:
         if len(absent) < len(_GENERATIONS):
@@ -104,6 +105,14 @@ def number_of(entry: Mapping[str, Any]) -> int:
     return int(match[1])
 
 
+def _inside(folder: Path) -> str:
+    """Where a folder without a manifest has merges inside, as of several orders; or one that is like it."""
+    if not folder.exists():
+        return similar(folder)
+    inside = sorted(path.parent for part in ("*", "merged/*") for path in folder.glob(f"{part}/{MANIFEST}"))
+    return f"; there are some in {', '.join(map(str, inside[:_SHOWN]))}" if inside else ""
+
+
 def read_merge(path: Path, kind: str, version: int, form: dict[str, Any]) -> dict[str, Any]:
     """What a JSON file says of a merge, in the form that it should have.
 
@@ -120,7 +129,11 @@ def read_merge(path: Path, kind: str, version: int, form: dict[str, Any]) -> dic
         raise CheckpointError(f"{path}: not the manifest of a {kind} folder")
     its_version = found.get("format_version")
     if type(its_version) is not int or its_version != version:
-        raise CheckpointError(f"{path}: format version {shown(its_version)}, this mingle reads {version}")
+        newer = type(its_version) is int and its_version > version
+        advice = "; it was written by a newer one: pip install --upgrade mingle-merge" if newer else ""
+        raise CheckpointError(
+            f"{path}: format version {shown(its_version)}, this mingle reads {version}{advice}"
+        )
     check(found, form, path)
     names = [task["name"] for task in found["tasks"]]
     if len(set(names)) < len(names):

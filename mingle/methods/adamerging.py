@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from mingle.adaptation.answers import Compact
 from mingle.adaptation.batches import shuffled_batches
-from mingle.adaptation.divergence import PATIENCE, AdaptationDiverged
+from mingle.adaptation.divergence import ADVICE, PATIENCE, AdaptationDiverged
 from mingle.adaptation.losses import entropy
 from mingle.adaptation.trace import AdaptTrace, StepProgress
 from mingle.io.state_dicts import task_vector
@@ -111,7 +111,8 @@ def learn_coefficients(
             bad_steps += 1
             if bad_steps == PATIENCE:
                 raise AdaptationDiverged(
-                    f"the loss or its gradient was not finite for {PATIENCE} steps, last at step {done}"
+                    f"the loss or its gradient was not finite for {PATIENCE} steps, last at step {done}; "
+                    f"{ADVICE}"
                 )
         if on_step is not None:
             on_step(StepProgress(done, options.steps, trace.loss[-1], None, None))

@@ -36,7 +36,8 @@ class FeatureStatistics(NamedTuple):
         """
         if len(features) < 2:
             raise ValueError(
-                f"{len(features)} seed samples: a router needs at least two to measure how features vary"
+                f"{len(features)} seed samples: a router needs at least two to measure how features vary; "
+                "give more (samples_per_class)"
             )
         if not features.isfinite().all():
             raise ValueError("the base model's features of the seed samples are not finite")

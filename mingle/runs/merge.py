@@ -162,7 +162,7 @@ def evaluate(folder: Path, overrides: Mapping[str, Any], batch_size: int) -> Res
     """Accuracy of a merged model on all its tasks; nothing is written."""
     merger, suite = _reopen(folder, overrides)
     if suite is None:
-        raise OptionError("suite: name one; the merge was made without a suite")
+        raise OptionError("suite: name one, with --suite; the merge was made without a suite")
     return merger.evaluate(suite, batch_size)
 
 
@@ -187,7 +187,7 @@ def explain(
     """
     merger, suite = _reopen(folder, overrides)
     if suite is None:
-        raise OptionError("suite: name one; the merge was made without a suite")
+        raise OptionError("suite: name one, with --suite; the merge was made without a suite")
     if unknown := [name for name in given if name not in merger.task_names]:
         known = ", ".join(merger.task_names)
         raise OptionError(f"--expert {unknown[0]}: no task of that name was merged; there are {known}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mingle.io.files import similar
 from mingle.options import OptionError, shown
 
 _MAX_CHARACTERS, _MAX_NODES, _MAX_SCALAR, _MAX_DEPTH = 1_000_000, 20_000, 3000, 20
@@ -29,6 +30,8 @@ def read(path: Path) -> Any:
         text = data.decode()
         _refuse_excess(text)
         return yaml.load(text, _UniqueKeys)
+    except FileNotFoundError as error:
+        raise OptionError(f"{path}: {error}{similar(path)}") from None
     # ValueError: also text that is not UTF-8, a date that does not exist, a number of too many digits.
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise OptionError(f"{path}: {error}") from None

@@ -54,7 +54,8 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
     if not (folder / MANIFEST).exists():
         if (stranger := foreign(folder)) is not None:
             raise CheckpointError(
-                f"{folder}: not empty, and not a merge that could be resumed: {stranger} is in it"
+                f"{folder}: not empty, and not a merge that could be resumed: {stranger} is in it; name a "
+                "new folder"
             )
         return 0
     manifest = merger_folder.load(folder).manifest
@@ -80,7 +81,10 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
         differing += inputs.changed(noted, merged, plan.experts, plan.config.eval.suite)
     if differing:
         reasons = "; ".join(differing)
-        raise CheckpointError(f"{folder}: holds another merge, which this one cannot resume; {reasons}")
+        raise CheckpointError(
+            f"{folder}: holds another merge, which this one cannot resume; {reasons}; name another folder, "
+            "or merge as before"
+        )
     return len(merged)
 
 

@@ -127,5 +127,5 @@ def _require_rest(name: str, samples: int, seeds: int) -> None:
     if seeds >= samples:
         raise ValueError(
             f"task {name!r}: {seeds} seed samples are needed of the {samples} that there are; none would be "
-            "left for the test"
+            "left for the test; take fewer (samples_per_class)"
         )

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import mingle
-from mingle import cli, methods, tasks
+from mingle import cli, methods, suites, tasks
 from mingle.cli import main
 from mingle.runs import config
 
@@ -32,14 +32,15 @@ COMMANDS = tuple(cli.parsers()[1].choices)
 #: described once, for all commands
 COMMON = ("--help", "--offline", "--json", "--quiet")
 
-#: pages whose commands take more than half a minute
-SLOW = ("README.md", "reproduce.md", "adapters-elsewhere.md")
+#: pages whose blocks take more than a few seconds
+SLOW = ("README.md", "reproduce.md", "adapters-elsewhere.md", "many-adapters.md")
 #: page → what its blocks have to print, as a pattern
 SAYS = {
     "README.md": r"^[67]\d\.\d+$",
     "merge-two-clips.md": r"(?s)ACC (9|100).*'stripes': (9|100).*'colours': (9|100).*'corners': (9|100)",
     "life-after-the-merge.md": r"(?s)nothing of it stays.*would be freed.*\['spots', 'waves'\]",
     "adapters-elsewhere.md": r"(?s)merged: ACC (\d+\.\d).*9\d\.\d % with its adapter.*% folded\nback: ACC \1",
+    "many-adapters.md": r"(?s)exact answers: (9|100).*one batch: \[3, 4, 5, 6, 7, 8\]\naverage: [1-8]\d %",
     "your-own-method.md": r"did you mean 'keep'\?$",
     "your-own-task-type.md": r"average: ACC [67]\d %\nmingle: ACC (8[5-9]|9\d) %",
     "reproduce.md": r"routed, 5 per class",
@@ -202,11 +203,15 @@ def test_every_public_name_is_in_the_reference():
     public |= {
         f"mingle.linalg.{each}" for each in mingle.linalg.__all__ if callable(getattr(mingle.linalg, each))
     }
-    public |= {
-        f"mingle.functional.{each}"
-        for each, member in inspect.getmembers(mingle.functional, inspect.isfunction)
-        if member.__module__ == "mingle.functional" and not each.startswith("_")
-    }
+    for module in (mingle.functional, suites, tasks, methods):
+        public |= {
+            f"{module.__name__}.{each}"
+            for each, member in inspect.getmembers(
+                module, lambda one: inspect.isfunction(one) or inspect.isclass(one)
+            )
+            if member.__module__ == module.__name__ and not each.startswith("_")
+        }
+    public |= {"mingle.tasks.TaskType", "mingle.tasks.TaskData", "mingle.methods.published"}
     shown = set(re.findall(r"^::: ([\w.]+)$", reference, re.MULTILINE))
     assert public <= shown, public - shown
 
@@ -234,6 +239,8 @@ def test_every_method_and_option_has_its_section():
     for label, method in methods.METHODS.items():
         assert f"## {label}\n" in page
         section = page.partition(f"## {label}\n")[2].partition("\n## ")[0]
+        if method not in (methods.PreTrained, methods.Individual):
+            assert "*Take it* " in section and "*Costs* " in section, label
         inherited = dict.fromkeys(("mingle-light", "mingle-routed", "mingle-seq"), "mingle").get(label)
         known = {field.name for field in fields(methods.METHODS[inherited].Options)} if inherited else set()
         for option in (field.name for field in fields(method.Options)):
@@ -268,3 +275,9 @@ def test_the_site_builds(tmp_path):
     assert built.returncode == 0, built.stdout + built.stderr
     results = (tmp_path / "results" / "index.html").read_text()
     assert "54.7 ± 3.6" in results  # of the committed table, which the page only names
+    page = (tmp_path / "methods" / "index.html").read_text()
+    for table in measured("glyphs8")["tables"]:
+        for row in table["rows"]:
+            section = page.partition(f'<h2 id="{row["label"]}">')[2].partition("<h2 ")[0]
+            acc = row["cells"]["glyphs8"]["acc"]
+            assert f">{acc['mean']:.1f} ± {acc['std']:.1f}<" in section, row["label"]

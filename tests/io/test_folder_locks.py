@@ -40,7 +40,9 @@ def refusal(folder: Path) -> str:
 
 
 def test_a_second_process_is_refused_with_the_holder(tmp_path: Path, holder: int) -> None:
-    folder, who = refusal(tmp_path).split(": being written by ")
+    folder, _, rest = refusal(tmp_path).partition(": being written by ")
+    who, _, advice = rest.partition("; ")
+    assert advice == "wait until that has ended, or end it: what it saved is kept"
     assert folder == str(tmp_path)
     assert who.startswith(f"pid {holder} on {socket.gethostname()} since ")
     age = datetime.now(UTC) - datetime.fromisoformat(who.split(" since ")[1])
@@ -65,7 +67,7 @@ def test_the_record_of_an_earlier_holder_does_not_show_through(tmp_path: Path) -
 def test_a_holder_that_has_not_signed_is_another_process(tmp_path: Path, record: str) -> None:
     with lock(tmp_path):
         (tmp_path / ".lock").write_text(record)
-        assert refusal(tmp_path) == f"{tmp_path}: being written by another process"
+        assert refusal(tmp_path).startswith(f"{tmp_path}: being written by another process; wait")
 
 
 def test_an_exception_passes_unchanged_and_releases(tmp_path: Path) -> None:
