@@ -141,7 +141,7 @@ def accuracy(group: Group) -> Chart | None:
 def _arrived(course: Course | None, step: int, orders: int) -> str:
     """When a value was measured, in words."""
     if course is None or step >= len(course.tasks):
-        return f"after {step + 1} tasks"
+        return f"after merge {step + 1}"
     task, count = shortened(course.tasks[step]), len(course.tasks)
     if orders > 1:
         first = f"the first order has merged {task}"
