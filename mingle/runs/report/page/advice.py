@@ -185,8 +185,10 @@ def _explained(row: Row, course: Course) -> Iterator[Advice]:
     means = {step: mean for step, mean in means.items() if is_known(mean)}
     step = min(means, key=lambda name: means[name], default=None)
     if step is not None and means[step] < -LOSS:
-        text = f"By mingle explain the step “{step}” costs most: {number(-means[step])} points per task"
-        yield Advice([f"{text} ({STEPS[step]})."], _REMEDIES.get(step, _against_forgetting(row.method)))
+        text = (
+            f"The step “{step}” of merging ({STEPS[step]}) costs most, {number(-means[step])} points per task"
+        )
+        yield Advice([f"{text}, mingle explain says."], _REMEDIES.get(step, _against_forgetting(row.method)))
 
 
 def _unknown(row: Row, course: Course) -> Iterator[Advice]:
