@@ -264,7 +264,7 @@ def test_a_run_folder_of_another_form_is_named_with_the_key(name, path, new, mes
 
 
 def test_a_run_folder_without_one_of_its_files_is_named(tmp_path, capsys):
-    assert f"{tmp_path}/results.json" in refusal(capsys, "report", tmp_path)
+    assert f"{tmp_path}: holds no run; expected results.json of demo" in refusal(capsys, "report", tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(fabricated(["a"])[0]))
     assert f"{tmp_path}/traces.json" in refusal(capsys, "report", tmp_path)
     (tmp_path / "traces.json").write_text("{")

@@ -179,7 +179,7 @@ def test_several_orders_make_several_merges(tmp_path):
         order={"shuffle": True, "seeds": [42, 43]},
     )
     assert main(["merge", str(config), "--out", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == {"order-42", "order-43"}
+    assert {path.name for path in out.iterdir()} == {"order-42", "order-43", "report.html"}
 
 
 @pytest.mark.slow

@@ -143,6 +143,31 @@ def test_marks_of_the_chart_name_the_method_and_the_task(folder: Path) -> None:
     assert [line.kind for line in drawn.lines] == ["reference", "", "best"]
 
 
+def test_names_beside_the_chart_keep_apart_however_many_there_are(tmp_path: Path) -> None:
+    methods = ["individual", *(f"method {place}" for place in range(30))]
+    drawn = charts.accuracy(page.of(comparison(tmp_path, TASKS, methods)).groups[0])
+    assert drawn is not None
+    heights = sorted(line.place for line in drawn.lines if line.place is not None)
+    assert len(heights) == 31 and heights[0] > 0 and heights[-1] < drawn.tall
+    assert min(after - before for before, after in itertools.pairwise(heights)) >= 14.9
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("mingle", "mingle-routed, whose router"),
+        ("mingle-routed", "more seed samples"),
+        ("routed", "more seed samples"),
+        ("mass", "Try routed"),
+        ("wemoe", "Try routed"),
+        ("average", "Tasks share these weights"),
+        ("no method of ours", "Try routed or mingle-routed."),
+    ],
+)
+def test_what_is_tried_against_forgetting_depends_on_the_method(method: str, words: str) -> None:
+    assert words in advice._against_forgetting(method)
+
+
 def test_it_says_where_samples_went_and_which_classes_were_mixed_up(written: Document) -> None:
     assert "Which task’s samples went where" in written.all("h4")
     assert "{value} % of the samples of task {row} were taken for task {column}" in [

@@ -20,7 +20,7 @@ LOSS, GAP = 3.0, 10.0
 _MISTAKEN = 2.0
 #: how many tasks are named for one reason
 _MOST = 3
-_OWN_GATES = ("mingle", "mingle-light", "mingle-seq", "wemoe")
+_MINGLE = ("mingle", "mingle-light", "mingle-seq")
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,16 @@ def _forgotten(row: Row, course: Course) -> Iterator[Advice]:
 
 def _against_forgetting(method: str) -> str:
     chosen = METHODS.get(method)
-    if method in _OWN_GATES:
+    if method in _MINGLE:
         return (
             "Try mingle-routed, whose router keeps other tasks’ experts quiet; or protect more directions "
             "(a larger k), or remember interference longer (beta nearer to 1)."
         )
-    if chosen is not None and (chosen.routes or issubclass(chosen, GatedMethod)):
-        if chosen.needs_seeds:
-            return "Try more seed samples per class: they are what the router knows of a task."
+    if chosen is None:
+        return "Try routed or mingle-routed."
+    if chosen.routes and chosen.needs_seeds:
+        return "Try more seed samples per class: they are what the router knows of a task."
+    if issubclass(chosen, GatedMethod):
         return "Try routed, whose router learns from seed samples."
     return (
         "Tasks share these weights. Try a method that keeps an expert for each: routed or mingle-routed with "
@@ -183,8 +185,10 @@ def _explained(row: Row, course: Course) -> Iterator[Advice]:
     means = {step: mean for step, mean in means.items() if is_known(mean)}
     step = min(means, key=lambda name: means[name], default=None)
     if step is not None and means[step] < -LOSS:
-        text = f"By mingle explain the step “{step}” costs most: {number(-means[step])} points per task"
-        yield Advice([f"{text} ({STEPS[step]})."], _REMEDIES.get(step, _against_forgetting(row.method)))
+        text = (
+            f"The step “{step}” of merging ({STEPS[step]}) costs most, {number(-means[step])} points per task"
+        )
+        yield Advice([f"{text}, mingle explain says."], _REMEDIES.get(step, _against_forgetting(row.method)))
 
 
 def _unknown(row: Row, course: Course) -> Iterator[Advice]:

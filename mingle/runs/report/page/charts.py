@@ -69,6 +69,7 @@ class Chart:
     Attributes:
         title: what it shows, for those who cannot see it.
         right: where the axes end.
+        tall: the height of the whole.
         ticks: of the vertical axis: height and text.
         steps: of the horizontal axis: place and text.
         lines: from back to front.
@@ -83,6 +84,7 @@ class Chart:
     lines: Sequence[Line]
     spans: Sequence[Span] = field(default=())
     across: str = ""
+    tall: float = HEIGHT
 
 
 def accuracy(group: Group) -> Chart | None:
@@ -111,9 +113,8 @@ def accuracy(group: Group) -> Chart | None:
         for place, values in curves.items()
     }
     ends = {place: values[lasts[place]] or 0.0 for place, values in curves.items()}
-    heights = spread(
-        [up(end) for end in ends.values()], _LINE, TOP, max(HEIGHT - BOTTOM, TOP + _LINE * len(ends))
-    )
+    lowest = max(HEIGHT - BOTTOM, TOP + _LINE * len(ends))
+    heights = spread([up(end) for end in ends.values()], _LINE, TOP, lowest)
     lines = []
     for (place, values), height in zip(curves.items(), heights, strict=True):
         row = group.rows[place]
@@ -133,13 +134,14 @@ def accuracy(group: Group) -> Chart | None:
     every = math.ceil(count / 20)
     steps = [(across(i), str(i + 1)) for i in range(0, count, every)]
     title = f"Mean accuracy over the tasks merged so far: {', '.join(line.name for line in lines)}"
-    return Chart(title, right, ticks, steps, lines, across="merged tasks")
+    tall = max(HEIGHT, lowest + _LINE / 2)
+    return Chart(title, right, ticks, steps, lines, across="merged tasks", tall=tall)
 
 
 def _arrived(course: Course | None, step: int, orders: int) -> str:
     """When a value was measured, in words."""
     if course is None or step >= len(course.tasks):
-        return f"after {step + 1} tasks"
+        return f"after merge {step + 1}"
     task, count = shortened(course.tasks[step]), len(course.tasks)
     if orders > 1:
         first = f"the first order has merged {task}"

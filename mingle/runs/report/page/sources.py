@@ -172,7 +172,8 @@ def of_merge(folder: Path) -> Page:
         ("weights", first["dtype"]),
     ]
     facts = [(name, value) for name, value in told if value]
-    subject = f"{len(first['tasks'])} tasks by {first['method']}"
+    count = len(first["tasks"])
+    subject = f"{count} task{'' if count == 1 else 's'} by {first['method']}"
     return Page("merge", subject, [Group(subject, rows)], facts + _versions(first), inputs)
 
 
