@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"base SHA-256 {base}…, options {options}")
     for task in manifest.get("removed", []):
         for line in task["stays"]:
-            say(f"{task['name']}, removed: {line}")
+            say(f"{task['name']}, removed: {line}; concerns {', '.join(task['tasks'])}")
     if generations := life.history(args.folder):
         console.print(_generations(generations))
 

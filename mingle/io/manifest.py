@@ -42,7 +42,7 @@ MERGE = {
     "tasks": [TASK],
     "matrix": [[(float, None)]],
     "unknown": Absent([[(float, None)]]),
-    "removed": Absent([{"name": str, "stays": [str]}]),
+    "removed": Absent([{"name": str, "stays": [str], "tasks": [str]}]),
 }
 _FORM = MERGE | {
     "tasks": [TASK | {"tensors": (_FILE, None)}],
