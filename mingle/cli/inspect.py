@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         _table(tasks),
         line(f"base SHA-256 {base}…, options {options}"),
         *(
-            line(f"{task['name']}, removed: {text}")
+            line(f"{task['name']}, removed: {text}; concerns {', '.join(task['tasks'])}")
             for task in manifest.get("removed", [])
             for text in task["stays"]
         ),

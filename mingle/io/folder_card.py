@@ -12,13 +12,16 @@ from typing import Any
 from mingle.io.files import naming, write_text
 from mingle.io.hub import ModelName
 from mingle.io.licenses import CARD
-from mingle.io.model_card import accuracies, end, head, page
+from mingle.io.model_card import accuracies, end, head, of, page
 from mingle.text import visible
+
+_TAGS = ("merge", "mingle")
+_WITHOUT_BASE = "The base model is not in this folder; both need it as `base=`."
 
 logger = logging.getLogger(__name__)
 
 #: the last line, which tells whether the text above it is still ours
-_SIGNED = re.compile(r"<!-- written by mingle: ([0-9a-f]{16}) -->\n")
+_SIGNED = re.compile(r"<!-- written by mingle: ([0-9a-f]{16}) -->")
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -36,17 +39,14 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def card(manifest: Mapping[str, Any]) -> str:
     """The card of the folder with this manifest: Markdown, after the metadata that the hub reads."""
-    base, method, count = (
-        ModelName.noted(manifest["base"]),
-        visible(manifest["method"]),
-        len(manifest["tasks"]),
-    )
-    version = visible(manifest.get("versions", {}).get("mingle", ""))
+    base, count = ModelName.noted(manifest["base"]), len(manifest["tasks"])
     models = "One fine-tuned model" if count == 1 else f"{count} fine-tuned models"
-    called = f" of `{visible(base.name).replace('`', '')}`" if base.name else ""
+    by = (
+        f"`{visible(manifest['method'])}` by mingle {visible(manifest.get('versions', {}).get('mingle', ''))}"
+    )
     text = page(
         head(f"{count} {'task' if count == 1 else 'tasks'} in one model", "mingle", _TAGS, manifest, base),
-        f"{models}{called}, merged one after another with the method `{method}` by mingle {version}.",
+        f"{models}{of(base)}, merged one after another with the method {by}.",
         accuracies(manifest) if count else "",
         "## Use",
         "```python\nimport mingle\n\n"
@@ -65,17 +65,10 @@ def card(manifest: Mapping[str, Any]) -> str:
     return f"{text}\n<!-- written by mingle: {_digest(text)} -->\n"
 
 
-_TAGS = ("merge", "mingle")
-_WITHOUT_BASE = "The base model is not in this folder; both need it as `base=`."
-
-
 def _ours(text: str) -> bool:
-    found = list(_SIGNED.finditer(text))
-    return (
-        bool(found)
-        and found[-1].end() == len(text)
-        and found[-1][1] == _digest(text[: found[-1].start() - 1])
-    )
+    above, _, last = text.removesuffix("\n").rpartition("\n")
+    signed = _SIGNED.fullmatch(last)
+    return signed is not None and signed[1] == _digest(above)
 
 
 def _digest(text: str) -> str:

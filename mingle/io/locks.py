@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -41,8 +41,6 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # who held it is nobody's business where the folder is copied to
-                os.ftruncate(descriptor, 0)
             # Closing would not be enough: a child forked meanwhile shares the lock and would keep it.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:

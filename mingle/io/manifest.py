@@ -48,7 +48,7 @@ MERGE = {
     "tasks": [TASK],
     "matrix": [[(float, None)]],
     "unknown": Absent([[(float, None)]]),
-    "removed": Absent([{"name": str, "stays": [str]}]),
+    "removed": Absent([{"name": str, "stays": [str], "tasks": [str]}]),
     "answers": Absent({str: ANSWERS}),
 }
 _FORM = MERGE | {

@@ -26,6 +26,7 @@ _PIPELINES = {
     "text-classification": "text-classification",
     "sentence-encoder": "sentence-similarity",
 }
+_UNKNOWN = "not named in its card"
 #: how the hub is told that one name does not do
 _SEVERAL = {"license": "other", "license_name": "several-see-below"}
 
@@ -34,7 +35,7 @@ def model_card(title: str, merge: Merge, base: ModelName) -> str:
     """Of one model that serves all tasks; Markdown with the metadata that the hub reads at its head."""
     return page(
         head(title, "transformers", ("merge", "mingle"), merge, base),
-        f"{_count(merge)} fine-tuned models of {_called(base)}, merged one after another {_with(merge)}.",
+        f"{_count(merge)} fine-tuned models{of(base)}, merged one after another {_with(merge)}.",
         accuracies(merge),
         end(merge, base),
     )
@@ -190,14 +191,11 @@ def head(title: str, library: str, tags: Sequence[str], merge: Merge, base: Mode
         base: what the base is called.
     """
     models = [base, *map(_model, merge["tasks"])]
-    ids = list(dict.fromkeys(model.hub_id for model in models if model.hub_id))
     adapters = library == "peft"
+    named = [model.hub_id for model in (models[:1] if adapters else models) if model.hub_id]
     metadata: dict[str, Any] = {"library_name": library}
-    if ids and base.hub_id and (adapters or len(ids) == 1):
-        metadata["base_model"] = base.hub_id
-    elif ids:
-        metadata["base_model"] = ids
-    if ids:
+    if ids := list(dict.fromkeys(named)):
+        metadata["base_model"] = ids if len(ids) > 1 else ids[0]
         metadata["base_model_relation"] = "adapter" if adapters else "merge"
     if kind := _PIPELINES.get(merge["task_type"]):
         metadata["pipeline_tag"] = kind
@@ -210,16 +208,18 @@ def head(title: str, library: str, tags: Sequence[str], merge: Merge, base: Mode
 
 def licenses(merge: Merge, base: ModelName) -> str:
     """What the cards of base and fine-tuned models name, and a warning where that does not go together."""
-    models = {"base": base} | {task["name"]: _model(task) for task in merge["tasks"]}
-    if all(model.license is None for model in models.values()):
+    models = [("base", base), *((task["name"], _model(task)) for task in merge["tasks"])]
+    if all(model.license is None for _, model in models):
         return ""
-    conflict = in_conflict(model.license for model in models.values())
+    conflict = in_conflict(model.license for _, model in models)
     warning = (
         "**Warning:** these licences differ, and not all of them allow what is made of a model to be passed "
         "on under another. Find out whether this merge may be used and passed on."
     )
-    named = {name: markdown_cell(model.license or "not named in its card") for name, model in models.items()}
-    rows = [f"| {markdown_cell(name)} | {_called(model)} | {named[name]} |" for name, model in models.items()]
+    rows = [
+        f"| {markdown_cell(name)} | {_called(model)} | {markdown_cell(model.license or _UNKNOWN)} |"
+        for name, model in models
+    ]
     table = "\n".join(["| | model | licence |\n|---|---|---|", *rows])
     return page("## Licences", warning if conflict else "", table).rstrip("\n")
 
@@ -227,7 +227,8 @@ def licenses(merge: Merge, base: ModelName) -> str:
 def left_behind(merge: Merge) -> str:
     """What stays of tasks that were removed."""
     lines = [
-        f"- {markdown_cell(task['name'])}: {markdown_cell(line)}"
+        f"- {markdown_cell(task['name'])}: {markdown_cell(line)}; concerns "
+        + ", ".join(map(markdown_cell, task["tasks"]))
         for task in merge.get("removed", [])
         for line in task["stays"]
     ]
@@ -236,6 +237,11 @@ def left_behind(merge: Merge) -> str:
 
 def _model(task: Mapping[str, Any]) -> ModelName:
     return ModelName.noted(task.get("model", {}))
+
+
+def of(base: ModelName) -> str:
+    """Which base fine-tuned models are of, after their mention; empty where it has no name."""
+    return f" of {_called(base)}" if base.name else ""
 
 
 def _called(model: ModelName) -> str:

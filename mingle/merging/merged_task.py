@@ -90,15 +90,17 @@ class RemovedTask:
     Attributes:
         name: the task's name.
         stays: what is, in words.
+        tasks: the names of those others.
     """
 
     name: str
-    stays: list[str] = field(default_factory=list)
+    stays: list[str]
+    tasks: list[str]
 
     @classmethod
     def of(cls, noted: Mapping[str, Any]) -> RemovedTask:
         """The one that a manifest says this of."""
-        return cls(**{key: noted[key] for key in ("name", "stays")})
+        return cls(noted["name"], list(noted["stays"]), list(noted["tasks"]))
 
 
 def own_head(head: Tensors, samples: TaskData | None, labels: Sequence[str] | None) -> Head:

@@ -16,6 +16,7 @@ def remove(merge: MergeState, name: str) -> list[str]:
     place = merge._place(name)
     before = merge.model, merge.method
     stays: list[str] = []
+    in_all = False
     if len(merge.merged) == 1:
         merge._begin(type(merge.method))
     else:
@@ -24,7 +25,7 @@ def remove(merge: MergeState, name: str) -> list[str]:
             left = merge.method.without(place, saved)
         except ValueError as error:
             raise ValueError(f"task {name!r} cannot be removed: {error}") from None
-        stays = left.stays
+        stays, in_all = left.stays, left.in_all
         later = merge.merged[place + 1 :]
         if (saved[place] or stays) and any(task.temperature is not None for task in later):
             stays = [*stays, _TEMPERATURES]
@@ -41,10 +42,11 @@ def remove(merge: MergeState, name: str) -> list[str]:
     merge.answers = {}  # some may have been of the task
     if merge.merged:
         merge._put_head(-1)
+    for task in merge.removed:
+        task.tasks = [other for other in task.tasks if other != name]
     if stays:
-        merge.removed.append(RemovedTask(name, stays))
-    if not merge.merged:
-        merge.removed = []  # the model is the base again
+        merge.removed.append(RemovedTask(name, stays, merge.task_names[0 if in_all else place :]))
+    merge.removed = [task for task in merge.removed if task.tasks]
     _forget_origin(merge.metadata, name)
     return stays
 

@@ -94,11 +94,13 @@ class Left(NamedTuple):
         state: those of all tasks together.
         stays: what the task leaves behind in them, in words; nothing where they are those of a merge that
             never had it.
+        in_all: whether that is also in what earlier tasks have, and not only in what later ones have.
     """
 
     tasks: list[Tensors]
     state: Tensors
     stays: list[str]
+    in_all: bool = False
 
 
 class Folded(NamedTuple):

@@ -200,9 +200,10 @@ class Mingle(GatedMethod):
         Directions that two tasks share are noted as those of the first.  So if a task's columns left while
         later ones stay, new gates would no longer be kept from what these need.
         """
-        kept, state, stays = super().without(index, tasks)
+        kept, state, stays, _ = super().without(index, tasks)
         later = self.later(index)
-        if self.options.gates == "all" and self.places[index] is not None:
+        in_all = self.options.gates == "all" and self.places[index] is not None
+        if in_all:
             stays = ["all gates learned beside it, and stay as they are"]
         elif later:
             made = "experts" if self.options.gates == "static" else "experts and gates"
@@ -215,7 +216,7 @@ class Mingle(GatedMethod):
                 "its input directions stay protected, as those of the task that arrived next: what both need "
                 "was noted once"
             )
-        return Left(kept, state, stays)
+        return Left(kept, state, stays, in_all)
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         super().restore(tasks, state)

@@ -68,7 +68,9 @@ def remove(
         size = room.of_method(merger.method, merger.base_folder)
         free_space(folder, size.saved_each(1, len(merger.merged)))
         stays = {}
-        for name in names:
+        places = {name: place for place, name in enumerate(merger.task_names)}
+        # the newest first, so that nothing is said to stay in what leaves too
+        for name in sorted(names, key=lambda name: places.get(name, -1), reverse=True):
             try:
                 stays[name] = merger.remove(name)
             except ValueError as error:
@@ -80,7 +82,7 @@ def remove(
         if suite is not None and merger.merged and None in merger.matrix[-1]:
             merger.evaluate(suite, merger.metadata["batch_size"])
         merger.save_pretrained(folder)
-        return merger.result(), stays
+        return merger.result(), {name: stays[name] for name in names}
 
 
 def _before(folder: Path, name: str) -> int | None:

@@ -163,6 +163,7 @@ def test_where_all_gates_train_they_all_learned_beside_it(base_model, tuned_stat
         base_model, tuned_states, samples, (0, 1), "mingle", measured=True, **SETTINGS | {"gates": "all"}
     )
     assert merger.remove("two") == ["all gates learned beside it, and stay as they are"]
+    assert merger.removed[0].tasks == ["one"]
     assert merger.matrix == [[None]]  # the older gate is not what it was when this was measured
 
 
@@ -227,7 +228,7 @@ def test_results_and_what_is_noted_follow(base_model, tuned_states, samples, tmp
     merger.evaluate(suite(samples))
     merger.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "manifest.json").read_text())["removed"] == [
-        {"name": "two", "stays": stays}
+        {"name": "two", "stays": stays, "tasks": ["three"]}
     ]
     back = mingle.Merger.from_pretrained(tmp_path)
     assert back.removed == merger.removed and back.matrix == merger.matrix

@@ -125,7 +125,6 @@ def test_a_merge_from_which_a_task_left_is_not_taken_for_its_own_beginning(tiny:
     """Something of the task is still in it, so it would not end as an uninterrupted merge does."""
     path = tiny.root / "merged" / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(
-        json.dumps(manifest | {"removed": [{"name": "z", "stays": ["all gates learned beside it"]}]})
-    )
+    manifest["removed"] = [{"name": "z", "stays": ["its gates"], "tasks": ["a"]}]
+    path.write_text(json.dumps(manifest))
     assert "tasks: z left, and something of what they were stays" in refusal(tiny)
