@@ -42,9 +42,9 @@ def begin(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return args
 
 
-def show_progress() -> None:
+def show_progress(*, quiet: bool = False) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
 
 
 def finish(results: Results, folder: Path | None, name: str, *, peers_too: bool = False) -> int:

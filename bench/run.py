@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from mingle.bench.gated_experts.floor import Ceilings
 from mingle.bench.gated_experts.peers import PEERS, SLOW_TO_BUILD, STRATEGIES, KernelPeer
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, log, verdict
 from mingle.bench.record import CaseResult, Results, case_result
-from mingle.io.files import file_path, made, write_json
+from mingle.io.files import file_path, json_text, made, write_json
 from mingle.io.provenance import device_name
 from mingle.options import a_device, one_of
 from mingle.text import visible
@@ -31,9 +32,15 @@ DISPATCH_LIMIT = 1.10
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a selection.  Returns 1 where a result of ours was wrong or failed, or regressed, else 0."""
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(arguments)
-    command.show_progress()
+    command.show_progress(quiet=args.quiet)
+    if args.list and args.json:
+        chosen_cases = {name: [case.name for case in one.cases] for name, one in SELECTIONS.items()}
+        titles = {name: case.title for name, case in CASES.items()}
+        notes = {name: peer.note for name, peer in PEERS.items()}
+        sys.stdout.write(json_text({"selections": chosen_cases, "cases": titles, "peers": notes}))
+        return 0
     if args.list:
         chosen = (f"--{name}: {' '.join(case.name for case in s.cases)}\n" for name, s in SELECTIONS.items())
         known = (f"--case {case.name:32}{case.title}" for case in CASES.values())
@@ -61,11 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         plot.write_plots(found, args.plots, "kernels")
     regressions = judge.regressions(old, found) if old else None
-    table.write(found, regressions)
+    if args.json:
+        sys.stdout.write(json_text(found | {"regressions": regressions}))
+    else:
+        table.write(found, regressions)
     return 1 if regressions or command.status(found) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     about = "Time the gated sum of experts beside other ways to compute it, each checked first."
     default = "Without a selection: --gpu where there is a CUDA device, else --quick."
     parser = argparse.ArgumentParser(prog="mingle bench", description=about, epilog=default)
@@ -85,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", type=a_device, help="cuda, cuda:1, cpu; by default a GPU where there is one")
     add("--seed", type=int, default=0, help="of the random tensors")
     add("--list", action="store_true", help="the names of selections, cases and peers")
+    add("--json", action="store_true", help="print the results as one JSON document")
+    add("--quiet", action="store_true", help="print nothing but errors and results")
     return parser
 
 

@@ -42,9 +42,12 @@ def csv_cell(text: str) -> str:
     return f"'{shown}" if shown.startswith(_FORMULA) else shown
 
 
+def shortened(text: str, length: int = NAME_LENGTH) -> str:
+    """The visible text without its middle where it is longer than `length`."""
+    shown = visible(text)
+    return shown if len(shown) <= length else f"{shown[: length // 2]} … {shown[-length // 3 :]}"
+
+
 def plot_label(text: str, length: int = NAME_LENGTH) -> str:
     """Text for Matplotlib: without mathematics, and without its middle where it is longer than `length`."""
-    shown = visible(text)
-    if len(shown) > length:
-        shown = f"{shown[: length // 2]} … {shown[-length // 3 :]}"
-    return shown.replace("$", r"\$")
+    return shortened(text, length).replace("$", r"\$")

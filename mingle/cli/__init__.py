@@ -17,6 +17,7 @@ from mingle.cli import (
     add,
     bench,
     check,
+    completion,
     crash,
     demo,
     env,
@@ -30,11 +31,26 @@ from mingle.cli import (
     report,
     reproduce,
 )
-from mingle.cli.arguments import LiteralParser
+from mingle.cli.arguments import Commands, LiteralParser
 from mingle.merging.finite import NonFiniteMerge
 from mingle.ops.dispatch import BackendUnavailable
 
-_COMMANDS = (demo, reproduce, merge, check, add, evaluate, explain, inspect, export, play, report, bench, env)
+_COMMANDS = (
+    demo,
+    reproduce,
+    merge,
+    check,
+    add,
+    evaluate,
+    explain,
+    inspect,
+    export,
+    play,
+    report,
+    bench,
+    env,
+    completion,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         output.console.on_broken_pipe()
     except KeyboardInterrupt:
-        output.say(f"interrupted: {args.kept}")
+        output.console.print(output.line(f"interrupted: {args.kept}"), soft_wrap=True)
         return 1
     except (AdaptationDiverged, NonFiniteMerge) as error:
         output.fail(error)
@@ -75,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None, args: argparse.Namespace) -> int:
     """Parse the arguments into `args`, and run the command that they name."""
     try:
-        _parser().parse_args(arguments, args)
+        parser, _ = parsers()
+        parser.parse_args(arguments, args)
+        output.choose(json=getattr(args, "json", False), quiet=getattr(args, "quiet", False))
         if getattr(args, "offline", False):
             os.environ["HF_HUB_OFFLINE"] = "1"
         return args.run(args) or 0
@@ -83,9 +101,10 @@ def _run(arguments: Sequence[str] | None, args: argparse.Namespace) -> int:
         output.flush()
 
 
-def _parser() -> LiteralParser:
+def parsers() -> tuple[LiteralParser, Commands]:
+    """The parser of the whole command line, and the commands, whose ``choices`` are their parsers by name."""
     parser = LiteralParser(prog="mingle", description="Merge fine-tuned models one after another.")
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in _COMMANDS:
         command.register(commands)
-    return parser
+    return parser, commands

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from mingle.cli import arguments
+from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console, result_table
+from mingle.cli.output import document, result_document, result_table, show
 from mingle.cli.progress import bars
 from mingle.io.files import file_path
 from mingle.merging.vocabulary import Vocabulary
 from mingle.runs import merge
 from mingle.runs.config import Expert
+from mingle.runs.report import page
 
 
 def register(commands: Commands) -> None:
@@ -28,6 +29,8 @@ def register(commands: Commands) -> None:
     )
     arguments.samples(parser)
     arguments.offline(parser)
+    arguments.printing(parser)
+    pages.option(parser)
     parser.set_defaults(run=run)
 
 
@@ -35,4 +38,6 @@ def run(args: argparse.Namespace) -> None:
     expert = Expert(args.name, args.model, args.revision)
     with bars(1) as observer:
         result = merge.add(args.folder, expert, arguments.overrides(args), observer, args.vocabulary)
-    console.print(result_table(result))
+    show(result_table(result))
+    document({"folder": str(args.folder), **result_document(result)})
+    pages.told(page.write(args.folder), show=args.open)

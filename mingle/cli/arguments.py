@@ -13,7 +13,7 @@ from mingle.suites.protocol import PROTOCOLS
 from mingle.text import visible
 
 #: the object that a command registers itself with
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
 class LiteralParser(argparse.ArgumentParser):
@@ -27,6 +27,14 @@ def offline(parser: argparse.ArgumentParser) -> None:
     """``--offline``."""
     text = "take hub models and data sets from the hub's cache only"
     parser.add_argument("--offline", action="store_true", help=text)
+
+
+def printing(parser: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--quiet``; see `mingle.cli.output`."""
+    text = "print what was found as one JSON document on stdout, and all else on stderr"
+    parser.add_argument("--json", action="store_true", help=text)
+    text = "print nothing but errors and what was found: no progress, no messages"
+    parser.add_argument("--quiet", action="store_true", help=text)
 
 
 def orders(parser: argparse.ArgumentParser) -> None:

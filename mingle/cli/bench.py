@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from mingle.cli import output
 from mingle.cli.arguments import Commands
 
 
@@ -19,5 +20,6 @@ def register(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from mingle.bench.run import main  # imports matplotlib and more, which no other command needs
 
+    output.choose(json=True)  # the benchmark prints its results itself; its log goes to stderr
     status: int = main(args.arguments)
     return status

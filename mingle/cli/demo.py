@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mingle.cli import arguments
+from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console, say
+from mingle.cli.output import document, say, show
 from mingle.cli.progress import bars
 from mingle.io.files import file_path
 from mingle.methods import METHODS
 from mingle.runs import compare, report
+from mingle.runs.report import page
 from mingle.suites.protocol import PROTOCOLS
 
 
@@ -30,6 +31,8 @@ def register(commands: Commands) -> None:
     parser.add_argument("--out", type=file_path, default=Path("runs/demo"))
     arguments.method_options(parser)
     arguments.offline(parser)
+    arguments.printing(parser)
+    pages.option(parser)
     kept = "the results of finished methods are kept; the same command starts anew"
     parser.set_defaults(run=run, kept=kept)
 
@@ -41,5 +44,7 @@ def run(args: argparse.Namespace) -> None:
     )
     with bars(len(names) * args.orders) as observer:
         results = compare.run(comparison, args.out, observer)
-    console.print(report.table(results))
+    show(report.table(results))
+    document({"folder": str(args.out), **results})
     say("results, plots and merged models: ", args.out)
+    pages.told(args.out / page.REPORT, show=args.open)

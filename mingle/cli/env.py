@@ -6,8 +6,9 @@ import argparse
 
 import torch
 
+from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import say
+from mingle.cli.output import document, line, show
 from mingle.io.provenance import versions
 from mingle.kernels import gemm
 from mingle.ops import dispatch, extension
@@ -15,6 +16,7 @@ from mingle.ops import dispatch, extension
 
 def register(commands: Commands) -> None:
     parser = commands.add_parser("env", help="versions and backends, for bug reports")
+    arguments.printing(parser)
     parser.set_defaults(run=run)
 
 
@@ -27,5 +29,5 @@ def run(args: argparse.Namespace) -> None:
         "extension": extension.summary(),
         "cpu products": gemm.explanation(),
     }
-    for name, value in facts.items():
-        say(f"{name:14}{value}")
+    show(*(line(f"{name:14}{value}") for name, value in facts.items()))
+    document(facts)

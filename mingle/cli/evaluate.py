@@ -6,7 +6,7 @@ import argparse
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console, result_table
+from mingle.cli.output import document, result_document, result_table, show
 from mingle.io.files import file_path
 from mingle.runs import merge
 
@@ -17,8 +17,11 @@ def register(commands: Commands) -> None:
     parser.add_argument("--batch-size", type=arguments.positive, default=128)
     arguments.samples(parser)
     arguments.offline(parser)
+    arguments.printing(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    console.print(result_table(merge.evaluate(args.folder, arguments.overrides(args), args.batch_size)))
+    result = merge.evaluate(args.folder, arguments.overrides(args), args.batch_size)
+    show(result_table(result))
+    document({"folder": str(args.folder), **result_document(result)})

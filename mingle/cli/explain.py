@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from mingle.cli import arguments
+from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console, points, say
-from mingle.io.files import file_path, writable, write_json
+from mingle.cli.output import document, line, points, say, show
+from mingle.cli.progress import stages
+from mingle.io.files import CheckpointError, file_path, writable, write_json
 from mingle.merging.explain import STEPS, Explanation
 from mingle.options import OptionError
-from mingle.runs import merge
+from mingle.runs import explained, merge
+from mingle.runs.report import page
 from mingle.text import visible
 
 
@@ -35,6 +37,8 @@ def register(commands: Commands) -> None:
     parser.add_argument("--out", type=file_path, metavar="FILE", help="a JSON file for the numbers")
     arguments.samples(parser)
     arguments.offline(parser)
+    arguments.printing(parser)
+    pages.option(parser)
     parser.set_defaults(run=run)
 
 
@@ -42,20 +46,25 @@ def run(args: argparse.Namespace) -> None:
     given = dict(_expert(text) for text in args.expert)
     if args.out is not None:
         writable(args.out.parent)
-    with console.status("reading") as status:
+    with stages("reading") as stage:
         found = merge.explain(
             args.folder,
             arguments.overrides(args),
             given,
             args.batch_size,
-            lambda name: status.update(visible(f"measuring {name}")),
+            lambda name: stage(f"measuring {name}"),
         )
+    explanations = explained.described(found)
     if args.out is not None:
-        write_json(args.out, {"steps": list(STEPS), "tasks": [vars(each) for each in found]})
-    console.print(_table(found))
+        write_json(args.out, explanations)
     steps = dict.fromkeys(step for each in found for step in each.changes)
-    for step in steps:
-        say(f"{step}: {STEPS[step]}")
+    show(_table(found), *(line(f"{step}: {STEPS[step]}") for step in steps))
+    document({"folder": str(args.folder), **explanations})
+    try:
+        explained.keep(args.folder, found, args.suite)
+        pages.told(page.write(args.folder), show=args.open)
+    except CheckpointError as error:
+        say(f"not kept beside the merged model: {error}")
 
 
 def _expert(text: str) -> tuple[str, str]:

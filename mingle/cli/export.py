@@ -6,7 +6,7 @@ import argparse
 
 from mingle.cli import arguments
 from mingle.cli.arguments import Commands
-from mingle.cli.output import say
+from mingle.cli.output import document, say
 from mingle.io.files import file_path
 from mingle.io.staging import check_target
 from mingle.merging.exports import FORMATS
@@ -25,10 +25,12 @@ def register(commands: Commands) -> None:
     parser.add_argument("--task", help=text)
     arguments.samples(parser)
     arguments.offline(parser)
+    arguments.printing(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     check_target(args.out)
     merge.export(args.folder, args.out, arguments.overrides(args), args.task, args.format)
+    document({"folder": str(args.out), "format": args.format, "task": args.task})
     say("adapters: " if args.format == "peft" else "plain model: ", args.out)

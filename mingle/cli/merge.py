@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from mingle.cli import arguments
+from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console, result_table, say, say_method
+from mingle.cli.output import document, method_name, result_document, result_table, say, show
 from mingle.cli.progress import bars
 from mingle.io.files import file_path
 from mingle.runs import config
 from mingle.runs.check import check
+from mingle.runs.report import page
 
 
 def register(commands: Commands) -> None:
@@ -20,18 +22,24 @@ def register(commands: Commands) -> None:
     parser.add_argument("config", type=file_path)
     parser.add_argument("--out", type=file_path, required=True, help="folder for the merged model")
     arguments.offline(parser)
+    arguments.printing(parser)
+    pages.option(parser)
     parser.set_defaults(run=run, kept="what was merged is saved; the same command goes on from there")
 
 
 def run(args: argparse.Namespace) -> None:
     plan = check(config.load(args.config), args.out)
-    say_method(plan.config.method)
+    say("method: ", method_name(plan.config.method))
+    orders: list[dict[str, Any]] = []
     try:
         with bars(len(plan.orders)) as observer:
-            for result in plan.run(observer):
-                console.print(result_table(result))
+            for folder, result in zip(plan.folders, plan.run(observer), strict=True):
+                show(result_table(result))
+                orders.append({"folder": str(folder), **result_document(result)})
     except (ArithmeticError, RuntimeError, ValueError) as error:
         if plan.begun():
             error.add_note(args.kept)
         raise
+    document({"folder": str(args.out), "method": plan.config.method, "orders": orders})
     say("merged model: ", args.out)
+    pages.told(page.write(args.out), show=args.open)

@@ -1,5 +1,8 @@
 """The console, and how commands print results.
 
+What a command found is printed by `show`, and as data by `document`: which of the two it is, the user chooses
+by ``--json``.  All else is a message, printed by `say`, which ``--quiet`` leaves out.
+
 Whatever is printed as a string is shown as it is: there is no markup, and what cannot be seen is escaped.
 Styles are given beside the text.
 """
@@ -11,6 +14,7 @@ import logging
 import math
 import os
 import sys
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +22,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from mingle.io.files import json_text
 from mingle.merging.evaluate import Result
 from mingle.methods import DEFAULT
 from mingle.text import visible
@@ -33,11 +38,26 @@ class _LiteralConsole(Console):
     def __init__(self) -> None:
         super().__init__(markup=False, emoji=False, highlight=False)
 
+    def aim(self, *, stderr: bool) -> None:
+        """Print to stderr or stdout from now on, with colours and bars where that is a terminal."""
+        self.stderr = stderr
+        self.is_interactive = self.file.isatty() and not self.is_dumb_terminal
+        self._color_system = self._detect_color_system()
+
     def render_str(self, text: str, **style: Any) -> Text:
         return super().render_str(visible(text, keep="\n"), **style)
 
 
-console = _LiteralConsole()
+@dataclass
+class _Wanted:
+    """What the user chose: one JSON document instead of tables; no messages but errors."""
+
+    json: bool = False
+    quiet: bool = False
+
+
+console, _wanted = _LiteralConsole(), _Wanted()
+_log = RichHandler(console=console, show_path=False, highlighter=None, markup=False)
 
 
 def set_up() -> None:
@@ -45,9 +65,9 @@ def set_up() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    handler = RichHandler(console=console, show_path=False, highlighter=None, markup=False)
-    handler.setFormatter(_LiteralFormatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    choose()
+    _log.setFormatter(_LiteralFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[_log])
     # transformers sets its level by this when it is imported; if it is already, only the level itself counts.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -58,9 +78,50 @@ class _LiteralFormatter(logging.Formatter):
         return visible(super().format(record), keep="\n")
 
 
+def choose(*, json: bool = False, quiet: bool = False) -> None:
+    """What is printed from now on, and where.
+
+    Args:
+        json: nothing but the document goes to stdout; the console is on stderr.
+        quiet: neither messages nor progress nor warnings.
+    """
+    _wanted.json, _wanted.quiet = json, quiet
+    console.aim(stderr=json)
+    _log.setLevel(logging.ERROR if quiet else logging.NOTSET)
+
+
+def is_quiet() -> bool:
+    """Whether nobody wants to know how a command is getting on."""
+    return _wanted.quiet
+
+
+def has_bars() -> bool:
+    """Whether bars can be drawn; a variable such as FORCE_COLOR makes no terminal of a file."""
+    return console.is_interactive and not _wanted.quiet
+
+
 def say(text: str, value: object = "", style: str = "bold") -> None:
-    """One line, whatever the terminal's width: `text`, and then the value in that style."""
-    console.print(Text.assemble(visible(text), (visible(str(value)), style)), soft_wrap=True)
+    """A message: a `line` for whom it may concern."""
+    if not _wanted.quiet:
+        console.print(line(text, value, style), soft_wrap=True)
+
+
+def show(*parts: Table | Text) -> None:
+    """What a command found, for a person: tables, and lines of any length."""
+    for part in parts:
+        if not _wanted.json:
+            console.print(part, soft_wrap=isinstance(part, Text))
+
+
+def document(value: Any) -> None:
+    """What a command found, for a program: plain data, once per command."""
+    if _wanted.json:
+        sys.stdout.write(json_text(value))
+
+
+def line(text: str, value: object = "", style: str = "bold") -> Text:
+    """`text`, and then the value in that style."""
+    return Text.assemble(visible(text), (visible(str(value)), style))
 
 
 def fail(error: object) -> None:
@@ -72,7 +133,8 @@ def fail(error: object) -> None:
         flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"error: {reason}", file=sys.stderr)
+        if not console.stderr:  # else it stands there already
+            print(f"error: {reason}", file=sys.stderr)
 
 
 def flush() -> None:
@@ -88,9 +150,9 @@ def explained(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}"
 
 
-def say_method(name: str) -> None:
+def method_name(name: str) -> str:
     """Which method merges."""
-    say("method: ", f"{name}, the default" if name == DEFAULT else name)
+    return f"{name}, the default" if name == DEFAULT else name
 
 
 def result_table(result: Result) -> Table:
@@ -109,6 +171,11 @@ def result_table(result: Result) -> Table:
         last = [percent(unknown[j])] if measured else []
         table.add_row(visible(name), percent(result.matrix[j][j]), percent(result.matrix[-1][j]), *last)
     return table
+
+
+def result_document(result: Result) -> dict[str, Any]:
+    """All that was measured, and the means over tasks; what was not measured is None."""
+    return asdict(result) | {"acc": result.acc, "acc_unknown": result.acc_unknown, "bwt": result.bwt}
 
 
 def percent(value: float | None) -> str:

@@ -1,9 +1,11 @@
-"""Progress bars: one for the tasks of all methods and orders, one for the steps inside a task."""
+"""How a command is getting on: bars in a terminal, lines in a file or a pipe, nothing with ``--quiet``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.progress import (
     BarColumn,
@@ -15,15 +17,24 @@ from rich.progress import (
 )
 
 from mingle.adaptation.trace import StepProgress
-from mingle.cli.output import console, percent, points
+from mingle.cli.output import console, has_bars, is_quiet, percent, points, say
 from mingle.merging.evaluate import Result
 from mingle.runs.observer import Observer
 from mingle.text import visible
 
+#: seconds between the lines of one stage
+_PAUSE = 10.0
+
 
 @contextmanager
 def bars(runs: int) -> Iterator[Observer]:
-    """A block with bars for `runs` merges, each of all tasks by one method in one order."""
+    """A block with bars for `runs` merges, each of all tasks by one method in one order.
+
+    One counts the tasks of all methods and orders, one the steps inside a task.
+    """
+    if not has_bars():
+        yield Observer() if is_quiet() else _Lines()
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -33,6 +44,60 @@ def bars(runs: int) -> Iterator[Observer]:
     )
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         yield _Bars(progress, runs)
+
+
+@contextmanager
+def stages(first: str) -> Iterator[Callable[[str], None]]:
+    """A block that says which stage it is in, first of all `first`; whatever it yields is told the next."""
+    if not has_bars():
+        yield say
+        return
+    with console.status(visible(first)) as status:
+        yield lambda stage: status.update(visible(stage))
+
+
+class _Lines(Observer):
+    """A line for each task that is merged, and of a long stage inside it one now and then."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.next_line = self.began + _PAUSE
+        self.trained: str | None = None
+
+    def merging(self, method: str, order: int, index: int, tasks: Sequence[str]) -> None:
+        self._say(f"{method}, order {order + 1}, task {index + 1} of {len(tasks)}: {tasks[index]}")
+
+    def adapting(self, progress: StepProgress) -> None:
+        self._say_now_and_then(f"adapting, step {progress.step} of {progress.steps}, {_measures(progress)}")
+
+    def training(self, task: str, step: int, steps: int) -> None:
+        text = f"training the expert {task} (once, then cached), step {step} of {steps}"
+        self._say_now_and_then(text, first=task != self.trained)
+        self.trained = task
+
+    def merged(self, method: str, order: int, result: Result) -> None:
+        self._say(_figures(method, order, result))
+
+    def _say_now_and_then(self, text: str, first: bool = False) -> None:
+        if first or time.monotonic() >= self.next_line:
+            self._say(f"  {text}")
+
+    def _say(self, text: str) -> None:
+        """The time passed since the beginning, in hours, minutes and seconds, and the text."""
+        now = time.monotonic()
+        self.next_line = now + _PAUSE
+        say(f"[{timedelta(seconds=int(now - self.began))}] {text}")
+
+
+def _figures(method: str, order: int, result: Result) -> str:
+    return f"{method}, order {order + 1}: ACC {percent(result.acc)}, BWT {points(result.bwt)}"
+
+
+def _measures(progress: StepProgress) -> str:
+    found = f"loss {progress.loss:.3f}"
+    if progress.strength is not None:
+        found += f"  S {progress.interference:.3f}  λ {progress.strength:.3f}"
+    return found
 
 
 class _Bars(Observer):
@@ -54,10 +119,7 @@ class _Bars(Observer):
         self.begun += 1
 
     def adapting(self, progress: StepProgress) -> None:
-        note = f"loss {progress.loss:.3f}"
-        if progress.strength is not None:
-            note += f"  S {progress.interference:.3f}  λ {progress.strength:.3f}"
-        self._inside("  adapting", progress.step, progress.steps, note)
+        self._inside("  adapting", progress.step, progress.steps, _measures(progress))
 
     def training(self, task: str, step: int, steps: int) -> None:
         self._inside(f"  training the expert {visible(task)} (once, then cached)", step, steps)
@@ -69,5 +131,4 @@ class _Bars(Observer):
 
     def merged(self, method: str, order: int, result: Result) -> None:
         self.progress.update(self.tasks, completed=self.begun)
-        figures = f"ACC {percent(result.acc)}, BWT {points(result.bwt)}"
-        self.progress.console.print(f"{method}, order {order + 1}: {figures}")
+        self.progress.console.print(_figures(method, order, result))

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from mingle.cli import arguments
+from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
-from mingle.cli.output import console, say
+from mingle.cli.output import document, say, show
 from mingle.cli.progress import bars
 from mingle.io.files import file_path, made
 from mingle.runs import report, reproduce
+from mingle.runs.report import page
 from mingle.runs.reproduce import summary
 from mingle.runs.reproduce.tables import TABLES
 from mingle.suites.protocol import PROTOCOLS
@@ -40,6 +41,8 @@ def register(commands: Commands) -> None:
     text = "CPU threads; for small models several processes of one thread each are fastest"
     parser.add_argument("--threads", type=arguments.positive, help=text)
     arguments.offline(parser)
+    arguments.printing(parser)
+    pages.option(parser)
     parser.set_defaults(run=run, kept="what is finished is kept; the same command goes on from there")
 
 
@@ -64,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
         with bars(unfinished) as observer:
             reproduce.run(plan, out, observer, keep_models=args.keep_models)
     finally:  # whatever ended the run, its finished cells are worth a table
-        for table in report.comparison.tables(summary.write(plan, out)):
-            console.print(table)
+        found = summary.write(plan, out)
+        show(*report.comparison.tables(found))
+        document({"folder": str(out), **found})
         say("table and plots: ", out)
+        pages.told(out / page.REPORT, show=args.open)

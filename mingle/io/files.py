@@ -52,6 +52,11 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
         file.write(data)
 
 
+def json_text(value: Any) -> str:
+    """`value` as indented JSON, in ASCII, which every stream takes; NaN and infinities are null."""
+    return json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, atomically."""
     data = text.encode(errors="backslashreplace")

@@ -28,6 +28,11 @@ TASK = {
     "labels": Absent(([str], None)),
     "temperature": Absent((float, None)),
 }
+#: what the samples of a task were taken for, see `mingle.merging.answers`
+ANSWERS = {
+    "taken": {str: int},
+    "confused": [{"wanted": str, "given": str, "count": int, "samples": int}],
+}
 #: of any folder of a merge; what the options may be, the method knows
 MERGE = {
     "method": str,
@@ -38,6 +43,8 @@ MERGE = {
     "tasks": [TASK],
     "matrix": [[(float, None)]],
     "unknown": Absent([[(float, None)]]),
+    "removed": Absent([{"name": str, "stays": [str]}]),
+    "answers": Absent({str: ANSWERS}),
 }
 #: what a base is called; early versions of a merger's folder did not say
 BASE = {"name": Absent((str, None)), "revision": Absent((str, None))}
@@ -117,6 +124,11 @@ def check_files(folder: Path, entries: Iterable[Mapping[str, Any]], source: str)
             raise CheckpointError(f"{path}: expected {entry['bytes']} bytes, found {size}")
         if sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path}: its content is not what {source} says (SHA-256 differs)")
+
+
+def size_of(manifest: dict[str, Any]) -> int:
+    """How many bytes a merge's folder holds beside its base."""
+    return sum(entry["bytes"] for entry in files_of(manifest))
 
 
 def entry_of(path: Path, name: str, digest: str) -> dict[str, Any]:

@@ -4,9 +4,11 @@ All functions are pure, run without autograd and autocast, never in TF32, and de
 """
 
 from mingle.linalg.basis import extend_basis
+from mingle.linalg.certificate import Certificate
 from mingle.linalg.spectrum import effective_rank, effective_ranks, factored_svd, gram_svd, project_out
 from mingle.linalg.subspace import InputDirections, top_subspace
-from mingle.linalg.svd import NULL_SPACE_TOLERANCE, Certificate, svd_lowrank
+from mingle.linalg.subspace_iteration import NULL_SPACE_TOLERANCE
+from mingle.linalg.svd import svd_lowrank
 
 __all__ = [
     "NULL_SPACE_TOLERANCE",

@@ -7,95 +7,34 @@ more rounds follow, or an exact decomposition.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from mingle.kernels.dtypes import wide
-from mingle.linalg.arithmetic import buckets, falling_eigh, gram, ieee, product
-from mingle.linalg.basis import ORTHONORMAL, defect, orthonormal, orthonormalized
-from mingle.linalg.sketch import gaussian
+from mingle.linalg.arithmetic import buckets, ieee
+from mingle.linalg.certificate import Certificate, Tolerance, mend, shares_of
+from mingle.linalg.subspace_iteration import (
+    NULL_SPACE_TOLERANCE,
+    Found,
+    Iteration,
+    Triplets,
+    full,
+    leading,
+)
 from mingle.ops import extension, small_kernels
 from mingle.ops import small_factorizations as small
 
-logger = logging.getLogger(__name__)
-
-Triplets = tuple[Tensor, Tensor, Tensor]
-
-#: Singular values below this fraction of the largest one are zero.
-NULL_SPACE_TOLERANCE = 1e-6
 BACKENDS = ("auto", "lapack", "library", "extension")
-
-
-class Tolerance(NamedTuple):
-    """What a result may be short of the optimal one: see `Certificate`."""
-
-    deficit: float
-    excess: float
 
 
 #: mode → (oversample, power_iters, tolerance).  Of eight rounds an error of 1e-4 in B A is left where the
 #: singular values around r are close together; ten, at 4 to 14 % more time, leave 2e-5.
 MODES = {"accurate": (64, 10, Tolerance(1e-6, 1e-5)), "fast": (32, 7, Tolerance(1e-4, 1e-4))}
-
-#: Of ‖M‖²: what is left of it below this is a rounding error.
-_ROUNDING = 1e-12
-#: An exact decomposition costs as much as one round for so many columns.
-_ROUNDS_PER_COLUMN = 24
-#: Up to this width a library decomposes whole batches at once, and nothing else is faster.
-_SMALL = 32
-
-
-@dataclass(frozen=True)
-class _Iteration:
-    """What one decomposition is asked for; `block` is the number ℓ of vectors that iterate."""
-
-    rank: int
-    block: int
-    power_iters: int
-    seed: int
-
-
-class Certificate(NamedTuple):
-    """How far a decomposition is from the optimal one of its rank, as its own residuals tell.
-
-    With the distance to the ℓ-th singular value, the last one that iterates along, a residual says how much a
-    σ_i² may still grow: by 2 ρ_i σ_i, and by no more than 2 ρ_i² σ_i² / (σ_i² − σ_ℓ²) to second order.
-
-    Attributes:
-        residuals: ρ_i = ‖M v_i − σ_i u_i‖ [..., r], or ‖Mᵀ u_i − σ_i v_i‖ where M is wide, in M's units; the
-            other side vanishes.  0 where the decomposition is exact.
-        deficit: [...], by which share Σ σ_i² may be short of the optimum.
-        excess: [...], by which share ‖M − U S Vh‖ may exceed the optimum; 0 where it is a rounding error.
-    """
-
-    residuals: Tensor
-    deficit: Tensor
-    excess: Tensor
-
-
-class _Found(NamedTuple):
-    """Triplets in float64, their residual norms [..., r], and σ_ℓ [...]; both 0 where they are exact."""
-
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
-    residuals: Tensor
-    beyond: Tensor
-
-    @staticmethod
-    def exactly(U: Tensor, S: Tensor, Vh: Tensor) -> _Found:
-        return _Found(U, S, Vh, torch.zeros_like(S), S.new_zeros(S.shape[:-1]))
-
-    @property
-    def transposed(self) -> _Found:
-        return self._replace(U=self.Vh.mT, Vh=self.U.mT)
 
 
 @overload
@@ -177,7 +116,7 @@ def svd_lowrank(
     _check(M, rank, mode, oversample, power_iters, backend)
     count = M.shape[:-2].numel() if isinstance(M, Tensor) else len(matrices)
     names = _names(keys, count)
-    plan = _Iteration(rank, rank + oversample, power_iters, seed)
+    plan = Iteration(rank, rank + oversample, power_iters, seed)
     if isinstance(M, Tensor):
         flat = _apply(M.reshape(count, *M.shape[-2:]), names, plan, wanted, backend)
         U, S, Vh, *certificate = (part.reshape(M.shape[:-2] + part.shape[1:]) for part in flat)
@@ -249,7 +188,7 @@ def _svd_lowrank(
     """
     keys = names.split("\n")
     b, m, n = M.shape
-    plan = _Iteration(rank, block, power_iters, seed)
+    plan = Iteration(rank, block, power_iters, seed)
     if M.numel() == 0:
         r = min(rank, m, n)
         triplets = M.new_empty(b, m, r), M.new_empty(b, r), M.new_empty(b, r, n)
@@ -258,16 +197,16 @@ def _svd_lowrank(
     _refuse_nonfinite(M, keys, *nonfinite)
     exact = torch.ldexp(M, -exponent[:, None, None]) if M.dtype == torch.float64 else scaled.double()
     if backend == "lapack":
-        found = _full(exact, plan.rank)
+        found = full(exact, plan.rank)
     elif M.device.type == "cpu":
-        singles = [_leading(scaled[i], exact[i], plan, keys[i : i + 1]) for i in range(b)]
-        found = _Found(*map(torch.stack, zip(*singles, strict=True)))
+        singles = [leading(scaled[i], exact[i], plan, keys[i : i + 1]) for i in range(b)]
+        found = Found(*map(torch.stack, zip(*singles, strict=True)))
     else:
         with small_kernels.set_aside() if backend == "library" else nullcontext():
-            found = _leading(scaled, exact, plan, keys)
-    shares = _shares(found, exact)
+            found = leading(scaled, exact, plan, keys)
+    shares = shares_of(found, exact)
     if backend != "lapack":
-        _mend(found, shares, scaled, exact, plan, Tolerance(deficit, excess), keys)
+        mend(found, shares, scaled, exact, plan, Tolerance(deficit, excess), keys)
     U, S, Vh = found[:3]
     S = torch.ldexp(torch.where(NULL_SPACE_TOLERANCE * S[:, :1] < S, S, 0.0), exponent[:, None])
     residuals = torch.ldexp(found.residuals, exponent[:, None])
@@ -291,7 +230,7 @@ def _(
 
 
 def _apply(
-    M: Tensor, keys: list[str], plan: _Iteration, wanted: Tolerance, backend: str
+    M: Tensor, keys: list[str], plan: Iteration, wanted: Tolerance, backend: str
 ) -> tuple[Tensor, ...]:
     operator = _registered if torch.compiler.is_compiling() else _svd_lowrank
     return operator(M, plan.rank, plan.block, plan.power_iters, plan.seed, *wanted, backend, "\n".join(keys))
@@ -305,134 +244,3 @@ def _refuse_nonfinite(M: Tensor, keys: list[str], count: Tensor, first: Tensor) 
             raise ValueError(
                 f"matrix {name} {list(M.shape[1:])} has non-finite entries: {wrong}, the first at {entry}"
             )
-
-
-def _full(M: Tensor, rank: int) -> _Found:
-    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-    return _Found.exactly(U[..., :rank], S[..., :rank], Vh[..., :rank, :])
-
-
-def _shares(found: _Found, M: Tensor) -> tuple[Tensor, Tensor]:
-    """The deficit and the excess of a `Certificate`, of one matrix or of each in a batch."""
-    S, residuals, beyond = found.S, found.residuals, found.beyond.unsqueeze(-1)
-    # below this a residual is the rounding of an iteration in fp32
-    residuals = torch.where(residuals > 4 * torch.finfo(torch.float32).eps * S[..., :1], residuals, 0.0)
-    growth = residuals * S
-    gap = (S**2 - beyond**2).clamp_min(torch.finfo(S.dtype).tiny)
-    lost = torch.minimum(2 * growth, 2 * growth * (growth / gap)).sum(-1)
-    captured, whole = (S**2).sum(-1), torch.linalg.matrix_norm(M) ** 2
-    left = whole - captured
-    return lost / captured.clamp_min(torch.finfo(S.dtype).tiny), torch.where(
-        left > _ROUNDING * whole, lost / (2 * left), 0.0
-    )
-
-
-def _mend(
-    found: _Found,
-    shares: tuple[Tensor, Tensor],
-    scaled: Tensor,
-    M: Tensor,
-    plan: _Iteration,
-    wanted: Tolerance,
-    keys: list[str],
-) -> None:
-    """Improve `found` and its `shares` in place for the matrices whose shares are larger than is wanted.
-
-    Where the iteration did not end in orthonormal vectors at all, LAPACK's result takes its place.
-    """
-    orthonormal = (defect(found.U.mT) <= ORTHONORMAL) & (defect(found.Vh) <= ORTHONORMAL)
-    trust = orthonormal & found.S.isfinite().all(-1)
-    short = torch.stack([share / most for share, most in zip(shares, wanted, strict=True)]).amax(0)
-    for i in (~(trust & (short <= 1))).nonzero().flatten().tolist():
-        name, shape = keys[i] or i, list(M.shape[1:])
-        if trust[i]:
-            better = _better(
-                scaled[i], M[i], plan, wanted, keys[i : i + 1], _needed(found, i, float(short[i]))
-            )
-        else:
-            logger.warning(
-                "the subspace iteration failed for matrix %r %s; decomposed fully instead", name, shape
-            )
-            better = _full(M[i], plan.rank)
-        for part, own in zip((*found, *shares), (*better, *_shares(better, M[i])), strict=True):
-            part[i] = own
-
-
-def _needed(found: _Found, i: int, short: float) -> float:
-    """The rounds that bring what matrix i lacks, `short` times what it may, to half of that."""
-    closeness = float(found.beyond[i] / found.S[i, -1].clamp_min(torch.finfo(found.S.dtype).tiny))
-    return math.log(2 * short) / (-4 * math.log(closeness)) if 0 < closeness < 1 else math.inf
-
-
-def _better(
-    scaled: Tensor, M: Tensor, plan: _Iteration, wanted: Tolerance, keys: list[str], needed: float
-) -> _Found:
-    """One matrix again: with as many more rounds as are `needed`, or exactly where that costs less."""
-    name, shape = keys[0] or "without a key", list(M.shape)
-    if needed <= min(shape) / _ROUNDS_PER_COLUMN:
-        longer = replace(plan, power_iters=plan.power_iters + math.ceil(needed))
-        logger.debug(
-            "matrix %s %s: %d rounds instead of %d", name, shape, longer.power_iters, plan.power_iters
-        )
-        found = _leading(scaled, M, longer, keys)
-        if all(float(share) <= most for share, most in zip(_shares(found, M), wanted, strict=True)):
-            return found
-    logger.debug("matrix %s %s: singular values too close for rounds; decomposed exactly", name, shape)
-    return _leading(scaled, M, replace(plan, block=min(shape)), keys)
-
-
-def _leading(scaled: Tensor, M: Tensor, plan: _Iteration, keys: list[str]) -> _Found:
-    """The triplets, in float64, of a matrix or a batch M [..., m, n] in float64; `scaled` is M in fp32."""
-    m, n = M.shape[-2:]
-    if min(m, n) <= _SMALL:
-        return _full(M, plan.rank)
-    if m < n:
-        return _leading(scaled.mT, M.mT, plan, keys).transposed
-    r, block = min(plan.rank, n), min(plan.block, n)
-    if 2 * block >= n:
-        rows = falling_eigh(gram(M.mT))[1][..., :r].mT  # [..., r, n]
-        S, rows, images = _triplets(rows, product(rows, M.mT), plan, keys)
-        return _Found.exactly(images.mT, S, rows)
-    P = gaussian(plan.seed, keys, block, n, M.device, torch.float32).view(*M.shape[:-2], block, n)
-    square = product(scaled.mT, scaled) if on_gram_side(m, n, block, plan.power_iters) else None
-    for _ in range(plan.power_iters):
-        P = product(product(P, scaled.mT), scaled) if square is None else product(P, square)
-        P = orthonormalized(P)
-    Q = orthonormal(product(P.double(), M.mT), plan.seed, keys)  # [..., ℓ, m]
-    C = product(Q, M)  # [..., ℓ, n]
-    W, beyond = _leading_eigenvectors(gram(C), r)
-    S, rows, images = _triplets(product(W, Q), product(W, C), plan, keys)
-    residuals = product(images.to(scaled.dtype), scaled.mT).double() - S.unsqueeze(-1) * rows  # [..., r, m]
-    return _Found(rows.mT, S, images, residuals.norm(dim=-1), beyond)
-
-
-def on_gram_side(m: int, n: int, block: int, power_iters: int) -> bool:
-    """Whether to iterate with MᵀM [n, n], for M [m, n] and m ≥ n: where M is tall and that is cheaper.
-
-    m n² + q n² ℓ against 2 q m n ℓ multiply-adds.  Squares in fp32 lose the directions under 3e-4 of the
-    largest, which a square matrix should not risk for little.
-    """
-    return m >= 2 * n and n * (m + power_iters * block) < 2 * power_iters * m * block
-
-
-def _leading_eigenvectors(squared: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """The eigenvectors of the r largest eigenvalues of G [..., k, k] as rows [..., r, k].
-
-    And the root of the smallest eigenvalue [...].
-    """
-    k = squared.shape[-1]
-    values, vectors, _ = small.eigh(squared.view(-1, k, k))
-    smallest = values[:, -1].clamp_min(0).sqrt().view(squared.shape[:-2])
-    return vectors.view(squared.shape)[..., :r].mT, smallest
-
-
-def _triplets(rows: Tensor, images: Tensor, plan: _Iteration, keys: list[str]) -> Triplets:
-    """S in falling order, and in that order the rows and their images at unit length.
-
-    From orthonormal rows [..., r, k] and their images [..., r, l] under the matrix.  The lengths are accurate
-    where the eigenvalues, their squares, have drowned in rounding errors.
-    """
-    S, order = images.norm(dim=-1).sort(dim=-1, descending=True, stable=True)
-    rows, images = (part.take_along_dim(order.unsqueeze(-1), -2) for part in (rows, images))
-    units = torch.where(NULL_SPACE_TOLERANCE * S[..., :1] < S, 1 / S, 0.0).unsqueeze(-1) * images
-    return S, rows, orthonormal(units, plan.seed, keys)

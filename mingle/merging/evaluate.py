@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from mingle.merging.answers import Answers
 from mingle.merging.predict import AllTasks
 from mingle.nn.linear import MingleLinear
 from mingle.nn.observe import observed
@@ -29,11 +30,14 @@ class Result:
             that samples are of task j; None where it was not measured.
         unknown: the same where that is not known: a sample counts if task and class are both right.  None
             also where this has no meaning, as for answers in words.
+        answers: by task, what its samples were taken for when they were last measured; only of tasks of which
+            `unknown` was measured.
     """
 
     tasks: list[str]
     matrix: list[list[float | None]]
     unknown: list[list[float | None]] = field(default_factory=list)
+    answers: dict[str, Answers] = field(default_factory=dict)
 
     @property
     def acc(self) -> float:
@@ -65,16 +69,19 @@ def _mean(values: Sequence[float | None]) -> float:
 
 @torch.no_grad()
 def accuracy(task: TaskType, model: nn.Module, data: TaskData, batch_size: int = 128) -> float:
-    """The score of the model on the samples, taken in order and in batches of `batch_size`; see `score`."""
+    """The score of the model on the samples, taken in batches of `batch_size`; see `score`."""
     model.eval()
-    return score(torch.cat([task.outcomes(model, batch) for batch in data.batches(batch_size)]), data.metric)
+    outcomes = [task.outcomes(model, batch) for batch in data.batches_by_length(batch_size)]
+    return score(torch.cat(outcomes), data.metric)
 
 
 @torch.no_grad()
 def accuracies(
     tasks: AllTasks, place: int, model: nn.Module, data: TaskData, batch_size: int = 128
-) -> tuple[float, float]:
+) -> tuple[float, float, Answers]:
     """The score of the model on samples of a task, where the task is known and where it has to be found.
+
+    The third is what the samples were taken for.
 
     The part of the model that is common to all tasks computes once for both.
 
@@ -88,15 +95,18 @@ def accuracies(
     model.eval()
     task, head = tasks.task, tasks.heads[place]
     part = common_part(model, task.tower(model), head.tensors)
-    known, unknown = [], []
-    for batch in data.batches(batch_size):
+    known, choices = [], []
+    for batch in data.batches_by_length(batch_size):
         routed = tasks.method.route(batch)
         with replayed(model, part) as replay:
             known.append(task.outcomes(model, batch))
             replay.again()
-            choice = tasks.choose(model, batch, routed)
-        unknown.append((choice.task == place) & (choice.label == required_labels(batch).cpu()))
-    return score(torch.cat(known), data.metric), score(torch.cat(unknown), data.metric)
+            choices.append(tasks.choose(model, batch, routed))
+    wanted = required_labels(data).cpu()
+    found, label, _, labels = (torch.cat(parts) for parts in zip(*choices, strict=True))
+    unknown = score((found == place) & (label == wanted), data.metric)
+    answers = Answers.of(tasks.names, found, wanted, labels[:, place], head.labels)
+    return score(torch.cat(known), data.metric), unknown, answers
 
 
 def score(outcomes: torch.Tensor, metric: str) -> float:
@@ -157,6 +167,6 @@ def gate_activation(
         sums[name] += (values * weight.unsqueeze(-1)).flatten(0, -2).sum(0).cpu()
 
     with observed(layers, collect):
-        for batch in data.batches(batch_size):
+        for batch in data.batches_by_length(batch_size):
             task.logits(model, batch)
     return torch.stack(list(sums.values())) / max(len(data), 1)

@@ -1,4 +1,4 @@
-"""A task that a merged model serves: what is noted of it, and what it has of its own."""
+"""A task that a merged model serves, or served: what is noted of it, and what it has of its own."""
 
 from __future__ import annotations
 
@@ -77,6 +77,24 @@ class MergedTask:
         self.tensors = {name: own[name] for name in expected}  # in the model's order
         task.check_head(self.head)
         return {name: tensor for name, tensor in saved.items() if not name.startswith((_HEAD, _SHARED))}
+
+
+@dataclass
+class RemovedTask:
+    """A task that left, where something of it is still in what others have.
+
+    Attributes:
+        name: the task's name.
+        stays: what is, in words.
+    """
+
+    name: str
+    stays: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, noted: Mapping[str, Any]) -> RemovedTask:
+        """The one that a manifest says this of."""
+        return cls(**{key: noted[key] for key in ("name", "stays")})
 
 
 def own_head(head: Tensors, samples: TaskData | None, labels: Sequence[str] | None) -> Head:

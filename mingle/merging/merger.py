@@ -21,7 +21,7 @@ from mingle.io import adapters_folder, merger_folder
 from mingle.io.files import CheckpointError
 from mingle.io.manifest import MANIFEST
 from mingle.io.state_dicts import IncompatibleModel
-from mingle.merging import adapters, exports
+from mingle.merging import adapters, exports, removal
 from mingle.merging.calibration import temperature
 from mingle.merging.evaluate import Result, accuracies, accuracy
 from mingle.merging.exports import Format, Merged
@@ -152,8 +152,30 @@ class Merger(MergeState):
         )
         self.matrix.append([None] * len(self.merged))
         self.unknown.append([None] * len(self.merged))
+        self.answers = {}
         self._put_head(index)
         return report
+
+    def remove(self, name: str) -> list[str]:
+        """Take a merged task out again.
+
+        Experts, gates and statistics of all other tasks stay bit for bit, and so do their places in the
+        order.  Accuracies of the model as it is now are to be measured again, unless the task was the last to
+        arrive and left nothing behind.  `model` is another module afterwards.
+
+        Args:
+            name: of the task.
+
+        Returns:
+            What of the task stays in what the others have, in words: later gates, for instance, learned
+            beside it.  Nothing where the model is that of a merge that never had the task; it always is where
+            the task was the only one.
+
+        Raises:
+            ValueError: a task that is not merged; or a method that keeps a sum of all tasks, which does not
+                tell them apart, see `mingle.methods.MergeMethod.without`.  The merger is as it was before.
+        """
+        return removal.remove(self, name)
 
     def set_classes(
         self,
@@ -240,24 +262,26 @@ class Merger(MergeState):
         everything = self._all_tasks()
         separable = not everything.hindrance()
         rows: tuple[list[float | None], list[float | None]] = ([], [])
+        answers = {}
         for place, name in enumerate(self.task_names):
             known = unknown = None
             if name in wanted:
                 model, data = self.model_for(name), self.task.data(suite[name])
                 if separable and data.metric == "accuracy":
-                    known, unknown = accuracies(everything, place, model, data, batch_size)
+                    known, unknown, answers[name] = accuracies(everything, place, model, data, batch_size)
                 else:
                     known = accuracy(self.task, model, data, batch_size)
             rows[0].append(known)
             rows[1].append(unknown)
         if self.merged:
             self.matrix[-1], self.unknown[-1] = rows
+            self.answers = answers
         return self.result()
 
     def result(self) -> Result:
         """Everything measured so far."""
         matrix, unknown = ([list(row) for row in rows] for rows in (self.matrix, self.unknown))
-        return Result(self.task_names, matrix, unknown)
+        return Result(self.task_names, matrix, unknown, dict(self.answers))
 
     def save_pretrained(self, folder: str | Path, *, include_base: bool = True) -> None:
         """Write the merger to a folder: safetensors and a JSON manifest, nothing pickled.

@@ -35,11 +35,17 @@ class Prediction:
 
 
 class Choice(NamedTuple):
-    """Answers as numbers, each [n]: the task's, the class's, and the probability."""
+    """Answers as numbers.
+
+    Attributes:
+        task, label, score: the number of the task, that of the class, and the probability, each [n].
+        labels: what the answer would be in every task, [n, T].
+    """
 
     task: Tensor
     label: Tensor
     score: Tensor
+    labels: Tensor
 
 
 class AllTasks:
@@ -92,7 +98,7 @@ class AllTasks:
             self.choose(model, batch, self.method.route(batch))
             for batch in self._samples(inputs).batches(batch_size)
         ]
-        tasks, labels, scores = (torch.cat(parts).tolist() for parts in zip(*choices, strict=True))
+        tasks, labels, scores, _ = (torch.cat(parts).tolist() for parts in zip(*choices, strict=True))
         return Prediction(
             [self.names[task] for task in tasks],
             [
@@ -121,9 +127,9 @@ class AllTasks:
         shares = [part.max(1) for part in self.shares(model, data, routed)]
         best, labels = (torch.stack(parts, 1) for parts in zip(*shares, strict=True))  # [n, T]
         chosen = (best.argmax(1) if routed is None else routed.cpu()).unsqueeze(1)
-        return Choice(
-            *(part.squeeze(1) for part in (chosen, labels.gather(1, chosen), best.gather(1, chosen)))
-        )
+        answers = (chosen, labels.gather(1, chosen), best.gather(1, chosen))
+        task, label, score = (part.squeeze(1) for part in answers)
+        return Choice(task, label, score, labels)
 
     def _samples(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples without labels, with something in the place of what those of a task share."""

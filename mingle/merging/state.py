@@ -17,11 +17,12 @@ from mingle.io import merger_folder
 from mingle.io.files import CheckpointError
 from mingle.io.hub import ModelName
 from mingle.io.state_dicts import non_finite
-from mingle.merging.merged_task import MergedTask
+from mingle.merging.answers import Answers
+from mingle.merging.merged_task import MergedTask, RemovedTask
 from mingle.merging.vocabulary import Vocabulary, check_vocabulary
 from mingle.methods import MergeMethod
 from mingle.methods.base import Tensors
-from mingle.options import build
+from mingle.options import build, nearest
 from mingle.tasks import TaskType
 from mingle.tasks.heads import names_of, put_head, put_names
 from mingle.tasks.loading import absent
@@ -60,9 +61,13 @@ class MergeState:
         self._base_tower = {name: tensor.detach() for name, tensor in tower.state_dict().items()}
         self._begin(method_class)
         self.merged: list[MergedTask] = []
+        #: tasks that left, where something of them is still in what the others have
+        self.removed: list[RemovedTask] = []
         #: accuracies after every merge: where the task is known, and where it has to be found too
         self.matrix: list[list[float | None]] = []
         self.unknown: list[list[float | None]] = []
+        #: what the samples of every task were taken for, as they were last measured; by the task's name
+        self.answers: dict[str, Answers] = {}
         #: anything JSON can hold, saved with the merger
         self.metadata: dict[str, Any] = {}
 
@@ -76,6 +81,7 @@ class MergeState:
         if name not in self.task_names:
             raise ValueError(
                 f"task {name!r} is not among the merged ones: {', '.join(self.task_names) or 'none'}"
+                f"{nearest(name, self.task_names)}"
             )
         return self.task_names.index(name)
 
@@ -101,8 +107,14 @@ class MergeState:
             "options": asdict(self.options),
             **({} if self.vocabulary == "same" else {"vocabulary": self.vocabulary}),
             "tasks": [task.noted() for task in self.merged],
+            **({"removed": [asdict(task) for task in self.removed]} if self.removed else {}),
             "matrix": self.matrix,
             "unknown": self.unknown,
+            **(
+                {"answers": {name: each.noted() for name, each in self.answers.items()}}
+                if self.answers
+                else {}
+            ),
         }
 
     def _kept(self) -> list[Tensors]:
@@ -164,8 +176,10 @@ class MergeState:
         if not isinstance(base, nn.Module):
             merger.base_folder, merger.base_name = Path(base), _name(base)
         merger.merged = [MergedTask.of(noted) for noted in merge["tasks"]]
+        merger.removed = [RemovedTask.of(noted) for noted in merge.get("removed", [])]
         merger.matrix = merge["matrix"]
         merger.unknown = merge.get("unknown", [[None] * len(row) for row in merger.matrix])
+        merger.answers = {name: Answers.read(noted) for name, noted in merge.get("answers", {}).items()}
         return merger
 
     def _restore(self, saved: list[Tensors], state: Tensors, folder: Path) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from mingle.methods.base import Arrival, Tensors, WeightMethod
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mingle.methods.base import Tensors
+from mingle.methods.tensorwise import Numbers, TensorMethod, TensorStep
 
 
-def running_mean(merged: Tensors, tuned: Tensors, seen: int) -> Tensors:
-    """The mean of `seen` + 1 models, from the mean of the first `seen` and the next one."""
-    return {name: tensor + (tuned[name].to(tensor) - tensor) / (seen + 1) for name, tensor in merged.items()}
+def running_mean(mean: Tensor, new: Tensor, seen: int) -> Tensor:
+    """The mean of `seen` + 1 tensors, from the mean of the first `seen` and the next one."""
+    return mean + (new.to(mean) - mean) / (seen + 1)
 
 
-class Average(WeightMethod):
+class Average(TensorMethod):
     """θ_t = mean of the t fine-tuned models; the base takes no part."""
 
     name = "average"
 
-    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        return running_mean(self.merged, dict(arrival.tuned), arrival.index), {}
+    def merge_tensor(
+        self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensors]:
+        return running_mean(step.merged, step.tuned, step.seen), {}

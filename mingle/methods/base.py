@@ -86,6 +86,21 @@ class Kept(NamedTuple):
     state: int
 
 
+class Left(NamedTuple):
+    """What is kept of a merge once a task has left it.
+
+    Attributes:
+        tasks: the tensors of each other task, in order of arrival.
+        state: those of all tasks together.
+        stays: what the task leaves behind in them, in words; nothing where they are those of a merge that
+            never had it.
+    """
+
+    tasks: list[Tensors]
+    state: Tensors
+    stays: list[str]
+
+
 class Folded(NamedTuple):
     """A gated tower for one task, its gates held constant.
 
@@ -150,6 +165,25 @@ class MergeMethod(ABC):
     @abstractmethod
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         """Return, bit for bit, to the state that `task_tensors` and `state_tensors` gave."""
+
+    def without(self, index: int, tasks: list[Tensors]) -> Left:
+        """What is kept once task `index` has left; nothing is changed.
+
+        Args:
+            index: of the task, which is not the only one.
+            tasks: the `task_tensors` of all tasks; not to be changed.
+
+        Raises:
+            ValueError: what is kept does not tell the task's part from that of others.
+        """
+        raise ValueError(
+            f"method {self.name!r} keeps all that it merged as one, from which no single task can be taken "
+            "out again"
+        )
+
+    def rewrites_tasks(self) -> bool:
+        """Whether an arrival changes what is kept of earlier tasks alone, or what is kept grows with them."""
+        return False
 
     def kept_bytes(self) -> Kept:
         """How large `task_tensors` and `state_tensors` will be, from shapes alone; rather too much."""
@@ -279,13 +313,6 @@ class WeightMethod(PlainMethod):
         return task_vector(self.base, self.merged, self.base), task_vector(self.base, tuned, self.base)
 
 
-def shifted(
-    tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor], scaling: float = 1.0
-) -> Tensors:
-    """tensor + scaling · vector for each name, in float32, or float64 where the tensor is."""
-    return {name: (tensor + scaling * vectors[name]).to(wide(tensor)) for name, tensor in tensors.items()}
-
-
 def widened(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Copies in float32, or float64 where a tensor is."""
     return {name: tensor.to(wide(tensor), copy=True) for name, tensor in tensors.items()}
@@ -294,6 +321,11 @@ def widened(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 def kept_size(tensors: Iterable[torch.Tensor]) -> int:
     """The bytes of tensors as they are kept, in float32 at least."""
     return sum(tensor.numel() * max(tensor.dtype.itemsize, 4) for tensor in tensors)
+
+
+def others(index: int, tasks: list[Tensors]) -> list[Tensors]:
+    """All tasks but `index`."""
+    return [*tasks[:index], *tasks[index + 1 :]]
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
+from mingle.methods.base import Tensors
+from mingle.methods.tensorwise import Numbers, TensorMethod, TensorStep, moved
 from mingle.options import require_not_negative
 
 
@@ -36,7 +38,7 @@ class ConsensusTaOptions:
             raise ValueError(f"min_masks={self.min_masks}: expected 1 or 2, or more with masks='all'")
 
 
-def tall_mask(vector: torch.Tensor, delta: torch.Tensor, threshold: float) -> torch.Tensor:
+def tall_mask(vector: Tensor, delta: Tensor, threshold: float) -> Tensor:
     """Where the task is at work: |Δ_t| > l · |θ₀ + M + Δ_t − θ_t|, bool, in Δ's shape.
 
     All terms on the right but M cancel.
@@ -44,14 +46,12 @@ def tall_mask(vector: torch.Tensor, delta: torch.Tensor, threshold: float) -> to
     return delta.abs() > threshold * vector.abs()
 
 
-def agreed(
-    vector: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor], counts: Tensors, min_masks: int
-) -> Tensors:
+def agreed(vector: Tensor, delta: Tensor, counts: Tensor, min_masks: int) -> Tensor:
     """M + Δ_t where at least `min_masks` masks are active, and 0 elsewhere."""
-    return {name: torch.where(counts[name] >= min_masks, vector[name] + d, 0) for name, d in delta.items()}
+    return torch.where(counts >= min_masks, vector + delta, 0)
 
 
-class ConsensusTa(WeightMethod):
+class ConsensusTa(TensorMethod):
     """θ_t = θ_{t−1} + λ v with v = Δ_1 for the first task, then the agreed entries of M_{t−1} + Δ_t.
 
     Entries are agreed on where at least k masks are active.  As in TIES, M takes part in v although it is
@@ -62,15 +62,18 @@ class ConsensusTa(WeightMethod):
     name = "consensus-ta"
     Options = ConsensusTaOptions
 
-    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        options = self.options
-        vector, delta = self.vectors(arrival.tuned)
-        if not arrival.index:
-            counts = {name: torch.ones_like(d, dtype=torch.int16) for name, d in delta.items()}
-            return shifted(self.merged, delta, options.scaling), counts if options.masks == "all" else {}
-        counts = {
-            name: self.state.get(name, 1) + tall_mask(vector[name], d, options.threshold).short()
-            for name, d in delta.items()
-        }
-        kept = agreed(vector, delta, counts, options.min_masks)
-        return shifted(self.merged, kept, options.scaling), counts if options.masks == "all" else {}
+    def kept_of(self, name: str) -> tuple[str, ...]:
+        return (name,) if self.options.masks == "all" else ()
+
+    def merge_tensor(
+        self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensors]:
+        options, delta = self.options, step.delta()
+        if step.seen:
+            vector = step.vector()
+            # the first task's mask is all ones
+            counts = step.kept.get(step.name, 1) + tall_mask(vector, delta, options.threshold).short()
+            change = agreed(vector, delta, counts, options.min_masks)
+        else:
+            counts, change = torch.ones_like(delta, dtype=torch.int16), delta
+        return moved(step.merged, change, options.scaling), dict.fromkeys(self.kept_of(step.name), counts)

@@ -15,7 +15,7 @@ from mingle.adaptation.mean_gates import mean_gates
 from mingle.io.state_dicts import task_vector
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import reference
-from mingle.methods.base import Arrival, Folded, Kept, MergeMethod, StepReport, Tensors
+from mingle.methods.base import Arrival, Folded, Kept, Left, MergeMethod, StepReport, Tensors, others
 from mingle.nn.inject import find_targets, inject
 from mingle.nn.linear import LowRankExpert, MingleLinear
 from mingle.nn.matrices import oriented, packed_experts
@@ -202,6 +202,19 @@ class GatedMethod(MergeMethod):
 
     def state_tensors(self) -> Tensors:
         return {}
+
+    def without(self, index: int, tasks: list[Tensors]) -> Left:
+        """Experts and gates of all other tasks stay bit for bit.
+
+        Subclasses add what of the task stays in these.
+        """
+        return Left(others(index, tasks), self.state_tensors(), [])
+
+    def later(self, index: int) -> list[int]:
+        """The tasks with an expert that arrived after task `index`; none where that has no expert itself."""
+        if self.places[index] is None:
+            return []
+        return [task for task in range(index + 1, len(self.places)) if self.places[task] is not None]
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         for tensors in tasks:

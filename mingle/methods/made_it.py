@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mingle import linalg
 from mingle.kernels.gated_experts import reference
-from mingle.methods.base import Arrival, Kept, MergeMethod, StepReport, Tensors
+from mingle.methods.base import Arrival, Kept, Left, MergeMethod, StepReport, Tensors
 from mingle.methods.experts import concatenated, make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.mass import input_directions
@@ -194,6 +194,35 @@ class MadeIt(GatedMethod):
             tensors |= {f"{name}.A": layer.A.detach(), f"{name}.B": layer.B.detach()}
             tensors[f"{name}.owned"] = torch.tensor(self.owned[name], dtype=torch.int64)
         return tensors
+
+    def rewrites_tasks(self) -> bool:
+        return True  # all experts are in the state, which grows
+
+    def without(self, index: int, tasks: list[Tensors]) -> Left:
+        """Its own experts go.
+
+        Raises:
+            ValueError: it shares an expert with another task; the message names the layer.
+        """
+        left = super().without(index, tasks)
+        state = dict(left.state)
+        for name, owned in self.owned.items():
+            own = owned[index]
+            if own < 0:
+                kept = owned
+            elif owned.count(own) > 1:
+                raise ValueError(
+                    f"method {self.name!r}: in layer {name!r} it shares an expert with other tasks, which is "
+                    "the mean of their updates, and no single one can be taken out again"
+                )
+            else:
+                for half in ("A", "B"):
+                    experts = left.state[f"{name}.{half}"]
+                    state[f"{name}.{half}"] = torch.cat([experts[:own], experts[own + 1 :]])
+                kept = [place - (place > own) for place in owned]
+            state[f"{name}.owned"] = torch.tensor([*kept[:index], *kept[index + 1 :]], dtype=torch.int64)
+        beside = "which experts later tasks joined was decided beside it, and stays"
+        return Left(left.tasks, state, [beside] if self.later(index) else [])
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         for name, layer in self.layers.items():

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
+from mingle.methods.base import Tensors
+from mingle.methods.tensorwise import Numbers, TensorMethod, TensorStep, moved
 
 
 @dataclass(frozen=True)
@@ -29,21 +31,19 @@ class MagMaxOptions:
             raise ValueError(f"scaling={self.scaling}: expected a positive value, {reason}")
 
 
-def larger(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> Tensors:
+def larger(first: Tensor, second: Tensor) -> Tensor:
     """Entry by entry, the one of larger magnitude; where both are equally large, that of `first`."""
-    return {
-        name: torch.where(second[name].abs() > tensor.abs(), second[name], tensor)
-        for name, tensor in first.items()
-    }
+    return torch.where(second.abs() > first.abs(), second, first)
 
 
-class MagMax(WeightMethod):
+class MagMax(TensorMethod):
     """θ_t = θ₀ + λ v with v the larger of M_{t−1} / λ and Δ_t, entry by entry."""
 
     name = "magmax"
     Options = MagMaxOptions
 
-    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        vector, delta = self.vectors(arrival.tuned)
-        largest = larger({name: tensor / self.options.scaling for name, tensor in vector.items()}, delta)
-        return shifted(self.base, largest, self.options.scaling), {}
+    def merge_tensor(
+        self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensors]:
+        scaling = self.options.scaling
+        return moved(step.base, larger(step.vector() / scaling, step.delta()), scaling), {}

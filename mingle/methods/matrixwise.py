@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mingle.io.state_dicts import task_vector
 from mingle.kernels.dtypes import wide
-from mingle.methods.base import Arrival, Kept, Tensors, WeightMethod, kept_size, shifted
-from mingle.nn.matrices import joined, matrices, split
+from mingle.methods.base import Kept, Tensors, kept_size
+from mingle.methods.tensorwise import Numbers, TensorMethod, TensorStep, moved
+from mingle.nn.matrices import matrices, split
 from mingle.tasks import TaskType
 
 #: how far above its average the largest singular value of rounding errors may be
@@ -45,7 +45,7 @@ class Change(NamedTuple):
     rounding: float
 
 
-class MatrixMethod(WeightMethod):
+class MatrixMethod(TensorMethod):
     """θ = θ₀ + α M, with M a function of the task vectors in every matrix, and their mean elsewhere.
 
     The matrices are the weights of linear layers, and of packed experts one by one; biases, norms and
@@ -81,22 +81,29 @@ class MatrixMethod(WeightMethod):
             size += self.kept_numbers(*matrix.shape) * wide(matrix).itemsize
         return Kept(0, size)
 
-    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        scaling, seen = self.options.scaling, arrival.index
-        elsewhere = [name for name in self.base if name not in self.layouts]
-        before = task_vector(self.base, self.merged, elsewhere)
-        delta = task_vector(self.base, arrival.tuned, self.base)
-        vector = {name: M + (scaling * delta[name] - M) / (seen + 1) for name, M in before.items()}
+    def kept_of(self, name: str) -> tuple[str, ...]:
+        layout = self.layouts.get(name)
+        parts = [] if layout is None else layout.split(name, self.base[name])
+        return tuple(f"{kind}/{part}" for part in parts for kind in self.parts)
+
+    def merge_tensor(
+        self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensors]:
+        scaling, seen, delta = self.options.scaling, step.seen, step.delta()
+        layout = self.layouts.get(step.name)
+        if layout is None:
+            mean = step.vector()
+            return moved(step.base, mean + (scaling * delta - mean) / (seen + 1)), {}
         merged: Tensors = {}
         state: Tensors = {}
-        weights, tuned = split(self.layouts, self.base), split(self.layouts, arrival.tuned)
-        for name, part in split(self.layouts, delta).items():
+        weights = layout.split(step.name, step.base)
+        for name, part in layout.split(step.name, delta).items():
             keys = [f"{kind}/{name}" for kind in self.parts]
-            change = Change(name, part, rounding(weights[name], tuned[name].dtype))
-            merged[name], kept = self.merge(change, seen, [self.state[key] for key in keys if seen])
-            state |= dict(zip(keys, kept, strict=True))
-        vector |= {name: scaling * M for name, M in joined(self.layouts, merged).items()}
-        return shifted(self.base, vector), state
+            change = Change(name, part, rounding(weights[name], step.tuned.dtype))
+            merged[name], kept = self.merge(change, seen, [step.kept[key] for key in keys if seen])
+            # as they will be read from a file, so that a merge that goes on there has the same bits
+            state |= {key: tensor.contiguous() for key, tensor in zip(keys, kept, strict=True)}
+        return moved(step.base, scaling * layout.joined(step.name, merged)), state
 
 
 def rounding(weight: Tensor, dtype: torch.dtype) -> float:

@@ -19,7 +19,7 @@ from mingle.adaptation.projector import RelaxedProjector
 from mingle.adaptation.teacher import TEACHER_BATCH, teacher_answers
 from mingle.adaptation.trace import AdaptTrace
 from mingle.adaptation.train import AdaptConfig, adapt_gates
-from mingle.methods.base import Arrival, StepReport, Tensors
+from mingle.methods.base import Arrival, Left, StepReport, Tensors
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.nn.linear import GATE_INIT_STD
@@ -190,6 +190,32 @@ class Mingle(GatedMethod):
             last = self.offsets[index + 1][name] if index + 1 < len(self.offsets) else None
             tensors[f"{name}.basis"] = self.bases[name][:, self.offsets[index][name] : last]
         return tensors
+
+    def rewrites_tasks(self) -> bool:
+        return bool(self.options.gates == "all")
+
+    def without(self, index: int, tasks: list[Tensors]) -> Left:
+        """The task's columns of the bases go to the next task that has an expert, or with the last one.
+
+        Directions that two tasks share are noted as those of the first.  So if a task's columns left while
+        later ones stay, new gates would no longer be kept from what these need.
+        """
+        kept, state, stays = super().without(index, tasks)
+        later = self.later(index)
+        if self.options.gates == "all" and self.places[index] is not None:
+            stays = ["all gates learned beside it, and stay as they are"]
+        elif later:
+            made = "experts" if self.options.gates == "static" else "experts and gates"
+            stays = [f"{made} of tasks that arrived later were made beside it, and stay as they are"]
+        own = {key: tensor for key, tensor in tasks[index].items() if key.endswith(".basis")}
+        if later and any(basis.shape[1] for basis in own.values()):
+            heir = kept[later[0] - 1]
+            kept[later[0] - 1] = heir | {key: torch.cat([basis, heir[key]], 1) for key, basis in own.items()}
+            stays.append(
+                "its input directions stay protected, as those of the task that arrived next: what both need "
+                "was noted once"
+            )
+        return Left(kept, state, stays)
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         super().restore(tasks, state)

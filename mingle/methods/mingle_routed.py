@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mingle.methods.base import Arrival, Kept, StepReport, Tensors
+from mingle.methods.base import Arrival, Kept, Left, StepReport, Tensors
 from mingle.methods.layer_router import LayerRouter, Moments, Router
 from mingle.methods.mingle import Mingle, MingleOptions
 from mingle.methods.routing import RouterMethod
@@ -69,6 +69,10 @@ class MingleRouted(RouterMethod, Mingle):
     def task_tensors(self, index: int) -> Tensors:
         place = self.places[index]
         return {} if place is None else super().task_tensors(index) | self.known.tensors(place)
+
+    def without(self, index: int, tasks: list[Tensors]) -> Left:
+        left = super().without(index, tasks)
+        return self.known.without(left, bool(self.later(index)))
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         super().restore(tasks, state)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mingle.methods.base import Arrival, StepReport, Tensors
+from mingle.methods.base import Arrival, Left, StepReport, Tensors
 from mingle.methods.mingle import Mingle, MingleOptions
 from mingle.tasks import TaskType
 
@@ -58,6 +58,19 @@ class MingleSeq(Mingle):
 
     def state_tensors(self) -> Tensors:
         return self.previous
+
+    def without(self, index: int, tasks: list[Tensors]) -> Left:
+        if self.options.start == "previous":
+            raise ValueError(
+                f"method {self.name!r} with start='previous' keeps of every model what changed since the one "
+                "before it, so none can be taken out from under those that came after"
+            )
+        left = super().without(index, tasks)
+        if self.later(index):
+            left.stays.append(
+                "models that arrived later were fine-tuned from its model, and hold what it knew"
+            )
+        return left
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         super().restore(tasks, state)

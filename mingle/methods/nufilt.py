@@ -13,7 +13,8 @@ from mingle import linalg
 from mingle.io.state_dicts import task_vector
 from mingle.linalg.arithmetic import buckets, ieee, product, stacked
 from mingle.linalg.sketch import gaussian
-from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
+from mingle.methods.base import Arrival, Tensors, WeightMethod
+from mingle.methods.tensorwise import moved
 from mingle.nn.inject import find_weights
 from mingle.nn.matrices import joined, packed_experts, split
 from mingle.options import require_not_negative, require_positive
@@ -170,4 +171,4 @@ class Nufilt(WeightMethod):
         merged = task_vector(self.base, self.merged, self.targets)
         parts = updates(split(self.layouts, deltas), split(self.layouts, merged), self.options, arrival.seed)
         added = joined(self.layouts, parts)
-        return self.merged | shifted({name: self.merged[name] for name in added}, added), {}
+        return self.merged | {name: moved(self.merged[name], change) for name, change in added.items()}, {}

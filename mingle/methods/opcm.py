@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from mingle import linalg
-from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
+from mingle.methods.base import Tensors
+from mingle.methods.tensorwise import Numbers, Seen, Survey, TensorMethod, TensorStep, moved
 from mingle.nn.matrices import matrices
+from mingle.tasks import TaskType
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,13 @@ class OpcmOptions:
     drop_diagonal: bool = False
 
 
-def split_rank(singular_values: torch.Tensor, alpha: float) -> int:
+def split_rank(singular_values: Tensor, alpha: float) -> int:
     """The first index at which the cumulative sum exceeds α times the total; 0 where that is 0."""
     cumulative = singular_values.cumsum(0)
     return int((cumulative <= alpha * cumulative[-1]).sum()) if cumulative[-1] > 0 else 0
 
 
-def project(delta: torch.Tensor, merged: torch.Tensor, alpha: float, drop_diagonal: bool) -> torch.Tensor:
+def project(delta: Tensor, merged: Tensor, alpha: float, drop_diagonal: bool) -> Tensor:
     """Δ [m, n] without the block that the leading singular directions of M [m, n] span.
 
     Equal to U C Vᵀ with C = UᵀΔV for the full bases U, V of M and C[:s, :s] zeroed, without forming them.
@@ -45,58 +49,81 @@ def project(delta: torch.Tensor, merged: torch.Tensor, alpha: float, drop_diagon
     return linalg.project_out(delta, U, S, Vh, split_rank(S, alpha), drop_diagonal=drop_diagonal)
 
 
-def total_norm(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm of all tensors together, float64."""
-    return torch.stack([t.double().square().sum() for t in tensors.values()]).sum().sqrt()
+def total_norm(squares: Sequence[float]) -> float:
+    """The Euclidean norm of tensors together, from the squared norm of each."""
+    return float(torch.tensor(squares, dtype=torch.float64).sum().sqrt())
 
 
-def opcm_step(
-    vector: Tensors, delta: Tensors, state: Tensors, step: int, linear: Collection[str], options: OpcmOptions
-) -> tuple[Tensors, Tensors]:
-    """M_t and the running state, after `step` earlier models.
+def summed(vector: Tensor, change: Tensor, scale: float) -> Tensor:
+    """λ_{t−1} M + P(Δ), in float64, before it is scaled."""
+    return scale * vector.double() + change.double()
 
-    M ← λ_{t−1} M + P(Δ), scaled so that ‖M‖ is the mean norm of the task vectors so far; λ_t is that scale.
-    A task vector of 0 counts in the mean; where M is 0, it stays 0.
+
+class _Norms(Survey):
+    """Projects every task vector, and sums up the norms that decide the scale.
 
     Args:
-        vector: M_{t−1} by name.
-        delta: Δ_t by name.
-        state: the running state, ``scale`` and ``mean_norm``.
-        step: how many models were merged before.
+        seen: how many models arrived before.
+        found: ``scale`` and ``mean_norm`` of the step before.
         linear: the names of the linear weights, [m, n] or several together as [E, m, n], to which P applies;
             other tensors are added as they are.
         options: see `OpcmOptions`.
     """
-    norm = total_norm(delta)
-    if step == 0:
-        return delta, {"scale": torch.ones((), dtype=torch.float64), "mean_norm": norm}
-    previous = state["scale"]
-    raw = {
-        name: previous * vector[name].double()
-        + (project(d, vector[name], options.alpha, options.drop_diagonal) if name in linear else d).double()
-        for name, d in delta.items()
-    }
-    mean_norm = state["mean_norm"] + (norm - state["mean_norm"]) / (step + 1)
-    size = total_norm(raw)
-    # Where nothing was merged yet, or everything cancels, M is 0, which no scale changes.
-    scale = size / mean_norm if size > 0 and mean_norm > 0 else torch.ones_like(size)
-    return {name: (value / scale).to(delta[name].dtype) for name, value in raw.items()}, {
-        "scale": scale,
-        "mean_norm": mean_norm,
-    }
+
+    sets_aside = True
+
+    def __init__(self, seen: int, found: Numbers, linear: Collection[str], options: OpcmOptions) -> None:
+        self.seen, self.found, self.linear, self.options = seen, found, linear, options
+
+    def see(self, step: TensorStep) -> Seen:
+        delta = step.delta()
+        if not self.seen:
+            return Seen((_square(delta), 0.0))
+        vector, aside = step.vector(), {}
+        change = delta
+        if step.name in self.linear:
+            change = project(delta, vector, self.options.alpha, self.options.drop_diagonal)
+            aside["projected"] = change
+        return Seen((_square(delta), _square(summed(vector, change, self.found["scale"]))), aside)
+
+    def conclude(self, numbers: Sequence[tuple[float, ...]]) -> Numbers:
+        norm, size = (total_norm(squares) for squares in zip(*numbers, strict=True))
+        if not self.seen:
+            return {"scale": 1.0, "mean_norm": norm}
+        before = self.found["mean_norm"]
+        mean_norm = before + (norm - before) / (self.seen + 1)
+        # Where nothing was merged yet, or everything cancels, M is 0, which no scale changes.
+        scale = size / mean_norm if size > 0 and mean_norm > 0 else 1.0
+        return {"scale": scale, "mean_norm": mean_norm, "scale before": self.found["scale"]}
 
 
-class Opcm(WeightMethod):
+class Opcm(TensorMethod):
     """New linear weights keep clear of the leading singular directions of what was merged before.
 
-    The whole is rescaled at each step.
+    M ← λ_{t−1} M + P(Δ), scaled so that ‖M‖ is the mean norm of the task vectors so far; λ_t is that scale.
+    A task vector of 0 counts in the mean; where M is 0, it stays 0.
     """
 
     name = "opcm"
     Options = OpcmOptions
+    shared = ("scale", "mean_norm")
 
-    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        vector, state = opcm_step(
-            *self.vectors(arrival.tuned), self.state, arrival.index, matrices(self.tower), self.options
-        )
-        return shifted(self.base, vector), state
+    def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
+        super().__init__(model, task, base, options)
+        self.linear = frozenset(matrices(self.tower))
+
+    def survey(self, number: int, seen: int, found: Numbers) -> Survey | None:
+        return None if number else _Norms(seen, dict(found), self.linear, self.options)
+
+    def merge_tensor(
+        self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensors]:
+        change = aside["projected"] if "projected" in aside else step.delta()
+        if step.seen:
+            whole = summed(step.vector(), change, found["scale before"])
+            change = (whole / whole.new_tensor(found["scale"])).to(change.dtype)
+        return moved(step.base, change), {}
+
+
+def _square(tensor: Tensor) -> float:
+    return float(tensor.double().square().sum())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle.methods.base import Arrival, Kept, MergeMethod, StepReport, Tensors, kept_size
+from mingle.methods.base import Arrival, Kept, Left, MergeMethod, StepReport, Tensors, kept_size, others
 from mingle.tasks import TaskType
 
 
@@ -31,6 +31,9 @@ class PreTrained(MergeMethod):
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         pass
+
+    def without(self, index: int, tasks: list[Tensors]) -> Left:
+        return Left(others(index, tasks), {}, [])
 
 
 class Individual(MergeMethod):
@@ -69,6 +72,9 @@ class Individual(MergeMethod):
         self.towers = tasks
         if tasks:
             self.select(len(tasks) - 1)
+
+    def without(self, index: int, tasks: list[Tensors]) -> Left:
+        return Left(others(index, tasks), {}, [])
 
     def select(self, index: int) -> None:
         self.tower.load_state_dict(self.towers[index])

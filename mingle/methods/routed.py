@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mingle.methods.base import Arrival, Kept, StepReport, Tensors
+from mingle.methods.base import Arrival, Kept, Left, StepReport, Tensors
 from mingle.methods.routing import RoutedMethod
 from mingle.methods.task_router import RouterOptions, TaskRouter
 from mingle.options import require_positive
@@ -67,6 +67,10 @@ class Routed(RoutedMethod):
     def task_tensors(self, index: int) -> Tensors:
         place = self.places[index]
         return {} if place is None else super().task_tensors(index) | self.known.tensors(place)
+
+    def without(self, index: int, tasks: list[Tensors]) -> Left:
+        left = super().without(index, tasks)
+        return self.known.without(left, bool(self.later(index)))
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         super().restore(tasks, state)

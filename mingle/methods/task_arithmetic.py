@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
-from mingle.methods.base import Arrival, Tensors, WeightMethod
+from mingle.methods.base import Tensors
+from mingle.methods.tensorwise import Numbers, TensorMethod, TensorStep
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,18 @@ class TaskArithmeticOptions:
     scaling: float = 0.3
 
 
-def add_task_vector(
-    merged: Mapping[str, torch.Tensor],
-    base: Mapping[str, torch.Tensor],
-    tuned: Mapping[str, torch.Tensor],
-    scaling: float,
-) -> Tensors:
-    """θ + λ (θ_t − θ₀), per tensor."""
-    return {name: tensor + scaling * (tuned[name] - base[name]) for name, tensor in merged.items()}
+def add_task_vector(merged: Tensor, base: Tensor, tuned: Tensor, scaling: float) -> Tensor:
+    """θ + λ (θ_t − θ₀)."""
+    return merged + scaling * (tuned - base)
 
 
-class TaskArithmetic(WeightMethod):
+class TaskArithmetic(TensorMethod):
     """θ_t = θ_{t−1} + λ (θ_t − θ₀)."""
 
     name = "task-arithmetic"
     Options = TaskArithmeticOptions
 
-    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        return add_task_vector(self.merged, self.base, arrival.tuned, self.options.scaling), {}
+    def merge_tensor(
+        self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensors]:
+        return add_task_vector(step.merged, step.base, step.tuned, self.options.scaling), {}

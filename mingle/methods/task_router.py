@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mingle.methods.base import Tensors
+from mingle.methods.base import Left, Tensors
 from mingle.methods.layer_router import LayerRouter, Moments
 from mingle.methods.router_choice import (
     TEMPERATURES,
@@ -151,6 +151,40 @@ class TaskRouter:
                 for tensors in tasks
             ]
         )
+
+    def without(self, left: Left, later: bool) -> Left:
+        """What is kept once a task has left: the losses of the task that is now the first become 0.
+
+        The statistics of all others stay.  So do the losses of later tasks, in which the task took part; the
+        samples that would be needed to measure them again are not kept.
+
+        Args:
+            left: what is kept by the tasks' method.
+            later: whether tasks with an expert arrived after it.
+        """
+        first = next((number for number, tensors in enumerate(left.tasks) if tensors), None)
+        if not later or first is None:
+            return left
+        zeros = {
+            key: torch.zeros_like(tensor)
+            for key, tensor in left.tasks[first].items()
+            if key.startswith("router.") and key.endswith(".losses")
+        }
+        tasks = [*left.tasks[:first], left.tasks[first] | zeros, *left.tasks[first + 1 :]]
+        others = sum(bool(tensors) for tensors in tasks) - 1
+        if self.fixed or not others:
+            return left._replace(tasks=tasks)
+        stays = (
+            "the router's depth, setting and temperature are chosen by how surely seed samples were told "
+            "from those of all tasks at the time, its own among them"
+        )
+        return left._replace(tasks=tasks, stays=[*left.stays, stays])
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the options leave nothing to be chosen by losses."""
+        one = len(self.candidates) == 1 and len(self.grid) == 1
+        return one and self.options.temperature is not None
 
     def kept_bytes(self, widths: Sequence[int]) -> int:
         """How much it keeps of a task, for blocks with inputs of these widths."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from mingle.methods.base import Arrival, Tensors, WeightMethod, shifted
+from mingle.linalg import ranking
+from mingle.methods.base import Tensors
+from mingle.methods.tensorwise import Numbers, Seen, Survey, TensorMethod, TensorStep, moved
 
 
 @dataclass(frozen=True)
@@ -27,48 +30,90 @@ class TiesOptions:
             raise ValueError(f"density={self.density}: expected a value in (0, 1]")
 
 
-def trim_threshold(vector: Mapping[str, torch.Tensor], density: float) -> float:
+def kept_entries(entries: int, density: float) -> int:
+    """How many of that many entries trimming keeps."""
+    return int(density * entries)
+
+
+def trim_threshold(vector: Mapping[str, Tensor], density: float) -> float:
     """The magnitude of the n-th largest of all d entries of a vector, n = int(density · d).
 
     The entries of all tensors are ranked together.  Infinite where n is 0.  The published code keeps one
     entry more.
     """
-    magnitudes = torch.cat([tensor.flatten() for tensor in vector.values()]).abs_()
-    kept = int(density * len(magnitudes))
-    return float(magnitudes.kthvalue(len(magnitudes) - kept + 1).values) if kept else float("inf")
+    kept = kept_entries(sum(tensor.numel() for tensor in vector.values()), density)
+    return ranking.nth_largest(list(vector.values()), kept) if kept else float("inf")
 
 
-def ties(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor], density: float) -> Tensors:
-    """TIES([first, second]): trim both vectors, and sum what agrees with the elected signs.
+def ties(vectors: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
+    """TIES of what vectors have in one tensor: trim them, and sum what agrees with the elected signs.
 
-    Of each vector only the largest entries are kept, with all that equal the threshold.  Of these, entry by
+    Of each vector only the largest entries are kept, with all that equal its threshold.  Of these, entry by
     entry, those that have the sign of their total are added up.  Where two entries cancel exactly, no sign is
     elected and the result is 0; the published code takes the sign that is more frequent in the whole vector,
     which would make an entry depend on all others.
     """
-    thresholds = [trim_threshold(vector, density) for vector in (first, second)]
-    return {
-        name: _agreeing([_trimmed(v[name], t) for v, t in zip((first, second), thresholds, strict=True)])
-        for name in first
-    }
+    trimmed = [torch.where(v.abs() >= t, v, 0) for v, t in zip(vectors, thresholds, strict=True)]
+    stack = torch.stack(trimmed)
+    elected = stack.sum(0).sign()
+    return torch.where(stack.sign() == elected, stack, 0).sum(0)
 
 
-def _trimmed(tensor: torch.Tensor, threshold: float) -> torch.Tensor:
-    return torch.where(tensor.abs() >= threshold, tensor, 0)
+#: the vectors that are trimmed: M and Δ_t
+_VECTORS = ("merged", "delta")
 
 
-def _agreeing(tensors: list[torch.Tensor]) -> torch.Tensor:
-    stack = torch.stack(tensors)
-    return torch.where(stack.sign() == stack.sum(0).sign(), stack, 0).sum(0)
+class _Ranking(Survey):
+    """A pass of the search for both thresholds.
+
+    Args:
+        number: of the pass.
+        found: the leading bits of the thresholds, and the ranks that are left.
+        dtype: in which entries are compared.
+    """
+
+    def __init__(self, number: int, found: Numbers, dtype: torch.dtype) -> None:
+        self.ranks = [int(found[f"{vector} rank"]) for vector in _VECTORS]
+        leading = [int(found[f"{vector} bits"]) for vector in _VECTORS]
+        self.counts = [ranking.DigitCount(number, bits, dtype) for bits in leading]
+
+    def see(self, step: TensorStep) -> Seen:
+        for counted, vector in zip(self.counts, (step.vector(), step.delta()), strict=True):
+            counted.add(vector)
+        return Seen()
+
+    def conclude(self, numbers: Sequence[tuple[float, ...]]) -> Numbers:
+        found: Numbers = {}
+        for name, counted, rank in zip(_VECTORS, self.counts, self.ranks, strict=True):
+            found[f"{name} bits"], found[f"{name} rank"] = counted.found(rank)
+        return found
 
 
-class Ties(WeightMethod):
+class Ties(TensorMethod):
     """θ_t = θ_{t−1} + λ v with v = Δ_1 for the first task and TIES([M_{t−1}, Δ_t]) for later ones."""
 
     name = "ties"
     Options = TiesOptions
 
-    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
-        vector, delta = self.vectors(arrival.tuned)
-        elected = ties(vector, delta, self.options.density) if arrival.index else delta
-        return shifted(self.merged, elected, self.options.scaling), {}
+    def survey(self, number: int, seen: int, found: Numbers) -> Survey | None:
+        kept = kept_entries(sum(tensor.numel() for tensor in self.base.values()), self.options.density)
+        if not seen or not kept or number == ranking.passes(self._dtype()):
+            return None
+        start = {f"{vector} bits": 0 for vector in _VECTORS} | {f"{vector} rank": kept for vector in _VECTORS}
+        return _Ranking(number, start | found, self._dtype())
+
+    def merge_tensor(
+        self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensors]:
+        change = step.delta()
+        if step.seen:
+            bits = [found.get(f"{vector} bits") for vector in _VECTORS]
+            thresholds = [
+                float("inf") if b is None else ranking.magnitude(int(b), self._dtype()) for b in bits
+            ]
+            change = ties((step.vector(), change), thresholds)
+        return moved(step.merged, change, self.options.scaling), {}
+
+    def _dtype(self) -> torch.dtype:
+        """In which entries of all tensors are compared."""
+        return torch.float64 if any(t.dtype == torch.float64 for t in self.base.values()) else torch.float32

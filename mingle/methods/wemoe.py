@@ -16,7 +16,7 @@ from torch import nn
 from mingle.adaptation.losses import entropy
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.kernels.gated_experts import reference
-from mingle.methods.base import Arrival, Kept, StepReport, Tensors, kept_size, widened
+from mingle.methods.base import Arrival, Kept, Left, StepReport, Tensors, kept_size, widened
 from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.task_arithmetic import add_task_vector
@@ -81,7 +81,13 @@ class Wemoe(GatedMethod):
 
     def add(self, arrival: Arrival) -> StepReport:
         before = self.attention
-        self._load(add_task_vector(before, self.base, arrival.tuned, self.options.init))
+        init = self.options.init
+        self._load(
+            {
+                name: add_task_vector(tensor, self.base[name], arrival.tuned[name], init)
+                for name, tensor in before.items()
+            }
+        )
         try:
             return super().add(arrival)
         except BaseException:
@@ -145,6 +151,15 @@ class Wemoe(GatedMethod):
 
     def state_tensors(self) -> Tensors:
         return self.attention
+
+    def rewrites_tasks(self) -> bool:
+        return True  # all gates train
+
+    def without(self, index: int, tasks: list[Tensors]) -> Left:
+        raise ValueError(
+            f"method {self.name!r} trains all gates together, and keeps the merged attention layers as one "
+            "sum, from which no single task can be taken out again"
+        )
 
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         super().restore(tasks, state)

@@ -51,7 +51,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
     }
     finetuned = _fine_tuned(experts, model, task, config.vocabulary, base)
     suite = _suite(config, task, base, experts, revisions)
-    options = settings.resolve(
+    chosen = settings.sources(
         config.method,
         task_type=task.name,
         tasks=len(config.experts),
@@ -59,6 +59,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         suite=suite,
         given=config.method_options(),
     )
+    options = {name: setting.value for name, setting in chosen.items()}
     method = _fitted(config.method, model, task, options)
     values = ModelCheckpoint(base, model)
     left = {
@@ -81,6 +82,8 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         folders=folders,
         revisions=revisions,
         left={name: lines for name, lines in left.items() if lines},
+        sources={name: setting.source for name, setting in chosen.items()},
+        fitted=method,
     )
     target.check(plan, method)
     return plan

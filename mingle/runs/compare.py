@@ -11,7 +11,7 @@ import yaml
 
 from mingle import methods, suites, tasks
 from mingle.io.files import free_space, without_nan, writable, write_json
-from mingle.io.manifest import MANIFEST, read_manifest
+from mingle.io.manifest import MANIFEST, read_manifest, size_of
 from mingle.io.provenance import versions
 from mingle.merging.merger import Merger
 from mingle.runs import report, room, settings
@@ -19,6 +19,7 @@ from mingle.runs.loop import MergeStep, experts_of, merge_all
 from mingle.runs.observer import Observer
 from mingle.runs.orders import FIRST_ORDER_SEED, shuffled
 from mingle.runs.origin import origin
+from mingle.runs.report import page
 from mingle.runs.traces import trace_of
 from mingle.suites import Suite
 
@@ -64,7 +65,8 @@ def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> 
     """Run every method and write the folder `out`.
 
     The folder holds ``config.yaml``, ``results.json``, ``accuracy_matrix.csv``, ``timings.json``,
-    ``traces.json``, the plots, and under ``merged/`` every method's merged model of the first order.
+    ``traces.json``, the plots, ``report.html``, and under ``merged/`` every method's merged model of the
+    first order.
 
     Returns:
         What ``results.json`` holds.
@@ -88,8 +90,8 @@ def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> 
     timings: dict[str, Any] = {}
     traces: dict[str, Any] = {}
     for method in comparison.methods:
-        keys = ("acc", "acc_unknown", "bwt", "matrix", "unknown", "order", "seconds")
-        rows: dict[str, list[Any]] = {key: [] for key in keys}
+        keys = ("acc", "acc_unknown", "bwt", "matrix", "unknown", "answers", "order", "seconds")
+        rows: dict[str, Any] = {key: [] for key in keys}
         results["methods"][method] = rows
         timings[method] = []
         for number in range(comparison.orders):
@@ -103,12 +105,14 @@ def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> 
                     traces[method] = trace
                 if method not in report.REFERENCES:
                     merger.save_pretrained(out / "merged" / method)
+                    rows["bytes"] = size_of(read_manifest(out / "merged" / method))
             observer.merged(method, number, merger.result())
         _write(out / "results.json", results)
         _write(out / "timings.json", timings)
     _write(out / "traces.json", traces)
     report.write_csv(results, out / "accuracy_matrix.csv")
     report.write_plots(results, traces, out)
+    page.write(out)
     return results
 
 
@@ -159,7 +163,7 @@ def _merged(
     return merger, list(merge_all(merger, order, expert, suite, observer, number))
 
 
-def _note(rows: dict[str, list[Any]], merger: Merger, steps: Sequence[MergeStep]) -> None:
+def _note(rows: dict[str, Any], merger: Merger, steps: Sequence[MergeStep]) -> None:
     """Append the results of one order to a method's rows."""
     result, tasks = merger.result(), merger.task_names
     rows["acc"].append(result.acc)
@@ -167,6 +171,7 @@ def _note(rows: dict[str, list[Any]], merger: Merger, steps: Sequence[MergeStep]
     rows["bwt"].append(result.bwt)
     for key, matrix in (("matrix", result.matrix), ("unknown", result.unknown)):
         rows[key].append([row + [None] * (len(tasks) - len(row)) for row in matrix])
+    rows["answers"].append({name: each.noted() for name, each in result.answers.items()})
     rows["order"].append(tasks)
     rows["seconds"].append(round(sum(step.merge for step in steps), 3))
 

@@ -18,12 +18,14 @@ from mingle.merging.explain import explain as explained
 from mingle.merging.exports import Format
 from mingle.merging.merger import Merger
 from mingle.merging.vocabulary import Vocabulary
+from mingle.methods import MergeMethod
 from mingle.options import OptionError
-from mingle.runs import inputs, room
+from mingle.runs import course, inputs, room, timings
 from mingle.runs.config import Expert, MergeConfig
-from mingle.runs.loop import Evaluate, experts_of, merge_all
+from mingle.runs.loop import Evaluate, MergeStep, experts_of, merge_all
 from mingle.runs.observer import Observer
 from mingle.runs.origin import check_origin, origin
+from mingle.runs.traces import gates_of
 from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
 from mingle.tasks import TaskType
@@ -44,6 +46,8 @@ class MergePlan:
         folders: where each order's merged model goes; empty for a plan that was only to be checked.
         revisions: the commits in use of whatever comes from the hub; they are saved with the merged model.
         left: name → what fine-tuning changed in that model and merging leaves out, in words.
+        sources: option → who chose it, in words.
+        fitted: the method, fitted to the base without weights, from which sizes are known.
     """
 
     config: MergeConfig
@@ -56,6 +60,8 @@ class MergePlan:
     folders: list[Path]
     revisions: hub.Revisions
     left: Mapping[str, list[str]]
+    sources: Mapping[str, str]
+    fitted: MergeMethod
 
     def run(self, observer: Observer | None = None) -> Iterator[Result]:
         """Merge in every order, saving after each task; the tasks that an earlier run has merged are kept.
@@ -73,7 +79,9 @@ class MergePlan:
                 )
                 for step in merging:
                     inputs.note(merger.metadata, step.task, self.experts[step.task])
+                    _note_course(merger, step, self.suite, last=len(merger.merged) == len(order))
                     merger.save_pretrained(folder)
+                    timings.note(folder, step)
                 result = merger.result()
             observer.merged(self.config.method, number, result)
             yield result
@@ -142,9 +150,11 @@ def add(
         size = room.of_method(merger.method, merger.base_folder)
         free_space(folder, size.task + size.state)
         order = [*merger.task_names, expert.name]
-        for _ in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):
+        for step in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):
             inputs.note(merger.metadata, expert.name, model)
+            _note_course(merger, step, suite, last=True)
             merger.save_pretrained(folder)
+            timings.note(folder, step)
         return merger.result()
 
 
@@ -219,6 +229,13 @@ def export(
         reason = "samples are only for the model of one task, with a method whose gates depend on the input"
         raise OptionError(f"--{name}: {reason}")
     merger.export(out, task, format, seeds)
+
+
+def _note_course(merger: Merger, step: MergeStep, suite: Suite | None, *, last: bool) -> None:
+    """Note in the metadata how the gates of a task learned, and after the last task what all gates are."""
+    course.note(merger.metadata, step)
+    if last and suite is not None:
+        course.note_gates(merger.metadata, gates_of(merger, suite))
 
 
 def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite | None]:

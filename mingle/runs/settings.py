@@ -6,7 +6,7 @@ The suite's recommendations replace the published settings, and the user's own o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -24,10 +24,18 @@ def known(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
-def resolve(
+@dataclass(frozen=True)
+class Setting:
+    """The value of an option, and who says so, in words."""
+
+    value: Any
+    source: str
+
+
+def sources(
     method: str, *, task_type: str, tasks: int, protocol: str, suite: Suite | None, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """All options of a method by name.
+) -> dict[str, Setting]:
+    """All options of a method by name, each with where it comes from.
 
     Args:
         method: a name in `mingle.methods.METHODS`.
@@ -41,11 +49,24 @@ def resolve(
         OptionError: an option that the method does not have, or a value that it cannot have.
     """
     recommended = {} if suite is None else suite.settings.get(method, {})
-    defaults = methods.published(method, task_type, tasks) | recommended | {"reduce": PROTOCOLS[protocol]}
-    options = known(method, defaults) | dict(given)
-    resolved = asdict(build(methods.get(method).Options, options, f"method {method!r}"))
+    rising = {
+        f"published for {task_type}, {tasks} task{'' if tasks == 1 else 's'}": known(
+            method, methods.published(method, task_type, tasks)
+        ),
+        f"recommended by the suite {suite.name if suite else ''}": known(method, recommended),
+        f"protocol {protocol}": known(method, {"reduce": PROTOCOLS[protocol]}),
+        "yours": given,
+    }
+    source = {name: whose for whose, options in rising.items() for name in options}
+    chosen = {name: value for options in rising.values() for name, value in options.items()}
+    resolved = asdict(build(methods.get(method).Options, chosen, f"method {method!r}"))
     _check_backend(resolved.get("backend", "auto"), f"method {method!r}")
-    return resolved
+    return {name: Setting(value, source.get(name, "the method's own")) for name, value in resolved.items()}
+
+
+def resolve(method: str, **circumstances: Any) -> dict[str, Any]:
+    """All options of a method by name; the arguments are those of `sources`."""
+    return {name: setting.value for name, setting in sources(method, **circumstances).items()}
 
 
 def _check_backend(backend: str, where: str) -> None:

@@ -12,6 +12,7 @@ from mingle.io.files import CheckpointError, free_space
 from mingle.io.manifest import MANIFEST
 from mingle.methods import MergeMethod
 from mingle.runs import inputs, room
+from mingle.runs.course import COURSE
 from mingle.runs.merge import MergePlan
 
 
@@ -45,6 +46,7 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
         return 0
     manifest = merger_folder.load(folder).manifest
     noted = manifest["metadata"].pop(inputs.INPUTS, {})  # compared one by one
+    manifest["metadata"].pop(COURSE, None)  # of what was merged, not of what is asked for
     revisions = {"revisions": plan.revisions}  # compared when they were read
     found = _facts(manifest, manifest["metadata"] | revisions)
     wanted = _facts(

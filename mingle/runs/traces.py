@@ -1,4 +1,4 @@
-"""The course of all adaptations of a merge, as plain data for the plots."""
+"""The course of all adaptations of a merge, and its gates, as plain data for plots and pages."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import torch
 from mingle.merging.evaluate import gate_activation
 from mingle.merging.merger import Merger
 from mingle.methods.mingle import Mingle
+from mingle.runs.course import summary
 from mingle.runs.loop import MergeStep
 from mingle.suites import Suite
+
+#: at most twice as many are looked at of each task
+_MOST_SAMPLES = 256
 
 
 def trace_of(merger: Merger, suite: Suite, steps: Sequence[MergeStep]) -> dict[str, Any]:
@@ -32,3 +36,21 @@ def trace_of(merger: Merger, suite: Suite, steps: Sequence[MergeStep]) -> dict[s
         key: [getattr(trace, key) for trace in recorded] for key in ("loss", "interference", "strength")
     }
     return {"order": merger.task_names, "layers": list(layers), "gates": gates, **series}
+
+
+def gates_of(merger: Merger, suite: Suite) -> dict[str, Any] | None:
+    """The gates of a merged model over some test samples of each task, see `mingle.runs.course.summary`.
+
+    None for methods other than MINGLE and its variants.
+    """
+    if not isinstance(merger.method, Mingle) or not merger.method.layers:
+        return None
+    method, gates = merger.method, []
+    with torch.no_grad():
+        for name in merger.task_names:
+            data = suite[name]
+            few = data.select(torch.arange(0, len(data), max(1, len(data) // _MOST_SAMPLES)))
+            few = merger.task.prepared(lambda: merger.model, few)
+            gates.append(gate_activation(merger.task, merger.model, method.layers, few).tolist())
+    owners = sorted((place, task) for task, place in enumerate(method.places) if place is not None)
+    return summary(gates, merger.task_names, [task for _, task in owners], list(method.layers))

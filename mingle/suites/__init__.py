@@ -9,7 +9,7 @@ from typing import Any
 
 from mingle.io.hub import Revisions
 from mingle.options import OptionError, nearest
-from mingle.suites.protocol import PROTOCOLS, Labels, SeedRequest, check_labels, split
+from mingle.suites.protocol import PROTOCOLS, Labels, SeedRequest, check_labels, split, tested
 from mingle.tasks import TaskData
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class Suite(Mapping[str, TaskData]):
         self._split: dict[str, tuple[TaskData, TaskData]] = {}
         #: by task, which classes are short of samples, in words
         self._short: dict[str, str] = {}
+        #: by task, how many test samples there are
+        self._sizes: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._samples)
@@ -104,6 +106,10 @@ class Suite(Mapping[str, TaskData]):
     def shortage(self, name: str) -> str:
         """Which of a checked task's classes have fewer samples than seeds are asked for; empty for none."""
         return self._short.get(name, "")
+
+    def size(self, name: str) -> int | None:
+        """How many test samples a checked task has; None where that is not known before they are made."""
+        return self._sizes.get(name)
 
     def seeds(self, name: str, *, whole: bool = False) -> TaskData:
         """The task's seed samples, without labels; or, for sequential methods, its `whole` training data.
@@ -165,7 +171,9 @@ class Suite(Mapping[str, TaskData]):
     def _count(self, name: str) -> None:
         """Check the task's labels; once, as a warning should come once."""
         if name in self._labels and name not in self._short:
-            self._short[name] = check_labels(name, self._labels[name](), self.request)
+            labels = self._labels[name]()
+            self._short[name] = check_labels(name, labels, self.request)
+            self._sizes[name] = tested(labels.numbers, self.request)
             if self._short[name]:
                 logger.warning("task %s: %s", name, self._short[name])
 
@@ -219,7 +227,14 @@ def load(
         if base is None:
             raise OptionError(f"suite {name!r}: a folder of images has no model of its own; name the base")
         return image_folder.load(Path(name), base, request)
-    known = (*glyphs.NAMES, *texts.NAMES, *fusionbench.NAMES)
+    known = names()
     raise OptionError(
         f"unknown suite {name!r}{nearest(name, known)}; known are {', '.join(known)}, or the path of a folder"
     )
+
+
+def names() -> tuple[str, ...]:
+    """The suites that `load` knows by name."""
+    from mingle.suites import fusionbench, glyphs, texts
+
+    return (*glyphs.NAMES, *texts.NAMES, *fusionbench.NAMES)

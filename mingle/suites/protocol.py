@@ -111,6 +111,11 @@ def split(name: str, samples: TaskData, request: SeedRequest) -> tuple[TaskData,
     return replace(samples.select(chosen).made(), labels=None), test
 
 
+def tested(labels: torch.Tensor, request: SeedRequest) -> int:
+    """How many of a task's samples, with these labels, are for the test."""
+    return len(labels) - (_seeds(labels, request) if request.protocol == "strict" else 0)
+
+
 def _seeds(labels: torch.Tensor, request: SeedRequest) -> int:
     """How many seed samples are asked for."""
     if request.total is not None:

@@ -67,6 +67,26 @@ class TaskData:
         for start in range(0, len(self), size):
             yield self.select(slice(start, start + size)).made()
 
+    def batches_by_length(self, size: int) -> Iterator[TaskData]:
+        """Batches of at most `size` samples, in any order, for sums that do not depend on it.
+
+        Of texts, those of about the same length come together, without the columns at the right end that only
+        pad them: half the tokens of short texts are padding otherwise.  Everything else comes in order.
+        """
+        mask, per_sample = self.inputs.get("attention_mask"), self.labels is None or self.labels.dim() == 1
+        if isinstance(self.inputs, LazyInputs) or mask is None or not per_sample:
+            yield from self.batches(size)
+            return
+        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        ends = (mask.bool() * places).amax(1)  # [n], where the last token that counts ends
+        for index in ends.argsort(stable=True).split(size):
+            batch, end = self.select(index), max(int(ends[index].amax()), 1)
+            columns = {
+                name: tensor[:, :end] if tensor.shape[1:] == mask.shape[1:] else tensor
+                for name, tensor in batch.inputs.items()
+            }
+            yield replace(batch, inputs=columns)
+
 
 def class_names_of(given: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The ``class_names`` of samples, None where there are none.

@@ -48,7 +48,7 @@ def test_demo_writes_everything_it_promises(demo):
     expected = {
         "config.yaml", "results.json", "accuracy_matrix.csv", "timings.json", "traces.json", "merged",
         "accuracy_matrix.png", "accuracy_over_tasks.png", "gate_activation.png", "interference.png",
-        "loss.png", "task_known_or_unknown.png",
+        "loss.png", "task_known_or_unknown.png", "report.html",
     }  # fmt: skip
     assert {path.name for path in demo.iterdir()} == expected
     assert {path.name for path in (demo / "merged").iterdir()} == {"average", "mingle"}
@@ -59,9 +59,14 @@ def test_demo_results_follow_the_schema(demo, request):
     results = json.loads((demo / "results.json").read_text())
     assert set(results) == {"suite", "protocol", "seed", "versions", "methods"}
     assert (results["suite"], results["protocol"]) == ("glyphs4", "strict")
-    for row in results["methods"].values():
+    for method, row in results["methods"].items():
         assert len(row["order"]) == orders
-        assert set(row) == {"acc", "acc_unknown", "bwt", "matrix", "unknown", "order", "seconds"}
+        keys = {"acc", "acc_unknown", "bwt", "matrix", "unknown", "answers", "order", "seconds"}
+        assert set(row) == keys | ({"bytes"} if method in ("average", "mingle") else set())
+        for answers in row["answers"]:
+            assert {name: sum(each["taken"].values()) for name, each in answers.items()} == (
+                {} if method == "individual" else dict.fromkeys(TASKS, 400)
+            )
         for acc, bwt, matrix, order in zip(row["acc"], row["bwt"], row["matrix"], row["order"], strict=True):
             assert sorted(order) == sorted(TASKS)
             assert all(

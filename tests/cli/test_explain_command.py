@@ -10,6 +10,7 @@ import torch
 import mingle
 from mingle import suites
 from mingle.cli import main
+from mingle.io.files import CheckpointError
 from mingle.runs.origin import origin
 from mingle.suites import Suite
 from mingle.suites.glyphs import BASE, expert_folder, tasks
@@ -52,6 +53,25 @@ def test_the_table_and_the_file_say_the_same(folder, tmp_path, capsys, monkeypat
         assert [each["task"], f"{each['before']:.1f}", *told, f"{each['merged']:.1f}"] in rows
     assert any(row[:1] == ["mean"] for row in rows)
     assert all(f"{step}: " in text for step in steps[folder.name])
+    kept = json.loads((folder / "explain.json").read_text())
+    assert (kept["tasks"], kept["suite"]) == (found["tasks"], "glyphs4")
+    assert text.splitlines()[-1] == f"report: {folder}/report.html"
+    page = (folder / "report.html").read_text()
+    assert (
+        "What each step of merging costs" in page and f'<th scope="col">{steps[folder.name][0]}</th>' in page
+    )
+
+
+def test_what_cannot_be_kept_is_printed_all_the_same(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("mingle.runs.explained.write_json", _full)
+    assert main(["explain", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert NAMES[0] in text and text.endswith("not kept beside the merged model: disk full\n")
+
+
+def _full(*_, **__):
+    raise CheckpointError("disk full")
 
 
 def test_models_may_be_given(folder, capsys):

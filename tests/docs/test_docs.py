@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import mingle
-from mingle import methods, tasks
+from mingle import cli, methods, tasks
 from mingle.cli import main
 from mingle.runs import config
 
@@ -28,21 +28,9 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.r
 #: pages whose blocks are run; those of the others only illustrate
 TUTORIALS = [README, *sorted((DOCS / "tutorials").glob("*.md"))]
 RESULTS = ROOT / "bench" / "results" / "cpu"
-COMMANDS = (
-    "demo",
-    "reproduce",
-    "merge",
-    "check",
-    "add",
-    "eval",
-    "explain",
-    "inspect",
-    "export",
-    "play",
-    "report",
-    "bench",
-    "env",
-)
+COMMANDS = tuple(cli.parsers()[1].choices)
+#: described once, for all commands
+COMMON = ("--help", "--offline", "--json", "--quiet")
 
 #: pages whose commands take more than half a minute
 SLOW = ("README.md", "reproduce.md", "adapters-elsewhere.md")
@@ -228,7 +216,7 @@ def test_every_command_and_option_is_in_the_reference(capsys):
         assert f"## {command}\n" in page
         section = page.partition(f"## {command}\n")[2].partition("\n## ")[0]
         for option in () if command == "bench" else re.findall(r"--[a-z-]+", help_of(command, capsys)):
-            assert option in ("--help", "--offline") or f"`{option}" in section, f"{command} {option}"
+            assert option in COMMON or f"`{option}" in section, f"{command} {option}"
 
 
 def test_every_yaml_key_is_in_the_reference():

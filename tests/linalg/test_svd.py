@@ -11,7 +11,7 @@ import torch
 from spectra import LIMITS, SPECTRA, check, figures, matrix
 
 from mingle import linalg
-from mingle.linalg import svd
+from mingle.linalg import subspace_iteration
 
 R = 16  # with ℓ = 80, so that 200 columns iterate
 
@@ -174,10 +174,10 @@ def test_a_batch_at_once_equals_one_by_one(shape):
     M = torch.stack(
         [matrix(spectrum, *shape[1:], R, 0) for spectrum in ("1/k", "rank below r", "zero")[: shape[0]]]
     ).double()
-    plan, keys = svd._Iteration(R, R + 64, 8, 0), ["a", "b", "c"][: shape[0]]
-    at_once = svd._leading(M.float(), M, plan, keys)
+    plan, keys = subspace_iteration.Iteration(R, R + 64, 8, 0), ["a", "b", "c"][: shape[0]]
+    at_once = subspace_iteration.leading(M.float(), M, plan, keys)
     for i, key in enumerate(keys):
-        U, S, Vh, residuals, beyond = svd._leading(M[i].float(), M[i], plan, [key])
+        U, S, Vh, residuals, beyond = subspace_iteration.leading(M[i].float(), M[i], plan, [key])
         torch.testing.assert_close(at_once[1][i], S, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(at_once.beyond[i], beyond, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(at_once.residuals[i], residuals, rtol=1e-3, atol=1e-6)
@@ -356,7 +356,7 @@ def test_a_matrix_with_nan_is_named_with_its_first_bad_entry():
 
 def test_an_svd_that_does_not_converge_is_named_and_decomposed_fully(monkeypatch, caplog):
     M = matrix("1/k", 240, 200, R, 0)
-    monkeypatch.setattr(svd, "orthonormal", lambda rows, *_: torch.full_like(rows, torch.nan))
+    monkeypatch.setattr(subspace_iteration, "orthonormal", lambda rows, *_: torch.full_like(rows, torch.nan))
     with caplog.at_level(logging.WARNING):
         U, S, Vh = linalg.svd_lowrank(M, R, keys=["layers.3.out_proj"])
     check(M, U, S, Vh, LIMITS["accurate"])

@@ -19,7 +19,7 @@ from transformers import (
 
 from mingle.merging.finetuned import FineTuned
 from mingle.methods.nufilt import NufiltOptions, updates
-from mingle.methods.opcm import OpcmOptions, opcm_step
+from mingle.methods.opcm import project
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 NUFILT = dict(r_p=3, r_v=2, r_l=4, steps=10)
@@ -92,14 +92,27 @@ def assert_same(found, expected):
         assert (found[name] - tensor).norm() <= 1e-9 * tensor.norm(), name
 
 
+def norm(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors.values()]).norm()
+
+
 @pytest.mark.parametrize("drop_diagonal", [False, True])
 def test_opcm(base, states, apart, linear, drop_diagonal):
     method = merged("opcm", base, states, drop_diagonal=drop_diagonal)
-    start, options = apart(base.state_dict()), OpcmOptions(drop_diagonal=drop_diagonal)
-    vector, state = {name: torch.zeros_like(tensor) for name, tensor in start.items()}, {}
-    for step, tuned in enumerate(map(apart, states)):
+    start, vector, norms, scale = apart(base.state_dict()), {}, [], 1.0
+    for tuned in map(apart, states):
         delta = {name: tuned[name] - tensor for name, tensor in start.items()}
-        vector, state = opcm_step(vector, delta, state, step, linear, options)
+        norms.append(norm(delta))
+        if not vector:
+            vector = delta
+            continue
+        raw = {
+            name: scale * vector[name]
+            + (project(d, vector[name], 0.5, drop_diagonal) if name in linear else d)
+            for name, d in delta.items()
+        }
+        scale = norm(raw) / (sum(norms) / len(norms))
+        vector = {name: tensor / scale for name, tensor in raw.items()}
     assert_same(apart(method.merged), {name: tensor + vector[name] for name, tensor in start.items()})
     assert_same(apart(method.model.state_dict()), apart(method.merged))
 

@@ -106,7 +106,9 @@ def test_ties_keeps_all_of_equal_magnitude_and_drops_what_cancels():
     second = {"a": torch.tensor([-3.0, -5.0, 1.0, 1.0, 0.0]), "b": torch.tensor([6.0, 0.0, 0.0, 0.0, 0.0])}
     assert ties.trim_threshold(first, 0.3) == 2
     assert ties.trim_threshold(first, 0.05) == math.inf
-    merged = ties.ties(first, second, 0.3)  # first keeps |x| >= 2, four of them; second keeps |x| >= 3
+    limits = [ties.trim_threshold(vector, 0.3) for vector in (first, second)]
+    assert limits == [2, 3]  # first keeps four entries, as two are equal
+    merged = {name: ties.ties((first[name], second[name]), limits) for name in first}
     assert merged["a"].tolist() == [0, -7, 2, 0, 0]
     assert merged["b"].tolist() == [10, 0, 0, 0, 0]
 
@@ -121,8 +123,8 @@ def test_magmax(base_model, tuned_states):
 
 
 def test_magmax_keeps_the_older_of_two_equally_large_entries():
-    first, second = {"a": torch.tensor([1.0, -2.0, 0.0])}, {"a": torch.tensor([-1.0, 3.0, 0.0])}
-    assert larger(first, second)["a"].tolist() == [1, 3, 0]
+    first, second = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([-1.0, 3.0, 0.0])
+    assert larger(first, second).tolist() == [1, 3, 0]
 
 
 @pytest.mark.parametrize(("masks", "min_masks"), [("newest", 1), ("newest", 2), ("all", 2), ("all", 3)])

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from stub_suite import NAMES as NAMES
 
 from mingle.runs import reproduce
 from mingle.runs.observer import Observer
 from mingle.runs.reproduce import Request, summary
 
-NAMES = ("one", "two", "three")
 QUICK = (("steps", 3), ("rank", 4), ("lr", 5e-3))
 METHODS = ("pre-trained", "average", "mingle")
 

@@ -69,6 +69,7 @@ def test_the_table_s_numbers_and_schema(tmp_path):
         assert cell["seconds"] == pytest.approx(
             statistics.fmean(sum(step["merge"] for step in one["steps"]) for one in measured)
         )
+        assert cell["bytes"] == statistics.fmean(one["bytes"] for one in measured) > 1000
         assert cell["commits"] == sorted({one["commit"] for one in measured if one["commit"]})
         assert cell["devices"] == [measured[0]["device"]["name"]]
         assert "versions" in measured[0]
@@ -78,6 +79,8 @@ def test_the_table_s_numbers_and_schema(tmp_path):
     assert "protocol strict, 3 orders, steps=3, rank=4, lr=0.005\n" in text
     assert not list(tmp_path.glob("cells/*/merger"))
     assert (tmp_path / "stub-strict-bars.png").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert f"{mean:.1f} ± {std:.1f}" in page and "rank=4" in page and cell["devices"][0] in page
 
 
 def test_measured_stands_beside_published_with_the_difference(tmp_path, monkeypatch):
@@ -111,12 +114,14 @@ def test_a_table_of_before_has_no_unknown_tasks(tmp_path):
     out = measure(tmp_path)
     for path in tmp_path.glob("cells/*/result.json"):
         result = json.loads(path.read_text())
-        del result["acc_unknown"], result["unknown"]
+        del result["acc_unknown"], result["unknown"], result["answers"], result["bytes"]
         path.write_text(json.dumps(result))
     assert "task unknown" in comparison.markdown(out)
     found = summary.write(reproduce.plan(request()), tmp_path)
     assert found["tables"][0]["rows"][1]["cells"]["stub"]["acc_unknown"]["values"] == []
     assert "task unknown" not in (tmp_path / "table.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Accuracy matrix" in page and "task unknown" not in page and "bytes per task" not in page
     for row in out["tables"][0]["rows"]:
         del row["cells"]["stub"]["acc_unknown"]
     assert "task unknown" not in comparison.markdown(out)

@@ -85,10 +85,14 @@ class TinyMerge:
         return run
 
 
+#: what a merge took, and the page that is made of all other files
+_BESIDE = ("timings.json", "report.html")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, hidden ones too; but not the record of who last wrote to it."""
+    """All files below a folder, hidden ones too; not the record of who last wrote to it, nor `_BESIDE`."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / ".lock"
+        if path.is_file() and path not in {folder / name for name in (".lock", *_BESIDE)}
     }

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mingle.io.files import CheckpointError, read_json
+from mingle.io.manifest import ANSWERS
 from mingle.io.schema import Absent, check
 
 _NUMBERS = [(float, None)]
 _RESULTS = {
     "suite": str,
     "protocol": str,
+    "seed": Absent(int),
+    "versions": Absent({str: (str, None)}),
     "methods": {
         str: {
             "acc": _NUMBERS,
@@ -22,6 +25,8 @@ _RESULTS = {
             "matrix": [[_NUMBERS]],
             "acc_unknown": Absent(_NUMBERS),
             "unknown": Absent([[_NUMBERS]]),
+            "answers": Absent([{str: ANSWERS}]),
+            "bytes": Absent((int, None)),
         }
     },
 }
@@ -61,7 +66,7 @@ def check_traces(traces: Any, file: Path) -> None:
 
 def _row_faults(rows: Mapping[str, Any]) -> Iterator[str]:
     orders, tasks = len(rows["order"]), len(rows["order"][0]) if rows["order"] else 0
-    for key in ("acc", "bwt", "seconds", "matrix", "acc_unknown", "unknown"):
+    for key in ("acc", "bwt", "seconds", "matrix", "acc_unknown", "unknown", "answers"):
         if key in rows and len(rows[key]) != orders:
             yield f"{key}: expected one value for each of {orders} orders, found {len(rows[key])}"
     for i, names in enumerate(rows["order"]):

@@ -17,7 +17,7 @@ from mingle import methods, tasks
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.adaptation.trace import AdaptTrace
 from mingle.io.files import read_json, without_nan, write_json
-from mingle.io.manifest import MANIFEST
+from mingle.io.manifest import MANIFEST, read_manifest, size_of
 from mingle.io.provenance import describe
 from mingle.io.schema import Absent, check
 from mingle.merging.merger import Merger
@@ -29,6 +29,13 @@ from mingle.runs.origin import origin
 from mingle.runs.traces import trace_of
 from mingle.suites import Suite
 
+#: what a finished cell has measured; earlier versions measured less
+_MEASURED = {
+    "acc": float,
+    "bwt": float,
+    "acc_unknown": Absent((float, None)),
+    "bytes": Absent((int, None)),
+}
 RESULT, TRACE, _MERGER = "result.json", "trace.json", "merger"
 
 
@@ -69,7 +76,7 @@ class Cell:
         result: dict[str, Any] = read_json(path)
         check(result, {"failed": (str, None), "seconds": float}, path)
         if result["failed"] is None:
-            check(result, {"acc": float, "bwt": float, "acc_unknown": Absent((float, None))}, path)
+            check(result, _MEASURED, path)
         return result
 
     def prepare(self, suite: Suite) -> None:
@@ -109,6 +116,8 @@ class Cell:
             ]
             write_json(folder / TRACE, without_nan(trace_of(merger, suite, steps)))
         record = self._record(merger, order, failed) | describe(device)
+        if failed is None:
+            record["bytes"] = size_of(read_manifest(saved))
         write_json(folder / RESULT, without_nan(record))
         observer.merged(self.method, number, merger.result())
         if not keep_model and saved.exists():
@@ -126,6 +135,7 @@ class Cell:
             "acc_unknown": result.acc_unknown if failed is None else None,
             "matrix": result.matrix,
             "unknown": result.unknown,
+            "answers": {name: each.noted() for name, each in result.answers.items()},
             "seconds": round(sum(step["merge"] for step in done), 3),
             "steps": [{key: value for key, value in step.items() if key != "trace"} for step in done],
         }

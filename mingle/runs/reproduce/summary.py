@@ -9,7 +9,7 @@ from typing import Any
 
 from mingle.io import provenance
 from mingle.io.files import read_json, write_json, write_text
-from mingle.runs.report import comparison, sweeps
+from mingle.runs.report import comparison, page, sweeps
 from mingle.runs.report.files import check_traces
 from mingle.runs.reproduce.cells import TRACE
 from mingle.runs.reproduce.expected import expected
@@ -30,8 +30,9 @@ def gather(plan: TablePlan, out: Path) -> dict[str, Any]:
         ``acc_unknown`` ({mean, std, values} in per cent and points, over the finished orders; std is None for
         one order, and of what was not measured there are no values),
         ``published`` and ``difference`` ({acc, bwt}, or None where nothing was published), ``seconds`` (mean,
-        of merging), ``finished`` (order seeds), ``failed`` (order seed → message), ``commits`` and
-        ``devices`` (of the code and the machines that measured) and ``folders``.
+        of merging), ``bytes`` (mean, of what is kept beside the base), ``finished`` (order seeds), ``failed``
+        (order seed → message), ``commits`` and ``devices`` (of the code and the machines that measured) and
+        ``folders``.
     """
     protocols: dict[str, dict[str, Any]] = {}
     for entry in plan.entries:
@@ -56,11 +57,16 @@ def gather(plan: TablePlan, out: Path) -> dict[str, Any]:
 
 
 def write(plan: TablePlan, out: Path) -> dict[str, Any]:
-    """Write ``table.json``, ``table.md`` and the plots of the finished cells to `out`; returns the table."""
+    """Write ``table.json``, ``table.md``, plots and ``report.html`` of the finished cells to `out`.
+
+    Returns:
+        The table.
+    """
     summary, traces = gather(plan, out), _traces(plan, out / "cells")
     write_json(out / "table.json", summary)
     write_text(out / "table.md", comparison.markdown(summary))
     sweeps.write_plots(summary, traces, out)
+    page.write(out)
     return summary
 
 
@@ -96,6 +102,7 @@ def _cell(entry: Entry, published: Scores | None, cells: Path) -> dict[str, Any]
     results = {cell.order: result for cell in entry.cells if (result := cell.result(cells)) is not None}
     measured = {order: result for order, result in results.items() if result["failed"] is None}
     seconds = [result["seconds"] for result in measured.values()]
+    sizes = [size for result in measured.values() if (size := result.get("bytes")) is not None]
     spread = {
         key: _spread([result[key] for result in measured.values() if result.get(key) is not None])
         for key in (*_MEASURES, "acc_unknown")
@@ -106,6 +113,7 @@ def _cell(entry: Entry, published: Scores | None, cells: Path) -> dict[str, Any]
         "published": figures,
         "difference": figures and {key: _difference(spread[key]["mean"], figures[key]) for key in _MEASURES},
         "seconds": statistics.fmean(seconds) if seconds else None,
+        "bytes": statistics.fmean(sizes) if sizes else None,
         "finished": list(measured),
         "failed": {
             str(order): result["failed"] for order, result in results.items() if result["failed"] is not None

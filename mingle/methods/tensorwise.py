@@ -1,0 +1,158 @@
+"""Methods that merge tensor by tensor, so that no more than one of them need be in memory.
+
+A method says what happens to one tensor when a model arrives.  Where that depends on all of them, as a norm
+of the whole model does, surveys come first: passes over all tensors that merge nothing.  The methods say it
+once: `TensorMethod.update` applies it to a model in memory, `mingle.merging.streamed` to files.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mingle.kernels.dtypes import wide
+from mingle.methods.base import Arrival, Tensors, WeightMethod
+
+#: of all tensors together: what is kept of them, and what surveys found, by name
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class TensorStep:
+    """One tensor when a model arrives.
+
+    Attributes:
+        name: the tensor's, in the tower.
+        base: θ₀.
+        merged: θ of the step before, in float32, or float64 where the base is.
+        tuned: θ_t.
+        kept: what was kept of it, see `TensorMethod.kept_of`; empty before the first step.
+        seen: how many models arrived before.
+    """
+
+    name: str
+    base: Tensor
+    merged: Tensor
+    tuned: Tensor
+    kept: Mapping[str, Tensor]
+    seen: int
+
+    def delta(self) -> Tensor:
+        """Δ_t = θ_t − θ₀, in float32 or wider."""
+        return _difference(self.tuned, self.base)
+
+    def vector(self) -> Tensor:
+        """M = θ − θ₀ of the step before, in float32 or wider."""
+        return _difference(self.merged, self.base)
+
+
+class Seen(NamedTuple):
+    """What a survey takes down of one tensor.
+
+    Attributes:
+        numbers: for its `Survey.conclude`.
+        aside: tensors that took work and that merging wants again, by names of the survey's own.
+    """
+
+    numbers: tuple[float, ...] = ()
+    aside: Mapping[str, Tensor] = {}
+
+
+class Survey(ABC):
+    """A pass over all tensors before any is merged.
+
+    Attributes:
+        sets_aside: whether `see` leaves all that it finds in what it returns, tensors set aside among it.  So
+            a pass that was interrupted goes on in the middle; any other starts again.
+    """
+
+    sets_aside: ClassVar[bool] = False
+
+    @abstractmethod
+    def see(self, step: TensorStep) -> Seen:
+        """Look at one tensor, in the tower's order."""
+
+    @abstractmethod
+    def conclude(self, numbers: Sequence[tuple[float, ...]]) -> Numbers:
+        """What was found, from the numbers of every tensor, in the tower's order."""
+
+
+class TensorMethod(WeightMethod):
+    """A weight method that merges one tensor after another; subclasses give `merge_tensor`.
+
+    Attributes:
+        shared: the names of what is kept of all tensors together, numbers in float64.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def merge_tensor(
+        self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensors]:
+        """The new merged tensor, in float32 or wider, and what to keep of it.
+
+        A pure function of its arguments and the options; none is changed.
+
+        Args:
+            step: the tensor.
+            found: what surveys found, and the `shared` numbers.
+            aside: what surveys set aside of this tensor.
+        """
+
+    def survey(self, number: int, seen: int, found: Numbers) -> Survey | None:
+        """The next survey before merging; None, as for most methods, when there is nothing more to find.
+
+        Args:
+            number: how many surveys there were.
+            seen: how many models arrived before.
+            found: the `shared` numbers of the step before, and what earlier surveys found.
+        """
+        return None
+
+    def kept_of(self, name: str) -> tuple[str, ...]:
+        """The names of what `merge_tensor` keeps of the tensor of that name; no other's has the same."""
+        return ()
+
+    def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
+        found = {name: float(self.state[name]) for name in self.shared if name in self.state}
+        aside: dict[str, dict[str, Tensor]] = {}
+        for number in count():
+            if (survey := self.survey(number, arrival.index, found)) is None:
+                break
+            numbers = []
+            for step in self._steps(arrival):
+                seen = survey.see(step)
+                numbers.append(seen.numbers)
+                aside.setdefault(step.name, {}).update(seen.aside)
+            found |= survey.conclude(numbers)
+        merged: Tensors = {}
+        state: Tensors = {}
+        for step in self._steps(arrival):
+            merged[step.name], kept = self.merge_tensor(step, found, aside.pop(step.name, {}))
+            state |= kept
+        return merged, state | self.shared_tensors(found)
+
+    def shared_tensors(self, found: Numbers) -> Tensors:
+        """The `shared` numbers as they are saved, float64 []."""
+        return {name: torch.tensor(found[name], dtype=torch.float64) for name in self.shared}
+
+    def _steps(self, arrival: Arrival) -> Iterator[TensorStep]:
+        for name, base in self.base.items():
+            kept = {key: self.state[key] for key in self.kept_of(name) if key in self.state}
+            yield TensorStep(name, base, self.merged[name], arrival.tuned[name], kept, arrival.index)
+
+
+def moved(tensor: Tensor, vector: Tensor, scaling: float = 1.0) -> Tensor:
+    """tensor + scaling · vector, in float32, or float64 where the tensor is."""
+    return (tensor + scaling * vector).to(wide(tensor))
+
+
+def _difference(tensor: Tensor, base: Tensor) -> Tensor:
+    return tensor.to(wide(tensor)) - base.to(wide(base))

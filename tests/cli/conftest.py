@@ -1,0 +1,1 @@
+from stub_suite import stub  # noqa: F401
