@@ -15,7 +15,7 @@ from pathlib import Path
 
 import played_merges
 import pytest
-from browser import chromium
+from chromium import browser  # noqa: F401
 from PIL import Image
 
 from mingle.runs.play import page as served
@@ -63,6 +63,14 @@ def playing(folder: Path, *options: str) -> Iterator[str]:
     assert not list(uploads.glob("mingle-play-*"))
 
 
+@pytest.fixture
+def page(browser):  # noqa: F811
+    """An empty page of the browser."""
+    context = browser.new_context(viewport={"width": 1200, "height": 1000})
+    yield context.new_page()
+    context.close()
+
+
 def part(page, name: str) -> str:
     return page.locator(f"#{name}").inner_text()
 
@@ -80,7 +88,7 @@ def card(page, kind: str):
     return page.locator(f"#answers .{kind}").inner_text()
 
 
-def test_an_image_is_answered_and_a_task_switched_off(tmp_path, monkeypatch):
+def test_an_image_is_answered_and_a_task_switched_off(tmp_path, monkeypatch, page):
     """Names that would do something in a page are text in it, and nothing is fetched from anywhere else."""
     monkeypatch.setattr(played_merges, "TASKS", TASKS)
     monkeypatch.setattr(played_merges, "CLASSES", CLASSES)
@@ -90,7 +98,7 @@ def test_an_image_is_answered_and_a_task_switched_off(tmp_path, monkeypatch):
     try_out = TryOut.of(tmp_path / "merged")
     expected = {active: try_out.trial(picture, active) for active in (TASKS, TASKS[:1], TASKS[1:])}
     kept = {path: path.read_bytes() for path in (tmp_path / "merged").rglob("*") if path.is_file()}
-    with playing(tmp_path / "merged") as address, chromium() as page:
+    with playing(tmp_path / "merged") as address:
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
@@ -139,10 +147,10 @@ def test_an_image_is_answered_and_a_task_switched_off(tmp_path, monkeypatch):
     assert kept == {path: path.read_bytes() for path in (tmp_path / "merged").rglob("*") if path.is_file()}
 
 
-def test_a_text_is_answered_by_a_model_that_writes(tmp_path):
+def test_a_text_is_answered_by_a_model_that_writes(tmp_path, page):
     played_merges.writers(tmp_path, "llama", "routed").save_pretrained(tmp_path / "merged")
     expected = TryOut.of(tmp_path / "merged").trial("is this it?", ("task 0", "task 1"))
-    with playing(tmp_path / "merged") as address, chromium() as page:
+    with playing(tmp_path / "merged") as address:
         page.goto(address)
         page.locator("#ask").click()
         until(page, "answers", lambda text: "there is no text yet" in text)
@@ -157,9 +165,9 @@ def test_a_text_is_answered_by_a_model_that_writes(tmp_path):
         until(page, "answers", lambda text: " ".join(text.split()).count(base) == 2)
 
 
-def test_a_method_whose_tasks_cannot_be_switched_off_says_why(tmp_path):
+def test_a_method_whose_tasks_cannot_be_switched_off_says_why(tmp_path, page):
     played_merges.writers(tmp_path, "llama", "average").save_pretrained(tmp_path / "merged")
-    with playing(tmp_path / "merged") as address, chromium() as page:
+    with playing(tmp_path / "merged") as address:
         page.goto(address)
         until(page, "active", lambda text: "method 'average' keeps no expert that could be" in text)
         assert all(box.is_disabled() for box in page.locator("#active input").all())

@@ -24,8 +24,8 @@ from mingle.merging.evaluate import Result
 from mingle.merging.merger import Merger
 
 pytestmark = pytest.mark.usefixtures("stub")
-#: commands that find nothing
-WITHOUT_JSON = {"completion"}
+#: commands that find nothing, or serve a page
+WITHOUT_JSON = {"completion", "play"}
 #: command → what its document has at least
 KEYS = {
     "demo": {"folder", "suite", "methods"},

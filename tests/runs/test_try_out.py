@@ -334,6 +334,7 @@ def test_a_task_of_unknown_classes_says_how_to_name_them(tmp_path, base_folder, 
     trial = TryOut.of(tmp_path / "merged").trial(picture, ["bare"])
     for answer in (trial.merged, trial.base, trial.experts["bare"]):
         assert "set_classes('bare'" in answer.reason
+    assert "set_classes('bare'" in trial.routing.reason
 
 
 def test_folders_that_nobody_can_try_are_refused(tmp_path, base_folder, tuned_folders, monkeypatch):

@@ -46,7 +46,7 @@ class TryOut:
         self._answers: dict[Any, Answer] = {}
 
     @classmethod
-    def of(cls, folder: Path) -> TryOut:
+    def of(cls, folder: str | Path) -> TryOut:
         """The merged model in a folder.
 
         Raises:
@@ -145,7 +145,9 @@ class TryOut:
             told = ": the likeliest of all classes decides" if one_class and not method.per_task else ""
             return Routing(reason=f"method {method.name!r} has no router{told}"), None
         able = [place for place in chosen if method.places[place] is not None]
-        decision = method.decision(self._data(sample, chosen)) if able and self._known(chosen) else None
+        if reason := self._hindrance(chosen):
+            return Routing(reason=reason), None
+        decision = method.decision(self._data(sample, chosen)) if able else None
         if decision is None:
             return Routing(reason="no active task has an expert, so there is nothing to choose from"), None
         shares = decision.shares[0].tolist()
@@ -189,11 +191,9 @@ class TryOut:
         if not merger.task.one_class:
             tokens = merger.task.written(model, merger.task.data(sample), ANSWER_TOKENS)
             return Answer(text=self.reader.decode(tokens))
+        if reason := self._hindrance(chosen):
+            return Answer(reason=reason)
         tasks = [merger.merged[place] for place in chosen]
-        if not tasks:
-            return Answer(reason="no task is active, so there are no classes to choose from")
-        if reasons := [why for task in tasks if (why := lacking(merger.task, task.name, task.head))]:
-            return Answer(reason=reasons[0])
         heads = [task.head for task in tasks]
         temperatures = [task.temperature if calibrated else None for task in tasks]
         everything = AllTasks(merger.task, merger.method, [task.name for task in tasks], heads, temperatures)
@@ -208,10 +208,14 @@ class TryOut:
         likely.sort(key=lambda each: -each.probability)
         return Answer(tuple(likely[:MOST_CLASSES]))
 
-    def _known(self, chosen: Sequence[int]) -> bool:
-        """Whether the classes of these tasks are known, as far as the task type asks for them."""
-        tasks = [self.merger.merged[place] for place in chosen]
-        return not any(lacking(self.merger.task, task.name, task.head) for task in tasks)
+    def _hindrance(self, chosen: Sequence[int]) -> str:
+        """Why nothing can be answered among the classes of these tasks; empty where answers are texts."""
+        task_type, tasks = self.merger.task, [self.merger.merged[place] for place in chosen]
+        if not task_type.one_class:
+            return ""
+        if not tasks:
+            return "no task is active, so there are no classes to choose from"
+        return next(filter(None, (lacking(task_type, task.name, task.head) for task in tasks)), "")
 
     def _data(self, sample: Mapping[str, Tensor], chosen: Sequence[int]) -> TaskData:
         return self.merger.task.data({**sample, **self.merger.merged[chosen[0]].shared})
