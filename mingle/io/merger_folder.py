@@ -3,7 +3,8 @@
     manifest.json                      what the folder holds, with sizes and hashes; always written last
     base-<hash>/                       the base model in hub format
     tasks/000-<name>-<hash>.safetensors
-    state-<hash>.safetensors           only for methods that keep merged weights
+    state-<hash>.safetensors           only for methods that keep merged weights; one, or several parts
+    .journal.json, .aside-<hash>…      while a step goes tensor by tensor, see `mingle.io.journal`
 
 Files are named by their content and never overwritten: whatever interrupts a save, every file that the
 manifest on disk names is there.
@@ -11,10 +12,9 @@ manifest on disk names is there.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from mingle.io import journal
 from mingle.io.base_files import base_files, is_inner_folder
 from mingle.io.files import CheckpointError, clean_stale, contained, naming, write_copy, write_json
 from mingle.io.hub import ModelName
@@ -36,25 +36,16 @@ from mingle.io.manifest import (
     MANIFEST,
     TENSORS_NAME,
     check_files,
+    entries_of,
     entry_of,
     files_of,
     read_manifest,
 )
 from mingle.io.provenance import versions
 from mingle.io.safetensors import CheckpointReader, write_tensors
+from mingle.io.state_dicts import state_hash as state_hash
 
 Tensors = dict[str, torch.Tensor]
-
-
-def state_hash(source: nn.Module | Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors, in the order of their names."""
-    tensors = source.state_dict() if isinstance(source, nn.Module) else source
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -113,16 +104,35 @@ def writing(folder: Path, *, new: bool = True) -> Iterator[None]:
         read_manifest(folder)
     with lock(folder):
         clean_stale(folder)
-        if (folder / MANIFEST).exists():
-            manifest = read_manifest(folder)
-            _sweep(folder, {entry["file"] for entry in files_of(manifest)} | {manifest["base"]["folder"]})
-        elif foreign(folder) is None:
-            _sweep(folder, set())  # what is there is of a first save that did not end
+        _clear(folder, journal.read(folder))
         token = _written.set(_written.get() | {place})
         try:
             yield
         finally:
             _written.reset(token)
+
+
+def _clear(folder: Path, noted: journal.Passes) -> None:
+    """Remove our files that neither the manifest names nor a journal that is still of use."""
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        over = noted and journal.entries(noted[-1]) == entries_of(manifest["state"])
+        named = {entry["file"] for entry in files_of(manifest)} | {manifest["base"]["folder"]}
+        _sweep(folder, named | (set() if over else journal.files(noted)))
+    elif foreign(folder) is None:
+        _sweep(folder, journal.files(noted))  # what is there is of a first save that did not end
+
+
+def begin(folder: Path, step: str) -> journal.Journal:
+    """The journal of a step of a merge; what other steps have left unfinished is removed.
+
+    Args:
+        folder: of which this process is the writer.
+        step: see `mingle.io.journal.Journal`.
+    """
+    found = journal.Journal(folder, step)
+    _clear(folder, found.passes)
+    return found
 
 
 def save(
@@ -132,9 +142,17 @@ def save(
     base_name: ModelName,
     base: BaseModel | None,
     tasks: list[Tensors],
-    state: Tensors,
+    state: Tensors | list[dict[str, Any]],
 ) -> None:
     """Write what changed and then the manifest; remove what the new manifest no longer names.
+
+    Args:
+        folder: the merger's folder.
+        manifest: what it says of the merge, in the form of `mingle.io.manifest.MERGE`.
+        base_hash, base_name: of the base.
+        base: the base, to be written too where it is not there yet.
+        tasks: what is kept of each task alone.
+        state: what is kept of all together, or the entries of the files where a journal has put it.
 
     Raises:
         CheckpointError: another process is writing to the folder, the disk is full, or the folder holds
@@ -160,7 +178,9 @@ def save(
             **manifest,
             "base": {"sha256": base_hash, "folder": place if has_base else None, **base_name._asdict()},
             "tasks": entries,
-            "state": _write(folder, "state", state, known),
+            "state": _write(folder, "state", state, known)
+            if isinstance(state, dict)
+            else _one_or_more(state),
             "versions": versions(),
         }
         write_json(folder / MANIFEST, new)
@@ -205,7 +225,11 @@ class Saved:
         return [_read(self.folder, task["tensors"]) for task in self.manifest["tasks"]]
 
     def state_tensors(self) -> Tensors:
-        return _read(self.folder, self.manifest["state"])
+        return dict(self.state_files())
+
+    def state_files(self) -> journal.PartFiles:
+        """The same, each tensor read when it is asked for."""
+        return journal.PartFiles(self.folder, entries_of(self.manifest["state"]))
 
 
 def foreign(folder: Path) -> Path | None:
@@ -273,15 +297,21 @@ def _write(
 
 def _sweep(folder: Path, kept: set[str]) -> None:
     """Remove our files that the manifest no longer names, be they of the last save or an interrupted one."""
-    for path in [*folder.glob("base-*"), *folder.glob("state-*"), *folder.glob("tasks/*")]:
+    patterns = ("base-*", "state-*", "tasks/*", journal.JOURNAL, ".aside-*")
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         name = path.relative_to(folder).as_posix()
         if name in kept or path.is_symlink():
             continue
         with naming(path):
             if BASE_NAME.fullmatch(name) and path.is_dir():
                 shutil.rmtree(path)
-            elif _is_tensors(path, name):
+            elif _is_tensors(path, name) or (_is_file(path) and journal.is_ours(name)):
                 path.unlink()
+
+
+def _one_or_more(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """The entries as a manifest has them: one file, as all versions have known it, or a list."""
+    return list(entries) if len(entries) > 1 else next(iter(entries), None)
 
 
 def _read(folder: Path, entry: dict[str, Any] | None) -> Tensors:

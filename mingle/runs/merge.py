@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mingle import suites
+from mingle import methods, suites, tasks
 from mingle.io import hub, merger_folder
 from mingle.io.files import CheckpointError, free_space, writable
 from mingle.io.manifest import MANIFEST
@@ -17,11 +17,13 @@ from mingle.merging.explain import Explanation
 from mingle.merging.explain import explain as explained
 from mingle.merging.exports import Format
 from mingle.merging.merger import Merger
+from mingle.merging.opened import opened
+from mingle.merging.streamed import StreamedMerger, streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.options import OptionError
 from mingle.runs import inputs, room
 from mingle.runs.config import Expert, MergeConfig
-from mingle.runs.loop import Evaluate, experts_of, merge_all
+from mingle.runs.loop import Evaluate, experts_of, merge_all, stream_all
 from mingle.runs.observer import Observer
 from mingle.runs.origin import check_origin, origin
 from mingle.suites import Suite
@@ -68,12 +70,15 @@ class MergePlan:
         for number, (order, folder) in enumerate(zip(self.orders, self.folders, strict=True)):
             with merger_folder.writing(folder):
                 merger = self._begin(folder)
-                merging = merge_all(
-                    merger, order, self._expert, self.suite, observer, number, evaluate=evaluate
-                )
-                for step in merging:
-                    inputs.note(merger.metadata, step.task, self.experts[step.task])
-                    merger.save_pretrained(folder)
+                if isinstance(merger, StreamedMerger):
+                    stream_all(merger, order, self._expert, folder, observer, number)
+                else:
+                    merging = merge_all(
+                        merger, order, self._expert, self.suite, observer, number, evaluate=evaluate
+                    )
+                    for step in merging:
+                        inputs.note(merger.metadata, step.task, self.experts[step.task])
+                        merger.save_pretrained(folder)
                 result = merger.result()
             observer.merged(self.config.method, number, result)
             yield result
@@ -92,10 +97,16 @@ class MergePlan:
     def _expert(self, name: str, _: Sequence[str]) -> Path:
         return self.experts[name]
 
-    def _begin(self, folder: Path) -> Merger:
+    def streams(self) -> bool:
+        """Whether the merge goes tensor by tensor, with no whole model in memory."""
+        method = methods.get(self.config.method)
+        return self.suite is None and streams(method, self.task, self.task.skeleton(self.base))
+
+    def _begin(self, folder: Path) -> Merger | StreamedMerger:
         """The merger of an interrupted run, or a new one."""
+        kind: type[Merger | StreamedMerger] = StreamedMerger if self.streams() else Merger
         if not (folder / MANIFEST).exists():
-            merger = Merger(
+            merger = kind(
                 self.base,
                 self.config.method,
                 self.task.name,
@@ -104,9 +115,8 @@ class MergePlan:
             )
             merger.metadata = self.origin()
             return merger
-        merger = Merger.from_pretrained(folder)
-        found = merger_folder.state_hash(merger.task.load(self.base))
-        if found != merger_folder.state_hash(merger.base):
+        merger = kind.from_pretrained(folder)
+        if merger.base_hash != kind.hash_of(self.task, self.base):
             raise CheckpointError(f"{folder}: was started with a base model other than {self.base}")
         merger.metadata["revisions"] = self.revisions
         return merger
@@ -130,7 +140,7 @@ def add(
     """
     writable(folder)
     with merger_folder.writing(folder, new=False):
-        merger, suite = _reopen(folder, overrides)
+        merger, suite = _extended(folder, overrides)
         merger.vocabulary = vocabulary or merger.vocabulary
         if suite is not None and expert.name not in suite:
             raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
@@ -142,6 +152,9 @@ def add(
         size = room.of_method(merger.method, merger.base_folder)
         free_space(folder, size.task + size.state)
         order = [*merger.task_names, expert.name]
+        if isinstance(merger, StreamedMerger):
+            stream_all(merger, order, lambda *_: model, folder, observer or Observer())
+            return merger.result()
         for _ in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):
             inputs.note(merger.metadata, expert.name, model)
             merger.save_pretrained(folder)
@@ -227,7 +240,21 @@ def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite |
     return merger, _suite(merger, folder, overrides, merger.task_names)
 
 
-def _suite(merger: Merger, folder: Path, overrides: Mapping[str, Any], names: Sequence[str]) -> Suite | None:
+def _extended(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger | StreamedMerger, Suite | None]:
+    """The same, to merge more into; where that can go tensor by tensor, no model is loaded."""
+    saved = opened(folder)
+    merge = saved.manifest
+    if (overrides.get("suite") or merge["metadata"].get("suite")) is None:
+        task, method = tasks.get(merge["task_type"]), methods.get(merge["method"])
+        if streams(method, task, task.skeleton(saved.base_folder())):
+            merger = StreamedMerger.from_pretrained(folder)
+            return merger, _suite(merger, folder, overrides, merger.task_names)
+    return _reopen(folder, overrides)
+
+
+def _suite(
+    merger: Merger | StreamedMerger, folder: Path, overrides: Mapping[str, Any], names: Sequence[str]
+) -> Suite | None:
     """A merged model's suite, its samples of these tasks checked, once the changes are in the metadata."""
     pooled_over_batch = getattr(merger.options, "reduce", None) == PROTOCOLS["official"]
     protocol = "official" if pooled_over_batch else "strict"

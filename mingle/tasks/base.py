@@ -35,6 +35,8 @@ class TaskType(ABC):
         one_scale: whether scores of different tasks' classes can be compared as they are.
         config_part: the name of the tower's configuration in the model's; empty where the tower is the whole
             model.
+        loads_as_stored: whether the tensors of the model that `load` makes are those in the files, so that
+            they can be read one by one.  A class with a `load` of its own has to say so.
         published_sets: sets of layers that a paper names, as suffixes, instead of those that are found.  They
             count where the model has layers of these names.
     """
@@ -44,12 +46,15 @@ class TaskType(ABC):
     shared: ClassVar[tuple[str, ...]] = ()
     one_scale: ClassVar[bool] = False
     config_part: ClassVar[str] = ""
+    loads_as_stored: ClassVar[bool] = True
     published_sets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in vars(cls):
             cls.name = cls.__name__
+        if "load" in vars(cls) and "loads_as_stored" not in vars(cls):
+            cls.loads_as_stored = False
 
     @abstractmethod
     def logits(self, model: nn.Module, data: TaskData) -> Tensor:

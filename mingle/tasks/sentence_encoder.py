@@ -45,6 +45,7 @@ class SentenceEncoderTask(ClassEmbeddingTask):
     """
 
     name = "sentence-encoder"
+    loads_as_stored = True
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples as `TaskData`.
