@@ -27,4 +27,6 @@ def run(args: argparse.Namespace) -> None:
     for name, lines in plan.left.items():
         for line in lines:
             say(f"{name}: {line}")
+    if plan.forecast is not None:
+        say(f"one tensor at a time: {plan.forecast}")
     say(f"{args.config}: all {len(plan.experts)} experts fit the base")

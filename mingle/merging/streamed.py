@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -225,16 +224,16 @@ class _Step:
         if self.seen:
             found = {name: float(self.merger.state[f"state/{name}"]) for name in self.method.shared}
         aside: dict[str, dict[str, tuple[PartFiles, str]]] = {}
-        for number in count():
-            if (survey := self.method.survey(number, self.seen, found)) is None:
-                return self._merge(number, found, aside)
+        surveys = self.method.surveys(self.seen)
+        for number in range(surveys):
+            survey = self.method.survey(number, self.seen, found)
             found |= self._survey(number, survey)
             if survey.sets_aside:
                 files = PartFiles(self.folder, self.notes.parts(number))
                 for place in files:
                     key, _, name = place.partition("/")
                     aside.setdefault(name, {})[key] = files, place
-        raise AssertionError
+        return self._merge(surveys, found, aside)
 
     def _survey(self, number: int, survey: Survey) -> Numbers:
         known = self.notes.found(number)

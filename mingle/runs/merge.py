@@ -23,6 +23,7 @@ from mingle.merging.vocabulary import Vocabulary
 from mingle.options import OptionError
 from mingle.runs import inputs, room
 from mingle.runs.config import Expert, MergeConfig
+from mingle.runs.forecast import Forecast
 from mingle.runs.loop import Evaluate, experts_of, merge_all, stream_all
 from mingle.runs.observer import Observer
 from mingle.runs.origin import check_origin, origin
@@ -46,6 +47,7 @@ class MergePlan:
         folders: where each order's merged model goes; empty for a plan that was only to be checked.
         revisions: the commits in use of whatever comes from the hub; they are saved with the merged model.
         left: name → what fine-tuning changed in that model and merging leaves out, in words.
+        forecast: what the merge will take, where it goes tensor by tensor, with no whole model in memory.
     """
 
     config: MergeConfig
@@ -58,6 +60,7 @@ class MergePlan:
     folders: list[Path]
     revisions: hub.Revisions
     left: Mapping[str, list[str]]
+    forecast: Forecast | None = None
 
     def run(self, observer: Observer | None = None) -> Iterator[Result]:
         """Merge in every order, saving after each task; the tasks that an earlier run has merged are kept.
@@ -97,14 +100,9 @@ class MergePlan:
     def _expert(self, name: str, _: Sequence[str]) -> Path:
         return self.experts[name]
 
-    def streams(self) -> bool:
-        """Whether the merge goes tensor by tensor, with no whole model in memory."""
-        method = methods.get(self.config.method)
-        return self.suite is None and streams(method, self.task, self.task.skeleton(self.base))
-
     def _begin(self, folder: Path) -> Merger | StreamedMerger:
         """The merger of an interrupted run, or a new one."""
-        kind: type[Merger | StreamedMerger] = StreamedMerger if self.streams() else Merger
+        kind: type[Merger | StreamedMerger] = Merger if self.forecast is None else StreamedMerger
         if not (folder / MANIFEST).exists():
             merger = kind(
                 self.base,
