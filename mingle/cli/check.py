@@ -91,7 +91,10 @@ def _lines(plan: MergePlan, found: Costs) -> Iterator[Text]:
         yield line("measured: ", f"{when}, on the suite {plan.suite.name}, {protocol}{samples}")
     yield line("disk: ", _sum(found.disk))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield line("memory: ", f"{_sum(found.memory)}, and what the method computes with; of {_size(memory)}")
+    more = "" if plan.forecast else ", and what the method computes with"
+    yield line("memory: ", f"{_sum(found.memory)}{more}; of {_size(memory)}")
+    if plan.forecast:
+        yield line("files: ", f"{_size(plan.forecast.read)} to read, {_size(plan.forecast.written)} to write")
     yield line("time: ", _time(found.seconds))
 
 
@@ -145,4 +148,5 @@ def _document(plan: MergePlan, found: Costs) -> dict[str, Any]:
         },
         "evaluation": measured,
         "costs": asdict(found),
+        "forecast": plan.forecast and asdict(plan.forecast),
     }

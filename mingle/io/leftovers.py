@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from mingle.io import journal
 from mingle.io.base_files import base_files, is_inner_folder
 from mingle.io.files import naming
 from mingle.io.manifest import BASE_NAME, GENERATION_NAME, TENSORS_NAME
@@ -51,12 +52,13 @@ def _is_ours(path: Path, name: str) -> bool:
 
 def unnamed(folder: Path, kept: set[str]) -> Iterator[Path]:
     """Files and folders of ours whose names are not among `kept`."""
-    places = ("base-*", "state-*", "tasks/*", "generations/*")
+    places = ("base-*", "state-*", "tasks/*", "generations/*", journal.JOURNAL, ".aside-*")
     for path in chain.from_iterable(sorted(folder.glob(place)) for place in places):
         name = path.relative_to(folder).as_posix()
         if name in kept or path.is_symlink():
             continue
-        if _is_ours(path, name) or (BASE_NAME.fullmatch(name) and path.is_dir()):
+        hidden = _is_file(path) and journal.is_ours(name)
+        if hidden or _is_ours(path, name) or (BASE_NAME.fullmatch(name) and path.is_dir()):
             yield path
 
 

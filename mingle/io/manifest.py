@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mingle.io.files import CheckpointError, contained, read_json, sha256, similar
-from mingle.io.schema import Absent, check
+from mingle.io.schema import Absent, Several, check
 from mingle.options import shown
 
 FORMAT = "mingle-merge"
@@ -55,7 +55,7 @@ _FORM = MERGE | {
     "tasks": [TASK | {"tensors": (_FILE, None)}],
     "metadata": {str: object},
     "base": BASE | {"sha256": DIGEST, "folder": (BASE_NAME, None)},
-    "state": (_FILE, None),
+    "state": (Several(_FILE), None),
     "versions": Absent({str: str}),
     # of the generations, see `mingle.io.generations`; early versions kept none
     "generation": Absent(int),
@@ -154,8 +154,13 @@ def read_merge(path: Path, kind: str, version: int, form: dict[str, Any]) -> dic
 
 def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries of all files of tensors that a manifest names."""
-    entries = [task["tensors"] for task in manifest["tasks"]] + [manifest["state"]]
-    return [entry for entry in entries if entry is not None]
+    entries = [entry for task in manifest["tasks"] for entry in entries_of(task["tensors"])]
+    return entries + entries_of(manifest["state"])
+
+
+def entries_of(value: Any) -> list[dict[str, Any]]:
+    """The entries of files in a manifest's value: none, one, or a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def check_files(folder: Path, entries: Iterable[Mapping[str, Any]], source: str) -> None:

@@ -4,8 +4,9 @@
     README.md                          the model card, see `mingle.io.folder_card`
     base-<hash>/                       the base model in hub format
     tasks/000-<name>-<hash>.safetensors
-    state-<hash>.safetensors           only for methods that keep merged weights
+    state-<hash>.safetensors           only for methods that keep merged weights; one, or several parts
     generations/0001-<hash>.json       the manifests of earlier saves, see `mingle.io.generations`
+    .journal.json, .aside-<hash>…      while a step goes tensor by tensor, see `mingle.io.journal`
 
 Files are named by their content and never overwritten: whatever interrupts a save, every file that the
 manifest on disk names is there, and so is every file that an earlier generation names which is kept.
@@ -13,9 +14,8 @@ manifest on disk names is there, and so is every file that an earlier generation
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from mingle.io import folder_card, generations
+from mingle.io import folder_card, generations, journal
 from mingle.io.base_files import base_files
 from mingle.io.files import CheckpointError, clean_stale, contained, naming, sha256, write_copy, write_json
 from mingle.io.hub import ModelName
@@ -36,6 +35,7 @@ from mingle.io.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     check_files,
+    entries_of,
     entry_of,
     files_of,
     number_of,
@@ -43,19 +43,9 @@ from mingle.io.manifest import (
 )
 from mingle.io.provenance import versions
 from mingle.io.safetensors import CheckpointReader, write_tensors
+from mingle.io.state_dicts import state_hash as state_hash
 
 Tensors = dict[str, torch.Tensor]
-
-
-def state_hash(source: nn.Module | Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors, in the order of their names."""
-    tensors = source.state_dict() if isinstance(source, nn.Module) else source
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -114,17 +104,35 @@ def writing(folder: Path, *, new: bool = True) -> Iterator[None]:
         read_manifest(folder)
     with lock(folder):
         clean_stale(folder)
-        if (folder / MANIFEST).exists():
-            manifest = read_manifest(folder)
-            sweep(folder, generations.names(folder, manifest))
-            folder_card.write(folder, manifest)  # if what interrupted a save was between the two
-        elif foreign(folder) is None:
-            sweep(folder, set())  # what is there is of a first save that did not end
+        _clear(folder, journal.read(folder))
         token = _written.set(_written.get() | {place})
         try:
             yield
         finally:
             _written.reset(token)
+
+
+def _clear(folder: Path, noted: journal.Passes) -> None:
+    """Remove our files that neither a generation needs nor a journal that is still of use."""
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        over = noted and journal.entries(noted[-1]) == entries_of(manifest["state"])
+        sweep(folder, generations.names(folder, manifest) | (set() if over else journal.files(noted)))
+        folder_card.write(folder, manifest)  # if what interrupted a save was between the two
+    elif foreign(folder) is None:
+        sweep(folder, journal.files(noted))  # what is there is of a first save that did not end
+
+
+def begin(folder: Path, step: str) -> journal.Journal:
+    """The journal of a step of a merge; what other steps have left unfinished is removed.
+
+    Args:
+        folder: of which this process is the writer.
+        step: see `mingle.io.journal.Journal`.
+    """
+    found = journal.Journal(folder, step)
+    _clear(folder, found.passes)
+    return found
 
 
 def save(
@@ -134,16 +142,18 @@ def save(
     base_name: ModelName,
     base: BaseModel | None,
     tasks: list[Tensors],
-    state: Tensors,
+    state: Tensors | list[dict[str, Any]],
     keep: int | None = None,
 ) -> None:
     """Write what changed, the generation and then the manifest; remove what no kept generation names.
 
     Args:
         folder: of the merger.
-        manifest: what it says of itself.
-        base_hash, base_name, base: of its base, which is written too unless it is None.
-        tasks, state: what it keeps.
+        manifest: what it says of the merge, in the form of `mingle.io.manifest.MERGE`.
+        base_hash, base_name: of its base.
+        base: which is written too where it is not there yet, unless it is None.
+        tasks: what is kept of each task alone.
+        state: what is kept of all together, or the entries of the files where a journal has put it.
         keep: how many generations are kept from now on; None leaves it as it is, at first all.
 
     Raises:
@@ -175,7 +185,7 @@ def save(
             **manifest,
             "base": {"sha256": base_hash, "folder": place if has_base else None, **base_name._asdict()},
             "tasks": entries,
-            "state": written("state", state),
+            "state": written("state", state) if isinstance(state, dict) else _one_or_more(state),
             "versions": versions(),
         }
         new = generations.following(old, new)
@@ -185,10 +195,16 @@ def save(
         commit(folder, new | {"history": generations.kept(history, new["generation"], keep), "keep": keep})
 
 
-def commit(folder: Path, manifest: dict[str, Any]) -> None:
-    """Put a manifest in the place of the folder's, remove what no generation in it needs, and say so."""
+def commit(folder: Path, manifest: dict[str, Any], unfinished: Set[str] = frozenset()) -> None:
+    """Put a manifest in the place of the folder's, remove what no generation in it needs, and say so.
+
+    Args:
+        folder: of the merger.
+        manifest: with its history.
+        unfinished: the names of files of a journal, which stay too.
+    """
     write_json(folder / MANIFEST, manifest)
-    sweep(folder, generations.names(folder, manifest))
+    sweep(folder, generations.names(folder, manifest) | unfinished)
     folder_card.write(folder, manifest)
 
 
@@ -229,7 +245,11 @@ class Saved:
         return [_read(self.folder, task["tensors"]) for task in self.manifest["tasks"]]
 
     def state_tensors(self) -> Tensors:
-        return _read(self.folder, self.manifest["state"])
+        return dict(self.state_files())
+
+    def state_files(self) -> journal.PartFiles:
+        """The same, each tensor read when it is asked for."""
+        return journal.PartFiles(self.folder, entries_of(self.manifest["state"]))
 
 
 def load(folder: Path) -> Saved:
@@ -267,6 +287,11 @@ def _write(
         return entry
     digest = write_tensors(folder / name, tensors)
     return entry_of(folder / name, name, digest)
+
+
+def _one_or_more(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """The entries as a manifest has them: one file, as all versions have known it, or a list."""
+    return list(entries) if len(entries) > 1 else next(iter(entries), None)
 
 
 def _read(folder: Path, entry: dict[str, Any] | None) -> Tensors:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mingle.io import generations
+from mingle.io import generations, journal
 from mingle.io.files import CheckpointError, clean_stale
 from mingle.io.leftovers import size, unnamed
 from mingle.io.locks import lock
@@ -50,13 +51,22 @@ def tidy(folder: Path, keep: int, *, only_tell: bool = False) -> int:
     """
     manifest = read_manifest(folder)
     if only_tell:
-        return size(unnamed(folder, generations.names(folder, _shortened(manifest, keep))))
+        return size(_unneeded(folder, _shortened(manifest, keep)))
     with lock(folder):
         clean_stale(folder)
         manifest = _shortened(read_manifest(folder), keep)
-        freed = size(unnamed(folder, generations.names(folder, manifest)))
-        commit(folder, manifest)
+        freed = size(_unneeded(folder, manifest))
+        commit(folder, manifest, _unfinished(folder))
     return freed
+
+
+def _unneeded(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    return unnamed(folder, generations.names(folder, manifest) | _unfinished(folder))
+
+
+def _unfinished(folder: Path) -> set[str]:
+    """What a task that was broken off has finished: the same command goes on from there."""
+    return journal.files(journal.read(folder))
 
 
 def _shortened(manifest: dict[str, Any], keep: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ A form is one of these:
     {"key": form}  an object that has these keys, and maybe others
     {str: form}    an object with any keys
     (form, None)   such, or null
+    Several(form)  such, or a list of such
     Absent(form)   as the form of a key: the key may be missing, as in files of earlier versions
 """
 
@@ -33,6 +34,13 @@ class Absent:
     form: Form
 
 
+@dataclass(frozen=True)
+class Several:
+    """The form of what may also be a list of such."""
+
+    form: Form
+
+
 _NAMES = {
     str: "a text",
     int: "a whole number",
@@ -49,6 +57,8 @@ def check(value: Any, form: Form, file: Path) -> None:
 
 
 def _faults(value: Any, form: Form, where: str) -> Iterator[str]:
+    if isinstance(form, Several):
+        form = [form.form] if isinstance(value, list) else form.form
     if isinstance(form, tuple):
         if value is not None:
             yield from _faults(value, form[0], where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
@@ -95,6 +96,17 @@ def first_names(module: nn.Module) -> dict[str, str]:
     return {
         name: first.setdefault(id(tensor), name) for name, tensor in module.state_dict(keep_vars=True).items()
     }
+
+
+def state_hash(source: nn.Module | Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors, in the order of their names."""
+    tensors = source.state_dict() if isinstance(source, nn.Module) else source
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def task_vector(

@@ -121,21 +121,44 @@ class FineTuned:
             IncompatibleModel, CheckpointError: NaN or infinite weights; the message names the tensor, their
                 number and where the first is.
         """
-        return {name: self._tensor(name) for name in self.base}
+        return {name: self.tensor(name, self.base[name]) for name in self.base}
 
-    def head(self) -> dict[str, Tensor]:
+    def tensor(self, name: str, base: Tensor) -> Tensor:
+        """One of `tensors`, with its errors.
+
+        Args:
+            name: of a tensor of the base tower.
+            base: that tensor, which in a base on the meta device has no values.
+        """
+        if name in self.own:
+            tensor = self._read(self.own[name]).detach().to(base.device, wide(base), copy=True)
+        else:
+            tensor = base.to(wide(base), copy=True)
+            if name in self.adapter:
+                tensor += self._oriented(self.adapter[name].delta(), name).to(tensor)
+        if found := non_finite(tensor):
+            raise IncompatibleModel(f"{name}: {found}")
+        return tensor
+
+    def head(self, base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors that the task has of its own, by the names that they have in the whole base model.
+
+        Args:
+            base: the whole base's tensors, where the base model is on the meta device.
 
         Raises:
             IncompatibleModel, CheckpointError: NaN or infinite values; the message names the tensor.
         """
-        tensors = {name: self._read(name).detach().clone() for name in self.head_names}
+        tensors = {name: self._read(name).detach() for name in self.head_names}
+        if base is not None:  # an adapter may leave the base's head as it is
+            tensors = {name: base[name] if t.is_meta else t for name, t in tensors.items()}
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             if found := non_finite(tensor):
                 raise IncompatibleModel(f"{name}: {found}")
         return tensors
 
-    def left(self, merged: Collection[str], base: ModelCheckpoint | None = None) -> list[str]:
+    def left(self, merged: Collection[str], base: Mapping[str, Tensor] | None = None) -> list[str]:
         """What fine-tuning changed and merging leaves out, in words.
 
         There is a line for what stays as in the base, packed experts first, as they are most of a model, and
@@ -164,23 +187,11 @@ class FineTuned:
         new = str(self.growth)
         return [*lines, f"not in the base's vocabulary and left out: {new}"] if new else lines
 
-    def _tensor(self, name: str) -> Tensor:
-        base = self.base[name]
-        if name in self.own:
-            tensor = self._read(self.own[name]).detach().to(base.device, wide(base), copy=True)
-        else:
-            tensor = base.to(wide(base), copy=True)
-            if name in self.adapter:
-                tensor += self._oriented(self.adapter[name].delta(), name).to(tensor)
-        if found := non_finite(tensor):
-            raise IncompatibleModel(f"{name}: {found}")
-        return tensor
-
     def _oriented(self, weight: Tensor, name: str) -> Tensor:
         """A weight of the tower, or an update of it, as [d_out, d_in]; or one of that shape as it is kept."""
         return oriented(weight, self.tower.get_submodule(name.removesuffix(".weight")))
 
-    def _differs(self, own: str, name: str, base: ModelCheckpoint | None) -> bool:
+    def _differs(self, own: str, name: str, base: Mapping[str, Tensor] | None) -> bool:
         """Whether the model's tensor `own` is another than the whole base's tensor `name`."""
         if base is None:
             before = self.whole[name]

@@ -205,11 +205,6 @@ class Merger(MergeState):
         task.labels = None if head.labels is None else list(head.labels)
         task.shared = dict(head.shared)
 
-    def check_name(self, name: str) -> None:
-        """Raise `ValueError` for a name that a further task cannot have."""
-        if not name or name in self.task_names:
-            raise ValueError(f"task {name!r} is already merged" if name else "a task needs a name")
-
     def model_for(self, name: str) -> nn.Module:
         """The model that serves a merged task.
 
@@ -280,11 +275,6 @@ class Merger(MergeState):
             self.answers = answers
         return self.result()
 
-    def result(self) -> Result:
-        """Everything measured so far."""
-        matrix, unknown = ([list(row) for row in rows] for rows in (self.matrix, self.unknown))
-        return Result(self.task_names, matrix, unknown, dict(self.answers))
-
     def save_pretrained(
         self, folder: str | Path, *, include_base: bool = True, keep: int | None = None
     ) -> None:
@@ -312,7 +302,7 @@ class Merger(MergeState):
         merger_folder.save(
             Path(folder),
             self._described() | {"metadata": self.metadata},
-            merger_folder.state_hash(self.base),
+            self.base_hash,
             self.base_name,
             base,
             task_tensors,
@@ -407,7 +397,7 @@ class Merger(MergeState):
         merger = cls._begun(saved.manifest, model, task_type, device, folder / MANIFEST)
         if base is None:
             merger.base_name = saved.base_name()
-        saved.check_base(merger_folder.state_hash(merger.base))
+        saved.check_base(merger.base_hash)
         merger._restore(saved.task_tensors(), saved.state_tensors(), folder)
         merger.metadata = saved.manifest["metadata"]
         return merger
@@ -439,7 +429,7 @@ class Merger(MergeState):
         exported = adapters_folder.load(folder)
         check_known(exported.description, exported.path, task_type)
         merger = cls._begun(exported.description, base, task_type, device, exported.path)
-        exported.check_base(merger_folder.state_hash(merger.base))
+        exported.check_base(merger.base_hash)
         merger._restore(*adapters.tensors_in(exported, merger.task, merger.base), folder)
         return merger
 

@@ -16,8 +16,9 @@ from mingle import methods, tasks
 from mingle.io import merger_folder
 from mingle.io.files import CheckpointError
 from mingle.io.hub import ModelName
-from mingle.io.state_dicts import non_finite
+from mingle.io.state_dicts import non_finite, state_hash
 from mingle.merging.answers import Answers
+from mingle.merging.evaluate import Result
 from mingle.merging.merged_task import MergedTask, RemovedTask
 from mingle.merging.vocabulary import Vocabulary, check_vocabulary
 from mingle.methods import MergeMethod
@@ -50,11 +51,7 @@ class MergeState:
         self.seed, self.vocabulary = seed, vocabulary
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
         self.base_name = model_name(base_model)
-        self.base = (
-            _finite(self.task.base(base_model))
-            if isinstance(base_model, nn.Module)
-            else self.task.load(base_model)
-        )
+        self.base = self._model_of(base_model)
         if device is not None:
             self.base = copy.deepcopy(self.base).to(device)
         tower = self.base.get_submodule(self.task.tower(self.base))
@@ -71,10 +68,43 @@ class MergeState:
         #: anything JSON can hold, saved with the merger
         self.metadata: dict[str, Any] = {}
 
+    def _model_of(self, base: nn.Module | str | Path) -> nn.Module:
+        """The base model."""
+        return (
+            _finite(self.task.base(base))
+            if isinstance(base, nn.Module)
+            else self._loaded(self.task, Path(base))
+        )
+
+    @property
+    def base_hash(self) -> str:
+        """The base's `mingle.io.state_dicts.state_hash`."""
+        return state_hash(self.base)
+
+    @classmethod
+    def hash_of(cls, task: TaskType, folder: Path) -> str:
+        """The same of the base that a folder holds."""
+        return state_hash(cls._loaded(task, folder))
+
+    @staticmethod
+    def _loaded(task: TaskType, folder: Path) -> nn.Module:
+        """The base model in a folder."""
+        return task.load(folder)
+
     @property
     def task_names(self) -> list[str]:
         """The merged tasks in order of arrival."""
         return [task.name for task in self.merged]
+
+    def check_name(self, name: str) -> None:
+        """Raise `ValueError` for a name that a further task cannot have."""
+        if not name or name in self.task_names:
+            raise ValueError(f"task {name!r} is already merged" if name else "a task needs a name")
+
+    def result(self) -> Result:
+        """Everything measured so far."""
+        matrix, unknown = ([list(row) for row in rows] for rows in (self.matrix, self.unknown))
+        return Result(self.task_names, matrix, unknown, dict(self.answers))
 
     def _place(self, name: str) -> int:
         """The number of a merged task; `ValueError` for any other."""
@@ -160,7 +190,7 @@ class MergeState:
         """
         task, model = task_type or tasks.get(merge["task_type"]), base
         if not isinstance(model, nn.Module):
-            model = task.load(model).to(getattr(torch, merge["dtype"]))
+            model = cls._loaded(task, Path(model)).to(getattr(torch, merge["dtype"]))
         try:
             merger = cls(
                 model,

@@ -19,6 +19,7 @@ class Average(TensorMethod):
     """θ_t = mean of the t fine-tuned models; the base takes no part."""
 
     name = "average"
+    copies = 2.0
 
     def merge_tensor(
         self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]

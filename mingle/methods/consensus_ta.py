@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mingle.methods.base import Tensors
-from mingle.methods.tensorwise import Numbers, TensorMethod, TensorStep, moved
+from mingle.methods.tensorwise import Cost, Numbers, TensorMethod, TensorStep, moved
 from mingle.options import require_not_negative
 
 
@@ -61,6 +61,11 @@ class ConsensusTa(TensorMethod):
 
     name = "consensus-ta"
     Options = ConsensusTaOptions
+    copies = 5.5
+
+    def cost_of(self, name: str) -> Cost:
+        counts = 2 * self.base[name].numel() if self.options.masks == "all" else 0
+        return super().cost_of(name)._replace(kept=counts)
 
     def kept_of(self, name: str) -> tuple[str, ...]:
         return (name,) if self.options.masks == "all" else ()

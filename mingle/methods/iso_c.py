@@ -37,6 +37,9 @@ class IsoC(MatrixMethod):
     def kept_numbers(m: int, n: int) -> int:
         return m * n
 
+    def work_numbers(self, m: int, n: int) -> int:
+        return 3 * m * n + 8 * min(m, n) ** 2
+
     def merge(self, change: Change, seen: int, kept: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         total = change.delta + kept[0] if seen else change.delta
         # independent errors of as many weights as were added up

@@ -41,6 +41,7 @@ class MagMax(TensorMethod):
 
     name = "magmax"
     Options = MagMaxOptions
+    copies = 4.25
 
     def merge_tensor(
         self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]

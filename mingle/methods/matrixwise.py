@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mingle.kernels.dtypes import wide
 from mingle.methods.base import Kept, Tensors, kept_size
-from mingle.methods.tensorwise import Numbers, TensorMethod, TensorStep, moved
-from mingle.nn.matrices import matrices, split
+from mingle.methods.tensorwise import Cost, Numbers, TensorMethod, TensorStep, moved
+from mingle.nn.matrices import matrices
 from mingle.tasks import TaskType
 
 #: how far above its average the largest singular value of rounding errors may be
@@ -75,11 +75,24 @@ class MatrixMethod(TensorMethod):
     def kept_numbers(m: int, n: int) -> int:
         """How many numbers are kept of a matrix [m, n], at most."""
 
+    @abstractmethod
+    def work_numbers(self, m: int, n: int) -> int:
+        """How many fp32 numbers `merge` has in memory for a matrix [m, n], beside Δ and what is kept."""
+
     def kept_bytes(self) -> Kept:
         size = kept_size(self.tower.state_dict().values())
-        for matrix in split(self.layouts, self.base).values():
-            size += self.kept_numbers(*matrix.shape) * wide(matrix).itemsize
-        return Kept(0, size)
+        return Kept(0, size + sum(self.cost_of(name).kept for name in self.layouts))
+
+    def cost_of(self, name: str) -> Cost:
+        base = self.base[name]
+        if (layout := self.layouts.get(name)) is None:
+            return super().cost_of(name)
+        matrices = layout.split(name, base).values()
+        kept = sum(self.kept_numbers(*matrix.shape) for matrix in matrices)
+        one = max(self.work_numbers(*matrix.shape) for matrix in matrices)
+        # all of Δ, what is merged and the result, beside the matrix that is worked on
+        size = wide(base).itemsize
+        return Cost(size * (3 * base.numel() + one + 2 * kept), size * kept)
 
     def kept_of(self, name: str) -> tuple[str, ...]:
         layout = self.layouts.get(name)

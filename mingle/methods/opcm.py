@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mingle import linalg
-from mingle.methods.base import Tensors
-from mingle.methods.tensorwise import Numbers, Seen, Survey, TensorMethod, TensorStep, moved
+from mingle.methods.base import Tensors, kept_size
+from mingle.methods.tensorwise import Cost, Numbers, Seen, Survey, TensorMethod, TensorStep, moved
 from mingle.nn.matrices import matrices
 from mingle.tasks import TaskType
 
@@ -107,13 +107,21 @@ class Opcm(TensorMethod):
     name = "opcm"
     Options = OpcmOptions
     shared = ("scale", "mean_norm")
+    copies = 10.0
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
         self.linear = frozenset(matrices(self.tower))
 
-    def survey(self, number: int, seen: int, found: Numbers) -> Survey | None:
-        return None if number else _Norms(seen, dict(found), self.linear, self.options)
+    def surveys(self, seen: int) -> int:
+        return 1
+
+    def survey(self, number: int, seen: int, found: Numbers) -> Survey:
+        return _Norms(seen, dict(found), self.linear, self.options)
+
+    def cost_of(self, name: str) -> Cost:
+        aside = kept_size([self.base[name]]) if name in self.linear else 0
+        return super().cost_of(name)._replace(aside=aside)
 
     def merge_tensor(
         self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]

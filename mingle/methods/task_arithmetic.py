@@ -32,6 +32,7 @@ class TaskArithmetic(TensorMethod):
 
     name = "task-arithmetic"
     Options = TaskArithmeticOptions
+    copies = 2.0
 
     def merge_tensor(
         self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]

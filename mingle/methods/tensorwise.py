@@ -10,14 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mingle.kernels.dtypes import wide
-from mingle.methods.base import Arrival, Tensors, WeightMethod
+from mingle.methods.base import Arrival, Tensors, WeightMethod, kept_size
 
 #: of all tensors together: what is kept of them, and what surveys found, by name
 Numbers = dict[str, float]
@@ -83,14 +82,31 @@ class Survey(ABC):
         """What was found, from the numbers of every tensor, in the tower's order."""
 
 
+class Cost(NamedTuple):
+    """What merging one tensor takes, in bytes.
+
+    Attributes:
+        memory: beside the base's, the merged and the new tensor, at most.
+        kept: what is kept of it, beside the merged tensor.
+        aside: what surveys set aside of it, after the first model.
+    """
+
+    memory: int
+    kept: int = 0
+    aside: int = 0
+
+
 class TensorMethod(WeightMethod):
     """A weight method that merges one tensor after another; subclasses give `merge_tensor`.
 
     Attributes:
         shared: the names of what is kept of all tensors together, numbers in float64.
+        copies: how many tensors of the size of the merged one are in memory at once while it is made, itself
+            among them.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
+    copies: ClassVar[float] = 5.0
 
     @abstractmethod
     def merge_tensor(
@@ -106,26 +122,33 @@ class TensorMethod(WeightMethod):
             aside: what surveys set aside of this tensor.
         """
 
-    def survey(self, number: int, seen: int, found: Numbers) -> Survey | None:
-        """The next survey before merging; None, as for most methods, when there is nothing more to find.
+    def surveys(self, seen: int) -> int:
+        """How many surveys go before merging when that many models arrived before; none with most methods."""
+        return 0
+
+    def survey(self, number: int, seen: int, found: Numbers) -> Survey:
+        """The survey of that number, from 0.
 
         Args:
-            number: how many surveys there were.
+            number: less than `surveys`.
             seen: how many models arrived before.
             found: the `shared` numbers of the step before, and what earlier surveys found.
         """
-        return None
+        raise NotImplementedError
 
     def kept_of(self, name: str) -> tuple[str, ...]:
         """The names of what `merge_tensor` keeps of the tensor of that name; no other's has the same."""
         return ()
 
+    def cost_of(self, name: str) -> Cost:
+        """What merging the tensor of that name takes, from shapes alone."""
+        return Cost(round(self.copies * kept_size([self.base[name]])))
+
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
         found = {name: float(self.state[name]) for name in self.shared if name in self.state}
         aside: dict[str, dict[str, Tensor]] = {}
-        for number in count():
-            if (survey := self.survey(number, arrival.index, found)) is None:
-                break
+        for number in range(self.surveys(arrival.index)):
+            survey = self.survey(number, arrival.index, found)
             numbers = []
             for step in self._steps(arrival):
                 seen = survey.see(step)

@@ -95,11 +95,14 @@ class Ties(TensorMethod):
     name = "ties"
     Options = TiesOptions
 
-    def survey(self, number: int, seen: int, found: Numbers) -> Survey | None:
-        kept = kept_entries(sum(tensor.numel() for tensor in self.base.values()), self.options.density)
-        if not seen or not kept or number == ranking.passes(self._dtype()):
-            return None
-        start = {f"{vector} bits": 0 for vector in _VECTORS} | {f"{vector} rank": kept for vector in _VECTORS}
+    copies = 10.0
+
+    def surveys(self, seen: int) -> int:
+        return ranking.passes(self._dtype()) if seen and self._kept() else 0
+
+    def survey(self, number: int, seen: int, found: Numbers) -> Survey:
+        start = {f"{vector} bits": 0 for vector in _VECTORS}
+        start |= {f"{vector} rank": self._kept() for vector in _VECTORS}
         return _Ranking(number, start | found, self._dtype())
 
     def merge_tensor(
@@ -113,6 +116,9 @@ class Ties(TensorMethod):
             ]
             change = ties((step.vector(), change), thresholds)
         return moved(step.merged, change, self.options.scaling), {}
+
+    def _kept(self) -> int:
+        return kept_entries(sum(tensor.numel() for tensor in self.base.values()), self.options.density)
 
     def _dtype(self) -> torch.dtype:
         """In which entries of all tensors are compared."""

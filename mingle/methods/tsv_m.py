@@ -46,6 +46,9 @@ class TsvM(MatrixMethod):
     def kept_numbers(m: int, n: int) -> int:
         return (m + n + 1) * min(m, n)
 
+    def work_numbers(self, m: int, n: int) -> int:
+        return 7 * m * n + 10 * min(m, n) ** 2
+
     def merge(self, change: Change, seen: int, kept: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         count = max(1, min(change.delta.shape) // (seen + 1))
         U, S, Vh = linalg.svd_lowrank(change.delta, count, keys=[change.name])

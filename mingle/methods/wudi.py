@@ -76,6 +76,9 @@ class Wudi(MatrixMethod):
     def kept_numbers(m: int, n: int) -> int:
         return 2 * m * n + n * n
 
+    def work_numbers(self, m: int, n: int) -> int:
+        return 6 * m * n + 12 * n * n if self.options.solver == "exact" else 4 * m * n
+
     @ieee
     def merge(self, change: Change, seen: int, kept: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         delta, size = change.delta, change.delta.square().sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from mingle.io.locks import refuse_locked
 from mingle.io.manifest import MANIFEST, read_manifest
 from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging.finetuned import FineTuned
+from mingle.merging.streamed import streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
+from mingle.methods.tensorwise import TensorMethod
 from mingle.options import OptionError, build
-from mingle.runs import settings, target
+from mingle.runs import forecast, settings, target
 from mingle.runs.config import MergeConfig
 from mingle.runs.merge import MergePlan
 from mingle.runs.orders import shuffled
@@ -86,7 +89,21 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         fitted=method,
     )
     target.check(plan, method)
+    if suite is None and isinstance(method, TensorMethod) and streams(type(method), task, model):
+        listed = [(experts[name], finetuned[name]) for name in orders[0]]
+        plan = replace(plan, forecast=forecast.of_merge(method, base, listed, config.keep).times(len(orders)))
+        _check_memory(plan)
     return plan
+
+
+def _check_memory(plan: MergePlan) -> None:
+    """Refuse a merge that this machine has too little memory for."""
+    assert plan.forecast is not None
+    if plan.forecast.memory > (there := forecast.available()):
+        raise OptionError(
+            f"{plan.base}: merging takes {plan.forecast.memory} bytes of memory at its peak, and there are "
+            f"{there}; its largest tensor decides"
+        )
 
 
 def _folders(config: MergeConfig, out: Path | None) -> list[Path]:

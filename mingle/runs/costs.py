@@ -36,8 +36,9 @@ class Costs:
     """Estimates, each by the parts that it is made of; of a merge from its beginning.
 
     Attributes:
-        disk: bytes that all merged models take, and the old state until the new one is written.
-        memory: bytes of what is there all the time; what a method computes with comes on top.
+        disk: bytes that all merged models take, with all generations that are kept.
+        memory: bytes of what is there all the time; what a method computes with comes on top, but for merges
+            that go one tensor at a time.
         seconds: of files, and of forward and backward passes; what a method computes with weights comes on
             top.  NaN for passes where the number of samples, or the work for one, is not known.
     """
@@ -50,7 +51,13 @@ class Costs:
 def of_plan(plan: MergePlan) -> Costs:
     """The costs of a merge; for a moment something is computed, to see how fast this machine is."""
     size, count, orders = room.of_method(plan.fitted, plan.base), len(plan.experts), len(plan.orders)
-    disk = {"base": size.base, "tasks": size.task * count, "state": size.state}
+    if plan.forecast is not None:
+        files = (plan.forecast.read + plan.forecast.written) / _hashed_per_second()
+        memory = {"one tensor at a time": plan.forecast.memory}
+        return Costs({"merged model": plan.forecast.disk}, memory, {"files": files})
+    states = size.state * room.generations(count, plan.config.keep)
+    disk = {"base": size.base, "tasks": size.saved_each(count, keep=plan.config.keep) - states}
+    disk["states"] = states
     whole = kept_size(plan.fitted.model.state_dict().values())
     teacher = {"its teacher": whole} if plan.fitted.needs_seeds else {}
     memory = {

@@ -10,6 +10,8 @@ from typing import Literal
 
 from mingle.adaptation.trace import AdaptTrace
 from mingle.merging.merger import Merger
+from mingle.merging.streamed import StreamedMerger
+from mingle.runs import inputs
 from mingle.runs.observer import Observer
 from mingle.suites import Suite
 
@@ -78,3 +80,30 @@ def merge_all(
             everything = last or evaluate == "every"
             merger.evaluate(suite, merger.metadata["batch_size"], None if everything else [name])
         yield MergeStep(name, round(merged - began, 3), round(time.perf_counter() - merged, 3), report.trace)
+
+
+def stream_all(
+    merger: StreamedMerger,
+    order: Sequence[str],
+    expert: FindExpert,
+    folder: Path,
+    observer: Observer,
+    number: int = 0,
+    *,
+    keep: int | None = None,
+) -> Iterator[MergeStep]:
+    """Merge those tasks of the order that are not merged yet, from folders to the merger's folder.
+
+    Args:
+        merger, order, expert, observer, number: see `merge_all`.
+        folder: the merger's, where every task is saved as soon as it is merged.
+        keep: see `mingle.Merger.save_pretrained`.
+    """
+    for index in range(len(merger.merged), len(order)):
+        name = order[index]
+        observer.merging(merger.method.name, number, index, order)
+        model = expert(name, order[:index])
+        inputs.note(merger.metadata, name, model)
+        began = time.perf_counter()
+        merger.add(name, model, folder, merger.metadata[inputs.INPUTS][name]["model"], keep=keep)
+        yield MergeStep(name, round(time.perf_counter() - began, 3), 0.0, None)

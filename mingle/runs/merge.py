@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mingle import suites
+from mingle import methods, suites, tasks
 from mingle.io import hub, merger_folder
 from mingle.io.files import CheckpointError, free_space, writable
 from mingle.io.manifest import MANIFEST
@@ -17,12 +17,15 @@ from mingle.merging.explain import Explanation
 from mingle.merging.explain import explain as explained
 from mingle.merging.exports import Format
 from mingle.merging.merger import Merger
+from mingle.merging.opened import opened
+from mingle.merging.streamed import StreamedMerger, streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
 from mingle.options import OptionError
 from mingle.runs import course, inputs, room, timings
 from mingle.runs.config import Expert, MergeConfig
-from mingle.runs.loop import Evaluate, MergeStep, experts_of, merge_all
+from mingle.runs.forecast import Forecast
+from mingle.runs.loop import Evaluate, MergeStep, experts_of, merge_all, stream_all
 from mingle.runs.observer import Observer
 from mingle.runs.origin import check_origin, origin
 from mingle.runs.traces import gates_of
@@ -48,6 +51,7 @@ class MergePlan:
         left: name → what fine-tuning changed in that model and merging leaves out, in words.
         sources: option → who chose it, in words.
         fitted: the method, fitted to the base without weights, from which sizes are known.
+        forecast: what the merge will take, where it goes tensor by tensor, with no whole model in memory.
     """
 
     config: MergeConfig
@@ -62,6 +66,7 @@ class MergePlan:
     left: Mapping[str, list[str]]
     sources: Mapping[str, str]
     fitted: MergeMethod
+    forecast: Forecast | None = None
 
     def run(self, observer: Observer | None = None) -> Iterator[Result]:
         """Merge in every order, saving after each task; the tasks that an earlier run has merged are kept.
@@ -74,14 +79,21 @@ class MergePlan:
         for number, (order, folder) in enumerate(zip(self.orders, self.folders, strict=True)):
             with merger_folder.writing(folder):
                 merger = self._begin(folder)
-                merging = merge_all(
-                    merger, order, self._expert, self.suite, observer, number, evaluate=evaluate
-                )
-                for step in merging:
-                    inputs.note(merger.metadata, step.task, self.experts[step.task])
-                    _note_course(merger, step, self.suite, last=len(merger.merged) == len(order))
-                    merger.save_pretrained(folder, keep=self.config.keep)
-                    timings.note(folder, step)
+                if isinstance(merger, StreamedMerger):
+                    steps = stream_all(
+                        merger, order, self._expert, folder, observer, number, keep=self.config.keep
+                    )
+                    for step in steps:
+                        timings.note(folder, step)
+                else:
+                    merging = merge_all(
+                        merger, order, self._expert, self.suite, observer, number, evaluate=evaluate
+                    )
+                    for step in merging:
+                        inputs.note(merger.metadata, step.task, self.experts[step.task])
+                        _note_course(merger, step, self.suite, last=len(merger.merged) == len(order))
+                        merger.save_pretrained(folder, keep=self.config.keep)
+                        timings.note(folder, step)
                 result = merger.result()
             observer.merged(self.config.method, number, result)
             yield result
@@ -100,10 +112,11 @@ class MergePlan:
     def _expert(self, name: str, _: Sequence[str]) -> Path:
         return self.experts[name]
 
-    def _begin(self, folder: Path) -> Merger:
+    def _begin(self, folder: Path) -> Merger | StreamedMerger:
         """The merger of an interrupted run, or a new one."""
+        kind: type[Merger | StreamedMerger] = Merger if self.forecast is None else StreamedMerger
         if not (folder / MANIFEST).exists():
-            merger = Merger(
+            merger = kind(
                 self.base,
                 self.config.method,
                 self.task.name,
@@ -112,9 +125,8 @@ class MergePlan:
             )
             merger.metadata = self.origin()
             return merger
-        merger = Merger.from_pretrained(folder)
-        found = merger_folder.state_hash(merger.task.load(self.base))
-        if found != merger_folder.state_hash(merger.base):
+        merger = kind.from_pretrained(folder)
+        if merger.base_hash != kind.hash_of(self.task, self.base):
             raise CheckpointError(f"{folder}: was started with a base model other than {self.base}")
         merger.metadata["revisions"] = self.revisions
         return merger
@@ -138,7 +150,7 @@ def add(
     """
     writable(folder)
     with merger_folder.writing(folder, new=False):
-        merger, suite = _reopen(folder, overrides)
+        merger, suite = _extended(folder, overrides)
         merger.vocabulary = vocabulary or merger.vocabulary
         if suite is not None and expert.name not in suite:
             raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
@@ -150,6 +162,10 @@ def add(
         size = room.of_method(merger.method, merger.base_folder)
         free_space(folder, size.saved_each(1, len(merger.merged)))
         order = [*merger.task_names, expert.name]
+        if isinstance(merger, StreamedMerger):
+            for step in stream_all(merger, order, lambda *_: model, folder, observer or Observer()):
+                timings.note(folder, step)
+            return merger.result()
         for step in merge_all(merger, order, lambda *_: model, suite, observer or Observer()):
             inputs.note(merger.metadata, expert.name, model)
             _note_course(merger, step, suite, last=True)
@@ -244,8 +260,20 @@ def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite |
     return merger, suite_of(merger, folder, overrides, merger.task_names)
 
 
+def _extended(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger | StreamedMerger, Suite | None]:
+    """The same, to merge more into; where that can go tensor by tensor, no model is loaded."""
+    saved = opened(folder)
+    merge = saved.manifest
+    if (overrides.get("suite") or merge["metadata"].get("suite")) is None:
+        task, method = tasks.get(merge["task_type"]), methods.get(merge["method"])
+        if streams(method, task, task.skeleton(saved.base_folder())):
+            merger = StreamedMerger.from_pretrained(folder)
+            return merger, suite_of(merger, folder, overrides, merger.task_names)
+    return _reopen(folder, overrides)
+
+
 def suite_of(
-    merger: Merger, folder: Path, overrides: Mapping[str, Any], names: Sequence[str]
+    merger: Merger | StreamedMerger, folder: Path, overrides: Mapping[str, Any], names: Sequence[str]
 ) -> Suite | None:
     """A merged model's suite, its samples of these tasks checked, once the changes are in the metadata."""
     pooled_over_batch = getattr(merger.options, "reduce", None) == PROTOCOLS["official"]

@@ -45,9 +45,14 @@ class Room:
             before: how many are merged already.
             keep: how many generations are kept; None for all.
         """
-        at_once = tasks if keep is None else min(tasks, keep + 1)
+        at_once = generations(tasks, keep)
         merged = range(before + 1, before + tasks + 1)[tasks - at_once :]
         return self.state * at_once + self.task * (sum(merged) if self.rewritten else tasks)
+
+
+def generations(tasks: int, keep: int | None) -> int:
+    """How many are there at once, of that many tasks that arrive where `keep` are kept; None for all."""
+    return tasks if keep is None else min(tasks, keep + 1)
 
 
 def of_merge(method: str, options: Mapping[str, Any], base: Path, task: TaskType) -> Room:

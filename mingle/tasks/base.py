@@ -37,6 +37,8 @@ class TaskType(ABC):
             into inputs, see `mingle.tasks.readers`; None where nobody knows.
         config_part: the name of the tower's configuration in the model's; empty where the tower is the whole
             model.
+        loads_as_stored: whether the tensors of the model that `load` makes are those in the files, so that
+            they can be read one by one.  A class with a `load` of its own has to say so.
         published_sets: sets of layers that a paper names, as suffixes, instead of those that are found.  They
             count where the model has layers of these names.
     """
@@ -47,12 +49,15 @@ class TaskType(ABC):
     one_scale: ClassVar[bool] = False
     modality: ClassVar[Literal["image", "text"] | None] = None
     config_part: ClassVar[str] = ""
+    loads_as_stored: ClassVar[bool] = True
     published_sets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in vars(cls):
             cls.name = cls.__name__
+        if "load" in vars(cls) and "loads_as_stored" not in vars(cls):
+            cls.loads_as_stored = False
 
     @abstractmethod
     def logits(self, model: nn.Module, data: TaskData) -> Tensor:

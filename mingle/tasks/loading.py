@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,6 +137,42 @@ def load_model(folder: Path, find_class: FindClass, optional: Optional) -> nn.Mo
                 f"makes of it, and {expected[name]!r} by the files"
             )
     return model.eval()
+
+
+class BaseTensors(Mapping[str, Tensor]):
+    """The tensors of the model that `load_model` makes of a folder, each read when it is asked for.
+
+    Args:
+        folder: the folder.
+        model: its skeleton.
+        dtype: which floating-point tensors have, once they have been rounded to float32 as in the model.
+
+    Raises:
+        CheckpointError: the folder does not hold an intact safetensors checkpoint; where a tensor is asked
+            for, that it has NaN or infinite values.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._first, self._absent, self._dtype = first_names(model), frozenset(absent(model)), dtype
+        self._checkpoint = ModelCheckpoint(folder, model)
+        self._held: dict[str, str] = {}
+        for name in self._first:
+            if name in self._checkpoint:
+                self._held.setdefault(self._first[name], name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if name in self._absent:
+            return torch.zeros(shape, dtype=self._dtype)
+        tensor = self._checkpoint[self._held[self._first[name]]]
+        return tensor.float().to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def absent(model: nn.Module) -> tuple[str, ...]:

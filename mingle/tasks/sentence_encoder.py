@@ -46,6 +46,7 @@ class SentenceEncoderTask(ClassEmbeddingTask):
 
     name = "sentence-encoder"
     modality = "text"
+    loads_as_stored = True
 
     def data(self, given: TaskData | Mapping[str, Any]) -> TaskData:
         """Samples as `TaskData`.

@@ -27,7 +27,7 @@ class _Live(TorchDispatchMode):
         }
         result = func(*args, **(kwargs or {}))
         for part in tree_iter(result):
-            if not isinstance(part, torch.Tensor):
+            if not isinstance(part, torch.Tensor) or part.is_meta:
                 continue
             storage = part.untyped_storage()
             key = storage._cdata
