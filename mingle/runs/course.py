@@ -67,6 +67,14 @@ def note(metadata: dict[str, Any], step: MergeStep) -> None:
     metadata[COURSE] = {"tasks": tasks}  # gates are others after every merge
 
 
+def forget(metadata: dict[str, Any], name: str) -> None:
+    """Forget how a task's gates learned, once it has left the merge; and all gates, which are others now."""
+    noted = metadata.get(COURSE)
+    tasks = noted.get("tasks") if isinstance(noted, dict) else None
+    if isinstance(tasks, dict):
+        metadata[COURSE] = {"tasks": {task: own for task, own in tasks.items() if task != name}}
+
+
 def note_gates(metadata: dict[str, Any], gates: Mapping[str, Any] | None) -> None:
     """Note the gates after a merge whose steps were noted, as `summary` gives them; None notes nothing."""
     if gates is not None:

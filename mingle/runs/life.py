@@ -13,7 +13,7 @@ from mingle.io.manifest import read_manifest
 from mingle.merging.evaluate import Result
 from mingle.merging.merger import Merger
 from mingle.options import OptionError
-from mingle.runs import room
+from mingle.runs import course, room
 from mingle.runs.merge import suite_of
 
 
@@ -73,6 +73,7 @@ def remove(
         for name in sorted(names, key=lambda name: places.get(name, -1), reverse=True):
             try:
                 stays[name] = merger.remove(name)
+                course.forget(merger.metadata, name)
             except ValueError as error:
                 if earlier := _before(folder, name):
                     way = f"`mingle rollback {folder} --to {earlier}`, and add again what came after it"

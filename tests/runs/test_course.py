@@ -38,6 +38,16 @@ def test_notes_of_earlier_tasks_stay_and_gates_go_with_the_next() -> None:
     }
 
 
+def test_a_task_that_leaves_takes_its_notes_along_and_all_gates() -> None:
+    metadata: dict[str, object] = {"course": {"tasks": {"a": {}, "b": {}}, "gates": {"tasks": ["a", "b"]}}}
+    course.forget(metadata, "a")
+    assert metadata == {"course": {"tasks": {"b": {}}}}
+    for other in ({}, {"course": "of another kind"}, {"course": {}}):
+        unchanged = dict(other)
+        course.forget(unchanged, "a")
+        assert unchanged == other
+
+
 def test_the_gates_of_a_trace_are_summed_up() -> None:
     found = course.of_trace(trace(TASKS))
     gates = found["gates"]
