@@ -442,7 +442,8 @@ def test_a_command_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
     for name, state in zip(TASKS, tuned_states(model), strict=True):
         model.load_state_dict(state)
         model.save_pretrained(tmp_path / name, max_shard_size="5MB")
-    file = merge_file(tmp_path, tmp_path / "base", {name: tmp_path / name for name in TASKS}, "opcm")
+    names = {name: tmp_path / name for name in TASKS[:2]}
+    file = merge_file(tmp_path, tmp_path / "base", names, "opcm")
     code = "import sys; from mingle.merging import streamed; from mingle.cli import main; "
     code += "streamed.PART_BYTES = 1 << 20; sys.exit(main(sys.argv[1:]))"
 
@@ -456,15 +457,15 @@ def test_a_command_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
     def noted():
         return notes.stat().st_mtime_ns if notes.exists() else None
 
-    while True:
+    while killed < 4:
         process, before = merge("killed"), noted()
         while process.poll() is None and noted() in (None, before):  # until it has got on
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 1.5))
+        time.sleep(chance.uniform(0, 1))
         process.kill()
         if process.wait() == 0:
             break
         assert process.returncode == -signal.SIGKILL
         killed += 1
-    assert killed
+    assert killed and merge("killed").wait() == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
