@@ -14,7 +14,7 @@ from merge_files import merge_file
 from mingle.cli import main
 from mingle.io import hub
 from mingle.io.files import CheckpointError, similar
-from mingle.merging.merger import Merger
+from mingle.merging.streamed import StreamedMerger
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ def test_too_little_memory_is_no_fault_of_ours(error, config, tmp_path, capsys, 
     def failing(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(Merger, "add", failing)
+    monkeypatch.setattr(StreamedMerger, "add", failing)
     text = refusal(capsys, "merge", config, "--out", tmp_path / "out")
     reason = str(error).splitlines()[0]
     assert f"error: out of memory: {reason}; `mingle check` says how much a merge takes\n" in text
@@ -144,6 +144,6 @@ def test_an_error_of_another_kind_stays_one(config, tmp_path, monkeypatch):
     def failing(*arguments, **options):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(Merger, "add", failing)
+    monkeypatch.setattr(StreamedMerger, "add", failing)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["merge", str(config), "--out", str(tmp_path / "out")])

@@ -18,6 +18,7 @@ from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.cli import main
 from mingle.merging.finite import NonFiniteMerge
 from mingle.merging.merger import Merger
+from mingle.merging.streamed import StreamedMerger
 from mingle.ops.dispatch import BackendUnavailable
 
 FEW = ("--suite", "glyphs4", "--methods", "average")
@@ -36,17 +37,22 @@ def config(tmp_path, base_folder, tuned_folders) -> Path:
 
 def failing(monkeypatch, method: str, error: BaseException | int, at: int = 1) -> None:
     """Let the n-th call of a merger's method raise, or send this process a signal."""
-    real, calls = getattr(Merger, method), []
+    calls = []
 
-    def wrapper(*arguments, **options):
-        calls.append(None)
-        if len(calls) == at:
-            if isinstance(error, BaseException):
-                raise error
-            os.kill(os.getpid(), error)
-        return real(*arguments, **options)
+    def wrapped(real):
+        def wrapper(*arguments, **options):
+            calls.append(None)
+            if len(calls) == at:
+                if isinstance(error, BaseException):
+                    raise error
+                os.kill(os.getpid(), error)
+            return real(*arguments, **options)
 
-    monkeypatch.setattr(Merger, method, wrapper)
+        return wrapper
+
+    for kind in (Merger, StreamedMerger):
+        if method in vars(kind):
+            monkeypatch.setattr(kind, method, wrapped(getattr(kind, method)))
 
 
 def ends(capsys, code: int, *arguments: object) -> str:

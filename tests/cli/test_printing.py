@@ -35,7 +35,10 @@ KEYS = {
     "add": {"folder", "tasks", "matrix", "acc", "bwt"},
     "eval": {"folder", "tasks", "matrix", "acc", "bwt"},
     "explain": {"folder", "steps", "tasks"},
-    "inspect": {"folder", "method", "options", "tasks"},
+    "inspect": {"folder", "method", "options", "tasks", "removed", "generations"},
+    "remove": {"folder", "stays", "tasks", "matrix", "acc", "bwt"},
+    "rollback": {"folder", "generation", "tasks"},
+    "tidy": {"folder", "bytes", "dry_run"},
     "export": {"folder", "format", "task"},
     "report": {"folder", "suite", "methods"},
     "bench": {"selections", "cases", "peers"},
@@ -62,7 +65,9 @@ def words(config, tmp_path, tuned_folders, request) -> list[str]:
     few = ["--suite", "stub", "--methods", "pre-trained,average", "--out", out]
     if name == "report":
         assert main(["demo", *map(str, few)]) == 0
-    if name in ("add", "eval", "explain", "inspect", "export"):
+    if name == "remove":  # an average cannot be taken apart
+        config.write_text(config.read_text().replace("average", "individual"))
+    if name in ("add", "eval", "explain", "inspect", "export", "remove", "rollback", "tidy"):
         assert main(["merge", str(config), "--out", str(merged)]) == 0
     more = {
         "demo": few,
@@ -71,6 +76,8 @@ def words(config, tmp_path, tuned_folders, request) -> list[str]:
         "check": [config],
         "add": [merged, "--name", NAMES[2], "--model", tuned_folders[2]],
         "export": [merged, "--out", out],
+        "remove": [merged, NAMES[0]],
+        "rollback": [merged, "--to", 1],
         "report": [out],
         "bench": ["--list"],
         "env": [],
