@@ -58,7 +58,7 @@ def playing(folder: Path, *options: str) -> Iterator[str]:
         yield address
     finally:
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and out.endswith("stopped: nothing was changed\n"), out
     assert not list(uploads.glob("mingle-play-*"))
 
