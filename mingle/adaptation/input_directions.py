@@ -41,7 +41,8 @@ def collected(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, InputDirect
             results[id(before)] = before, before.including(x if mask is None else x[mask])
         seen[name] = results[id(before)][1]
 
-    with observed(layers, collect):
+    # what a router's look at the base passes through counts too, as it did for all committed figures
+    with observed(layers, collect, also_aside=True):
         yield seen
 
 

@@ -14,6 +14,7 @@ from mingle.nn import kv_cache
 from mingle.nn.call_arguments import by_name, first_name, takes
 from mingle.nn.early_stop import run_until
 from mingle.nn.linear import MingleLinear
+from mingle.nn.observe import aside
 from mingle.tasks.masks import prompt, prompt_length, prompt_tokens
 from mingle.tasks.prompts import positions
 
@@ -66,8 +67,6 @@ class LayerRouter:
         self.read: tuple[int, ...] = ()
         #: where decoders read the encoder's outputs
         self.encodings: Encodings | None = None
-        #: whether the layers are called for `moments`, and not for an answer
-        self.looking = False
         self._decided: Tensor | None = None
 
     def register(
@@ -172,12 +171,10 @@ class LayerRouter:
         handles = [site.register_forward_pre_hook(note, with_kwargs=True) for site in earlier]
         self.give(self.layers, first.weight.new_zeros(first.num_experts) if first.num_experts else None)
         args, kwargs = _apart(encoder, args, kwargs, mask)
-        self.looking = True
         try:
-            with torch.autocast(first.weight.device.type, enabled=False):
+            with aside(), torch.autocast(first.weight.device.type, enabled=False):
                 run_until([last], partial(encoder.forward, *args, **kwargs), note)
         finally:
-            self.looking = False
             self.give(self.layers, None)
             for handle in handles:
                 handle.remove()

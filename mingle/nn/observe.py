@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,13 +14,40 @@ from mingle.nn.linear import MingleLinear
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
+_aside: ContextVar[bool] = ContextVar("whether layers run beside the model's own pass", default=False)
+
 
 @contextmanager
-def observed(layers: Mapping[str, Layer], observe: Callable[[str, Layer, Tensor], None]) -> Iterator[None]:
-    """While the block runs, `observe` is told of every call of a layer before it: name, layer and input."""
+def aside() -> Iterator[None]:
+    """Inside the block layers run beside the model's own pass, as for a router's look at the base.
+
+    Observers are not told of these calls, and `gates_made_of` leaves their gates alone.
+    """
+    token = _aside.set(True)
+    try:
+        yield
+    finally:
+        _aside.reset(token)
+
+
+@contextmanager
+def observed(
+    layers: Mapping[str, Layer],
+    observe: Callable[[str, Layer, Tensor], None],
+    *,
+    also_aside: bool = False,
+) -> Iterator[None]:
+    """While the block runs, `observe` is told of every call of a layer before it: name, layer and input.
+
+    Args:
+        layers: by name.
+        observe: told of calls.
+        also_aside: of those `aside` too.
+    """
 
     def told(name: str, layer: Layer, args: tuple[Tensor, ...]) -> None:
-        observe(name, layer, args[0])
+        if also_aside or not _aside.get():
+            observe(name, layer, args[0])
 
     handles = [layer.register_forward_pre_hook(partial(told, name)) for name, layer in layers.items()]
     try:
@@ -35,11 +63,14 @@ def gates_made_of(layers: Mapping[str, MingleLinear], make: Callable[[Tensor], T
     given: dict[MingleLinear, Tensor | None] = {}
 
     def before(layer: MingleLinear, args: tuple[Tensor, ...]) -> None:
+        if _aside.get():
+            return
         given[layer] = layer.given_gates
         layer.given_gates = make(layer.gates(args[0]))
 
     def after(layer: MingleLinear, *_: Any) -> None:
-        layer.given_gates = given.pop(layer)
+        if layer in given:
+            layer.given_gates = given.pop(layer)
 
     handles = [layer.register_forward_pre_hook(before) for layer in layers.values()]
     handles += [layer.register_forward_hook(after) for layer in layers.values()]

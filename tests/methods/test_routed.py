@@ -11,6 +11,7 @@ import torch
 from small_merges import NAMES, same_bits
 
 import mingle
+from mingle.adaptation.mean_gates import mean_gates
 from mingle.methods.layer_router import Moments
 from mingle.methods.router import (
     FeatureSpace,
@@ -21,6 +22,7 @@ from mingle.methods.router import (
 )
 from mingle.methods.router_choice import TEMPERATURES, Setting, choose, measured, settings
 from mingle.methods.task_router import candidates
+from mingle.nn.observe import gates_made_of
 from mingle.tasks import TaskData
 
 OPTIONS = dict(rank=6, depths=(0, 1))
@@ -320,3 +322,19 @@ def test_nothing_is_left_where_a_merge_fails(base_model, tuned_states, samples):
 def test_bad_options_are_refused(base_model, options, message):
     with pytest.raises(ValueError, match=message):
         mingle.Merger(base_model, "routed", **(OPTIONS | options))
+
+
+def test_what_the_router_sees_of_the_base_is_not_among_the_gates_that_count(
+    base_model, tuned_states, samples
+):
+    """Layers in front of the depth that it reads run twice, the first time without any expert."""
+    merger = merge(base_model, tuned_states, samples)
+    (name, layer), data, calls = next(iter(merger.method.layers.items())), shifted(samples, 1), []
+    with layer.register_forward_pre_hook(lambda layer, args: calls.append(layer.gates(args[0]))):
+        logits(merger, data)
+    look, own = calls
+    assert not look.any() and own.any()
+    found = mean_gates(merger.task, merger.model, merger.method.layers, data)
+    torch.testing.assert_close(found[name], own.mean(0))
+    with gates_made_of({name: layer}, torch.ones_like):  # what it decides stays
+        assert torch.equal(merger.method.route(data), torch.ones(len(data), dtype=torch.long))

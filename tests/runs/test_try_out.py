@@ -365,6 +365,6 @@ def test_nothing_is_left_of_an_answer_that_failed(vit, picture, monkeypatch):
         patch.setattr(method, "decision", lambda data: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             try_out.trial(picture, TASKS[:1])
-    assert method.router.router.among is None and not method.router.looking
+    assert method.router.router.among is None
     assert try_out.trial(picture, TASKS) == before
     assert not any(layer._forward_pre_hooks for layer in method.layers.values())

@@ -237,10 +237,7 @@ class TryOut:
 
 @contextmanager
 def _recorded(method: Any) -> Iterator[dict[str, Tensor]]:
-    """Inside the block, every layer's gates [T] are noted, the mean over all tokens that it is given.
-
-    What layers are given when a router looks at the base does not count.
-    """
+    """Inside the block, every layer's gates [T] are noted, the mean over all tokens that it is given."""
     means: dict[str, Tensor] = {}
     if not isinstance(method, GatedMethod):
         yield means
@@ -248,8 +245,6 @@ def _recorded(method: Any) -> Iterator[dict[str, Tensor]]:
     counts = dict.fromkeys(method.layers, 0)
 
     def note(name: str, layer: MingleLinear, x: Tensor) -> None:
-        if isinstance(method, RouterMethod) and method.router.looking:
-            return
         rows = layer.gates(x).double().flatten(0, -2).cpu()
         counts[name] += len(rows)
         before = means.get(name, torch.zeros_like(rows[0]))
