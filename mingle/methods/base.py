@@ -138,6 +138,8 @@ class MergeMethod(ABC):
     sequential: ClassVar[bool] = False
     #: whether every task is served by a model of its own (only the reference row `individual`)
     per_task: ClassVar[bool] = False
+    #: whether a further task may change the answers to earlier ones, where it is known that they are of these
+    interferes: ClassVar[bool] = True
     #: whether `folded` wants samples, for the means of gates over them
     folds_by_means: ClassVar[bool] = False
     #: whether it finds the task of every sample, see `route`

@@ -16,6 +16,7 @@ class PreTrained(MergeMethod):
     """The base model; merging changes nothing."""
 
     name = "pre-trained"
+    interferes = False
 
     def add(self, arrival: Arrival) -> StepReport:
         return StepReport()
@@ -44,6 +45,7 @@ class Individual(MergeMethod):
 
     name = "individual"
     per_task = True
+    interferes = False
 
     def __init__(
         self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from mingle import methods, suites, tasks
+from mingle.io.base_files import base_files
 from mingle.io.files import free_space, without_nan, writable, write_json
 from mingle.io.manifest import MANIFEST, read_manifest, size_of
 from mingle.io.provenance import versions
+from mingle.merging.evaluate import Result
 from mingle.merging.merger import Merger
 from mingle.runs import report, room, settings
 from mingle.runs.loop import MergeStep, experts_of, merge_all
 from mingle.runs.observer import Observer
 from mingle.runs.orders import FIRST_ORDER_SEED, shuffled
 from mingle.runs.origin import origin
+from mingle.runs.processes import side_by_side
 from mingle.runs.report import page
 from mingle.runs.traces import trace_of
 from mingle.suites import Suite
+
+#: of a method's rows in ``results.json``, one entry per order
+_KEYS = ("acc", "acc_unknown", "bwt", "matrix", "unknown", "answers", "order", "seconds")
+#: bytes of a base; several merges of larger ones may not fit into memory, and all cores work on one
+_SMALL = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,30 @@ class Comparison:
         return settings.for_suite(method, suite, given)
 
 
+class _Job(NamedTuple):
+    """One method, in the order of that number."""
+
+    method: str
+    number: int
+
+
+class _Place(NamedTuple):
+    """What all jobs of a process share."""
+
+    comparison: Comparison
+    suite: Suite
+    out: Path
+
+
+class _Measured(NamedTuple):
+    """What a job finds; `bytes` of its merged model, where that is saved."""
+
+    result: Result
+    steps: list[MergeStep]
+    trace: dict[str, Any]
+    bytes: int | None
+
+
 def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> dict[str, Any]:
     """Run every method and write the folder `out`.
 
@@ -89,26 +121,29 @@ def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> 
     }
     timings: dict[str, Any] = {}
     traces: dict[str, Any] = {}
-    for method in comparison.methods:
-        keys = ("acc", "acc_unknown", "bwt", "matrix", "unknown", "answers", "order", "seconds")
-        rows: dict[str, Any] = {key: [] for key in keys}
-        results["methods"][method] = rows
-        timings[method] = []
-        for number in range(comparison.orders):
-            merger, steps = _merged(comparison, method, suite, number, observer)
-            _note(rows, merger, steps)
-            timings[method].append(
-                [{"task": step.task, "merge": step.merge, "evaluate": step.evaluate} for step in steps]
-            )
-            if number == 0:
-                if trace := trace_of(merger, suite, steps):
-                    traces[method] = trace
-                if method not in report.REFERENCES:
-                    merger.save_pretrained(out / "merged" / method)
-                    rows["bytes"] = size_of(read_manifest(out / "merged" / method))
-            observer.merged(method, number, merger.result())
-        _write(out / "results.json", results)
-        _write(out / "timings.json", timings)
+    jobs = [_Job(method, number) for method in comparison.methods for number in range(comparison.orders)]
+    small = sum(file.stat().st_size for file in base_files(suite.base)) < _SMALL
+    measured = side_by_side(
+        jobs,
+        _measured,
+        _Place(comparison, suite, out),
+        partial(_placed, comparison, out),
+        observer,
+        processes=len(jobs) if small else 1,
+    )
+    for job, found in zip(jobs, measured, strict=True):
+        rows = results["methods"].setdefault(job.method, {key: [] for key in _KEYS})
+        _note(rows, found)
+        timings.setdefault(job.method, []).append(
+            [{"task": step.task, "merge": step.merge, "evaluate": step.evaluate} for step in found.steps]
+        )
+        if found.trace:
+            traces[job.method] = found.trace
+        if found.bytes is not None:
+            rows["bytes"] = found.bytes
+        if job.number + 1 == comparison.orders:
+            _write(out / "results.json", results)
+            _write(out / "timings.json", timings)
     _write(out / "traces.json", traces)
     report.write_csv(results, out / "accuracy_matrix.csv")
     report.write_plots(results, traces, out)
@@ -149,31 +184,49 @@ def _prepared(comparison: Comparison, observer: Observer) -> Suite:
     return suite
 
 
-def _merged(
-    comparison: Comparison, method: str, suite: Suite, number: int, observer: Observer
-) -> tuple[Merger, list[MergeStep]]:
-    """All tasks merged by one method, in one order."""
-    options = comparison.options_for(method, suite)
-    merger = Merger(suite.base, method, suite.task_type, seed=comparison.seed, **options)
+def _placed(comparison: Comparison, out: Path) -> _Place:
+    """The same in another process, where everything has been checked."""
+    suite = suites.load(
+        comparison.suite,
+        protocol=comparison.protocol,
+        samples_per_class=comparison.samples_per_class,
+        seed=comparison.seed,
+    )
+    return _Place(comparison, suite, out)
+
+
+def _measured(place: _Place, job: _Job, observer: Observer) -> _Measured:
+    """All tasks merged by one method, in one order; the first order's merged model is saved."""
+    comparison, suite = place.comparison, place.suite
+    options = comparison.options_for(job.method, suite)
+    merger = Merger(suite.base, job.method, suite.task_type, seed=comparison.seed, **options)
     merger.metadata = origin(
         comparison.suite, comparison.protocol, comparison.samples_per_class, revisions=suite.revisions
     )
-    order = shuffled(suite, FIRST_ORDER_SEED + number)
+    order = shuffled(suite, FIRST_ORDER_SEED + job.number)
     expert = experts_of(suite, sequential=merger.method.sequential)
-    return merger, list(merge_all(merger, order, expert, suite, observer, number))
+    steps = list(merge_all(merger, order, expert, suite, observer, job.number))
+    trace, size = {}, None
+    if job.number == 0:
+        trace = trace_of(merger, suite, steps)
+        if job.method not in report.REFERENCES:
+            merger.save_pretrained(place.out / "merged" / job.method)
+            size = size_of(read_manifest(place.out / "merged" / job.method))
+    observer.merged(job.method, job.number, merger.result())
+    return _Measured(merger.result(), steps, trace, size)
 
 
-def _note(rows: dict[str, Any], merger: Merger, steps: Sequence[MergeStep]) -> None:
+def _note(rows: dict[str, Any], found: _Measured) -> None:
     """Append the results of one order to a method's rows."""
-    result, tasks = merger.result(), merger.task_names
+    result, count = found.result, len(found.result.tasks)
     rows["acc"].append(result.acc)
     rows["acc_unknown"].append(result.acc_unknown)
     rows["bwt"].append(result.bwt)
     for key, matrix in (("matrix", result.matrix), ("unknown", result.unknown)):
-        rows[key].append([row + [None] * (len(tasks) - len(row)) for row in matrix])
+        rows[key].append([row + [None] * (count - len(row)) for row in matrix])
     rows["answers"].append({name: each.noted() for name, each in result.answers.items()})
-    rows["order"].append(tasks)
-    rows["seconds"].append(round(sum(step.merge for step in steps), 3))
+    rows["order"].append(result.tasks)
+    rows["seconds"].append(round(sum(step.merge for step in found.steps), 3))
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -77,9 +77,21 @@ def merge_all(
         if suite is not None and merger.method.needs_seeds and (short := suite.shortage(name)):
             merger.merged[-1].notes.append(short)
         if suite is not None and (last or evaluate != "last"):
-            everything = last or evaluate == "every"
-            merger.evaluate(suite, merger.metadata["batch_size"], None if everything else [name])
+            _measure(merger, suite, everything=last or evaluate == "every", last=last)
         yield MergeStep(name, round(merged - began, 3), round(time.perf_counter() - merged, 3), report.trace)
+
+
+def _measure(merger: Merger, suite: Suite, *, everything: bool, last: bool) -> None:
+    """Measure the newest task, or everything; but of what a method never changes, once is enough.
+
+    Whether tasks are found among all others is another matter, which counts after the last merge.
+    """
+    method, size, newest = merger.method, merger.metadata["batch_size"], merger.task_names[-1:]
+    before = merger.matrix[-2] if len(merger.matrix) > 1 else []
+    known = not method.interferes and None not in before and not (last and not method.per_task)
+    merger.evaluate(suite, size, newest if known or not everything else None)
+    if known and everything:
+        merger.matrix[-1][:-1] = before
 
 
 def stream_all(

@@ -73,8 +73,8 @@ class TaskData:
         Of texts, those of about the same length come together, without the columns at the right end that only
         pad them: half the tokens of short texts are padding otherwise.  Everything else comes in order.
         """
-        mask, per_sample = self.inputs.get("attention_mask"), self.labels is None or self.labels.dim() == 1
-        if isinstance(self.inputs, LazyInputs) or mask is None or not per_sample:
+        mask = None if isinstance(self.inputs, LazyInputs) else self.inputs.get("attention_mask")
+        if mask is None or (self.labels is not None and self.labels.dim() > 1):
             yield from self.batches(size)
             return
         places = torch.arange(1, mask.shape[1] + 1, device=mask.device)

@@ -54,7 +54,7 @@ def test_what_is_not_known_has_no_published_settings():
 
 
 class Suite(dict):
-    task_type = "seq2seq"
+    name, task_type = "stub", "seq2seq"
     request = SimpleNamespace(protocol="official")
 
     @property
