@@ -19,12 +19,17 @@ RECORDED = json.loads((HERE / "unchanged.json").read_text())
 SAVED = HERE / "saved_by_0.1.0"
 
 
-def compare(found, recorded, same_processor):
+#: among these spectra are singular values that are equal, and another processor finds other vectors for them
+UNDETERMINED = "svd_lowrank"
+
+
+def compare(found, recorded, same_processor, *, determined=True):
     if same_processor:
         assert found["sha256"] == recorded["sha256"]
     size = recorded["norm"]
     assert found["norm"] == pytest.approx(size, rel=1e-3)
-    assert found["product"] == pytest.approx(recorded["product"], abs=1e-3 * size)
+    if determined:
+        assert found["product"] == pytest.approx(recorded["product"], abs=1e-3 * size)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def same_processor():
 def test_figures(name, same_processor):
     with figures.steady():
         found = figures.digest(figures.cases()[name]())
-    compare(found, RECORDED["cases"][name], same_processor)
+    compare(found, RECORDED["cases"][name], same_processor, determined=name != UNDETERMINED)
 
 
 @pytest.mark.parametrize("kind", folders.KINDS)
