@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -130,6 +131,6 @@ def test_memory_is_foreseen(method, tmp_path):
         command = [sys.executable, "-c", _RUN, *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    foreseen = float(re.search(r"time: ([\d.]+) GB of memory", said("check", file))[1]) * 1e9
+    foreseen = json.JSONDecoder().raw_decode(said("check", file, "--json"))[0]["forecast"]["memory"]
     taken = int(re.search(r"peak (\d+)", said("merge", file, "--out", tmp_path / "merged"))[1])
     assert foreseen == pytest.approx(taken, rel=0.25)
