@@ -130,6 +130,7 @@ def run(comparison: Comparison, out: Path, observer: Observer | None = None) -> 
         partial(_placed, comparison, out),
         observer,
         processes=len(jobs) if small else 1,
+        long=lambda job: methods.get(job.method).needs_seeds,
     )
     for job, found in zip(jobs, measured, strict=True):
         rows = results["methods"].setdefault(job.method, {key: [] for key in _KEYS})

@@ -33,6 +33,7 @@ def side_by_side(
     prepare: Callable[[], Context],
     observer: Observer,
     processes: int,
+    long: Callable[[Job], bool] = lambda job: False,
 ) -> Iterator[Found]:
     """What every job finds, in order, each as soon as those before it are there.
 
@@ -45,6 +46,8 @@ def side_by_side(
         prepare: makes the context in another process.
         observer: told how the jobs are getting on; of jobs side by side it hears in turn.
         processes: at most so many work at the same time; with one, all jobs are done here.
+        long: whether a job is among those that take longest, which others begin with: none of them is left
+            over at the end, when there is nothing beside it.
     """
     threads = torch.get_num_threads()
     others = min(len(jobs) - 1, processes, threads)
@@ -56,12 +59,13 @@ def side_by_side(
     told, stop = spawn.Queue(), spawn.Event()
     with ProcessPoolExecutor(others, spawn, _begin, (prepare, each, told, stop)) as pool:
         try:
-            waiting = [pool.submit(_run, work, job) for job in jobs[1:]]
+            handed_out = sorted(range(1, len(jobs)), key=lambda place: not long(jobs[place]))
+            waiting = {place: pool.submit(_run, work, jobs[place]) for place in handed_out}
             torch.set_num_threads(each)
             yield work(context, jobs[0], observer)
-            for future in waiting:
-                _relay(told, observer, future)
-                yield future.result()
+            for place in range(1, len(jobs)):
+                _relay(told, observer, waiting[place])
+                yield waiting[place].result()
         finally:
             torch.set_num_threads(threads)
             stop.set()

@@ -77,6 +77,15 @@ def test_jobs_are_shared_and_come_in_order(two_threads):
 
 
 @pytest.mark.slow
+def test_long_jobs_are_begun_first_and_come_in_their_place(two_threads):
+    heard, jobs = Heard(), ["a", "b", "c", "d", "last"]
+    found = list(side_by_side(jobs, work, "context", prepared, heard, 2, long=lambda job: job == "last"))
+    assert [job for _, job, *_ in found] == jobs
+    begun = [job for job, index in heard.tasks if index == 0 and job != "a"]
+    assert begun.index("last") < 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [["a", "ill", "endless"], ["ill", "endless", "a"]])
 def test_an_error_of_one_ends_all(jobs, two_threads):
     with pytest.raises(ValueError, match="of the job"):
