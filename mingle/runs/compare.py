@@ -24,7 +24,7 @@ from mingle.runs.origin import origin
 from mingle.runs.processes import side_by_side
 from mingle.runs.report import page
 from mingle.runs.traces import trace_of
-from mingle.suites import Suite
+from mingle.suites import OnTraining, Suite
 
 #: of a method's rows in ``results.json``, one entry per order
 _KEYS = ("acc", "acc_unknown", "bwt", "matrix", "unknown", "answers", "order", "seconds")
@@ -62,6 +62,16 @@ class Comparison:
     samples_per_class: int = 5
     seed: int = 0
     options: tuple[tuple[str, Any], ...] = ()
+
+    def load(self, on_training: OnTraining | None = None) -> Suite:
+        """The suite; see `mingle.suites.load`."""
+        return suites.load(
+            self.suite,
+            protocol=self.protocol,
+            samples_per_class=self.samples_per_class,
+            seed=self.seed,
+            on_training=on_training,
+        )
 
     def options_for(self, method: str, suite: Suite) -> dict[str, Any]:
         """All options of one of the methods."""
@@ -169,13 +179,7 @@ def _check_room(comparison: Comparison, suite: Suite, merged: Path) -> None:
 
 def _prepared(comparison: Comparison, observer: Observer) -> Suite:
     """The suite, once every method is known to run on it."""
-    suite = suites.load(
-        comparison.suite,
-        protocol=comparison.protocol,
-        samples_per_class=comparison.samples_per_class,
-        seed=comparison.seed,
-        on_training=observer.training,
-    )
+    suite = comparison.load(observer.training)
     for method in comparison.methods:
         comparison.options_for(method, suite)
         if methods.get(method).sequential:
@@ -187,13 +191,7 @@ def _prepared(comparison: Comparison, observer: Observer) -> Suite:
 
 def _placed(comparison: Comparison, out: Path) -> _Place:
     """The same in another process, where everything has been checked."""
-    suite = suites.load(
-        comparison.suite,
-        protocol=comparison.protocol,
-        samples_per_class=comparison.samples_per_class,
-        seed=comparison.seed,
-    )
-    return _Place(comparison, suite, out)
+    return _Place(comparison, comparison.load(), out)
 
 
 def _measured(place: _Place, job: _Job, observer: Observer) -> _Measured:

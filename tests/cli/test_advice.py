@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from merge_files import merge_file
 
 from mingle.cli import main
 from mingle.io import hub
@@ -20,12 +19,6 @@ from mingle.merging.streamed import StreamedMerger
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-
-
-@pytest.fixture
-def config(tmp_path, base_folder, tuned_folders) -> Path:
-    experts = {f"task {i}": folder for i, folder in enumerate(tuned_folders[:2])}
-    return merge_file(tmp_path, base_folder, experts, "average")
 
 
 def refusal(capsys, *words: object) -> str:

@@ -7,12 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from merge_files import merge_file
 
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.cli import main
@@ -27,12 +25,6 @@ FEW = ("--suite", "glyphs4", "--methods", "average")
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-
-
-@pytest.fixture
-def config(tmp_path, base_folder, tuned_folders) -> Path:
-    experts = {f"task {i}": folder for i, folder in enumerate(tuned_folders[:2])}
-    return merge_file(tmp_path, base_folder, experts, "average")
 
 
 def failing(monkeypatch, method: str, error: BaseException | int, at: int = 1) -> None:
