@@ -26,7 +26,7 @@ from mingle.merging.opened import opened
 from mingle.merging.state import MergeState, model_name
 from mingle.methods import MergeMethod
 from mingle.methods.base import Tensors, WeightMethod
-from mingle.methods.tensorwise import Numbers, Survey, TensorMethod, TensorStep
+from mingle.methods.tensorwise import Numbers, Seen, Survey, TensorMethod, TensorStep
 from mingle.tasks import TaskType
 from mingle.tasks.image_settings import differing_preparation
 from mingle.tasks.loading import BaseTensors
@@ -247,15 +247,13 @@ class _Step:
             return known
         part = _Part(self.notes, number, aside=True)
         numbers = self.notes.numbers(number)
-        for place, step in self._steps(self.notes.tensors(number)):
-            seen = survey.see(step)
-            if not all(map(math.isfinite, seen.numbers)):
-                where = f"method {self.method.name!r}, task {self.task!r}: {step.name}"
-                raise NonFiniteMerge(f"{where}: its norm is not finite; nothing was saved")
+        for place, name in self._left(number):
+            seen = self._seen(survey, name)
             numbers.append(seen.numbers)
             if survey.sets_aside:
-                kept = {f"{key}/{step.name}": tensor for key, tensor in seen.aside.items()}
-                part.take(place, kept, seen.numbers)
+                part.take(
+                    place, {f"{key}/{name}": tensor for key, tensor in seen.aside.items()}, seen.numbers
+                )
         part.write()
         found = survey.conclude(numbers)
         self.notes.conclude(number, found)
@@ -265,26 +263,38 @@ class _Step:
         self, number: int, found: Numbers, aside: Mapping[str, Mapping[str, tuple[PartFiles, str]]]
     ) -> list[dict[str, Any]]:
         part = _Part(self.notes, number)
-        for place, step in self._steps(self.notes.tensors(number)):
-            laid = {key: files[name] for key, (files, name) in aside.get(step.name, {}).items()}
-            merged, kept = self.method.merge_tensor(step, found, laid)
-            new = {f"merged/{step.name}": merged} | {f"state/{key}": tensor for key, tensor in kept.items()}
-            if place == len(self.names):
-                shared = self.method.shared_tensors(found)
-                new |= {f"state/{key}": tensor for key, tensor in shared.items()}
-            served = {f"{self.tuned.prefix}{step.name}": merged.to(step.base.dtype)}
-            for key, tensor in (new if merged.dtype == step.base.dtype else new | served).items():
-                if fault := non_finite(tensor):
-                    where = f"method {self.method.name!r}, task {self.task!r}: {key}"
-                    raise NonFiniteMerge(f"{where}: {fault}; nothing was saved")
-            part.take(place, new)
+        for place, name in self._left(number):
+            laid = {key: files[of] for key, (files, of) in aside.get(name, {}).items()}
+            part.take(place, self._merged(name, found, laid))
         part.write()
         return self.notes.parts(number)
 
-    def _steps(self, start: int) -> Iterator[tuple[int, TensorStep]]:
-        """The tensors from that number on, each with how many there are up to it."""
-        for place, name in enumerate(self.names[start:], start + 1):
-            yield place, self._step(name)
+    def _left(self, number: int) -> Iterator[tuple[int, str]]:
+        """The tensors that a pass has not finished, each with how many there are up to it."""
+        start = self.notes.tensors(number)
+        yield from enumerate(self.names[start:], start + 1)
+
+    def _seen(self, survey: Survey, name: str) -> Seen:
+        """What a survey takes down of a tensor."""
+        seen = survey.see(self._step(name))
+        if not all(map(math.isfinite, seen.numbers)):
+            where = f"method {self.method.name!r}, task {self.task!r}: {name}"
+            raise NonFiniteMerge(f"{where}: its norm is not finite; nothing was saved")
+        return seen
+
+    def _merged(self, name: str, found: Numbers, laid: Mapping[str, Tensor]) -> Tensors:
+        """What is saved of a tensor, by the names that it is saved under."""
+        step = self._step(name)
+        merged, kept = self.method.merge_tensor(step, found, laid)
+        new = {f"merged/{name}": merged} | {f"state/{key}": tensor for key, tensor in kept.items()}
+        if name == self.names[-1]:
+            new |= {f"state/{key}": tensor for key, tensor in self.method.shared_tensors(found).items()}
+        served = {f"{self.tuned.prefix}{name}": merged.to(step.base.dtype)}
+        for key, tensor in (new if merged.dtype == step.base.dtype else new | served).items():
+            if fault := non_finite(tensor):
+                where = f"method {self.method.name!r}, task {self.task!r}: {key}"
+                raise NonFiniteMerge(f"{where}: {fault}; nothing was saved")
+        return new
 
     def _step(self, name: str) -> TensorStep:
         base, state = self.merger.values[self.tuned.prefix + name], self.merger.state

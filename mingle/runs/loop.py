@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from mingle.runs import inputs
 from mingle.runs.observer import Observer
 from mingle.suites import Suite
 
+#: the number of that option of glibc's mallopt
+_MMAP_THRESHOLD = -3
 #: a task and the names of those before it → the folder of its fine-tuned model
 FindExpert = Callable[[str, Sequence[str]], Path]
 #: ``every``: measure all merged tasks after each merge.  ``ends``: the newest task after each merge, and all
@@ -111,6 +115,7 @@ def stream_all(
         folder: the merger's, where every task is saved as soon as it is merged.
         keep: see `mingle.Merger.save_pretrained`.
     """
+    _return_freed_memory()
     for index in range(len(merger.merged), len(order)):
         name = order[index]
         observer.merging(merger.method.name, number, index, order)
@@ -119,3 +124,13 @@ def stream_all(
         began = time.perf_counter()
         merger.add(name, model, folder, merger.metadata[inputs.INPUTS][name]["model"], keep=keep)
         yield MergeStep(name, round(time.perf_counter() - began, 3), 0.0, None)
+
+
+def _return_freed_memory() -> None:
+    """Have the C library give tensors of over 1 MB back to the system as soon as they are freed.
+
+    By itself glibc comes to keep room for those of up to 32 MB, and tensors of other sizes need room of their
+    own.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)

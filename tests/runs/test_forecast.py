@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from bare_methods import tuned_states
 from merge_files import merge_file
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
@@ -107,17 +108,19 @@ def test_a_limit_of_the_container_counts(tmp_path, monkeypatch):
 
 
 _RUN = """
-import resource, sys
+import sys
 from mingle.cli import main
 main(sys.argv[1:])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(open("/proc/self/status").read())
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what a process had at most")
 @pytest.mark.parametrize("method", ["average", "ties", "opcm", "iso-c"])
 def test_memory_is_foreseen(method, tmp_path):
-    """With tensors of 64 MB in fp32."""
+    """With tensors of 64 MB in fp32, whatever the process that starts the merge holds."""
+    ballast = torch.ones(1 << 29)  # 2 GB
     sizes = SIZES | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=1)
     if method in ("opcm", "iso-c"):
         sizes |= dict(hidden_size=1024, intermediate_size=4096)
@@ -132,5 +135,5 @@ def test_memory_is_foreseen(method, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     foreseen = json.JSONDecoder().raw_decode(said("check", file, "--json"))[0]["forecast"]["memory"]
-    taken = int(re.search(r"peak (\d+)", said("merge", file, "--out", tmp_path / "merged"))[1])
-    assert foreseen == pytest.approx(taken, rel=0.25)
+    taken = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", said("merge", file, "--out", tmp_path / "merged"))[1])
+    assert ballast.nbytes > foreseen == pytest.approx(taken, rel=0.25)
