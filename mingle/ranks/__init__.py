@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -72,7 +72,8 @@ def joined() -> Iterator[None]:
     except BaseException as error:
         _watch = None
         stopped = watch.stopped(error)
-        watch.fail(error)
+        with suppress(KeyboardInterrupt):  # that of the watch, which comes late
+            watch.fail(error)
         if stopped is not None:
             raise stopped from None
         raise

@@ -131,6 +131,7 @@ class Watch:
 
         The others get a few seconds to hear of it: a launcher ends them as soon as this process has ended.
         """
+        self._main = None
         self.tell(error)
         with suppress(RuntimeError):
             self._store.set(f"over/{self.rank}", "")
@@ -146,7 +147,7 @@ class Watch:
             with suppress(RuntimeError):
                 (self._store if mine else self._signs).compare_set("failed", "", reason)
             if not mine:
-                if self._main is not None and not self._stop.is_set():
+                if self._main is not None and self._since is None:
                     signal.pthread_kill(self._main, signal.SIGINT)
                 limit = threading.Timer(GRACE, self._abort)
                 limit.daemon = True
