@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from transformers import CLIPConfig, CLIPModel
@@ -105,3 +106,11 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path not in {folder / name for name in _BESIDE}
     }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> TinyMerge:
+    """A merge of a, b and c by averages, in three generations."""
+    tiny = TinyMerge(tmp_path_factory.mktemp("generations"))
+    assert tiny.add(tiny.root / "merged")() == 0
+    return tiny
