@@ -41,8 +41,7 @@ def collected(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, InputDirect
             results[id(before)] = before, before.including(x if mask is None else x[mask])
         seen[name] = results[id(before)][1]
 
-    # what a router's look at the base passes through counts too, as it did for all committed figures
-    with observed(layers, collect, also_aside=True):
+    with observed(layers, collect):
         yield seen
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from merge_files import merge_file
 from stub_suite import stub  # noqa: F401
+from tiny_merge import models  # noqa: F401
 
 
 @pytest.fixture

@@ -18,13 +18,6 @@ from mingle.runs import config, life
 from mingle.runs.check import check
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> TinyMerge:
-    tiny = TinyMerge(tmp_path_factory.mktemp("life"))
-    assert tiny.add(tiny.root / "merged")() == 0
-    return tiny
-
-
 @pytest.fixture
 def averaged(models: TinyMerge, tmp_path: Path) -> Path:
     shutil.copytree(models.root / "merged", tmp_path / "averaged")
