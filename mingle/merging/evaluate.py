@@ -95,14 +95,15 @@ def accuracies(
     model.eval()
     task, head = tasks.task, tasks.heads[place]
     part = common_part(model, task.tower(model), head.tensors)
-    known, choices = [], []
+    known, choices, wanted_of = [], [], []
     for batch in data.batches_by_length(batch_size):
         routed = tasks.method.route(batch)
         with replayed(model, part) as replay:
             known.append(task.outcomes(model, batch))
             replay.again()
             choices.append(tasks.choose(model, batch, routed))
-    wanted = required_labels(data).cpu()
+        wanted_of.append(required_labels(batch).cpu())
+    wanted = torch.cat(wanted_of)  # in the order of the answers, which is not always that of the samples
     found, label, _, labels = (torch.cat(parts) for parts in zip(*choices, strict=True))
     unknown = score((found == place) & (label == wanted), data.metric)
     answers = Answers.of(tasks.names, found, wanted, labels[:, place], head.labels)
