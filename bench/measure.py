@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from mingle.bench.machine import LoadMeter, peak_bytes
@@ -190,13 +189,6 @@ def relative(series: Sequence[float], ours: Sequence[float]) -> Row:
     rounds = _percentiles("round_ratio_", [theirs / own for theirs, own in zip(series, ours, strict=False)])
     ratio = {"ratio": statistics.median(series) / statistics.median(ours)}
     return ratio | {"round_ratio": rounds.pop("round_ratio_median"), **rounds}
-
-
-def exponents(values: Sequence[float], costs: Sequence[float]) -> dict[str, float]:
-    """p of cost ∝ valueᵖ, fitted to all points and to the upper half of them, at least two."""
-    points = {"all": len(values), "upper": max(2, (len(values) + 1) // 2)}
-    logs = np.log(values), np.log(costs)
-    return {name: float(np.polyfit(logs[0][-n:], logs[1][-n:], 1)[0]) for name, n in points.items()}
 
 
 def _percentiles(prefix: str, series: Sequence[float]) -> Row:

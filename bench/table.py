@@ -106,19 +106,6 @@ COLUMNS: dict[str, dict[str, Column]] = {
 }
 
 
-def markdown(results: Results) -> str:
-    """All rows with times as a table for a page, and what is said of it."""
-    columns = COLUMNS[results["benchmark"]]
-    lines = [f"| case | | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
-    for case in results["cases"]:
-        rows = [row for row in case["rows"] if "median" in row]
-        lines += [
-            f"| {case['title']} | {row['name']} | {' | '.join(f(row) for f in columns.values())} |"
-            for row in rows
-        ]
-    return "\n".join([*lines, "", f"{where(results)}, {results['date'][:10]}", ""])
-
-
 def _table(results: Results, plain: bool) -> Table:
     columns, style = COLUMNS[results["benchmark"]], None if plain else box.SIMPLE_HEAD
     out = Table("case", title=Text(visible(where(results))), title_justify="left", box=style, pad_edge=False)

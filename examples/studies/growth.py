@@ -18,7 +18,7 @@ import torch
 
 from mingle.bench import command
 from mingle.bench.machine import LoadMeter, Stopwatch, peak_bytes
-from mingle.bench.measure import OURS, Row, exponents, log, summary
+from mingle.bench.measure import OURS, Row, log, summary
 from mingle.bench.merges import cases, comparison, contenders
 from mingle.bench.merges.cases import PUBLISHED, MergeCase, MergeProblem
 from mingle.bench.record import CaseResult, Results, case_result, envelope
@@ -87,6 +87,13 @@ def sweep(
         fitted[contender][key] = found
     facts = {"swept": name, "values": list(values)}
     return case_result(f"growth with {name}", _LABELS[name], facts, rows, exponents=fitted, remarks=remarks)
+
+
+def exponents(values: Sequence[float], costs: Sequence[float]) -> dict[str, float]:
+    """p of cost ∝ valueᵖ, fitted to all points and to the upper half of them, at least two."""
+    points = {"all": len(values), "upper": max(2, (len(values) + 1) // 2)}
+    logs = np.log(values), np.log(costs)
+    return {name: float(np.polyfit(logs[0][-n:], logs[1][-n:], 1)[0]) for name, n in points.items()}
 
 
 def small_problem(sizes: Mapping[str, int], reduce: str, steps: int, seed: int) -> MergeProblem:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from random_llamas import DENSITY
 from torch import Tensor
 
 from mingle.bench.measure import OURS, Row, need, verdict
-from mingle.bench.merges.checkpoints import DENSITY
 from mingle.io.files import write_json
 from mingle.io.journal import PartFiles
 from mingle.io.manifest import entries_of, read_manifest
@@ -48,7 +48,7 @@ began, most = time.perf_counter(), 0
 child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
 while os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
     with open(f"/proc/{child}/status") as file:
-        sizes = dict(line.split(":") for line in file)
+        sizes = dict(line.partition(":")[::2] for line in file)
     most = max(most, int(sizes.get("RssAnon", "0").split()[0]))
     time.sleep(0.02)
 wall = time.perf_counter() - began
@@ -115,11 +115,12 @@ def mergekit() -> str | None:
 
 
 def mergekit_version() -> str | None:
-    if (program := mergekit()) is None:
+    """By the Python beside the program."""
+    program = mergekit()
+    if program is None or not (python := Path(program).with_name("python")).exists():
         return None
     code = "from importlib.metadata import version; print(version('mergekit'))"
-    run = subprocess.run([Path(program).with_name("python"), "-c", code], capture_output=True, text=True)
-    return run.stdout.strip() or None
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip() or None
 
 
 def agreement(name: str, problem: FilesProblem, ours: Path, theirs: Path) -> Row:
