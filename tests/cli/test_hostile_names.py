@@ -189,7 +189,7 @@ def fabricated(names: list[str], suite: str = "suite [x] $\\frac{") -> tuple[dic
 
 
 @pytest.mark.slow
-def test_demo_and_reproduce_show_where_they_write(tmp_path, capsys):
+def test_demo_and_reproduce_show_where_they_write(few_images, tmp_path, capsys):
     folder, few = tmp_path / FOLDER, ("--suite", "glyphs4", "--methods", "average")
     assert f"{SHOWN}/demo[1]" in printed(capsys, 0, "demo", *few, "--out", folder / "demo[1]")
     assert f"{SHOWN}/table[1]" in printed(capsys, 0, "reproduce", "main", *few, "--out", folder / "table[1]")
