@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import time
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -99,7 +98,7 @@ class Merger(MergeState):
         self.check_name(name)
         samples = None if seed_data is None else self.task.data(seed_data)
         seeds = samples if self.method.needs_seeds else None
-        if self.method.needs_seeds and not seeds:
+        if self.method.requires_seeds() and not seeds:
             raise ValueError(
                 f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given"
             )
@@ -121,7 +120,7 @@ class Merger(MergeState):
             tuned=tuned,
             seeds=seeds,
             teacher=teacher,
-            seed=zlib.crc32(f"{self.seed}/{index}".encode()),
+            seed=self.step_seed(),
             on_step=on_step,
         )
         before = [self.method.task_tensors(i) for i in range(index)], self.method.state_tensors()
@@ -376,6 +375,7 @@ class Merger(MergeState):
         *,
         task_type: TaskType | None = None,
         device: str | torch.device | None = None,
+        adapt: Mapping[str, Any] | None = None,
     ) -> Merger:
         """The merger that `save_pretrained` wrote.
 
@@ -386,13 +386,16 @@ class Merger(MergeState):
             base: the base model, where the folder does not hold it.
             task_type: the object, where it is of your own and not registered, see `mingle.tasks.register`.
             device: where the merged model lives.
+            adapt: options of the adaptation (``steps``, ``lr``, ``batch_size``, ``temperature``) that change
+                from now on; tasks that are merged stay as they are.
 
         Raises:
             CheckpointError: a missing, truncated or changed file, another format version, or another base
                 model.
+            ValueError: an option that is not one of the adaptation's, or that the method does not have.
         """
         folder = Path(folder)
-        saved = opened(folder, task_type)
+        saved = opened(folder, task_type, adapt)
         model = base if base is not None else saved.base_folder()
         merger = cls._begun(saved.manifest, model, task_type, device, folder / MANIFEST)
         if base is None:
