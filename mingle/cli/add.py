@@ -27,6 +27,8 @@ def register(commands: Commands) -> None:
         choices=get_args(Vocabulary),
         help="base: of a model with new tokens, merge the rows that the base has too; kept for later models",
     )
+    text = "an option of the adaptation that changes from now on, such as steps=50; given once per option"
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=text)
     arguments.samples(parser)
     arguments.offline(parser)
     arguments.printing(parser)
@@ -36,8 +38,11 @@ def register(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     expert = Expert(args.name, args.model, args.revision)
+    overrides = arguments.overrides(args)
     with bars(1) as observer:
-        result = merge.add(args.folder, expert, arguments.overrides(args), observer, args.vocabulary)
+        result = merge.add(
+            args.folder, expert, overrides, observer, args.vocabulary, dict(arguments.parsed_options(args))
+        )
     show(result_table(result))
     document({"folder": str(args.folder), **result_document(result)})
     pages.told(page.write(args.folder), show=args.open)

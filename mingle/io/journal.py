@@ -25,7 +25,8 @@ import torch
 
 from mingle import ranks
 from mingle.io.files import CheckpointError, contained, naming, read_json, write_json
-from mingle.io.manifest import DIGEST, TENSORS_NAME, check_files, entry_of
+from mingle.io.lazy_tensors import LazyTensors, Rows
+from mingle.io.manifest import DIGEST, TENSORS_NAME, check_files, entries_of, entry_of
 from mingle.io.safetensors import CheckpointReader, write_tensors
 from mingle.io.schema import check
 from mingle.io.state_dicts import state_hash
@@ -36,6 +37,8 @@ Numbers = dict[str, float]
 #: what a journal notes of every pass
 Passes = list[dict[str, Any]]
 JOURNAL, JOURNALS = ".journal.json", ".journal*.json"
+#: what a last pass finds whose parts are set aside: how many tasks there were before the step
+TASKS_BEFORE = "tasks before"
 _JOURNAL_NAME = re.compile(r"\.journal(-\d+)?\.json")
 ASIDE_NAME = re.compile(r"\.aside-[0-9a-f]{12}\.safetensors")
 _FORMAT, _FORMAT_VERSION = "mingle-journal", 2
@@ -227,6 +230,13 @@ def files(folder: Path, passes: Passes) -> set[str]:
     return named | ({path.name for path in folder.glob(JOURNALS)} if passes else set())
 
 
+def is_over(passes: Passes, manifest: Mapping[str, Any]) -> bool:
+    """Whether the manifest already holds what a journal notes that is of some step."""
+    if TASKS_BEFORE in (passes[-1]["found"] or {}):
+        return len(manifest["tasks"]) > passes[-1]["found"][TASKS_BEFORE]
+    return entries(passes[-1]) == entries_of(manifest["state"])
+
+
 def entries(noted: dict[str, Any]) -> list[dict[str, Any]]:
     """The parts of a pass as a manifest has them."""
     return [
@@ -239,7 +249,7 @@ def is_ours(name: str) -> bool:
     return (_JOURNAL_NAME.fullmatch(name) or ASIDE_NAME.fullmatch(name)) is not None
 
 
-class PartFiles(Mapping[str, torch.Tensor]):
+class PartFiles(LazyTensors):
     """The tensors of several files by name, each read when it is asked for; one file is open at a time.
 
     Args:
@@ -258,11 +268,20 @@ class PartFiles(Mapping[str, torch.Tensor]):
                 if self._places.setdefault(name, path) != path:
                     raise CheckpointError(f"{path}: {name!r} is also in {self._places[name].name}")
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def described(self, name: str) -> torch.Tensor:
+        return self._reader(name).described(name)
+
+    def rows(self, name: str, rows: Rows) -> torch.Tensor:
+        return self._reader(name).tensor(name, rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def _reader(self, name: str) -> CheckpointReader:
         path = self._places[name]
         if self._open is None or self._open[0] != path:
             self._open = path, CheckpointReader(path)
-        return self._open[1].tensor(name)
+        return self._open[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -39,12 +39,14 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
             )
         yield
     finally:
-        with suppress(OSError):  # the folder has moved, or cannot be written any more
-            if _is_at(descriptor, path):
-                path.unlink()
-        # Closing would not be enough: a child forked meanwhile shares the lock and would keep it.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
+        try:
+            with suppress(OSError):  # the folder has moved, or cannot be written any more
+                if _is_at(descriptor, path):
+                    path.unlink()
+        finally:
+            # Closing would not be enough: a child forked meanwhile shares the lock and would keep it.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
 
 def refuse_locked(folder: Path) -> None:

@@ -42,7 +42,7 @@ from mingle.io.manifest import (
     read_manifest,
 )
 from mingle.io.provenance import versions
-from mingle.io.safetensors import CheckpointReader, write_tensors
+from mingle.io.safetensors import write_tensors
 from mingle.io.shared_folder import check_files_together, check_shared
 from mingle.io.state_dicts import state_hash as state_hash
 
@@ -124,7 +124,7 @@ def _clear(folder: Path, noted: journal.Passes) -> None:
     """Remove our files that neither a generation needs nor a journal that is still of use."""
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        over = noted and journal.entries(noted[-1]) == entries_of(manifest["state"])
+        over = noted and journal.is_over(noted, manifest)
         sweep(folder, generations.names(folder, manifest) | (set() if over else journal.files(folder, noted)))
         folder_card.write(folder, manifest)  # if what interrupted a save was between the two
     elif foreign(folder) is None:
@@ -151,10 +151,10 @@ def save(
     base_hash: str,
     base_name: ModelName,
     base: BaseModel | None,
-    tasks: list[Tensors],
+    tasks: Sequence[Mapping[str, torch.Tensor] | list[dict[str, Any]]],
     state: Tensors | list[dict[str, Any]],
     keep: int | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Write what changed, the generation and then the manifest; remove what no kept generation names.
 
     The processes of one group come here together, with the same values, and rank 0 writes.
@@ -164,17 +164,22 @@ def save(
         manifest: what it says of the merge, in the form of `mingle.io.manifest.MERGE`.
         base_hash, base_name: of its base.
         base: which is written too where it is not there yet, unless it is None.
-        tasks: what is kept of each task alone.
+        tasks: what is kept of each task alone, or the entries of the files where it already is.
         state: what is kept of all together, or the entries of the files where a journal has put it.
         keep: how many generations are kept from now on; None leaves it as it is, at first all.
+
+    Returns:
+        The new manifest.
 
     Raises:
         CheckpointError: another process is writing to the folder, the disk is full, or the folder holds
             something else.
     """
+    new: dict[str, Any] = {}
     with writing(folder), ranks.together("saving"):
         if ranks.rank() == 0:
-            _save(folder, manifest, base_hash, base_name, base, tasks, state, keep)
+            new = _save(folder, manifest, base_hash, base_name, base, tasks, state, keep)
+    return ranks.gather(new)[0]
 
 
 def _save(
@@ -183,10 +188,10 @@ def _save(
     base_hash: str,
     base_name: ModelName,
     base: BaseModel | None,
-    tasks: list[Tensors],
+    tasks: Sequence[Mapping[str, torch.Tensor] | list[dict[str, Any]]],
     state: Tensors | list[dict[str, Any]],
     keep: int | None,
-) -> None:
+) -> dict[str, Any]:
     old = generations.adopted(folder, read_manifest(folder)) if (folder / MANIFEST).exists() else None
     known = generations.tensors(folder, old) if old else {}
     current = {entry["file"] for entry in files_of(old)} if old else set()
@@ -198,7 +203,9 @@ def _save(
     with naming(folder / "tasks"):
         (folder / "tasks").mkdir(exist_ok=True)
 
-    def written(stem: str, tensors: Tensors) -> dict[str, Any] | None:
+    def written(stem: str, tensors: Mapping[str, torch.Tensor] | list[dict[str, Any]]) -> Any:
+        if isinstance(tensors, list):
+            return _one_or_more(tensors)
         return _write(folder, stem, tensors, known, current)
 
     entries = [
@@ -211,14 +218,16 @@ def _save(
         **manifest,
         "base": {"sha256": base_hash, "folder": place if has_base else None, **base_name._asdict()},
         "tasks": entries,
-        "state": written("state", state) if isinstance(state, dict) else _one_or_more(state),
+        "state": written("state", state),
         "versions": versions(),
     }
     new = generations.following(old, new)
     earlier = [entry for entry in old["history"] if number_of(entry) != new["generation"]] if old else []
     keep = keep or (old["keep"] if old else None)
     history = sorted([*earlier, generations.write(folder, new)], key=number_of)
-    commit(folder, new | {"history": generations.kept(history, new["generation"], keep), "keep": keep})
+    new |= {"history": generations.kept(history, new["generation"], keep), "keep": keep}
+    commit(folder, new)
+    return new
 
 
 def commit(folder: Path, manifest: dict[str, Any], unfinished: Set[str] = frozenset()) -> None:
@@ -268,7 +277,12 @@ class Saved:
         return str(self.manifest["base"]["sha256"])
 
     def task_tensors(self) -> list[Tensors]:
-        return [_read(self.folder, task["tensors"]) for task in self.manifest["tasks"]]
+        return [dict(files) for files in self.task_files()]
+
+    def task_files(self) -> list[journal.PartFiles]:
+        """The same, each tensor read when it is asked for."""
+        files = [entries_of(task["tensors"]) for task in self.manifest["tasks"]]
+        return [journal.PartFiles(self.folder, entries) for entries in files]
 
     def state_tensors(self) -> Tensors:
         return dict(self.state_files())
@@ -293,7 +307,11 @@ def load(folder: Path) -> Saved:
 
 
 def _write(
-    folder: Path, stem: str, tensors: Tensors, known: Mapping[str, dict[str, Any]], current: set[str]
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, torch.Tensor],
+    known: Mapping[str, dict[str, Any]],
+    current: set[str],
 ) -> dict[str, Any] | None:
     """Write tensors to a file named by their content, unless there is one; returns its manifest entry.
 
@@ -318,10 +336,6 @@ def _write(
 def _one_or_more(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]] | None:
     """The entries as a manifest has them: one file, as all versions have known it, or a list."""
     return list(entries) if len(entries) > 1 else next(iter(entries), None)
-
-
-def _read(folder: Path, entry: dict[str, Any] | None) -> Tensors:
-    return {} if entry is None else CheckpointReader(contained(folder, entry["file"])).state_dict()
 
 
 def _slug(name: str) -> str:

@@ -29,6 +29,7 @@ from mingle.io.files import (
     refuse_lfs_pointer,
     replacing,
 )
+from mingle.io.lazy_tensors import LazyTensors, Rows, blocks_of, described
 from mingle.io.state_dicts import DEQUANTISE, non_finite
 from mingle.options import nearest, shown
 
@@ -111,16 +112,23 @@ class CheckpointReader:
         """The tensor's dtype, from the header alone."""
         return self._entry(name).dtype
 
-    def tensor(self, name: str, *, check_finite: bool = True) -> torch.Tensor:
-        """Read one tensor into fresh CPU memory, in its stored shape and dtype.
+    def described(self, name: str) -> torch.Tensor:
+        """The tensor on the meta device, from the header alone."""
+        return torch.empty(self.shape(name), dtype=self.dtype(name), device="meta")
+
+    def tensor(self, name: str, rows: Rows = ..., *, check_finite: bool = True) -> torch.Tensor:
+        """Read one tensor, or rows of it, into fresh CPU memory, in its stored dtype.
 
         Raises `CheckpointError` for an unknown name, for a file that shrank since it was opened and, unless
         `check_finite` is off, for a NaN or infinity in a floating-point or complex tensor.
         """
         entry = self._entry(name)
         with naming(entry.path):
-            tensor: torch.Tensor = self._files[entry.path].get_tensor(name)
+            file = self._files[entry.path]
+            tensor: torch.Tensor = file.get_tensor(name) if rows is ... else file.get_slice(name)[rows]
         if check_finite and (found := non_finite(tensor)):
+            if rows is not ...:
+                return self.tensor(name)  # which raises with what is wrong with all of it
             raise CheckpointError(f"{entry.path}: tensor {name!r}: {found}")
         return tensor
 
@@ -141,18 +149,20 @@ def write_tensors(
 
     The bytes depend only on the tensors and the metadata, to which `format: pt` is added where absent, so the
     hash can name the content. Tensors may be strided in any way and on any device; those that share memory
-    are each written in full. Raises `CheckpointError`, with the old file untouched, where a tensor has no
-    safetensors form or the disk lacks the space.
+    are each written in full, and lazy ones are read when it is their turn. Raises `CheckpointError`, with the
+    old file untouched, where a tensor has no safetensors form or the disk lacks the space.
     """
     # Widest dtype first: the header's length is a multiple of 8, so every tensor then starts at a multiple of
     # its item size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    order = sorted(tensors, key=lambda name: (-described(tensors, name).dtype.itemsize, name))
+    lazy = isinstance(tensors, LazyTensors)
     header, size = _header(
-        path, {name: tensors[name] for name in order}, {"format": "pt", **(metadata or {})}
+        path, {name: described(tensors, name) for name in order}, {"format": "pt", **(metadata or {})}, lazy
     )
     digest = hashlib.sha256()
     with replacing(path, size) as file:
-        chunks: Iterable[bytes | memoryview] = chain([header], (_bytes(tensors[name]) for name in order))
+        blocks = (_bytes(block) for name in order for block in blocks_of(tensors, name))
+        chunks: Iterable[bytes | memoryview] = chain([header], blocks)
         for data in chunks:
             file.write(data)
             digest.update(data)
@@ -160,9 +170,16 @@ def write_tensors(
 
 
 def _header(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lazy: bool
 ) -> tuple[bytes, int]:
-    """The bytes before the data, for tensors in the order given, and the size of the whole file."""
+    """The bytes before the data, for tensors in the order given, and the size of the whole file.
+
+    Args:
+        path: of the file.
+        tensors: those that are lazy are on the meta device.
+        metadata: the file's.
+        lazy: whether they are.
+    """
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise CheckpointError(f"{path}: metadata must map strings to strings")
     # safetensors' own writer emits the metadata in random order: equal content would hash differently.
@@ -173,7 +190,7 @@ def _header(
             name == "__metadata__"
             or tensor.dtype not in _CODES
             or tensor.layout != torch.strided
-            or tensor.is_meta
+            or (tensor.is_meta and not lazy)
         ):
             form = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise CheckpointError(f"{path}: tensor {name!r} has no safetensors form ({form})")

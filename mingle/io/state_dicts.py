@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import nn
 
+from mingle.io.lazy_tensors import blocks_of, described, row_blocks
 from mingle.kernels.dtypes import wide
 from mingle.options import closest
 
@@ -103,9 +104,11 @@ def state_hash(source: nn.Module | Mapping[str, torch.Tensor]) -> str:
     tensors = source.state_dict() if isinstance(source, nn.Module) else source
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        whole = described(tensors, name)
+        digest.update(f"{name}:{whole.dtype}:{tuple(whole.shape)};".encode())
+        for block in blocks_of(tensors, name):
+            tensor = block.detach().cpu().contiguous()
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -126,18 +129,27 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def non_finite(tensor: torch.Tensor) -> str:
-    """How many values of a tensor are NaN or infinite, and where the first is; empty if none is."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return ""
-    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has no kernels for this
-    # A sum is finite only where all that is summed is. It takes a twentieth of the time that looking at every
-    # value does, and no memory; only of very large values it may be infinite all the same.
-    if bool(tensor.sum().isfinite()):
-        return ""
-    bad = ~torch.isfinite(tensor)
-    if not bad.any():
-        return ""
-    first = torch.unravel_index(bad.flatten().byte().argmax(), tensor.shape)
-    index = tuple(int(coordinate) for coordinate in first)
-    return f"{int(bad.sum())} of {tensor.numel()} values are not finite, the first at {index}"
+def non_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """How many values of a tensor are NaN or infinite, and where the first is; empty if none is.
+
+    Args:
+        tensor: the tensor.
+        dtype: that it is rounded to first; None for its own.
+    """
+    count, index = 0, list[int]()
+    for rows in row_blocks(tensor):  # the tests for a whole tensor take as much memory as it does
+        block = tensor[rows].to(dtype or tensor.dtype)
+        block = block.float() if block.dtype.itemsize == 1 else block  # float8 has no kernels for this
+        # A sum is finite only where all that is summed is. It takes a twentieth of the time that looking at
+        # every value does, and no memory; only of very large values it may be infinite all the same.
+        if not (block.is_floating_point() or block.is_complex()) or bool(block.sum().isfinite()):
+            continue
+        bad = ~torch.isfinite(block)
+        if bad.any():
+            if not count:
+                first = torch.unravel_index(bad.flatten().byte().argmax(), bad.shape)
+                index = [int(coordinate) for coordinate in first]
+                if isinstance(rows, slice):
+                    index[0] += rows.start
+            count += int(bad.sum())
+    return f"{count} of {tensor.numel()} values are not finite, the first at {tuple(index)}" if count else ""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
+from mingle.io.lazy_tensors import Rows, described, in_rows, row_blocks, rows_of
 from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, own_names, same_values
 from mingle.kernels.dtypes import wide
-from mingle.merging.vocabulary import Vocabulary, growth
+from mingle.merging.vocabulary import Growth, Vocabulary, growth
 from mingle.nn.linear import LowRankExpert
 from mingle.nn.matrices import oriented, packed_experts
 from mingle.nn.peft import read_with_head
@@ -71,30 +72,32 @@ class FineTuned:
         #: names of the classes that they tell apart, where there are any
         self.head_names = task.heads(base)
         self.labels: tuple[str, ...] | None = None
-        self._read: Callable[[str], Tensor]
+        #: where they are read
+        self._source: Mapping[str, Tensor]
+        #: what the model's vocabulary has beyond the base's
+        self.growth = Growth((0, 0))
         config: Any = model
         if isinstance(model, nn.Module):
             self.held, config = model.state_dict(), getattr(model, "config", None)
-            self._read = self.held.__getitem__
+            self._source = self.held
         elif isinstance(model, Mapping):
             self.held = dict(ModelTensors(base, model, model.__getitem__, strip=False))
             config = None
-            self._read = self.held.__getitem__
+            self._source = self.held
         elif ((folder := Path(model)) / ADAPTER_CONFIG).exists():
             experts, saved = read_with_head(folder, self.head_names)
             # What an adapter does not hold is as in the base, if it is there.
             kept = {name: self.whole[name] for name in self.head_names if name not in absent(base)}
             self.held = kept | saved
-            self._read = self.held.__getitem__
+            self._source = self.held
             self.adapter = self._named(experts, prefixes)
             self._check_head(task, None if saved else getattr(base, "config", None))
             return
         else:
             checkpoint, config = ModelCheckpoint(folder, base, strip=False), folder
-            self._read = checkpoint.__getitem__
+            self._source = checkpoint
             self.held = {name: checkpoint.described(name) for name in checkpoint}
         own_folder = None if isinstance(model, nn.Module | Mapping) else folder
-        #: what the model's vocabulary has beyond the base's
         self.growth = growth(tower, self.base, self.first, self.held, prefixes, (base_folder, own_folder))
         if self.growth.shapes:
             if vocabulary == "same":
@@ -102,9 +105,7 @@ class FineTuned:
                     f"its vocabulary has more than the base's: {self.growth}; with vocabulary 'base', what "
                     "both have is merged"
                 )
-            read, cut = self._read, self.growth.cut
-            self.held = {name: cut(name, tensor) for name, tensor in self.held.items()}
-            self._read = lambda name: cut(name, read(name))
+            self.held = {name: self.growth.cut(name, tensor) for name, tensor in self.held.items()}
         optional = {name.removeprefix(self.prefix) for name in task.optional(base)} - set(self.head_names)
         self.own = own_names(self.base, self.held, prefixes, self.first, optional)
         self._check_ties()
@@ -123,22 +124,35 @@ class FineTuned:
         """
         return {name: self.tensor(name, self.base[name]) for name in self.base}
 
-    def tensor(self, name: str, base: Tensor) -> Tensor:
+    def tensor(self, name: str, base: Tensor, rows: Rows = ...) -> Tensor:
         """One of `tensors`, with its errors.
 
         Args:
             name: of a tensor of the base tower.
             base: that tensor, which in a base on the meta device has no values.
+            rows: which rows of the tensor are wanted, if `in_rows`; those of the base are given.
         """
         if name in self.own:
-            tensor = self._read(self.own[name]).detach().to(base.device, wide(base), copy=True)
+            tensor = self._read(self.own[name], rows).detach().to(base.device, wide(base), copy=True)
         else:
             tensor = base.to(wide(base), copy=True)
             if name in self.adapter:
                 tensor += self._oriented(self.adapter[name].delta(), name).to(tensor)
         if found := non_finite(tensor):
+            if rows is not ...:
+                return self.tensor(name, base)  # which raises with what is wrong with all of it
             raise IncompatibleModel(f"{name}: {found}")
         return tensor
+
+    def in_rows(self, name: str) -> bool:
+        """Whether rows of a tensor of the base tower take less memory than all of it."""
+        if name not in self.own:
+            return name not in self.adapter
+        return in_rows(self._source, self.own[name])
+
+    def _read(self, name: str, rows: Rows = ...) -> Tensor:
+        """One of the model's own tensors, or rows of it; of a larger vocabulary what the base has too."""
+        return self.growth.cut(name, rows_of(self._source, name, rows))
 
     def head(self, base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors that the task has of its own, by the names that they have in the whole base model.
@@ -193,12 +207,18 @@ class FineTuned:
 
     def _differs(self, own: str, name: str, base: Mapping[str, Tensor] | None) -> bool:
         """Whether the model's tensor `own` is another than the whole base's tensor `name`."""
-        if base is None:
-            before = self.whole[name]
-        else:  # a file may hold any one of the names that are tied together
+        values, source = self.whole if base is None else base, name
+        if base is not None:  # a file may hold any one of the names that are tied together
             ties = (other for other in self.whole if self.whole_first[other] == self.whole_first[name])
-            before = base[next(other for other in ties if other in base)]
-        return not same_values(self._read(own).to(before.device), before)
+            source = next(other for other in ties if other in base)
+        if described(values, source).shape != self.held[own].shape:
+            return True
+        divided = in_rows(values, source) and in_rows(self._source, own)
+        for rows in row_blocks(self.held[own]) if divided else [...]:
+            before = rows_of(values, source, rows)
+            if not same_values(self._read(own, rows).to(before.device), before):
+                return True
+        return False
 
     def _check_ties(self) -> None:
         """Refuse tensors that the base ties together and that differ in this model: one would be lost."""

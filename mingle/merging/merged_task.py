@@ -80,7 +80,7 @@ class MergedTask:
             raise ValueError(f"task {self.name!r}: expected a head of {', '.join(expected) or 'nothing'}")
         self.tensors = {name: own[name] for name in expected}  # in the model's order
         task.check_head(self.head)
-        return {name: tensor for name, tensor in saved.items() if not name.startswith((_HEAD, _SHARED))}
+        return {name: tensor for name, tensor in saved.items() if not is_own(name)}
 
 
 @dataclass
@@ -101,6 +101,11 @@ class RemovedTask:
     def of(cls, noted: Mapping[str, Any]) -> RemovedTask:
         """The one that a manifest says this of."""
         return cls(noted["name"], list(noted["stays"]), list(noted["tasks"]))
+
+
+def is_own(name: str) -> bool:
+    """Whether a tensor that is saved of a task, by its name there, is not the method's."""
+    return name.startswith((_HEAD, _SHARED))
 
 
 def own_head(head: Tensors, samples: TaskData | None, labels: Sequence[str] | None) -> Head:

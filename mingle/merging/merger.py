@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import time
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -106,7 +105,7 @@ class Merger(MergeState):
             self.check_name(name)
             samples = None if seed_data is None else self.task.data(seed_data)
             seeds = samples if self.method.needs_seeds else None
-            if self.method.needs_seeds and not seeds:
+            if self.method.requires_seeds() and not seeds:
                 raise ValueError(
                     f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given"
                 )
@@ -128,7 +127,7 @@ class Merger(MergeState):
             tuned=tuned,
             seeds=seeds,
             teacher=teacher,
-            seed=zlib.crc32(f"{self.seed}/{index}".encode()),
+            seed=self.step_seed(),
             on_step=on_step,
         )
         before = [self.method.task_tensors(i) for i in range(index)], self.method.state_tensors()
@@ -307,8 +306,6 @@ class Merger(MergeState):
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep}: expected 1 or more, the generation that is saved")
         with ranks.together(f"saving to {folder}"):
-            if ranks.rank() > 0:
-                return
             task_tensors = self._kept()
             refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
             base = self._base_model() if include_base else None
@@ -402,6 +399,7 @@ class Merger(MergeState):
         *,
         task_type: TaskType | None = None,
         device: str | torch.device | None = None,
+        adapt: Mapping[str, Any] | None = None,
     ) -> Merger:
         """The merger that `save_pretrained` wrote.
 
@@ -412,13 +410,16 @@ class Merger(MergeState):
             base: the base model, where the folder does not hold it.
             task_type: the object, where it is of your own and not registered, see `mingle.tasks.register`.
             device: where the merged model lives.
+            adapt: options of the adaptation (``steps``, ``lr``, ``batch_size``, ``temperature``) that change
+                from now on; tasks that are merged stay as they are.
 
         Raises:
             CheckpointError: a missing, truncated or changed file, another format version, or another base
                 model.
+            ValueError: an option that is not one of the adaptation's, or that the method does not have.
         """
         folder = Path(folder)
-        saved = opened(folder, task_type)
+        saved = opened(folder, task_type, adapt)
         model = base if base is not None else saved.base_folder()
         merger = cls._begun(saved.manifest, model, task_type, device, folder / MANIFEST)
         if base is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -95,6 +96,10 @@ class MergeState:
     def task_names(self) -> list[str]:
         """The merged tasks in order of arrival."""
         return [task.name for task in self.merged]
+
+    def step_seed(self) -> int:
+        """Of everything random when the next model arrives."""
+        return zlib.crc32(f"{self.seed}/{len(self.merged)}".encode())
 
     def check_name(self, name: str) -> None:
         """Raise `ValueError` for a name that a further task cannot have."""

@@ -16,17 +16,20 @@ from mingle import ranks
 from mingle.io import journal, merger_folder
 from mingle.io.files import CheckpointError
 from mingle.io.journal import Journal, PartFiles
+from mingle.io.lazy_tensors import Joined, Rows, row_blocks, rows_of
 from mingle.io.manifest import MANIFEST, entries_of
 from mingle.io.provenance import versions
 from mingle.io.state_dicts import IncompatibleModel, non_finite, state_hash
 from mingle.kernels.dtypes import wide
 from mingle.merging.finetuned import FineTuned
 from mingle.merging.finite import NonFiniteMerge
-from mingle.merging.merged_task import MergedTask, own_head
+from mingle.merging.merged_task import MergedTask, is_own, own_head
 from mingle.merging.opened import opened
 from mingle.merging.state import MergeState, model_name
+from mingle.merging.streamed_experts import ExpertStep, Made, check_experts
 from mingle.methods import MergeMethod
 from mingle.methods.base import Tensors, WeightMethod, kept_size
+from mingle.methods.gated import GatedMethod
 from mingle.methods.tensorwise import Numbers, Seen, Survey, TensorMethod, TensorStep
 from mingle.tasks import TaskType
 from mingle.tasks.image_settings import differing_preparation
@@ -39,18 +42,23 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 128 << 20
 
 
-def streams(method: type[MergeMethod], task: TaskType, base: nn.Module) -> bool:
+def streams(method: type[MergeMethod], options: Any, task: TaskType, base: nn.Module) -> bool:
     """Whether merges by a method into a base of that kind can go tensor by tensor.
 
     Args:
         method: its class.
+        options: an instance of its `Options`.
         task: the base's task type.
         base: the base or its skeleton.
     """
-    return (
+    plain = (
         issubclass(method, TensorMethod)
         and method.add is WeightMethod.add
         and method.update is TensorMethod.update
+    )
+    gated = issubclass(method, GatedMethod) and method.from_weights(options)
+    return (
+        (plain or gated)
         and task.loads_as_stored
         # of buffers it depends on the architecture in which dtype they are loaded
         and all(name in dict(base.named_parameters(remove_duplicate=False)) for name in base.state_dict())
@@ -73,8 +81,9 @@ class StreamedMerger(MergeState):
         method, task_type, more: see `mingle.Merger`.
 
     Attributes:
-        state: what is merged, by the names that it is saved under.
+        state: what is kept of all tasks together, by the names that it is saved under.
         entries: of its files in the manifest.
+        tasks: those of each task's own files.
     """
 
     def __init__(
@@ -85,10 +94,11 @@ class StreamedMerger(MergeState):
         **more: Any,
     ) -> None:
         super().__init__(base_model, method, task_type, **more)
-        if not streams(type(self.method), self.task, self.base):
+        if not streams(type(self.method), self.options, self.task, self.base):
             raise ValueError(f"method {method!r} cannot merge this base tensor by tensor; use mingle.Merger")
         self.state: Mapping[str, Tensor] = {}
         self.entries: list[dict[str, Any]] = []
+        self.tasks: list[list[dict[str, Any]]] = []
 
     def add(self, name: str, model: Path, folder: Path, digest: str = "", *, keep: int | None = None) -> None:
         """Merge one more fine-tuned model, and save.
@@ -115,34 +125,51 @@ class StreamedMerger(MergeState):
                 own = own_head(tuned.head(self.values), None, tuned.labels)
                 self.task.check_head(own)
                 notes = merger_folder.begin(folder, self._identity(name, digest))
-                entries = _Step(self, name, tuned, folder, notes).run()
+                made, entries = Made({}, None, []), self.entries
+                if isinstance(self.method, GatedMethod):
+                    experts = self._experts(folder)
+                    seen = len(self.merged)
+                    step = ExpertStep(
+                        self.method, self.values, experts, name, tuned, self.step_seed(), seen, notes
+                    )
+                    made = step.run(PART_BYTES)
+                else:
+                    entries = _Step(self, name, tuned, folder, notes).run()
             except (IncompatibleModel, CheckpointError) as error:
                 raise type(error)(f"task {name!r}: {error}") from None
             for line in left:
                 logger.info("%s: %s", name, line)
             labels = None if own.labels is None else list(own.labels)
+            told = [*made.notes, *left]
+            called = model_name(model)
             task = MergedTask(
-                name, 0, None, left, labels, None, model_name(model), dict(own.tensors), dict(own.shared)
+                name, 0, made.skipped, told, labels, None, called, dict(own.tensors), dict(own.shared)
             )
-            self._save(folder, task, entries, keep)
+            self._save(folder, task, made.tensors, entries, keep)
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> Self:
+    def from_pretrained(cls, folder: Path, adapt: Mapping[str, Any] | None = None) -> Self:
         """The merger of a folder that holds a merge, whatever has written it.
+
+        Args:
+            folder: the folder.
+            adapt: see `mingle.Merger.from_pretrained`.
 
         Raises:
             CheckpointError: as `mingle.Merger.from_pretrained`.
         """
-        saved = opened(folder)
+        saved = opened(folder, adapt=adapt)
         merger = cls._begun(saved.manifest, saved.base_folder(), None, None, folder / MANIFEST)
         merger.base_name = saved.base_name()
         saved.check_base(merger.base_hash)
         merger.metadata = saved.manifest["metadata"]
         merger.state, merger.entries = saved.state_files(), entries_of(saved.manifest["state"])
+        merger.tasks = [entries_of(task["tensors"]) for task in saved.manifest["tasks"]]
         try:
-            for task, tensors in zip(merger.merged, saved.task_tensors(), strict=True):
-                if left := sorted(task.take(tensors, merger.task, merger.base)):
-                    raise ValueError(f"there is no place for {left[0]!r}")
+            for task, files in zip(merger.merged, saved.task_files(), strict=True):
+                own = {key: files[key] for key in files if is_own(key)}
+                task.take(own, merger.task, merger.base)
+                merger._check_task(files)
             merger._check_state()
         except ValueError as error:
             reason = f"the tensors do not fit the method {merger.method.name!r} with these options"
@@ -173,29 +200,52 @@ class StreamedMerger(MergeState):
 
     def _identity(self, name: str, digest: str) -> str:
         """All that a step's result depends on."""
-        merged = [entry["sha256"] for entry in self.entries]
+        merged = [entry["sha256"] for entries in (self.entries, *self.tasks) for entry in entries]
         facts = {"name": name, "model": digest, "base": self.base_hash, "merged": merged, "part": PART_BYTES}
         return journal.identity(self._described() | facts | {"versions": versions()})
 
+    def _experts(self, folder: Path) -> list[PartFiles]:
+        """The files of those tasks that have experts."""
+        every = [PartFiles(folder, entries) for entries in self.tasks]
+        return [files for files in every if not all(map(is_own, files))]
+
+    def _check_task(self, files: PartFiles) -> None:
+        found = sorted(key for key in files if not is_own(key))
+        if isinstance(self.method, GatedMethod) and found:
+            check_experts(self.method, files, found)
+        elif found:
+            raise ValueError(f"there is no place for {found[0]!r}")
+
     def _check_state(self) -> None:
+        if isinstance(self.method, GatedMethod):
+            if left := sorted(self.state):
+                raise ValueError(f"there is no place for {left[0]!r}")
+            return
         method = cast(TensorMethod, self.method)
         expected = {f"merged/{name}" for name in method.base} if self.merged else set()
         if missing := sorted(expected - self.state.keys()):
             raise ValueError(f"{missing[0]!r} is missing")
 
-    def _save(self, folder: Path, task: MergedTask, entries: list[dict[str, Any]], keep: int | None) -> None:
+    def _save(
+        self,
+        folder: Path,
+        task: MergedTask,
+        tensors: Mapping[str, Tensor],
+        entries: list[dict[str, Any]],
+        keep: int | None,
+    ) -> None:
         self.merged.append(task)
         for rows in (self.matrix, self.unknown):
             rows.append([None] * len(self.merged))
         before, self.answers = self.answers, {}
         try:
-            merger_folder.save(
+            manifest = merger_folder.save(
                 folder,
                 self._described() | {"metadata": self.metadata},
                 self.base_hash,
                 self.base_name,
                 self._base_model(),
-                [each.kept() for each in self.merged],
+                [*self.tasks, Joined(tensors, task.kept())],
                 entries,
                 keep,
             )
@@ -205,6 +255,7 @@ class StreamedMerger(MergeState):
                 each.pop()
             raise
         self.state, self.entries = PartFiles(folder, entries), entries
+        self.tasks = [entries_of(each["tensors"]) for each in manifest["tasks"]]
 
 
 def _hash(values: BaseTensors) -> str:
@@ -256,7 +307,7 @@ class _Step:
             tensors: Tensors = {}
             seen[part] = []
             for name in self.parts[part]:
-                numbers, aside = self._seen(survey, name)
+                numbers, aside = self._surveyed(survey, name)
                 seen[part].append(numbers)
                 tensors |= {f"{key}/{name}": tensor for key, tensor in aside.items()}
             if survey.sets_aside:
@@ -293,9 +344,11 @@ class _Step:
         work = [sum(map(self.method.work_of, self.parts[part])) for part in left]
         return [left[place] for place in ranks.dealt(work)[ranks.rank()]]
 
-    def _seen(self, survey: Survey, name: str) -> Seen:
+    def _surveyed(self, survey: Survey, name: str) -> Seen:
         """What a survey takes down of a tensor."""
-        seen = survey.see(self._step(name))
+        parts = [survey.see(self._step(name, rows)) for rows in self._blocks(name)]
+        numbers = tuple(map(sum, zip(*(part.numbers for part in parts), strict=True)))
+        seen = parts[0] if len(parts) == 1 else Seen(numbers)
         if not all(map(math.isfinite, seen.numbers)):
             where = f"method {self.method.name!r}, task {self.task!r}: {name}"
             raise NonFiniteMerge(f"{where}: its norm is not finite; nothing was saved")
@@ -303,29 +356,46 @@ class _Step:
 
     def _merged(self, name: str, found: Numbers, laid: Mapping[str, Tensor]) -> Tensors:
         """What is saved of a tensor, by the names that it is saved under."""
-        step = self._step(name)
-        merged, kept = self.method.merge_tensor(step, found, laid)
-        new = {f"merged/{name}": merged} | {f"state/{key}": tensor for key, tensor in kept.items()}
+        new: Tensors = {}
+        for rows in self._blocks(name):
+            merged, kept = self.method.merge_tensor(self._step(name, rows), found, laid)
+            part = {f"merged/{name}": merged} | {f"state/{key}": tensor for key, tensor in kept.items()}
+            if rows is ...:
+                new = part
+            for key, tensor in part.items() if rows is not ... else ():
+                if key not in new:
+                    new[key] = tensor.new_empty(self.method.base[name].shape)
+                new[key][rows] = tensor
         if name == self.parts[-1][-1]:
             new |= {f"state/{key}": tensor for key, tensor in self.method.shared_tensors(found).items()}
-        served = {f"{self.tuned.prefix}{name}": merged.to(step.base.dtype)}
-        for key, tensor in (new if merged.dtype == step.base.dtype else new | served).items():
-            if fault := non_finite(tensor):
+        checked = [(key, tensor, tensor.dtype) for key, tensor in new.items()]
+        served, merged = self.tuned.prefix + name, new[f"merged/{name}"]
+        # as it is put into the model, which may have less precision
+        if (dtype := self.merger.values.described(served).dtype) != merged.dtype:
+            checked.append((served, merged, dtype))
+        for key, tensor, dtype in checked:
+            if fault := non_finite(tensor, dtype):
                 where = f"method {self.method.name!r}, task {self.task!r}: {key}"
                 raise NonFiniteMerge(f"{where}: {fault}; nothing was saved")
         return new
 
-    def _step(self, name: str) -> TensorStep:
-        base, state = self.merger.values[self.tuned.prefix + name], self.merger.state
-        merged = state[f"merged/{name}"] if self.seen else base
+    def _blocks(self, name: str) -> list[Rows]:
+        """The rows of a tensor that are in memory at once."""
+        readable = self.merger.values.in_rows(self.tuned.prefix + name) and self.tuned.in_rows(name)
+        return row_blocks(self.method.base[name]) if readable and self.method.elementwise(name) else [...]
+
+    def _step(self, name: str, rows: Rows) -> TensorStep:
+        base, state = self.merger.values.rows(self.tuned.prefix + name, rows), self.merger.state
+        merged = rows_of(state, f"merged/{name}", rows) if self.seen else base
         places = {key: f"state/{key}" for key in self.method.kept_of(name)} if self.seen else {}
         return TensorStep(
             name,
             base,
             merged.to(wide(merged)),
-            self.tuned.tensor(name, base),
-            {key: state[place] for key, place in places.items() if place in state},
+            self.tuned.tensor(name, base, rows),
+            {key: rows_of(state, place, rows) for key, place in places.items() if place in state},
             self.seen,
+            self.merger.step_seed(),
         )
 
 

@@ -21,6 +21,9 @@ class Average(TensorMethod):
     name = "average"
     copies = 2.0
 
+    def elementwise(self, name: str) -> bool:
+        return True
+
     def merge_tensor(
         self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensors]:

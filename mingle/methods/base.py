@@ -130,6 +130,8 @@ class MergeMethod(ABC):
     name: ClassVar[str]
     Options: ClassVar[type] = NoOptions
     needs_seeds: ClassVar[bool] = False
+    #: whether models may come without seed samples where the option ``steps`` is 0
+    adapts_by_choice: ClassVar[bool] = False
     #: whether seed samples come with the fine-tuned model's answers, in task types that compare models along
     #: these
     needs_answers: ClassVar[bool] = True
@@ -184,6 +186,10 @@ class MergeMethod(ABC):
             f"method {self.name!r} keeps all that it merged as one, from which no single task can be taken "
             "out again"
         )
+
+    def requires_seeds(self) -> bool:
+        """Whether no model can arrive without seed samples, with these options."""
+        return self.needs_seeds and not (self.adapts_by_choice and self.options.steps == 0)
 
     def rewrites_tasks(self) -> bool:
         """Whether an arrival changes what is kept of earlier tasks alone, or what is kept grows with them."""

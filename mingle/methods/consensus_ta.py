@@ -70,6 +70,9 @@ class ConsensusTa(TensorMethod):
     def kept_of(self, name: str) -> tuple[str, ...]:
         return (name,) if self.options.masks == "all" else ()
 
+    def elementwise(self, name: str) -> bool:
+        return True
+
     def merge_tensor(
         self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensors]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,25 @@ from mingle.tasks.masks import TokenMasks
 EXPERT_TENSORS = ("A", "B", "gate_weight", "gate_bias")
 
 
+def unchanged(task: str) -> str:
+    """Why a task gets no expert that changed no target layer."""
+    return f"{task}: no target layer differs from the model it started from, no expert was added"
+
+
+class FirstGates(NamedTuple):
+    """The gates of a new task before anything trains them.
+
+    Attributes:
+        weights: w [d_in] by layer.
+        bias: β, the same in all of them.
+        generator: goes on where drawing them left off.
+    """
+
+    weights: Tensors
+    bias: float
+    generator: torch.Generator
+
+
 class GatedMethod(MergeMethod):
     """One gated expert per task and target layer.
 
@@ -36,6 +55,8 @@ class GatedMethod(MergeMethod):
 
     needs_seeds = True
     folds_by_means = True
+    #: whether what a new expert is made of are also the earlier ones, see `expert`
+    projects: ClassVar[bool] = False
     #: the target layers where the options name none
     layer_set: ClassVar[str]
 
@@ -77,8 +98,7 @@ class GatedMethod(MergeMethod):
         deltas = task_vector(self.start(), arrival.tuned, [f"{name}.weight" for name in self.layers])
         if not any(delta.any() for delta in deltas.values()):
             self._count(merged=False)
-            same = "no target layer differs from the model it started from"
-            return StepReport(skipped=f"{arrival.name}: {same}, no expert was added")
+            return StepReport(skipped=unchanged(arrival.name))
         before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
         try:
             report = self._merge(
@@ -108,6 +128,44 @@ class GatedMethod(MergeMethod):
     def start(self) -> Mapping[str, torch.Tensor]:
         """The tower that the next model is compared with: the difference becomes an expert."""
         return self.base
+
+    @classmethod
+    def from_weights(cls, options: Any) -> bool:
+        """Whether all that a task leaves is made of weights, layer by layer, where it comes without samples.
+
+        Then `expert`, `first_gates` and `beside_expert` give it.
+
+        Args:
+            options: an instance of the method's `Options`.
+        """
+        return False
+
+    def expert(self, name: str, delta: torch.Tensor, earlier: Sequence[LowRankExpert]) -> LowRankExpert:
+        """A layer's new expert, with the bits that it has where those of all layers are made together.
+
+        Args:
+            name: of the layer.
+            delta: its Δ [d_out, d_in].
+            earlier: its experts so far; none need be given unless the method `projects`.
+        """
+        raise NotImplementedError
+
+    def first_gates(self, seed: int) -> FirstGates:
+        """The gates that a task starts with; 0 unless a method says otherwise.
+
+        Args:
+            seed: of everything random in this step.
+        """
+        weights = {name: torch.zeros(layer.in_features) for name, layer in self.layers.items()}
+        return FirstGates(weights, 0.0, torch.Generator().manual_seed(seed))
+
+    def beside_expert(self, name: str) -> Tensors:
+        """What a task that came without samples leaves of a layer beside `EXPERT_TENSORS`."""
+        return {}
+
+    def notes_without_samples(self) -> list[str]:
+        """What is noted of a task that came without samples, in words."""
+        return []
 
     @abstractmethod
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:

@@ -43,6 +43,9 @@ class MagMax(TensorMethod):
     Options = MagMaxOptions
     copies = 4.25
 
+    def elementwise(self, name: str) -> bool:
+        return True
+
     def merge_tensor(
         self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensors]:

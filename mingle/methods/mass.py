@@ -113,6 +113,10 @@ class Mass(RoutedMethod):
         self.deciding = first[0]
         return [self.layers[self.deciding]]
 
+    @classmethod
+    def from_weights(cls, options: Any) -> bool:
+        return True
+
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
         self.add_experts(deltas)
         self._decide()

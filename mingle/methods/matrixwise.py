@@ -83,6 +83,9 @@ class MatrixMethod(TensorMethod):
         size = kept_size(self.tower.state_dict().values())
         return Kept(0, size + sum(self.cost_of(name).kept for name in self.layouts))
 
+    def elementwise(self, name: str) -> bool:
+        return name not in self.layouts
+
     def cost_of(self, name: str) -> Cost:
         base = self.base[name]
         if (layout := self.layouts.get(name)) is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,13 +22,18 @@ from mingle.adaptation.trace import AdaptTrace
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.methods.base import Arrival, Left, StepReport, Tensors
 from mingle.methods.experts import make_experts
-from mingle.methods.gated import GatedMethod
-from mingle.nn.linear import GATE_INIT_STD
+from mingle.methods.gated import FirstGates, GatedMethod
+from mingle.nn.linear import GATE_INIT_STD, LowRankExpert
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.shares import own_batches
 
 logger = logging.getLogger(__name__)
+
+#: what is noted of a task that comes without samples where there is no adaptation
+UNADAPTED = (
+    "merged without samples: its gates stay as they start, and none of its input directions is protected"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class MingleOptions:
         k: how many input directions of every task are protected per layer.
         gamma, beta: γ, the strength of relaxation, and β, the memory of S.
         steps, lr, batch_size: of the adaptation, see `mingle.adaptation.train.AdaptConfig`; with ``auto`` the
-            learning rate goes by what the gates see.
+            learning rate goes by what the gates see.  With 0 steps there is none, and models may come without
+            samples: their gates then stay as they start.
         temperature: of both soft-maxes in its loss.
         gates: which gates train: the newest one, all, or none at all (``static``, all gates constant).
         constraint: ``relaxed``, ``hard`` (λ = 1) or ``none``.
@@ -91,6 +97,8 @@ class Mingle(GatedMethod):
 
     name = "mingle"
     Options = MingleOptions
+    adapts_by_choice = True
+    projects = True
     layer_set: ClassVar[str] = "full"
 
     def __init__(
@@ -112,23 +120,61 @@ class Mingle(GatedMethod):
     def _widths(self) -> dict[str, int]:
         return {name: basis.shape[1] for name, basis in self.bases.items()}
 
+    def requires_seeds(self) -> bool:
+        return super().requires_seeds() and self.options.gates != "static"
+
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
         options, report = self.options, StepReport()
-        generator = torch.Generator().manual_seed(arrival.seed)
+        gates = self.first_gates(arrival.seed)
         earlier = {name: layer.experts() for name, layer in self.layers.items()}
         experts = make_experts(
             deltas, earlier, options.rank, drop_diagonal=options.drop_diagonal, energy=options.energy
         )
         for name, layer in self.layers.items():
-            gate = torch.zeros(layer.in_features)
-            if options.gates != "static" and options.gate_init == "normal":
-                gate.normal_(std=GATE_INIT_STD, generator=generator)
-            bias = options.static_coefficient if options.gates == "static" else 0.0
-            self._append(name, experts[name].A.to(layer.weight), experts[name].B.to(layer.weight), gate, bias)
-        if options.gates != "static":
-            report.trace = self._adapt(arrival, generator)
-        self.bases = self._protect(arrival, report)
+            expert = experts[name]
+            self._append(
+                name, expert.A.to(layer.weight), expert.B.to(layer.weight), gates.weights[name], gates.bias
+            )
+        if options.gates == "static":
+            return report
+        if arrival.seeds or self.requires_seeds():
+            report.trace = self._adapt(arrival, gates.generator)
+            self.bases = self._protect(arrival, report)
+        else:
+            report.notes += self.notes_without_samples()
         return report
+
+    @classmethod
+    def from_weights(cls, options: Any) -> bool:
+        adapts = options.steps > 0 and options.gates != "static"
+        # With `energy`, experts of earlier tasks may be padded to the rank of a new one.
+        return cls.adapts_by_choice and not adapts and options.energy == 1
+
+    def expert(self, name: str, delta: torch.Tensor, earlier: Sequence[LowRankExpert]) -> LowRankExpert:
+        options = self.options
+        made = make_experts(
+            {name: delta},
+            {name: earlier},
+            options.rank,
+            drop_diagonal=options.drop_diagonal,
+            energy=options.energy,
+        )
+        return made[name]
+
+    def first_gates(self, seed: int) -> FirstGates:
+        gates = super().first_gates(seed)
+        if self.options.gates == "static":
+            return gates._replace(bias=self.options.static_coefficient)
+        for weight in gates.weights.values() if self.options.gate_init == "normal" else ():
+            weight.normal_(std=GATE_INIT_STD, generator=gates.generator)
+        return gates
+
+    def beside_expert(self, name: str) -> Tensors:
+        layer = self.layers[name]
+        return {"basis": torch.empty(layer.in_features, 0, dtype=layer.gate_weight.dtype)}
+
+    def notes_without_samples(self) -> list[str]:
+        return [] if self.options.gates == "static" else [UNADAPTED]
 
     def _append(
         self, name: str, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, bias: float | torch.Tensor
@@ -159,7 +205,7 @@ class Mingle(GatedMethod):
         They are those of its seed samples in the model as it is merged now.
         """
         options = self.options
-        if options.constraint == "none" or options.gates == "static" or options.k == 0:
+        if options.constraint == "none" or options.k == 0:
             return self.bases
         seeds = arrival.samples()
         # Not inside: it passes a few tokens through the model, whose directions are none of the task's.

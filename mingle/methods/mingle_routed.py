@@ -42,6 +42,7 @@ class MingleRouted(RouterMethod, Mingle):
 
     name = "mingle-routed"
     Options = MingleRoutedOptions
+    adapts_by_choice = False  # the router wants samples in any case
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)

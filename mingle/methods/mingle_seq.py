@@ -47,6 +47,10 @@ class MingleSeq(Mingle):
         #: the target weights of the model that arrived last, where task vectors start from it
         self.previous: Tensors = {}
 
+    @classmethod
+    def from_weights(cls, options: Any) -> bool:
+        return super().from_weights(options) and options.start == "base"
+
     def start(self) -> Mapping[str, torch.Tensor]:
         return self.previous or self.base
 

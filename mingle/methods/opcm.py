@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mingle import linalg
+from mingle.io.lazy_tensors import row_blocks
 from mingle.methods.base import Tensors, kept_size
 from mingle.methods.tensorwise import Cost, Numbers, Seen, Survey, TensorMethod, TensorStep, moved
 from mingle.nn.matrices import matrices
@@ -119,6 +120,9 @@ class Opcm(TensorMethod):
     def survey(self, number: int, seen: int, found: Numbers) -> Survey:
         return _Norms(seen, dict(found), self.linear, self.options)
 
+    def elementwise(self, name: str) -> bool:
+        return name not in self.linear
+
     def cost_of(self, name: str) -> Cost:
         aside = kept_size([self.base[name]]) if name in self.linear else 0
         return super().cost_of(name)._replace(aside=aside)
@@ -138,4 +142,5 @@ class Opcm(TensorMethod):
 
 
 def _square(tensor: Tensor) -> float:
-    return float(tensor.double().square().sum())
+    """‖·‖², added up block by block, so that it is the same where blocks are all there is at once."""
+    return sum(float(tensor[rows].double().square().sum()) for rows in row_blocks(tensor))

@@ -16,6 +16,7 @@ from mingle.methods.experts import make_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.layer_router import LayerRouter, Moments
 from mingle.nn.early_stop import run_until
+from mingle.nn.linear import LowRankExpert
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.shares import of_all, own_batches
 
@@ -151,6 +152,9 @@ class RoutedMethod(RouterMethod):
         for name, layer in self.layers.items():
             A, B = (part.to(layer.weight) for part in experts[name])
             self._append(name, A, B, torch.zeros(layer.in_features), 0.0)
+
+    def expert(self, name: str, delta: Tensor, earlier: Sequence[LowRankExpert]) -> LowRankExpert:
+        return make_experts({name: delta}, {name: ()}, self.options.rank)[name]
 
     def _append(self, name: str, A: Tensor, B: Tensor, gate: Tensor, bias: float | Tensor) -> None:
         layer = self.layers[name]

@@ -37,6 +37,9 @@ class TaskArithmetic(TensorMethod):
     Options = TaskArithmeticOptions
     copies = 2.0
 
+    def elementwise(self, name: str) -> bool:
+        return True
+
     def merge_tensor(
         self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensors]:

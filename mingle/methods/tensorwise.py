@@ -24,7 +24,7 @@ Numbers = dict[str, float]
 
 @dataclass(frozen=True)
 class TensorStep:
-    """One tensor when a model arrives.
+    """One tensor when a model arrives, or rows of it where a method is `TensorMethod.elementwise`.
 
     Attributes:
         name: the tensor's, in the tower.
@@ -33,6 +33,7 @@ class TensorStep:
         tuned: θ_t.
         kept: what was kept of it, see `TensorMethod.kept_of`; empty before the first step.
         seen: how many models arrived before.
+        seed: of everything random.
     """
 
     name: str
@@ -41,6 +42,7 @@ class TensorStep:
     tuned: Tensor
     kept: Mapping[str, Tensor]
     seen: int
+    seed: int
 
     def delta(self) -> Tensor:
         """Δ_t = θ_t − θ₀, in float32 or wider."""
@@ -55,7 +57,7 @@ class Seen(NamedTuple):
     """What a survey takes down of one tensor.
 
     Attributes:
-        numbers: for its `Survey.conclude`.
+        numbers: for its `Survey.conclude`; of a tensor that is seen in blocks of rows, their sums.
         aside: tensors that took work and that merging wants again, by names of the survey's own.
     """
 
@@ -75,7 +77,7 @@ class Survey(ABC):
 
     @abstractmethod
     def see(self, step: TensorStep) -> Seen:
-        """Look at one tensor, in the tower's order."""
+        """Look at one tensor, in the tower's order, or at one block of its rows after another."""
 
     def counts(self) -> list[Tensor]:
         """What `see` adds up, in place, whole numbers over all tensors that it saw; none where it does not.
@@ -147,6 +149,14 @@ class TensorMethod(WeightMethod):
         """The names of what `merge_tensor` keeps of the tensor of that name; no other's has the same."""
         return ()
 
+    def elementwise(self, name: str) -> bool:
+        """Whether every entry of the tensor of that name is merged, and surveyed, by itself.
+
+        A large one then goes in blocks of rows, see `mingle.io.lazy_tensors.row_blocks`; what is kept of it
+        has its shape.
+        """
+        return False
+
     def cost_of(self, name: str) -> Cost:
         """What merging the tensor of that name takes, from shapes alone."""
         return Cost(round(self.copies * kept_size([self.base[name]])))
@@ -180,7 +190,8 @@ class TensorMethod(WeightMethod):
     def _steps(self, arrival: Arrival) -> Iterator[TensorStep]:
         for name, base in self.base.items():
             kept = {key: self.state[key] for key in self.kept_of(name) if key in self.state}
-            yield TensorStep(name, base, self.merged[name], arrival.tuned[name], kept, arrival.index)
+            merged, tuned = self.merged[name], arrival.tuned[name]
+            yield TensorStep(name, base, merged, tuned, kept, arrival.index, arrival.seed)
 
 
 def moved(tensor: Tensor, vector: Tensor, scaling: float = 1.0) -> Tensor:

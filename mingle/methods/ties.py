@@ -108,6 +108,9 @@ class Ties(TensorMethod):
         start |= {f"{vector} rank": self._kept() for vector in _VECTORS}
         return _Ranking(number, start | found, self._dtype())
 
+    def elementwise(self, name: str) -> bool:
+        return True
+
     def merge_tensor(
         self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensors]:

@@ -19,7 +19,6 @@ from mingle.merging.finetuned import FineTuned
 from mingle.merging.streamed import streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
-from mingle.methods.tensorwise import TensorMethod
 from mingle.options import OptionError, build
 from mingle.runs import forecast, settings, target
 from mingle.runs.config import MergeConfig
@@ -64,6 +63,11 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
     )
     options = {name: setting.value for name, setting in chosen.items()}
     method = _fitted(config.method, model, task, options)
+    if suite is None and method.requires_seeds():
+        need = f"method {config.method!r} needs seed samples, which come from a suite"
+        off = "; with adapt: {steps: 0} it needs none either" if method.adapts_by_choice else ""
+        others = ", ".join(methods.without_samples())
+        raise OptionError(f"eval: suite is missing: {need}; {others} need none{off}")
     values = ModelCheckpoint(base, model)
     left = {
         name: expert.left(method.merges(), values) + differing_preparation(base, experts[name])
@@ -89,7 +93,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         fitted=method,
     )
     target.check(plan, method)
-    if suite is None and isinstance(method, TensorMethod) and streams(type(method), task, model):
+    if suite is None and streams(type(method), method.options, task, model):
         listed = [(experts[name], finetuned[name]) for name in orders[0]]
         plan = replace(plan, forecast=forecast.of_merge(method, base, listed, config.keep).times(len(orders)))
         _check_memory(plan)
@@ -161,10 +165,6 @@ def _suite(
     config: MergeConfig, task: TaskType, base: Path, experts: Mapping[str, Path], revisions: hub.Revisions
 ) -> Suite | None:
     if config.eval.suite is None:
-        if methods.get(config.method).needs_seeds:
-            need = f"method {config.method!r} needs seed samples, which come from a suite"
-            others = ", ".join(methods.without_samples())
-            raise OptionError(f"eval: suite is missing: {need}; {others} need none")
         return None
     suite = suites.load(
         config.eval.suite,

@@ -21,7 +21,7 @@ from mingle.merging.opened import opened
 from mingle.merging.streamed import StreamedMerger, streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
-from mingle.options import OptionError
+from mingle.options import OptionError, build
 from mingle.runs import course, inputs, room, timings
 from mingle.runs.config import Expert, MergeConfig
 from mingle.runs.forecast import Forecast
@@ -138,6 +138,7 @@ def add(
     overrides: Mapping[str, Any],
     observer: Observer | None = None,
     vocabulary: Vocabulary | None = None,
+    adapt: Mapping[str, Any] | None = None,
 ) -> Result:
     """Merge one more model into a merged one, evaluate where there is a suite, and save.
 
@@ -147,10 +148,11 @@ def add(
         overrides: the parts of the merge's origin that change from now on, see `mingle.runs.origin`.
         observer: told how the merge is getting on.
         vocabulary: see `mingle.Merger`; None leaves it as it was so far.
+        adapt: see `mingle.Merger.from_pretrained`.
     """
     writable(folder)
     with merger_folder.writing(folder, new=False):
-        merger, suite = _extended(folder, overrides)
+        merger, suite = _extended(folder, overrides, adapt)
         merger.vocabulary = vocabulary or merger.vocabulary
         if suite is not None and expert.name not in suite:
             raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
@@ -254,22 +256,27 @@ def _note_course(merger: Merger, step: MergeStep, suite: Suite | None, *, last: 
         course.note_gates(merger.metadata, gates_of(merger, suite))
 
 
-def _reopen(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger, Suite | None]:
-    """A merged model and its suite, with the caller's changes to its origin."""
-    merger = Merger.from_pretrained(folder)
+def _reopen(
+    folder: Path, overrides: Mapping[str, Any], adapt: Mapping[str, Any] | None = None
+) -> tuple[Merger, Suite | None]:
+    """A merged model and its suite, with the caller's changes to its origin and its adaptation."""
+    merger = Merger.from_pretrained(folder, adapt=adapt)
     return merger, suite_of(merger, folder, overrides, merger.task_names)
 
 
-def _extended(folder: Path, overrides: Mapping[str, Any]) -> tuple[Merger | StreamedMerger, Suite | None]:
+def _extended(
+    folder: Path, overrides: Mapping[str, Any], adapt: Mapping[str, Any] | None
+) -> tuple[Merger | StreamedMerger, Suite | None]:
     """The same, to merge more into; where that can go tensor by tensor, no model is loaded."""
-    saved = opened(folder)
+    saved = opened(folder, adapt=adapt)
     merge = saved.manifest
     if (overrides.get("suite") or merge["metadata"].get("suite")) is None:
         task, method = tasks.get(merge["task_type"]), methods.get(merge["method"])
-        if streams(method, task, task.skeleton(saved.base_folder())):
-            merger = StreamedMerger.from_pretrained(folder)
+        options: Any = build(method.Options, merge["options"], "options")
+        if streams(method, options, task, task.skeleton(saved.base_folder())):
+            merger = StreamedMerger.from_pretrained(folder, adapt)
             return merger, suite_of(merger, folder, overrides, merger.task_names)
-    return _reopen(folder, overrides)
+    return _reopen(folder, overrides, adapt)
 
 
 def suite_of(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mingle.io.files import CheckpointError
+from mingle.io.lazy_tensors import LazyTensors, Rows
 from mingle.io.safetensors import CheckpointReader
 from mingle.io.state_dicts import DEQUANTISE, first_names, same_values
 from mingle.tasks.configs import CONFIG, read_config
@@ -17,7 +18,7 @@ from mingle.tasks.names import ModelTensors
 from mingle.tasks.skeletons import skeleton
 
 
-class ModelCheckpoint(ModelTensors):
+class ModelCheckpoint(ModelTensors, LazyTensors):
     """The tensors of a folder in hub format under the names that they have in the model, read when asked for.
 
     Args:
@@ -38,10 +39,16 @@ class ModelCheckpoint(ModelTensors):
 
     def described(self, name: str) -> Tensor:
         """The tensor on the meta device, by the files' headers alone."""
-        return self._made(name, self._header)
+        return self._made(name, self._reader.described)
 
-    def _header(self, file: str) -> Tensor:
-        return torch.empty(self._reader.shape(file), dtype=self._reader.dtype(file), device="meta")
+    def rows(self, name: str, rows: Rows) -> Tensor:
+        if rows is ...:
+            return self[name]
+        file = self.file_of(name)
+        return self[name][rows].clone() if file is None else self._reader.tensor(file, rows)
+
+    def in_rows(self, name: str) -> bool:
+        return self.file_of(name) is not None
 
 
 #: the content of a ``config.json`` → the class in transformers
@@ -139,7 +146,7 @@ def load_model(folder: Path, find_class: FindClass, optional: Optional) -> nn.Mo
     return model.eval()
 
 
-class BaseTensors(Mapping[str, Tensor]):
+class BaseTensors(LazyTensors):
     """The tensors of the model that `load_model` makes of a folder, each read when it is asked for.
 
     Args:
@@ -161,12 +168,24 @@ class BaseTensors(Mapping[str, Tensor]):
             if name in self._checkpoint:
                 self._held.setdefault(self._first[name], name)
 
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
+    def described(self, name: str) -> Tensor:
         if name in self._absent:
-            return torch.zeros(shape, dtype=self._dtype)
-        tensor = self._checkpoint[self._held[self._first[name]]]
+            return torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
+        tensor = self._checkpoint.described(self._held[self._first[name]])
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def rows(self, name: str, rows: Rows) -> Tensor:
+        if name in self._absent:
+            whole = torch.zeros((), dtype=self._dtype).expand(self._shapes[name])
+            return whole[rows].clone()
+        tensor = self._checkpoint.rows(self._held[self._first[name]], rows)
         return tensor.float().to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def in_rows(self, name: str) -> bool:
+        return name in self._absent or self._checkpoint.in_rows(self._held[self._first[name]])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

@@ -76,6 +76,11 @@ class ModelTensors(Mapping[str, Tensor]):
         """The tensor in its stored dtype."""
         return self._made(name, self._read)
 
+    def file_of(self, name: str) -> str | None:
+        """The name of the tensor in the checkpoint; None where it is put together, perhaps of several."""
+        source = self._sources[name]
+        return next(iter(source.files)) if source.rule is None else None
+
     def _made(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """The tensor, from what `read` gives.
 

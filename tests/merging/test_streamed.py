@@ -32,7 +32,7 @@ from transformers import (
 
 import mingle
 from mingle.cli import main
-from mingle.io import generations, journal
+from mingle.io import generations, journal, lazy_tensors
 from mingle.io.files import CheckpointError
 from mingle.io.manifest import read_manifest
 from mingle.io.state_dicts import IncompatibleModel
@@ -91,8 +91,9 @@ def mixtral(tmp_path_factory):
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Parts so small that there are a dozen."""
+    """Parts so small that there are a dozen, and blocks of which large tensors have several."""
     monkeypatch.setattr(streamed, "PART_BYTES", 6000)
+    monkeypatch.setattr(lazy_tensors, "BLOCK_ENTRIES", 200)
 
 
 def in_memory(folders, method, out, tasks=TASKS, **options):
@@ -353,8 +354,8 @@ def test_names_that_are_taken_and_methods_that_need_a_model_are_refused(mixtral,
     merger = from_files(mixtral, "average", tmp_path, ["one"])
     with pytest.raises(ValueError, match="task 'one' is already merged"):
         merger.add("one", mixtral / "two", tmp_path)
-    with pytest.raises(ValueError, match="method 'mass' cannot merge this base tensor by tensor"):
-        StreamedMerger(mixtral / "base", "mass")
+    with pytest.raises(ValueError, match="method 'routed' cannot merge this base tensor by tensor"):
+        StreamedMerger(mixtral / "base", "routed")
 
 
 def test_commands_load_no_model_where_none_is_needed(mixtral, tmp_path, monkeypatch):
@@ -378,11 +379,16 @@ def test_task_types_that_load_models_in_their_own_way_are_merged_in_memory(mixtr
             return super().load(folder).double()
 
     base = mingle.tasks.get("causal-lm").skeleton(mixtral / "base")
-    assert streamed.streams(METHODS["average"], mingle.tasks.get("causal-lm"), base)
-    assert not streamed.streams(METHODS["average"], Changing(), base)
-    assert not streamed.streams(METHODS["routed"], mingle.tasks.get("causal-lm"), base)
+
+    def streams(method, task, **options):
+        return streamed.streams(METHODS[method], METHODS[method].Options(**options), task, base)
+
+    causal = mingle.tasks.get("causal-lm")
+    assert streams("average", causal) and streams("mingle", causal, steps=0)
+    assert not streams("average", Changing()) and not streams("mingle", Changing(), steps=0)
+    assert not streams("routed", causal) and not streams("mingle", causal)
     base.register_buffer("counter", torch.zeros(()))
-    assert not streamed.streams(METHODS["average"], mingle.tasks.get("causal-lm"), base)
+    assert not streams("average", causal)
 
 
 @pytest.mark.parametrize("method", ["average", "opcm"])
@@ -397,6 +403,24 @@ def test_no_more_than_one_tensor_is_in_memory(method, tmp_path, monkeypatch):
     found = peak_bytes(lambda: merger.add("two", tmp_path / "two", tmp_path / "merged"))
     assert found < (1 << 17) + 12 * largest < whole / 2
     assert found > peak_bytes(lambda: None) == 0
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "opcm"])
+def test_of_a_large_tensor_that_is_merged_entry_by_entry_only_rows_are_in_memory(
+    method, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(streamed, "PART_BYTES", 1 << 14)
+    monkeypatch.setattr(lazy_tensors, "BLOCK_ENTRIES", 1 << 12)
+    model = LlamaForCausalLM(
+        LlamaConfig(**SIZES | {"vocab_size": 9000}, intermediate_size=24, tie_word_embeddings=True)
+    ).bfloat16()
+    for name in ("base", "one", "two"):
+        model.save_pretrained(tmp_path / name)
+        model.model.embed_tokens.weight.data *= 1.5
+    merger = from_files(tmp_path, method, tmp_path / "merged", ["one"])
+    found = peak_bytes(lambda: merger.add("two", tmp_path / "two", tmp_path / "merged"))
+    result = 4 * model.model.embed_tokens.weight.numel()
+    assert result < found < 1.5 * result
 
 
 _MEASURED = """

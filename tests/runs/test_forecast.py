@@ -23,7 +23,14 @@ from mingle.runs.check import check
 
 TASKS = ("one", "two", "three")
 SIZES = dict(vocab_size=200, num_hidden_layers=2, num_attention_heads=4)
-METHODS = {"average": {}, "ties": {}, "opcm": {}, "consensus-ta": {"masks": "all"}, "tsv-m": {}}
+METHODS = {
+    "average": {},
+    "ties": {},
+    "opcm": {},
+    "consensus-ta": {"masks": "all"},
+    "tsv-m": {},
+    "mingle": {"steps": 0, "rank": 16},
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,96 @@
+"""Tensors by name, of which no more is in memory than is asked for: one of them, or rows of a large one."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from types import EllipsisType
+
+from torch import Tensor
+
+#: rows of a tensor along its first dimension, or all of it
+Rows = slice | EllipsisType
+#: how many entries there are in a block of rows, but for single rows that have more; 16 MiB in float32
+BLOCK_ENTRIES = 1 << 22
+
+
+def row_blocks(tensor: Tensor) -> list[Rows]:
+    """The blocks that a tensor is worked on in; they depend on its shape alone.  Small ones are one block."""
+    if tensor.numel() <= BLOCK_ENTRIES or not tensor.dim():
+        return [...]
+    rows = max(1, BLOCK_ENTRIES // (tensor.numel() // len(tensor)))
+    return [slice(start, min(start + rows, len(tensor))) for start in range(0, len(tensor), rows)]
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """A mapping that reads or makes a tensor when it is asked for, and knows its shape and dtype before."""
+
+    @abstractmethod
+    def described(self, name: str) -> Tensor:
+        """The tensor on the meta device."""
+
+    @abstractmethod
+    def rows(self, name: str, rows: Rows) -> Tensor:
+        """Rows of the tensor, or all of it, in memory of their own."""
+
+    def in_rows(self, name: str) -> bool:
+        """Whether rows of it take less memory than all of it."""
+        return True
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Without reading it, as a mapping by itself would."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.rows(name, ...)
+
+
+class Joined(LazyTensors):
+    """Several mappings as one; of what is in two of them, the later one's counts."""
+
+    def __init__(self, *parts: Mapping[str, Tensor]) -> None:
+        self._part = {name: part for part in parts for name in part}
+
+    def described(self, name: str) -> Tensor:
+        return described(self._part[name], name)
+
+    def rows(self, name: str, rows: Rows) -> Tensor:
+        return rows_of(self._part[name], name, rows)
+
+    def in_rows(self, name: str) -> bool:
+        return in_rows(self._part[name], name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._part
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._part)
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+
+def described(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A tensor of a mapping, for its shape and dtype."""
+    return tensors.described(name) if isinstance(tensors, LazyTensors) else tensors[name]
+
+
+def in_rows(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether rows of a mapping's tensor take less memory than all of it."""
+    return not isinstance(tensors, LazyTensors) or tensors.in_rows(name)
+
+
+def rows_of(tensors: Mapping[str, Tensor], name: str, rows: Rows) -> Tensor:
+    """Rows of a mapping's tensor, or all of it."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.rows(name, rows)
+    return tensors[name] if rows is ... else tensors[name][rows]
+
+
+def blocks_of(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    """The blocks of a mapping's tensor in their order; one in memory is not divided."""
+    if not isinstance(tensors, LazyTensors):
+        yield tensors[name]
+        return
+    for rows in row_blocks(tensors.described(name)) if tensors.in_rows(name) else [...]:
+        yield tensors.rows(name, rows)
