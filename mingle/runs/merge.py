@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mingle import methods, suites, tasks
+from mingle import methods, ranks, suites, tasks
 from mingle.io import hub, merger_folder
 from mingle.io.files import CheckpointError, free_space, writable
 from mingle.io.manifest import MANIFEST
@@ -148,7 +148,9 @@ def add(
         observer: told how the merge is getting on.
         vocabulary: see `mingle.Merger`; None leaves it as it was so far.
     """
-    writable(folder)
+    with ranks.together("checking"):
+        if ranks.rank() == 0:
+            writable(folder)
     with merger_folder.writing(folder, new=False):
         merger, suite = _extended(folder, overrides)
         merger.vocabulary = vocabulary or merger.vocabulary
