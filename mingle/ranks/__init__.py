@@ -25,7 +25,19 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from mingle.ranks.watch import OtherRankFailed, Watch
 
-__all__ = ["OtherRankFailed", "dealt", "gather", "joined", "rank", "shared", "size", "sum_", "together"]
+__all__ = [
+    "OtherRankFailed",
+    "apart",
+    "dealt",
+    "gather",
+    "joined",
+    "launched",
+    "rank",
+    "shared",
+    "size",
+    "sum_",
+    "together",
+]
 
 Thing = TypeVar("Thing")
 #: what torchrun sets, and other launchers that PyTorch can be started by
@@ -62,7 +74,7 @@ def joined() -> Iterator[None]:
         OtherRankFailed: another rank did not join, has failed, or has ended.
     """
     global _watch
-    if _watch is not None or not _launched():
+    if _watch is not None or not launched():
         yield
         return
     watch = _watch = _join()
@@ -140,6 +152,17 @@ def together(what: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """A block in which this process works for itself, as if alone; it still hears of the others' ends."""
+    global _watch
+    watch, _watch = _watch, None
+    try:
+        yield
+    finally:
+        _watch = watch
+
+
 def dealt(costs: Sequence[float]) -> list[list[int]]:
     """Jobs of these costs as they are dealt to ranks, the same on all: for every rank their places, rising.
 
@@ -159,8 +182,12 @@ def shared(samples: int) -> slice:
     return slice(samples * rank() // size(), samples * (rank() + 1) // size())
 
 
-def _launched() -> bool:
-    """Whether a launcher has started this process, which has to have set all of its variables."""
+def launched() -> bool:
+    """Whether torchrun has started this process, or another launcher that sets its variables.
+
+    Raises:
+        ValueError: some of them are missing, or are not numbers.
+    """
     given = [name for name in _VARIABLES if name in os.environ]
     if not {"RANK", "WORLD_SIZE"} & set(given):
         return False

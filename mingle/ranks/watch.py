@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -34,6 +35,10 @@ SLOW = 10.0
 
 class OtherRankFailed(RuntimeError):
     """Another process of the group has failed or ended; the message names it, its host and the reason."""
+
+    def of_first(self) -> bool:
+        """Whether it is rank 0, or the process that holds the store: the one that speaks for all others."""
+        return not re.match(r"ranks? [1-9]", str(self)) or "rank 0 on host" in str(self)
 
 
 class Watch:

@@ -8,6 +8,7 @@ import pickle
 import socket
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def world(size: int, work: Callable[[], Any], seconds: float = 30, lost: float = 4.0) -> list[Any]:
+def world(
+    size: int, work: Callable[[], Any], seconds: float = 30, lost: float = 4.0, *, joined: bool = True
+) -> list[Any]:
     """What `work` returns or raises on every rank; None of a rank that was killed.
 
     Args:
@@ -30,11 +33,12 @@ def world(size: int, work: Callable[[], Any], seconds: float = 30, lost: float =
         work: done by each within `ranks.joined`, one of which has no launcher at all.
         seconds: within which all have to end; else they are killed, and the test fails.
         lost: after so many seconds without a sign a rank counts as ended.
+        joined: off where the work itself joins.
     """
     fork, port = multiprocessing.get_context("fork"), free_port()
     pipes = [fork.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        fork.Process(target=_run, args=(number, size, port, work, pipe[1], lost), daemon=True)
+        fork.Process(target=_run, args=(number, size, port, work, pipe[1], lost, joined), daemon=True)
         for number, pipe in enumerate(pipes)
     ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
@@ -56,14 +60,16 @@ def world(size: int, work: Callable[[], Any], seconds: float = 30, lost: float =
             process.kill()
 
 
-def _run(number: int, size: int, port: int, work: Callable[[], Any], pipe: Any, lost: float) -> None:
+def _run(
+    number: int, size: int, port: int, work: Callable[[], Any], pipe: Any, lost: float, joined: bool
+) -> None:
     torch.set_num_threads(1)
     watch.BEAT, watch.LOST, watch.HEARD = 0.1, lost, 1.0
     if size > 1:
         os.environ |= {"RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_RANK": str(number)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        with ranks.joined():
+        with ranks.joined() if joined else nullcontext():
             found = work()
     except BaseException as error:
         found = error
