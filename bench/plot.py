@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,18 @@ _COLORS |= {
     "torch.svd_lowrank 64": "#88BBDD",
     "Gram": "#228833",
     "torch.linalg.svd": "#555555",
+    "mergekit bf16": "#88BBDD",
     "": "#4477AA",
 }
 _BOUND, _WRONG, _FLOOR, _GREY, _DASHED = "#999999", "#882255", "#117733", "#666666", (0, (4, 2))
 _STAGES = dict(zip(STAGES, ["#BBBBBB", "#AA3377", "#EE6677", "#4477AA", "#228833", "#CCBB44"], strict=True))
 _DTYPES = {"float32": ("fp32", "#4477AA", "s"), "float16": ("fp16", "#44AA99", "^")}
 _DTYPES |= {"bfloat16": ("bf16", "#CC3311", "o")}
+#: by benchmark what is drawn over what is swept, above and below: key, scale, unit
+_SWEPT = {
+    "growth": (("median", 1e3, "step (ms)"), ("peak_bytes", 1e-6, "peak (MB)")),
+    "files": (("cpu_seconds", 1, "CPU time (s)"), ("peak_bytes", 1e-9, "peak (GB)")),
+}
 #: excess residuals under this are rounding errors, and drawn there
 _LEAST = 1e-13
 
@@ -58,7 +64,7 @@ def _figures(results: Results, name: str) -> Iterator[tuple[str, Figure]]:
         yield f"curves-{name}", _curves(results, [case for case in cases if "curve" in case["rows"][0]])
         yield f"task-{name}", _bars(results, cases[-1])
     elif cases:
-        yield name, _growth(results, cases) if kind == "growth" else _bars(results, cases[0])
+        yield name, _growth(results, cases) if kind in _SWEPT else _bars(results, cases[0])
 
 
 def _color(name: str) -> str:
@@ -179,20 +185,28 @@ def _curves(results: Results, cases: Sequence[CaseResult]) -> Figure:
 
 
 def _growth(results: Results, cases: Sequence[CaseResult]) -> Figure:
-    """Above the seconds of a step, below the memory of an adaptation; last what many tasks leave behind."""
-    figure = figure_of(3.5 * (len(cases) + 1), 6.2, f"{results['title']}\n{where(results)}")
-    axes = figure.subplots(2, len(cases) + 1, squeeze=False)
-    measures = ("median", 1e3, "step (ms)"), ("peak_bytes", 1e-6, "peak (MB)")
+    """Above time, below memory; last what many tasks leave behind, where that was looked at."""
+    panels = len(cases) + ("kept" in results)
+    figure = figure_of(3.5 * panels, 6.2, f"{results['title']}\n{where(results)}")
+    axes = figure.subplots(2, panels, squeeze=False)
     for column, case in enumerate(cases):
-        for ax, (key, scale, unit) in zip(axes[:, column], measures, strict=True):
-            for name, exponents in case["exponents"].items():
-                points = [(row["at"], row[key] * scale) for row in case["rows"] if row["name"] == name]
-                label = f"{name}: {exponents[key]['all']:.2f}, upper half {exponents[key]['upper']:.2f}"
-                ax.plot(*zip(*points, strict=True), "o-", color=_color(name), label=label, markersize=4.5)
-            _logarithmic(ax, case["facts"]["values"])
+        for ax, (key, scale, unit) in zip(axes[:, column], _SWEPT[results["benchmark"]], strict=True):
+            for name, fitted in case["exponents"].items():
+                own = [row for row in case["rows"] if row["name"] == name and row.get(key)]
+                points = [(row["at"], row[key] * scale) for row in own]
+                told = f": {fitted[key]['all']:.2f}, upper half {fitted[key]['upper']:.2f}" if fitted else ""
+                ax.plot(
+                    *zip(*points, strict=True), "o-", color=_color(name), label=name + told, markersize=4.5
+                )
+            _logarithmic(ax, [round(value, 2) for value in case["facts"]["values"]])
             ax.set(xlabel=case["title"], ylabel=unit)
             ax.legend(fontsize=7, title="exponent", title_fontsize=7, loc="upper left")
-    kept, (over, left) = results["kept"], axes[:, -1]
+    if "kept" in results:
+        _kept(axes[0, -1], axes[1, -1], results["kept"])
+    return figure
+
+
+def _kept(over: Axes, left: Axes, kept: Mapping[str, Any]) -> None:
     tasks, held, known = (np.array(kept[key]) for key in ("tasks", "held_bytes", "accounted_bytes"))
     over.plot(tasks, held / 1e6, color=_color(OURS), linewidth=2.4, label="all tensors beyond the base")
     over.plot(tasks, known / 1e6, "--", color="black", linewidth=1, label="experts, gates, bases")
@@ -200,4 +214,3 @@ def _growth(results: Results, cases: Sequence[CaseResult]) -> Figure:
     over.set(xlabel="tasks merged", ylabel="kept (MB)")
     left.plot(tasks, (held - known) / 1e3, color=_color(OURS), linewidth=1.4)
     left.set(xlabel="tasks merged", ylabel="kept beyond these (kB)", ylim=(min(0, *(held - known)), None))
-    return figure

@@ -60,3 +60,22 @@ def finish(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=columns < O, other=0.0).to(tl.float32)[None, :]
     return acc
+
+
+@triton.jit
+def add_product(
+    acc, left, stride_lk, right, stride_rk, row_ok, column_ok, first, last,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + left rightᵀ over k = first … last − 1.
+
+    left and right: pointers to rows [BLOCK_N, 1] and to columns [1, BLOCK_C].
+    """
+    for k0 in range(first, last, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = tl.load(left + k[None, :] * stride_lk, mask=row_ok & (k < last)[None, :], other=0.0)
+        b = tl.load(
+            right + k.to(tl.int64)[:, None] * stride_rk, mask=column_ok & (k < last)[:, None], other=0.0
+        )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)  # [BLOCK_N, BLOCK_K] @ [BLOCK_K, BLOCK_C]
+    return acc

@@ -25,7 +25,7 @@ def group_mean(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> torch.
     dtype = wide(x)
     members = x.view(-1, group, x.shape[1])
     if mask is None:
-        return members.mean(1, dtype=dtype)
+        return members.mean(1) if x.dtype == dtype else members.mean(1, dtype=dtype)
     valid = mask.view(-1, group, 1)
     # where, not a product: padding may hold anything, NaN included
     return torch.where(valid, members, 0).sum(1, dtype=dtype) / valid.sum(1).clamp_min(1)
@@ -36,7 +36,9 @@ def pooled_gates(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """z = x̄ wᵀ + β [G, T] and x̄ [G, K], the `group_mean`, both in the dtype of `wide`."""
     pooled = group_mean(x, mask, group)
-    return torch.addmm(gate_bias.to(pooled.dtype), pooled, gate_weight.to(pooled.dtype).mT), pooled
+    if not gate_weight.dtype == gate_bias.dtype == pooled.dtype:
+        gate_weight, gate_bias = gate_weight.to(pooled.dtype), gate_bias.to(pooled.dtype)
+    return torch.addmm(gate_bias, pooled, gate_weight.mT), pooled
 
 
 def gates(

@@ -100,11 +100,11 @@ _BESIDE = ("timings.json", "report.html")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, hidden ones too; not the record of who last wrote to it, nor `_BESIDE`."""
+    """All files below a folder, hidden ones too, except `_BESIDE`."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path not in {folder / name for name in (".lock", *_BESIDE)}
+        if path.is_file() and path not in {folder / name for name in _BESIDE}
     }
 
 
