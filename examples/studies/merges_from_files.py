@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", choices=SIZES, default=_SIZES, help="of two models", **several)
     parser.add_argument("--models", type=int, choices=_MODELS, default=_MODELS, help="how many", **several)
     args = shared.begin(parser, arguments)
+    if args.gpu:
+        parser.error("--gpu: merges from files compute on the CPU")
     points = [(size, 2) for size in args.sizes] + [(_FIXED, count) for count in args.models]
     for found in run(points[:1] if args.quick else points, args.rounds, args.seed):
         if args.out:
@@ -87,17 +89,15 @@ def run(points: Sequence[tuple[str, int]], rounds: int, seed: int = 0) -> Iterat
 
 
 def _results(rows: Rows, seed: int, began: float, **more: Any) -> Results:
-    found = []
+    over_size: list[CaseResult] = []
+    over_models: list[CaseResult] = []
     for method in _SWEEPS:
-        sized = {
-            SIZES[n].parameters() / 1e9: one[method]
-            for (n, k), one in rows.items()
-            if k == 2 and method in one
-        }
-        counted = {k: one[method] for (n, k), one in rows.items() if n == _FIXED and k in models}
-        found += [_sweep(method, "10⁹ parameters", sized)] if sized else []
-        found += [_sweep(method, "models", counted)] if len(counted) > 1 else []
-    found.sort(key=lambda case: case["facts"]["swept"])
+        known = {point: one[method] for point, one in rows.items() if method in one}
+        sized = {SIZES[size].parameters() / 1e9: one for (size, count), one in known.items() if count == 2}
+        counted = {count: one for (size, count), one in known.items() if size == _FIXED}
+        over_size += [_sweep(method, "10⁹ parameters", sized)] if sized else []
+        over_models += [_sweep(method, "models", counted)] if len(counted) > 1 else []
+    found = over_size + over_models
     data = f"{random_llamas.DATA}; two models, and where their number varies {_FIXED}"
     about: dict[str, Any] = {"title": "Merges from files", "method": METHOD, "data": data, "notes": NOTES}
     about |= {"mergekit": mergekit_version(), **more}
