@@ -18,7 +18,6 @@ from typing import Any
 
 import random_llamas
 import torch
-from growth import exponents
 from merge_commands import (
     MERGEKIT,
     MERGEKIT_BF16,
@@ -31,6 +30,7 @@ from merge_commands import (
     took,
 )  # fmt: skip
 from random_llamas import SIZES
+from swept import draw, exponents
 
 from mingle.bench import command as shared
 from mingle.bench import record, table
@@ -41,13 +41,13 @@ from mingle.io.files import write_json
 
 METHOD = """every merge is a command in a process of its own, from its start to its end, imports included, \
 in turns; files are in the page cache; medians.  Exponents: slopes of log over log by least squares"""
-_SIZES, _MODELS, _FIXED = ("0.06 B", "0.1 B", "0.3 B", "1.1 B"), (2, 3, 4), "0.1 B"
+_SIZES, _MODELS, _FIXED = ("0.06 B", "0.1 B", "0.3 B", "1.1 B"), (2, 3, 4), "0.06 B"
 #: who merges with which method, and the sizes of two models; then there are `_MODELS` of size `_FIXED`
 _SWEEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "task-arithmetic": ((OURS, MERGEKIT, MERGEKIT_BF16), _SIZES),
-    "ties": ((OURS, MERGEKIT), _SIZES),
-    "average": ((OURS,), _SIZES),
-    "opcm": ((OURS,), _SIZES[:-1]),  # whose decompositions of the largest take minutes
+    "task-arithmetic": ((OURS, MERGEKIT, MERGEKIT_BF16), tuple(SIZES)),
+    "ties": ((OURS, MERGEKIT), tuple(SIZES)),
+    "average": ((OURS,), tuple(SIZES)),
+    "opcm": ((OURS,), _SIZES[:2]),  # whose decompositions take minutes of larger ones
 }
 _CPU = torch.device("cpu")
 #: seconds of a round of all contenders, from which on there is no second one
@@ -62,38 +62,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run all sweeps.  Returns 1 where weights did not agree, else 0."""
     parser = shared.parser("Time and memory of merges from files, beside mergekit's.")
     parser.add_argument("--rounds", type=int, default=3, help="at most; of what takes minutes there is one")
+    several: dict[str, Any] = dict(nargs="*", metavar="N")
+    parser.add_argument("--sizes", choices=SIZES, default=_SIZES, help="of two models", **several)
+    parser.add_argument("--models", type=int, choices=_MODELS, default=_MODELS, help="how many", **several)
     args = shared.begin(parser, arguments)
-    sizes, models = (("0.06 B",), ()) if args.quick else (_SIZES, _MODELS)
-    for found in run(sizes, models, args.rounds, args.seed):
+    if args.gpu:
+        parser.error("--gpu: merges from files compute on the CPU")
+    points = [(size, 2) for size in args.sizes] + [(_FIXED, count) for count in args.models]
+    for found in run(points[:1] if args.quick else points, args.rounds, args.seed):
         if args.out:
             write_json(args.out / "files.json", found)
-            (args.out / "table.md").write_text(markdown(found))
+            (args.out / "files.md").write_text(markdown(found))
+            draw(found, args.out / "files.png")
     return shared.finish(found, args.out, "files", peers_too=True)
 
 
-def run(sizes: Sequence[str], models: Sequence[int], rounds: int, seed: int = 0) -> Iterator[Results]:
-    """Every method over sizes, with two models, and over numbers of models; after each what is known."""
+def run(points: Sequence[tuple[str, int]], rounds: int, seed: int = 0) -> Iterator[Results]:
+    """Every method with models of these sizes and numbers; after each point what is known."""
     began, load = time.monotonic(), LoadMeter()
     rows: dict[tuple[str, int], dict[str, list[Row]]] = {}
-    for size, count in sorted({(size, 2) for size in sizes} | {(_FIXED, count) for count in models}):
+    for size, count in dict.fromkeys(points):
         with tempfile.TemporaryDirectory(prefix="mingle-files-") as folder:
             log.info("%s, %d models", size, count)
             rows[size, count] = _point(Path(folder), size, count, rounds, seed)
-        yield _results(rows, models, seed, began, cpus_used_by_others=load.others())
+        yield _results(rows, seed, began, cpus_used_by_others=load.others())
 
 
-def _results(rows: Rows, models: Sequence[int], seed: int, began: float, **more: Any) -> Results:
-    found = []
+def _results(rows: Rows, seed: int, began: float, **more: Any) -> Results:
+    over_size: list[CaseResult] = []
+    over_models: list[CaseResult] = []
     for method in _SWEEPS:
-        sized = {
-            SIZES[n].parameters() / 1e9: one[method]
-            for (n, k), one in rows.items()
-            if k == 2 and method in one
-        }
-        counted = {k: one[method] for (n, k), one in rows.items() if n == _FIXED and k in models}
-        found += [_sweep(method, "10⁹ parameters", sized)] if sized else []
-        found += [_sweep(method, "models", counted)] if counted else []
-    found.sort(key=lambda case: case["facts"]["swept"])
+        known = {point: one[method] for point, one in rows.items() if method in one}
+        sized = {SIZES[size].parameters() / 1e9: one for (size, count), one in known.items() if count == 2}
+        counted = {count: one for (size, count), one in known.items() if size == _FIXED}
+        over_size += [_sweep(method, "10⁹ parameters", sized)] if sized else []
+        over_models += [_sweep(method, "models", counted)] if len(counted) > 1 else []
+    found = over_size + over_models
     data = f"{random_llamas.DATA}; two models, and where their number varies {_FIXED}"
     about: dict[str, Any] = {"title": "Merges from files", "method": METHOD, "data": data, "notes": NOTES}
     about |= {"mergekit": mergekit_version(), **more}

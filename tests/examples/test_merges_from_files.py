@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import merge_commands
 import merges_from_files
 import pytest
 import random_llamas
+import swept
 import torch
 from merge_commands import MERGEKIT, FilesProblem
 from random_llamas import DENSITY, SIZES, Size
@@ -19,6 +21,7 @@ from mingle.bench.measure import OURS, Unavailable
 from mingle.io.safetensors import CheckpointReader
 from mingle.methods.ties import trim_threshold
 
+MEASURED = Path(__file__).parents[2] / "bench" / "results"
 TINY = Size(64, 2, 96, 1)
 
 
@@ -91,6 +94,15 @@ def test_without_mergekit_it_is_said_what_is_missing(folders, tmp_path, monkeypa
     assert merge_commands.mergekit_version() is None
 
 
+@pytest.mark.parametrize(
+    "path", [MEASURED / f"cpu/e2e/{name}.json" for name in ("growth", "files")], ids=lambda path: path.stem
+)
+def test_committed_curves_are_drawn(path, tmp_path):
+    found = record.read(path)
+    swept.draw(found, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
 #: does what mergekit does with the same file, or with a fault
 _STAND_IN = """#!{python}
 import json, sys
@@ -127,6 +139,6 @@ def test_weights_are_compared_before_times_are(folders, tmp_path, monkeypatch, c
     assert rows[OURS]["status"] == "ok" and rows[OURS]["written_bytes"] > 0
     assert rows[MERGEKIT]["status"] == ("ok" if fault == 1.0 else "wrong")
     assert ("median" in rows[MERGEKIT]) == (fault == 1.0)
-    assert "| task-arithmetic: 10⁹ parameters | mingle |" in (tmp_path / "table.md").read_text()
+    assert "| task-arithmetic: 10⁹ parameters | mingle |" in (tmp_path / "files.md").read_text()
     assert (tmp_path / "files.png").stat().st_size > 10_000
     assert "weights is off by" in capsys.readouterr().out or fault == 1.0

@@ -7,7 +7,8 @@ import shutil
 import merge_commands
 import pytest
 import random_llamas
-from merge_commands import FilesProblem
+import torch
+from merge_commands import METHODS, FilesProblem
 from random_llamas import SIZES, Size
 
 from mingle.bench.measure import OURS
@@ -17,59 +18,61 @@ from mingle.io.safetensors import CheckpointReader
 
 pytestmark = pytest.mark.large
 
-#: bytes at a process's peak; of the disk, three models and the base beside two generations of a merge
+#: bytes at a process's peak; of the disk, the base and three models beside two generations of a merge
 LIMIT, DISK = 2.5e9, 65e9
-EMBEDDING, LAST = "model.embed_tokens.weight", "model.norm.weight"
+#: by method the merged tensor, from the base's and those of the models
+EXPECTED = {
+    "average": lambda base, tuned: torch.stack(tuned).mean(0),
+    "task-arithmetic": lambda base, tuned: (
+        base + METHODS["task-arithmetic"]["scaling"] * sum(t - base for t in tuned)
+    ),
+}
 
 
-def problem_of(place, size, models, method="average"):
-    if shutil.disk_usage(place).free < DISK:
-        pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk")
-    base = random_llamas.write(place / "base", size)
-    return FilesProblem(method, base, [random_llamas.write(place / f"{i}", size, i) for i in range(models)])
+@pytest.fixture
+def place(tmp_path):
+    """A folder that does not outlive the test."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    place = tmp_path_factory.mktemp("three-billion")
-    yield problem_of(place, SIZES["3.0 B"], 3)
-    shutil.rmtree(place)
+def models(tmp_path_factory):
+    """A base and three models."""
+    folder = tmp_path_factory.mktemp("three-billion")
+    if shutil.disk_usage(folder).free < DISK:
+        pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk")
+    try:
+        yield written(folder, SIZES["3.0 B"], 3)
+    finally:
+        shutil.rmtree(folder)
 
 
-def took(problem, out):
+def written(folder, size, count):
+    base = random_llamas.write(folder / "base", size)
+    return base, [random_llamas.write(folder / f"{i}", size, i) for i in range(count)]
+
+
+def peak_of(problem, out):
     found = merge_commands.took(merge_commands.command(OURS, problem, out))
-    print(problem.method, found)
-    return found
+    print(problem.method, found)  # for `pytest -s`
+    return found["peak_bytes"]
 
 
 @pytest.mark.parametrize("method", ["average", "task-arithmetic", "ties"])
-def test_a_merge_of_three_models_takes_little_memory(whole, method, tmp_path):
-    problem = FilesProblem(method, whole.base, whole.models)
-    found = took(problem, tmp_path / "merged")
-    merged = PartFiles(tmp_path / "merged", entries_of(read_manifest(tmp_path / "merged")["state"]))
-    base, *models = map(CheckpointReader, (problem.base, *problem.models))
-    for name in (EMBEDDING, LAST):
-        before, tuned = base.tensor(name).float(), [model.tensor(name).float() for model in models]
-        expected = before
-        for i, one in enumerate(tuned):
-            change = one - before
-            if method == "average":
-                expected = before if i == 0 else expected
-                expected = expected + (one - expected) / (i + 1)
-            elif method == "task-arithmetic":
-                expected = expected + 0.3 * change
-        if method != "ties":
-            assert (merged[f"merged/{name}"] - expected).abs().max() < 1e-7
-        else:
-            assert (merged[f"merged/{name}"] - before).abs().max() < 0.1
-    shutil.rmtree(tmp_path / "merged")
-    assert found["peak_bytes"] <= LIMIT
+def test_a_merge_of_three_models_takes_little_memory(models, method, place):
+    peak = peak_of(FilesProblem(method, *models), place / "merged")
+    merged = PartFiles(place / "merged", entries_of(read_manifest(place / "merged")["state"]))
+    readers = [CheckpointReader(folder) for folder in (models[0], *models[1])]
+    assert len(merged) == len(readers[0])
+    for name in ("model.embed_tokens.weight", "model.norm.weight") if method in EXPECTED else ():
+        base, *tuned = (reader.tensor(name).float() for reader in readers)
+        assert (merged[f"merged/{name}"] - EXPECTED[method](base, tuned)).abs().max() < 1e-7
+    assert peak <= LIMIT
 
 
-def test_opcm_takes_little_memory(tmp_path):
-    """Of one block: with more blocks decompositions take more time, and no more memory."""
-    width = SIZES["3.0 B"]
-    problem = problem_of(tmp_path, Size(width.width, 1, width.inner, width.kv_heads), 2, "opcm")
-    assert took(problem, tmp_path / "merged")["peak_bytes"] <= LIMIT
-    for folder in (problem.base, *problem.models, tmp_path / "merged"):
-        shutil.rmtree(folder)
+def test_opcm_takes_little_memory(place):
+    """Of one block: more blocks take more time, as every matrix is decomposed, and no more memory."""
+    size = SIZES["3.0 B"]
+    models = written(place, Size(size.width, 1, size.inner, size.kv_heads), 2)
+    assert peak_of(FilesProblem("opcm", *models), place / "merged") <= LIMIT
