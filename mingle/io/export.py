@@ -19,6 +19,7 @@ from mingle.io.files import (
     write_json,
     write_text,
 )
+from mingle.io.lazy_tensors import chosen, described
 from mingle.io.safetensors import write_tensors
 from mingle.io.staging import staged
 from mingle.io.state_dicts import first_names
@@ -95,7 +96,7 @@ def write_model(
 
     Args:
         folder: a new or an empty folder.
-        state: tensors by the names that they get.
+        state: tensors by the names that they get; lazy ones are in memory one at a time.
         files: contents of JSON files by their names, ``config.json`` at least.
         source: the base's folder, which has the other files; None where there is none.
         card: the text of the model card.
@@ -104,7 +105,7 @@ def write_model(
     Raises:
         CheckpointError: the folder is in use, another process is writing it, or the disk is full.
     """
-    with staged(folder, sum(tensor.nbytes for tensor in state.values())) as staging:
+    with staged(folder, sum(described(state, name).nbytes for name in state)) as staging:
         if source is not None:
             _copy_data(source, staging)
         for name, content in files.items():
@@ -127,22 +128,22 @@ def _copy_data(source: Path, target: Path) -> None:
 
 def _write_weights(folder: Path, state: Mapping[str, torch.Tensor], shard_bytes: int) -> None:
     """One safetensors file, or several and their index, under the hub's names."""
-    shards: list[Tensors] = [{}]
-    filled = 0
-    for name, tensor in state.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append({})
+    shards: list[list[str]] = [[]]
+    filled = total = 0
+    for name in state:
+        size = described(state, name).nbytes
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
             filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
+        shards[-1].append(name)
+        filled, total = filled + size, total + size
     if len(shards) == 1:
-        write_tensors(folder / "model.safetensors", shards[0])
+        write_tensors(folder / "model.safetensors", state)
         return
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
-        write_tensors(folder / file, shard)
+        write_tensors(folder / file, chosen(state, shard))
     weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-    total = sum(tensor.nbytes for tensor in state.values())
     write_json(
         folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import EllipsisType
 
 from torch import Tensor
@@ -46,10 +46,11 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 class Joined(LazyTensors):
-    """Several mappings as one; of what is in two of them, the later one's counts."""
+    """Several mappings as one, or some of what is in them; of what is in two, the later one's counts."""
 
-    def __init__(self, *parts: Mapping[str, Tensor]) -> None:
-        self._part = {name: part for part in parts for name in part}
+    def __init__(self, *parts: Mapping[str, Tensor], names: Collection[str] | None = None) -> None:
+        every = {name: part for part in parts for name in part}
+        self._part = every if names is None else {name: every[name] for name in names}
 
     def described(self, name: str) -> Tensor:
         return described(self._part[name], name)
@@ -68,6 +69,13 @@ class Joined(LazyTensors):
 
     def __len__(self) -> int:
         return len(self._part)
+
+
+def chosen(tensors: Mapping[str, Tensor], names: Collection[str]) -> Mapping[str, Tensor]:
+    """Some of a mapping's tensors, as lazy as they are."""
+    if isinstance(tensors, LazyTensors):
+        return Joined(tensors, names=names)
+    return {name: tensors[name] for name in names}
 
 
 def described(tensors: Mapping[str, Tensor], name: str) -> Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from mingle.io import adapters_folder, export, merger_folder
 from mingle.io.hub import ModelName
+from mingle.io.lazy_tensors import LazyTensors
 from mingle.io.model_card import adapters_card, folded_card, model_card
 from mingle.merging import adapters
 from mingle.methods import MergeMethod
@@ -19,7 +20,7 @@ from mingle.options import nearest
 from mingle.tasks import TaskData
 from mingle.tasks.configs import CONFIG
 from mingle.tasks.heads import class_count
-from mingle.tasks.names import in_files
+from mingle.tasks.names import InFiles, in_files
 
 Format = Literal["transformers", "peft"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -72,27 +73,66 @@ def check(task: str | None, format: str, *, seeds: bool) -> None:
         raise ValueError("seed_data is for the model of one task, and no task was named")
 
 
-def write_plain(folder: Path, merged: Merged) -> None:
-    """Write the model that serves all tasks, or, of the reference row ``individual``, the selected one."""
-    _write(
-        folder,
-        merged,
-        merged.method.plain_tower(),
-        model_card(folder.name, merged.described, merged.base_name),
-    )
+def check_task(method: MergeMethod, task: str | None, names: Sequence[str], *, owned: bool) -> None:
+    """Raise `ValueError` where no task was named and each has a model, or a head, of its own.
+
+    Args:
+        method: that has merged.
+        task: the one that was named, if any.
+        names: of all merged tasks.
+        owned: whether tasks have heads.
+    """
+    if task is None and (method.per_task or owned):
+        reason = "each task has a head of its own"
+        if method.per_task:
+            reason = f"method {method.name!r} keeps one model per task"
+        raise ValueError(f"{reason}; name one of {', '.join(names)}")
+
+
+def write_plain(folder: Path, merged: Merged, state: LazyTensors | None = None) -> None:
+    """Write the model that serves all tasks, or, of the reference row ``individual``, the selected one.
+
+    Args:
+        folder: a new or an empty folder.
+        merged: the merge.
+        state: the whole model, where its tensors are made when they are asked for.
+    """
+    card = model_card(folder.name, merged.described, merged.base_name)
+    _write(folder, merged, _whole(merged, merged.method.plain_tower()) if state is None else state, card)
 
 
 def write_folded(folder: Path, merged: Merged, task: str, samples: TaskData | None) -> None:
     """Write a plain model for one task, with the gates' means over samples of it, where there are any."""
     folded = merged.method.folded(merged.names().index(task), samples)
+    count = None if samples is None else len(samples)
+    write_constant(folder, merged, task, _whole(merged, folded.tower), folded.by_task, count)
+
+
+def write_constant(
+    folder: Path,
+    merged: Merged,
+    task: str,
+    state: Mapping[str, Tensor],
+    by_task: Tensor,
+    count: int | None = None,
+) -> None:
+    """Write a plain model for one task that has constant gates in its weights.
+
+    Args:
+        folder: a new or an empty folder.
+        merged: the merge.
+        task: the task's name.
+        state: the whole model.
+        by_task: the gates, see `mingle.methods.base.Folded`.
+        count: how many samples they are means over; None for none.
+    """
     experts = [entry["name"] for entry in merged.described["tasks"] if entry["skipped"] is None]
     gates = {
         name: (row.mean().item(), row.min().item(), row.max().item())
-        for name, row in zip(experts, folded.by_task, strict=True)
+        for name, row in zip(experts, by_task, strict=True)
     }
-    count = None if samples is None else len(samples)
     card = folded_card(folder.name, merged.described, merged.base_name, task, gates, count)
-    _write(folder, merged, folded.tower, card)
+    _write(folder, merged, state, card)
 
 
 def write_adapters(folder: Path, merged: Merged, kept: Sequence[Tensors], heads: Sequence[Tensors]) -> None:
@@ -137,12 +177,17 @@ def write_adapters(folder: Path, merged: Merged, kept: Sequence[Tensors], heads:
     )
 
 
-def _write(folder: Path, merged: Merged, tower: Tensors, card: str) -> None:
-    state = export.whole_model(merged.base, merged.tower(), tower) | merged.head
+def _whole(merged: Merged, tower: Tensors) -> Tensors:
+    return export.whole_model(merged.base, merged.tower(), tower) | merged.head
+
+
+def _write(folder: Path, merged: Merged, state: Mapping[str, Tensor], card: str) -> None:
     dtype = next(merged.base.parameters()).dtype
     config = export.hub_config(merged.base, merged.base_folder, dtype)
     if merged.head:
         config = export.with_head(config, type(merged.base).__name__, merged.labels)
     files = merged.method.task.files(merged.base) if merged.base_folder is None else {}
-    state = in_files(merged.base, state)
-    export.write_model(folder, state, files | {CONFIG: config}, merged.base_folder, card)
+    held: Mapping[str, Tensor] = (
+        InFiles(merged.base, state) if isinstance(state, LazyTensors) else in_files(merged.base, state)
+    )
+    export.write_model(folder, held, files | {CONFIG: config}, merged.base_folder, card)

@@ -371,11 +371,7 @@ class Merger(MergeState):
             heads = [each.tensors for each in self.merged]
             exports.write_adapters(folder, merged, self._kept(), heads)
             return
-        if task is None and (method.per_task or owned):
-            reason = "each task has a head of its own"
-            if method.per_task:
-                reason = f"method {method.name!r} keeps one model per task"
-            raise ValueError(f"{reason}; name one of {', '.join(self.task_names)}")
+        exports.check_task(method, task, self.task_names, owned=owned)
         if task is not None:
             self.model_for(task)
             if owned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, cast
@@ -19,21 +20,26 @@ from mingle.io.journal import Journal, PartFiles
 from mingle.io.lazy_tensors import Joined, Rows, row_blocks, rows_of
 from mingle.io.manifest import MANIFEST, entries_of
 from mingle.io.provenance import versions
-from mingle.io.state_dicts import IncompatibleModel, non_finite, state_hash
+from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, state_hash
 from mingle.kernels.dtypes import wide
+from mingle.merging import exports
+from mingle.merging.exports import Merged
 from mingle.merging.finetuned import FineTuned
 from mingle.merging.finite import NonFiniteMerge
 from mingle.merging.merged_task import MergedTask, is_own, own_head
 from mingle.merging.opened import opened
 from mingle.merging.state import MergeState, model_name
 from mingle.merging.streamed_experts import ExpertStep, Made, check_experts
+from mingle.merging.streamed_export import Fold, PlainModel
 from mingle.methods import MergeMethod
 from mingle.methods.base import Tensors, WeightMethod, kept_size
 from mingle.methods.gated import GatedMethod
 from mingle.methods.tensorwise import Numbers, Seen, Survey, TensorMethod, TensorStep
 from mingle.tasks import TaskType
+from mingle.tasks.heads import Head, names_of
 from mingle.tasks.image_settings import differing_preparation
-from mingle.tasks.loading import BaseTensors
+from mingle.tasks.loading import BaseTensors, absent
+from mingle.tasks.names import InFiles
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +60,7 @@ def streams(method: type[MergeMethod], options: Any, task: TaskType, base: nn.Mo
     plain = (
         issubclass(method, TensorMethod)
         and method.add is WeightMethod.add
-        and method.update is TensorMethod.update
+        and (method.update is TensorMethod.update or method.updates_alike)
     )
     gated = issubclass(method, GatedMethod) and method.from_weights(options)
     return (
@@ -175,6 +181,56 @@ class StreamedMerger(MergeState):
             reason = f"the tensors do not fit the method {merger.method.name!r} with these options"
             raise CheckpointError(f"{folder}: {reason}: {error}") from error
         return merger
+
+    def export(self, folder: Path, out: Path, task: str | None = None) -> None:
+        """Write the merged model, or that of one task, as a plain one; see `mingle.Merger.export`.
+
+        Args:
+            folder: the merger's.
+            out: a new or an empty folder.
+            task: see `mingle.Merger.export`; the task's own expert has a gate of 1, and the others of 0.
+
+        Raises:
+            ValueError, CheckpointError: as there.
+        """
+        method, owned = self.method, any(each.tensors for each in self.merged)
+        exports.check(task, "transformers", seeds=False)
+        exports.check_task(method, task, self.task_names, owned=owned)
+        merged = Merged(self.base, self.base_folder, self.base_name, method, self._described())
+        head = self.merged[self._place(task)].head if task is not None else Head({}, {})
+        if head.tensors:
+            merged = replace(merged, head=dict(head.tensors), labels=names_of(head))
+        by_task = None
+        weights: Fold | Mapping[str, Tensor] = self.state
+        if isinstance(method, GatedMethod):
+            if task is None and getattr(method.options, "gates", None) != "static":
+                MergeMethod.plain_tower(method)  # which says what to do instead
+            experts, gates = self._experts(folder), None
+            if task is not None:
+                gates = self._own_gates(task)
+                by_task = gates.double().unsqueeze(1).expand(-1, len(method.layers))
+            weights = Fold(method, experts, gates)
+        elif task is not None and not owned:
+            method.folded(self._place(task), None)  # which refuses
+        inside = self.task.tower(self.base)
+        state = PlainModel(self.base, self.values, f"{inside}." if inside else "", weights, head.tensors)
+        if task is None or by_task is None:
+            exports.write_plain(out, merged, state)
+        else:
+            exports.write_constant(out, merged, task, state, by_task)
+
+    def exports(self) -> bool:
+        """Whether `export` can write the tensors one by one, under the names that the base's files have."""
+        try:
+            names = set(InFiles(self.base, Joined(self.values, names=set(first_names(self.base).values()))))
+        except ValueError:
+            return False
+        return names <= self.values.files() | set(absent(self.base))
+
+    def _own_gates(self, task: str) -> Tensor:
+        """The gates [T] of all experts that let the task's own work alone; all 0 if it was skipped."""
+        having = [each.name for each in self.merged if each.skipped is None]
+        return torch.tensor([float(name == task) for name in having])
 
     @cached_property
     def values(self) -> BaseTensors:

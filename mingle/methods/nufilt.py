@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from mingle import linalg
 from mingle.io.state_dicts import task_vector
+from mingle.kernels.dtypes import wide
 from mingle.linalg.arithmetic import buckets, ieee, product, stacked
 from mingle.linalg.sketch import gaussian
-from mingle.methods.base import Arrival, Tensors, WeightMethod
-from mingle.methods.tensorwise import moved
+from mingle.methods.base import Arrival, Tensors
+from mingle.methods.tensorwise import Cost, Numbers, TensorMethod, TensorStep, moved
 from mingle.nn.inject import find_weights
 from mingle.nn.matrices import joined, packed_experts, split
 from mingle.options import require_not_negative, require_positive
@@ -147,7 +148,7 @@ def right_vectors(matrices: list[Tensor], rank: int, names: list[str]) -> list[T
     ]
 
 
-class Nufilt(WeightMethod):
+class Nufilt(TensorMethod):
     """W ← W + Δ(P + BA) in attention and first MLP layers, and in every matrix of packed experts.
 
     All other parameters, biases included, stay those of the base.
@@ -155,6 +156,8 @@ class Nufilt(WeightMethod):
 
     name = "nufilt"
     Options = NufiltOptions
+    updates_alike = True
+    copies = 2.0
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
@@ -165,6 +168,30 @@ class Nufilt(WeightMethod):
 
     def merges(self) -> Collection[str]:
         return self.targets
+
+    def elementwise(self, name: str) -> bool:
+        return name not in self.layouts
+
+    def cost_of(self, name: str) -> Cost:
+        if name not in self.layouts:
+            return super().cost_of(name)
+        base = self.base[name]
+        # As counted for shapes of all kinds: Δ, M, copies of both and what decomposes them, matrices of the
+        # shorter side, and vectors.
+        numbers = 0.0
+        for m, n in (matrix.shape for matrix in self.layouts[name].split(name, base).values()):
+            numbers += 5.8 * m * n + 4.2 * min(m, n) ** 2 + 4 * (m + n) * (self.options.r_p + 64)
+        return Cost(round(wide(base).itemsize * numbers))
+
+    def merge_tensor(
+        self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensors]:
+        if step.name not in self.layouts:
+            return step.merged, {}
+        layouts = {step.name: self.layouts[step.name]}
+        deltas, merged = split(layouts, {step.name: step.delta()}), split(layouts, {step.name: step.vector()})
+        change = joined(layouts, updates(deltas, merged, self.options, step.seed))
+        return moved(step.merged, change[step.name]), {}
 
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
         deltas = task_vector(self.base, arrival.tuned, self.targets)

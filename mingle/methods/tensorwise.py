@@ -115,6 +115,8 @@ class TensorMethod(WeightMethod):
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
+    #: whether an `update` of the method's own, for many tensors at once, has the bits of `merge_tensor`
+    updates_alike: ClassVar[bool] = False
     copies: ClassVar[float] = 5.0
 
     @abstractmethod

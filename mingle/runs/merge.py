@@ -10,14 +10,15 @@ from typing import Any
 from mingle import methods, ranks, suites, tasks
 from mingle.io import hub, merger_folder
 from mingle.io.files import CheckpointError, free_space, writable
-from mingle.io.manifest import MANIFEST
+from mingle.io.manifest import MANIFEST, read_manifest
+from mingle.io.merger_folder import Saved
 from mingle.merging import exports
 from mingle.merging.evaluate import Result
 from mingle.merging.explain import Explanation
 from mingle.merging.explain import explain as explained
 from mingle.merging.exports import Format
 from mingle.merging.merger import Merger
-from mingle.merging.opened import opened
+from mingle.merging.opened import check_known, opened
 from mingle.merging.streamed import StreamedMerger, streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
@@ -238,8 +239,11 @@ def export(
         overrides: as for `add`.
         task, format: see `Merger.export`.
     """
-    merger, seeds = Merger.from_pretrained(folder), None
     exports.check(task, format, seeds=False)
+    if format == "transformers" and not overrides and (streaming := _exporting(folder, task)):
+        streaming.export(folder, out, task)
+        return
+    merger, seeds = Merger.from_pretrained(folder), None
     if task is not None and merger.method.folds_by_means:
         merger.model_for(task)  # which refuses an unknown one before samples are made
         suite = suite_of(merger, folder, overrides, [task])
@@ -249,6 +253,26 @@ def export(
         reason = "samples are only for the model of one task, with a method whose gates depend on the input"
         raise OptionError(f"--{name}: {reason}")
     merger.export(out, task, format, seeds)
+
+
+def _exporting(folder: Path, task: str | None) -> StreamedMerger | None:
+    """What writes a merge tensor by tensor; None where that takes a model, or cannot be done."""
+    saved = Saved(folder, read_manifest(folder))
+    merge = saved.manifest
+    check_known(merge, folder / MANIFEST)
+    samples = task is not None and merge["metadata"].get("suite") is not None
+    if not _streams(saved) or (samples and methods.get(merge["method"]).folds_by_means):
+        return None
+    merger = StreamedMerger.from_pretrained(folder)
+    return merger if merger.exports() else None
+
+
+def _streams(saved: Saved) -> bool:
+    """Whether a merge that was saved goes on tensor by tensor."""
+    merge = saved.manifest
+    task, method = tasks.get(merge["task_type"]), methods.get(merge["method"])
+    options: Any = build(method.Options, merge["options"], "options")
+    return streams(method, options, task, task.skeleton(saved.base_folder()))
 
 
 def _note_course(merger: Merger, step: MergeStep, suite: Suite | None, *, last: bool) -> None:
@@ -271,13 +295,9 @@ def _extended(
 ) -> tuple[Merger | StreamedMerger, Suite | None]:
     """The same, to merge more into; where that can go tensor by tensor, no model is loaded."""
     saved = opened(folder, adapt=adapt)
-    merge = saved.manifest
-    if (overrides.get("suite") or merge["metadata"].get("suite")) is None:
-        task, method = tasks.get(merge["task_type"]), methods.get(merge["method"])
-        options: Any = build(method.Options, merge["options"], "options")
-        if streams(method, options, task, task.skeleton(saved.base_folder())):
-            merger = StreamedMerger.from_pretrained(folder, adapt)
-            return merger, suite_of(merger, folder, overrides, merger.task_names)
+    if (overrides.get("suite") or saved.manifest["metadata"].get("suite")) is None and _streams(saved):
+        merger = StreamedMerger.from_pretrained(folder, adapt)
+        return merger, suite_of(merger, folder, overrides, merger.task_names)
     return _reopen(folder, overrides, adapt)
 
 

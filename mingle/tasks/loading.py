@@ -41,6 +41,10 @@ class ModelCheckpoint(ModelTensors, LazyTensors):
         """The tensor on the meta device, by the files' headers alone."""
         return self._made(name, self._reader.described)
 
+    def files(self) -> set[str]:
+        """The names that the tensors have in the files."""
+        return set(self._reader)
+
     def rows(self, name: str, rows: Rows) -> Tensor:
         if rows is ...:
             return self[name]
@@ -167,6 +171,10 @@ class BaseTensors(LazyTensors):
         for name in self._first:
             if name in self._checkpoint:
                 self._held.setdefault(self._first[name], name)
+
+    def files(self) -> set[str]:
+        """The names that the tensors have in the files."""
+        return self._checkpoint.files()
 
     def described(self, name: str) -> Tensor:
         if name in self._absent:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mingle.io.files import CheckpointError
+from mingle.io.lazy_tensors import LazyTensors, Rows
 from mingle.options import shown
 
 #: what older versions stored of any model, and is not a parameter now
@@ -137,6 +138,65 @@ def _sources(model: nn.Module, names: Iterable[str], strip: bool) -> dict[str, S
         for target in targets:
             found.setdefault(target, Source(renamed, rule=rule)).files[name] = pattern or ""
     return found
+
+
+class InFiles(LazyTensors):
+    """The same as `in_files`, of tensors that are made when they are asked for.
+
+    Tensors of which files hold parts under names of their own, as of packed experts, are taken apart whole.
+
+    Args:
+        model: the model or its skeleton.
+        tensors: by their names in it; all that belong together.
+
+    Raises:
+        ValueError: tensors of which files hold something made of several.
+    """
+
+    def __init__(self, model: nn.Module, tensors: LazyTensors) -> None:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import dot_natural_key
+
+        self._model, self._tensors, names = model, tensors, list(tensors)
+        if isinstance(model, PreTrainedModel):  # in which order they are for one that was loaded
+            names.sort(key=dot_natural_key)
+        whole = in_files(model, {name: tensors.described(name) for name in names})
+        self._described = whole
+        self._source = {name: name for name in names if name in whole}
+        for name in names:
+            if name not in whole:
+                self._source |= dict.fromkeys(in_files(model, {name: tensors.described(name)}), name)
+        if self._source.keys() != whole.keys():
+            strange = sorted(self._source.keys() ^ whole.keys())[0]
+            raise ValueError(
+                f"files of a {type(model).__name__} hold {strange!r}, which is made of several tensors"
+            )
+        self._apart: dict[str, dict[str, Tensor]] = {}
+
+    def described(self, name: str) -> Tensor:
+        return self._described[name]
+
+    def rows(self, name: str, rows: Rows) -> Tensor:
+        source = self._source[name]
+        if source == name:
+            return self._tensors.rows(name, rows)
+        if source not in self._apart:
+            for oldest in list(self._apart)[:-1]:  # the parts of two tensors follow one another in turn
+                del self._apart[oldest]
+            self._apart[source] = in_files(self._model, {source: self._tensors[source]})
+        return self._apart[source][name][rows]
+
+    def in_rows(self, name: str) -> bool:
+        return self._source[name] == name and self._tensors.in_rows(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._source
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._described)
+
+    def __len__(self) -> int:
+        return len(self._described)
 
 
 def in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -44,7 +44,11 @@ from mingle.methods.tensorwise import TensorMethod
 from mingle.tasks.base import TaskType
 
 STREAMED = [name for name, method in METHODS.items() if issubclass(method, TensorMethod)]
-OPTIONS = {"consensus-ta": {"masks": "all"}, "wudi": {"steps": 5}}
+OPTIONS = {
+    "consensus-ta": {"masks": "all"},
+    "wudi": {"steps": 5},
+    "nufilt": {"steps": 3, "r_p": 4, "r_v": 2, "r_l": 3},
+}
 TASKS = ("one", "two", "three")
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
 
@@ -126,11 +130,11 @@ def assert_same_merge(found, expected):
 
 
 def test_methods_that_go_tensor_by_tensor():
-    names = "average task-arithmetic ties magmax consensus-ta opcm tsv-m iso-c wudi"
+    names = "average task-arithmetic ties magmax consensus-ta opcm tsv-m iso-c wudi nufilt"
     assert set(names.split()) == set(STREAMED)
 
 
-@pytest.mark.parametrize("method", ["ties", "opcm", "tsv-m"])
+@pytest.mark.parametrize("method", ["ties", "opcm", "tsv-m", "nufilt"])
 def test_a_merge_from_files_leaves_the_very_folder_that_one_in_memory_does(folders, method, tmp_path):
     in_memory(folders, method, tmp_path / "memory", TASKS[:2])
     from_files(folders, method, tmp_path / "files", TASKS[:2])

@@ -29,6 +29,7 @@ METHODS = {
     "opcm": {},
     "consensus-ta": {"masks": "all"},
     "tsv-m": {},
+    "nufilt": {"steps": 2},
     "mingle": {"steps": 0, "rank": 16},
 }
 
