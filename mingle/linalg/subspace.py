@@ -142,6 +142,7 @@ def _shrunk(rows: Tensor) -> Tensor:
     if len(rows) <= _SKETCH_ROWS:
         return rows
     values, vectors = falling_eigh(gram(rows))
+    values = values.clamp_min(0)  # rounding errors, where the rows have fewer directions than that
     lost, kept, vectors = values[_SKETCH_ROWS], values[:_SKETCH_ROWS], vectors[:, :_SKETCH_ROWS]
     share = torch.where(kept > lost, (kept - lost) / kept, 0.0).sqrt()
     return share.unsqueeze(1) * (vectors.mT @ rows)
