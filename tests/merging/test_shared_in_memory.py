@@ -11,7 +11,8 @@ import torch
 from classifiers import NAMES as CLASSES
 from classifiers import inputs, made, tuned
 from small_merges import NAMES, SETTINGS, everything, same_bits
-from tiny_decoders import merged as merged_decoder
+from tiny_decoders import CONFIGS, built, prompts
+from tiny_decoders import tuned as tuned_decoder
 from tiny_merge import contents
 from worlds import world
 
@@ -20,6 +21,7 @@ from mingle import ranks
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
+from mingle.tasks.shares import by_batches
 
 #: Steps take 7 of 24 samples, which no number of processes can share evenly, or 2, which leave some without
 #: any.
@@ -127,18 +129,25 @@ def test_texts_are_evaluated_as_by_one_process():
             merger.add(f"task {number}", tuned(base, names, number + 1), inputs(base, seed=number))
             data = {key: rows.flip(0) for key, rows in inputs(base, 11, seed=22 + number).items()}
             suite[f"task {number}"] = {**data, "labels": torch.arange(11) % 2}
-        return merger.evaluate(suite, batch_size=4)
+        order = by_batches(merger.task.data(data), 4, lambda batch: batch.inputs["input_ids"].tolist())
+        return merger.evaluate(suite, batch_size=4), order
 
     alone = work()
     assert told(world(2, work)) == [alone, alone]
-    assert 0 < alone.acc_unknown < 100
+    assert 0 < alone[0].acc_unknown < 100 and len(alone[1]) == 3
 
 
 def test_the_loss_of_a_decoder_is_the_mean_over_all_tokens_that_count():
-    """Processes have samples of different numbers of tokens."""
+    """Processes have samples of different numbers of tokens, and some have none that count."""
 
     def work():
-        merger = merged_decoder("llama", "mingle")
+        base = built(CONFIGS["llama"]())
+        merger = mingle.Merger(base, "mingle", rank=4, steps=3, lr=0.1, batch_size=5)
+        seeds = prompts("llama", 0)
+        seeds["answer_mask"] = seeds["attention_mask"].clone()
+        seeds["answer_mask"][:, :6] = 0
+        seeds["answer_mask"][:2] = 0
+        merger.add("one", tuned_decoder(base, 1), seeds)
         return everything(merger)
 
     alone, (mine, other) = work(), told(world(2, work))
