@@ -1,4 +1,4 @@
-"""Pictures of results: rows as bars, cases under the roofline, error over time, and cost over size."""
+"""Pictures of results: rows as bars, cases under the roofline, and error over time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from mingle.bench.machine import STAGES
 from mingle.bench.measure import OURS, Row, log
@@ -24,6 +24,7 @@ _COLORS |= {
     "torch.svd_lowrank 64": "#88BBDD",
     "Gram": "#228833",
     "torch.linalg.svd": "#555555",
+    "mergekit bf16": "#88BBDD",
     "": "#4477AA",
 }
 _BOUND, _WRONG, _FLOOR, _GREY, _DASHED = "#999999", "#882255", "#117733", "#666666", (0, (4, 2))
@@ -57,11 +58,11 @@ def _figures(results: Results, name: str) -> Iterator[tuple[str, Figure]]:
     elif kind == "experts" and cases:
         yield f"curves-{name}", _curves(results, [case for case in cases if "curve" in case["rows"][0]])
         yield f"task-{name}", _bars(results, cases[-1])
-    elif cases:
-        yield name, _growth(results, cases) if kind == "growth" else _bars(results, cases[0])
+    elif cases and "exponents" not in cases[0]:  # what grows is drawn by its studies
+        yield name, _bars(results, cases[0])
 
 
-def _color(name: str) -> str:
+def color_of(name: str) -> str:
     return next(color for start, color in _COLORS.items() if name.startswith(start))
 
 
@@ -106,7 +107,7 @@ def _bar(ax: Axes, y: int, row: Row) -> None:
         ax.barh(y, seconds, left=left, height=0.66, color=color, label=stage if y == 0 else None)
         left += seconds
     if not left:
-        filled: dict[str, Any] = bound if row["status"] == "bound" else dict(color=_color(row["name"]))
+        filled: dict[str, Any] = bound if row["status"] == "bound" else dict(color=color_of(row["name"]))
         ax.barh(y, row["median"], height=0.68, **filled)
     ax.plot([row["p20"], row["p80"]], [y, y], "|-", color="black", linewidth=1, markersize=6)
 
@@ -135,22 +136,19 @@ def _roofline(results: Results, cases: Sequence[CaseResult]) -> Figure:
         label = f"{name}, large product: {roof:.3g} TFLOP/s"
         _text(ax, label, (intensity[-1], roof), (-4, 7), ha="right", color=color)
     _text(ax, f"large copy: {copy * 1e3:.3g} GB/s", (intensity[60], intensity[60] * copy), (9, -3))
-    _logarithmic(ax)
+    logarithmic(ax)
     ax.set(xlabel="operations per byte of memory traffic (FLOP/B)", ylabel="operations per second (TFLOP/s)")
     ax.set_title(where(results), color=_GREY)
     figure.legend(loc="outside right upper", title="case and share of its roof\n(hollow: with backward)")
     return figure
 
 
-def _logarithmic(ax: Axes, ticks: Sequence[int] = ()) -> None:
+def logarithmic(ax: Axes) -> None:
     ax.set(xscale="log", yscale="log")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_formatter(NullFormatter())
-    if ticks:
-        ax.set_xticks(ticks, list(map(str, ticks)))
-        ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(True, which="major")
 
 
@@ -167,37 +165,12 @@ def _curves(results: Results, cases: Sequence[CaseResult]) -> Figure:
             ax.axhline(limit, color=_FLOOR, linewidth=0.9, linestyle=_DASHED, zorder=1)
         for curve, rows in curves.items():
             points = [(row["median"] * 1e3, max(row["errors"]["excess"], _LEAST)) for row in rows]
-            color, line = _color(rows[-1]["name"]), "o-" if len(rows) > 2 else "o"
+            color, line = color_of(rows[-1]["name"]), "o-" if len(rows) > 2 else "o"
             (handles[curve],) = ax.plot(*zip(*points, strict=True), line, color=color, markersize=5)
             for row, at in zip(rows, points, strict=True):
                 _text(ax, row["label"], at, (5, 4), fontsize=7.5, color=color)
-        _logarithmic(ax)
+        logarithmic(ax)
         ax.set(xlabel="milliseconds per layer", title=case["title"])
     panels[0].set_ylabel("residual over the best of this rank, less 1 (1e-13 where below)")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-    return figure
-
-
-def _growth(results: Results, cases: Sequence[CaseResult]) -> Figure:
-    """Above the seconds of a step, below the memory of an adaptation; last what many tasks leave behind."""
-    figure = figure_of(3.5 * (len(cases) + 1), 6.2, f"{results['title']}\n{where(results)}")
-    axes = figure.subplots(2, len(cases) + 1, squeeze=False)
-    measures = ("median", 1e3, "step (ms)"), ("peak_bytes", 1e-6, "peak (MB)")
-    for column, case in enumerate(cases):
-        for ax, (key, scale, unit) in zip(axes[:, column], measures, strict=True):
-            for name, exponents in case["exponents"].items():
-                points = [(row["at"], row[key] * scale) for row in case["rows"] if row["name"] == name]
-                label = f"{name}: {exponents[key]['all']:.2f}, upper half {exponents[key]['upper']:.2f}"
-                ax.plot(*zip(*points, strict=True), "o-", color=_color(name), label=label, markersize=4.5)
-            _logarithmic(ax, case["facts"]["values"])
-            ax.set(xlabel=case["title"], ylabel=unit)
-            ax.legend(fontsize=7, title="exponent", title_fontsize=7, loc="upper left")
-    kept, (over, left) = results["kept"], axes[:, -1]
-    tasks, held, known = (np.array(kept[key]) for key in ("tasks", "held_bytes", "accounted_bytes"))
-    over.plot(tasks, held / 1e6, color=_color(OURS), linewidth=2.4, label="all tensors beyond the base")
-    over.plot(tasks, known / 1e6, "--", color="black", linewidth=1, label="experts, gates, bases")
-    over.legend(fontsize=7)
-    over.set(xlabel="tasks merged", ylabel="kept (MB)")
-    left.plot(tasks, (held - known) / 1e3, color=_color(OURS), linewidth=1.4)
-    left.set(xlabel="tasks merged", ylabel="kept beyond these (kB)", ylim=(min(0, *(held - known)), None))
     return figure

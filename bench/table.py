@@ -78,9 +78,14 @@ def _stage(name: str) -> Column:
     return _known("stages", lambda stages: duration(stages[name]["median"]))
 
 
+def _megabytes(key: str, digits: int = 0) -> Column:
+    return _known(key, lambda size: f"{size / 1e6:.{digits}f}")
+
+
 _TIMES = {"median": _known("median", duration), "p20 … p80": _spread("", duration)}
 _RATIO, _CALLS = {"× ours": _known("round_ratio", "{:.2f}".format)}, {"calls": _known("repetitions", str)}
-_PEAK = {"peak MB": _known("peak_bytes", lambda size: f"{size / 1e6:.1f}")}
+_PEAK = {"peak MB": _megabytes("peak_bytes", 1)}
+_AT = _known("at", "{:.3g}".format)
 _OF_RATIO = {"p20 … p80 of it": _spread("round_ratio_", "{:.2f}".format)}
 _EXCESS = {"residual/best − 1": _known("errors", lambda errors: f"{errors['excess']:.0e}")}
 _FLOOR, _BEST = _known("floor_fraction", "{:.0%}".format), _known("best_fraction", "{:.0%}".format)
@@ -94,7 +99,10 @@ COLUMNS: dict[str, dict[str, Column]] = {
     "merges": {stage: _stage(stage) for stage in STAGES}
     | {"whole": _TIMES["median"], **_RATIO, "step, last task": _STEP, **_PEAK}
     | {"accuracy": _known("accuracy", "{:.1f} %".format)},
-    "growth": {"at": _known("at", str)} | _TIMES | _PEAK,
+    "growth": {"at": _AT} | _TIMES | _PEAK,
+    "files": {"at": _AT, "wall": _TIMES["median"], "CPU": _known("cpu_seconds", duration)}
+    | {"CPU × ours": _RATIO["× ours"], **_PEAK, "not mapped": _megabytes("anonymous_bytes")}
+    | {"read": _megabytes("read_bytes"), "written": _megabytes("written_bytes"), "error": _error},
 }
 
 
@@ -109,7 +117,7 @@ def _table(results: Results, plain: bool) -> Table:
         heading = (duration(floor["seconds"]), f"floor: {floor['bound']}") if floor else ()
         out.add_row(Text(visible(case["name"]), "bold"), *heading, style="cyan")
         # of experts the other points of the curves are in the file and the picture
-        shown = timed_rows(case) if results["benchmark"] != "growth" else case["rows"]
+        shown = case["rows"] if "at" in columns else timed_rows(case)
         for row in (row for row in shown if row.get("telling", True)):
             ours, bound = row["name"] in (OURS, f"{OURS} accurate"), row["status"] == "bound"
             label, cells = Text("  " + visible(row["name"])), (column(row) for column in columns.values())

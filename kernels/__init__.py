@@ -4,7 +4,7 @@
 
 gated_experts/        the gated sum of low-rank experts: the formula (oracle), dense products, Triton kernels
 relaxed_projection/   the null-space constraint with adaptive relaxation, likewise
-tiles                 tile sizes of the Triton kernels
+tiles                 tile sizes of the Triton kernels; tile_rule says which is fastest by a model of the chip
 launches              their launches, recorded once and repeated
 chips                 what is known of the GPUs they run on
 gemm                  dense products in the faster of the CPU's two libraries

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from swept import draw, exponents
 
 from mingle.bench import command
 from mingle.bench.machine import LoadMeter, Stopwatch, peak_bytes
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = command.begin(parser, arguments)
     found = grow(args.device, args.reduce, args.quick, args.seed)
+    if args.out:
+        draw(found, args.out / "growth.png")
     return command.finish(found, args.out, "growth") or int(not found["kept"]["ok"])
 
 
@@ -87,13 +90,6 @@ def sweep(
         fitted[contender][key] = found
     facts = {"swept": name, "values": list(values)}
     return case_result(f"growth with {name}", _LABELS[name], facts, rows, exponents=fitted, remarks=remarks)
-
-
-def exponents(values: Sequence[float], costs: Sequence[float]) -> dict[str, float]:
-    """p of cost ∝ valueᵖ, fitted to all points and to the upper half of them, at least two."""
-    points = {"all": len(values), "upper": max(2, (len(values) + 1) // 2)}
-    logs = np.log(values), np.log(costs)
-    return {name: float(np.polyfit(logs[0][-n:], logs[1][-n:], 1)[0]) for name, n in points.items()}
 
 
 def small_problem(sizes: Mapping[str, int], reduce: str, steps: int, seed: int) -> MergeProblem:

@@ -2,7 +2,11 @@
 
 reference   the formula, expert by expert: the oracle of the tests, backend "eager"
 grouped     dense products over concatenated experts, for any device: backend "grouped"
-triton      the fused kernels shrink, expand and upstream, and their launchers: backend "triton"
+triton      the fused kernels: backend "triton"
+shrink, expand, upstream
+            its kernels, each with its launcher
+listed      its kernels that pass over gates of 0
+active      which experts those leave, and whether tokens are sorted by them
 gates       its kernels for the gate values
 descriptors its kernels for large products on Hopper and later
 common      what those kernels share

@@ -28,6 +28,16 @@ def placed(N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def ordered(positions, order_ptr, N, group, HAS_ORDER: tl.constexpr):
+    """The tokens at these positions (see `mingle.kernels.gated_experts.active`), any beyond the last."""
+    if HAS_ORDER:
+        groups = tl.load(order_ptr + positions // group, mask=positions < N, other=0)
+        return groups * group + positions % group
+    else:  # noqa: RET505 - Triton compiles one of the two
+        return positions
+
+
+@triton.jit
 def finish(
     acc, rows, columns,
     bias_ptr,  # [O]
@@ -59,4 +69,24 @@ def finish(
             acc = tl.dot(share.to(gate.dtype), gate, acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=columns < O, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def add_product(
+    acc, left, stride_lk, right, stride_rk, row_ok, column_ok, first, last,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + left rightᵀ over k = first … last − 1.
+
+    left and right: pointers to rows [BLOCK_N, 1] and to columns [1, BLOCK_C].
+    """
+    right += (first + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None] * stride_rk
+    for k0 in range(first, last, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = tl.load(left + k[None, :] * stride_lk, mask=row_ok & (k < last)[None, :], other=0.0)
+        # one product of 64 bits a step, not one for every row of it
+        onward = tl.cast(k0 - first, tl.int64) * stride_rk
+        b = tl.load(right + onward, mask=column_ok & (k < last)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)  # [BLOCK_N, BLOCK_K] @ [BLOCK_K, BLOCK_C]
     return acc

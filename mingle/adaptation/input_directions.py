@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from mingle import linalg
+from mingle import linalg, ranks
 from mingle.linalg import InputDirections
 from mingle.nn.observe import observed
 
@@ -41,16 +42,62 @@ def collected(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, InputDirect
             results[id(before)] = before, before.including(x if mask is None else x[mask])
         seen[name] = results[id(before)][1]
 
-    # what a router's look at the base passes through counts too, as it did for all committed figures
-    with observed(layers, collect, also_aside=True):
+    with observed(layers, collect):
         yield seen
+
+
+def of_all(
+    layers: Mapping[str, nn.Module], seen: Mapping[str, InputDirections]
+) -> dict[str, InputDirections]:
+    """The input directions of what all processes have seen, the same in each; see `mingle.ranks`.
+
+    Args:
+        layers: by name, the same in every process.
+        seen: by name of a layer, what this process has `collected`.
+
+    Returns:
+        The same for every layer that any process has seen at work.  Layers that shared all inputs in every
+        process still share one object.
+    """
+    numbers = {id(directions): number for number, directions in enumerate(seen.values())}
+    found = ranks.gather({name: _Known(numbers[id(own)], own.width, own.count) for name, own in seen.items()})
+    sharing: dict[tuple[_Known | None, ...], list[str]] = {}
+    for name in dict.fromkeys(name for each in found for name in each):
+        known = tuple(each.get(name) for each in found)
+        sharing.setdefault(known, []).append(name)
+    result: dict[str, InputDirections] = {}
+    for known, names in sharing.items():
+        own = seen.get(names[0]) or InputDirections(max(each.width for each in known if each))
+        device = next(layers[names[0]].parameters()).device
+        count = sum(each.vectors for each in known if each)
+        result |= dict.fromkeys(names, own.of_all(count, device))
+    return result
+
+
+class _Known(NamedTuple):
+    """What one process has collected of a layer: the number of the object, its width and how many vectors."""
+
+    number: int
+    width: int
+    vectors: int
 
 
 def extend(
     bases: Mapping[str, torch.Tensor], seen: Mapping[str, InputDirections], k: int
 ) -> dict[str, torch.Tensor]:
-    """Every layer's basis [d_in, K] with a task's top-`k` input directions: [d_in, K'], K' ≤ K + k."""
-    leading = {id(directions): directions.top(k) for directions in set(seen.values())}
+    """Every layer's basis [d_in, K] with a task's top-`k` input directions: [d_in, K'], K' ≤ K + k.
+
+    Each of several processes finds those of some layers, and tells the others; so all have the same.
+
+    Args:
+        bases: by name of a layer.
+        seen: the same in every process, see `of_all`.
+        k: how many.
+    """
+    distinct = list({id(directions): directions for directions in seen.values()}.values())
+    mine = ranks.dealt([directions.width**3 for directions in distinct])[ranks.rank()]
+    found = ranks.gather({number: distinct[number].top(k).cpu() for number in mine})
+    leading = {id(distinct[number]): top for each in found for number, top in each.items()}
     return {
         name: linalg.extend_basis(bases[name], leading[id(directions)].to(bases[name]))
         for name, directions in seen.items()

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mingle import ranks
 from mingle.kernels.gated_experts import reference
 from mingle.nn.linear import MingleLinear
 from mingle.nn.observe import observed
 from mingle.tasks import TaskData, TaskType
+from mingle.tasks.shares import own_batches
 
 #: how far a step may move the gate of a usual input
 STEP = 0.1
@@ -33,20 +35,18 @@ def learning_rates(
         layers: the layers by name.
         samples: seed samples.
     """
-    sums = {
-        name: torch.zeros((), dtype=torch.float64, device=layer.weight.device)
-        for name, layer in layers.items()
-    }
-    counts = dict(sums)
+    device = next(iter(layers.values())).weight.device
+    # of every layer, ‖x‖₁ and how many x there are
+    sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in layers}
 
     def collect(name: str, layer: MingleLinear, x: Tensor) -> None:
         norms = reference.pooled_input(x, layer.reduce, layer.token_mask).abs().sum(-1)
         mask = layer.token_mask if layer.reduce == "token" else None
         valid = torch.ones_like(norms, dtype=torch.bool) if mask is None else mask
-        sums[name] = sums[name] + torch.where(valid, norms, 0).sum()
-        counts[name] = counts[name] + valid.sum()
+        sums[name] += torch.stack([torch.where(valid, norms, 0).sum().double(), valid.sum().double()])
 
     with observed(layers, collect):
-        for batch in samples.batches(_BATCH):
-            task.logits(model, batch)
-    return {name: STEP / (float(sums[name] / counts[name].clamp_min(1)) + 1) for name in layers}
+        for batch in own_batches(model, samples, _BATCH):
+            task.logits(model, batch.to(device))
+    ranks.sum_(*sums.values())
+    return {name: STEP / (float(total / count.clamp_min(1)) + 1) for name, (total, count) in sums.items()}

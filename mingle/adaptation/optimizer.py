@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mingle import ranks
+from mingle.adaptation.batches import Share
 from mingle.adaptation.projector import RelaxedProjector
 from mingle.nn.linear import MingleLinear
 
 logger = logging.getLogger(__name__)
 
-Advance = Callable[[Tensor], tuple[Tensor, Tensor]]
+Advance = Callable[[Share], tuple[Tensor, Tensor]]
 
 
 class GateStep:
@@ -25,8 +27,8 @@ class GateStep:
 
     The gates' gradients are views of one flat tensor, which backward passes fill; weights are projected,
     biases are not.  A step whose loss or gradient is not finite changes nothing: neither gates, nor Adam's
-    moments, nor S.  Under data-parallel training all-reduce `gradients`, and the loss, before `step`: all
-    processes then project, skip and step alike.
+    moments, nor S.  Of several processes each differentiates its part of the loss, and `step` adds up their
+    losses and gradients before anything else: all then project, skip and step alike.
 
     Args:
         layers: the injected layers by name.
@@ -65,16 +67,22 @@ class GateStep:
             ]
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=self.gradients.is_cuda)
 
+    @property
+    def loss(self) -> Tensor:
+        """Of the last step, that of all processes, []."""
+        return self._loss[0]
+
     def zero_grad(self) -> None:
         self.gradients.zero_()
 
     def step(self, loss: Tensor) -> Tensor:
-        """Project and step, after `loss` [] was differentiated.
+        """Project and step, after `loss` [], this process's part, was differentiated.
 
         Returns:
             float32 []: 1 where the step was skipped because something is not finite, else 0.
         """
         self._loss.copy_(loss.detach())  # checked together with the gradients
+        ranks.sum_(self.gradients)
         skipped = self.projector.project_(self.gradients, self.layout).float()
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -95,17 +103,17 @@ class GateStep:
 
 
 def captured(advance: Advance, step: GateStep, batch_size: int, device: torch.device) -> Advance:
-    """`advance`, a whole step from sample indices to new gates, as one CUDA graph.
+    """`advance`, a whole step from the samples of a batch to new gates, as one CUDA graph.
 
     Where it cannot be captured, `advance` itself is returned.
 
     Args:
-        advance: index [batch_size] → the loss and whether the step was skipped, both []; calls `step` once.
+        advance: all of a batch → the loss and whether the step was skipped, both []; calls `step` once.
         step: what `advance` changes; back in its present state when this returns.
         batch_size: of every batch to come.
         device: where all of it runs.
     """
-    index, graph = torch.arange(batch_size, device=device), torch.cuda.CUDAGraph()
+    share, graph = Share(torch.arange(batch_size, device=device), 1.0), torch.cuda.CUDAGraph()
     before = [tensor.clone() for tensor in step.state()]
     with torch.cuda.device(device):  # a capture is of the current one
         present, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -115,10 +123,10 @@ def captured(advance: Advance, step: GateStep, batch_size: int, device: torch.de
         try:
             with torch.cuda.stream(side):
                 for _ in range(3):
-                    advance(index)
+                    advance(share)
             present.wait_stream(side)
             with torch.cuda.graph(graph):
-                results = advance(index)
+                results = advance(share)
         except RuntimeError as error:
             logger.info("steps run one by one: they cannot be captured in a CUDA graph: %s", error)
             # where the capture's end raised, its stream is still the current one, and the generator in it
@@ -129,8 +137,8 @@ def captured(advance: Advance, step: GateStep, batch_size: int, device: torch.de
         finally:
             _reset(step, before)
 
-    def replay(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        index.copy_(chosen)
+    def replay(chosen: Share) -> tuple[Tensor, Tensor]:
+        share.samples.copy_(chosen.samples)
         graph.replay()
         return results
 

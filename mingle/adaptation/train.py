@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mingle import ranks
 from mingle.adaptation import fast_forward
 from mingle.adaptation.answers import Compact, States
-from mingle.adaptation.batches import drawn
+from mingle.adaptation.batches import Share, shared
 from mingle.adaptation.learning_rates import learning_rates
 from mingle.adaptation.losses import Loss
 from mingle.adaptation.optimizer import Advance, GateStep, captured
@@ -67,6 +68,8 @@ def adapt_gates(
 ) -> AdaptTrace:
     """Train the trainable gates of `layers` in place.
 
+    Of several processes, see `mingle.ranks`, each takes its share of every batch, and all make the same step.
+
     Args:
         task: how the model's logits are computed.
         model: the merged model that holds the layers, in evaluation mode.
@@ -85,15 +88,15 @@ def adapt_gates(
     if config.steps == 0:
         return AdaptTrace()
     device = next(iter(layers.values())).weight.device
-    used, batches = drawn(len(seeds), config.batch_size, config.steps, generator)
-    samples = (seeds if len(used) == len(seeds) else seeds.select(used)).to(device)
-    lr = learning_rates(task, model, layers, samples) if config.lr == "auto" else config.lr
+    batches = shared(task, model, seeds, config.batch_size, config.steps, generator)
+    lr = learning_rates(task, model, layers, batches.samples) if config.lr == "auto" else config.lr
     step = GateStep(layers, lr, projector)
     recorder = Recorder(step)
-    with _stepping(task, model, layers, samples, loss, config, step) as advance:
-        if device.type == "cuda":
-            advance = captured(advance, step, len(batches[0]), device)
-        _take(advance, [index.to(device) for index in batches], recorder, device, on_step)
+    with _stepping(task, model, layers, batches.own.to(device), loss, config, step) as advance:
+        taken = [share._replace(samples=share.samples.to(device)) for share in batches.taken]
+        if device.type == "cuda" and ranks.size() == 1:
+            advance = captured(advance, step, len(taken[0].samples), device)
+        _take(advance, taken, recorder, device, on_step)
     return recorder.trace()
 
 
@@ -107,7 +110,7 @@ def _stepping(
     config: AdaptConfig,
     step: GateStep,
 ) -> Iterator[Advance]:
-    """Yields one whole step, from the positions of a batch among `samples` to new gates."""
+    """Yields one whole step, from a share of a batch of `samples` to new gates."""
     device = step.gradients.device
     batch_loss, valid = loss(samples), task.valid(samples)
     compact = Compact.of(task, model, samples)
@@ -125,30 +128,34 @@ def _stepping(
     kept = frozen_prefix(model, layers.values(), answers, len(samples), TEACHER_BATCH)
     with fast_forward.prepared(model, config.precision), kept as select:
 
-        def advance(index: Tensor) -> tuple[Tensor, Tensor]:
+        def advance(share: Share) -> tuple[Tensor, Tensor]:
             step.zero_grad()
-            select(index)
-            student = answers(index)
-            if isinstance(student, Tensor):
-                student = student.to(wide(student))
-            value = batch_loss(student, index, None if valid is None else valid[index])
-            value.backward()
-            return value.detach(), step.step(value)
+            value = step.gradients.new_zeros(())
+            if share.weight:
+                index = share.samples
+                select(index)
+                student = answers(index)
+                if isinstance(student, Tensor):
+                    student = student.to(wide(student))
+                value = share.weight * batch_loss(student, index, None if valid is None else valid[index])
+                value.backward()
+            skipped = step.step(value)
+            return step.loss, skipped
 
         yield advance
 
 
 def _take(
     advance: Advance,
-    batches: Sequence[Tensor],
+    shares: Sequence[Share],
     recorder: Recorder,
     device: torch.device,
     on_step: Callable[[StepProgress], None] | None,
 ) -> None:
     """Take all steps, and look at the results every so often."""
-    interval, steps = _INTERVALS.get(device.type, 8), len(batches)
-    for done, index in enumerate(batches, 1):
-        recorder.note(*advance(index))
+    interval, steps = _INTERVALS.get(device.type, 8), len(shares)
+    for done, share in enumerate(shares, 1):
+        recorder.note(*advance(share))
         if done % interval == 0 or done == steps:
             recorder.look()
             if on_step is not None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mingle import ranks
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.cli import (
     add,
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 for success; 1, after a message, where it ran and ended badly: a benchmark found a fault, an
-        adaptation diverged, a result was not finite, Ctrl-C; 2, after a message, where the input or the
-        machine was not fit for it.
+        adaptation diverged, a result was not finite, another process failed, Ctrl-C; 2, after a message,
+        where the input or the machine was not fit for it.
 
     Raises:
         SystemExit: with 0 after ``--help``; with 2 after a message, for arguments that cannot be parsed; with
@@ -85,6 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.console.on_broken_pipe()
     except KeyboardInterrupt:
         output.console.print(output.line(f"interrupted: {args.kept}"), soft_wrap=True)
+        return 1
+    except ranks.OtherRankFailed as error:
+        output.choose(silent=ranks.launched() and not (_is_first() or error.of_first()))
+        output.fail(error)
         return 1
     except (AdaptationDiverged, NonFiniteMerge) as error:
         output.fail(error)
@@ -115,15 +120,46 @@ def _run(arguments: Sequence[str] | None, args: argparse.Namespace) -> int:
         output.choose(json=getattr(args, "json", False), quiet=getattr(args, "quiet", False))
         if getattr(args, "offline", False):
             os.environ["HF_HUB_OFFLINE"] = "1"
-        return args.run(args) or 0
+        return (_run_shared if ranks.launched() else args.run)(args) or 0
     finally:
         output.flush()
+
+
+def _run_shared(args: argparse.Namespace) -> int | None:
+    """Run a command in all processes that torchrun has started, or in one where it makes no use of them."""
+    if not getattr(args, "shared", False):
+        if not _is_first():
+            return 0
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            output.say(f"`mingle {args.command}` makes no use of several processes: one does all of it")
+        return args.run(args)
+    if not _is_first():
+        output.choose(silent=True)
+    with ranks.joined():
+        with ranks.together("starting"):
+            _refuse_differing(args)
+        return args.run(args)
+
+
+def _refuse_differing(args: argparse.Namespace) -> None:
+    """Raise `ValueError` unless all processes were started with the same arguments."""
+    given = {name: str(value) for name, value in vars(args).items() if not callable(value)}
+    everyone = ranks.gather(given)
+    for number, found in enumerate(everyone):
+        for name, value in found.items():
+            if value != (first := everyone[0].get(name)):
+                raise ValueError(f"rank {number} was started with {name} {value}, and rank 0 with {first}")
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all that torchrun has started."""
+    return int(os.environ["RANK"]) == 0
 
 
 def parsers() -> tuple[LiteralParser, Commands]:
     """The parser of the whole command line, and the commands, whose ``choices`` are their parsers by name."""
     parser = LiteralParser(prog="mingle", description="Merge fine-tuned models one after another.")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     for command in _COMMANDS:
         command.register(commands)
     return parser, commands

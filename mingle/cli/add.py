@@ -13,7 +13,6 @@ from mingle.io.files import file_path
 from mingle.merging.vocabulary import Vocabulary
 from mingle.runs import merge
 from mingle.runs.config import Expert
-from mingle.runs.report import page
 
 
 def register(commands: Commands) -> None:
@@ -33,7 +32,7 @@ def register(commands: Commands) -> None:
     arguments.offline(parser)
     arguments.printing(parser)
     pages.option(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, shared=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,4 +44,4 @@ def run(args: argparse.Namespace) -> None:
         )
     show(result_table(result))
     document({"folder": str(args.folder), **result_document(result)})
-    pages.told(page.write(args.folder), show=args.open)
+    pages.write(args.folder, show=args.open)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mingle import ranks
 from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
 from mingle.cli.output import document, method_name, result_document, result_table, say, show
 from mingle.cli.progress import bars
 from mingle.io.files import file_path
-from mingle.runs import config
+from mingle.runs import config, group
 from mingle.runs.check import check
-from mingle.runs.report import page
 
 
 def register(commands: Commands) -> None:
@@ -24,11 +24,15 @@ def register(commands: Commands) -> None:
     arguments.offline(parser)
     arguments.printing(parser)
     pages.option(parser)
-    parser.set_defaults(run=run, kept="what was merged is saved; the same command goes on from there")
+    parser.set_defaults(
+        run=run, shared=True, kept="what was merged is saved; the same command goes on from there"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    plan = check(config.load(args.config), args.out)
+    with ranks.together("checking"):
+        plan = check(config.load(args.config), args.out)
+        group.check_same(plan)
     say("method: ", method_name(plan.config.method))
     orders: list[dict[str, Any]] = []
     try:
@@ -42,4 +46,4 @@ def run(args: argparse.Namespace) -> None:
         raise
     document({"folder": str(args.out), "method": plan.config.method, "orders": orders})
     say("merged model: ", args.out)
-    pages.told(page.write(args.out), show=args.open)
+    pages.write(args.out, show=args.open)

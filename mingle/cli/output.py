@@ -78,14 +78,16 @@ class _LiteralFormatter(logging.Formatter):
         return visible(super().format(record), keep="\n")
 
 
-def choose(*, json: bool = False, quiet: bool = False) -> None:
+def choose(*, json: bool = False, quiet: bool = False, silent: bool = False) -> None:
     """What is printed from now on, and where.
 
     Args:
         json: nothing but the document goes to stdout; the console is on stderr.
         quiet: neither messages nor progress nor warnings.
+        silent: nothing at all; another process speaks for this one.
     """
-    _wanted.json, _wanted.quiet = json, quiet
+    _wanted.json, _wanted.quiet = json, quiet or silent
+    console.quiet = silent
     console.aim(stderr=json)
     _log.setLevel(logging.ERROR if quiet else logging.NOTSET)
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from mingle import ranks
 from mingle.cli import arguments, pages
 from mingle.cli.arguments import Commands
 from mingle.cli.output import document, say, show
 from mingle.cli.progress import bars
 from mingle.io.files import file_path, made
+from mingle.io.shared_folder import check_shared
 from mingle.runs import report, reproduce
 from mingle.runs.report import page
 from mingle.runs.reproduce import summary
@@ -43,7 +45,9 @@ def register(commands: Commands) -> None:
     arguments.offline(parser)
     arguments.printing(parser)
     pages.option(parser)
-    parser.set_defaults(run=run, kept="what is finished is kept; the same command goes on from there")
+    parser.set_defaults(
+        run=run, shared=True, kept="what is finished is kept; the same command goes on from there"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,14 +65,19 @@ def run(args: argparse.Namespace) -> None:
     plan, out = reproduce.plan(request), args.out or Path("runs") / f"reproduce-{args.table}"
     if args.threads:
         torch.set_num_threads(args.threads)
-    made(out)
+    with ranks.together("making the folder"):
+        if ranks.rank() == 0:
+            made(out / "cells")
+        check_shared(out)
     unfinished = sum(cell.result(out / "cells") is None for cell in plan.cells)
     try:
-        with bars(unfinished) as observer:
+        with bars(unfinished) as observer, ranks.apart():
             reproduce.run(plan, out, observer, keep_models=args.keep_models)
+        ranks.gather(None)
     finally:  # whatever ended the run, its finished cells are worth a table
-        found = summary.write(plan, out)
-        show(*report.comparison.tables(found))
-        document({"folder": str(out), **found})
-        say("table and plots: ", out)
-        pages.told(out / page.REPORT, show=args.open)
+        if ranks.rank() == 0:
+            found = summary.write(plan, out)
+            show(*report.comparison.tables(found))
+            document({"folder": str(out), **found})
+            say("table and plots: ", out)
+            pages.told(out / page.REPORT, show=args.open)

@@ -1,9 +1,12 @@
 """What is finished of one step of a merge that goes tensor by tensor, so that a killed one goes on there.
 
-The finished tensors lie in part files beside the manifest's, each written whole and named by its content.
-The journal lists them.  It is written anew after every part, and removed when the manifest names the parts.
+The tensors are planned to lie in parts.  Finished parts are files beside the manifest's, each written whole
+and named by its content.  The journal lists them.  It is written anew after every part, and removed when the
+manifest names the parts.  Of several processes each has a journal of its own, and the next run begins with
+all of them, however many processes it has.
 
     .journal.json                    what step it is of, and for every pass its parts and what was found
+    .journal-<rank>.json             the same of the other processes
     state-<hash>.safetensors         parts of the new state, already in the place where they will stay
     .aside-<hash>.safetensors        parts of what a pass set aside for a later one
 """
@@ -20,7 +23,8 @@ from typing import Any
 
 import torch
 
-from mingle.io.files import CheckpointError, contained, read_json, write_json
+from mingle import ranks
+from mingle.io.files import CheckpointError, contained, naming, read_json, write_json
 from mingle.io.lazy_tensors import LazyTensors, Rows
 from mingle.io.manifest import DIGEST, TENSORS_NAME, check_files, entries_of, entry_of
 from mingle.io.safetensors import CheckpointReader, write_tensors
@@ -32,12 +36,14 @@ logger = logging.getLogger(__name__)
 Numbers = dict[str, float]
 #: what a journal notes of every pass
 Passes = list[dict[str, Any]]
-JOURNAL = ".journal.json"
+JOURNAL, JOURNALS = ".journal.json", ".journal*.json"
 #: what a last pass finds whose parts are set aside: how many tasks there were before the step
 TASKS_BEFORE = "tasks before"
+_JOURNAL_NAME = re.compile(r"\.journal(-\d+)?\.json")
 ASIDE_NAME = re.compile(r"\.aside-[0-9a-f]{12}\.safetensors")
-_FORMAT, _FORMAT_VERSION = "mingle-journal", 1
-_PART = {"file": str, "bytes": int, "sha256": DIGEST, "tensors": int, "numbers": [[float]]}
+_FORMAT, _FORMAT_VERSION = "mingle-journal", 2
+#: a part of which only numbers are noted has no file
+_PART = {"file": (str, None), "bytes": int, "sha256": (DIGEST, None), "part": int, "numbers": [[float]]}
 _FORM = {
     "format": str,
     "format_version": int,
@@ -47,41 +53,49 @@ _FORM = {
 
 
 class Journal:
-    """The journal of a folder, of which this process is the writer.
+    """The journal of a folder, of which the processes of one group are the writers.
+
+    All of them make it, and give the same step.
 
     Args:
         folder: the merger's folder.
         step: a SHA-256 of everything that the step's result depends on.  What another step has left counts
-            for nothing, and neither does a part that is missing or changed, or what came after it.
+            for nothing, and neither does a part that is missing or changed.
     """
 
     def __init__(self, folder: Path, step: str) -> None:
-        self.folder, self._path, self._step = folder, folder / JOURNAL, step
-        self.passes = self._intact(read(folder, step))
+        self.folder, self._step = folder, step
+        first = ranks.rank() == 0
+        self._path = folder / (JOURNAL if first else f".journal-{ranks.rank()}.json")
+        # one process reads, as others may see what is on a shared disk a moment later
+        self.passes = self._intact(ranks.gather(read(folder, step) if first else [])[0])
+        self._own: Passes = self.passes if first else []
+        with ranks.together(f"{folder}: taking over what is finished"):
+            if first:
+                self._take_over()
 
     def parts(self, number: int) -> list[dict[str, Any]]:
         """The parts that the pass of this number has finished, as a manifest has them."""
-        return entries(self._pass(number))
+        return entries(_pass(self.passes, number))
 
-    def tensors(self, number: int) -> int:
-        """How many tensors that pass has finished."""
-        parts = self._pass(number)["parts"]
-        return int(parts[-1]["tensors"]) if parts else 0
+    def finished(self, number: int) -> set[int]:
+        """The places of these parts in the plan."""
+        return {part["part"] for part in _pass(self.passes, number)["parts"]}
 
     def numbers(self, number: int) -> list[tuple[float, ...]]:
-        """What that pass noted of each of them."""
-        return [tuple(row) for part in self._pass(number)["parts"] for row in part["numbers"]]
+        """What that pass noted of each of their tensors."""
+        return [tuple(row) for part in _pass(self.passes, number)["parts"] for row in part["numbers"]]
 
     def found(self, number: int) -> Numbers | None:
         """What the whole pass found; None while it is not over."""
-        found: Numbers | None = self._pass(number)["found"]
+        found: Numbers | None = _pass(self.passes, number)["found"]
         return found
 
     def write(
         self,
         number: int,
+        part: int,
         tensors: Mapping[str, torch.Tensor],
-        finished: int,
         numbers: Sequence[Sequence[float]] = (),
         *,
         aside: bool = False,
@@ -90,27 +104,42 @@ class Journal:
 
         Args:
             number: of the pass.
+            part: its place in the plan.
             tensors: the part's.
-            finished: how many tensors of the tower the pass has finished with it.
-            numbers: what is noted of those that are new among them.
+            numbers: what is noted of each tensor of the tower in it.
             aside: for a later pass, and not part of the new state.
         """
-        name = f"{'.aside' if aside else 'state'}-{state_hash(tensors)[:12]}.safetensors"
-        entry = entry_of(self.folder / name, name, write_tensors(self.folder / name, tensors))
-        self._pass(number)["parts"].append(
-            entry | {"tensors": finished, "numbers": [list(row) for row in numbers]}
-        )
+        entry: dict[str, Any] = {"file": None, "bytes": 0, "sha256": None}
+        if tensors:
+            name = f"{'.aside' if aside else 'state'}-{state_hash(tensors)[:12]}.safetensors"
+            entry = entry_of(self.folder / name, name, write_tensors(self.folder / name, tensors))
+        noted = entry | {"part": part, "numbers": [list(row) for row in numbers]}
+        _pass(self._own, number)["parts"].append(noted)
         self._save()
+
+    def share(self, number: int) -> None:
+        """Learn which parts of a pass the other processes have finished; all come here when they are done."""
+        known = _pass(self.passes, number)
+        own = ranks.gather(_pass(self._own, number)["parts"])
+        known["parts"] = _in_order([known["parts"], *own])
 
     def conclude(self, number: int, found: Numbers) -> None:
-        """Note what a whole pass found."""
-        self._pass(number)["found"] = found
-        self._save()
+        """Note what a whole pass found, the same in all processes."""
+        _pass(self.passes, number)["found"] = found
+        if ranks.rank() == 0:
+            self._save()
 
-    def _pass(self, number: int) -> dict[str, Any]:
-        while len(self.passes) <= number:
-            self.passes.append({"parts": [], "found": None})
-        return self.passes[number]
+    def _take_over(self) -> None:
+        """Put what all processes of an earlier run have noted into this one's journal."""
+        with naming(self.folder):
+            others = [
+                path for path in self.folder.glob(JOURNALS) if path != self._path and is_ours(path.name)
+            ]
+        if others and self.passes:
+            self._save()
+        for path in others:
+            with naming(path):
+                path.unlink()
 
     def _save(self) -> None:
         write_json(
@@ -119,55 +148,86 @@ class Journal:
                 "format": _FORMAT,
                 "format_version": _FORMAT_VERSION,
                 "step": self._step,
-                "passes": self.passes,
+                "passes": self._own,
             },
         )
 
     def _intact(self, passes: Passes) -> Passes:
-        """The beginning of what is noted whose parts are as they were written."""
-        kept: Passes = []
+        """What is noted without the parts that are not as they were written; the processes share the work."""
+        parts = [part for noted in passes for part in noted["parts"] if part["file"]]
+        faults: dict[str, str] = {}
+        for place in ranks.dealt([part["bytes"] for part in parts])[ranks.rank()]:
+            try:
+                check_files(self.folder, [parts[place]], JOURNAL)
+            except CheckpointError as error:
+                faults[parts[place]["file"]] = str(error)
+        faults = {name: fault for each in ranks.gather(faults) for name, fault in each.items()}
+        for fault in faults.values():
+            logger.warning("%s; it is made again", fault)
         for noted in passes:
-            parts: Passes = []
-            kept.append({"parts": parts, "found": None})
-            for part in noted["parts"]:
-                try:
-                    check_files(self.folder, [part], JOURNAL)
-                except CheckpointError as error:
-                    logger.warning("%s; it is made again", error)
-                    return kept
-                parts.append(part)
-            kept[-1]["found"] = noted["found"]
-        return kept
+            noted["parts"] = [part for part in noted["parts"] if part["file"] not in faults]
+        return passes
 
 
 def read(folder: Path, step: str | None = None) -> Passes:
-    """What the journal in a folder notes; nothing where there is none, or only a damaged one.
+    """What the journals in a folder note; nothing where there is none, or only damaged ones.
 
     Args:
         folder: the folder.
-        step: of which it has to be; None takes that of any step.
+        step: of which they have to be; None takes those of the step of the first.
     """
-    path = folder / JOURNAL
-    if not path.is_file() or path.is_symlink():
-        return []
+    with naming(folder):
+        paths = sorted(path for path in folder.glob(JOURNALS) if is_ours(path.name) and _is_file(path))
+    passes: Passes = []
+    for found in filter(None, map(_noted, paths)):
+        step = step or found["step"]
+        if found["step"] == step:
+            for number, noted in enumerate(found["passes"]):
+                known = _pass(passes, number)
+                known["parts"] = _in_order([known["parts"], noted["parts"]])
+                known["found"] = known["found"] or noted["found"]
+    return passes
+
+
+def _noted(path: Path) -> dict[str, Any] | None:
+    """What a journal says; None for a damaged one, and for one of another version."""
     try:
-        found = read_json(path)
+        found: dict[str, Any] = read_json(path)
+        if isinstance(found, dict) and found.get("format_version") != _FORMAT_VERSION:
+            return None
         check(found, _FORM, path)
-        for name in (part["file"] for each in found["passes"] for part in each["parts"]):
+        for name in filter(None, (part["file"] for each in found["passes"] for part in each["parts"])):
             if "/" in name or not (TENSORS_NAME.fullmatch(name) or ASIDE_NAME.fullmatch(name)):
                 raise CheckpointError(f"{path}: {name!r} is not the name of a part")
     except CheckpointError as error:
         logger.warning("%s; the step that it is of starts again", error)
-        return []
-    known = found["format"] == _FORMAT and found["format_version"] == _FORMAT_VERSION
-    passes: Passes = found["passes"]
-    return passes if known and step in (None, found["step"]) else []
+        return None
+    return found if found["format"] == _FORMAT else None
 
 
-def files(passes: Passes) -> set[str]:
-    """The names of the files that a journal needs which notes these passes, its own among them."""
-    named = {part["file"] for each in passes for part in each["parts"]}
-    return named | ({JOURNAL} if passes else set())
+def _pass(passes: Passes, number: int) -> dict[str, Any]:
+    """What is noted of the pass of this number, from now on if not before."""
+    while len(passes) <= number:
+        passes.append({"parts": [], "found": None})
+    return passes[number]
+
+
+def _in_order(lists: Sequence[Passes]) -> Passes:
+    """The parts of several lists in the plan's order; of one that was made twice, the first."""
+    parts: dict[int, dict[str, Any]] = {}
+    for part in (part for each in lists for part in each):
+        parts.setdefault(part["part"], part)
+    return [parts[place] for place in sorted(parts)]
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def files(folder: Path, passes: Passes) -> set[str]:
+    """The names of the files that these passes need, which a folder's journals note, and of the journals."""
+    named = {part["file"] for each in passes for part in each["parts"] if part["file"]}
+    return named | ({path.name for path in folder.glob(JOURNALS)} if passes else set())
 
 
 def is_over(passes: Passes, manifest: Mapping[str, Any]) -> bool:
@@ -179,12 +239,14 @@ def is_over(passes: Passes, manifest: Mapping[str, Any]) -> bool:
 
 def entries(noted: dict[str, Any]) -> list[dict[str, Any]]:
     """The parts of a pass as a manifest has them."""
-    return [{key: part[key] for key in ("file", "bytes", "sha256")} for part in noted["parts"]]
+    return [
+        {key: part[key] for key in ("file", "bytes", "sha256")} for part in noted["parts"] if part["file"]
+    ]
 
 
 def is_ours(name: str) -> bool:
     """Whether a file of that name is a journal's alone."""
-    return name == JOURNAL or ASIDE_NAME.fullmatch(name) is not None
+    return (_JOURNAL_NAME.fullmatch(name) or ASIDE_NAME.fullmatch(name)) is not None
 
 
 class PartFiles(LazyTensors):

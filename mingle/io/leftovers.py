@@ -52,7 +52,7 @@ def _is_ours(path: Path, name: str) -> bool:
 
 def unnamed(folder: Path, kept: set[str]) -> Iterator[Path]:
     """Files and folders of ours whose names are not among `kept`."""
-    places = ("base-*", "state-*", "tasks/*", "generations/*", journal.JOURNAL, ".aside-*")
+    places = ("base-*", "state-*", "tasks/*", "generations/*", journal.JOURNALS, ".aside-*")
     for path in chain.from_iterable(sorted(folder.glob(place)) for place in places):
         name = path.relative_to(folder).as_posix()
         if name in kept or path.is_symlink():

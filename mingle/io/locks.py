@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,15 +22,14 @@ class Locked(CheckpointError):
 def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Be the only writer of an existing folder; while another process is, `wait` or raise `Locked`.
 
-    The error names the holder. The lock is the kernel's, on `.lock` in the folder: a killed holder releases
-    it, and the file itself stays behind.
+    The error names the holder.  The lock is the kernel's, on `.lock` in the folder: a killed holder releases
+    it.  The file goes with the lock, and what a killed holder has left of it, the next one takes over.
     """
     path = folder / ".lock"
     with naming(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _locked(path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     try:
         with naming(path):
-            _flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), folder)
             since = datetime.now(UTC).isoformat(timespec="seconds")
             os.ftruncate(descriptor, 0)
             os.pwrite(
@@ -38,13 +37,16 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
                 json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(),
                 0,
             )
+        yield
+    finally:
         try:
-            yield
+            with suppress(OSError):  # the folder has moved, or cannot be written any more
+                if _is_at(descriptor, path):
+                    path.unlink()
         finally:
             # Closing would not be enough: a child forked meanwhile shares the lock and would keep it.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
-    finally:
-        os.close(descriptor)
+            os.close(descriptor)
 
 
 def refuse_locked(folder: Path) -> None:
@@ -53,6 +55,27 @@ def refuse_locked(folder: Path) -> None:
     if path.is_file():
         with naming(path), open(path, "rb") as file:
             _flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB, folder)
+
+
+def _locked(path: Path, operation: int) -> int:
+    """The descriptor of a lock file that is locked, and that no earlier holder has removed meanwhile."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _flock(descriptor, operation, path.parent)
+            if _is_at(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _flock(descriptor: int, operation: int, folder: Path) -> None:

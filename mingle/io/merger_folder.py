@@ -6,7 +6,7 @@
     tasks/000-<name>-<hash>.safetensors
     state-<hash>.safetensors           only for methods that keep merged weights; one, or several parts
     generations/0001-<hash>.json       the manifests of earlier saves, see `mingle.io.generations`
-    .journal.json, .aside-<hash>…      while a step goes tensor by tensor, see `mingle.io.journal`
+    .journal….json, .aside-<hash>…     while a step goes tensor by tensor, see `mingle.io.journal`
 
 Files are named by their content and never overwritten: whatever interrupts a save, every file that the
 manifest on disk names is there, and so is every file that an earlier generation names which is kept.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from mingle import ranks
 from mingle.io import folder_card, generations, journal
 from mingle.io.base_files import base_files
 from mingle.io.files import CheckpointError, clean_stale, contained, naming, sha256, write_copy, write_json
@@ -34,7 +35,6 @@ from mingle.io.manifest import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
-    check_files,
     entries_of,
     entry_of,
     files_of,
@@ -43,6 +43,7 @@ from mingle.io.manifest import (
 )
 from mingle.io.provenance import versions
 from mingle.io.safetensors import write_tensors
+from mingle.io.shared_folder import check_files_together, check_shared
 from mingle.io.state_dicts import state_hash as state_hash
 
 Tensors = dict[str, torch.Tensor]
@@ -87,24 +88,31 @@ _written: ContextVar[frozenset[Path]] = ContextVar("folders whose writer this is
 def writing(folder: Path, *, new: bool = True) -> Iterator[None]:
     """Be the only writer of a merger's folder for several saves, and clear up what interrupted ones left.
 
+    The processes of one group come here together, and are one writer: the lock is that of rank 0.
+
     Args:
         folder: made where it does not exist, unless `new` is off: then it has to hold a merger.
 
     Raises:
-        CheckpointError: another process is writing to the folder, or it cannot be written to.
+        CheckpointError: another process is writing to the folder, it cannot be written to, or not every
+            process of the group sees it.
     """
     place = folder.resolve()
     if place in _written.get():
         yield
         return
-    if new:
-        with naming(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    else:
-        read_manifest(folder)
-    with lock(folder):
-        clean_stale(folder)
-        _clear(folder, journal.read(folder))
+    with ExitStack() as held:
+        with ranks.together("opening the folder"):
+            if ranks.rank() == 0:
+                if new:
+                    with naming(folder):
+                        folder.mkdir(parents=True, exist_ok=True)
+                else:
+                    read_manifest(folder)
+                held.enter_context(lock(folder))
+                clean_stale(folder)
+                _clear(folder, journal.read(folder))
+            check_shared(folder)
         token = _written.set(_written.get() | {place})
         try:
             yield
@@ -117,10 +125,10 @@ def _clear(folder: Path, noted: journal.Passes) -> None:
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         over = noted and journal.is_over(noted, manifest)
-        sweep(folder, generations.names(folder, manifest) | (set() if over else journal.files(noted)))
+        sweep(folder, generations.names(folder, manifest) | (set() if over else journal.files(folder, noted)))
         folder_card.write(folder, manifest)  # if what interrupted a save was between the two
     elif foreign(folder) is None:
-        sweep(folder, journal.files(noted))  # what is there is of a first save that did not end
+        sweep(folder, journal.files(folder, noted))  # what is there is of a first save that did not end
 
 
 def begin(folder: Path, step: str) -> journal.Journal:
@@ -131,7 +139,9 @@ def begin(folder: Path, step: str) -> journal.Journal:
         step: see `mingle.io.journal.Journal`.
     """
     found = journal.Journal(folder, step)
-    _clear(folder, found.passes)
+    with ranks.together("clearing the folder"):
+        if ranks.rank() == 0:
+            _clear(folder, found.passes)
     return found
 
 
@@ -146,6 +156,8 @@ def save(
     keep: int | None = None,
 ) -> dict[str, Any]:
     """Write what changed, the generation and then the manifest; remove what no kept generation names.
+
+    The processes of one group come here together, with the same values, and rank 0 writes.
 
     Args:
         folder: of the merger.
@@ -163,43 +175,59 @@ def save(
         CheckpointError: another process is writing to the folder, the disk is full, or the folder holds
             something else.
     """
-    with writing(folder):
-        old = generations.adopted(folder, read_manifest(folder)) if (folder / MANIFEST).exists() else None
-        known = generations.tensors(folder, old) if old else {}
-        current = {entry["file"] for entry in files_of(old)} if old else set()
-        place = f"base-{base_hash[:12]}"
-        has_base = old is not None and old["base"]["folder"] == place
-        if base is not None and not has_base:
-            base.write(folder / place)
-            has_base = True
-        with naming(folder / "tasks"):
-            (folder / "tasks").mkdir(exist_ok=True)
+    new: dict[str, Any] = {}
+    with writing(folder), ranks.together("saving"):
+        if ranks.rank() == 0:
+            new = _save(folder, manifest, base_hash, base_name, base, tasks, state, keep)
+    return ranks.gather(new)[0]
 
-        def written(stem: str, tensors: Mapping[str, torch.Tensor] | list[dict[str, Any]]) -> Any:
-            if isinstance(tensors, list):
-                return _one_or_more(tensors)
-            return _write(folder, stem, tensors, known, current)
 
-        entries = [
-            task | {"tensors": written(f"tasks/{i:03d}-{_slug(task['name'])}", tensors)}
-            for i, (task, tensors) in enumerate(zip(manifest["tasks"], tasks, strict=True))
-        ]
-        new = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            **manifest,
-            "base": {"sha256": base_hash, "folder": place if has_base else None, **base_name._asdict()},
-            "tasks": entries,
-            "state": written("state", state),
-            "versions": versions(),
-        }
-        new = generations.following(old, new)
-        earlier = [entry for entry in old["history"] if number_of(entry) != new["generation"]] if old else []
-        keep = keep or (old["keep"] if old else None)
-        history = sorted([*earlier, generations.write(folder, new)], key=number_of)
-        new |= {"history": generations.kept(history, new["generation"], keep), "keep": keep}
-        commit(folder, new)
-        return new
+def _save(
+    folder: Path,
+    manifest: dict[str, Any],
+    base_hash: str,
+    base_name: ModelName,
+    base: BaseModel | None,
+    tasks: Sequence[Mapping[str, torch.Tensor] | list[dict[str, Any]]],
+    state: Tensors | list[dict[str, Any]],
+    keep: int | None,
+) -> dict[str, Any]:
+    old = generations.adopted(folder, read_manifest(folder)) if (folder / MANIFEST).exists() else None
+    known = generations.tensors(folder, old) if old else {}
+    current = {entry["file"] for entry in files_of(old)} if old else set()
+    place = f"base-{base_hash[:12]}"
+    has_base = old is not None and old["base"]["folder"] == place
+    if base is not None and not has_base:
+        base.write(folder / place)
+        has_base = True
+    with naming(folder / "tasks"):
+        (folder / "tasks").mkdir(exist_ok=True)
+
+    def written(stem: str, tensors: Mapping[str, torch.Tensor] | list[dict[str, Any]]) -> Any:
+        if isinstance(tensors, list):
+            return _one_or_more(tensors)
+        return _write(folder, stem, tensors, known, current)
+
+    entries = [
+        task | {"tensors": written(f"tasks/{i:03d}-{_slug(task['name'])}", tensors)}
+        for i, (task, tensors) in enumerate(zip(manifest["tasks"], tasks, strict=True))
+    ]
+    new = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **manifest,
+        "base": {"sha256": base_hash, "folder": place if has_base else None, **base_name._asdict()},
+        "tasks": entries,
+        "state": written("state", state),
+        "versions": versions(),
+    }
+    new = generations.following(old, new)
+    earlier = [entry for entry in old["history"] if number_of(entry) != new["generation"]] if old else []
+    keep = keep or (old["keep"] if old else None)
+    history = sorted([*earlier, generations.write(folder, new)], key=number_of)
+    new |= {"history": generations.kept(history, new["generation"], keep), "keep": keep}
+    commit(folder, new)
+    return new
 
 
 def commit(folder: Path, manifest: dict[str, Any], unfinished: Set[str] = frozenset()) -> None:
@@ -267,14 +295,14 @@ class Saved:
 def load(folder: Path) -> Saved:
     """The manifest of a merger's folder, once every file it names is checked.
 
-    Presence, size and hash are compared before any tensor is read.
+    Presence, size and hash are compared before any tensor is read; the processes of one group share the work.
 
     Raises:
         CheckpointError: no manifest, another format or version, or a missing, truncated or changed file; the
             message names the file.
     """
     manifest = read_manifest(folder)
-    check_files(folder, files_of(manifest), "the manifest")
+    check_files_together(folder, files_of(manifest), "the manifest")
     return Saved(folder, manifest)
 
 

@@ -66,7 +66,7 @@ def _unneeded(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
 
 def _unfinished(folder: Path) -> set[str]:
     """What a task that was broken off has finished: the same command goes on from there."""
-    return journal.files(journal.read(folder))
+    return journal.files(folder, journal.read(folder))
 
 
 def _shortened(manifest: dict[str, Any], keep: int) -> dict[str, Any]:

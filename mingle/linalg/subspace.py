@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mingle import ranks
 from mingle.linalg.arithmetic import NOISE, falling_eigh, gram, ieee, product
 from mingle.linalg.basis import orthonormalized
 from mingle.linalg.sketch import gaussian
@@ -59,6 +60,29 @@ class InputDirections:
         for chunk in vectors.split(_SKETCH_ROWS):
             sketch = _shrunk(torch.cat([sketch, chunk]))
         return InputDirections(self.width, sketch, count)
+
+    @ieee
+    def of_all(self, count: int, device: torch.device) -> InputDirections:
+        """With the vectors that all other processes have seen, the same in each; see `mingle.ranks`.
+
+        All have to call it together.  Sums are added up by one all-reduce; sketches, which are small, are
+        joined in the order of the processes.
+
+        Args:
+            count: how many vectors all have seen.
+            device: where the statistic is, if there is any.
+        """
+        if ranks.size() == 1:
+            return self
+        empty = torch.zeros(self.width if self.width < WIDE else 0, self.width, dtype=torch.float64)
+        known = empty.to(device) if self.statistic is None else self.statistic.clone()
+        if self.width < WIDE:
+            ranks.sum_(known)
+        else:
+            for rows in ranks.gather(known.cpu()):
+                empty = _shrunk(torch.cat([empty, rows]))
+            known = empty.to(device)
+        return InputDirections(self.width, known, count)
 
     @ieee
     def top(self, k: int) -> Tensor:
@@ -118,6 +142,7 @@ def _shrunk(rows: Tensor) -> Tensor:
     if len(rows) <= _SKETCH_ROWS:
         return rows
     values, vectors = falling_eigh(gram(rows))
+    values = values.clamp_min(0)  # rounding errors, where the rows have fewer directions than that
     lost, kept, vectors = values[_SKETCH_ROWS], values[:_SKETCH_ROWS], vectors[:, :_SKETCH_ROWS]
     share = torch.where(kept > lost, (kept - lost) / kept, 0.0).sqrt()
     return share.unsqueeze(1) * (vectors.mT @ rows)

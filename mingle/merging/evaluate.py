@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from mingle.merging.answers import Answers
-from mingle.merging.predict import AllTasks
+from mingle.merging.predict import AllTasks, Choice
 from mingle.nn.linear import MingleLinear
 from mingle.nn.observe import observed
 from mingle.nn.replay import replayed
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.base import required_labels
 from mingle.tasks.heads import common_part
+from mingle.tasks.shares import by_batches
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,12 @@ def _mean(values: Sequence[float | None]) -> float:
 
 @torch.no_grad()
 def accuracy(task: TaskType, model: nn.Module, data: TaskData, batch_size: int = 128) -> float:
-    """The score of the model on the samples, taken in batches of `batch_size`; see `score`."""
+    """The score of the model on the samples, taken in batches of `batch_size`; see `score`.
+
+    Of several processes each takes some of the batches, and all have the score of a single one.
+    """
     model.eval()
-    outcomes = [task.outcomes(model, batch) for batch in data.batches_by_length(batch_size)]
+    outcomes = by_batches(data, batch_size, lambda batch: task.outcomes(model, batch).cpu())
     return score(torch.cat(outcomes), data.metric)
 
 
@@ -83,7 +87,8 @@ def accuracies(
 
     The third is what the samples were taken for.
 
-    The part of the model that is common to all tasks computes once for both.
+    The part of the model that is common to all tasks computes once for both.  Processes share the batches, as
+    in `accuracy`.
 
     Args:
         tasks: all of the model's.
@@ -95,17 +100,19 @@ def accuracies(
     model.eval()
     task, head = tasks.task, tasks.heads[place]
     part = common_part(model, task.tower(model), head.tensors)
-    known, choices = [], []
-    for batch in data.batches_by_length(batch_size):
+
+    def answered(batch: TaskData) -> tuple[torch.Tensor, torch.Tensor, Choice]:
         routed = tasks.method.route(batch)
         with replayed(model, part) as replay:
-            known.append(task.outcomes(model, batch))
+            outcomes = task.outcomes(model, batch).cpu()
             replay.again()
-            choices.append(tasks.choose(model, batch, routed))
-    wanted = required_labels(data).cpu()
-    found, label, _, labels = (torch.cat(parts) for parts in zip(*choices, strict=True))
+            return required_labels(batch).cpu(), outcomes, tasks.choose(model, batch, routed)
+
+    labels, known, choices = zip(*by_batches(data, batch_size, answered), strict=True)
+    wanted = torch.cat(labels)  # in the order of the answers, which is not that of the samples
+    found, label, _, given = (torch.cat(parts) for parts in zip(*choices, strict=True))
     unknown = score((found == place) & (label == wanted), data.metric)
-    answers = Answers.of(tasks.names, found, wanted, labels[:, place], head.labels)
+    answers = Answers.of(tasks.names, found, wanted, given[:, place], head.labels)
     return score(torch.cat(known), data.metric), unknown, answers
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mingle import ranks
 from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.adaptation.trace import StepProgress
 from mingle.io import adapters_folder, merger_folder
@@ -37,6 +38,7 @@ from mingle.tasks import TaskData, TaskType
 from mingle.tasks.data import class_names_of
 from mingle.tasks.heads import Head, head_of, names_of, put_head
 from mingle.tasks.image_settings import differing_preparation
+from mingle.tasks.shares import of_all, own_batches
 
 logger = logging.getLogger(__name__)
 
@@ -92,28 +94,33 @@ class Merger(MergeState):
             AdaptationDiverged: the loss stayed non-finite.
             NonFiniteMerge: the method's result is not finite.
 
+        Of several processes all call this, with the same arguments; they share the work, see `mingle.ranks`,
+        and have the same merger afterwards.  What one of them raises, all raise: the others as
+        `mingle.ranks.OtherRankFailed`.
+
         Whatever is raised, the merger is as it was before; after `NonFiniteMerge`, and after an error of the
         model with the samples, `model` is another module with the same weights.
         """
-        self.check_name(name)
-        samples = None if seed_data is None else self.task.data(seed_data)
-        seeds = samples if self.method.needs_seeds else None
-        if self.method.requires_seeds() and not seeds:
-            raise ValueError(
-                f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given"
-            )
-        try:
-            model = FineTuned(finetuned_model, self.base, self.task, self.vocabulary, self.base_folder)
-            tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
-            left += self._prepared_otherwise(finetuned_model)
-            own = own_head(head, samples, model.labels)
-            self.task.check_head(own)
-        except (IncompatibleModel, CheckpointError) as error:
-            raise type(error)(f"task {name!r}: {error}") from None
-        index = len(self.merged)
-        teacher = partial(self._teacher, tuned, head)
-        if seeds is not None and self.method.needs_answers:
-            seeds = self.task.prepared(teacher, seeds)
+        with ranks.together(f"reading the model of task {name!r}"):
+            self.check_name(name)
+            samples = None if seed_data is None else self.task.data(seed_data)
+            seeds = samples if self.method.needs_seeds else None
+            if self.method.requires_seeds() and not seeds:
+                raise ValueError(
+                    f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given"
+                )
+            try:
+                model = FineTuned(finetuned_model, self.base, self.task, self.vocabulary, self.base_folder)
+                tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
+                left += self._prepared_otherwise(finetuned_model)
+                own = own_head(head, samples, model.labels)
+                self.task.check_head(own)
+            except (IncompatibleModel, CheckpointError) as error:
+                raise type(error)(f"task {name!r}: {error}") from None
+            index = len(self.merged)
+            teacher = partial(self._teacher, tuned, head)
+            if seeds is not None and self.method.needs_answers:
+                seeds = self.task.prepared(teacher, seeds)
         arrival = Arrival(
             index=index,
             name=name,
@@ -126,19 +133,19 @@ class Merger(MergeState):
         before = [self.method.task_tensors(i) for i in range(index)], self.method.state_tensors()
         served = head_of(self.model, head)
         put_head(self.model, head)
+        merged = False
         try:
-            report = self.method.add(arrival)
+            with ranks.together(f"merging task {name!r}"):
+                report = self.method.add(arrival)
+                merged = True
+                refuse_non_finite(self.method, name, [self.method.task_tensors(index)])
+                began = time.perf_counter()
+                degree = None if samples is None else self._temperature(samples, teacher)
+                report.calibration = time.perf_counter() - began
         except BaseException:
-            put_head(self.model, served)
-            raise
-        try:
-            refuse_non_finite(self.method, name, [self.method.task_tensors(index)])
-            began = time.perf_counter()
-            degree = None if samples is None else self._temperature(samples, teacher)
-            report.calibration = time.perf_counter() - began
-        except BaseException:
-            self._begin(type(self.method))
-            self.method.restore(*before)
+            if merged:  # else the method is as it was
+                self._begin(type(self.method))
+                self.method.restore(*before)
             put_head(self.model, served)
             raise
         for line in left:
@@ -240,7 +247,8 @@ class Merger(MergeState):
     ) -> Result:
         """Accuracy on every merged task, or on some of them, kept as the last row of the accuracy matrices.
 
-        Where `predict` has an answer, it is measured too how often task and class are both right.
+        Where `predict` has an answer, it is measured too how often task and class are both right.  Of several
+        processes all call this; each takes some of the batches, and all have the result of a single one.
 
         Args:
             suite: labelled test samples by task name; a `mingle.suites.Suite` or any mapping that has the
@@ -262,11 +270,12 @@ class Merger(MergeState):
         for place, name in enumerate(self.task_names):
             known = unknown = None
             if name in wanted:
-                model, data = self.model_for(name), self.task.data(suite[name])
-                if separable and data.metric == "accuracy":
-                    known, unknown, answers[name] = accuracies(everything, place, model, data, batch_size)
-                else:
-                    known = accuracy(self.task, model, data, batch_size)
+                with ranks.together(f"evaluating task {name!r}"):
+                    model, data = self.model_for(name), self.task.data(suite[name])
+                    if separable and data.metric == "accuracy":
+                        known, unknown, answers[name] = accuracies(everything, place, model, data, batch_size)
+                    else:
+                        known = accuracy(self.task, model, data, batch_size)
             rows[0].append(known)
             rows[1].append(unknown)
         if self.merged:
@@ -281,7 +290,8 @@ class Merger(MergeState):
 
         Files are written beside the old ones and the manifest last, so an interruption leaves the old state
         or the new one.  Only what changed since the last save to the same folder is written.  What was saved
-        there before stays as an earlier generation, see ``mingle rollback`` and ``mingle tidy``.
+        there before stays as an earlier generation, see ``mingle rollback`` and ``mingle tidy``.  Of several
+        processes the first one writes, and all wait for it.
 
         Args:
             folder: created if it does not exist.
@@ -295,19 +305,20 @@ class Merger(MergeState):
         """
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep}: expected 1 or more, the generation that is saved")
-        task_tensors = self._kept()
-        refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
-        base = self._base_model() if include_base else None
-        merger_folder.save(
-            Path(folder),
-            self._described() | {"metadata": self.metadata},
-            self.base_hash,
-            self.base_name,
-            base,
-            task_tensors,
-            self.method.state_tensors(),
-            keep,
-        )
+        with ranks.together(f"saving to {folder}"):
+            task_tensors = self._kept()
+            refuse_non_finite(self.method, self.task_names[-1] if self.merged else "none", task_tensors)
+            base = self._base_model() if include_base else None
+            merger_folder.save(
+                Path(folder),
+                self._described() | {"metadata": self.metadata},
+                self.base_hash,
+                self.base_name,
+                base,
+                task_tensors,
+                self.method.state_tensors(),
+                keep,
+            )
 
     def export(
         self,
@@ -326,6 +337,8 @@ class Merger(MergeState):
         ``peft``: a LoRA adapter per task for the untouched base, in PEFT's layout, and beside them the router
         and whatever else `from_adapters` needs to go on merging.
 
+        Of several processes the first one writes, and all wait for it.
+
         Args:
             folder: a folder that does not exist yet or is empty.
             task: whose model to write, for methods with gates, for classifiers, of which each has its own
@@ -340,7 +353,18 @@ class Merger(MergeState):
                 one model serves all; another format.
             CheckpointError: a folder in use, or a full disk.
         """
-        folder, method, owned = Path(folder), self.method, any(task.tensors for task in self.merged)
+        with ranks.together(f"exporting to {folder}"):
+            if ranks.rank() == 0:
+                self._export(Path(folder), task, format, seed_data)
+
+    def _export(
+        self,
+        folder: Path,
+        task: str | None,
+        format: Format,
+        seed_data: TaskData | Mapping[str, Any] | None,
+    ) -> None:
+        method, owned = self.method, any(task.tensors for task in self.merged)
         exports.check(task, format, seeds=seed_data is not None)
         merged = Merged(self.base, self.base_folder, self.base_name, method, self._described())
         if format == "peft":
@@ -442,10 +466,16 @@ class Merger(MergeState):
         """The temperature of the task whose head is in the model; None where answers are not classes."""
         if not samples or not self.task.one_class or self.method.per_task:
             return None
-        found, wanted = (
-            torch.cat([self.task.logits(model, batch).float() for batch in samples.batches(TEACHER_BATCH)])
+        parts = [
+            of_all(
+                [
+                    self.task.logits(model, batch).float().cpu()
+                    for batch in own_batches(self.model, samples, TEACHER_BATCH)
+                ]
+            )
             for model in (self.model, teacher())
-        )
+        ]
+        found, wanted = map(torch.cat, parts)
         return temperature(found, wanted) if found.dim() == 2 else None
 
     def _prepared_otherwise(self, model: Model) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from mingle import ranks
 from mingle.io import journal, merger_folder
 from mingle.io.files import CheckpointError
 from mingle.io.journal import Journal, PartFiles
@@ -31,7 +32,7 @@ from mingle.merging.state import MergeState, model_name
 from mingle.merging.streamed_experts import ExpertStep, Made, check_experts
 from mingle.merging.streamed_export import Fold, PlainModel
 from mingle.methods import MergeMethod
-from mingle.methods.base import Tensors, WeightMethod
+from mingle.methods.base import Tensors, WeightMethod, kept_size
 from mingle.methods.gated import GatedMethod
 from mingle.methods.tensorwise import Numbers, Seen, Survey, TensorMethod, TensorStep
 from mingle.tasks import TaskType
@@ -122,7 +123,7 @@ class StreamedMerger(MergeState):
             ValueError, CheckpointError, NonFiniteMerge: as `mingle.Merger.add` and `save_pretrained`.
         """
         self.check_name(name)
-        with merger_folder.writing(folder):
+        with merger_folder.writing(folder), ranks.together(f"merging {name!r}"):
             try:
                 tuned = FineTuned(model, self.base, self.task, self.vocabulary, self.base_folder)
                 left = tuned.left(self.method.merges(), self.values)
@@ -239,12 +240,12 @@ class StreamedMerger(MergeState):
 
     @cached_property
     def base_hash(self) -> str:
-        """See `MergeState.base_hash`; all of the base is read for it, one tensor at a time."""
-        return state_hash(self.values)
+        """See `MergeState.base_hash`; one process reads all of the base for it, by tensors."""
+        return _hash(self.values)
 
     @classmethod
     def hash_of(cls, task: TaskType, folder: Path) -> str:
-        return state_hash(BaseTensors(folder, cls._loaded(task, folder)))
+        return _hash(BaseTensors(folder, cls._loaded(task, folder)))
 
     def _model_of(self, base: nn.Module | str | Path) -> nn.Module:
         return base if isinstance(base, nn.Module) else self._loaded(self.task, Path(base))
@@ -313,6 +314,11 @@ class StreamedMerger(MergeState):
         self.tasks = [entries_of(each["tensors"]) for each in manifest["tasks"]]
 
 
+def _hash(values: BaseTensors) -> str:
+    with ranks.together("reading the base"):
+        return ranks.gather(state_hash(values) if ranks.rank() == 0 else "")[0]
+
+
 class _Step:
     """The passes over all tensors that merge one model.
 
@@ -329,7 +335,7 @@ class _Step:
     ) -> None:
         self.merger, self.task, self.tuned, self.folder, self.notes = merger, name, tuned, folder, notes
         self.method = cast(TensorMethod, merger.method)
-        self.names, self.seen = list(self.method.base), len(merger.merged)
+        self.parts, self.seen = planned(self.method), len(merger.merged)
 
     def run(self) -> list[dict[str, Any]]:
         """The entries of the new state's files."""
@@ -350,36 +356,49 @@ class _Step:
 
     def _survey(self, number: int, survey: Survey) -> Numbers:
         known = self.notes.found(number)
-        if known is not None:
+        if known is not None and not (survey.sets_aside and self._left(number)):
             return known
-        part = _Part(self.notes, number, aside=True)
-        numbers = self.notes.numbers(number)
-        for place, name in self._left(number):
-            seen = self._surveyed(survey, name)
-            numbers.append(seen.numbers)
+        seen: dict[int, list[tuple[float, ...]]] = {}
+        for part in self._mine(number):
+            tensors: Tensors = {}
+            seen[part] = []
+            for name in self.parts[part]:
+                numbers, aside = self._surveyed(survey, name)
+                seen[part].append(numbers)
+                tensors |= {f"{key}/{name}": tensor for key, tensor in aside.items()}
             if survey.sets_aside:
-                part.take(
-                    place, {f"{key}/{name}": tensor for key, tensor in seen.aside.items()}, seen.numbers
-                )
-        part.write()
-        found = survey.conclude(numbers)
+                self.notes.write(number, part, tensors, seen[part], aside=True)
+        if survey.sets_aside:
+            self.notes.share(number)
+            found = survey.conclude(self.notes.numbers(number))
+        else:
+            ranks.sum_(*survey.counts())
+            all_seen = {part: rows for each in ranks.gather(seen) for part, rows in each.items()}
+            found = survey.conclude([row for part in sorted(all_seen) for row in all_seen[part]])
         self.notes.conclude(number, found)
         return found
 
     def _merge(
         self, number: int, found: Numbers, aside: Mapping[str, Mapping[str, tuple[PartFiles, str]]]
     ) -> list[dict[str, Any]]:
-        part = _Part(self.notes, number)
-        for place, name in self._left(number):
-            laid = {key: files[of] for key, (files, of) in aside.get(name, {}).items()}
-            part.take(place, self._merged(name, found, laid))
-        part.write()
+        for part in self._mine(number):
+            tensors: Tensors = {}
+            for name in self.parts[part]:
+                laid = {key: files[of] for key, (files, of) in aside.get(name, {}).items()}
+                tensors |= self._merged(name, found, laid)
+            self.notes.write(number, part, tensors)
+        self.notes.share(number)
         return self.notes.parts(number)
 
-    def _left(self, number: int) -> Iterator[tuple[int, str]]:
-        """The tensors that a pass has not finished, each with how many there are up to it."""
-        start = self.notes.tensors(number)
-        yield from enumerate(self.names[start:], start + 1)
+    def _left(self, number: int) -> list[int]:
+        """The parts that a pass has not finished."""
+        return sorted(set(range(len(self.parts))) - self.notes.finished(number))
+
+    def _mine(self, number: int) -> list[int]:
+        """Those of them that this process is dealt."""
+        left = self._left(number)
+        work = [sum(map(self.method.work_of, self.parts[part])) for part in left]
+        return [left[place] for place in ranks.dealt(work)[ranks.rank()]]
 
     def _surveyed(self, survey: Survey, name: str) -> Seen:
         """What a survey takes down of a tensor."""
@@ -403,7 +422,7 @@ class _Step:
                 if key not in new:
                     new[key] = tensor.new_empty(self.method.base[name].shape)
                 new[key][rows] = tensor
-        if name == self.names[-1]:
+        if name == self.parts[-1][-1]:
             new |= {f"state/{key}": tensor for key, tensor in self.method.shared_tensors(found).items()}
         checked = [(key, tensor, tensor.dtype) for key, tensor in new.items()]
         served, merged = self.tuned.prefix + name, new[f"merged/{name}"]
@@ -436,38 +455,18 @@ class _Step:
         )
 
 
-class _Part:
-    """Gathers finished tensors until there are enough for a part of a pass.
+def planned(method: TensorMethod) -> list[list[str]]:
+    """The names of the tensors of every part: those that follow one another, as many as `PART_BYTES` hold.
 
-    Args:
-        notes: where parts are written.
-        number: of the pass.
-        aside: see `mingle.io.journal.Journal.write`.
+    Depends on shapes alone, so that parts are the same whoever makes them, and in how many processes.
     """
-
-    def __init__(self, notes: Journal, number: int, *, aside: bool = False) -> None:
-        self.notes, self.number, self.aside = notes, number, aside
-        self.tensors: Tensors = {}
-        self.numbers: list[tuple[float, ...]] = []
-        self.size = self.place = 0
-
-    def take(self, place: int, tensors: Tensors, numbers: tuple[float, ...] = ()) -> None:
-        """Take what was made of one tensor.
-
-        Args:
-            place: how many of the tower's tensors are finished with it.
-            tensors: to be written.
-            numbers: to be noted.
-        """
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if self.tensors and self.size + size > PART_BYTES:
-            self.write()
-        self.tensors |= tensors
-        self.size, self.place = self.size + size, place
-        self.numbers.append(numbers)
-
-    def write(self) -> None:
-        """Write what there is."""
-        if self.tensors:
-            self.notes.write(self.number, self.tensors, self.place, self.numbers, aside=self.aside)
-        self.tensors, self.numbers, self.size = {}, [], 0
+    parts: list[list[str]] = []
+    filled = 0
+    for name, base in method.base.items():
+        size = kept_size([base]) + method.cost_of(name).kept
+        if not parts or filled + size > PART_BYTES:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += size
+    return parts

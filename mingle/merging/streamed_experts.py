@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mingle import ranks
 from mingle.io.journal import TASKS_BEFORE, Journal, PartFiles
 from mingle.io.lazy_tensors import row_blocks
 from mingle.io.state_dicts import non_finite
@@ -66,18 +67,26 @@ class ExpertStep:
     def run(self, part_bytes: int) -> Made:
         """Make the experts, in parts of about so many bytes; what earlier runs have finished is taken."""
         self._check_others()
-        finished, done = self.notes.tensors(0), 0
+        finished = self.notes.finished(0)
         if not finished and not any(bool(self._delta(name).any()) for name in self.method.layers):
             return Made({}, unchanged(self.task), [])
         gates = self.method.first_gates(self.seed)
-        for names in planned(self.method, part_bytes):
-            done += len(names)
-            if done > finished:
-                made = {key: tensor for name in names for key, tensor in self._layer(name, gates).items()}
-                self.notes.write(0, made, done, aside=True)
+        parts = planned(self.method, part_bytes)
+        left = sorted(set(range(len(parts))) - finished)
+        work = [sum(map(self._work, parts[part])) for part in left]
+        for place in ranks.dealt(work)[ranks.rank()]:
+            part = left[place]
+            made = {key: tensor for name in parts[part] for key, tensor in self._layer(name, gates).items()}
+            self.notes.write(0, part, made, aside=True)
+        self.notes.share(0)
         self.notes.conclude(0, {TASKS_BEFORE: self.before})
         files = PartFiles(self.notes.folder, self.notes.parts(0))
         return Made(files, None, self.method.notes_without_samples())
+
+    def _work(self, name: str) -> float:
+        """What making a layer's expert costs beside others', in no unit: a product with its Gram matrix."""
+        layer = self.method.layers[name]
+        return layer.in_features * layer.out_features * min(layer.in_features, layer.out_features)
 
     def _layer(self, name: str, gates: FirstGates) -> Tensors:
         """What the task leaves of a layer, by the names that it is saved under."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mingle import ranks
 from mingle.adaptation.answers import Compact
-from mingle.adaptation.batches import shuffled_batches
+from mingle.adaptation.batches import Share, shared
 from mingle.adaptation.divergence import ADVICE, PATIENCE, AdaptationDiverged
 from mingle.adaptation.losses import entropy
 from mingle.adaptation.trace import AdaptTrace, StepProgress
@@ -71,9 +72,8 @@ def combined(merged: Mapping[str, Tensor], delta: Mapping[str, Tensor], coeffici
 def learn_coefficients(
     loss: Callable[[Tensor, Tensor], Tensor],
     coefficients: Tensor,
-    count: int,
-    options: AdaMergingOptions,
-    generator: torch.Generator,
+    batches: Sequence[Share],
+    lr: float,
     on_step: Callable[[StepProgress], None] | None = None,
 ) -> tuple[Tensor, AdaptTrace]:
     """Minimise a loss over coefficients in [0, 1] with Adam.
@@ -84,9 +84,8 @@ def learn_coefficients(
     Args:
         loss: a function of the coefficients and of the indices of a batch of samples.
         coefficients: their initial values.
-        count: how many samples there are.
-        options: optimizer settings.
-        generator: draws the batches.
+        batches: this process's share of each.
+        lr: the learning rate.
         on_step: called after every step.
 
     Raises:
@@ -94,13 +93,15 @@ def learn_coefficients(
             step is left out.
     """
     learnt = coefficients.clone().requires_grad_()
-    optimizer = torch.optim.Adam([learnt], options.lr)
+    optimizer = torch.optim.Adam([learnt], lr)
     trace, bad_steps = AdaptTrace(), 0
-    for done, index in zip(
-        range(1, options.steps + 1), shuffled_batches(count, options.batch_size, generator), strict=False
-    ):
-        value = loss(learnt, index)
-        (learnt.grad,) = torch.autograd.grad(value, learnt)
+    for done, share in enumerate(batches, 1):
+        value, learnt.grad = learnt.new_zeros(()), torch.zeros_like(learnt)
+        if share.weight:
+            value = share.weight * loss(learnt, share.samples)
+            (learnt.grad,) = torch.autograd.grad(value, learnt)
+        value = value.detach()
+        ranks.sum_(value, learnt.grad)
         trace.loss.append(value.item())
         if value.isfinite() and learnt.grad.isfinite().all():
             bad_steps = 0
@@ -115,7 +116,7 @@ def learn_coefficients(
                     f"{ADVICE}"
                 )
         if on_step is not None:
-            on_step(StepProgress(done, options.steps, trace.loss[-1], None, None))
+            on_step(StepProgress(done, len(batches), trace.loss[-1], None, None))
     return learnt.detach(), trace
 
 
@@ -136,8 +137,11 @@ class AdaMerging(PlainMethod):
         if not any(tensor.any() for tensor in delta.values()):
             return StepReport(skipped=f"{arrival.name}: identical to the base, nothing was merged")
         device = next(iter(self.base.values())).device
-        seeds = arrival.samples().to(device)
-        entropies = _Entropy(self.task, self.model, seeds)
+        options, generator = self.options, torch.Generator().manual_seed(arrival.seed)
+        batches = shared(
+            self.task, self.model, arrival.samples(), options.batch_size, options.steps, generator
+        )
+        entropies = _Entropy(self.task, self.model, batches.own.to(device))
         places = {
             name: ".".join(filter(None, ("model", self.task.tower(self.model), name))) for name in self.merged
         }
@@ -148,10 +152,7 @@ class AdaMerging(PlainMethod):
             value: Tensor = functional_call(entropies, placed, (index.to(device),))
             return value
 
-        start = torch.full((len(delta),), self.options.init, device=device)
-        generator = torch.Generator().manual_seed(arrival.seed)
-        coefficients, trace = learn_coefficients(
-            loss, start, len(seeds), self.options, generator, arrival.on_step
-        )
+        start = torch.full((len(delta),), options.init, device=device)
+        coefficients, trace = learn_coefficients(loss, start, batches.taken, options.lr, arrival.on_step)
         self.take(combined(self.merged, delta, coefficients), {})
         return StepReport(trace=trace)

@@ -97,6 +97,13 @@ class MatrixMethod(TensorMethod):
         size = wide(base).itemsize
         return Cost(size * (3 * base.numel() + one + 2 * kept), size * kept)
 
+    def work_of(self, name: str) -> float:
+        base, layout = self.base[name], self.layouts.get(name)
+        if layout is None:
+            return super().work_of(name)
+        shapes = [matrix.shape for matrix in layout.split(name, base).values()]
+        return float(sum(m * n * min(m, n) for m, n in shapes))
+
     def kept_of(self, name: str) -> tuple[str, ...]:
         layout = self.layouts.get(name)
         parts = [] if layout is None else layout.split(name, self.base[name])

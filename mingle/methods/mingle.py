@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from mingle import ranks
 from mingle.adaptation import input_directions
 from mingle.adaptation.answers import Compact, States
 from mingle.adaptation.divergence import AdaptationDiverged
@@ -25,6 +26,7 @@ from mingle.methods.gated import FirstGates, GatedMethod
 from mingle.nn.linear import GATE_INIT_STD, LowRankExpert
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskData, TaskType
+from mingle.tasks.shares import own_batches
 
 logger = logging.getLogger(__name__)
 
@@ -208,18 +210,22 @@ class Mingle(GatedMethod):
         seeds = arrival.samples()
         # Not inside: it passes a few tokens through the model, whose directions are none of the task's.
         compact = Compact.of(self.task, self.model, seeds)
+        finite = True
         with (
             torch.no_grad(),
             fast_linears(self.model),
             input_directions.collected(self.layers) as seen,
         ):
-            for batch in seeds.batches(TEACHER_BATCH):
+            for batch in own_batches(self.model, seeds, TEACHER_BATCH):
                 answers = (
                     self.task.logits(self.model, batch) if compact is None else compact.states(batch).hidden
                 )
                 if not answers.isfinite().all():
-                    raise AdaptationDiverged("the adapted model's answers to the seed samples are not finite")
-        bases = input_directions.extend(self.bases, seen, options.k)
+                    finite = False
+                    break
+        if not all(ranks.gather(finite)):
+            raise AdaptationDiverged("the adapted model's answers to the seed samples are not finite")
+        bases = input_directions.extend(self.bases, input_directions.of_all(self.layers, seen), options.k)
         if crowded := input_directions.crowded(bases, options.k):
             report.notes.append(crowded)
             logger.warning("%s: %s", arrival.name, crowded)

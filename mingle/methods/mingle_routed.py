@@ -53,7 +53,7 @@ class MingleRouted(RouterMethod, Mingle):
 
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
         earlier = self.known.features
-        new = self.known.measured(self.moments(arrival.samples(), self.known.depths))
+        new = self.known.measured(self.moments_of_all(arrival.samples(), self.known.depths))
         notes = self.known.set([*earlier, new])
         try:
             report = super()._merge(arrival, deltas)

@@ -127,6 +127,10 @@ class Opcm(TensorMethod):
         aside = kept_size([self.base[name]]) if name in self.linear else 0
         return super().cost_of(name)._replace(aside=aside)
 
+    def work_of(self, name: str) -> float:
+        base = self.base[name]
+        return super().work_of(name) * (min(base.shape[-2:]) if name in self.linear else 1)
+
     def merge_tensor(
         self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensors]:

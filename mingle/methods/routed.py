@@ -53,7 +53,7 @@ class Routed(RoutedMethod):
         self.known = TaskRouter(self.router, options)
 
     def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
-        new = self.known.measured(self.moments(arrival.samples(), self.known.depths))
+        new = self.known.measured(self.moments_of_all(arrival.samples(), self.known.depths))
         self.add_experts(deltas)
         return StepReport(notes=self.known.set([*self.known.features, new]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from mingle.methods.layer_router import LayerRouter, Moments
 from mingle.nn.early_stop import run_until
 from mingle.nn.linear import LowRankExpert
 from mingle.tasks import TaskData, TaskType
+from mingle.tasks.shares import of_all, own_batches
 
 
 class Decision(NamedTuple):
@@ -101,15 +102,29 @@ class RouterMethod(GatedMethod):
         finally:
             router.among = before
 
+    def moments_of_all(self, data: TaskData, read: Sequence[int]) -> list[list[Moments]]:
+        """The same as `moments`, and in every process; each looks at its share of the samples."""
+        device = next(self.tower.parameters()).device
+        own = [
+            [[part.cpu() for part in moments] for moments in batch]
+            for batch in self._moments(own_batches(self.model, data, TEACHER_BATCH), read)
+        ]
+        return [
+            [Moments(*(part.to(device) for part in moments)) for moments in batch] for batch in of_all(own)
+        ]
+
     def moments(self, data: TaskData, read: Sequence[int]) -> list[list[Moments]]:
         """What the router reads at these sites, batch by batch."""
+        return self._moments(data.batches(TEACHER_BATCH), read)
+
+    def _moments(self, batches: Iterable[TaskData], read: Sequence[int]) -> list[list[Moments]]:
         seen: list[list[Moments]] = []
 
         def record(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(self.router.moments(encoder, args, kwargs, read))
 
         with torch.no_grad():
-            for batch in data.batches(TEACHER_BATCH):
+            for batch in batches:
                 run_until([self.encoder], partial(self.task.logits, self.model, batch), record)
         return seen
 

@@ -24,7 +24,10 @@ class TaskArithmeticOptions:
 
 def add_task_vector(merged: Tensor, base: Tensor, tuned: Tensor, scaling: float) -> Tensor:
     """θ + λ (θ_t − θ₀)."""
-    return merged + scaling * (tuned - base)
+    change = tuned - base
+    change *= scaling  # in place, as there is room for few tensors of the largest size
+    change += merged
+    return change
 
 
 class TaskArithmetic(TensorMethod):

@@ -79,6 +79,13 @@ class Survey(ABC):
     def see(self, step: TensorStep) -> Seen:
         """Look at one tensor, in the tower's order, or at one block of its rows after another."""
 
+    def counts(self) -> list[Tensor]:
+        """What `see` adds up, in place, whole numbers over all tensors that it saw; none where it does not.
+
+        Of several processes each sees some of the tensors, and all go on with the sums.
+        """
+        return []
+
     @abstractmethod
     def conclude(self, numbers: Sequence[tuple[float, ...]]) -> Numbers:
         """What was found, from the numbers of every tensor, in the tower's order."""
@@ -155,6 +162,10 @@ class TensorMethod(WeightMethod):
     def cost_of(self, name: str) -> Cost:
         """What merging the tensor of that name takes, from shapes alone."""
         return Cost(round(self.copies * kept_size([self.base[name]])))
+
+    def work_of(self, name: str) -> float:
+        """How long merging the tensor of that name takes beside others, from shapes alone."""
+        return float(self.base[name].numel())
 
     def update(self, arrival: Arrival) -> tuple[Tensors, Tensors]:
         found = {name: float(self.state[name]) for name in self.shared if name in self.state}

@@ -75,16 +75,19 @@ class _Ranking(Survey):
     def __init__(self, number: int, found: Numbers, dtype: torch.dtype) -> None:
         self.ranks = [int(found[f"{vector} rank"]) for vector in _VECTORS]
         leading = [int(found[f"{vector} bits"]) for vector in _VECTORS]
-        self.counts = [ranking.DigitCount(number, bits, dtype) for bits in leading]
+        self.digits = [ranking.DigitCount(number, bits, dtype) for bits in leading]
 
     def see(self, step: TensorStep) -> Seen:
-        for counted, vector in zip(self.counts, (step.vector(), step.delta()), strict=True):
+        for counted, vector in zip(self.digits, (step.vector(), step.delta()), strict=True):
             counted.add(vector)
         return Seen()
 
+    def counts(self) -> list[Tensor]:
+        return [counted.counts for counted in self.digits]
+
     def conclude(self, numbers: Sequence[tuple[float, ...]]) -> Numbers:
         found: Numbers = {}
-        for name, counted, rank in zip(_VECTORS, self.counts, self.ranks, strict=True):
+        for name, counted, rank in zip(_VECTORS, self.digits, self.ranks, strict=True):
             found[f"{name} bits"], found[f"{name} rank"] = counted.found(rank)
         return found
 

@@ -31,22 +31,14 @@ def aside() -> Iterator[None]:
 
 
 @contextmanager
-def observed(
-    layers: Mapping[str, Layer],
-    observe: Callable[[str, Layer, Tensor], None],
-    *,
-    also_aside: bool = False,
-) -> Iterator[None]:
+def observed(layers: Mapping[str, Layer], observe: Callable[[str, Layer, Tensor], None]) -> Iterator[None]:
     """While the block runs, `observe` is told of every call of a layer before it: name, layer and input.
 
-    Args:
-        layers: by name.
-        observe: told of calls.
-        also_aside: of those `aside` too.
+    It is told nothing of those `aside`.
     """
 
     def told(name: str, layer: Layer, args: tuple[Tensor, ...]) -> None:
-        if also_aside or not _aside.get():
+        if not _aside.get():
             observe(name, layer, args[0])
 
     handles = [layer.register_forward_pre_hook(partial(told, name)) for name, layer in layers.items()]

@@ -1,4 +1,4 @@
-"""Layers that read one input, as q, k and v do, computed together at the first of their calls."""
+"""Layers that read one input, as q, k and v or gate and up, computed together at the first of their calls."""
 
 from __future__ import annotations
 
@@ -77,24 +77,32 @@ class SharedInput:
         return y
 
 
-def share_inputs(
-    model: nn.Module, groups: Iterable[Sequence[str]] = (("q_proj", "k_proj", "v_proj"),)
-) -> list[tuple[str, ...]]:
+#: children of one module that transformers call with one tensor: attention's, and gated feed-forward layers'
+GROUPS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+)
+
+
+def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]] | None = None) -> list[tuple[str, ...]]:
     """Let injected layers that read the same tensor share one pass over it.
 
     Args:
         model: a module with `MingleLinear` layers; see `mingle.inject`.
-        groups: names of layers that are children of one module and are called with the same input.  The
-            default is self-attention's.
+        groups: names of layers that are children of one module and are called with the same input.  By
+            default whichever of `GROUPS` the model has: q, k and v, and gate and up.
 
     Returns:
         The dotted names of the layers of each group found.
 
     Raises:
-        ValueError: no module has all layers of a group as injected children.
+        ValueError: no module has all layers of a group as injected children, or, by default, of any group.
     """
     found: list[tuple[str, ...]] = []
-    for names in groups:
+    for names in GROUPS if groups is None else groups:
         before = len(found)
         for prefix, module in model.named_modules():
             layers = [getattr(module, name, None) for name in names]
@@ -104,6 +112,9 @@ def share_inputs(
                 for position, layer in enumerate(members):
                     layer.shared = (shared, position)
                 found.append(tuple(f"{prefix}.{name}".removeprefix(".") for name in names))
-        if len(found) == before:
+        if groups is not None and len(found) == before:
             raise ValueError(f"no module has the injected layers {', '.join(names)} side by side")
+    if groups is None and not found:
+        known = "; ".join(", ".join(names) for names in GROUPS)
+        raise ValueError(f"no module has injected layers of one group side by side; known groups: {known}")
     return found

@@ -49,10 +49,14 @@ def plan(backend: str, x: torch.Tensor, group: int, d_out: int, columns: int) ->
         BackendUnavailable: an explicit backend cannot run.
     """
     if backend == "auto":
-        reason = without_triton(x.device, x.dtype)
-        if not torch.compiler.is_compiling():  # a tracer follows neither caches nor logs
-            _tell(x.device.type, reason)
-        backend = "auto" if reason is None and x.device.type == "cuda" else "grouped"
+        backend, traced = "grouped", torch.compiler.is_compiling()  # a tracer follows neither caches nor logs
+        if x.device.type == "cuda":
+            reason = without_triton(x.device, x.dtype)
+            backend = "auto" if reason is None else "grouped"
+            if not traced:
+                _tell("cuda", reason)
+        elif not traced:
+            _tell_elsewhere(x.device.type, x.dtype)
     elif backend == "triton" and (reason := without_triton(x.device, x.dtype)):
         raise BackendUnavailable(f"backend='triton' cannot run: {reason}")
     fold = group == x.shape[0] and folding_pays(x.shape[0], x.shape[1], d_out, columns, x.device.type)
@@ -99,6 +103,12 @@ def _tell(device: str, reason: str | None) -> None:
     if reason is not None:
         level = logging.WARNING if device == "cuda" and not _TRITON_INSTALLED else logging.INFO
         logger.log(level, "backend='auto' computes with dense products instead of the kernels: %s", reason)
+
+
+@cache
+def _tell_elsewhere(device: str, dtype: torch.dtype) -> None:
+    """`_tell` for devices that the kernels never serve by themselves; there, small layers wait for Python."""
+    _tell(device, without_triton(torch.device(device), dtype))
 
 
 def cheapest(x: torch.Tensor, outputs: int, columns: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mingle import methods, suites, tasks
+from mingle import methods, ranks, suites, tasks
 from mingle.io import hub
 from mingle.io.files import CheckpointError, writable
 from mingle.io.locks import refuse_locked
@@ -41,7 +41,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         IncompatibleModel: a model that is not a fine-tuned version of the base.
     """
     folders = _folders(config, out)
-    for folder in folders:
+    for folder in folders if ranks.rank() == 0 else []:  # others would see what that tries out
         refuse_locked(folder)
         writable(folder)
     revisions = _revisions(config, folders)

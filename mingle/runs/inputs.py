@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
-from mingle.io.files import naming, sha256
+from mingle.io.files import naming
+from mingle.io.shared_folder import hashes
 
 #: the key in the metadata: name of the task → its inputs
 INPUTS = "inputs"
@@ -58,8 +59,8 @@ def _of(name: str, model: Path, suite: str | None) -> dict[str, str]:
     digest = hashlib.sha256()
     with naming(model):
         files = sorted(path for path in model.iterdir() if path.is_file() and _is_read(path.name))
-    for path in files:
-        digest.update(f"{path.name}:{sha256(path)};".encode(errors="backslashreplace"))
+    for path, found in zip(files, hashes(files), strict=True):
+        digest.update(f"{path.name}:{found};".encode(errors="backslashreplace"))
     samples = Path(suite or "") / name
     listed = {"samples": _listing(samples)} if suite and samples.is_dir() else {}
     return {"model": digest.hexdigest()} | listed

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mingle import methods, suites, tasks
+from mingle import methods, ranks, suites, tasks
 from mingle.io import hub, merger_folder
 from mingle.io.files import CheckpointError, free_space, writable
 from mingle.io.manifest import MANIFEST, read_manifest
@@ -151,7 +151,9 @@ def add(
         vocabulary: see `mingle.Merger`; None leaves it as it was so far.
         adapt: see `mingle.Merger.from_pretrained`.
     """
-    writable(folder)
+    with ranks.together("checking"):
+        if ranks.rank() == 0:
+            writable(folder)
     with merger_folder.writing(folder, new=False):
         merger, suite = _extended(folder, overrides, adapt)
         merger.vocabulary = vocabulary or merger.vocabulary

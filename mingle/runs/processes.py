@@ -37,7 +37,8 @@ def side_by_side(
 ) -> Iterator[Found]:
     """What every job finds, in order, each as soon as those before it are there.
 
-    The first job is done here, while other processes begin; they share the threads that PyTorch has here.
+    The first job is done here, with nothing beside it, so that something is found soon; then other processes
+    share the threads that PyTorch has here.
 
     Args:
         jobs: what to do.
@@ -49,25 +50,24 @@ def side_by_side(
         long: whether a job is among those that take longest, which others begin with: none of them is left
             over at the end, when there is nothing beside it.
     """
-    threads = torch.get_num_threads()
-    others = min(len(jobs) - 1, processes, threads)
-    if others < 1 or processes == 1 or threads == 1:
-        for job in jobs:
+    if jobs:
+        yield work(context, jobs[0], observer)
+    left, threads = jobs[1:], torch.get_num_threads()
+    others = min(len(left), processes, threads)
+    if others < 2:
+        for job in left:
             yield work(context, job, observer)
         return
     spawn, each = multiprocessing.get_context("spawn"), threads // others
     told, stop = spawn.Queue(), spawn.Event()
     with ProcessPoolExecutor(others, spawn, _begin, (prepare, each, told, stop)) as pool:
         try:
-            handed_out = sorted(range(1, len(jobs)), key=lambda place: not long(jobs[place]))
-            waiting = {place: pool.submit(_run, work, jobs[place]) for place in handed_out}
-            torch.set_num_threads(each)
-            yield work(context, jobs[0], observer)
-            for place in range(1, len(jobs)):
+            handed_out = sorted(range(len(left)), key=lambda place: not long(left[place]))
+            waiting = {place: pool.submit(_run, work, left[place]) for place in handed_out}
+            for place in range(len(left)):
                 _relay(told, observer, waiting[place])
                 yield waiting[place].result()
         finally:
-            torch.set_num_threads(threads)
             stop.set()
             pool.shutdown(cancel_futures=True)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mingle import ranks
 from mingle.io.files import read_json, write_json
 from mingle.io.schema import check
 from mingle.runs.loop import MergeStep
@@ -15,8 +16,9 @@ TIMINGS = "timings.json"
 
 
 def note(folder: Path, step: MergeStep) -> None:
-    """Note the seconds of a task; those of earlier ones stay."""
-    write_json(folder / TIMINGS, {"seconds": read(folder) | {step.task: step.merge}}, sort_keys=False)
+    """Note the seconds of a task, in the first process of a group; those of earlier ones stay."""
+    if ranks.rank() == 0:
+        write_json(folder / TIMINGS, {"seconds": read(folder) | {step.task: step.merge}}, sort_keys=False)
 
 
 def read(folder: Path) -> dict[str, float]:

@@ -62,24 +62,26 @@ class TaskData:
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, inputs=inputs, shared=shared, labels=labels)
 
-    def batches(self, size: int) -> Iterator[TaskData]:
-        """Consecutive batches of at most `size` samples in memory, in order."""
-        for start in range(0, len(self), size):
+    def batches(self, size: int, own: slice = slice(None)) -> Iterator[TaskData]:
+        """Consecutive batches of at most `size` samples in memory, in order; of all only those in `own`."""
+        for start in range(0, len(self), size)[own]:
             yield self.select(slice(start, start + size)).made()
 
-    def batches_by_length(self, size: int) -> Iterator[TaskData]:
+    def batches_by_length(self, size: int, own: slice = slice(None)) -> Iterator[TaskData]:
         """Batches of at most `size` samples, in any order, for sums that do not depend on it.
+
+        Of all these batches only those of the numbers in `own` are made.
 
         Of texts, those of about the same length come together, without the columns at the right end that only
         pad them: half the tokens of short texts are padding otherwise.  Everything else comes in order.
         """
         mask = None if isinstance(self.inputs, LazyInputs) else self.inputs.get("attention_mask")
         if mask is None or (self.labels is not None and self.labels.dim() > 1):
-            yield from self.batches(size)
+            yield from self.batches(size, own)
             return
         places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         ends = (mask.bool() * places).amax(1)  # [n], where the last token that counts ends
-        for index in ends.argsort(stable=True).split(size):
+        for index in ends.argsort(stable=True).split(size)[own]:
             batch, end = self.select(index), max(int(ends[index].amax()), 1)
             columns = {
                 name: tensor[:, :end] if tensor.shape[1:] == mask.shape[1:] else tensor

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from worlds import world
 
-from mingle import linalg
-from mingle.adaptation.input_directions import collected, crowded, extend
+from mingle import linalg, ranks
+from mingle.adaptation.input_directions import collected, crowded, extend, of_all
 from mingle.linalg import subspace
 
 
@@ -56,6 +57,14 @@ def test_a_wide_stream_is_sketched(monkeypatch):
     assert few.top(3).shape == (400, 2)
 
 
+def test_a_wide_stream_of_few_directions_is_sketched_too(monkeypatch):
+    monkeypatch.setattr(subspace, "WIDE", 64)
+    x = torch.cat([stream(80, count=400), torch.zeros(400, 40)], 1)
+    found = linalg.InputDirections(120).including(x[:300]).including(x[300:]).top(3)
+    exact = linalg.top_subspace(x.double().mT @ x.double(), 3)
+    assert torch.linalg.svdvals(exact.mT @ found).min() > 1 - 1e-9
+
+
 def test_layers_that_share_their_inputs_share_what_is_kept_of_them():
     class Model(torch.nn.Module):
         def __init__(self):
@@ -102,3 +111,37 @@ def test_a_basis_that_saturates_is_capped_and_named_with_what_is_left():
         )
     assert bases["narrow"].shape == (4, 4)
     assert bases["wide"].shape == (20, 9)
+
+
+def test_what_processes_have_seen_is_added_up_the_same_in_each(monkeypatch):
+    """Sums are, and sketches; of three processes the last sees nothing, and one layer only the first."""
+    monkeypatch.setattr(subspace, "WIDE", 64)
+    layers = {
+        name: torch.nn.Linear(width, 2) for name, width in (("q", 6), ("k", 6), ("late", 6), ("wide", 80))
+    }
+    x, wide = stream(6), stream(80)
+
+    def work():
+        first = 200 * ranks.rank()
+        own = slice(first, 400 if ranks.size() == 1 else first + 200)
+        with collected(layers) as seen, torch.no_grad():
+            if ranks.rank() < 2:
+                layers["q"](x[own])
+                layers["k"](x[own])
+                layers["wide"](wide[own])
+            if ranks.rank() == 0:
+                layers["late"](x[:100])
+        found = of_all(layers, seen)
+        assert found["q"] is not found["late"]
+        bases = extend({name: torch.zeros(found[name].width, 0) for name in found}, found, 2)
+        return {name: (own.statistic, own.count, bases[name]) for name, own in found.items()}
+
+    alone, (first, *others) = work(), world(3, work)
+    assert list(first) == list(alone)
+    for name, (statistic, count, basis) in first.items():
+        for other in others:
+            assert torch.equal(statistic, other[name][0]) and torch.equal(basis, other[name][2])
+        assert count == alone[name][1] == (100 if name == "late" else 400)
+        assert torch.linalg.svdvals(basis.mT @ alone[name][2]).min() > 1 - 1e-4
+    for name in ("q", "late"):
+        torch.testing.assert_close(first[name][0], alone[name][0], rtol=1e-5, atol=1e-4)

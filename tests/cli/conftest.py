@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+from few_images import few_images  # noqa: F401
 from merge_files import merge_file
 from stub_suite import stub  # noqa: F401
+from tiny_merge import models  # noqa: F401
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -189,7 +189,7 @@ def fabricated(names: list[str], suite: str = "suite [x] $\\frac{") -> tuple[dic
 
 
 @pytest.mark.slow
-def test_demo_and_reproduce_show_where_they_write(tmp_path, capsys):
+def test_demo_and_reproduce_show_where_they_write(few_images, tmp_path, capsys):
     folder, few = tmp_path / FOLDER, ("--suite", "glyphs4", "--methods", "average")
     assert f"{SHOWN}/demo[1]" in printed(capsys, 0, "demo", *few, "--out", folder / "demo[1]")
     assert f"{SHOWN}/table[1]" in printed(capsys, 0, "reproduce", "main", *few, "--out", folder / "table[1]")
@@ -279,15 +279,16 @@ def test_progress_and_log_show_them(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_any_encoding_of_the_output_will_do(place, encoding, tmp_path):
+def test_any_encoding_of_the_output_will_do(place, encoding, tmp_path, monkeypatch):
     config, name = write_config(place, ["naïve [ж] –"]), os.fsdecode(b"out\xff[1]")
-    done = subprocess.run(
-        [sys.executable, "-m", "mingle", "merge", config, "--out", tmp_path / name],
-        env=os.environ | {"PYTHONIOENCODING": encoding, "COLUMNS": "200"},
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert b"out\\udcff[1]" in done.stdout
+    written = io.BytesIO()
+    monkeypatch.setenv("COLUMNS", "200")
+    with io.TextIOWrapper(written, encoding=encoding) as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert main(["merge", str(config), "--out", str(tmp_path / name)]) == 0
+        stdout.flush()
+        found = written.getvalue()
+    assert b"out\\udcff[1]" in found
     shown = {"ascii": rb"na\xefve [\u0436] \u2013", "latin-1": b"na\xefve [\\u0436] \\u2013"}
-    assert shown.get(encoding, "naïve [ж] –".encode()) in done.stdout
+    assert shown.get(encoding, "naïve [ж] –".encode()) in found
     assert (tmp_path / name / "manifest.json").exists()

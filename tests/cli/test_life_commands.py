@@ -18,13 +18,6 @@ from mingle.runs import config, life
 from mingle.runs.check import check
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> TinyMerge:
-    tiny = TinyMerge(tmp_path_factory.mktemp("life"))
-    assert tiny.add(tiny.root / "merged")() == 0
-    return tiny
-
-
 @pytest.fixture
 def averaged(models: TinyMerge, tmp_path: Path) -> Path:
     shutil.copytree(models.root / "merged", tmp_path / "averaged")
@@ -127,7 +120,7 @@ def test_what_stays_is_printed_and_in_the_card_and_inspect(models: TinyMerge, tm
 
 
 @pytest.mark.slow
-def test_a_task_that_left_is_measured_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_left_is_measured_without(few_images: None, tmp_path: Path) -> None:
     """`remove` and then `eval` say what `eval` says of a merge that never had it."""
     from mingle import suites
 

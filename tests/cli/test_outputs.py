@@ -48,8 +48,8 @@ def refusal(capsys, *arguments: object) -> str:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """All that is in a folder but who wrote it last, what it took, and the page that is made of the rest."""
-    beside = (".lock", "timings.json", "report.html")
+    """All that is in a folder but what it took, and the page that is made of the rest."""
+    beside = ("timings.json", "report.html")
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))

@@ -33,7 +33,7 @@ COMMANDS = tuple(cli.parsers()[1].choices)
 COMMON = ("--help", "--offline", "--json", "--quiet")
 
 #: pages whose blocks take more than a few seconds
-SLOW = ("README.md", "reproduce.md", "adapters-elsewhere.md", "many-adapters.md")
+SLOW = ("README.md", "reproduce.md", "adapters-elsewhere.md", "many-adapters.md", "several-gpus.md")
 #: page → what its blocks have to print, as a pattern
 SAYS = {
     "README.md": r"^[67]\d\.\d+$",
@@ -43,6 +43,7 @@ SAYS = {
     "many-adapters.md": r"(?s)exact answers: (9|100).*one batch: \[3, 4, 5, 6, 7, 8\]\naverage: [1-8]\d %",
     "your-own-method.md": r"did you mean 'keep'\?$",
     "your-own-task-type.md": r"average: ACC [67]\d %\nmingle: ACC (8[5-9]|9\d) %",
+    "several-gpus.md": r"(?s)merged model: shared.*the same bits: True",
     "reproduce.md": r"routed, 5 per class",
     "try-a-merged-model.md": r"task='cyrillic-checker', label='cyrillic capital letter a'",
 }
@@ -69,8 +70,14 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def commands(block: Block) -> list[list[str]]:
     """The arguments of every ``python -m mingle`` in a block."""
-    lines = (line.removeprefix("$ ").partition("  #")[0] for line in block.text.splitlines())
-    return [shlex.split(line)[3:] for line in lines if line.startswith("python -m mingle ")]
+    return [line[line.index("mingle") + 1 :] for line in lines(block) if line[0] in ("python", "torchrun")]
+
+
+def lines(block: Block) -> list[list[str]]:
+    """The words of every line that calls mingle, of lines that go on after a backslash put together."""
+    text = block.text.replace("\\\n", " ")
+    found = (line.removeprefix("$ ").partition("  #")[0] for line in text.splitlines())
+    return [shlex.split(line) for line in found if re.match(r"(python|torchrun .*) -m mingle ", line)]
 
 
 def name(page: Path) -> str:
@@ -100,8 +107,14 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys):
         elif block.title:
             Path(block.title).write_text(block.text)
         elif block.language == "console":
-            for arguments in commands(block):
-                assert main(arguments) == 0, capsys.readouterr().out
+            for line, arguments in zip(lines(block), commands(block), strict=True):
+                if line[0] == "torchrun":
+                    run = [sys.executable, "-m", "torch.distributed.run", *line[1:]]
+                    done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
+                    assert done.returncode == 0, done.stdout + done.stderr
+                    print(done.stdout)
+                else:
+                    assert main(arguments) == 0, capsys.readouterr().out
         else:
             continue
         ran += 1

@@ -13,32 +13,32 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from kernel_checks import COMPACT
 from mutants import Mutation, applied
 
+# now, not at the first call, which would put a mutant into it for good
+import mingle.kernels.gated_experts.triton  # noqa: F401
+
 pytestmark = pytest.mark.interpret
 
-KERNELS, GATES, COMMON, DESCRIPTORS, FOLD, OPS = (
-    "mingle.kernels.gated_experts.triton",
-    "mingle.kernels.gated_experts.gates",
-    "mingle.kernels.gated_experts.common",
-    "mingle.kernels.gated_experts.descriptors",
-    "mingle.kernels.gated_experts.fold",
-    "mingle.ops.common",
+SHRINK, EXPAND, UPSTREAM, LISTED, GATES, COMMON, DESCRIPTORS, FOLD = (
+    f"mingle.kernels.gated_experts.{name}"
+    for name in ("shrink", "expand", "upstream", "listed", "gates", "common", "descriptors", "fold")
 )
+OPS = "mingle.ops.common"
 
 MUTATIONS = {
     "the last ranks dropped": Mutation(
-        KERNELS, "first, last = 0, R\n", "first, last = 0, R - r\n", "linear gates of tokens"
+        EXPAND, "first, last = 0, R\n", "first, last = 0, R - r\n", "linear gates of tokens"
     ),
     "the last ranks dropped in half precision": Mutation(
-        KERNELS, "first, last = 0, R\n", "first, last = 0, R - r\n", "experts alone in fp16"
+        EXPAND, "first, last = 0, R\n", "first, last = 0, R - r\n", "experts alone in fp16"
     ),
     "the last expert not folded": Mutation(
         FOLD, "for step in range(T * CHUNKS):", "for step in range((T - 1) * CHUNKS):", "fold"
     ),
     "a rank of the neighbour going up": Mutation(
-        KERNELS, "(j % r) * stride_ur", "tl.minimum(j % r, r - 2) * stride_ur", "linear gates of tokens"
+        EXPAND, "(j % r) * stride_ur", "tl.minimum(j % r, r - 2) * stride_ur", "linear gates of tokens"
     ),
     "a rank lost going down": Mutation(
-        KERNELS,
+        SHRINK,
         "(columns % r) * stride_ar",
         "tl.minimum(columns % r, r - 2) * stride_ar",
         "linear gates of tokens",
@@ -47,37 +47,37 @@ MUTATIONS = {
         FOLD, "mask=(j < r)[:, None] & column_ok", "mask=(j < r - 1)[:, None] & column_ok", "fold"
     ),
     "a part of an inner product lost going down": Mutation(
-        KERNELS,
+        SHRINK,
         "first, last = split * part, min((split + 1) * part, K)",
         "first, last = split * part, min((split + 1) * part, K - 1)",
         "parts of inner products",
     ),
     "a part of an inner product lost going up": Mutation(
-        KERNELS,
+        EXPAND,
         "max(split * part - K, 0), min((split + 1) * part - K, R)",
         "max(split * part - K, 0), min((split + 1) * part - K, R - 1)",
         "parts of inner products",
     ),
     "a part of H not added up": Mutation(
-        KERNELS,
+        SHRINK,
         "acc += tl.load(parts_ptr + tl.cast(split, tl.int64) * N * R",
         "acc = tl.load(parts_ptr + tl.cast(split, tl.int64) * N * R",
         "parts of inner products",
     ),
     "a part of y not added up": Mutation(
-        KERNELS,
+        EXPAND,
         "acc += tl.load(parts_ptr + tl.cast(split, tl.int64) * N * O",
         "acc = tl.load(parts_ptr + tl.cast(split, tl.int64) * N * O",
         "parts of inner products",
     ),
     "H of another group gated": Mutation(
-        KERNELS,
+        SHRINK,
         "    groups = (rows // group).to(tl.int64)\n    z = tl.load(",
         "    groups = (rows // (group + 1)).to(tl.int64)\n    z = tl.load(",
         "parts of inner products",
     ),
     "only the last ranks in the gradient of a gate": Mutation(
-        KERNELS, "dz += tl.sum(acc", "dz = tl.sum(acc", "linear gates of samples"
+        UPSTREAM, "dz += tl.sum(acc", "dz = tl.sum(acc", "linear gates of samples"
     ),
     "1 % too much gate bias for many tokens": Mutation(
         GATES,
@@ -119,13 +119,13 @@ MUTATIONS = {
         "masked samples",
     ),
     "gates of the neighbouring group": Mutation(
-        KERNELS,
+        SHRINK,
         "    groups = (rows // group).to(tl.int64)\n    first, last",
         "    groups = tl.maximum(rows // group - 1, 0).to(tl.int64)\n    first, last",
         "linear gates of samples",
     ),
     "gates of the neighbouring group going back": Mutation(
-        KERNELS,
+        UPSTREAM,
         "z_ptr + (rows // group).to(tl.int64) * stride_zg + expert",
         "z_ptr + tl.maximum(rows // group - 1, 0).to(tl.int64) * stride_zg + expert",
         "linear gates of samples",
@@ -152,19 +152,19 @@ MUTATIONS = {
         "guard bands of gates-masked",
     ),
     "columns of x unmasked": Mutation(
-        KERNELS,
+        COMMON,
         "mask=row_ok & (k < last)[None, :], other=0.0",
         "mask=row_ok, other=0.0",
         "guard bands of shrink",
     ),
     "columns of x unmasked in the base": Mutation(
-        KERNELS,
+        COMMON,
         "mask=row_ok & (k < last)[None, :], other=0.0",
         "mask=row_ok, other=0.0",
         "guard bands of expand",
     ),
     "rows of the output unmasked": Mutation(
-        KERNELS,
+        EXPAND,
         "acc.to(y_ptr.dtype.element_ty), mask=row_ok & column_ok",
         "acc.to(y_ptr.dtype.element_ty), mask=column_ok",
         "guard bands of expand",
@@ -179,43 +179,64 @@ MUTATIONS = {
         COMMON, "rows = min(row_tiles - first, BAND)", "rows = BAND", "guard bands of expand"
     ),
     "the base accumulated in half precision": Mutation(
-        KERNELS,
+        COMMON,
         "acc = tl.dot(a, b, acc, input_precision=PRECISION)",
         "acc = tl.dot(a, b, acc, input_precision=PRECISION).to(a.dtype).to(tl.float32)",
         "a cancelling sum in fp16",
     ),
     "an expert too many skipped": Mutation(
-        KERNELS,
-        "for step in range(tl.load(count_ptr + row_tile) * CHUNKS):",
-        "for step in range((tl.load(count_ptr + row_tile) - 1) * CHUNKS):",
+        EXPAND,
+        "for step in range(tl.load(experts_ptr + T) * CHUNKS):",
+        "for step in range((tl.load(experts_ptr + T) - 1) * CHUNKS):",
         "one expert per sample",
     ),
     "experts of the first hundred not counted": Mutation(
-        KERNELS,
+        LISTED,
         "        count += tl.sum(used, 0)\n",
         "        count = tl.sum(used, 0)\n",
         "one expert per sample",
     ),
     "a listed expert not computed": Mutation(
-        KERNELS,
-        "for step in range(first, tl.load(count_ptr + row_tile) * chunks, programs):",
-        "for step in range(first + 1, tl.load(count_ptr + row_tile) * chunks, programs):",
+        LISTED,
+        "for step in range(first, tl.load(experts_ptr + T) * chunks, programs):",
+        "for step in range(first + 1, tl.load(experts_ptr + T) * chunks, programs):",
         "one expert per sample",
     ),
     "groups of a tile left out": Mutation(
-        KERNELS,
+        LISTED,
         "end_group = (min((row_tile + 1) * BLOCK_N, N) - 1) // group + 1",
         "end_group = (min((row_tile + 1) * BLOCK_N, N) - 1) // group",
         "one expert per sample",
     ),
     "the first ranks of an active expert alone": Mutation(
-        KERNELS,
+        EXPAND,
         "j = (step % CHUNKS) * BLOCK_R",
         "j = (step % 1) * BLOCK_R",
         "one expert of many ranks",
     ),
+    "the first token of a sorted group alone": Mutation(
+        COMMON, "groups * group + positions % group", "groups * group + 0 * positions", "sorted samples"
+    ),
+    "listed in another order than computed": Mutation(
+        LISTED,
+        "groups = tl.load(order_ptr + groups",
+        "groups += 0 * tl.load(order_ptr + groups",
+        "sorted tokens",
+    ),
+    "H of sorted tokens read in their own order": Mutation(
+        EXPAND, "h_ptr + positions.to(tl.int64)[:, None]", "h_ptr + long_rows", "sorted tokens"
+    ),
+    "H of sorted tokens written in their own order": Mutation(
+        LISTED, "place = long_positions * (T * r)", "place = long_rows * (T * r)", "sorted tokens"
+    ),
+    "gates of the tokens' positions": Mutation(
+        LISTED,
+        "z_rows = z_ptr + (rows // group)",
+        "z_rows = z_ptr + (tl.minimum(positions, N - 1) // group)",
+        "sorted tokens",
+    ),
     "u not gated": Mutation(
-        KERNELS,
+        UPSTREAM,
         "(acc * z).to(u_ptr.dtype.element_ty)",
         "acc.to(u_ptr.dtype.element_ty)",
         "linear gates of samples",
@@ -254,7 +275,7 @@ def test_without_a_fault_the_same_machinery_passes(tmp_path: Path) -> None:
     # Otherwise a mutant could be seen only because it was loaded in this way.
     harmless = [
         Mutation(module, "from __future__ import annotations", "from __future__ import annotations  #", "")
-        for module in (KERNELS, OPS)
+        for module in (EXPAND, OPS)
     ]
     for mutation in harmless:
         with applied(mutation, tmp_path):

@@ -8,22 +8,20 @@ import shutil
 from collections.abc import Callable
 
 import pytest
-from operations import REMOVING, ends, failing, few, kinds
+from operations import REMOVING, ends, failing, few, kinds, some
 from tiny_merge import TinyMerge, contents
 
 from mingle.merging.merger import Merger
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+Chosen = Callable[[list[str]], list[int]]
+#: a full disk at every step; two other errors, which differ in their words alone, at a third of the steps
+THOROUGH = [
+    pytest.param(code, chosen, id=errno.errorcode[code], marks=pytest.mark.slow)
+    for code, chosen in ((errno.ENOSPC, few), (errno.EDQUOT, some), (errno.EIO, some))
+]
 errors = pytest.mark.parametrize(
-    "code",
-    [
-        pytest.param(code, id=errno.errorcode[code], marks=marks)
-        for code, marks in (
-            (errno.ENOSPC, ()),
-            (errno.EDQUOT, pytest.mark.slow),
-            (errno.EIO, pytest.mark.slow),
-        )
-    ],
+    ("code", "chosen"), [pytest.param(errno.ENOSPC, some, id="ENOSPC, some steps"), *THOROUGH]
 )
 
 
@@ -40,18 +38,19 @@ def refused(tiny: TinyMerge, command: Callable[[], int], at: int, code: int) -> 
     assert not list(tiny.root.rglob(".mingle-tmp-*"))
 
 
-def fallible(steps: list[str]) -> list[int]:
+def fallible(steps: list[str], chosen: Chosen) -> list[int]:
     """The numbers of the steps at which the disk begins to fail."""
-    return [at for at in few(steps) if steps[at] not in REMOVING]
+    return [at for at in chosen(steps) if steps[at] not in REMOVING]
 
 
-@pytest.mark.slow
-@errors
-def test_a_merge_on_a_full_disk_is_refused_by_name_and_goes_through_later(tiny: TinyMerge, code: int) -> None:
+@pytest.mark.parametrize(("code", "chosen"), THOROUGH)
+def test_a_merge_on_a_full_disk_is_refused_by_name_and_goes_through_later(
+    tiny: TinyMerge, code: int, chosen: Chosen
+) -> None:
     out, whole = tiny.root / "full", contents(tiny.root / "merged")
     shutil.rmtree(out, ignore_errors=True)
     steps = kinds(tiny.root, tiny.merge(out))
-    for at in fallible(steps):
+    for at in fallible(steps, chosen):
         shutil.rmtree(out)
         refused(tiny, tiny.merge(out), at, code)
         assert tiny.merge(out)() == 0, (at, steps[at], tiny.said.read_text())
@@ -60,11 +59,11 @@ def test_a_merge_on_a_full_disk_is_refused_by_name_and_goes_through_later(tiny: 
 
 @errors
 def test_an_addition_on_a_full_disk_keeps_the_old_merge_and_goes_through_later(
-    tiny: TinyMerge, code: int
+    tiny: TinyMerge, code: int, chosen: Chosen
 ) -> None:
     whole = tiny.copied("whole")
     steps = kinds(tiny.root, tiny.add(whole))
-    for at in fallible(steps):
+    for at in fallible(steps, chosen):
         out = tiny.copied("added")
         refused(tiny, tiny.add(out), at, code)
         names = Merger.from_pretrained(out).task_names
@@ -74,13 +73,15 @@ def test_an_addition_on_a_full_disk_keeps_the_old_merge_and_goes_through_later(
 
 
 @errors
-def test_an_export_on_a_full_disk_leaves_nothing_and_goes_through_later(tiny: TinyMerge, code: int) -> None:
+def test_an_export_on_a_full_disk_leaves_nothing_and_goes_through_later(
+    tiny: TinyMerge, code: int, chosen: Chosen
+) -> None:
     place = tiny.root / "exports"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     steps = kinds(tiny.root, tiny.export(tiny.root / "merged", place / "plain"))
     whole = contents(place / "plain")
-    for at in fallible(steps):
+    for at in fallible(steps, chosen):
         shutil.rmtree(place)
         place.mkdir()
         refused(tiny, tiny.export(tiny.root / "merged", place / "plain"), at, code)

@@ -76,6 +76,29 @@ def test_an_exception_passes_unchanged_and_releases(tmp_path: Path) -> None:
             raise OSError("of the caller")
 
 
+def test_nothing_of_a_lock_stays_behind(tmp_path: Path) -> None:
+    with lock(tmp_path):
+        assert os.listdir(tmp_path) == [".lock"]
+    assert not os.listdir(tmp_path)
+
+
+def test_whoever_waited_for_a_lock_that_went_takes_a_new_one(tmp_path: Path) -> None:
+    """A waiting process has opened the file that the holder removes; no two may hold different files."""
+
+    def count(ready: Ready) -> None:
+        ready()
+        for _ in range(200):
+            with lock(tmp_path, wait=True):
+                (tmp_path / "held").touch(exist_ok=False)
+                (tmp_path / "held").unlink()
+        (tmp_path / f"done-{os.getpid()}").touch()
+
+    pids = [fork(count) for _ in range(3)]
+    for pid in pids:
+        os.waitpid(pid, 0)
+    assert sorted(os.listdir(tmp_path)) == sorted(f"done-{pid}" for pid in pids)
+
+
 def test_a_child_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None:
     def linger(ready: Ready) -> None:
         ready()

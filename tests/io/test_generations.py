@@ -18,14 +18,6 @@ from mingle.io.rollback import rollback, tidy
 from mingle.merging.merger import Merger
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> TinyMerge:
-    """A merge of a, b and c by averages, in three generations."""
-    tiny = TinyMerge(tmp_path_factory.mktemp("generations"))
-    assert tiny.add(tiny.root / "merged")() == 0
-    return tiny
-
-
 @pytest.fixture
 def folder(models: TinyMerge, tmp_path: Path) -> Path:
     shutil.copytree(models.root / "merged", tmp_path / "merged")

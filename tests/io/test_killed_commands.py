@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from operations import ends, every, few, killing, kinds, some
+from operations import ends, every, killing, kinds, some
 from tiny_merge import TinyMerge, contents
 
 from mingle.merging.merger import Merger
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-chosen_steps = pytest.mark.parametrize("chosen", [few, pytest.param(every, marks=pytest.mark.slow)])
-some_steps = pytest.mark.parametrize("chosen", [some, pytest.param(every, marks=pytest.mark.slow)])
+chosen_steps = pytest.mark.parametrize("chosen", [some, pytest.param(every, marks=pytest.mark.slow)])
 Chosen = Callable[[list[str]], list[int]]
 
 
@@ -54,7 +53,7 @@ def test_an_addition_killed_at_any_step_leaves_the_old_merge_or_the_new_and_ends
         assert contents(out) == contents(whole), (at, steps[at])
 
 
-@some_steps
+@chosen_steps
 def test_a_removal_killed_at_any_step_leaves_the_old_merge_or_the_new_and_ends_in_the_same_bits(
     tiny: TinyMerge, chosen: Chosen
 ) -> None:
@@ -71,7 +70,7 @@ def test_a_removal_killed_at_any_step_leaves_the_old_merge_or_the_new_and_ends_i
         assert contents(out) == contents(whole), (at, steps[at])
 
 
-@some_steps
+@chosen_steps
 @pytest.mark.parametrize("command", ["rollback", "tidy"])
 def test_a_return_or_a_tidying_killed_at_any_step_loses_nothing_and_ends_in_the_same_bits(
     tiny: TinyMerge, chosen: Chosen, command: str

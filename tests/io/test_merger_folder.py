@@ -182,5 +182,4 @@ def test_an_interrupted_save_leaves_the_old_merge_or_the_new_one(
     assert {name for name in found if not name.startswith(manifest["base"]["folder"])} == named | {
         "README.md",
         "manifest.json",
-        ".lock",
     }

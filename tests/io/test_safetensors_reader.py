@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from mingle.io.files import CheckpointError
 from mingle.io.safetensors import CheckpointReader
+from mingle.io.state_dicts import non_finite
 
 FLOATS = [
     torch.float16,
@@ -131,6 +132,16 @@ def test_non_finite_values_are_counted_and_located(tmp_path: Path, dtype: torch.
     assert reader.tensor("good").dtype == dtype
     assert reader.tensor("bad", check_finite=False).dtype == dtype
     assert set(reader.state_dict(check_finite=False)) == set(tensors)
+
+
+def test_what_no_sum_tells_is_found_all_the_same() -> None:
+    largest = torch.finfo(torch.float32).max
+    assert non_finite(torch.full((5, 5), largest)) == ""
+    assert non_finite(torch.full((5, 5), -6e4, dtype=torch.float16)) == ""
+    opposed = torch.tensor([0.0, float("inf"), -float("inf")])
+    assert non_finite(opposed) == "2 of 3 values are not finite, the first at (1,)"
+    assert non_finite(torch.tensor([1 + 1j, complex(0, float("nan"))])).startswith("1 of 2 values")
+    assert non_finite(torch.ones(3, dtype=torch.uint16)) == non_finite(torch.ones(0)) == ""
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from chips import CHIPS, H100, ITEMSIZE, KERNELS, area, forget, stage_bytes
 
-from mingle.kernels import tiles
+from mingle.kernels import tile_rule, tiles
 from mingle.kernels.tiles import Chip, Tile
 
 triton = pytest.importorskip("triton", reason="tiles are those of the Triton kernels")
@@ -157,7 +157,7 @@ def test_candidates_can_be_launched_and_hold_the_rules_tiles(chip, arithmetic, k
     tried = tiles.candidates(kernel, CHIPS[chip], arithmetic)
     assert len(tried) == len(set(tried))
     assert all(tile.stages * stage_bytes(tile, arithmetic) <= CHIPS[chip].shared_memory for tile in tried)
-    assert all(tiles._fits(kernel, CHIPS[chip], tile) for tile in tried)
+    assert all(tile_rule.fits(kernel, CHIPS[chip], tile) for tile in tried)
     sizes = {(tile.rows, tile.columns) for tile in tried}
     for rows in (16, 1024, 1 << 17):
         tile = tiles.rule(kernel, CHIPS[chip], arithmetic, rows, 768, 768)

@@ -12,7 +12,7 @@ from chips import CHIPS, H100, ITEMSIZE, KERNELS, area, stage_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mingle.kernels import tiles
+from mingle.kernels import tile_rule, tiles
 from mingle.kernels.tiles import Tile
 
 pytestmark = pytest.mark.usefixtures("own_tiles")
@@ -89,7 +89,7 @@ def test_a_launch_that_strains_the_registers_gets_no_tile_that_is_too_large_for_
 ):
     strain = form.split()[0]
     tile = tiles.rule(kernel, chip, arithmetic, rows, columns, depth, form)
-    assert tile.described or area(tile) <= max(area(other) for other in tiles._tiles(arithmetic, strain))
+    assert tile.described or area(tile) <= max(area(other) for other in tile_rule.allowed(arithmetic, strain))
 
 
 def test_the_published_cases_get_what_was_fastest_on_an_h100():

@@ -10,9 +10,9 @@ import torch
 from small_merges import NAMES, add
 
 import mingle
-from mingle.adaptation.batches import shuffled_batches
+from mingle.adaptation.batches import Share, shuffled_batches
 from mingle.adaptation.divergence import AdaptationDiverged
-from mingle.methods.adamerging import AdaMergingOptions, learn_coefficients
+from mingle.methods.adamerging import learn_coefficients
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
 
@@ -123,10 +123,8 @@ def test_single_steps_that_are_not_finite_are_left_out():
         calls.append(coefficients.detach().clone())
         return (coefficients * (torch.nan if len(calls) in (2, 3) else 1.0)).sum()
 
-    options = AdaMergingOptions(steps=5, lr=0.1)
-    learnt, trace = learn_coefficients(
-        loss, torch.tensor([0.3, 0.9]), 4, options, torch.Generator().manual_seed(0)
-    )
+    batches = [Share(torch.arange(4), 1.0)] * 5
+    learnt, trace = learn_coefficients(loss, torch.tensor([0.3, 0.9]), batches, 0.1)
     assert torch.equal(calls[1], calls[3])
     assert not torch.equal(calls[0], calls[1])
     assert sum(value != value for value in trace.loss) == 2

@@ -12,6 +12,7 @@ from tiny_decoders import merged as merged_decoder
 from tiny_decoders import mixed
 
 import mingle
+from mingle.adaptation import input_directions
 from mingle.adaptation.divergence import AdaptationDiverged
 from mingle.kernels.gated_experts import reference
 from mingle.methods import mingle as mingle_method
@@ -82,6 +83,26 @@ def test_new_gates_learn_behind_the_router(base_model, tuned_states, samples):
         handle.remove()
     for given in gates.values():
         assert given[:, 0].abs().max() < 1e-3 < given[:, 1].abs().max()
+
+
+def test_what_the_router_looks_at_is_not_among_the_protected_directions(base_model, tuned_states, samples):
+    """Its look passes the same samples through the base, beside the pass of the merged model."""
+    merger = merge(base_model, tuned_states, samples, count=2, reduce="token")
+    merger.method.router.read = (1,)  # its look passes through the layers of the first block
+    data, given = shifted(samples, 1), {}
+
+    def note(layer, args):  # the model's own pass is the last one that a layer sees
+        given[layer] = args[0].flatten(0, -2).double()
+
+    handles = [layer.register_forward_pre_hook(note) for layer in merger.method.layers.values()]
+    with input_directions.collected(merger.method.layers) as seen:
+        logits(merger, data)
+    for handle in handles:
+        handle.remove()
+    for name, layer in merger.method.layers.items():
+        x = given[layer]
+        assert seen[name].count == len(x)
+        torch.testing.assert_close(seen[name].statistic, x.mT @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_resuming_copying_and_pickling_keep_it(base_model, tuned_states, samples, tmp_path):

@@ -201,6 +201,43 @@ def test_names_the_layers_that_are_not_there():
     assert isinstance(module.q_proj, MingleLinear) and module.q_proj.shared is None
 
 
+class GatedFeedForward(nn.Module):
+    """As in Llama (gate_proj, up_proj) or T5 (wi_0, wi_1)."""
+
+    def __init__(self, gate, up):
+        super().__init__()
+        self.names = gate, up
+        for name in self.names:
+            self.add_module(name, nn.Linear(8, 12, bias=False))
+        self.down_proj = nn.Linear(12, 8, bias=False)
+
+    def forward(self, x):
+        gate, up = (getattr(self, name)(x) for name in self.names)
+        return self.down_proj(torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj"), ("wi_0", "wi_1")], ids=str)
+def test_gate_and_up_share_their_input_by_default(names, shrinks):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attention": attention(), "mlp": GatedFeedForward(*names).double()})
+    for layer in mingle.inject(model["mlp"], names, "token").values():
+        layer.add_expert(torch.randn(3, 8), torch.randn(12, 3), gate_bias=0.3)
+    alone = copy.deepcopy(model["mlp"])
+    assert mingle.share_inputs(model) == [
+        tuple(f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj")),
+        tuple(f"mlp.{name}" for name in names),
+    ]
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    for expected, got in zip(gradients(alone, x), gradients(model["mlp"], x), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert shrinks == [2]
+
+
+def test_a_model_without_any_known_group_is_told_which_there_are():
+    with pytest.raises(ValueError, match=r"known groups: q_proj, k_proj, v_proj; .*gate_proj, up_proj"):
+        mingle.share_inputs(nn.Linear(2, 2))
+
+
 def test_opcheck():
     x = torch.randn(6, 5, requires_grad=True)
     layers = [

@@ -82,7 +82,6 @@ def main(target: Path) -> None:
             for i in range(2):
                 add(kind, merger, i)
             merger.save_pretrained(target / kind)
-            (target / kind / ".lock").unlink()
             recorded["folders"][kind] = {name: digest(state) for name, state in states(kind, merger).items()}
     (target / DIGESTS).write_text(json.dumps(recorded, indent=1) + "\n")
 

@@ -56,7 +56,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("jobs", "processes"), [(["a", "b"], 1), (["a"], 2)])
+@pytest.mark.parametrize(("jobs", "processes"), [(["a", "b", "c"], 1), (["a", "b"], 2), ([], 2)])
 def test_what_cannot_be_shared_is_done_here(jobs, processes, two_threads):
     found = done(jobs, Observer(), processes)
     assert found == [("context", job, os.getpid(), 2) for job in jobs]
@@ -67,8 +67,8 @@ def test_jobs_are_shared_and_come_in_order(two_threads):
     heard, jobs = Heard(), ["a", "b", "c"]
     found = done(jobs, heard)
     assert [(context, job, threads) for context, job, _, threads in found] == [
-        ("context", job, 1) for job in jobs
-    ]
+        ("context", "a", 2), ("context", "b", 1), ("context", "c", 1)
+    ]  # fmt: skip
     pids = [pid for _, _, pid, _ in found]
     assert pids[0] == os.getpid() and os.getpid() not in pids[1:]
     assert sorted(heard.tasks) == [(job, index) for job in jobs for index in range(2)]

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 from chromium import browser  # noqa: F401
-from fabricated_runs import HOSTILE, comparison, merged, table
+from fabricated_runs import HOSTILE, TASKS, comparison, merged, table
 
 from mingle.runs.report import page as pages
 
 pytestmark = pytest.mark.slow
-TASKS = ["digits", "letters", "rings", "stripes"]
 #: folder → its page in the browser
 Open = Callable[..., Any]
 

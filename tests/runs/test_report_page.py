@@ -5,76 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fabricated_runs import HOSTILE, LAYERS, comparison, merged, table, triangle
+from fabricated_runs import HOSTILE, TASKS, comparison, explanation, merged, table
+from html_document import Document
 
 from mingle.io.files import CheckpointError
-from mingle.runs import explained
 from mingle.runs.report import page
-from mingle.runs.report.page import advice, cards, charts, heat, render
+from mingle.runs.report.page import render
 from mingle.text import shortened, visible
 
-TASKS = ["digits", "letters", "rings", "stripes"]
-_VOID = {"meta", "link", "br", "img", "input"}
 
-
-class Document(HTMLParser):
-    """The elements of a page, each with its attributes and the text inside it; opened and closed in pairs."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self.open: list[tuple[str, dict[str, str | None], list[str]]] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), (tag, attrs)
-        element: tuple[str, dict[str, str | None], list[str]] = (tag, dict(attrs), [])
-        self.elements.append(element)
-        if tag not in _VOID:
-            self.open.append(element)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs), []))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1][0] == tag, (tag, [name for name, *_ in self.open])
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        for _, _, text in self.open:
-            text.append(data)
-
-    def all(self, tag: str, **attributes: str) -> list[str]:
-        """The texts of all elements with these attributes, each of which may be one of several classes."""
-        return [
-            " ".join("".join(text).split())
-            for name, found, text in self.elements
-            if name == tag
-            and all(value in (found.get(key) or "").split() for key, value in attributes.items())
-        ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return comparison(tmp_path_factory.mktemp("runs") / "demo", TASKS)
-
-
-@pytest.fixture(scope="module")
-def written(folder: Path) -> Document:
-    path = page.write(folder)
-    assert path == folder / "report.html"
-    return Document(path.read_text(encoding="utf-8"))
-
-
-def test_it_is_one_document_that_loads_nothing(folder: Path, written: Document) -> None:
-    text = page.write(folder).read_text(encoding="utf-8")
+def test_it_is_one_document_that_loads_nothing(compared: Path, written: Document) -> None:
+    text = page.write(compared).read_text(encoding="utf-8")
     assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
     kept = [
         value for _, found, _ in written.elements for key, value in found.items() if key in ("href", "src")
@@ -118,56 +63,6 @@ def test_the_table_has_every_figure_and_what_to_sort_it_by(written: Document) ->
     )
 
 
-def test_cells_of_the_accuracy_matrix_are_told_by_their_row_and_column(folder: Path) -> None:
-    course = page.of(folder).groups[0].rows[1].course
-    assert course is not None
-    found = heat.accuracies(course)
-    assert found is not None
-    assert found.words == "accuracy on task {column} after merging task {row}: {value} %"
-    shown = [[cell.shown for cell in row] for row in found.cells]
-    assert shown == [
-        ["70.0", "", "", ""],
-        ["64.0", "70.0", "", ""],
-        ["58.0", "64.0", "70.0", ""],
-        ["52.0", "58.0", "64.0", "70.0"],
-    ]
-    assert found.cells[0][0].level == "q7" and found.cells[3][0].level == "q5"
-    assert heat._percent(100.0).level == "q9" and heat._percent(0.0).level == "q0"
-
-
-def test_marks_of_the_chart_name_the_method_and_the_task(folder: Path) -> None:
-    drawn = charts.accuracy(page.of(folder).groups[0])
-    assert drawn is not None
-    marks = {line.name: [mark.text for mark in line.marks] for line in drawn.lines}
-    assert marks["average"][2] == "average, after merging rings, task 3 of 4: 64.0 %"
-    assert [line.kind for line in drawn.lines] == ["reference", "", "best"]
-
-
-def test_names_beside_the_chart_keep_apart_however_many_there_are(tmp_path: Path) -> None:
-    methods = ["individual", *(f"method {place}" for place in range(30))]
-    drawn = charts.accuracy(page.of(comparison(tmp_path, TASKS, methods)).groups[0])
-    assert drawn is not None
-    heights = sorted(line.place for line in drawn.lines if line.place is not None)
-    assert len(heights) == 31 and heights[0] > 0 and heights[-1] < drawn.tall
-    assert min(after - before for before, after in itertools.pairwise(heights)) >= 14.9
-
-
-@pytest.mark.parametrize(
-    ("method", "words"),
-    [
-        ("mingle", "mingle-routed, whose router"),
-        ("mingle-routed", "more seed samples"),
-        ("routed", "more seed samples"),
-        ("mass", "Try routed"),
-        ("wemoe", "Try routed"),
-        ("average", "Tasks share these weights"),
-        ("no method of ours", "Try routed or mingle-routed."),
-    ],
-)
-def test_what_is_tried_against_forgetting_depends_on_the_method(method: str, words: str) -> None:
-    assert words in advice._against_forgetting(method)
-
-
 def test_it_says_where_samples_went_and_which_classes_were_mixed_up(written: Document) -> None:
     assert "Which task’s samples went where" in written.all("h4")
     assert "{value} % of the samples of task {row} were taken for task {column}" in [
@@ -175,31 +70,6 @@ def test_it_says_where_samples_went_and_which_classes_were_mixed_up(written: Doc
     ]
     assert "class of rings taken for other 7 of 25" in written.all("li")
     assert "letters 20.0 %" in written.all("dd")
-
-
-def test_gates_and_curves_are_shown_of_methods_that_adapt(folder: Path, written: Document) -> None:
-    course = page.of(folder).groups[0].rows[2].course
-    assert course is not None
-    mean, own = heat.gates(course), heat.own_gates(course)
-    assert mean is not None and own is not None
-    assert [cell.shown for cell in mean.cells[1]] == ["−0.25", "1.00", "−0.25", "−0.25"]
-    assert list(own.rows) == LAYERS and {cell.shown for row in own.cells for cell in row} == {"1.25"}
-    assert mean.cells[1][1].level == "s8" and mean.cells[1][0].level == "s3"
-    assert written.all("h4").count("Interference with earlier tasks") == 1
-    told = [found["aria-label"] for name, found, _ in written.elements if name == "rect"]
-    assert (
-        "merging letters: interference S from 0.001 at the first step to 0.032 at the last, at most 0.032"
-        in told
-    )
-    assert len(told) == 6  # S and λ of the three tasks that had a basis
-
-
-def test_layers_that_are_too_many_are_shown_by_block(tmp_path: Path) -> None:
-    layers = [f"encoder.layers.{block}.{leaf}" for block in range(48) for leaf in "abcdefghij"]
-    course = page.of(comparison(tmp_path, TASKS, layers=layers, steps=2)).groups[0].rows[2].course
-    assert course is not None and (own := heat.own_gates(course)) is not None
-    assert len(own.rows) == 48 and "means over the layers of a block" in own.caption
-    assert own.cells[0][0].shown == "1.25"
 
 
 def test_hostile_names_are_text_and_nothing_else(tmp_path: Path) -> None:
@@ -226,58 +96,6 @@ def test_hostile_names_of_classes_suites_and_methods_are_text_too(tmp_path: Path
     assert "suite [x] <i>, protocol strict" in found.all("h1")
     assert shortened(HOSTILE[0]) in found.all("a")
     assert f"{shortened('class of ' + HOSTILE[0])} taken for other 7 of 25" in found.all("li")
-
-
-def advised(folder: Path, method: str) -> list[advice.Advice]:
-    group = page.of(folder).groups[0]
-    row = group.of_method(method)
-    assert row is not None
-    return advice.of_row(row, group)
-
-
-def test_what_to_do_next_follows_from_the_numbers(folder: Path) -> None:
-    forgotten, short, unknown = advised(folder, "average")
-    assert forgotten.findings[0] == (
-        "digits lost 18.0 points since it was merged (70.0 → 52.0 %). "
-        "Where nobody names the task, 20.0 % of its samples go to stripes."
-    )
-    assert len(forgotten.findings) == 3 and "stripes lost" not in " ".join(forgotten.findings)
-    assert forgotten.try_.startswith("Tasks share these weights.")
-    assert short.findings[0].startswith("Already when they are merged, 4 of 4 tasks are answered")
-    assert unknown.findings[0].startswith("Where nobody names the task, accuracy is 20.0 points lower.")
-    assert "routed" in unknown.try_
-    assert [each.findings[0][:31] for each in advised(folder, "mingle")] == [
-        "Where nobody names the task, ac"
-    ]
-
-
-@pytest.mark.parametrize(("drop", "lines"), [(1.0, 0), (1.01, 1)])
-def test_three_points_may_be_lost_without_a_line(tmp_path: Path, drop: float, lines: int) -> None:
-    matrix = [row[: i + 1] for i, row in enumerate(triangle(4, 90.0, drop))]
-    folder = merged(tmp_path, TASKS, matrix=matrix)
-    (only,) = advised(folder, "mingle")
-    if lines:
-        assert only.findings[0].startswith("digits lost 3.0 points")
-        assert "mingle-routed" in only.try_
-    else:
-        assert only.findings == ["No task lost more than 3 points since it was merged (at most 3.0)."]
-        assert only.command == f"mingle add {folder} --name TASK --model MODEL"
-
-
-def test_it_is_said_when_a_task_lost_most(tmp_path: Path) -> None:
-    matrix = [[90.0], [89.0, 90.0], [82.0, 90.0, 90.0], [81.0, 90.0, 90.0, 90.0]]
-    (only,) = advised(merged(tmp_path, TASKS, matrix=matrix), "mingle")
-    assert only.findings == [
-        "digits lost 9.0 points since it was merged (90.0 → 81.0 %), 7.0 of them when rings came."
-    ]
-
-
-def test_a_merge_that_was_not_measured_is_told_how(tmp_path: Path) -> None:
-    matrix: list[list[None]] = [[None] * (i + 1) for i in range(4)]
-    (only,) = advised(merged(tmp_path, TASKS, "average", matrix=matrix), "average")
-    assert only.findings == ["Accuracy was not measured: the merge has no suite."]
-    assert only.command == f"mingle eval {tmp_path} --suite FOLDER_OR_NAME"
-    Document(page.write(tmp_path).read_text(encoding="utf-8"))
 
 
 def test_a_merged_model_s_page_has_its_hashes_versions_and_options(tmp_path: Path) -> None:
@@ -329,35 +147,6 @@ def test_rows_beyond_a_limit_are_in_the_tables_alone(tmp_path: Path) -> None:
     assert len(found.all("table", **{"class": "sortable"})) == 9
 
 
-def explanation(folder: Path, **changes: Any) -> None:
-    """An ``explain.json`` of the merge in the folder, as it is now."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    tasks = [
-        {
-            "task": name,
-            "start": "fine-tuned",
-            "before": 95.0,
-            "changes": {"rank": -4.0, "newer tasks": 1.0},
-            "merged": 92.0,
-        }
-        for name in TASKS
-    ]
-    about = {"merge": explained._digest(manifest), "suite": "own <images>", "steps": ["rank"], "tasks": tasks}
-    (folder / "explain.json").write_text(json.dumps(about | changes))
-
-
-def test_what_explain_found_is_shown_until_another_task_is_merged(tmp_path: Path) -> None:
-    folder = merged(tmp_path, TASKS)
-    explanation(folder)
-    found = Document(page.write(folder).read_text(encoding="utf-8"))
-    assert "What each step of merging costs" in found.all("h4")
-    assert any("on own <images>" in text for text in found.all("caption"))
-    assert "rank −4.0" in found.all("dd")
-    assert any(each.try_ == "Try a larger rank." for each in advised(folder, "mingle"))
-    merged(folder, [*TASKS, "waves"])
-    assert "What each step of merging costs" not in page.write(folder).read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -405,43 +194,3 @@ def test_a_large_comparison_stays_a_few_hundred_kilobytes(tmp_path: Path) -> Non
     found = Document(path.read_text(encoding="utf-8"))
     assert len(found.all("article")) == render.MOST_TASKS // 20 == 8
     assert path.stat().st_size < 600_000
-
-
-def colours(css: str, dark: bool) -> dict[str, tuple[str, str]]:
-    """Class of a cell → its background and text; ``--name`` → the colour and itself."""
-    pair = r"light-dark\((#\w{6}), (#\w{6})\)"
-    found = {}
-    for name, *values in re.findall(rf"\.([qs]\d) {{ background: {pair}; color: {pair}; }}", css):
-        found[name] = (values[dark], values[2 + dark])
-    for name, *values in re.findall(rf"(--[\w-]+): {pair}", css):
-        found[name] = (values[dark], values[dark])
-    return found
-
-
-def contrast(one: str, other: str) -> float:
-    """Of two colours, by WCAG 2."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize("dark", [False, True])
-def test_text_stands_out_from_its_ground_in_both_themes(dark: bool) -> None:
-    found = colours(render._text("style.css"), dark)
-    cells = {name: pair for name, pair in found.items() if not name.startswith("--")}
-    assert len(cells) == heat.LEVELS + 2 * heat.SIDES + 1
-    assert {name: round(contrast(*pair), 1) for name, pair in cells.items() if contrast(*pair) < 4.5} == {}
-    for ground in ("--ground", "--raised"):
-        for ink in ("--text", "--soft", "--accent", "--bad"):
-            assert contrast(found[ground][0], found[ink][0]) >= 4.5, (ground, ink)
-
-
-def test_sizes_are_readable() -> None:
-    shown = {0: "0 bytes", 999: "999 bytes", 1_000: "1 KB", 999_600: "1 MB", 2_345_678: "2.35 MB"}
-    assert {size: cards.readable(size) for size in shown} == shown
-    assert cards.readable(None) == "–"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 
+from mingle.methods import METHODS
 from mingle.tasks import TaskType
 
 VOCABULARY, WIDTH = 64, 16
@@ -135,3 +139,18 @@ def samples(
             torch.randint(3, VOCABULARY, shape, generator=generator) if answers else torch.arange(n) % 2
         )
     return given
+
+
+#: options that make a method fast, each for the methods that have it
+CHEAP = dict(rank=2, later_rank=2, steps=2, lr=1e-2, batch_size=4, r_p=4, r_v=2, r_l=2, depths=(0, 1), k=1)
+
+
+def options(method: str) -> dict[str, Any]:
+    """Options with which a method merges these models in a moment."""
+    return {name: CHEAP[name] for name in CHEAP if name in METHODS[method].Options.__dataclass_fields__}
+
+
+def names_in(folder: Path) -> set[str]:
+    """The tensors in the file of a folder."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())

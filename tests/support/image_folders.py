@@ -15,6 +15,10 @@ from mingle import suites
 from mingle.suites import Suite, glyphs
 
 CLASSES = ("alpha", "beta", "gamma")
+#: classes and templates of a check
+PROMPTS = (["alpha", "beta"], ["a glyph of {}."])
+#: what stands for a large file in a clone without Git LFS
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 605\n"
 
 
 def clip_copy(folder: Path) -> Path:
@@ -27,6 +31,29 @@ def change_json(path: Path, change: Callable[[Any], Any]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def put(*keys_and_value):
+    """A change of one value deep inside a JSON document."""
+    *keys, last, value = keys_and_value
+
+    def change(content):
+        for key in keys:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+def drop(*keys):
+    *outer, last = keys
+
+    def change(content):
+        for key in outer:
+            content = content[key]
+        del content[last]
+
+    return change
 
 
 def shade(level: int, width: int = 40, height: int = 40) -> Image.Image:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from transformers import CLIPConfig, CLIPModel
@@ -99,9 +100,17 @@ _BESIDE = ("timings.json", "report.html")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, hidden ones too; not the record of who last wrote to it, nor `_BESIDE`."""
+    """All files below a folder, hidden ones too, except `_BESIDE`."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path not in {folder / name for name in (".lock", *_BESIDE)}
+        if path.is_file() and path not in {folder / name for name in _BESIDE}
     }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> TinyMerge:
+    """A merge of a, b and c by averages, in three generations."""
+    tiny = TinyMerge(tmp_path_factory.mktemp("generations"))
+    assert tiny.add(tiny.root / "merged")() == 0
+    return tiny

@@ -1,0 +1,116 @@
+"""Commands in several processes: one speaks, all end alike, and they leave what one process leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from contextlib import redirect_stdout
+
+import pytest
+import yaml
+from merge_files import merge_file
+from tiny_merge import contents
+from worlds import world
+
+from mingle.cli import main
+from mingle.io import shared_folder
+from mingle.merging import streamed
+from mingle.merging.merger import Merger
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(streamed, "PART_BYTES", 3000)
+    monkeypatch.setattr(shared_folder, "_DELAY", 0.5)
+
+
+@pytest.fixture
+def files(base_folder, tuned_folders, tmp_path):
+    """A merge file by method."""
+    models = dict(zip(("one", "two"), tuned_folders, strict=False))
+    return lambda method: merge_file(tmp_path, base_folder, models, method)
+
+
+def command(*arguments):
+    """What a process does: run a command; gives its exit code and all that it printed."""
+
+    def work():
+        given = [str(each() if callable(each) else each) for each in arguments]
+        with redirect_stdout(io.StringIO()) as printed:
+            code = main(given)
+        return code, printed.getvalue()
+
+    return work
+
+
+def number():
+    return int(os.environ["RANK"])
+
+
+def test_merge_and_add_from_files(files, tuned_folders, tmp_path):
+    merge = ("merge", files("ties"), "--out")
+    add = ("--name", "three", "--model", tuned_folders[2], "--json")
+    assert command(*merge, tmp_path / "alone")()[0] == command("add", tmp_path / "alone", *add)()[0] == 0
+    merged = world(3, command(*merge, tmp_path / "shared"), joined=False)
+    added = world(2, command("add", tmp_path / "shared", *add), joined=False)
+    assert [code for code, _ in (*merged, *added)] == [0] * 5
+    assert "merged model: " in merged[0][1] and json.loads(added[0][1])["tasks"] == ["one", "two", "three"]
+    assert {text for _, text in (*merged[1:], *added[1:])} == {""}
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+    assert (tmp_path / "shared/report.html").is_file()
+
+
+def test_a_merge_in_memory_is_saved_once(files, tmp_path):
+    found = world(2, command("merge", files("nufilt"), "--out", tmp_path / "out"), joined=False)
+    assert [code for code, _ in found] == [0, 0] and found[1][1] == ""
+    assert Merger.from_pretrained(tmp_path / "out").task_names == ["one", "two"]
+
+
+def test_faults_of_the_input_are_told_once_and_end_all(files, tmp_path):
+    file = files("average")
+    file.write_text(file.read_text().replace("tuned1", "gone"))
+    found = world(3, command("merge", file, "--out", tmp_path / "out"), joined=False)
+    assert all(code for code, _ in found)
+    assert "gone" in found[0][1] and [text for _, text in found[1:]] == ["", ""]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_the_same_for_all_is_refused(files, tmp_path):
+    file = files("average")
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"keep": 1}))
+    work = command("merge", lambda: other if number() == 1 else file, "--out", tmp_path / "out")
+    code, said = world(2, work, joined=False)[0]
+    assert code and f"rank 1 was started with config {other}, and rank 0 with {file}" in said.replace(
+        "\n", " "
+    )
+
+    def changed():
+        here = tmp_path / f"{number()}"
+        here.mkdir()
+        os.chdir(here)
+        (here / "merge.yaml").write_text((other if number() == 1 else file).read_text())
+        return "merge.yaml"
+
+    code, said = world(2, command("merge", changed, "--out", tmp_path / "out"), joined=False)[0]
+    assert code and re.search(r"rank 1 on host \S+: the config's keep is not that of rank 0", said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_without_use_for_several_processes_say_so():
+    found = world(2, command("env"), joined=False)
+    assert [code for code, _ in found] == [0, 0]
+    assert "`mingle env` makes no use of several processes: one does all of it" in found[0][1]
+    assert found[1][1] == ""
+
+
+@pytest.mark.usefixtures("stub")
+def test_cells_of_a_table_are_shared(tmp_path):
+    arguments = ("--suite", "stub", "--methods", "average,pre-trained", "--out", tmp_path)
+    found = world(2, command("reproduce", "main", *arguments), joined=False)
+    assert [code for code, _ in found] == [0, 0], found
+    assert found[0][1].count("table and plots: ") == 1 and found[1][1] == ""
+    rows = json.loads((tmp_path / "table.json").read_text())["tables"][0]["rows"]
+    assert [row["cells"]["stub"]["finished"] for row in rows] == [[42], [42]]

@@ -1,0 +1,1 @@
+from tiny_merge import models  # noqa: F401
