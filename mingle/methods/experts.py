@@ -47,9 +47,6 @@ def make_experts(
 ) -> dict[str, LowRankExpert]:
     """The rank-`rank` experts of a task, for all layers together.
 
-    Each of several processes makes those of some layers, and tells the others; all have the same, which are
-    those that one process makes.
-
     A layer's Δ without the directions of earlier experts is ≈ Ũ Σ̃ Ṽᵀ, and its expert is B = Ũ [d_out, r]
     and A = Σ̃ Ṽᵀ [r, d_in].
 
@@ -63,25 +60,6 @@ def make_experts(
     Raises:
         ValueError: a Δ with non-finite entries; the message names the layer.
     """
-    names, matrices = list(deltas), list(deltas.values())
-    units = list(buckets(matrices))  # what is decomposed together stays so, for the same bits
-    mine = ranks.dealt([sum(matrices[i].numel() for i in unit) for unit in units])[ranks.rank()]
-    own = {names[i]: matrices[i] for number in mine for i in units[number]}
-    made = _made(own, earlier, rank, drop_diagonal=drop_diagonal, energy=energy)
-    found = ranks.gather({name: (expert.A.cpu(), expert.B.cpu()) for name, expert in made.items()})
-    of_all = {name: expert for each in found for name, expert in each.items()}
-    return {name: LowRankExpert(*(part.to(deltas[name].device) for part in of_all[name])) for name in names}
-
-
-def _made(
-    deltas: Mapping[str, Tensor],
-    earlier: Mapping[str, Sequence[LowRankExpert]],
-    rank: int,
-    *,
-    drop_diagonal: bool,
-    energy: float,
-) -> dict[str, LowRankExpert]:
-    """Those of these layers."""
     names, matrices = list(deltas), list(deltas.values())
     projected = list(matrices)
     for places in buckets(matrices):
@@ -97,6 +75,28 @@ def _made(
         r = len(S) if energy == 1 else leading(S, energy * delta.double().square().sum())
         experts[name] = LowRankExpert(S[:r].unsqueeze(1) * Vh[:r], U[:, :r])
     return experts
+
+
+def shared_experts(
+    deltas: Mapping[str, Tensor],
+    earlier: Mapping[str, Sequence[LowRankExpert]],
+    rank: int,
+    *,
+    drop_diagonal: bool = False,
+    energy: float = 1.0,
+) -> dict[str, LowRankExpert]:
+    """The same as `make_experts`, bit for bit, by all processes together; see `mingle.ranks`.
+
+    Each makes those of some layers, and tells the others.
+    """
+    names, matrices = list(deltas), list(deltas.values())
+    units = list(buckets(matrices))  # what is decomposed together stays so, for the same bits
+    mine = ranks.dealt([sum(matrices[i].numel() for i in unit) for unit in units])[ranks.rank()]
+    own = {names[i]: matrices[i] for number in mine for i in units[number]}
+    made = make_experts(own, earlier, rank, drop_diagonal=drop_diagonal, energy=energy)
+    found = ranks.gather({name: (expert.A.cpu(), expert.B.cpu()) for name, expert in made.items()})
+    of_all = {name: expert for each in found for name, expert in each.items()}
+    return {name: LowRankExpert(*(part.to(deltas[name].device) for part in of_all[name])) for name in names}
 
 
 def leading(S: Tensor, energy: Tensor) -> int:

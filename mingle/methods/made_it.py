@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mingle import linalg
 from mingle.kernels.gated_experts import reference
 from mingle.methods.base import Arrival, Kept, Left, MergeMethod, StepReport, Tensors
-from mingle.methods.experts import concatenated, make_experts
+from mingle.methods.experts import concatenated, shared_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.mass import input_directions
 from mingle.nn.linear import LowRankExpert, MingleLinear
@@ -140,7 +140,7 @@ class MadeIt(GatedMethod):
             by_rank.setdefault(math.ceil(self.options.share * min(delta.shape)), {})[name] = delta
         experts: dict[str, LowRankExpert] = {}
         for rank, own in by_rank.items():
-            experts |= make_experts(own, dict.fromkeys(own, ()), rank)
+            experts |= shared_experts(own, dict.fromkeys(own, ()), rank)
         return {name: experts[name] for name in deltas}
 
     def _join(self, name: str, place: int, new: LowRankExpert) -> None:

@@ -21,7 +21,7 @@ from mingle.adaptation.teacher import TEACHER_BATCH, teacher_answers
 from mingle.adaptation.trace import AdaptTrace
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.methods.base import Arrival, Left, StepReport, Tensors
-from mingle.methods.experts import make_experts
+from mingle.methods.experts import make_experts, shared_experts
 from mingle.methods.gated import FirstGates, GatedMethod
 from mingle.nn.linear import GATE_INIT_STD, LowRankExpert
 from mingle.options import require_not_negative, require_positive
@@ -127,7 +127,7 @@ class Mingle(GatedMethod):
         options, report = self.options, StepReport()
         gates = self.first_gates(arrival.seed)
         earlier = {name: layer.experts() for name, layer in self.layers.items()}
-        experts = make_experts(
+        experts = shared_experts(
             deltas, earlier, options.rank, drop_diagonal=options.drop_diagonal, energy=options.energy
         )
         for name, layer in self.layers.items():

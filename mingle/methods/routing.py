@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.methods.base import Tensors
-from mingle.methods.experts import make_experts
+from mingle.methods.experts import make_experts, shared_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.layer_router import LayerRouter, Moments
 from mingle.nn.early_stop import run_until
@@ -148,7 +148,7 @@ class RoutedMethod(RouterMethod):
 
     def add_experts(self, deltas: Tensors) -> None:
         """Give every layer the truncated Δ as an expert."""
-        experts = make_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
+        experts = shared_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
         for name, layer in self.layers.items():
             A, B = (part.to(layer.weight) for part in experts[name])
             self._append(name, A, B, torch.zeros(layer.in_features), 0.0)

@@ -17,7 +17,7 @@ from mingle.adaptation.losses import entropy
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.kernels.gated_experts import reference
 from mingle.methods.base import Arrival, Kept, Left, StepReport, Tensors, kept_size, widened
-from mingle.methods.experts import make_experts
+from mingle.methods.experts import shared_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.task_arithmetic import add_task_vector
 from mingle.nn.linear import GATE_INIT_STD, LowRankExpert, MingleLinear
@@ -98,7 +98,7 @@ class Wemoe(GatedMethod):
         options = self.options
         generator = torch.Generator().manual_seed(arrival.seed)
         first = all(place is None for place in self.places)
-        experts = make_experts(
+        experts = shared_experts(
             deltas, dict.fromkeys(deltas, ()), options.rank if first else options.later_rank
         )
         for name, layer in self.layers.items():

@@ -103,6 +103,20 @@ def test_any_number_of_processes_leaves_the_same_folder(folders, wholes, method,
     assert contents(tmp_path) == contents(wholes(method) / "whole")
 
 
+@pytest.mark.parametrize("method", ["mingle", "mass"])
+def test_experts_of_any_number_of_processes_are_the_same_files(folders, method, tmp_path):
+    options = {"rank": 4} | ({"steps": 0} if method == "mingle" else {})
+
+    def work():
+        merger = StreamedMerger(folders / "base", method, **options)
+        for name in TASKS:
+            merger.add(name, folders / name, tmp_path / str(ranks.size()))
+        return merger.task_names
+
+    assert work() == list(TASKS) and world(2, work) == [list(TASKS)] * 2
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
 def test_the_processes_share_the_work(folders, wholes, tmp_path):
     shutil.copytree(wholes("opcm") / "start", tmp_path / "merged")
     calls = world(3, merging(folders, tmp_path / "merged"))
