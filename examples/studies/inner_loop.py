@@ -2,8 +2,8 @@
 
 The assembly is cut into basic blocks.  Main loops are the innermost loops that hold matrix instructions; one
 turn of such a loop is the way through it with the most of these and, among such ways, with the fewest other
-instructions: what a pipeline runs while it is full, without epilogues and without waiting.  A loop with less
-than half of the products of another is no main loop: an epilogue with a product of its own.
+instructions: what a pipeline runs while it is full, without epilogues and without waiting.  A loop with no
+more than half of the products of another is no main loop: an epilogue with a product of its own.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def turns(assembly: str) -> list[Turn]:
     ]
     found = [_shortest(blocks, dominators, header, *busy[header]) for header in sorted(innermost)]
     most = max((turn.matrix for turn in found), default=0)
-    return [turn for turn in found if 2 * turn.matrix >= most]
+    return [turn for turn in found if 2 * turn.matrix > most]
 
 
 def _instructions(assembly: str) -> Iterator[_Instruction | str]:

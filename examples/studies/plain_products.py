@@ -52,11 +52,11 @@ def described_product_kernel(
         y_desc.store([row, column], acc.to(y_desc.dtype))
 
 
-def beside(launch: Launch, dtype: torch.dtype) -> Launch:
-    """The plain product whose tile, depth, warps and stages are those of a launch of ours."""
-    given = launch.arguments
-    rows, depth = given["BLOCK_N"], given["BLOCK_K"]
-    columns = next(given[name] for name in ("BLOCK_C", "BLOCK_O", "BLOCK_R") if name in given)
+def beside(
+    block: tuple[int, int, int], options: dict[str, int], described: bool, dtype: torch.dtype
+) -> Launch:
+    """The plain product of a block [rows, columns, depth of a step]; warps and stages are in `options`."""
+    rows, columns, depth = block
     tokens, width, outputs = 16 * rows, 16 * depth, 16 * columns  # whole tiles
 
     def matrix(*shape: int) -> torch.Tensor:
@@ -64,16 +64,16 @@ def beside(launch: Launch, dtype: torch.dtype) -> Launch:
 
     x, weight, y = matrix(tokens, width), matrix(outputs, width), matrix(tokens, outputs)
     sizes: dict[str, Any] = dict(N=tokens, K=width, M=outputs, BLOCK_N=rows, BLOCK_M=columns, BLOCK_K=depth)
-    if "x_desc" not in given:
+    if not described:
         strides = dict(stride_xn=width, stride_xk=1, stride_wm=width, stride_wk=1)
         pointers = dict(x_ptr=x, w_ptr=weight, y_ptr=y)
-        return Launch(product_kernel, pointers | strides | sizes, launch.options, (256,))
+        return Launch(product_kernel, pointers | strides | sizes, options, (256,))
 
-    def described(matrix: torch.Tensor, *block: int) -> TensorDescriptor:
+    def descriptor(matrix: torch.Tensor, *block: int) -> TensorDescriptor:
         return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
     operands = dict(
-        x_desc=described(x, rows, depth), w_desc=described(weight, columns, depth),
-        y_desc=described(y, rows, columns), programs=132,
+        x_desc=descriptor(x, rows, depth), w_desc=descriptor(weight, columns, depth),
+        y_desc=descriptor(y, rows, columns), programs=132,
     )  # fmt: skip
-    return Launch(described_product_kernel, operands | sizes, launch.options, (132,))
+    return Launch(described_product_kernel, operands | sizes, options, (132,))

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import inner_loop
 import offline
 import plain_products
 import torch
+from inner_loop import Turn
 from offline import Launch
 from offline_cases import DTYPES, TARGETS, CompileCase, CompileTarget
 
@@ -120,12 +122,13 @@ def audit(case: str, launch_name: str, card: str) -> Facts:
     target, compiled_case = TARGETS[card], CompileCase(launch_name, "bfloat16", card, CASES[case])
     launch = offline.find(compiled_case)
     built, spills, registers = offline.compile_launch(launch, target)
-    plain, *_ = offline.compile_launch(plain_products.beside(launch, DTYPES["bfloat16"]), target)
-    own, theirs = (inner_loop.turns(assembly(one, target)) for one in (built, plain))
-    assert own and len(theirs) == 1, "no main loop was found in the assembly"
+    own = inner_loop.turns(assembly(built, target))
+    assert own, "no main loop was found in the assembly"
     worst = max(own, key=lambda turn: turn.burden)
     given, options = launch.arguments, launch.options
     columns = next(given[name] for name in ("BLOCK_C", "BLOCK_O", "BLOCK_R") if name in given)
+    block = given["BLOCK_N"], columns, given["BLOCK_K"]
+    plain = _plain(card, block, tuple(options.items()), "x_desc" in given)
     cuda, tensor_columns = target.gpu.backend == "cuda", getattr(built.metadata, "tmem_size", 0) or 0
     together = resident(
         PROCESSORS[card],
@@ -139,11 +142,22 @@ def audit(case: str, launch_name: str, card: str) -> Facts:
     needed, fill = rounds(blocks, target.chip.multiprocessors * (1 if persistent else together))
     return Facts(
         case, launch_name, card,
-        (given["BLOCK_N"], columns, given["BLOCK_K"]), options["num_warps"], options["num_stages"],
+        block, options["num_warps"], options["num_stages"],
         persistent, blocks, registers, spills, built.metadata.shared, together, needed, fill,
         not any(turn.past_shared for turn in own),
-        worst.barriers, worst.others, worst.matrix, worst.burden / theirs[0].burden,
+        worst.barriers, worst.others, worst.matrix, worst.burden / plain.burden,
     )  # fmt: skip
+
+
+@cache
+def _plain(
+    card: str, block: tuple[int, int, int], options: tuple[tuple[str, int], ...], described: bool
+) -> Turn:
+    """A turn of the plain product."""
+    launch = plain_products.beside(block, dict(options), described, DTYPES["bfloat16"])
+    compiled, *_ = offline.compile_launch(launch, TARGETS[card])
+    (turn,) = inner_loop.turns(assembly(compiled, TARGETS[card]))
+    return turn
 
 
 def assembly(compiled: Any, target: CompileTarget) -> str:
@@ -176,7 +190,7 @@ def faults(facts: Facts) -> list[str]:
 
 def all_facts(executor: Executor, cards: Iterable[str], cases: Iterable[str]) -> list[Facts]:
     asked = [(case, launch, card) for card in cards for case in cases for launch in LAUNCHES]
-    return list(executor.map(audit, *zip(*asked, strict=True)))
+    return list(executor.map(audit, *zip(*asked, strict=True), chunksize=len(LAUNCHES)))
 
 
 def results(found: Iterable[Facts]) -> dict[str, Any]:

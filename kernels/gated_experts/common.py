@@ -85,8 +85,7 @@ def add_product(
     for k0 in range(first, last, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         a = tl.load(left + k[None, :] * stride_lk, mask=row_ok & (k < last)[None, :], other=0.0)
-        # one product of 64 bits a step, not one for every row of it
-        onward = tl.cast(k0 - first, tl.int64) * stride_rk
-        b = tl.load(right + onward, mask=column_ok & (k < last)[:, None], other=0.0)
+        b = tl.load(right, mask=column_ok & (k < last)[:, None], other=0.0)
+        right += tl.cast(stride_rk, tl.int64) * BLOCK_K  # not a product of 64 bits for every row of a step
         acc = tl.dot(a, b, acc, input_precision=PRECISION)  # [BLOCK_N, BLOCK_K] @ [BLOCK_K, BLOCK_C]
     return acc

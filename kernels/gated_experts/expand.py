@@ -80,7 +80,8 @@ def expand_kernel(
             inside = j < last
             h = tl.load(h_rows + j[None, :], mask=row_ok & inside[None, :], other=0.0)
             if JOINED:
-                up_rows = joined_rows + tl.cast(j0 - first, tl.int64) * stride_ur
+                up_rows = joined_rows
+                joined_rows += tl.cast(stride_ur, tl.int64) * BLOCK_R
             else:
                 up_rows = up_columns + ((j // r).to(tl.int64) * stride_ut + (j % r) * stride_ur)[:, None]
             up = tl.load(up_rows, mask=column_ok & inside[:, None], other=0.0)

@@ -35,7 +35,13 @@ MUTATIONS = {
         FOLD, "for step in range(T * CHUNKS):", "for step in range((T - 1) * CHUNKS):", "fold"
     ),
     "a rank of the neighbour going up": Mutation(
-        EXPAND, "(j % r) * stride_ur", "tl.minimum(j % r, r - 2) * stride_ur", "linear gates of tokens"
+        EXPAND, "(j % r) * stride_ur", "tl.minimum(j % r, r - 2) * stride_ur", "guard bands of expand"
+    ),
+    "the first ranks again and again": Mutation(
+        EXPAND, "joined_rows += tl.cast", "joined_rows += 0 * tl.cast", "linear gates of tokens"
+    ),
+    "the first part of a row again and again": Mutation(
+        COMMON, "right += tl.cast", "right += 0 * tl.cast", "linear gates of tokens"
     ),
     "a rank lost going down": Mutation(
         SHRINK,
