@@ -219,7 +219,7 @@ class StreamedMerger(MergeState):
         else:
             exports.write_constant(out, merged, task, state, by_task)
 
-    def exports(self) -> bool:
+    def exportable(self) -> bool:
         """Whether `export` can write the tensors one by one, under the names that the base's files have."""
         try:
             names = set(InFiles(self.base, Joined(self.values, names=set(first_names(self.base).values()))))

@@ -264,7 +264,7 @@ def _exporting(folder: Path, task: str | None) -> StreamedMerger | None:
     if not _streams(saved) or (samples and methods.get(merge["method"]).folds_by_means):
         return None
     merger = StreamedMerger.from_pretrained(folder)
-    return merger if merger.exports() else None
+    return merger if merger.exportable() else None
 
 
 def _streams(saved: Saved) -> bool:

@@ -108,7 +108,7 @@ def test_exports_hold_the_bits_of_those_in_memory(merged, kind, method, task, tm
 def test_what_is_written_is_the_model_of_the_task(merged, tmp_path):
     folder = merged("llama", "mingle")
     merger = StreamedMerger.from_pretrained(folder)
-    assert merger.exports()
+    assert merger.exportable()
     merger.export(folder, tmp_path / "plain", "two")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     base = AutoModelForCausalLM.from_pretrained(folder.parent / "base", dtype=torch.float32)
