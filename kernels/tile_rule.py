@@ -94,6 +94,8 @@ def rule(
     tile = min(tiles, key=lambda tile: seconds(tile, chip, arithmetic, rows, columns, depth))
     if chip.kind == "hip":
         return tile._replace(depth=32, stages=2)  # 64 KB of shared memory
+    if chip.capability >= 120 and tile.rows * tile.columns == 64 * 128:
+        tile = tile._replace(warps=8)  # with 4, ptxas gives a thread 168 registers and spills 20 bytes
     stages = min(tile.stages, chip.shared_memory // stage_bytes(tile, arithmetic))
     return tile._replace(stages=max(2, stages))
 

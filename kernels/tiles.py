@@ -101,15 +101,20 @@ def choose(
     return tile._replace(splits=tile.splits if splits else 1, described=tile.described and described)
 
 
-def listed(kernel: str, x: torch.Tensor, tokens: int, columns: int, strain: str = "plain") -> Tile:
-    """The tile of a launch that passes over zero gates.
+def listed_rows(x: torch.Tensor, tokens: int) -> int:
+    """Rows that share a list of experts whose gates are not 0, whatever is launched for them."""
+    own = chip(x.device)
+    if own.kind == "interpreter":
+        return 16
+    rows = 128 if tokens >= 64 * own.multiprocessors else 64 if tokens >= 512 else 16
+    return min(rows, max(tile.rows for tile in tile_rule.allowed(_arithmetic(x))))
 
-    Its rows depend on the number of tokens alone: for all kernels that see one list of active experts.
-    """
+
+def listed(kernel: str, x: torch.Tensor, rows: int, columns: int, strain: str = "plain") -> Tile:
+    """The tile of a launch that passes over zero gates, of `rows` as `listed_rows` says, or an equal part."""
     own = chip(x.device)
     if own.kind == "interpreter":
         return Tile(16, 32 if kernel == "expand" else rank_block(columns, 16), 16, 4, 1)
-    rows = 128 if tokens >= 64 * own.multiprocessors else 64 if tokens >= 512 else 16
     arithmetic = _arithmetic(x)
     allowed = tile_rule.allowed(arithmetic, strain)
     rows = min(rows, max(tile.rows for tile in allowed))

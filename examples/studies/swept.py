@@ -42,7 +42,7 @@ def draw(results: Results, path: Path) -> None:
 def _figure(results: Results) -> Figure:
     cases = results["cases"]
     panels = len(cases) + ("kept" in results)
-    figure = figure_of(3.5 * panels, 6.2, f"{results['title']}\n{where(results)}")
+    figure = figure_of(3.5 * panels, 6.2, f"{results['title']}    ({where(results)})")
     axes = figure.subplots(2, panels, squeeze=False)
     for column, case in enumerate(cases):
         for ax, (key, scale, unit) in zip(axes[:, column], _SWEPT[results["benchmark"]], strict=True):
@@ -59,6 +59,7 @@ def _figure(results: Results) -> Figure:
             )
             ax.xaxis.set_minor_locator(NullLocator())
             ax.set(xlabel=case["title"], ylabel=unit)
+            ax.margins(y=0.3)  # the legend's room
             ax.legend(fontsize=7, title="exponent", title_fontsize=7, loc="upper left")
     if "kept" in results:
         _kept(axes[0, -1], axes[1, -1], results["kept"])

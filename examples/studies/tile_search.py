@@ -65,19 +65,21 @@ def launches(case: KernelCase, device: torch.device) -> Iterator[Launch]:
     x, dy = t.x.detach().flatten(0, 1), t.dy.flatten(0, 1)
     weight, bias = (joined.detach() for joined in t.all_gates())
     given, group = None if t.gates is None else t.gates.float(), case.rows // case.groups
-    skip = given is not None
     z = kernels.gates(x, weight, bias, None, group)[0] if given is None else given
-    hidden, gated = kernels.shrink(x, t.A, z, group, False)
+    active = (
+        None if given is None else kernels.active(x, t.A.shape[0] * t.A.shape[1], len(t.weight), z, group)
+    )
+    hidden, gated = kernels.shrink(x, t.A, z, group, None)
 
     def expand(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor) -> Callable[[], object]:
-        return lambda: kernels.expand(x, weight, bias, hidden, gated, up, z, group, skip)
+        return lambda: kernels.expand(x, weight, bias, hidden, gated, up, z, group, active)
 
-    yield "shrink", x, lambda: kernels.shrink(x, t.A, z, group, skip)
+    yield "shrink", x, lambda: kernels.shrink(x, t.A, z, group, active)
     yield "expand", x, expand(x, t.weight, t.bias, t.B.mT)
     if case.reduce == "batch":
         yield "fold", t.weight, lambda: fold.fold(t.weight, t.A, t.B, z[0])
     if case.backward:
-        yield "upstream", dy, lambda: kernels.upstream(dy, t.B, hidden, z, group, skip)
+        yield "upstream", dy, lambda: kernels.upstream(dy, t.B, hidden, z, group, active)
         yield "expand", dy, expand(dy, t.weight.mT, None, t.A)
 
 

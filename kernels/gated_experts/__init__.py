@@ -6,6 +6,7 @@ triton      the fused kernels: backend "triton"
 shrink, expand, upstream
             its kernels, each with its launcher
 listed      its kernels that pass over gates of 0
+active      which experts those leave, and whether tokens are sorted by them
 gates       its kernels for the gate values
 descriptors its kernels for large products on Hopper and later
 common      what those kernels share

@@ -28,6 +28,16 @@ def placed(N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def ordered(positions, order_ptr, N, group, HAS_ORDER: tl.constexpr):
+    """The tokens at these positions (see `mingle.kernels.gated_experts.active`), any beyond the last."""
+    if HAS_ORDER:
+        groups = tl.load(order_ptr + positions // group, mask=positions < N, other=0)
+        return groups * group + positions % group
+    else:  # noqa: RET505 - Triton compiles one of the two
+        return positions
+
+
+@triton.jit
 def finish(
     acc, rows, columns,
     bias_ptr,  # [O]
@@ -71,11 +81,11 @@ def add_product(
 
     left and right: pointers to rows [BLOCK_N, 1] and to columns [1, BLOCK_C].
     """
+    right += (first + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None] * stride_rk
     for k0 in range(first, last, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         a = tl.load(left + k[None, :] * stride_lk, mask=row_ok & (k < last)[None, :], other=0.0)
-        b = tl.load(
-            right + k.to(tl.int64)[:, None] * stride_rk, mask=column_ok & (k < last)[:, None], other=0.0
-        )
+        b = tl.load(right, mask=column_ok & (k < last)[:, None], other=0.0)
+        right += tl.cast(stride_rk, tl.int64) * BLOCK_K  # not a product of 64 bits for every row of a step
         acc = tl.dot(a, b, acc, input_precision=PRECISION)  # [BLOCK_N, BLOCK_K] @ [BLOCK_K, BLOCK_C]
     return acc

@@ -1,7 +1,7 @@
 """The gated sum of experts as a few dense products over concatenated experts: the CPU's default.
 
-For any device and any floating dtype.  The same five operations as the Triton kernels, with the same
-arguments: `gates`, `shrink`, `expand`, `upstream`, `fold`.
+For any device and any floating dtype.  The same six operations as the Triton kernels, with the same
+arguments: `gates`, `active`, `shrink`, `expand`, `upstream`, `fold`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from mingle.kernels import prepack
 from mingle.kernels.dtypes import wide
+from mingle.kernels.gated_experts.active import Active
 from mingle.kernels.gemm import linear, linear_packed
 
 
@@ -55,10 +56,17 @@ def gates(
     return products.to(dtype) + gate_bias.to(dtype), x.new_empty(0, x.shape[1], dtype=dtype)
 
 
+def active(
+    x: torch.Tensor, columns: int, outputs: int, z: torch.Tensor, group: int, *, sort: bool = True
+) -> Active:
+    """See `mingle.kernels.gated_experts.listed.active`; these products pass over nothing and list nothing."""
+    return Active(z.new_empty(0, z.shape[1] + 1, dtype=torch.int32), None, 0)
+
+
 def shrink(
-    x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int, skip: bool, *, keep: bool = True
+    x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int, active: Active | None, *, keep: bool = True
 ) -> tuple[torch.Tensor, None]:
-    """See `mingle.kernels.gated_experts.triton.shrink`; z ⊙ H is left to `expand`, perhaps in place."""
+    """See `mingle.kernels.gated_experts.shrink.shrink`; z ⊙ H is left to `expand`, perhaps in place."""
     packed = prepack.find("shrink", A, x=x)
     return linear(x, A.flatten(0, 1)) if packed is None else linear_packed(x, packed), None
 
@@ -86,14 +94,14 @@ def expand(
     up: torch.Tensor,
     z: torch.Tensor,
     group: int,
-    skip: bool,
+    active: Active | None,
     *,
     keep: bool = True,
     share: torch.Tensor | None = None,
     gate_weight: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `mingle.kernels.gated_experts.triton.expand`.
+    """See `mingle.kernels.gated_experts.expand.expand`.
 
     Where `gated` is None it is z ⊙ `hidden`, written to where H was unless `keep` says that H is needed.
     """
@@ -122,14 +130,14 @@ def upstream(
     hidden: torch.Tensor,
     z: torch.Tensor,
     group: int,
-    skip: bool,
+    active: Active | None,
     *,
     keep: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `mingle.kernels.gated_experts.triton.upstream`."""
+    """See `mingle.kernels.gated_experts.upstream.upstream`."""
     u = linear(dy, B.mT.flatten(0, 1))
     sums = z.new_empty(0, len(B))
-    if not skip:
+    if active is None:
         sums = (u.to(wide(u)) * hidden).view(len(dy), len(B), B.shape[2]).sum(-1)
     return gate(u, z, group, out=u) if keep else u.new_empty(0, u.shape[1]), sums
 

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from mingle.kernels import launches, tiles
 from mingle.kernels.gated_experts import descriptors
+from mingle.kernels.gated_experts.active import Active
 from mingle.kernels.gated_experts.common import add_product, placed
 from mingle.kernels.gated_experts.listed import shrink_listed
 
@@ -75,9 +76,8 @@ def gate_parts_kernel(
     tl.store(gated_ptr + place, (acc * z).to(gated_ptr.dtype.element_ty), mask=ok)
 
 
-@launches.repeated
 def shrink(
-    x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int, skip: bool, *, keep: bool = True
+    x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int, active: Active | None, *, keep: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """H = x A_catᵀ and z ⊙ H.
 
@@ -86,18 +86,25 @@ def shrink(
         A: [T, r, K], T > 0, any strides.
         z: gate values [G, T] fp32, contiguous columns.
         group: tokens per gate row.
-        skip: leave out experts whose gates are 0 for a whole tile of rows, which `expand` does not read; H is
-            not kept.
+        active: the experts to compute, where those are left out whose gates are 0 for a whole tile of rows;
+            H is not kept then, and rows are positions (see `mingle.kernels.gated_experts.active`).
         keep: H is needed afterwards.
 
     Returns:
         H (no rows without `keep`) and z ⊙ H, both [N, T·r] in x's dtype.
     """
+    if active is not None:
+        return x.new_empty(0, A.shape[0] * A.shape[1]), shrink_listed(x, A, z, group, active)
+    return _shrink(x, A, z, group, keep)
+
+
+@launches.repeated
+def _shrink(
+    x: torch.Tensor, A: torch.Tensor, z: torch.Tensor, group: int, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     x, A = tiles.addressable(x, 1), tiles.addressable(A, 1, 2)
     (tokens, width), (experts, rank) = x.shape, A.shape[:2]
     columns = experts * rank
-    if skip:
-        return x.new_empty(0, columns), shrink_listed(x, A, z, group)
     hidden, gated = x.new_empty(tokens if keep else 0, columns), x.new_empty(tokens, columns)
     flat = descriptors.flat(x, A)
     strain = tiles.strain((x, A), (width,), special=rank % 16 > 0)

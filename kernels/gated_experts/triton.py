@@ -1,6 +1,7 @@
 """Triton kernels of the gated sum of low-rank experts, and their launchers.
 
     gates     z = x̄ wᵀ + β [G, T] and what the gates saw, x̄ [G, d_in]
+    active    which experts are left where gates are 0, and the order of tokens sorted by them
     shrink    H = x A_catᵀ [N, T·r] and z ⊙ H
     expand    y = x W₀ᵀ + b + (z ⊙ H) B_cat, in one accumulator; with swapped roles also the gradient of x
     upstream  z ⊙ u with u = dy B_catᵀ, and the row sums of u ⊙ H per expert: the backward of the gates
@@ -16,7 +17,8 @@ from __future__ import annotations
 
 from mingle.kernels.gated_experts.expand import expand
 from mingle.kernels.gated_experts.gates import gates
+from mingle.kernels.gated_experts.listed import active
 from mingle.kernels.gated_experts.shrink import shrink
 from mingle.kernels.gated_experts.upstream import upstream
 
-__all__ = ["expand", "gates", "shrink", "upstream"]
+__all__ = ["active", "expand", "gates", "shrink", "upstream"]

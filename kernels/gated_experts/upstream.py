@@ -11,6 +11,7 @@ import triton.language as tl
 
 from mingle.kernels import launches, tiles
 from mingle.kernels.gated_experts import descriptors
+from mingle.kernels.gated_experts.active import Active
 from mingle.kernels.gated_experts.common import add_product
 from mingle.kernels.gated_experts.listed import shrink_listed
 
@@ -54,14 +55,13 @@ def upstream_kernel(
     tl.store(dz_ptr + long_rows * T + expert, dz, mask=rows < N)
 
 
-@launches.repeated
 def upstream(
     dy: torch.Tensor,
     B: torch.Tensor,
     hidden: torch.Tensor,
     z: torch.Tensor,
     group: int,
-    skip: bool,
+    active: Active | None,
     *,
     keep: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,21 +70,28 @@ def upstream(
     Args:
         dy: [N, O], N > 0, any strides.
         B: [T, O, r], T > 0, any strides.
-        hidden: H [N, T·r], contiguous columns; not read with `skip`.
+        hidden: H [N, T·r], contiguous columns; not read with `active`.
         z: [G, T] fp32, contiguous columns.
         group: tokens per gate row.
-        skip: leave out experts whose gates are 0 for a whole tile of rows, and the sums.
+        active: as for `mingle.kernels.gated_experts.shrink.shrink`; the sums are left out too.
         keep: z ⊙ u is needed, not the sums alone.
 
     Returns:
         z ⊙ u [N, T·r] in dy's dtype (no rows without `keep`), and the sums dz [N, T] fp32 (no rows with
-        `skip`).
+        `active`).
     """
+    if active is not None:
+        return shrink_listed(dy, B.mT, z, group, active), dy.new_empty(0, len(B), dtype=torch.float32)
+    return _upstream(dy, B, hidden, z, group, keep)
+
+
+@launches.repeated
+def _upstream(
+    dy: torch.Tensor, B: torch.Tensor, hidden: torch.Tensor, z: torch.Tensor, group: int, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     dy, B = tiles.addressable(dy, 1), tiles.addressable(B, 1, 2)
     (tokens, outputs), (experts, _, rank) = dy.shape, B.shape
     columns = experts * rank
-    if skip:
-        return shrink_listed(dy, B.mT, z, group), dy.new_empty(0, experts, dtype=torch.float32)
     u = dy.new_empty(tokens if keep else 0, columns)
     dz = dy.new_empty(tokens, experts, dtype=torch.float32)
     strain = tiles.strain((dy, B), (outputs,), special=rank % 16 > 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -60,6 +61,9 @@ _COMMANDS = (
     env,
     completion,
 )
+
+#: seconds that a process has to end after a failure: connections to a machine that is gone take long to close
+_TO_END = 10
 
 _ON_MEMORY = "`mingle check` says how much a merge takes"
 
@@ -135,10 +139,14 @@ def _run_shared(args: argparse.Namespace) -> int | None:
         return args.run(args)
     if not _is_first():
         output.choose(silent=True)
-    with ranks.joined():
-        with ranks.together("starting"):
-            _refuse_differing(args)
-        return args.run(args)
+    try:
+        with ranks.joined():
+            with ranks.together("starting"):
+                _refuse_differing(args)
+            return args.run(args)
+    except BaseException:
+        signal.alarm(_TO_END)
+        raise
 
 
 def _refuse_differing(args: argparse.Namespace) -> None:

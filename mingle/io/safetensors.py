@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -64,6 +64,8 @@ class _Entry:
     path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int  # of its data in the file
+    file: tuple[int, int, int]  # device, inode and size
 
 
 class CheckpointReader:
@@ -120,12 +122,15 @@ class CheckpointReader:
         """Read one tensor, or rows of it, into fresh CPU memory, in its stored dtype.
 
         Raises `CheckpointError` for an unknown name, for a file that shrank since it was opened and, unless
-        `check_finite` is off, for a NaN or infinity in a floating-point or complex tensor.
+        `check_finite` is off, for a NaN or infinity in a floating-point or complex tensor. Where rows are
+        asked for, it is an error too if another file has come into the place of the one that was opened.
         """
         entry = self._entry(name)
         with naming(entry.path):
-            file = self._files[entry.path]
-            tensor: torch.Tensor = file.get_tensor(name) if rows is ... else file.get_slice(name)[rows]
+            if rows is ...:
+                tensor: torch.Tensor = self._files[entry.path].get_tensor(name)
+            else:
+                tensor = _rows(entry, rows)
         if check_finite and (found := non_finite(tensor)):
             if rows is not ...:
                 return self.tensor(name)  # which raises with what is wrong with all of it
@@ -140,6 +145,29 @@ class CheckpointReader:
         if name not in self._entries:
             raise CheckpointError(f"{self._source}: no tensor {shown(name)}{nearest(name, self._entries)}")
         return self._entries[name]
+
+
+def _rows(entry: _Entry, rows: slice) -> torch.Tensor:
+    """Rows of a tensor; safetensors would read all of it for them, where it does not map the file."""
+    row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+    tensor = torch.empty((rows.stop - rows.start, *entry.shape[1:]), dtype=entry.dtype)
+    left: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    with open(entry.path, "rb", buffering=0) as file:
+        if _identity(file) != entry.file:
+            raise CheckpointError(f"{entry.path}: was replaced or truncated while it was read")
+        file.seek(entry.offset + rows.start * row)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise CheckpointError(f"{entry.path}: was truncated while it was read")
+            left = left[count:]
+    return tensor
+
+
+def _identity(file: IO[bytes]) -> tuple[int, int, int]:
+    """What tells a file from another one of the same name."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size
 
 
 def write_tensors(
@@ -217,7 +245,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     if path.suffix in PICKLE_SUFFIXES:
         raise pickle_error(path, [path], path.with_suffix(".safetensors"))
     with naming(path), open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        identity = _identity(file)
+        size = identity[2]
         refuse_lfs_pointer(first := file.read(8), str(path))
         start = 8 + int.from_bytes(first, "little")
         if start > size:
@@ -235,7 +264,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     entries = {}
     spans = []
     for name, value in header.items():
-        entries[name], begin, end = _parse_entry(path, name, value)
+        shape, dtype, begin, end = _parse_entry(path, name, value)
+        entries[name] = _Entry(path, shape, dtype, start + begin, identity)
         spans.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(spans):
@@ -249,8 +279,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _parse_entry(path: Path, name: str, value: Any) -> tuple[_Entry, int, int]:
-    """A header's entry and the begin and end of its data, as offsets into the data."""
+def _parse_entry(path: Path, name: str, value: Any) -> tuple[tuple[int, ...], torch.dtype, int, int]:
+    """A header's entry: shape, dtype, and where its data begin and end, as offsets into the data."""
     where = f"{path}: tensor {shown(name)}"
     match value:
         case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]}:
@@ -274,7 +304,7 @@ def _parse_entry(path: Path, name: str, value: Any) -> tuple[_Entry, int, int]:
         raise CheckpointError(
             f"{where}: expected {expected} bytes for {code} of shape {shape}, found {end - begin}"
         )
-    return _Entry(path, tuple(shape), dtype), begin, end
+    return tuple(shape), dtype, begin, end
 
 
 def _open(path: Path) -> Any:

@@ -13,7 +13,7 @@ extension              whether the CUDA extension can serve
 
 Operators take matrices: the N tokens of all samples in one dimension, and `group`, the number of consecutive
 tokens that share a gate row (1 token, one sample, or all).  They are composed here, once for every backend,
-from the five operations that a backend offers: `gates`, `shrink`, `expand`, `upstream` and `fold`.
+from the six operations that a backend offers: `gates`, `active`, `shrink`, `expand`, `upstream` and `fold`.
 `mingle.functional` is the public face.
 
 Each operator is a plain function, registered for tracing and wrapped in an autograd function for eager calls,

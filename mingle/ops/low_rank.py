@@ -81,8 +81,9 @@ def _gated_experts(
     else:
         z, pooled = gates, x.new_empty(0, x.shape[1], dtype=wide(x))
     keep = save and not skip
-    hidden, gated = kernels.shrink(x, A, z, group, skip, keep=keep)
-    y = kernels.expand(x, weight, bias, hidden, gated, B.mT, z, group, skip, keep=keep)
+    active = kernels.active(x, A.shape[0] * A.shape[1], len(weight), z, group) if skip else None
+    hidden, gated = kernels.shrink(x, A, z, group, active, keep=keep)
+    y = kernels.expand(x, weight, bias, hidden, gated, B.mT, z, group, active, keep=keep)
     return y, hidden if keep else hidden.new_empty(0, hidden.shape[1]), z, pooled
 
 
@@ -157,15 +158,21 @@ def _gated_experts_backward(
     none = dy.new_empty(0, (experts - first) * rank)
     if skip and _routed(z, backend):
         return grouped.routed(dy, weight.mT, None, B.mT, A, z, group), z.new_empty(0, experts), none
+    # where u goes out its rows are tokens
+    active = (
+        kernels.active(dy, (experts - first) * rank, width, z[:, first:], group, sort=not need_u)
+        if skip
+        else None
+    )
     u, rows = kernels.upstream(
-        dy, B[first:], hidden[:, first * rank :], z[:, first:], group, skip, keep=need_x or need_u
+        dy, B[first:], hidden[:, first * rank :], z[:, first:], group, active, keep=need_x or need_u
     )
     dz = z.new_empty(0, experts) if skip else rows.view(-1, group, experts - first).sum(1)
     if not need_x:
         return dy.new_empty(0, width), dz, u if need_u else none
     share = None if gate_weight is None else share_of_a_token(dz, mask, group)
     through_gates = dict(share=share, gate_weight=gate_weight, mask=mask)
-    dx = kernels.expand(dy, weight.mT, None, u, u, A, z, group, skip, **through_gates)
+    dx = kernels.expand(dy, weight.mT, None, u, u, A, z, group, active, **through_gates)
     return dx, dz, u if need_u else none
 
 

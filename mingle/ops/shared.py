@@ -81,13 +81,13 @@ def _gated_experts_shared(
     mask, biases = dense(mask), [dense(bias) for bias in biases]
     kernels = kernels_of(backend, x, len(weights[0]), sum(experts) * rank)
     z, pooled = kernels.gates(x, stacked(gate_weights), stacked(gate_biases), mask, group)
-    hidden, gated = kernels.shrink(x, stacked(As), z, group, False, keep=save)
+    hidden, gated = kernels.shrink(x, stacked(As), z, group, None, keep=save)
     ys = []
     for i, (weight, B, span) in enumerate(zip(weights, Bs, _spans(experts), strict=True)):
         bias = biases[i] if biases else None
         columns = slice(span.start * rank, span.stop * rank)
         own = hidden[:, columns], None if gated is None else gated[:, columns]
-        ys.append(kernels.expand(x, weight, bias, *own, B.mT, z[:, span], group, False, keep=save))
+        ys.append(kernels.expand(x, weight, bias, *own, B.mT, z[:, span], group, None, keep=save))
     return ys, hidden if save else none, z, pooled
 
 
@@ -144,15 +144,13 @@ def _gated_experts_shared_backward(
             continue
         experts = slice(span.start + first, span.stop)
         columns = slice(experts.start * rank, experts.stop * rank)
-        u, rows = kernels.upstream(
-            dy, B[first:], hidden[:, columns], z[:, experts], group, False, keep=need_x
-        )
+        u, rows = kernels.upstream(dy, B[first:], hidden[:, columns], z[:, experts], group, None, keep=need_x)
         own = rows.view(-1, group, len(A) - first).sum(1)
         dz[:, experts] = own
         if need_x:
             share = share_of_a_token(own, mask, group)
             through_gates = dict(share=share, gate_weight=gate_weight, mask=mask)
-            part = kernels.expand(dy, weight.mT, None, u, u, A, z[:, span], group, False, **through_gates)
+            part = kernels.expand(dy, weight.mT, None, u, u, A, z[:, span], group, None, **through_gates)
             dx = part if dx is None else dx.add_(part)
     return dys[0].new_empty(0, width) if dx is None else dx, dz
 

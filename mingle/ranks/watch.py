@@ -125,11 +125,8 @@ class Watch:
 
     def tell(self, error: BaseException, what: str = "") -> None:
         """Let all others know that this rank fails, unless the group is over already."""
-        if self.lost is None:
-            kind = (
-                "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-            )
-            self._end(f"rank {self.rank} on host {self.host}: {f'{what}: ' if what else ''}{kind}", mine=True)
+        kind = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+        self._end(f"rank {self.rank} on host {self.host}: {f'{what}: ' if what else ''}{kind}")
 
     def fail(self, error: BaseException) -> None:
         """Leave a group that is over, because of this error or another rank's.
@@ -138,25 +135,33 @@ class Watch:
         """
         self._main = None
         self.tell(error)
-        with suppress(RuntimeError):
-            self._store.set(f"over/{self.rank}", "")
-            end = time.monotonic() + HEARD
-            while time.monotonic() < end and not self._store.check([f"over/{n}" for n in range(self.size)]):
-                time.sleep(0.05)
+        leaving = threading.Thread(target=self._leave, daemon=True)  # the store may not answer any more
+        leaving.start()
+        leaving.join(HEARD)
         self._stop.set()
 
-    def _end(self, reason: str, *, mine: bool = False) -> None:
+    def _leave(self) -> None:
+        """Wait until all ranks know that the group is over."""
+        with suppress(RuntimeError):
+            self._store.set(f"over/{self.rank}", "")
+            while not self._store.check([f"over/{n}" for n in range(self.size)]):
+                time.sleep(0.05)
+
+    def _end(self, reason: str, *, interrupt: bool = False) -> None:
         """The group is over; the first reason counts."""
-        if self.lost is None:
-            self.lost = reason
-            with suppress(RuntimeError):
-                (self._store if mine else self._signs).compare_set("failed", "", reason)
-            if not mine:
-                if self._main is not None and self._since is None:
-                    signal.pthread_kill(self._main, signal.SIGINT)
-                limit = threading.Timer(GRACE, self._abort)
-                limit.daemon = True
-                limit.start()
+        if self.lost is not None:
+            return
+        self.lost = reason
+        limit = threading.Timer(GRACE, self._abort)
+        limit.daemon = True
+        limit.start()
+        threading.Thread(target=self._publish, args=(reason,), daemon=True).start()
+        if interrupt and self._main is not None and self._since is None:
+            signal.pthread_kill(self._main, signal.SIGINT)
+
+    def _publish(self, reason: str) -> None:
+        with suppress(RuntimeError):
+            self._store.compare_set("failed", "", reason)
 
     def _abort(self) -> None:
         if not self._stop.is_set():
@@ -175,14 +180,14 @@ class Watch:
             while not self._stop.wait(BEAT):
                 self._sign()
                 if self._signs.check(["failed"]):
-                    self._end(self._signs.get("failed").decode())
+                    self._end(self._signs.get("failed").decode(), interrupt=True)
                     return
                 sign, now = self._signs.get(after), time.monotonic()
                 self._heard = now
                 if sign != seen:
                     seen, since = sign, now
                 elif now - since > LOST and (silent := self._silent()):
-                    self._end(silent)
+                    self._end(silent, interrupt=True)
                     return
                 waited = 0.0 if self._since is None else now - self._since
                 told = told if waited else 0.0
@@ -191,13 +196,13 @@ class Watch:
                     self._say(waited)
         except RuntimeError as error:
             if not self._stop.is_set():
-                self._end(self._unreachable(str(error).splitlines()[0]))
+                self._end(self._unreachable(str(error).splitlines()[0]), interrupt=True)
 
     def _guard(self) -> None:
         """End the group where the store does not answer at all, as when its machine is off."""
         while not self._stop.wait(BEAT):
             if self.lost is None and time.monotonic() - self._heard > LOST + BEAT:
-                self._end(self._unreachable("no answer"))
+                self._end(self._unreachable("no answer"), interrupt=True)
 
     def _unreachable(self, reason: str) -> str:
         where = os.environ.get("MASTER_ADDR", "")

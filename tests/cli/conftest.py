@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from few_images import few_images  # noqa: F401
+from few_samples import few_images  # noqa: F401
 from merge_files import merge_file
 from stub_suite import stub  # noqa: F401
 from tiny_merge import models  # noqa: F401

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from few_images import PER_CLASS
+from few_samples import PER_CLASS
 
 import mingle
 from mingle import suites

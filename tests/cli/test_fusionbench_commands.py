@@ -20,9 +20,18 @@ from standin_hub import BASE, EUROSAT, SVHN, TEST_FILE, images, table
 from mingle.cli import main
 from mingle.suites.fusionbench.datasets import IMAGE_SUITES, IMAGE_TASKS, ImageSuite
 
+#: commands one after another, until one fails
+COMMANDS = """
+import json, sys
+from mingle.cli import main
+for arguments in json.loads(sys.argv[1]):
+    if code := main(arguments):
+        sys.exit(code)
+"""
 
-def user(hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command as a user runs it, offline; only the environment says where the hub's cache is."""
+
+def user(hub, tmp_path: Path, *commands: list[str]) -> subprocess.CompletedProcess[str]:
+    """Commands as a user runs them, offline; only the environment says where the hub's cache is."""
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     environment |= {
         "HF_HOME": str(hub.home),
@@ -31,7 +40,7 @@ def user(hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[st
         "COLUMNS": "200",
     }
     return subprocess.run(
-        [sys.executable, "-m", "mingle", *arguments],
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
         capture_output=True,
         text=True,
         env=environment,
@@ -56,9 +65,10 @@ def write_config(tmp_path: Path, tasks=("eurosat", "svhn"), **changes) -> str:
 @pytest.mark.slow
 def test_check_merge_and_eval_as_a_user_runs_them(image_hub, tmp_path):
     config, out = write_config(tmp_path), tmp_path / "merged"
-    for arguments in (["check", config], ["merge", config, "--out", str(out)], ["eval", str(out)]):
-        done = user(image_hub, tmp_path, *arguments, "--offline")
-        assert done.returncode == 0, done.stdout + done.stderr
+    commands = (["check", config], ["merge", config, "--out", str(out)], ["eval", str(out)])
+    done = user(image_hub, tmp_path, *([*command, "--offline"] for command in commands))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 2 experts fit" in done.stdout and done.stdout.count("ACC") >= 2
     manifest = json.loads((out / "manifest.json").read_text())
     assert [task["name"] for task in manifest["tasks"]] == ["eurosat", "svhn"]
     models = [BASE, *(f"tanganke/clip-vit-base-patch32_{task}" for task in ("eurosat", "svhn"))]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from few_samples import every_tenth
 
 import mingle
 from mingle import cli, methods, suites, tasks
@@ -34,6 +35,8 @@ COMMON = ("--help", "--offline", "--json", "--quiet")
 
 #: pages whose blocks take more than a few seconds
 SLOW = ("README.md", "reproduce.md", "adapters-elsewhere.md", "many-adapters.md", "several-gpus.md")
+#: pages whose blocks measure much and say nothing of how accurate it is
+ROUGH = ("reproduce.md", "your-own-method.md")
 #: page → what its blocks have to print, as a pattern
 SAYS = {
     "README.md": r"^[67]\d\.\d+$",
@@ -98,6 +101,8 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))  # one page adds a method,
     monkeypatch.setattr(tasks, "_registered", {})  # and one a task type
+    if page.name in ROUGH:
+        every_tenth(monkeypatch)
     namespace: dict[str, object] = {"__name__": "__main__"}
     ran = 0
     for block in blocks(page):

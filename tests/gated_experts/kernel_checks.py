@@ -234,6 +234,19 @@ def _large_groups() -> None:
         accurate(p, reduce="sample", mask=random_mask(2, 150))
 
 
+def top_k(rows: tuple[int, ...], experts: int, k: int, seed: int = 8) -> Tensor:
+    """Gates [*rows, experts], of which k in every row are not 0."""
+    scores = torch.rand(*rows, experts, generator=torch.Generator().manual_seed(seed))
+    return torch.where(scores >= scores.topk(k).values[..., -1:], scores, 0.0)
+
+
+def sorted_tokens(p: Problem) -> None:
+    """Forward and the gradient of x, with tokens sorted by their experts whether that pays or not."""
+    listing = importlib.import_module("mingle.kernels.gated_experts.listed")  # or a mutant
+    with mock.patch.object(listing, "sorting_pays", return_value=True):
+        accurate(p, needs=("x",))
+
+
 COMPACT: dict[str, Callable[[], None]] = {
     "linear gates of tokens": lambda: accurate(problem((2, 9), rank=17), reduce="token"),
     "linear gates of samples": lambda: accurate(problem((3, 6), rank=40), reduce="sample"),
@@ -262,5 +275,11 @@ COMPACT: dict[str, Callable[[], None]] = {
     # on both sides of the first hundred and twenty-eight, which are listed together
     "one expert per sample": lambda: accurate(
         given(problem((6, 3), experts=140, rank=2), torch.eye(140)[[15, 131, 127] * 2]), needs=("x",)
+    ),
+    "sorted tokens": lambda: sorted_tokens(
+        given(problem((6, 9), experts=40, rank=2), top_k((6, 9), experts=40, k=1))
+    ),
+    "sorted samples": lambda: sorted_tokens(
+        given(problem((6, 9), experts=5, rank=6), top_k((6,), experts=5, k=1))
     ),
 } | {f"guard bands of {name}": partial(guard_bands, name) for name in LAUNCHES}

@@ -8,7 +8,6 @@ minutes of processor time.  MINGLE_TEST_EVERY_BUILD=1 builds all variants, dtype
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,7 +17,8 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 import offline
-from offline import DTYPES, PROJECTOR, TARGETS, VARIANTS, Build, CompileCase
+from offline import Build
+from offline_cases import DTYPES, LAYERS, PROJECTOR, TARGETS, VARIANTS, CompileCase
 
 from mingle.kernels import tiles
 
@@ -33,6 +33,11 @@ SELECTION = [
         "large",
         ["bfloat16"],
         ["dx-wide-gates", "list", "shrink-skip", "expand-skip", "upstream-skip", "dx-skip"],
+    ),
+    (
+        "large",
+        ["bfloat16"],
+        ["keys", "list-sorted", "shrink-sorted", "expand-sorted", "dx-sorted"],
     ),
     (
         "large",
@@ -67,10 +72,10 @@ def default_cases() -> Iterator[CompileCase]:
 
 
 def every_case() -> Iterator[CompileCase]:
-    for variant, arithmetic, target, size in itertools.product(VARIANTS, DTYPES, TARGETS, offline.LAYERS):
+    for variant, arithmetic, target, size in itertools.product(VARIANTS, DTYPES, TARGETS, LAYERS):
         if "wide" not in variant or DTYPES[arithmetic].itemsize == 2:
             yield CompileCase(variant, arithmetic, target, size)
-    for variant, target, size in itertools.product(PROJECTOR, TARGETS, offline.LAYERS):
+    for variant, target, size in itertools.product(PROJECTOR, TARGETS, LAYERS):
         yield CompileCase(variant, "float32", target, size)
 
 
@@ -98,17 +103,8 @@ def each(cases: list[CompileCase]) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
-    """Two compilers with an empty cache; new processes, because Triton reads its environment when it is
-    imported.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        for name, value in offline.ENVIRONMENT.items():
-            patch.setenv(name, value)
-        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as executor:
-            yield executor
-            executor.shutdown(cancel_futures=True)
+    with offline.compilers(tmp_path_factory.mktemp("triton")) as executor:
+        yield executor
 
 
 @pytest.fixture(scope="module")

@@ -299,9 +299,9 @@ def test_rows_may_be_further_apart_than_32_bits_count(tmp_path: Path) -> None:
 def _every_launch(x: Tensor, p: dict[str, Tensor]) -> list[Tensor]:
     z, _ = gated_experts.gates(x, p["gate_weight"], p["gate_bias"], None, 1)
     of_samples, _ = gated_experts.gates(x, p["gate_weight"], p["gate_bias"], None, len(x))
-    hidden, gated = gated_experts.shrink(x, p["A"], z, 1, False)
-    y = gated_experts.expand(x, p["weight"], p["bias"], hidden, gated, p["B"].mT, z, 1, False)
-    u, dz = gated_experts.upstream(x, p["A"].mT, hidden, z, 1, False)
+    hidden, gated = gated_experts.shrink(x, p["A"], z, 1, None)
+    y = gated_experts.expand(x, p["weight"], p["bias"], hidden, gated, p["B"].mT, z, 1, None)
+    u, dz = gated_experts.upstream(x, p["A"].mT, hidden, z, 1, None)
     return [z, of_samples, hidden, gated, y, u, dz]
 
 

@@ -35,7 +35,13 @@ MUTATIONS = {
         FOLD, "for step in range(T * CHUNKS):", "for step in range((T - 1) * CHUNKS):", "fold"
     ),
     "a rank of the neighbour going up": Mutation(
-        EXPAND, "(j % r) * stride_ur", "tl.minimum(j % r, r - 2) * stride_ur", "linear gates of tokens"
+        EXPAND, "(j % r) * stride_ur", "tl.minimum(j % r, r - 2) * stride_ur", "guard bands of expand"
+    ),
+    "the first ranks again and again": Mutation(
+        EXPAND, "joined_rows += tl.cast", "joined_rows += 0 * tl.cast", "linear gates of tokens"
+    ),
+    "the first part of a row again and again": Mutation(
+        COMMON, "right += tl.cast", "right += 0 * tl.cast", "linear gates of tokens"
     ),
     "a rank lost going down": Mutation(
         SHRINK,
@@ -186,8 +192,8 @@ MUTATIONS = {
     ),
     "an expert too many skipped": Mutation(
         EXPAND,
-        "for step in range(tl.load(count_ptr + row_tile) * CHUNKS):",
-        "for step in range((tl.load(count_ptr + row_tile) - 1) * CHUNKS):",
+        "for step in range(tl.load(experts_ptr + T) * CHUNKS):",
+        "for step in range((tl.load(experts_ptr + T) - 1) * CHUNKS):",
         "one expert per sample",
     ),
     "experts of the first hundred not counted": Mutation(
@@ -198,8 +204,8 @@ MUTATIONS = {
     ),
     "a listed expert not computed": Mutation(
         LISTED,
-        "for step in range(first, tl.load(count_ptr + row_tile) * chunks, programs):",
-        "for step in range(first + 1, tl.load(count_ptr + row_tile) * chunks, programs):",
+        "for step in range(first, tl.load(experts_ptr + T) * chunks, programs):",
+        "for step in range(first + 1, tl.load(experts_ptr + T) * chunks, programs):",
         "one expert per sample",
     ),
     "groups of a tile left out": Mutation(
@@ -213,6 +219,27 @@ MUTATIONS = {
         "j = (step % CHUNKS) * BLOCK_R",
         "j = (step % 1) * BLOCK_R",
         "one expert of many ranks",
+    ),
+    "the first token of a sorted group alone": Mutation(
+        COMMON, "groups * group + positions % group", "groups * group + 0 * positions", "sorted samples"
+    ),
+    "listed in another order than computed": Mutation(
+        LISTED,
+        "groups = tl.load(order_ptr + groups",
+        "groups += 0 * tl.load(order_ptr + groups",
+        "sorted tokens",
+    ),
+    "H of sorted tokens read in their own order": Mutation(
+        EXPAND, "h_ptr + positions.to(tl.int64)[:, None]", "h_ptr + long_rows", "sorted tokens"
+    ),
+    "H of sorted tokens written in their own order": Mutation(
+        LISTED, "place = long_positions * (T * r)", "place = long_rows * (T * r)", "sorted tokens"
+    ),
+    "gates of the tokens' positions": Mutation(
+        LISTED,
+        "z_rows = z_ptr + (rows // group)",
+        "z_rows = z_ptr + (tl.minimum(positions, N - 1) // group)",
+        "sorted tokens",
     ),
     "u not gated": Mutation(
         UPSTREAM,

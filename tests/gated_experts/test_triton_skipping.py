@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 
@@ -18,7 +19,11 @@ from kernel_checks import (
     random_mask,
     reductions,
     run,
+    sorted_tokens,
+    top_k,
 )
+
+from mingle.kernels.gated_experts import listed
 
 pytestmark = pytest.mark.interpret
 
@@ -59,6 +64,45 @@ def test_constant_gates_with_zeros_are_skipped_rightly(
 def test_one_expert_of_forty_crosses_the_word_of_gate_bits(dtype, shape, needs, of) -> None:
     gates = one_hot(shape[0], 40) if of == "samples" else one_hot(math.prod(shape), 40).view(*shape, 40)
     accurate(given(problem(shape, d_in=16, d_out=24, experts=40, rank=2, dtype=dtype), gates), needs=needs)
+
+
+@dtypes
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("rows", [(3, 21), (3, 1), (3,)], ids=["tokens", "one row a sample", "samples"])
+@pytest.mark.parametrize("experts", [3, 140], ids=["3 experts", "140 experts"])
+def test_sorted_tokens_give_the_same(dtype, k, rows, experts) -> None:
+    sorted_tokens(
+        given(problem((3, 21), d_in=16, experts=experts, rank=2, dtype=dtype), top_k(rows, experts, k))
+    )
+
+
+def test_tokens_without_any_expert_are_sorted_too() -> None:
+    gates = top_k((2, 9), 5, 1) * (torch.arange(18) % 3 > 0).view(2, 9, 1)
+    sorted_tokens(given(problem((2, 9), experts=5), gates))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_groups_are_sorted_by_their_first_two_experts_and_keep_their_order_otherwise(group: int) -> None:
+    z = top_k((40,), 150, 2)
+    z[7] = 0
+    x = torch.zeros(40 * group, 4)
+    with mock.patch.object(listed, "sorting_pays", return_value=True):
+        active = listed.active(x, 150, 4, z, group)
+    experts = [row.nonzero().flatten().tolist() or [150, 150] for row in z]
+    assert active.order is not None
+    assert active.order.tolist() == sorted(range(40), key=lambda row: (experts[row], row))
+    positions = active.order.long().repeat_interleave(group)
+    for tile, row in enumerate(active.listed):
+        own = z[positions[tile * active.rows : (tile + 1) * active.rows]].any(0).nonzero().flatten()
+        assert row[: row[-1]].tolist() == own.tolist()
+
+
+def test_what_is_passed_over_is_listed_once_for_both_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists, plain = [], listed.list_kernel
+    spy = {(2,): lambda *values, **options: (lists.append(1), plain[(2,)](*values, **options))}
+    monkeypatch.setattr(listed, "list_kernel", spy)
+    run(given(problem((2, 9), experts=5), top_k((2,), 5, 1)), "triton", None, needs=("x",))
+    assert len(lists) == 2  # forward and backward
 
 
 @pytest.mark.parametrize("expert", [0, 31, 32, 39])

@@ -222,6 +222,24 @@ def test_broken_off_anywhere_it_goes_on_after_the_last_part(places, tmp_path, mo
     assert len(set(done)) > 2
 
 
+def test_what_was_set_aside_goes_where_only_the_very_end_was_interrupted(llama, tmp_path, monkeypatch, parts):
+    sweep = merger_folder.sweep
+
+    def interrupted(folder, kept):
+        if (folder / "manifest.json").exists():
+            raise Interrupted
+        sweep(folder, kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merger_folder, "sweep", interrupted)
+        with pytest.raises(Interrupted):
+            from_files(llama, "mingle", tmp_path, ["one"])
+    assert any("aside" in name for name in contents(tmp_path))
+    with merger_folder.writing(tmp_path):
+        pass
+    assert not any("aside" in name or "journal" in name for name in contents(tmp_path))
+
+
 FAULTS = {
     "merged": "model.layers.1.mlp.up_proj.weight",
     "not merged": "model.layers.1.input_layernorm.weight",

@@ -125,18 +125,19 @@ print(open("/proc/self/status").read())
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what a process had at most")
-@pytest.mark.parametrize("method", ["average", "ties", "opcm", "iso-c"])
+@pytest.mark.parametrize("method", ["average", "ties", "opcm", "iso-c", "nufilt", "mingle"])
 def test_memory_is_foreseen(method, tmp_path):
     """With tensors of 64 MB in fp32, whatever the process that starts the merge holds."""
     ballast = torch.ones(1 << 29)  # 2 GB
     sizes = SIZES | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=1)
-    if method in ("opcm", "iso-c"):
+    if method in ("opcm", "iso-c", "nufilt", "mingle"):
         sizes |= dict(hidden_size=1024, intermediate_size=4096)
     model = LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16()
     for name in ("base", *TASKS[:2]):
         model.save_pretrained(tmp_path / name)
         model.model.layers[0].mlp.up_proj.weight.data *= 1.25
-    file = merge_file(tmp_path, tmp_path / "base", {n: tmp_path / n for n in TASKS[:2]}, method)
+    more = {"nufilt": {"adapt": {"steps": 2}}, "mingle": {"adapt": {"steps": 0}}}.get(method, {})
+    file = merge_file(tmp_path, tmp_path / "base", {n: tmp_path / n for n in TASKS[:2]}, method, **more)
 
     def said(*words):
         command = [sys.executable, "-c", _RUN, *map(str, words)]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from few_samples import every_tenth
 from small_minilm import write_model, write_package
 
 import mingle
@@ -179,7 +180,8 @@ def test_finetuning_learns_its_task(package, tmp_path):
 
 
 @pytest.mark.slow
-def test_methods_of_every_sort_run_on_it(package, cache, tmp_path):
+def test_methods_of_every_sort_run_on_it(package, cache, tmp_path, monkeypatch):
+    every_tenth(monkeypatch)
     options = (("rank", 2), ("steps", 1))
     asked = Comparison("texts8", methods=("average", "mingle", "mingle-seq"), options=options)
     found = run(asked, tmp_path / "out")["methods"]

@@ -9,17 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
+import os
 import re
 import subprocess
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from offline_cases import (
+    DTYPES,
+    FOLDED_LAYERS,
+    LAYERS,
+    PRODUCTS,
+    PROJECTOR,
+    TARGETS,
+    VARIANTS,
+    CompileCase,
+    CompileTarget,
+    Layer,
+)
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -29,12 +44,6 @@ from mingle.functional import gated_experts
 from mingle.kernels import tiles
 from mingle.ops import dispatch
 
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "tf32": torch.float32,
-}
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -45,120 +54,13 @@ _POINTERS = {
 }
 
 
-class CompileTarget(NamedTuple):
-    """A GPU to build for, what `configs.rule` needs to know of it, and what its assembly calls matrix
-    products.
-    """
-
-    gpu: GPUTarget
-    chip: tiles.Chip
-    fastest: str
-    inexact: tuple[str, ...]  # not IEEE fp32 for fp32 operands
-
-
-TARGETS = {
-    name: CompileTarget(
-        GPUTarget(kind, arch, 32 if kind == "cuda" else 64),
-        tiles.Chip(kind, f"some {chip}", *numbers),
-        fastest,
-        inexact,
-    )
-    for name, kind, arch, chip, numbers, fastest, inexact in (
-        ("sm_80", "cuda", 80, "A100", (80, 108, 166_912), "mma.sync", ("mma.sync",)),
-        ("sm_86", "cuda", 86, "RTX 3090", (86, 82, 101_376), "mma.sync", ("mma.sync",)),
-        ("sm_89", "cuda", 89, "RTX 4090", (89, 128, 101_376), "mma.sync", ("mma.sync",)),
-        ("sm_90", "cuda", 90, "H100", (90, 132, 232_448), "wgmma.mma_async", ("wgmma", "mma.sync")),
-        ("sm_100", "cuda", 100, "B200", (100, 148, 232_448), "tcgen05.mma", ("tcgen05.mma", "mma.sync")),
-        ("sm_120", "cuda", 120, "RTX 5090", (120, 170, 101_376), "mma.sync", ("mma.sync",)),
-        ("gfx942", "hip", "gfx942", "MI300X", (94, 304, 65_536), "v_mfma", ("xf32", "bf16")),
-    )
-}
-
-
-class Layer(NamedTuple):
-    """The shapes of one call."""
-
-    samples: int
-    tokens: int
-    d_in: int
-    d_out: int
-    experts: int
-    rank: int
-
-
-# A layer of ViT-B/16 at batch 128, one of ViT-B/32 at batch 16, one image, and one token of a language model,
-# whose inner products are computed in parts; then what Triton specialises
-# differently: no row of H that is a multiple of 16 elements, nothing at all that is one, and sizes of 1,
-# which become constants.
-LAYERS = {
-    "large": Layer(128, 197, 768, 768, 20, 64),
-    "middle": Layer(16, 50, 768, 3072, 8, 64),
-    "small": Layer(1, 50, 768, 768, 20, 64),
-    "decode": Layer(1, 1, 4096, 4096, 8, 64),
-    "narrow": Layer(128, 197, 768, 768, 5, 8),
-    "ragged": Layer(128, 197, 769, 771, 5, 17),
-    "single": Layer(2, 1, 1, 1, 1, 1),
-}
-FOLDED_LAYERS = {
-    "large": Layer(64, 197, 4096, 4096, 20, 64),
-    "middle": Layer(16, 50, 768, 768, 8, 64),
-    "small": Layer(4, 50, 128, 256, 20, 64),
-    "narrow": Layer(128, 197, 768, 768, 5, 8),
-    "ragged": LAYERS["ragged"],
-    "single": Layer(1, 2, 1, 1, 1, 1),
-}
-
-# A variant of a kernel: the call that launches it, and which launch it is: one of the products (shrink,
-# expand, upstream, expand for dx) by its place among them, or another kernel by its name.
-VARIANTS: dict[str, tuple[dict[str, Any], int | str]] = {
-    "gates-token": ({}, "token_gates_kernel"),
-    "gates-few": ({}, "row_gates_kernel"),
-    "gates-wide": ({"gate_dtype": torch.float32}, "token_gates_kernel"),
-    "pool": ({"reduce": "sample"}, "pool_kernel"),
-    "pool-masked": ({"reduce": "sample", "masked": True}, "pool_kernel"),
-    "gates-pooled": ({"reduce": "sample"}, "row_gates_kernel"),
-    "gates-masked": ({"reduce": "sample", "masked": True}, "row_gates_kernel"),
-    "shrink": ({}, 0),
-    "list": ({"gates": "constant"}, "list_kernel"),
-    "shrink-skip": ({"gates": "constant"}, 0),
-    "gate-parts": ({}, "gate_parts_kernel"),
-    "expand": ({}, 1),
-    "expand-skip": ({"gates": "constant"}, 1),
-    "add-parts": ({}, "add_parts_kernel"),
-    "upstream": ({}, 2),
-    "upstream-skip": ({"gates": "constant"}, 2),
-    "dx": ({}, 3),
-    "dx-masked": ({"reduce": "sample", "masked": True}, 3),
-    "dx-wide-gates": ({"gate_dtype": torch.float32}, 3),
-    "dx-given": ({"gates": "given"}, 3),
-    "dx-skip": ({"gates": "constant"}, 3),
-    "fold": ({"reduce": "batch"}, 0),
-}
-_PRODUCTS = ("shrink_kernel", "shrink_listed_kernel", "expand_kernel", "upstream_kernel", "fold_kernel")
-
-# The launches of the relaxed projector: always in fp32, for a layer of width d_in and three directions of
-# each expert's task.
-PROJECTOR = {"measure": 0, "project": 1}
-
-
-class CompileCase(NamedTuple):
-    """One build: names out of `VARIANTS` or `PROJECTOR`, `DTYPES`, `TARGETS` and `LAYERS`."""
-
-    variant: str
-    arithmetic: str
-    target: str
-    size: str
-
-    def __str__(self) -> str:
-        return "-".join(self)
-
-
 class Launch(NamedTuple):
-    """One kernel launch: `arguments` by the kernel's parameter names, and the compiler's options."""
+    """One kernel launch: `arguments` by the kernel's parameter names, compiler options, and the grid."""
 
     kernel: JITFunction[..., None]
     arguments: dict[str, Any]
     options: dict[str, int]
+    grid: tuple[int, ...]
 
 
 class Build(NamedTuple):
@@ -176,6 +78,17 @@ class Build(NamedTuple):
 # What `build` needs before Triton is imported, besides a cache of its own: a real compilation, and the log of
 # ptxas.
 ENVIRONMENT = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1", "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def compilers(folder: Path, count: int = 2) -> Iterator[ProcessPoolExecutor]:
+    """New processes that compile, with a cache in `folder`; Triton reads its environment when imported."""
+    environment = ENVIRONMENT | {"TRITON_CACHE_DIR": str(folder)}
+    with mock.patch.dict(os.environ, environment):
+        os.environ.pop("TRITON_INTERPRET", None)
+        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as executor:
+            yield executor
+            executor.shutdown(cancel_futures=True)
 
 
 def missing(name: str) -> str | None:
@@ -202,7 +115,10 @@ def record(call: Callable[[], object], target: CompileTarget, arithmetic: str) -
         arguments = dict(zip(self.arg_names, values, strict=False)) | named
         launches.append(
             Launch(
-                self, arguments, {name: arguments.pop(name) for name in named if name not in self.arg_names}
+                self,
+                arguments,
+                {name: arguments.pop(name) for name in named if name not in self.arg_names},
+                grid,
             )
         )
 
@@ -226,6 +142,7 @@ def step(
     masked: bool = False,
     gates: str = "linear",
     gate_dtype: torch.dtype | None = None,
+    sort: bool = False,
 ) -> None:
     """Forward and backward of one layer on meta tensors.
 
@@ -237,6 +154,7 @@ def step(
         gates: ``"linear"``; ``"given"`` per sample with a gradient; ``"constant"`` per sample without one, so
             that zeros are skipped.
         gate_dtype: of the linear gates, if other than the layer's.
+        sort: sort tokens by their experts where zeros are skipped.
     """
     dtype = DTYPES[arithmetic]
 
@@ -251,20 +169,23 @@ def step(
         else torch.empty(samples, experts, device="meta", requires_grad=gates == "given")
     )
     gate_weight = tensor(experts, d_in, dtype=gate_dtype or dtype).requires_grad_() if given is None else None
-    y = gated_experts(
-        x,
-        tensor(d_out, d_in),
-        tensor(d_out),
-        tensor(experts, rank, d_in),
-        tensor(experts, rank, d_out).mT,  # [T, d_out, r], stored as the layers store it
-        gate_weight,
-        None if given is not None else tensor(experts, dtype=gate_dtype or dtype),
-        reduce=reduce,
-        mask=torch.empty(samples, tokens, dtype=torch.bool, device="meta") if masked else None,
-        gates=given,
-        backend="triton",
-    )
-    y.backward(tensor(samples, tokens, d_out))
+    from mingle.kernels.gated_experts import listed
+
+    with mock.patch.object(listed, "sorting_pays", return_value=sort):
+        y = gated_experts(
+            x,
+            tensor(d_out, d_in),
+            tensor(d_out),
+            tensor(experts, rank, d_in),
+            tensor(experts, rank, d_out).mT,  # [T, d_out, r], stored as the layers store it
+            gate_weight,
+            None if given is not None else tensor(experts, dtype=gate_dtype or dtype),
+            reduce=reduce,
+            mask=torch.empty(samples, tokens, dtype=torch.bool, device="meta") if masked else None,
+            gates=given,
+            backend="triton",
+        )
+        y.backward(tensor(samples, tokens, d_out))
 
 
 def projection(layer: Layer) -> None:
@@ -315,7 +236,7 @@ def find(case: CompileCase, tile: tiles.Tile | None = None) -> Launch:
     with contextlib.nullcontext() if tile is None else tiles._forced(tile):
         launches = record(lambda: step(layer, case.arithmetic, **options), target, case.arithmetic)
     if isinstance(which, int):
-        return [launch for launch in launches if launch.kernel.__name__ in _PRODUCTS][which]
+        return [launch for launch in launches if launch.kernel.__name__ in PRODUCTS][which]
     return next(launch for launch in launches if launch.kernel.__name__ == which)
 
 
@@ -328,14 +249,23 @@ def key(case: CompileCase) -> str:
 
 def build(case: CompileCase, tile: tiles.Tile | None = None) -> Build:
     """Compile one case in an environment with `ENVIRONMENT`."""
-    target, launch = TARGETS[case.target], find(case, tile)
+    target = TARGETS[case.target]
+    compiled, spilled, registers = compile_launch(find(case, tile), target)
+    text = compiled.asm["ptx" if target.gpu.backend == "cuda" else "amdgcn"]
+    instructions = Counter({name: text.count(name) for name in (target.fastest, *target.inexact)})
+    return Build(
+        spilled, registers, compiled.metadata.shared, instructions, _pipelined(compiled.asm["ttgir"])
+    )
+
+
+def compile_launch(launch: Launch, target: CompileTarget) -> tuple[Any, int, int]:
+    """What Triton makes of a launch, what it spills, and the registers of a thread (see `Build`)."""
     log = io.StringIO()
     with contextlib.redirect_stdout(log), warnings.catch_warnings():  # Triton prints what ptxas reports
         # nobody who merges models could do anything about a warning of the compiler
         warnings.simplefilter("error")
         compiled = triton.compile(source(launch, target), target=target.gpu, options=launch.options)
     if target.gpu.backend == "cuda":
-        text = compiled.asm["ptx"]
         spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
         registers = re.findall(r"Used (\d+) registers", log.getvalue())
         assert len(spilled) == 2, log.getvalue()
@@ -345,10 +275,7 @@ def build(case: CompileCase, tile: tiles.Tile | None = None) -> Build:
         registers = re.findall(r"\.vgpr_count: +(\d+)", text)
     (used,), spills = registers, [int(number) for number in spilled]
     assert spills  # a report that cannot be read does not say that nothing spills
-    instructions = Counter({name: text.count(name) for name in (target.fastest, *target.inexact)})
-    return Build(
-        sum(spills), int(used), compiled.metadata.shared, instructions, _pipelined(compiled.asm["ttgir"])
-    )
+    return compiled, sum(spills), int(used)
 
 
 _PRODUCT = re.compile(

@@ -1,0 +1,35 @@
+"""Suites with few test samples, for tests that do not ask how accurate a merge is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mingle.suites import Suite, glyphs
+from mingle.tasks import TaskData
+
+#: of 25; the strict protocol takes five of each class as seed samples
+PER_CLASS = 8
+
+
+@pytest.fixture(scope="module")
+def few_images() -> Iterator[None]:
+    """Of glyph suites few test images are drawn at all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glyphs, "TEST_IMAGES_PER_CLASS", PER_CLASS)
+        glyphs._samples.cache_clear()
+        yield
+    glyphs._samples.cache_clear()
+
+
+def every_tenth(patch: pytest.MonkeyPatch) -> None:
+    """Of any suite's test samples every tenth is measured; seed samples are chosen among all."""
+    whole = Suite.__getitem__
+
+    def some(suite: Suite, name: str) -> TaskData:
+        data = whole(suite, name)
+        return data.select(torch.arange(0, len(data), 10))
+
+    patch.setattr(Suite, "__getitem__", some)
