@@ -203,7 +203,7 @@ def results(found: Iterable[Facts]) -> dict[str, Any]:
 
 
 def rendered(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The table of the documentation, in Markdown."""
+    """A card's table of the documentation, in Markdown."""
     lines = [
         "| case | launch | block | registers | shared | resident | rounds | full | others | beyond |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---|",
@@ -214,6 +214,15 @@ def rendered(rows: Iterable[Mapping[str, Any]]) -> str:
         of_time = row["rounds"], f"{row['fill']:.0%}", f"{row['burden']:.2f}×"
         beyond = "; ".join(row["faults"]) or "–"
         lines.append(_line((row["case"], row["launch"], block, *of_memory, *of_time, beyond)))
+    return "\n".join(lines)
+
+
+def exceeding(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What exceeds a limit, in Markdown."""
+    lines = ["| card | case | launch | beyond |", "|---|---|---|---|"]
+    for row in rows:
+        if row["faults"]:
+            lines.append(_line((row["card"], row["case"], row["launch"], "; ".join(row["faults"]))))
     return "\n".join(lines)
 
 

@@ -155,9 +155,14 @@ def test_the_committed_audit_is_whole_and_judged_by_the_limits_of_today() -> Non
         assert row["faults"] == static_audit.faults(Facts(**{name: row[name] for name in Facts._fields}))
 
 
-def test_the_table_of_the_documentation_is_that_of_the_committed_audit() -> None:
-    of_an_h100 = [row for row in committed() if row["card"] == "sm_90"]
-    assert static_audit.rendered(of_an_h100) in PAGE.read_text()
+def test_the_tables_of_the_documentation_are_those_of_the_committed_audit() -> None:
+    rows, page = committed(), PAGE.read_text()
+    assert static_audit.rendered(row for row in rows if row["card"] == "sm_90") in page
+    assert static_audit.exceeding(rows) in page
+
+
+def test_an_h100_keeps_every_limit() -> None:
+    assert [row["faults"] for row in committed() if row["card"] == "sm_90"] == [[]] * 16
 
 
 @pytest.fixture(scope="module")
