@@ -18,7 +18,7 @@ def register(commands: Commands) -> None:
     arguments.samples(parser)
     arguments.offline(parser)
     arguments.printing(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, shared=True)
 
 
 def run(args: argparse.Namespace) -> None:
