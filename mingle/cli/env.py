@@ -12,6 +12,7 @@ from mingle.cli.output import document, line, show
 from mingle.io.provenance import versions
 from mingle.kernels import gemm
 from mingle.ops import dispatch, extension
+from mingle.runs import devices
 
 
 def register(commands: Commands) -> None:
@@ -21,7 +22,7 @@ def register(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.usual()
     facts = versions() | {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": str(torch.get_num_threads()),

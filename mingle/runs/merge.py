@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mingle import methods, ranks, suites, tasks
 from mingle.io import hub, merger_folder
 from mingle.io.files import CheckpointError, free_space, writable
@@ -23,7 +25,7 @@ from mingle.merging.streamed import StreamedMerger, streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
 from mingle.options import OptionError, build
-from mingle.runs import course, inputs, room, timings
+from mingle.runs import course, devices, inputs, room, timings
 from mingle.runs.config import Expert, MergeConfig
 from mingle.runs.forecast import Forecast
 from mingle.runs.loop import Evaluate, MergeStep, experts_of, merge_all, stream_all
@@ -115,18 +117,24 @@ class MergePlan:
 
     def _begin(self, folder: Path) -> Merger | StreamedMerger:
         """The merger of an interrupted run, or a new one."""
-        kind: type[Merger | StreamedMerger] = Merger if self.forecast is None else StreamedMerger
+        in_memory = self.forecast is None
+        kind: type[Merger | StreamedMerger] = Merger if in_memory else StreamedMerger
+        device = devices.usual() if in_memory else None  # tensors from files are merged on the CPU
         if not (folder / MANIFEST).exists():
             merger = kind(
                 self.base,
                 self.config.method,
                 self.task.name,
+                device=device,
                 vocabulary=self.config.vocabulary,
                 **self.options,
             )
             merger.metadata = self.origin()
             return merger
-        merger = kind.from_pretrained(folder)
+        if in_memory:
+            merger = Merger.from_pretrained(folder, device=device)
+        else:
+            merger = StreamedMerger.from_pretrained(folder)
         if merger.base_hash != kind.hash_of(self.task, self.base):
             raise CheckpointError(f"{folder}: was started with a base model other than {self.base}")
         merger.metadata["revisions"] = self.revisions
@@ -181,7 +189,7 @@ def add(
 
 def evaluate(folder: Path, overrides: Mapping[str, Any], batch_size: int) -> Result:
     """Accuracy of a merged model on all its tasks; nothing is written."""
-    merger, suite = _reopen(folder, overrides)
+    merger, suite = _reopen(folder, overrides, device=devices.usual())
     if suite is None:
         raise OptionError("suite: name one, with --suite; the merge was made without a suite")
     return merger.evaluate(suite, batch_size)
@@ -283,10 +291,13 @@ def _note_course(merger: Merger, step: MergeStep, suite: Suite | None, *, last: 
 
 
 def _reopen(
-    folder: Path, overrides: Mapping[str, Any], adapt: Mapping[str, Any] | None = None
+    folder: Path,
+    overrides: Mapping[str, Any],
+    adapt: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Merger, Suite | None]:
     """A merged model and its suite, with the caller's changes to its origin and its adaptation."""
-    merger = Merger.from_pretrained(folder, adapt=adapt)
+    merger = Merger.from_pretrained(folder, adapt=adapt, device=device)
     return merger, suite_of(merger, folder, overrides, merger.task_names)
 
 
@@ -298,7 +309,7 @@ def _extended(
     if (overrides.get("suite") or saved.manifest["metadata"].get("suite")) is None and _streams(saved):
         merger = StreamedMerger.from_pretrained(folder, adapt)
         return merger, suite_of(merger, folder, overrides, merger.task_names)
-    return _reopen(folder, overrides, adapt)
+    return _reopen(folder, overrides, adapt, devices.usual())
 
 
 def suite_of(

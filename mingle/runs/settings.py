@@ -14,6 +14,7 @@ import torch
 from mingle import methods
 from mingle.ops import dispatch
 from mingle.options import OptionError, build, nearest
+from mingle.runs import devices
 from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
 
@@ -74,8 +75,7 @@ def _check_backend(backend: str, where: str) -> None:
     if backend not in dispatch.BACKENDS:
         expected = f"expected one of {', '.join(dispatch.BACKENDS)}"
         raise OptionError(f"{where}: backend: {backend!r}{nearest(backend, dispatch.BACKENDS)}; {expected}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if backend == "triton" and (reason := dispatch.without_triton(device, torch.float32)):
+    if backend == "triton" and (reason := dispatch.without_triton(devices.usual(), torch.float32)):
         raise OptionError(f"{where}: backend: 'triton' cannot run: {reason}")
 
 

@@ -11,6 +11,7 @@ import torch
 from mingle import suites
 from mingle.io.files import free_space, made, read_json, write_json
 from mingle.io.locks import Locked, lock
+from mingle.runs import devices
 from mingle.runs.observer import Observer
 from mingle.runs.reproduce.request import TablePlan
 from mingle.suites import Suite
@@ -32,7 +33,7 @@ def run(
     passed over and tried again at the end, so that the cells of a killed process are finished too.
     """
     observer, folder, revisions = observer or Observer(), out / "cells", out / "revisions.json"
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or devices.usual()
     made(folder)
 
     @lru_cache(maxsize=2)  # neighbouring cells share a suite, and its samples may be large
