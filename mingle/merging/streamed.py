@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -16,25 +15,24 @@ from torch import Tensor, nn
 from mingle import ranks
 from mingle.io import journal, merger_folder
 from mingle.io.files import CheckpointError
-from mingle.io.journal import Journal, PartFiles
-from mingle.io.lazy_tensors import Joined, Rows, row_blocks, rows_of
+from mingle.io.journal import PartFiles
+from mingle.io.lazy_tensors import Joined
 from mingle.io.manifest import MANIFEST, entries_of
 from mingle.io.provenance import versions
-from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, state_hash
-from mingle.kernels.dtypes import wide
+from mingle.io.state_dicts import IncompatibleModel, first_names, state_hash
 from mingle.merging import exports
 from mingle.merging.exports import Merged
 from mingle.merging.finetuned import FineTuned
-from mingle.merging.finite import NonFiniteMerge
 from mingle.merging.merged_task import MergedTask, is_own, own_head
 from mingle.merging.opened import opened
 from mingle.merging.state import MergeState, model_name
 from mingle.merging.streamed_experts import ExpertStep, Made, check_experts
 from mingle.merging.streamed_export import Fold, PlainModel
+from mingle.merging.streamed_weights import WeightStep
 from mingle.methods import MergeMethod
-from mingle.methods.base import Tensors, WeightMethod, kept_size
+from mingle.methods.base import WeightMethod
 from mingle.methods.gated import GatedMethod
-from mingle.methods.tensorwise import Numbers, Seen, Survey, TensorMethod, TensorStep
+from mingle.methods.tensorwise import TensorMethod
 from mingle.tasks import TaskType
 from mingle.tasks.heads import Head, names_of
 from mingle.tasks.image_settings import differing_preparation
@@ -132,15 +130,13 @@ class StreamedMerger(MergeState):
                 self.task.check_head(own)
                 notes = merger_folder.begin(folder, self._identity(name, digest))
                 made, entries = Made({}, None, []), self.entries
+                of_step = name, tuned, self.step_seed(), len(self.merged), notes
                 if isinstance(self.method, GatedMethod):
                     experts = self._experts(folder)
-                    seen = len(self.merged)
-                    step = ExpertStep(
-                        self.method, self.values, experts, name, tuned, self.step_seed(), seen, notes
-                    )
-                    made = step.run(PART_BYTES)
+                    made = ExpertStep(self.method, self.values, experts, *of_step).run(PART_BYTES)
                 else:
-                    entries = _Step(self, name, tuned, folder, notes).run()
+                    method = cast(TensorMethod, self.method)
+                    entries = WeightStep(method, self.values, self.state, *of_step).run(PART_BYTES)
             except (IncompatibleModel, CheckpointError) as error:
                 raise type(error)(f"task {name!r}: {error}") from None
             for line in left:
@@ -317,156 +313,3 @@ class StreamedMerger(MergeState):
 def _hash(values: BaseTensors) -> str:
     with ranks.together("reading the base"):
         return ranks.gather(state_hash(values) if ranks.rank() == 0 else "")[0]
-
-
-class _Step:
-    """The passes over all tensors that merge one model.
-
-    Args:
-        merger: the merger, before the step.
-        name: the task's.
-        tuned: the fine-tuned model.
-        folder: the merger's.
-        notes: what an interrupted run of this very step has finished.
-    """
-
-    def __init__(
-        self, merger: StreamedMerger, name: str, tuned: FineTuned, folder: Path, notes: Journal
-    ) -> None:
-        self.merger, self.task, self.tuned, self.folder, self.notes = merger, name, tuned, folder, notes
-        self.method = cast(TensorMethod, merger.method)
-        self.parts, self.seen = planned(self.method), len(merger.merged)
-
-    def run(self) -> list[dict[str, Any]]:
-        """The entries of the new state's files."""
-        found: Numbers = {}
-        if self.seen:
-            found = {name: float(self.merger.state[f"state/{name}"]) for name in self.method.shared}
-        aside: dict[str, dict[str, tuple[PartFiles, str]]] = {}
-        surveys = self.method.surveys(self.seen)
-        for number in range(surveys):
-            survey = self.method.survey(number, self.seen, found)
-            found |= self._survey(number, survey)
-            if survey.sets_aside:
-                files = PartFiles(self.folder, self.notes.parts(number))
-                for place in files:
-                    key, _, name = place.partition("/")
-                    aside.setdefault(name, {})[key] = files, place
-        return self._merge(surveys, found, aside)
-
-    def _survey(self, number: int, survey: Survey) -> Numbers:
-        known = self.notes.found(number)
-        if known is not None and not (survey.sets_aside and self._left(number)):
-            return known
-        seen: dict[int, list[tuple[float, ...]]] = {}
-        for part in self._mine(number):
-            tensors: Tensors = {}
-            seen[part] = []
-            for name in self.parts[part]:
-                numbers, aside = self._surveyed(survey, name)
-                seen[part].append(numbers)
-                tensors |= {f"{key}/{name}": tensor for key, tensor in aside.items()}
-            if survey.sets_aside:
-                self.notes.write(number, part, tensors, seen[part], aside=True)
-        if survey.sets_aside:
-            self.notes.share(number)
-            found = survey.conclude(self.notes.numbers(number))
-        else:
-            ranks.sum_(*survey.counts())
-            all_seen = {part: rows for each in ranks.gather(seen) for part, rows in each.items()}
-            found = survey.conclude([row for part in sorted(all_seen) for row in all_seen[part]])
-        self.notes.conclude(number, found)
-        return found
-
-    def _merge(
-        self, number: int, found: Numbers, aside: Mapping[str, Mapping[str, tuple[PartFiles, str]]]
-    ) -> list[dict[str, Any]]:
-        for part in self._mine(number):
-            tensors: Tensors = {}
-            for name in self.parts[part]:
-                laid = {key: files[of] for key, (files, of) in aside.get(name, {}).items()}
-                tensors |= self._merged(name, found, laid)
-            self.notes.write(number, part, tensors)
-        self.notes.share(number)
-        return self.notes.parts(number)
-
-    def _left(self, number: int) -> list[int]:
-        """The parts that a pass has not finished."""
-        return sorted(set(range(len(self.parts))) - self.notes.finished(number))
-
-    def _mine(self, number: int) -> list[int]:
-        """Those of them that this process is dealt."""
-        left = self._left(number)
-        work = [sum(map(self.method.work_of, self.parts[part])) for part in left]
-        return [left[place] for place in ranks.dealt(work)[ranks.rank()]]
-
-    def _surveyed(self, survey: Survey, name: str) -> Seen:
-        """What a survey takes down of a tensor."""
-        parts = [survey.see(self._step(name, rows)) for rows in self._blocks(name)]
-        numbers = tuple(map(sum, zip(*(part.numbers for part in parts), strict=True)))
-        seen = parts[0] if len(parts) == 1 else Seen(numbers)
-        if not all(map(math.isfinite, seen.numbers)):
-            where = f"method {self.method.name!r}, task {self.task!r}: {name}"
-            raise NonFiniteMerge(f"{where}: its norm is not finite; nothing was saved")
-        return seen
-
-    def _merged(self, name: str, found: Numbers, laid: Mapping[str, Tensor]) -> Tensors:
-        """What is saved of a tensor, by the names that it is saved under."""
-        new: Tensors = {}
-        for rows in self._blocks(name):
-            merged, kept = self.method.merge_tensor(self._step(name, rows), found, laid)
-            part = {f"merged/{name}": merged} | {f"state/{key}": tensor for key, tensor in kept.items()}
-            if rows is ...:
-                new = part
-            for key, tensor in part.items() if rows is not ... else ():
-                if key not in new:
-                    new[key] = tensor.new_empty(self.method.base[name].shape)
-                new[key][rows] = tensor
-        if name == self.parts[-1][-1]:
-            new |= {f"state/{key}": tensor for key, tensor in self.method.shared_tensors(found).items()}
-        checked = [(key, tensor, tensor.dtype) for key, tensor in new.items()]
-        served, merged = self.tuned.prefix + name, new[f"merged/{name}"]
-        # as it is put into the model, which may have less precision
-        if (dtype := self.merger.values.described(served).dtype) != merged.dtype:
-            checked.append((served, merged, dtype))
-        for key, tensor, dtype in checked:
-            if fault := non_finite(tensor, dtype):
-                where = f"method {self.method.name!r}, task {self.task!r}: {key}"
-                raise NonFiniteMerge(f"{where}: {fault}; nothing was saved")
-        return new
-
-    def _blocks(self, name: str) -> list[Rows]:
-        """The rows of a tensor that are in memory at once."""
-        readable = self.merger.values.in_rows(self.tuned.prefix + name) and self.tuned.in_rows(name)
-        return row_blocks(self.method.base[name]) if readable and self.method.elementwise(name) else [...]
-
-    def _step(self, name: str, rows: Rows) -> TensorStep:
-        base, state = self.merger.values.rows(self.tuned.prefix + name, rows), self.merger.state
-        merged = rows_of(state, f"merged/{name}", rows) if self.seen else base
-        places = {key: f"state/{key}" for key in self.method.kept_of(name)} if self.seen else {}
-        return TensorStep(
-            name,
-            base,
-            merged.to(wide(merged)),
-            self.tuned.tensor(name, base, rows),
-            {key: rows_of(state, place, rows) for key, place in places.items() if place in state},
-            self.seen,
-            self.merger.step_seed(),
-        )
-
-
-def planned(method: TensorMethod) -> list[list[str]]:
-    """The names of the tensors of every part: those that follow one another, as many as `PART_BYTES` hold.
-
-    Depends on shapes alone, so that parts are the same whoever makes them, and in how many processes.
-    """
-    parts: list[list[str]] = []
-    filled = 0
-    for name, base in method.base.items():
-        size = kept_size([base]) + method.cost_of(name).kept
-        if not parts or filled + size > PART_BYTES:
-            parts.append([])
-            filled = 0
-        parts[-1].append(name)
-        filled += size
-    return parts

@@ -136,7 +136,7 @@ def test_what_processes_have_seen_is_added_up_the_same_in_each(monkeypatch):
         bases = extend({name: torch.zeros(found[name].width, 0) for name in found}, found, 2)
         return {name: (own.statistic, own.count, bases[name]) for name, own in found.items()}
 
-    alone, (first, *others) = work(), world(3, work, seconds=90, lost=30)
+    alone, (first, *others) = work(), world(3, work)
     assert list(first) == list(alone)
     for name, (statistic, count, basis) in first.items():
         for other in others:

@@ -105,7 +105,7 @@ def test_all_have_the_same_merger_which_is_that_of_one_process(
     base_model, tuned_states, samples, size, kinds
 ):
     make = partial(merged, base_model, tuned_states, samples)
-    found = told(world(size, lambda: [make(kind) for kind in kinds], seconds=150, lost=30))
+    found = told(world(size, lambda: [make(kind) for kind in kinds], seconds=150))
     for kind, each in zip(kinds, zip(*found, strict=True), strict=True):
         check(each, make(kind))
 
@@ -133,7 +133,7 @@ def test_texts_are_evaluated_as_by_one_process():
         return merger.evaluate(suite, batch_size=4), order
 
     alone = work()
-    assert told(world(2, work, seconds=90, lost=30)) == [alone, alone]
+    assert told(world(2, work)) == [alone, alone]
     assert 0 < alone[0].acc_unknown < 100 and len(alone[1]) == 3
 
 
@@ -150,7 +150,7 @@ def test_the_loss_of_a_decoder_is_the_mean_over_all_tokens_that_count():
         merger.add("one", tuned_decoder(base, 1), seeds)
         return everything(merger)
 
-    alone, (mine, other) = work(), told(world(2, work, seconds=90, lost=30))
+    alone, (mine, other) = work(), told(world(2, work))
     same_bits(mine, other)
     for part in ("gate_weight", "basis"):
         pair = [
@@ -186,7 +186,7 @@ def test_the_first_writes_and_errors_of_one_are_errors_of_all(
         raise OSError("image 7 cannot be read")
 
     work()
-    first, second = world(2, work, seconds=90, lost=30)
+    first, second = world(2, work)
     assert isinstance(second, OSError) and isinstance(first, ranks.OtherRankFailed), (first, second)
     assert "rank 1" in str(first) and "merging task 'two': image 7 cannot be read" in str(first)
     alone, shared = (contents(tmp_path / f"of {size}") for size in (1, 2))
@@ -205,6 +205,6 @@ def test_an_adaptation_that_stops_stops_everywhere(base_model, tuned_states, sam
     def endless(task, model, data, real=ClipTask.logits):
         return real(task, model, data) * math.inf
 
-    found = world(2, work, seconds=90, lost=30)
+    found = world(2, work)
     assert any(isinstance(each, AdaptationDiverged) for each in found)
     assert all("was not finite for 3 steps" in str(each) for each in found), found

@@ -148,7 +148,7 @@ def test_a_merge_of_which_a_process_was_killed_goes_on_in_any_number(folders, wh
     rank, written, out = pick.randrange(size), pick.randrange(1, 6), tmp_path / "merged"
     start = wholes("opcm") / "start"
     shutil.copytree(start, out)
-    found = world(size, merging(folders, out, killed_at(rank, written)), lost=1.0)
+    found = world(size, merging(folders, out, killed_at(rank, written)), lost=3.0)
     assert found.pop(rank) is None
     assert [type(other) for other in found] == [OtherRankFailed] * (size - 1)
     there = contents(out)

@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def world(
-    size: int, work: Callable[[], Any], seconds: float = 30, lost: float = 4.0, *, joined: bool = True
+    size: int, work: Callable[[], Any], seconds: float = 120, lost: float = 30.0, *, joined: bool = True
 ) -> list[Any]:
     """What `work` returns or raises on every rank; None of a rank that was killed.
 
