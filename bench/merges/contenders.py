@@ -76,7 +76,7 @@ class OurMerge:
             marks.append((time.perf_counter(), progress.step))
 
         replaced: list[Replaced] = [] if protect else [(Mingle, "_protect", lambda method, *_: method.bases)]
-        replaced += [] if given is None else [(method, "make_experts", lambda *_, **__: given)]
+        replaced += [] if given is None else [(method, "shared_experts", lambda *_, **__: given)]
         with self._watched(replaced):
             self.merger.add(f"task {len(self.merger.merged)}", expert, seeds, on_step=mark)
         return [(b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(marks)]
@@ -107,7 +107,7 @@ class OurMerge:
         lapack = partial(linalg.svd_lowrank, backend="lapack")
         full: list[Replaced] = [(linalg, "factored_svd", svd), (linalg, "svd_lowrank", lapack)]
         stages = [(FineTuned, "tensors", "load"), (gated, "task_vector", "load")]
-        stages += [(method, "make_experts", "decompose"), (experts, "project_out_experts", "project")]
+        stages += [(method, "shared_experts", "decompose"), (experts, "project_out_experts", "project")]
         stages += [(Mingle, "_adapt", "adapt"), (Mingle, "_protect", "subspace")]
         with ExitStack() as stack:
             for owner, name, by in (*(full if self.full else ()), *replaced):
