@@ -89,6 +89,8 @@ def shared_experts(
 
     Each makes those of some layers, and tells the others.
     """
+    if ranks.size() == 1:  # nobody to tell, and experts stay on their device
+        return make_experts(deltas, earlier, rank, drop_diagonal=drop_diagonal, energy=energy)
     names, matrices = list(deltas), list(deltas.values())
     units = list(buckets(matrices))  # what is decomposed together stays so, for the same bits
     mine = ranks.dealt([sum(matrices[i].numel() for i in unit) for unit in units])[ranks.rank()]
