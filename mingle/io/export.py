@@ -19,7 +19,7 @@ from mingle.io.files import (
     write_json,
     write_text,
 )
-from mingle.io.lazy_tensors import chosen, described
+from mingle.io.lazy_tensors import chosen, consecutive, described
 from mingle.io.safetensors import write_tensors
 from mingle.io.staging import staged
 from mingle.io.state_dicts import first_names
@@ -128,16 +128,9 @@ def _copy_data(source: Path, target: Path) -> None:
 
 def _write_weights(folder: Path, state: Mapping[str, torch.Tensor], shard_bytes: int) -> None:
     """One safetensors file, or several and their index, under the hub's names."""
-    shards: list[list[str]] = [[]]
-    filled = total = 0
-    for name in state:
-        size = described(state, name).nbytes
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled, total = filled + size, total + size
-    if len(shards) == 1:
+    sizes = {name: described(state, name).nbytes for name in state}
+    shards = consecutive(sizes, shard_bytes)
+    if len(shards) <= 1:
         write_tensors(folder / "model.safetensors", state)
         return
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -145,5 +138,6 @@ def _write_weights(folder: Path, state: Mapping[str, torch.Tensor], shard_bytes:
         write_tensors(folder / file, chosen(state, shard))
     weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
     write_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
     )

@@ -22,6 +22,24 @@ def row_blocks(tensor: Tensor) -> list[Rows]:
     return [slice(start, min(start + rows, len(tensor))) for start in range(0, len(tensor), rows)]
 
 
+def consecutive(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in groups of those that follow one another: as many as `limit` bytes hold, or a larger one alone.
+
+    Args:
+        sizes: the bytes of what has each name.
+        limit: of a group.
+    """
+    groups: list[list[str]] = []
+    filled = 0
+    for name, size in sizes.items():
+        if not groups or filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
 class LazyTensors(Mapping[str, Tensor]):
     """A mapping that reads or makes a tensor when it is asked for, and knows its shape and dtype before."""
 

@@ -27,5 +27,12 @@ def refuse_non_finite(
     """
     kept = [*task_tensors, method.state_tensors(), method.model.state_dict()]
     for name, tensor in chain.from_iterable(tensors.items() for tensors in kept):
-        if found := non_finite(tensor):
-            raise NonFiniteMerge(f"method {method.name!r}, task {task!r}: {name}: {found}; nothing was saved")
+        refuse(method, task, name, tensor)
+
+
+def refuse(
+    method: MergeMethod, task: str, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Raise `NonFiniteMerge` unless a tensor of that name is finite, rounded to the dtype if one is given."""
+    if found := non_finite(tensor, dtype):
+        raise NonFiniteMerge(f"method {method.name!r}, task {task!r}: {name}: {found}; nothing was saved")

@@ -130,13 +130,13 @@ class StreamedMerger(MergeState):
                 self.task.check_head(own)
                 notes = merger_folder.begin(folder, self._identity(name, digest))
                 made, entries = Made({}, None, []), self.entries
-                of_step = name, tuned, self.step_seed(), len(self.merged), notes
+                of_step = name, tuned, self.step_seed(), len(self.merged), notes, PART_BYTES
                 if isinstance(self.method, GatedMethod):
                     experts = self._experts(folder)
-                    made = ExpertStep(self.method, self.values, experts, *of_step).run(PART_BYTES)
+                    made = ExpertStep(self.method, self.values, experts, *of_step).run()
                 else:
                     method = cast(TensorMethod, self.method)
-                    entries = WeightStep(method, self.values, self.state, *of_step).run(PART_BYTES)
+                    entries = WeightStep(method, self.values, self.state, *of_step).run()
             except (IncompatibleModel, CheckpointError) as error:
                 raise type(error)(f"task {name!r}: {error}") from None
             for line in left:

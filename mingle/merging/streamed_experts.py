@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mingle import ranks
 from mingle.io.journal import TASKS_BEFORE, Journal, PartFiles
 from mingle.io.lazy_tensors import row_blocks
-from mingle.io.state_dicts import non_finite
 from mingle.kernels.dtypes import wide
 from mingle.merging.finetuned import FineTuned
-from mingle.merging.finite import NonFiniteMerge
+from mingle.merging.finite import refuse
+from mingle.merging.parts import Parts
 from mingle.methods.base import Tensors
 from mingle.methods.gated import EXPERT_TENSORS, FirstGates, GatedMethod, unchanged
 from mingle.nn.linear import LowRankExpert, MingleLinear
@@ -48,6 +47,7 @@ class ExpertStep:
         seed: of everything random.
         before: how many tasks are merged.
         notes: what an interrupted run of this very step has finished.
+        part_bytes: it goes in parts of about so many.
     """
 
     def __init__(
@@ -60,24 +60,23 @@ class ExpertStep:
         seed: int,
         before: int,
         notes: Journal,
+        part_bytes: int,
     ) -> None:
         self.method, self.values, self.earlier = method, values, earlier
         self.task, self.tuned, self.seed, self.before, self.notes = name, tuned, seed, before, notes
+        sizes = {name: bytes_of_expert(method, layer) for name, layer in method.layers.items()}
+        self.parts = Parts(sizes, self._work, part_bytes, notes)
 
-    def run(self, part_bytes: int) -> Made:
-        """Make the experts, in parts of about so many bytes; what earlier runs have finished is taken."""
+    def run(self) -> Made:
+        """Make the experts; what earlier runs have finished is taken."""
         self._check_others()
-        finished = self.notes.finished(0)
-        if not finished and not any(bool(self._delta(name).any()) for name in self.method.layers):
+        begun = self.notes.finished(0)
+        if not begun and not any(bool(self._delta(name).any()) for name in self.method.layers):
             return Made({}, unchanged(self.task), [])
         gates = self.method.first_gates(self.seed)
-        parts = planned(self.method, part_bytes)
-        left = sorted(set(range(len(parts))) - finished)
-        work = [sum(map(self._work, parts[part])) for part in left]
-        for place in ranks.dealt(work)[ranks.rank()]:
-            part = left[place]
-            made = {key: tensor for name in parts[part] for key, tensor in self._layer(name, gates).items()}
-            self.notes.write(0, part, made, aside=True)
+        for place, names in self.parts.mine(0):
+            made = {key: tensor for name in names for key, tensor in self._layer(name, gates).items()}
+            self.notes.write(0, place, made, aside=True)
         self.notes.share(0)
         self.notes.conclude(0, {TASKS_BEFORE: self.before})
         files = PartFiles(self.notes.folder, self.notes.parts(0))
@@ -99,9 +98,7 @@ class ExpertStep:
         tensors = dict(zip(EXPERT_TENSORS, kept, strict=True)) | self.method.beside_expert(name)
         named = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
         for key, tensor in named.items():
-            if fault := non_finite(tensor):
-                where = f"method {self.method.name!r}, task {self.task!r}: {key}"
-                raise NonFiniteMerge(f"{where}: {fault}; nothing was saved")
+            refuse(self.method, self.task, key, tensor)
         return named
 
     def _delta(self, name: str) -> Tensor:
@@ -120,20 +117,6 @@ class ExpertStep:
             dtype = self.tuned.base[name].dtype
             for rows in row_blocks(self.tuned.base[name]) if self.tuned.in_rows(name) else [...]:
                 self.tuned.tensor(name, torch.empty(0, dtype=dtype), rows)
-
-
-def planned(method: GatedMethod, part_bytes: int) -> list[list[str]]:
-    """The layers of every part: those that follow one another, as many as that many bytes hold."""
-    parts: list[list[str]] = []
-    filled = 0
-    for name, layer in method.layers.items():
-        size = bytes_of_expert(method, layer)
-        if not parts or filled + size > part_bytes:
-            parts.append([])
-            filled = 0
-        parts[-1].append(name)
-        filled += size
-    return parts
 
 
 def bytes_of_expert(method: GatedMethod, layer: MingleLinear) -> int:

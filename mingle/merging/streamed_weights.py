@@ -11,10 +11,10 @@ from torch import Tensor
 from mingle import ranks
 from mingle.io.journal import Journal, PartFiles
 from mingle.io.lazy_tensors import Rows, row_blocks, rows_of
-from mingle.io.state_dicts import non_finite
 from mingle.kernels.dtypes import wide
 from mingle.merging.finetuned import FineTuned
-from mingle.merging.finite import NonFiniteMerge
+from mingle.merging.finite import NonFiniteMerge, refuse
+from mingle.merging.parts import Parts
 from mingle.methods.base import Tensors, kept_size
 from mingle.methods.tensorwise import Numbers, Seen, Survey, TensorMethod, TensorStep
 from mingle.tasks.loading import BaseTensors
@@ -32,6 +32,7 @@ class WeightStep:
         seed: of everything random.
         before: how many tasks are merged.
         notes: what an interrupted run of this very step has finished.
+        part_bytes: it goes in parts of about so many.
     """
 
     def __init__(
@@ -44,18 +45,19 @@ class WeightStep:
         seed: int,
         before: int,
         notes: Journal,
+        part_bytes: int,
     ) -> None:
         self.method, self.values, self.state = method, values, state
         self.task, self.tuned, self.seed, self.before, self.notes = name, tuned, seed, before, notes
-        self.parts: list[list[str]] = []
+        sizes = {name: kept_size([base]) + method.cost_of(name).kept for name, base in method.base.items()}
+        self.parts = Parts(sizes, method.work_of, part_bytes, notes)
 
-    def run(self, part_bytes: int) -> list[dict[str, Any]]:
-        """Merge in parts of about so many bytes; what earlier runs have finished is taken.
+    def run(self) -> list[dict[str, Any]]:
+        """Merge; what earlier runs have finished is taken.
 
         Returns:
             The entries of the new state's files.
         """
-        self.parts = planned(self.method, part_bytes)
         found: Numbers = {}
         if self.before:
             found = {name: float(self.state[f"state/{name}"]) for name in self.method.shared}
@@ -73,49 +75,39 @@ class WeightStep:
 
     def _survey(self, number: int, survey: Survey) -> Numbers:
         known = self.notes.found(number)
-        if known is not None and not (survey.sets_aside and self._left(number)):
+        if known is not None and not (survey.sets_aside and self.parts.left(number)):
             return known
         seen: dict[int, list[tuple[float, ...]]] = {}
-        for part in self._mine(number):
+        for place, names in self.parts.mine(number):
             tensors: Tensors = {}
-            seen[part] = []
-            for name in self.parts[part]:
+            seen[place] = []
+            for name in names:
                 numbers, aside = self._surveyed(survey, name)
-                seen[part].append(numbers)
+                seen[place].append(numbers)
                 tensors |= {f"{key}/{name}": tensor for key, tensor in aside.items()}
             if survey.sets_aside:
-                self.notes.write(number, part, tensors, seen[part], aside=True)
+                self.notes.write(number, place, tensors, seen[place], aside=True)
         if survey.sets_aside:
             self.notes.share(number)
             found = survey.conclude(self.notes.numbers(number))
         else:
             ranks.sum_(*survey.counts())
-            all_seen = {part: rows for each in ranks.gather(seen) for part, rows in each.items()}
-            found = survey.conclude([row for part in sorted(all_seen) for row in all_seen[part]])
+            all_seen = {place: rows for each in ranks.gather(seen) for place, rows in each.items()}
+            found = survey.conclude([row for place in sorted(all_seen) for row in all_seen[place]])
         self.notes.conclude(number, found)
         return found
 
     def _merge(
         self, number: int, found: Numbers, aside: Mapping[str, Mapping[str, tuple[PartFiles, str]]]
     ) -> list[dict[str, Any]]:
-        for part in self._mine(number):
+        for place, names in self.parts.mine(number):
             tensors: Tensors = {}
-            for name in self.parts[part]:
+            for name in names:
                 laid = {key: files[of] for key, (files, of) in aside.get(name, {}).items()}
                 tensors |= self._merged(name, found, laid)
-            self.notes.write(number, part, tensors)
+            self.notes.write(number, place, tensors)
         self.notes.share(number)
         return self.notes.parts(number)
-
-    def _left(self, number: int) -> list[int]:
-        """The parts that a pass has not finished."""
-        return sorted(set(range(len(self.parts))) - self.notes.finished(number))
-
-    def _mine(self, number: int) -> list[int]:
-        """Those of them that this process is dealt."""
-        left = self._left(number)
-        work = [sum(map(self.method.work_of, self.parts[part])) for part in left]
-        return [left[place] for place in ranks.dealt(work)[ranks.rank()]]
 
     def _surveyed(self, survey: Survey, name: str) -> Seen:
         """What a survey takes down of a tensor."""
@@ -139,17 +131,14 @@ class WeightStep:
                 if key not in new:
                     new[key] = tensor.new_empty(self.method.base[name].shape)
                 new[key][rows] = tensor
-        if name == self.parts[-1][-1]:
+        if name == self.parts.all[-1].names[-1]:
             new |= {f"state/{key}": tensor for key, tensor in self.method.shared_tensors(found).items()}
-        checked = [(key, tensor, tensor.dtype) for key, tensor in new.items()]
+        for key, tensor in new.items():
+            refuse(self.method, self.task, key, tensor)
         served, merged = self.tuned.prefix + name, new[f"merged/{name}"]
         # as it is put into the model, which may have less precision
         if (dtype := self.values.described(served).dtype) != merged.dtype:
-            checked.append((served, merged, dtype))
-        for key, tensor, dtype in checked:
-            if fault := non_finite(tensor, dtype):
-                where = f"method {self.method.name!r}, task {self.task!r}: {key}"
-                raise NonFiniteMerge(f"{where}: {fault}; nothing was saved")
+            refuse(self.method, self.task, served, merged, dtype)
         return new
 
     def _blocks(self, name: str) -> list[Rows]:
@@ -170,20 +159,3 @@ class WeightStep:
             self.before,
             self.seed,
         )
-
-
-def planned(method: TensorMethod, part_bytes: int) -> list[list[str]]:
-    """The names of the tensors of every part: those that follow one another, as many as that many bytes hold.
-
-    Depends on shapes alone, so that parts are the same whoever makes them, and in how many processes.
-    """
-    parts: list[list[str]] = []
-    filled = 0
-    for name, base in method.base.items():
-        size = kept_size([base]) + method.cost_of(name).kept
-        if not parts or filled + size > part_bytes:
-            parts.append([])
-            filled = 0
-        parts[-1].append(name)
-        filled += size
-    return parts
