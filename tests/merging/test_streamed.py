@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -18,15 +17,11 @@ import torch
 from bare_methods import tuned_states
 from live_memory import peak_bytes
 from merge_files import merge_file
+from streamed_models import SIZES, Interrupted, models, save_gpt2_and_adapter, save_tuned
 from tiny_merge import contents
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
     MixtralForCausalLM,
 )
 
@@ -50,36 +45,13 @@ OPTIONS = {
     "nufilt": {"steps": 3, "r_p": 4, "r_v": 2, "r_l": 3},
 }
 TASKS = ("one", "two", "three")
-SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
-
-
-def models(kind):
-    torch.manual_seed(0)
-    if kind == "mixtral":
-        config = MixtralConfig(
-            **SIZES,
-            intermediate_size=24,
-            num_key_value_heads=2,
-            num_local_experts=3,
-            tie_word_embeddings=True,
-        )
-        return MixtralForCausalLM(config).bfloat16()
-    if kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=2
-        )
-        return GPT2LMHeadModel(config)
-    return BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=24, num_labels=3))
 
 
 def folders_of(kind, place):
     """A base and three fine-tuned models in shards, of which no two have the same."""
-    model = models(kind)
+    model = models(kind, **({"tie_word_embeddings": True} if kind == "mixtral" else {}))
     model.save_pretrained(place / "base", max_shard_size="12KB")
-    for i, (name, state) in enumerate(zip(TASKS, tuned_states(model), strict=True)):
-        tuned = copy.deepcopy(model)
-        tuned.load_state_dict(state)
-        tuned.save_pretrained(place / name, max_shard_size=f"{8 + 3 * i}KB")
+    save_tuned(place, model, TASKS, ["8KB", "11KB", "14KB"])
     return place
 
 
@@ -178,17 +150,10 @@ def test_mergers_of_half_precision_modules_go_on_from_files(mixtral, tmp_path):
 
 
 def test_adapters_are_merged_from_their_files(tmp_path):
-    peft = pytest.importorskip("peft")
-    models("gpt2").save_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
-    peft.get_peft_model(models("gpt2"), config).save_pretrained(tmp_path / "one")
+    save_gpt2_and_adapter(tmp_path)
     in_memory(tmp_path, "opcm", tmp_path / "memory", ["one"])
     from_files(tmp_path, "opcm", tmp_path / "files", ["one"])
     assert contents(tmp_path / "files") == contents(tmp_path / "memory")
-
-
-class Interrupted(BaseException):
-    """What no code here expects, as a signal is."""
 
 
 def interrupted_at(monkeypatch, written):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 
 import pytest
 import torch
-from bare_methods import tuned_states
 from live_memory import peak_bytes
 from merge_files import merge_file
+from streamed_models import SIZES, Interrupted, models, save_gpt2_and_adapter, save_tuned
 from tiny_merge import contents
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -33,25 +28,12 @@ from mingle.options import OptionError
 from mingle.tasks.base import TaskType
 
 TASKS = ("one", "two", "three")
-SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
 METHODS = {
     "mingle": {"steps": 0, "rank": 4},
     "mingle-light": {"gates": "static", "rank": 20},
     "mingle-seq": {"steps": 0, "rank": 4, "gate_init": "zeros", "drop_diagonal": True},
     "mass": {"rank": 4},
 }
-
-
-def models(kind):
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=2
-        )
-        return GPT2LMHeadModel(config)
-    if kind == "bert":
-        return BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=24, num_labels=3))
-    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=24, tie_word_embeddings=True)).bfloat16()
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +43,7 @@ def places(tmp_path_factory):
     for kind in ("llama", "gpt2", "bert"):
         place, model = tmp_path_factory.mktemp(kind), models(kind)
         model.save_pretrained(place / "base", max_shard_size="12KB")
-        for name, state in zip(TASKS, tuned_states(model), strict=True):
-            tuned = copy.deepcopy(model)
-            tuned.load_state_dict(state)
-            tuned.save_pretrained(place / name, max_shard_size="9KB")
+        save_tuned(place, model, TASKS, ["9KB"] * 3)
         made[kind] = place
     return made
 
@@ -159,17 +138,10 @@ def test_a_task_that_changes_no_target_layer_is_skipped_in_the_same_words(llama,
 
 
 def test_adapters_become_experts_from_their_files(tmp_path):
-    peft = pytest.importorskip("peft")
-    models("gpt2").save_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
-    peft.get_peft_model(models("gpt2"), config).save_pretrained(tmp_path / "one")
+    save_gpt2_and_adapter(tmp_path)
     in_memory(tmp_path, "mingle", tmp_path / "memory", ["one"])
     from_files(tmp_path, "mingle", tmp_path / "files", ["one"])
     assert contents(tmp_path / "files") == contents(tmp_path / "memory")
-
-
-class Interrupted(BaseException):
-    """What no code here expects, as a signal is."""
 
 
 def test_broken_off_anywhere_it_goes_on_after_the_last_part(places, tmp_path, monkeypatch, parts):

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from bare_methods import tuned_states
 from live_memory import peak_bytes
+from streamed_models import SIZES, models, save_tuned
 from tiny_merge import contents
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 import mingle
@@ -30,27 +22,11 @@ from mingle.runs import merge
 from mingle.tasks.base import TaskType
 
 TASKS = ("one", "two")
-SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
 OPTIONS = {
     "mingle": {"steps": 0, "rank": 4},
     "mass": {"rank": 4},
     "mingle-light": {"gates": "static", "rank": 4},
 }
-
-
-def models(kind):
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=2
-        )
-        return GPT2LMHeadModel(config)
-    if kind == "bert":
-        return BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=24, num_labels=3))
-    if kind == "mixtral":
-        sizes = SIZES | dict(intermediate_size=24, num_key_value_heads=2, num_local_experts=3)
-        return MixtralForCausalLM(MixtralConfig(**sizes)).bfloat16()
-    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=24, tie_word_embeddings=True)).bfloat16()
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +41,8 @@ def merged(tmp_path_factory):
         model = models(kind)
         model.save_pretrained(place / "base")
         merger = StreamedMerger(place / "base", method, **OPTIONS.get(method, {}))
-        for name, state in zip(TASKS, tuned_states(model), strict=False):
-            tuned = copy.deepcopy(model)
-            tuned.load_state_dict(state)
-            tuned.save_pretrained(place / name)
+        save_tuned(place, model, TASKS, ["1GB"] * 2)
+        for name in TASKS:
             merger.add(name, place / name, place / "merged")
         return folders.setdefault((kind, method), place / "merged")
 
