@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import multiprocessing
 import queue
 import signal
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing.synchronize import Event
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from multiprocessing.context import SpawnContext
 from typing import Any, TypeVar
 
 import torch
@@ -35,52 +34,63 @@ def side_by_side(
     processes: int,
     long: Callable[[Job], bool] = lambda job: False,
 ) -> Iterator[Found]:
-    """What every job finds, in order, each as soon as those before it are there.
+    """What every job finds, in order, each as soon as those before it are there and this process is free.
 
     The first job is done here, with nothing beside it, so that something is found soon; then other processes
-    share the threads that PyTorch has here.
+    join in, and all of them share the threads that PyTorch has here.
 
     Args:
         jobs: what to do.
         work: does it; like all that it is given and returns, it can be pickled.
         context: for jobs in this process.
         prepare: makes the context in another process.
-        observer: told how the jobs are getting on; of jobs side by side it hears in turn.
+        observer: told how the jobs are getting on; of jobs side by side it hears in turn, in another thread.
         processes: at most so many work at the same time; with one, all jobs are done here.
-        long: whether a job is among those that take longest, which others begin with: none of them is left
+        long: whether a job is among those that take longest, which all begin with: none of them is left
             over at the end, when there is nothing beside it.
     """
     if jobs:
         yield work(context, jobs[0], observer)
     left, threads = jobs[1:], torch.get_num_threads()
-    others = min(len(left), processes, threads)
-    if others < 2:
+    workers = min(len(left), processes, threads)
+    if workers < 2:
         for job in left:
             yield work(context, job, observer)
         return
-    spawn, each = multiprocessing.get_context("spawn"), threads // others
-    told, stop = spawn.Queue(), spawn.Event()
-    with ProcessPoolExecutor(others, spawn, _begin, (prepare, each, told, stop)) as pool:
+    spawn, each = multiprocessing.get_context("spawn"), threads // workers
+    telling, ended = _Telling(spawn), threading.Event()
+    places = _Places(spawn, sorted(range(len(left)), key=lambda place: not long(left[place])))
+    torch.set_num_threads(each)
+    with (
+        ThreadPoolExecutor(1) as thread,
+        ProcessPoolExecutor(workers - 1, spawn, _begin, (prepare, each, telling, places)) as pool,
+    ):
+        relaying = thread.submit(telling.relay, observer, ended)
+        others = [pool.submit(_next, work, left) for _ in left]
+        everything: list[Future[Any]] = [relaying, *others]
+        for future in everything:
+            future.add_done_callback(telling.stop_after_error)
+        found: dict[int, Found] = {}
+        waiting = set(others)
         try:
-            handed_out = sorted(range(len(left)), key=lambda place: not long(left[place]))
-            waiting = {place: pool.submit(_run, work, left[place]) for place in handed_out}
             for place in range(len(left)):
-                _relay(told, observer, waiting[place])
-                yield waiting[place].result()
+                while place not in found:
+                    mine = places.next()
+                    if mine is not None:
+                        with contextlib.suppress(_Stopped):
+                            found[mine] = work(context, left[mine], telling)
+                    done, waiting = wait(waiting, None if mine is None else 0, FIRST_COMPLETED)
+                    for future in everything if telling.stopped() else done:
+                        if future.done():
+                            found.update(future.result())
+                yield found[place]
+            ended.set()
+            relaying.result()
         finally:
-            stop.set()
+            torch.set_num_threads(threads)
+            telling.stop()
+            ended.set()
             pool.shutdown(cancel_futures=True)
-
-
-def _relay(told: Any, observer: Observer, future: Future[Any]) -> None:
-    """Tell the observer what jobs tell, until this one is done and a moment after."""
-    end = math.inf
-    while time.monotonic() < end:
-        if math.isinf(end) and future.done():
-            end = time.monotonic() + _PAUSE
-        with contextlib.suppress(queue.Empty):
-            name, given = told.get(timeout=_PAUSE)
-            getattr(observer, name)(*given)
 
 
 class _Stopped(BaseException):
@@ -88,10 +98,10 @@ class _Stopped(BaseException):
 
 
 class _Telling(Observer):
-    """Passes on what it is told to the process that started this one."""
+    """Passes on what it is told, in whichever process, to an observer in the process that made it."""
 
-    def __init__(self, told: Any, stop: Event) -> None:
-        self.told, self.stop = told, stop
+    def __init__(self, context: SpawnContext) -> None:
+        self._told, self._stop = context.Queue(), context.Event()
 
     def merging(self, method: str, order: int, index: int, tasks: Sequence[str]) -> None:
         self._tell("merging", method, order, index, list(tasks))
@@ -105,25 +115,66 @@ class _Telling(Observer):
     def merged(self, method: str, order: int, result: Result) -> None:
         self._tell("merged", method, order, result)
 
+    def relay(self, observer: Observer, ended: threading.Event) -> None:
+        """Tell the observer what was told, until the end and a moment after."""
+        while True:
+            last = ended.is_set()
+            try:
+                name, given = self._told.get(timeout=_PAUSE)
+            except queue.Empty:
+                if last:
+                    return
+            else:
+                getattr(observer, name)(*given)
+
+    def stop(self) -> None:
+        """Raise `_Stopped` in whoever tells something from now on."""
+        self._stop.set()
+
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
+    def stop_after_error(self, future: Future[Any]) -> None:
+        if not future.cancelled() and future.exception() is not None:
+            self.stop()
+
     def _tell(self, name: str, *given: Any) -> None:
-        if self.stop.is_set():
+        if self.stopped():
             raise _Stopped
-        self.told.put((name, given))
+        self._told.cancel_join_thread()  # a process may end with words that nobody hears any more
+        self._told.put((name, given))
 
 
-#: of a process that works for another: the context, and its observer
-_mine: tuple[Any, Observer]
+class _Places:
+    """Hands out the places of jobs, each to one of several processes."""
+
+    def __init__(self, context: SpawnContext, places: Sequence[int]) -> None:
+        self._places, self._taken = list(places), context.Value("i", 0)
+
+    def next(self) -> int | None:
+        """One that nobody has yet; None where all are handed out."""
+        with self._taken.get_lock():
+            index = self._taken.value
+            self._taken.value = min(index + 1, len(self._places))
+        return self._places[index] if index < len(self._places) else None
 
 
-def _begin(prepare: Callable[[], Any], threads: int, told: Any, stop: Event) -> None:
+#: of a process that works for another: the context, its observer and the jobs' places
+_mine: tuple[Any, _Telling, _Places]
+
+
+def _begin(prepare: Callable[[], Any], threads: int, telling: _Telling, places: _Places) -> None:
     global _mine
-    told.cancel_join_thread()  # this process may end with words that nobody hears any more
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
     torch.set_num_threads(threads)
-    _mine = prepare(), _Telling(told, stop)
+    _mine = prepare(), telling, places
 
 
-def _run(work: Callable[[Any, Any, Observer], Any], job: Any) -> Any:
-    context, observer = _mine
-    with contextlib.suppress(_Stopped):
-        return work(context, job, observer)
+def _next(work: Callable[[Any, Job, Observer], Found], jobs: Sequence[Job]) -> dict[int, Found]:
+    """What the next job found, under its place; empty where there is none."""
+    context, telling, places = _mine
+    place = places.next()
+    if place is not None:
+        with contextlib.suppress(_Stopped):
+            return {place: work(context, jobs[place], telling)}
+    return {}

@@ -14,12 +14,12 @@ from mingle.runs.course import summary
 from mingle.runs.loop import MergeStep
 from mingle.suites import Suite
 
-#: at most twice as many are looked at of each task
-_MOST_SAMPLES = 256
+#: of each task's test samples; at most twice as many are looked at
+_FEW_SAMPLES = 128
 
 
 def trace_of(merger: Merger, suite: Suite, steps: Sequence[MergeStep]) -> dict[str, Any]:
-    """The losses, S and λ of all steps and the gates after the last merge.
+    """The losses, S and λ of all steps, and after the last merge the gates over some samples of each task.
 
     `mingle.runs.report` describes the format.  Empty for methods other than MINGLE and its variants, and
     where not all tasks were adapted.
@@ -27,14 +27,10 @@ def trace_of(merger: Merger, suite: Suite, steps: Sequence[MergeStep]) -> dict[s
     recorded = [step.trace for step in steps if step.trace is not None]
     if not isinstance(merger.method, Mingle) or len(recorded) < len(steps):
         return {}
-    layers = merger.method.layers
-    with torch.no_grad():
-        # along the merged model's own answers
-        samples = [merger.task.prepared(lambda: merger.model, suite[step.task]) for step in steps]
-        gates = [gate_activation(merger.task, merger.model, layers, data).tolist() for data in samples]
     series = {
         key: [getattr(trace, key) for trace in recorded] for key in ("loss", "interference", "strength")
     }
+    layers, gates = merger.method.layers, _mean_gates(merger, merger.method, suite)
     return {"order": merger.task_names, "layers": list(layers), "gates": gates, **series}
 
 
@@ -45,12 +41,19 @@ def gates_of(merger: Merger, suite: Suite) -> dict[str, Any] | None:
     """
     if not isinstance(merger.method, Mingle) or not merger.method.layers:
         return None
-    method, gates = merger.method, []
-    with torch.no_grad():
-        for name in merger.task_names:
-            data = suite[name]
-            few = data.select(torch.arange(0, len(data), max(1, len(data) // _MOST_SAMPLES)))
-            few = merger.task.prepared(lambda: merger.model, few)
-            gates.append(gate_activation(merger.task, merger.model, method.layers, few).tolist())
+    method = merger.method
     owners = sorted((place, task) for task, place in enumerate(method.places) if place is not None)
+    gates = _mean_gates(merger, method, suite)
     return summary(gates, merger.task_names, [task for _, task in owners], list(method.layers))
+
+
+@torch.no_grad()
+def _mean_gates(merger: Merger, method: Mingle, suite: Suite) -> list[list[list[float]]]:
+    """Of every task, layer and expert, along the merged model's own answers."""
+    gates = []
+    for name in merger.task_names:
+        data = suite[name]
+        few = data.select(torch.arange(0, len(data), max(1, len(data) // _FEW_SAMPLES)))
+        few = merger.task.prepared(lambda: merger.model, few)
+        gates.append(gate_activation(merger.task, merger.model, method.layers, few).tolist())
+    return gates

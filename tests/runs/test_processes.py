@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,15 +34,22 @@ def prepared():
 
 
 def work(context, job, observer):
-    """Two tasks, of which an ill one raises at the second."""
+    """Two tasks; an ill job raises at the second, a patient one waits for another that marks its file."""
+    name, _, file = job.partition(" ")
     for index in range(2):
         observer.merging(job, 0, index, ["a", "b"])
         if index and job == "ill":
             raise ValueError("of the job")
+        if job == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         if job == "endless":
             while True:
                 observer.merging(job, 0, index, ["a", "b"])
                 time.sleep(0.01)
+        while name == "patient" and not Path(file).exists():
+            time.sleep(0.01)
+        if name == "mark":
+            Path(file).touch()
     observer.merged(job, 0, Result([job], [[1.0]]))
     return context, job, os.getpid(), torch.get_num_threads()
 
@@ -63,16 +73,15 @@ def test_what_cannot_be_shared_is_done_here(jobs, processes, two_threads):
 
 
 @pytest.mark.slow
-def test_jobs_are_shared_and_come_in_order(two_threads):
-    heard, jobs = Heard(), ["a", "b", "c"]
+def test_jobs_are_shared_and_come_in_order(tmp_path, two_threads):
+    heard, jobs = Heard(), ["a", f"patient {tmp_path / 'marked'}", "b", f"mark {tmp_path / 'marked'}"]
     found = done(jobs, heard)
-    assert [(context, job, threads) for context, job, _, threads in found] == [
-        ("context", "a", 2), ("context", "b", 1), ("context", "c", 1)
-    ]  # fmt: skip
-    pids = [pid for _, _, pid, _ in found]
-    assert pids[0] == os.getpid() and os.getpid() not in pids[1:]
-    assert sorted(heard.tasks) == [(job, index) for job in jobs for index in range(2)]
-    assert sorted(heard.results) == [(job, [job]) for job in jobs]
+    assert [(context, job) for context, job, *_ in found] == [("context", job) for job in jobs]
+    assert [threads for *_, threads in found] == [2, 1, 1, 1]
+    here = [pid == os.getpid() for _, _, pid, _ in found]
+    assert here == [True, True, False, False], "the others are done while this process waits"
+    assert sorted(heard.tasks) == sorted((job, index) for job in jobs for index in range(2))
+    assert sorted(heard.results) == sorted((job, [job]) for job in jobs)
     assert torch.get_num_threads() == 2
 
 
@@ -86,10 +95,30 @@ def test_long_jobs_are_begun_first_and_come_in_their_place(two_threads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", [["a", "ill", "endless"], ["ill", "endless", "a"]])
+@pytest.mark.parametrize("jobs", [["a", "ill", "endless"], ["a", "endless", "ill"], ["ill", "endless", "a"]])
 def test_an_error_of_one_ends_all(jobs, two_threads):
     with pytest.raises(ValueError, match="of the job"):
         done(jobs, Observer())
+    assert torch.get_num_threads() == 2
+
+
+class Deaf(Observer):
+    def merging(self, method, order, index, tasks):
+        if method == "endless":
+            raise OSError("nobody listens")
+
+
+@pytest.mark.slow
+def test_an_observer_s_error_ends_all(two_threads):
+    with pytest.raises(OSError, match="nobody listens"):
+        done(["a", "endless", "endless"], Deaf())
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all(two_threads):
+    with pytest.raises(BrokenProcessPool):
+        done(["a", "endless", "killed"], Observer())
     assert torch.get_num_threads() == 2
 
 
