@@ -6,10 +6,12 @@ import asyncio
 import importlib.util
 import os
 import socket
+import sys
+import types
 
 import pytest
 
-from mingle.cli import main
+from mingle.cli import main, play
 from mingle.options import OptionError
 from mingle.runs.play import page
 
@@ -68,3 +70,53 @@ def test_gradio_is_told_to_report_nothing_and_to_keep_uploads_where_they_are_rem
     page._set_up("uploads")
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "0" and os.environ["GRADIO_TEMP_DIR"] == "uploads"
     assert os.environ["NO_PROXY"] == "example.org,127.0.0.1" and os.environ["no_proxy"] == "127.0.0.1"
+
+
+class Page:
+    """Stands in for Gradio's, which is not asked for anything here."""
+
+    def __init__(self, public):
+        self.public, self.asked, self.closed = public, {}, False
+
+    def launch(self, **asked):
+        self.asked = asked
+        return None, f"http://{page.HOST}:{asked['server_port']}/", self.public
+
+    def close(self):
+        self.closed = True
+
+
+class Interrupted:
+    """An event during whose wait the user presses Ctrl-C."""
+
+    def wait(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("options", "share", "browser"),
+    [([], False, False), (["--open"], False, True), (["--share"], True, False)],
+)
+def test_a_public_address_and_a_browser_only_where_they_are_asked_for(
+    tmp_path, monkeypatch, capsys, options, share, browser
+):
+    served = Page("https://public.example/" if share else None)
+    gradio = types.SimpleNamespace(themes=types.SimpleNamespace(Default=lambda **fonts: fonts))
+    starlette = types.SimpleNamespace(Middleware=lambda policy: policy)
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    monkeypatch.setitem(sys.modules, "starlette.middleware", starlette)
+    for name, stand_in in {
+        "require": lambda: None,
+        "_set_up": lambda uploads: None,
+        "_page": lambda try_out, folder: served,
+        "free_port": lambda wanted: 7860,
+    }.items():
+        monkeypatch.setattr(page, name, stand_in)
+    monkeypatch.setattr(play.TryOut, "of", lambda folder: None)
+    monkeypatch.setattr(page.threading, "Event", Interrupted)
+    assert main(["play", str(tmp_path), *options]) == 0
+    assert (served.asked["share"], served.asked["inbrowser"]) == (share, browser)
+    assert served.asked["server_name"] == "127.0.0.1" and served.closed
+    said = capsys.readouterr().out
+    assert "the page is at http://127.0.0.1:7860/" in said
+    assert ("everybody who knows this address can use it: https://public.example/" in said) == share
