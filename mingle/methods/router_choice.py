@@ -123,7 +123,8 @@ class Choice(NamedTuple):
     def told(self, depths: tuple[int, ...]) -> str:
         """In words, for a candidate that reads these depths."""
         what = "means and standard deviations" if self.setting.spread else "means"
-        where = f"after {', '.join(map(str, depths))} blocks" if any(depths) else "of the embeddings"
+        blocks = "block" if depths == (1,) else "blocks"
+        where = f"after {', '.join(map(str, depths))} {blocks}" if any(depths) else "of the embeddings"
         right = math.exp(-self.losses[self.candidate])
         return (
             f"routing reads {what} {where}: seed samples left out are given to their own task with a "

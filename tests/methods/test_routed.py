@@ -273,8 +273,8 @@ def test_the_report_says_what_was_chosen_and_why(base_model, tuned_states, sampl
     assert not any("routing" in note for note in notes[0])
     (told,) = [note for note in notes[1] if "routing" in note]
     assert re.fullmatch(
-        r"routing reads means( and standard deviations)? (after \d blocks|of the embeddings): seed samples "
-        r"left out are given to their own task with a probability of (9\d|100) %",
+        r"routing reads means( and standard deviations)? (after 1 block|after \d blocks|of the embeddings): "
+        r"seed samples left out are given to their own task with a probability of (9\d|100) %",
         told,
     )
 

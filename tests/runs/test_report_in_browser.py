@@ -140,13 +140,19 @@ def test_no_page_is_wider_than_its_window(opened: Open, tmp_path: Path, kind: st
         "merge": lambda: merged(tmp_path, long),
         "table": lambda: table(tmp_path, [HOSTILE[0], HOSTILE[-1][:150]], ["average", "mingle"], long),
     }
+    if kind == "demo":  # with a saved model, whose path stands in a command
+        merged(tmp_path / "merged" / "average", long, "average")
     shown = opened(make[kind](), width)
-    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    assert kind != "demo" or shown.locator("pre").count() > 0
     outside = """() => [...document.querySelectorAll("body *")]
         .filter((each) => !each.closest(".scroll, svg, pre, .skip, .unseen, #tip"))
         .filter((each) => each.getBoundingClientRect().right > innerWidth + 1)
         .map((each) => each.outerHTML.slice(0, 80))"""
-    assert shown.evaluate(outside) == []
+    for method in [None, *shown.locator(".choice a").all()]:
+        if method is not None:
+            method.click()
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        assert shown.evaluate(outside) == []
 
 
 def test_hostile_names_do_nothing_and_are_read_as_they_are(opened: Open, tmp_path: Path) -> None:
