@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported, here and in every process that a test starts: on matrices as small as these,
 # threads that wait for one another cost twice what they save.
@@ -15,9 +17,19 @@ from gpu_fixtures import _precision, pytest_runtest_setup  # noqa: F401
 from hub_fixtures import glue_hub, hub, image_hub  # noqa: F401
 from interpreter import pytest_pyfunc_call, pytest_runtest_logreport  # noqa: F401
 from tiny_models import TEXT, VISION
-from transformers import CLIPConfig, CLIPModel
 
 from mingle.tasks import TaskData
+
+if TYPE_CHECKING:  # tests in Triton's interpreter, a process for each file, do without it
+    from transformers import CLIPModel
+
+
+def pytest_collection_finish() -> None:
+    """A model that is loaded writes its configuration out in full several times, for messages that nobody
+    sees; that takes a fifth of the time of loading one.
+    """
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].PretrainedConfig.__repr__ = object.__repr__
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +39,8 @@ def _reproducible() -> None:
 
 @pytest.fixture(scope="session")
 def base_model() -> CLIPModel:
+    from transformers import CLIPConfig, CLIPModel
+
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)).eval()

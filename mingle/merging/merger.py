@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +12,22 @@ import torch
 from torch import nn
 
 from mingle import ranks
-from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.adaptation.trace import StepProgress
 from mingle.io import adapters_folder, merger_folder
-from mingle.io.files import CheckpointError
-from mingle.io.hub import ModelName
 from mingle.io.manifest import MANIFEST
-from mingle.io.state_dicts import IncompatibleModel
-from mingle.merging import adapters, exports, removal
-from mingle.merging.calibration import temperature
+from mingle.merging import adapters, addition, exports, removal
 from mingle.merging.evaluate import Result, accuracies, accuracy
 from mingle.merging.exports import Format, Merged
-from mingle.merging.finetuned import FineTuned, Model
+from mingle.merging.finetuned import Model
 from mingle.merging.finite import refuse_non_finite
-from mingle.merging.merged_task import MergedTask, own_head
 from mingle.merging.opened import check_known, opened
 from mingle.merging.predict import AllTasks, Prediction
-from mingle.merging.state import MergeState, model_name
-from mingle.methods import Arrival, StepReport
+from mingle.merging.state import MergeState
+from mingle.methods import StepReport
 from mingle.methods.gated import GatedMethod
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.data import class_names_of
-from mingle.tasks.heads import Head, head_of, names_of, put_head
-from mingle.tasks.image_settings import differing_preparation
-from mingle.tasks.shares import of_all, own_batches
+from mingle.tasks.heads import Head, head_of, names_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,68 +90,7 @@ class Merger(MergeState):
         Whatever is raised, the merger is as it was before; after `NonFiniteMerge`, and after an error of the
         model with the samples, `model` is another module with the same weights.
         """
-        with ranks.together(f"reading the model of task {name!r}"):
-            self.check_name(name)
-            samples = None if seed_data is None else self.task.data(seed_data)
-            seeds = samples if self.method.needs_seeds else None
-            if self.method.requires_seeds() and not seeds:
-                raise ValueError(
-                    f"task {name!r}: method {self.method.name!r} needs seed samples, and none were given"
-                )
-            try:
-                model = FineTuned(finetuned_model, self.base, self.task, self.vocabulary, self.base_folder)
-                tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
-                left += self._prepared_otherwise(finetuned_model)
-                own = own_head(head, samples, model.labels)
-                self.task.check_head(own)
-            except (IncompatibleModel, CheckpointError) as error:
-                raise type(error)(f"task {name!r}: {error}") from None
-            index = len(self.merged)
-            teacher = partial(self._teacher, tuned, head)
-            if seeds is not None and self.method.needs_answers:
-                seeds = self.task.prepared(teacher, seeds)
-        arrival = Arrival(
-            index=index,
-            name=name,
-            tuned=tuned,
-            seeds=seeds,
-            teacher=teacher,
-            seed=self.step_seed(),
-            on_step=on_step,
-        )
-        before = [self.method.task_tensors(i) for i in range(index)], self.method.state_tensors()
-        served = head_of(self.model, head)
-        put_head(self.model, head)
-        merged = False
-        try:
-            with ranks.together(f"merging task {name!r}"):
-                report = self.method.add(arrival)
-                merged = True
-                refuse_non_finite(self.method, name, [self.method.task_tensors(index)])
-                began = time.perf_counter()
-                degree = None if samples is None else self._temperature(samples, teacher)
-                report.calibration = time.perf_counter() - began
-        except BaseException:
-            if merged:  # else the method is as it was
-                self._begin(type(self.method))
-                self.method.restore(*before)
-            put_head(self.model, served)
-            raise
-        for line in left:
-            logger.info("%s: %s", name, line)
-        report.notes += left
-        count = len(seeds) if seeds else 0
-        labels = None if own.labels is None else list(own.labels)
-        shared = dict(own.shared)
-        called = ModelName() if isinstance(finetuned_model, Mapping) else model_name(finetuned_model)
-        self.merged.append(
-            MergedTask(name, count, report.skipped, report.notes, labels, degree, called, head, shared)
-        )
-        self.matrix.append([None] * len(self.merged))
-        self.unknown.append([None] * len(self.merged))
-        self.answers = {}
-        self._put_head(index)
-        return report
+        return addition.add(self, name, finetuned_model, seed_data, on_step)
 
     def remove(self, name: str) -> list[str]:
         """Take a merged task out again.
@@ -460,31 +388,3 @@ class Merger(MergeState):
         heads = [task.head for task in self.merged]
         temperatures = [task.temperature for task in self.merged]
         return AllTasks(self.task, self.method, self.task_names, heads, temperatures)
-
-    @torch.no_grad()
-    def _temperature(self, samples: TaskData, teacher: Callable[[], nn.Module]) -> float | None:
-        """The temperature of the task whose head is in the model; None where answers are not classes."""
-        if not samples or not self.task.one_class or self.method.per_task:
-            return None
-        parts = [
-            of_all(
-                [
-                    self.task.logits(model, batch).float().cpu()
-                    for batch in own_batches(self.model, samples, TEACHER_BATCH)
-                ]
-            )
-            for model in (self.model, teacher())
-        ]
-        found, wanted = map(torch.cat, parts)
-        return temperature(found, wanted) if found.dim() == 2 else None
-
-    def _prepared_otherwise(self, model: Model) -> list[str]:
-        if self.base_folder is None or isinstance(model, nn.Module | Mapping):
-            return []
-        return differing_preparation(self.base_folder, Path(model))
-
-    def _teacher(self, tuned: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]) -> nn.Module:
-        teacher = copy.deepcopy(self.base).eval()
-        put_head(teacher, head)
-        teacher.get_submodule(self.task.tower(teacher)).load_state_dict(dict(tuned))
-        return teacher

@@ -20,7 +20,7 @@ SETTINGS = {"average": {}, "routed": {"rank": 4, "depths": (0,)}}
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def folder(request, tmp_path_factory):
+def folder(request, tmp_path_factory, few_images):
     suite = suites.load("glyphs4", samples_per_class=1)
     merger = mingle.Merger(BASE, request.param, **SETTINGS[request.param])
     merger.metadata = origin("glyphs4", samples_per_class=1)

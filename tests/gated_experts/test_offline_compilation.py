@@ -1,8 +1,9 @@
 """Every Triton kernel for every kind of GPU, compiled without one: registers, shared memory, instructions,
 pipelining.
 
-Builds for H100 and MI300X are in every run, those for other cards in the slow tests; all together take four
-minutes of processor time.  MINGLE_TEST_EVERY_BUILD=1 builds all variants, dtypes and sizes.
+Every kernel for an H100, the products for an MI300X and one kernel for each card are in every run, the other
+builds in the slow tests; all together take four minutes of processor time.  MINGLE_TEST_EVERY_BUILD=1 builds
+all variants, dtypes and sizes.
 """
 
 from __future__ import annotations
@@ -80,7 +81,17 @@ def every_case() -> Iterator[CompileCase]:
 
 
 CASES = list(every_case() if os.environ.get("MINGLE_TEST_EVERY_BUILD") == "1" else default_cases())
-IN_EVERY_RUN = ("sm_90", "gfx942")
+PLAIN = ("shrink", "expand", "upstream", "dx", "fold")
+IN_EVERY_RUN = {
+    *{case.variant: case for case in reversed(CASES) if case.target == "sm_90"}.values(),  # its first build
+    *(
+        case
+        for case in CASES
+        if (case.target, case.size, case.arithmetic) == ("gfx942", "large", "bfloat16")
+        and case.variant in PLAIN
+    ),
+    *(case for case in CASES if (case.variant, case.arithmetic, case.size) == ("shrink", "float32", "large")),
+}
 PRODUCTS = [case for case in CASES if isinstance(VARIANTS.get(case.variant, ("", ""))[1], int)]
 MATRIX = [case for case in PRODUCTS if case.size == "large" and case.arithmetic != "float32"]
 PIPELINED = [
@@ -95,7 +106,7 @@ def each(cases: list[CompileCase]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         "case",
         [
-            pytest.param(case, marks=() if case.target in IN_EVERY_RUN else pytest.mark.slow, id=str(case))
+            pytest.param(case, marks=() if case in IN_EVERY_RUN else pytest.mark.slow, id=str(case))
             for case in cases
         ],
     )

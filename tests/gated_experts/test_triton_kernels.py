@@ -47,7 +47,7 @@ def test_nan_guard_bands_around_every_tensor_stay_whole_at_widths_that_fill_no_b
     guard_bands(name)
 
 
-@pytest.mark.parametrize("name", COMPACT)
+@pytest.mark.parametrize("name", [name for name in COMPACT if not name.startswith("guard bands")])
 def test_the_kernels_pass_the_checks_that_mutants_fail(name: str) -> None:
     COMPACT[name]()
 
@@ -76,7 +76,7 @@ def test_experts_are_right_without_a_base_to_hide_behind(dtype: torch.dtype, red
     ],
 )  # fmt: skip
 def test_any_number_of_experts_of_any_rank(dtype: torch.dtype, experts: int, rank: int, reduce: str) -> None:
-    accurate(problem((2, 4), d_in=20, d_out=24, experts=experts, rank=rank, dtype=dtype), reduce=reduce)
+    accurate(problem((2, 2), d_in=20, d_out=24, experts=experts, rank=rank, dtype=dtype), reduce=reduce)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3, 17])
@@ -87,11 +87,11 @@ def test_ranks_of_1_3_and_17_are_the_formulas(rank: int, reduce: str) -> None:
 
 @pytest.mark.parametrize("reduce", ["token", "batch"])  # low-rank, and folded
 def test_fp16_sums_accumulate_in_fp32(reduce: str) -> None:
-    p = {name: torch.zeros_like(value) for name, value in problem((2, 17), 4096, 17, 1, 1).items()}
-    p |= dict(x=torch.ones(2, 17, 4096), A=torch.ones(1, 1, 4096), B=torch.ones(1, 17, 1))
-    p |= dict(weight=torch.ones(17, 4096), gate_bias=torch.ones(1))
+    p = {name: torch.zeros_like(value) for name, value in problem((2, 9), 2112, 17, 1, 1).items()}
+    p |= dict(x=torch.ones(2, 9, 2112), A=torch.ones(1, 1, 2112), B=torch.ones(1, 17, 1))
+    p |= dict(weight=torch.ones(17, 2112), gate_bias=torch.ones(1))
     y = run({name: value.half() for name, value in p.items()}, "triton", None, (), reduce=reduce)["y"]
-    assert torch.equal(y, torch.full((2, 17, 17), 8192, dtype=torch.float16))  # in fp16 ones add up to 2048
+    assert torch.equal(y, torch.full((2, 9, 17), 4224, dtype=torch.float16))  # in fp16 ones add up to 2048
 
 
 @dtypes
@@ -108,7 +108,7 @@ def test_single_tokens(dtype: torch.dtype, reduce: str, shape: tuple[int, ...]) 
     accurate(problem(shape, dtype=dtype), reduce=reduce)
 
 
-@reductions
+@pytest.mark.parametrize("reduce", [pytest.param("token", marks=pytest.mark.slow), "sample", "batch"])
 def test_more_rows_of_tiles_than_one_band_of_programs(reduce: str) -> None:
     accurate(problem((5, 29), d_in=24, d_out=40, experts=2, rank=3), reduce=reduce)
 

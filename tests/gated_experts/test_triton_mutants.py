@@ -10,6 +10,9 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+import torch
+import triton
+import triton.language as tl
 from kernel_checks import COMPACT
 from mutants import Mutation, applied
 
@@ -287,3 +290,34 @@ def test_without_a_fault_the_same_machinery_passes(tmp_path: Path) -> None:
         with applied(mutation, tmp_path):
             COMPACT["linear gates of samples"]()
     COMPACT["linear gates of samples"]()
+
+
+@triton.jit
+def _arithmetic_kernel(a_ptr, b_ptr, out_ptr, OPERATION: tl.constexpr):
+    a, b = tl.load(a_ptr), tl.load(b_ptr)
+    if OPERATION == "add":
+        out = a + b
+    elif OPERATION == "sub":
+        out = a - b
+    else:
+        out = a * b
+    tl.store(out_ptr, out)
+
+
+@pytest.mark.parametrize(
+    ("operation", "a", "b", "result"),
+    [
+        ("add", 2**30, 2**30 - 1, 2**31 - 1),
+        ("sub", -(2**30), 2**30, -(2**31)),
+        ("mul", 2**15, 2**16 - 1, 2**31 - 2**15),
+    ],
+)
+def test_integers_that_overflow_are_seen(operation: str, a: int, b: int, result: int) -> None:
+    def computed(b: int) -> int:
+        values = [torch.tensor([value], dtype=torch.int32) for value in (a, b, 0)]
+        _arithmetic_kernel[(1,)](*values, operation)
+        return int(values[2])
+
+    assert computed(b) == result
+    with pytest.raises(Exception, match=f"int32 overflow detected for operation {operation}"):
+        computed(b + 1)

@@ -1,4 +1,4 @@
-"""Tiles as a new process finds them."""
+"""Tiles and the choice of a library for products, as a new process finds them."""
 
 from __future__ import annotations
 
@@ -20,3 +20,23 @@ def own_tiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     forget()
     yield
     forget()
+
+
+@pytest.fixture
+def own_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No library was chosen before, and what is chosen stays in the test's own folder."""
+    import gemm_choices
+
+    monkeypatch.setenv("MINGLE_CACHE", str(tmp_path))
+    monkeypatch.delenv("MINGLE_CPU_GEMM", raising=False)
+    gemm_choices.forget()
+    yield
+    gemm_choices.forget()
+
+
+@pytest.fixture
+def onednn(own_choice: None) -> None:
+    from mingle.kernels import gemm
+
+    if not gemm._onednn_agrees():
+        pytest.skip("this PyTorch has no oneDNN linear operator")

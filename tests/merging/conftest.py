@@ -1,4 +1,4 @@
-"""A base's folder, a fine-tuned model of it as tensors, and the configuration of both."""
+"""Models to be merged: in folders, as tensors, and from file to file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import json
 
 import pytest
 import torch
+from few_samples import few_images  # noqa: F401
+from streamed_merges import folders_of
+
+from mingle.io import lazy_tensors
+from mingle.merging import streamed
 
 
 @pytest.fixture
@@ -27,3 +32,16 @@ def tuned(base_model):
 @pytest.fixture
 def clip_config(base):
     return json.loads((base / "config.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def mixtral(tmp_path_factory):
+    """A base and three fine-tuned models in bfloat16, to be read only."""
+    return folders_of("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Parts so small that there are a dozen, and blocks of which large tensors have several."""
+    monkeypatch.setattr(streamed, "PART_BYTES", 6000)
+    monkeypatch.setattr(lazy_tensors, "BLOCK_ENTRIES", 200)

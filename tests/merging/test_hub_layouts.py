@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, built, moved
+from architectures import built, each_kind, moved
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
@@ -89,7 +89,7 @@ def sharded(model, folder):
 LAYOUTS = [saved, in_memory_names, every_name, without_prefix, of_transformers_4, sharded]
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@each_kind
 def test_a_folder_of_any_age_is_the_same_model(kind, tmp_path):
     base = built(kind)
     tuned = moved(base, 1)

@@ -30,7 +30,7 @@ def test_a_whole_merge_by_a_plain_second_implementation(base_model, tuned_states
         merger = mingle.Merger(
             base,
             "mingle",
-            **(SETTINGS | dict(gate_init="zeros", batch_size=24, layers=("mlp.fc1", "q_proj"))),
+            **(SETTINGS | dict(steps=6, gate_init="zeros", batch_size=24, layers=("mlp.fc1", "q_proj"))),
         )
         plain = PlainMingle(base, ("mlp.fc1", "self_attn.q_proj"), rank=4, steps=6, lr=5e-3)
         for i in range(3):

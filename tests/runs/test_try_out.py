@@ -2,61 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import played_merges
 import pytest
 import torch
-from PIL import Image
 from played_merges import CLASSES, TASKS
 from tiny_merge import contents
+from trials import first
 
-from mingle.io.files import CheckpointError
 from mingle.merging.merger import Merger
 from mingle.methods.gated import GatedMethod
 from mingle.methods.routing import RouterMethod
 from mingle.nn.observe import observed
-from mingle.options import OptionError
-from mingle.runs.play import try_out as try_out_module
 from mingle.runs.play.try_out import TryOut
-from mingle.tasks import TaskType
-from mingle.tasks.readers import ReadingError
-from mingle.tasks.seq2seq import Seq2SeqTask
 
 METHODS = [name for name in played_merges.OPTIONS if name not in ("individual", "pre-trained")]
+
+
 GATED = [name for name in METHODS if name != "average"]
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "picture.png"
-    pixels = np.random.default_rng(0).integers(0, 255, (12, 9, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    """A function that gives a saved merge of image classifiers by its method."""
-    folders: dict[str, Path] = {}
-
-    def saved(method: str) -> Path:
-        if method not in folders:
-            place = tmp_path_factory.mktemp(method)
-            torch.manual_seed(0)
-            played_merges.classifier(place, "vit", method).save_pretrained(place / "merged")
-            folders[method] = place / "merged"
-        return folders[method]
-
-    return saved
-
-
-def first(answer):
-    best = answer.classes[0]
-    return best.task, best.label, pytest.approx(best.probability, abs=1e-6)
 
 
 def by_hand(model, task, try_out, given):
@@ -242,129 +206,3 @@ def test_several_threads_may_ask(vit, picture):
     expected = [try_out.trial(picture, active) for active in asked]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda active: try_out.trial(picture, active), asked)) == expected
-
-
-def test_texts_are_classified(tmp_path):
-    played_merges.classifier(tmp_path, "bert", "mingle").save_pretrained(tmp_path / "merged")
-    try_out = TryOut.of(tmp_path / "merged")
-    assert try_out.modality == "text" and not try_out.fixed
-    trial = try_out.trial("a text", TASKS)
-    found = try_out.merger.predict(try_out.reader("a text"))
-    assert first(trial.merged) == (found.task[0], found.label[0], found.score[0])
-    with pytest.raises(ReadingError, match="there is no text yet"):
-        try_out.trial(" \n", TASKS)
-    with pytest.raises(ReadingError, match=r"has 40 tokens, and the model has room for 22"):
-        try_out.trial("a" * 40, TASKS)
-    with pytest.raises(ValueError, match="task 'x' is not among the merged ones"):
-        try_out.trial("a text", ["x"])
-
-
-@pytest.mark.parametrize("method", ["average", "routed"])
-def test_sentences_are_compared_with_the_names_of_the_active_tasks_classes(tmp_path, method):
-    played_merges.sentences(tmp_path, method).save_pretrained(tmp_path / "merged")
-    try_out = TryOut.of(tmp_path / "merged")
-    found = try_out.merger.predict(try_out.reader("a red dog"))
-    assert first(try_out.trial("a red dog", TASKS).merged) == (found.task[0], found.label[0], found.score[0])
-    trial = try_out.trial("a red dog", TASKS[1:])
-    assert {each.label for each in trial.merged.classes} == set(CLASSES[1])
-    assert sum(each.probability for each in trial.merged.classes) == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "method"),
-    [
-        ("llama", "average"),
-        ("llama", "routed"),
-        ("mt5", "routed"),
-        *(pytest.param(kind, "mingle", marks=pytest.mark.slow) for kind in ("llama", "mt5")),
-    ],
-)
-def test_writers_answer_in_text(tmp_path, kind, method, monkeypatch):
-    monkeypatch.setattr(try_out_module, "ANSWER_TOKENS", 6)
-    played_merges.writers(tmp_path, kind, method).save_pretrained(tmp_path / "merged")
-    try_out = TryOut.of(tmp_path / "merged")
-    merger = try_out.merger
-    trial = try_out.trial("is this it?", TASKS)
-    inputs = try_out.reader("is this it?")
-    tokens = merger.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
-    tokens = tokens[1:] if kind == "mt5" else tokens[inputs["input_ids"].shape[1] :]
-    assert trial.merged.text and trial.merged.text == try_out.reader.decode(tokens)
-    assert trial.base.text and trial.base.text != trial.merged.text
-    assert (try_out.fixed == "") == (method != "average")
-    if method == "average":
-        return
-    assert {trial.experts[name].text for name in TASKS} != {trial.merged.text}
-    assert all(map(math.isfinite, (value for row in trial.gates.values for value in row)))
-    for place, name in enumerate(TASKS):
-        assert try_out.trial("is this it?", []).merged.text == trial.base.text
-        alone = try_out.trial("is this it?", [name])
-        assert not any(row[1 - place] for row in alone.gates.values)
-    if method == "routed":
-        assert [try_out.trial("is this it?", [name]).merged.text for name in TASKS] == [
-            trial.experts[name].text for name in TASKS
-        ]
-
-
-def test_a_prompt_leaves_room_for_the_answer(tmp_path):
-    played_merges.writers(tmp_path, "llama", "average").save_pretrained(tmp_path / "merged")
-    try_out = TryOut.of(tmp_path / "merged")
-    assert len(try_out.trial("a" * 32, TASKS).merged.text) > 5
-    with pytest.raises(ReadingError, match="has 33 tokens, and the model has room for 32"):
-        try_out.trial("a" * 33, TASKS)
-
-
-def test_images_that_cannot_be_read_are_refused(vit, tmp_path):
-    try_out, path = TryOut.of(vit("average")), tmp_path / "broken.png"
-    path.write_bytes(b"not a picture")
-    with pytest.raises(ReadingError, match="cannot be read: in no format that Pillow knows"):
-        try_out.trial(path, TASKS)
-    with pytest.raises(ReadingError, match="there is no image yet"):
-        try_out.trial(None, TASKS)
-
-
-def test_a_task_of_unknown_classes_says_how_to_name_them(tmp_path, base_folder, tuned_folders, picture):
-    folder = tmp_path / "base"
-    folder.mkdir()
-    for file in base_folder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    played_merges.write_processor(folder, 16)
-    merger = Merger(folder, "mass", rank=2)
-    merger.add("bare", tuned_folders[0])
-    merger.save_pretrained(tmp_path / "merged")
-    trial = TryOut.of(tmp_path / "merged").trial(picture, ["bare"])
-    for answer in (trial.merged, trial.base, trial.experts["bare"]):
-        assert "set_classes('bare'" in answer.reason
-    assert "set_classes('bare'" in trial.routing.reason
-
-
-def test_folders_that_nobody_can_try_are_refused(tmp_path, base_folder, tuned_folders, monkeypatch):
-    Merger(base_folder, "average").save_pretrained(tmp_path / "empty")
-    with pytest.raises(OptionError, match="empty: no task is merged"):
-        TryOut.of(tmp_path / "empty")
-    merger = Merger(base_folder, "average")
-    merger.add("one", tuned_folders[0])
-    merger.save_pretrained(tmp_path / "bare")
-    with pytest.raises(CheckpointError, match="no image processor"):
-        TryOut.of(tmp_path / "bare")
-    monkeypatch.setattr(type(merger.task), "modality", None)
-    with pytest.raises(OptionError, match="task type 'clip': its samples are neither images nor texts"):
-        TryOut.of(tmp_path / "bare")
-
-
-def test_only_models_that_write_have_written_answers(base_model):
-    assert TaskType.modality is None and Seq2SeqTask.modality == "text"
-    with pytest.raises(ValueError, match="the answers of a clip model are not texts"):
-        Merger(base_model, "average").task.written(base_model, None, 3)
-
-
-def test_nothing_is_left_of_an_answer_that_failed(vit, picture, monkeypatch):
-    try_out = TryOut.of(vit("routed"))
-    before = try_out.trial(picture, TASKS)
-    method = try_out.merger.method
-    with monkeypatch.context() as patch:
-        patch.setattr(method, "decision", lambda data: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            try_out.trial(picture, TASKS[:1])
-    assert method.router.router.among is None
-    assert try_out.trial(picture, TASKS) == before
-    assert not any(layer._forward_pre_hooks for layer in method.layers.values())

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import collections
 import json
+from functools import cache
 
 import pytest
 import torch
+from few_samples import PER_CLASS
 
 from mingle import suites
 from mingle.io.files import sha256
@@ -112,30 +114,30 @@ def rows(data):
     return [x.numpy().tobytes() for x in data.inputs["pixel_values"]]
 
 
-def test_strict_seeds_are_label_free_and_kept_out_of_the_test_set():
+def test_strict_seeds_are_label_free_and_kept_out_of_the_test_set(few_images):
     suite = suites.load("glyphs8", protocol="strict", samples_per_class=2)
     seeds, test = suite.seeds("greek-inverted"), suite["greek-inverted"]
-    assert (len(seeds), len(test)) == (40, 460)
+    assert (len(seeds), len(test)) == (20 * 2, 20 * (PER_CLASS - 2))
     assert seeds.labels is None
     assert not set(rows(seeds)) & set(rows(test))
     other = suites.load("glyphs8", protocol="strict", samples_per_class=2, seed=1)
     assert rows(other.seeds("greek-inverted")) != rows(seeds)
 
 
-def test_official_seeds_are_balanced_and_stay_in_the_test_set():
+def test_official_seeds_are_balanced_and_stay_in_the_test_set(few_images):
     suite = suites.load("glyphs8", protocol="official", samples_per_class=2)
     seeds, test = suite.seeds("greek-inverted"), suite["greek-inverted"]
-    assert (len(seeds), len(test)) == (40, 500)
+    assert (len(seeds), len(test)) == (20 * 2, 20 * PER_CLASS)
     assert set(rows(seeds)) <= set(rows(test))
     labels = dict(zip(rows(test), test.labels.tolist(), strict=True))
     assert collections.Counter(labels[row] for row in rows(seeds)) == dict.fromkeys(range(20), 2)
 
 
-def test_corrupted_suites():
+def test_corrupted_suites(few_images):
     whole, single = suites.load("glyphs4-corrupted"), suites.load("glyphs4-pixelate")
     assert list(whole) == list(single) == [task.name for task in SUITES["glyphs4"]]
-    assert len(whole["greek-inverted"]) == 7 * 500 - 100
-    assert len(single["greek-inverted"]) == 400
+    assert len(whole["greek-inverted"]) == 7 * 20 * PER_CLASS - 100
+    assert len(single["greek-inverted"]) == 20 * PER_CLASS - 100
 
 
 def test_unknown_names_are_refused():
@@ -206,10 +208,12 @@ def test_two_processes_may_train_the_same_tower(tmp_path, monkeypatch):
     assert [path.name for path in others[0].parent.iterdir()] == ["digits-inverted"]
 
 
-def test_training_samples_are_not_test_samples():
+def test_training_samples_are_not_test_samples(few_images, monkeypatch):
+    monkeypatch.setattr(glyphs, "TRAINING_IMAGES_PER_CLASS", 4)
+    monkeypatch.setattr(glyphs, "_training", cache(glyphs._training.__wrapped__))
     suite = suites.load("glyphs8", protocol="official")
     whole = suite.seeds("greek-inverted", whole=True)
-    assert whole.labels is None and len(whole) == 20 * glyphs.TRAINING_IMAGES_PER_CLASS
+    assert whole.labels is None and len(whole) == 20 * 4
     assert not set(rows(whole)) & set(rows(suite["greek-inverted"]))
     suite.check_sequential()
     glyphs._training.cache_clear()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors import safe_open
@@ -97,6 +98,19 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
         decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=48,
     ),
 }  # fmt: skip
+
+#: what is found in one of them is new: Conv1D, fused products, packed experts, two towers, cross-attention
+UNLIKE = ("gpt2", "phi3", "mixtral", "gpt_neox", "vit", "deberta-v2", "clip", "t5")
+#: these have the blocks of llama, mixtral, vit, bert, clip or t5 with other names, norms or sizes
+ALIKE = (
+    "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "olmo2", "qwen3_moe",
+    "dinov2", "roberta", "distilbert", "siglip", "mt5",
+)  # fmt: skip
+
+#: the test runs for each kind, slow where another in the plain run has the like
+each_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in UNLIKE)) for kind in ARCHITECTURES]
+)
 
 
 def built(name: str) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -11,17 +12,18 @@ from mingle.suites import Suite, glyphs
 from mingle.tasks import TaskData
 
 #: of 25; the strict protocol takes five of each class as seed samples
-PER_CLASS = 8
+PER_CLASS = 6
+
+_samples = cache(glyphs._samples.__wrapped__)
 
 
 @pytest.fixture(scope="module")
 def few_images() -> Iterator[None]:
-    """Of glyph suites few test images are drawn at all."""
+    """Of glyph suites few test images are drawn at all, once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(glyphs, "TEST_IMAGES_PER_CLASS", PER_CLASS)
-        glyphs._samples.cache_clear()
+        patch.setattr(glyphs, "_samples", _samples)
         yield
-    glyphs._samples.cache_clear()
 
 
 def every_tenth(patch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 import mingle
 from mingle.tasks import TaskData
 
-SETTINGS = dict(rank=4, steps=6, lr=5e-3, batch_size=8)
+SETTINGS = dict(rank=4, steps=3, lr=5e-3, batch_size=8)
 NAMES = ["one", "two", "three"]
 
 

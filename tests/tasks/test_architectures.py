@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, built, moved, names_in, options, samples
+from architectures import ALIKE, ARCHITECTURES, UNLIKE, built, each_kind, moved, names_in, options, samples
 from torch import nn
 
 import mingle
@@ -13,13 +13,6 @@ from mingle.methods import METHODS
 from mingle.methods.gated import GatedMethod
 from mingle.nn.inject import matches
 
-#: what is found in one of them is new: Conv1D, fused products, packed experts, two towers, cross-attention
-UNLIKE = ("gpt2", "phi3", "mixtral", "gpt_neox", "vit", "deberta-v2", "clip", "t5")
-#: these have the blocks of llama, mixtral, vit, bert, clip or t5 with other names, norms or sizes
-ALIKE = (
-    "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "olmo2", "qwen3_moe",
-    "dinov2", "roberta", "distilbert", "siglip", "mt5",
-)  # fmt: skip
 #: kinds → task type, layers of attention, layers of MLPs, by what follows the block's name; those before the
 #: stroke read the block's input
 FOUND = {
@@ -215,7 +208,7 @@ def test_a_method_merges_goes_on_after_loading_answers_and_leaves(kind, method, 
         assert all(torch.equal(tensor, exported[name]) for name, tensor in wanted.items())
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@each_kind
 def test_plain_formulas_give_the_merged_weights(kind):
     base = built(kind)
     tuned = [moved(base, seed) for seed in (1, 2)]

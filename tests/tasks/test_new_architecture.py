@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import moved, names_in, options
+from few_methods import each_method
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -104,7 +105,7 @@ def test_the_structure_of_an_architecture_that_nobody_has_seen_is_found(made_up)
     assert structure.sets["light"] == ("attention.qkv", "grow")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_method(METHODS)
 def test_every_method_merges_it_without_any_code(made_up, method, tmp_path):
     merger = mingle.Merger(made_up / "base", method, **options(method))
     given = {"input_ids": torch.arange(3, 23).view(4, 5), "answer_mask": torch.ones(4, 5, dtype=torch.long)}

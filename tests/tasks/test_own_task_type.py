@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from few_methods import each_method
 from plain_nets import Curves, PlainNet, curves, moved
 
 import mingle
@@ -50,7 +51,7 @@ def test_the_structure_of_a_plain_model_is_found(base, task):
 
 
 @pytest.mark.parametrize("task", [Curves(), UnseenCurves(), CurvesWithHeads()], ids=lambda task: task.name)
-@pytest.mark.parametrize("method", METHODS)
+@each_method(METHODS)
 def test_every_method_merges_a_plain_model_and_goes_on_after_loading(base, task, method, tmp_path):
     known = {name: CHEAP[name] for name in CHEAP if name in METHODS[method].Options.__dataclass_fields__}
     merger = mingle.Merger(base, method, task, **known)

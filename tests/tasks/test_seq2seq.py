@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from few_methods import each_method
 from small_merges import same_bits
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -215,7 +216,7 @@ def test_numbers_are_correlated_and_other_text_counts_as_zero(tuned):
         TASK.outcomes(tuned[0], TaskData(data.inputs, {}, labelled.labels, metric="spearman"))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "individual"])
+@each_method([name for name in METHODS if name != "individual"])
 def test_every_method_merges_saves_and_resumes(base, tuned, method, tmp_path):
     whole = merge(base, tuned, method)
     merge(base, tuned, method, count=1).save_pretrained(tmp_path / "one")

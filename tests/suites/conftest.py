@@ -1,0 +1,1 @@
+from few_samples import few_images  # noqa: F401
