@@ -33,6 +33,7 @@ from mingle.merging.opened import check_known, opened
 from mingle.merging.predict import AllTasks, Prediction
 from mingle.merging.state import MergeState, model_name
 from mingle.methods import Arrival, StepReport
+from mingle.methods.base import Tensors
 from mingle.methods.gated import GatedMethod
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.data import class_names_of
@@ -69,6 +70,11 @@ class Merger(MergeState):
         ValueError: an unknown method, task type, option or vocabulary; a base with NaN or infinite weights.
         CheckpointError: a folder that does not hold an intact model.
     """
+
+    @property
+    def values(self) -> Mapping[str, torch.Tensor] | None:
+        """The tensors of a base that is on the meta device; None where the base holds them itself."""
+        return None
 
     def add(
         self,
@@ -111,7 +117,8 @@ class Merger(MergeState):
                 )
             try:
                 model = FineTuned(finetuned_model, self.base, self.task, self.vocabulary, self.base_folder)
-                tuned, head, left = model.tensors(), model.head(), model.left(self.method.merges())
+                tuned, head = self._tensors(model), model.head(self.values)
+                left = model.left(self.method.merges(), self.values)
                 left += self._prepared_otherwise(finetuned_model)
                 own = own_head(head, samples, model.labels)
                 self.task.check_head(own)
@@ -130,7 +137,7 @@ class Merger(MergeState):
             seed=self.step_seed(),
             on_step=on_step,
         )
-        before = [self.method.task_tensors(i) for i in range(index)], self.method.state_tensors()
+        before = self._before()
         served = head_of(self.model, head)
         put_head(self.model, head)
         merged = False
@@ -143,7 +150,7 @@ class Merger(MergeState):
                 degree = None if samples is None else self._temperature(samples, teacher)
                 report.calibration = time.perf_counter() - began
         except BaseException:
-            if merged:  # else the method is as it was
+            if merged and before is not None:  # else the method is as it was
                 self._begin(type(self.method))
                 self.method.restore(*before)
             put_head(self.model, served)
@@ -482,6 +489,15 @@ class Merger(MergeState):
         if self.base_folder is None or isinstance(model, nn.Module | Mapping):
             return []
         return differing_preparation(self.base_folder, Path(model))
+
+    def _tensors(self, model: FineTuned) -> Mapping[str, torch.Tensor]:
+        """The tensors of a fine-tuned tower, all found to be finite."""
+        return model.tensors()
+
+    def _before(self) -> tuple[list[Tensors], Tensors] | None:
+        """What the method restores after an error; None where nothing can be."""
+        tasks = [self.method.task_tensors(i) for i in range(len(self.merged))]
+        return tasks, self.method.state_tensors()
 
     def _teacher(self, tuned: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]) -> nn.Module:
         teacher = copy.deepcopy(self.base).eval()

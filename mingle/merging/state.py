@@ -223,7 +223,7 @@ class MergeState:
         Raises:
             CheckpointError: tensors that belong to something else.
         """
-        place = next(self.base.parameters()).device
+        place = next(self.model.parameters()).device
         moved = [{name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved]
         try:
             own = [
