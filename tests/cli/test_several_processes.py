@@ -15,7 +15,7 @@ from merge_files import merge_file
 from tiny_merge import contents
 from worlds import world
 
-from mingle.cli import main
+from mingle.cli import main, progress
 from mingle.io import shared_folder
 from mingle.merging import streamed
 from mingle.merging.merger import Merger
@@ -63,6 +63,19 @@ def test_merge_and_add_from_files(files, tuned_folders, tmp_path):
     assert {text for _, text in (*merged[1:], *added[1:])} == {""}
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
     assert (tmp_path / "shared/report.html").is_file()
+
+
+def test_one_process_tells_of_its_parts(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_PAUSE", 0.0)
+    for size, quiet in ((2, ()), (1, ("--quiet",))):
+        out = tmp_path / f"out {size} {quiet}"
+        found = world(size, command("merge", files("ties"), "--out", out, *quiet), joined=False)
+        said = found[0][1]
+        passes = re.findall(r"merging from files, pass (\d+), (\S+) of (\S+) GB(.*)", said)
+        assert [code for code, _ in found] == [0] * size
+        assert {number for number, *_ in passes} == (set() if quiet else {"1", "2", "3"}), said
+        assert {rest for *_, rest in passes} <= {", the part of one process of 2"}
+        assert all(text == "" for _, text in found[1:])
 
 
 def test_a_merge_in_memory_is_saved_once(files, tmp_path):
