@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mingle.nn.early_stop import run_until
+from mingle.nn.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ def frozen_prefix(
     """Inside the block, modules that finish before the first of `experts` begins answer from memory.
 
     Only modules whose result is one tensor with a row per sample, computed once per pass, are replaced.  The
-    model must be in evaluation mode, and nothing in front of the experts may train.
+    model must be in evaluation mode, and nothing in front of the experts may train.  Of a model whose blocks
+    are shared out nothing is kept: its processes pass the blocks together.
 
     Args:
         model: the model that `run` calls.
@@ -44,6 +46,9 @@ def frozen_prefix(
     Yields:
         A function to be called with the indices [n] of the samples in the next pass.
     """
+    if is_sharded(model):
+        yield lambda _: None
+        return
     experts = list(experts)
     own: dict[nn.Module, Any] = {}  # the instances' own replacements of their class's `forward`
     modules = _per_sample(_candidates(model, set(experts)), run)

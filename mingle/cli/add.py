@@ -29,6 +29,7 @@ def register(commands: Commands) -> None:
     text = "an option of the adaptation that changes from now on, such as steps=50; given once per option"
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=text)
     arguments.samples(parser)
+    arguments.shard(parser)
     arguments.offline(parser)
     arguments.printing(parser)
     pages.option(parser)
@@ -39,9 +40,8 @@ def run(args: argparse.Namespace) -> None:
     expert = Expert(args.name, args.model, args.revision)
     overrides = arguments.overrides(args)
     with bars(1) as observer:
-        result = merge.add(
-            args.folder, expert, overrides, observer, args.vocabulary, dict(arguments.parsed_options(args))
-        )
+        adapt = dict(arguments.parsed_options(args))
+        result = merge.add(args.folder, expert, overrides, observer, args.vocabulary, adapt, args.shard)
     show(result_table(result))
     document({"folder": str(args.folder), **result_document(result)})
     pages.write(args.folder, show=args.open)

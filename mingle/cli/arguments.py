@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, get_args
 
 import yaml
 
 from mingle.methods import METHODS
 from mingle.options import OptionError
+from mingle.runs.sharding import Shard
 from mingle.suites.protocol import PROTOCOLS
 from mingle.text import visible
 
@@ -35,6 +36,12 @@ def printing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help=text)
     text = "print nothing but errors and what was found: no progress, no messages"
     parser.add_argument("--quiet", action="store_true", help=text)
+
+
+def shard(parser: argparse.ArgumentParser) -> None:
+    """``--shard``."""
+    text = "whether processes share out the model's weights; auto: where one's memory does not hold it"
+    parser.add_argument("--shard", choices=get_args(Shard), default="auto", help=text)
 
 
 def orders(parser: argparse.ArgumentParser) -> None:

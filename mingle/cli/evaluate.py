@@ -16,12 +16,13 @@ def register(commands: Commands) -> None:
     parser.add_argument("folder", type=file_path, help="the folder that merge wrote")
     parser.add_argument("--batch-size", type=arguments.positive, default=128)
     arguments.samples(parser)
+    arguments.shard(parser)
     arguments.offline(parser)
     arguments.printing(parser)
     parser.set_defaults(run=run, shared=True)
 
 
 def run(args: argparse.Namespace) -> None:
-    result = merge.evaluate(args.folder, arguments.overrides(args), args.batch_size)
+    result = merge.evaluate(args.folder, arguments.overrides(args), args.batch_size, args.shard)
     show(result_table(result))
     document({"folder": str(args.folder), **result_document(result)})

@@ -16,9 +16,11 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from mingle import ranks
 from mingle.adaptation.trace import StepProgress
 from mingle.cli.output import console, has_bars, is_quiet, percent, points, say
 from mingle.merging.evaluate import Result
+from mingle.merging.parts import PartsProgress
 from mingle.runs.observer import Observer
 from mingle.text import visible
 
@@ -70,6 +72,9 @@ class _Lines(Observer):
     def adapting(self, progress: StepProgress) -> None:
         self._say_now_and_then(f"adapting, step {progress.step} of {progress.steps}, {_measures(progress)}")
 
+    def streaming(self, progress: PartsProgress) -> None:
+        self._say_now_and_then(f"{_pass(progress)}, {_bytes(progress)}")
+
     def training(self, task: str, step: int, steps: int) -> None:
         text = f"training the expert {task} (once, then cached), step {step} of {steps}"
         self._say_now_and_then(text, first=task != self.trained)
@@ -100,6 +105,16 @@ def _measures(progress: StepProgress) -> str:
     return found
 
 
+def _pass(progress: PartsProgress) -> str:
+    return f"merging from files, pass {progress.number}"
+
+
+def _bytes(progress: PartsProgress) -> str:
+    """What is done, and of what; of several processes this one speaks of its own part."""
+    own = f", the part of one process of {ranks.size()}" if ranks.size() > 1 else ""
+    return f"{progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB{own}"
+
+
 class _Bars(Observer):
     def __init__(self, progress: Progress, runs: int) -> None:
         self.progress, self.runs, self.begun = progress, runs, 0
@@ -120,6 +135,10 @@ class _Bars(Observer):
 
     def adapting(self, progress: StepProgress) -> None:
         self._inside("  adapting", progress.step, progress.steps, _measures(progress))
+
+    def streaming(self, progress: PartsProgress) -> None:
+        share = round(100 * progress.done / max(progress.total, 1))
+        self._inside(f"  {_pass(progress)}, per cent", share, 100, _bytes(progress))
 
     def training(self, task: str, step: int, steps: int) -> None:
         self._inside(f"  training the expert {visible(task)} (once, then cached)", step, steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -50,14 +49,15 @@ def add(
             raise ValueError(f"task {name!r}: method {method.name!r} needs seed samples, and none were given")
         try:
             model = FineTuned(finetuned_model, merge.base, merge.task, merge.vocabulary, merge.base_folder)
-            tuned, head, left = model.tensors(), model.head(), model.left(method.merges())
+            tuned, head = merge.tuned_tensors(model), model.head(merge.values)
+            left = model.left(method.merges(), merge.values)
             left += _prepared_otherwise(merge, finetuned_model)
             own = own_head(head, samples, model.labels)
             merge.task.check_head(own)
         except (IncompatibleModel, CheckpointError) as error:
             raise type(error)(f"task {name!r}: {error}") from None
         index = len(merge.merged)
-        teacher = partial(_teacher, merge, tuned, head)
+        teacher = partial(merge.teacher, tuned, head)
         if seeds is not None and method.needs_answers:
             seeds = merge.task.prepared(teacher, seeds)
     arrival = Arrival(
@@ -69,7 +69,7 @@ def add(
         seed=merge.step_seed(),
         on_step=on_step,
     )
-    before = [method.task_tensors(i) for i in range(index)], method.state_tensors()
+    before = merge.restorable()
     served = head_of(merge.model, head)
     put_head(merge.model, head)
     merged = False
@@ -82,7 +82,7 @@ def add(
             degree = None if samples is None else _temperature(merge, samples, teacher)
             report.calibration = time.perf_counter() - began
     except BaseException:
-        if merged:  # else the method is as it was
+        if merged and before is not None:  # else the method is as it was
             merge._begin(type(method))
             merge.method.restore(*before)
         put_head(merge.model, served)
@@ -126,13 +126,3 @@ def _prepared_otherwise(merge: MergeState, model: Model) -> list[str]:
     if merge.base_folder is None or isinstance(model, nn.Module | Mapping):
         return []
     return differing_preparation(merge.base_folder, Path(model))
-
-
-def _teacher(
-    merge: MergeState, tuned: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]
-) -> nn.Module:
-    """The fine-tuned model, whole."""
-    teacher = copy.deepcopy(merge.base).eval()
-    put_head(teacher, head)
-    teacher.get_submodule(merge.task.tower(teacher)).load_state_dict(dict(tuned))
-    return teacher

@@ -9,6 +9,7 @@ import torch
 
 from mingle.io.state_dicts import non_finite
 from mingle.methods import MergeMethod
+from mingle.nn.sharded import own_part
 
 
 class NonFiniteMerge(ArithmeticError):
@@ -20,6 +21,8 @@ def refuse_non_finite(
 ) -> None:
     """Raise `NonFiniteMerge` unless the merged model, and all that a save would write, is finite.
 
+    Of tensors that are shared out, each process looks at its own part.
+
     Args:
         method: with its model.
         task: the name of the task that was merged last.
@@ -27,7 +30,7 @@ def refuse_non_finite(
     """
     kept = [*task_tensors, method.state_tensors(), method.model.state_dict()]
     for name, tensor in chain.from_iterable(tensors.items() for tensors in kept):
-        refuse(method, task, name, tensor)
+        refuse(method, task, name, own_part(tensor))
 
 
 def refuse(

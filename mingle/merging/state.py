@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from mingle.tasks import TaskType
 from mingle.tasks.heads import names_of, put_head, put_names
 from mingle.tasks.loading import absent
 from mingle.tasks.names import in_files
+
+if TYPE_CHECKING:
+    from mingle.merging.finetuned import FineTuned
 
 
 class MergeState:
@@ -91,6 +94,27 @@ class MergeState:
     def _loaded(task: TaskType, folder: Path) -> nn.Module:
         """The base model in a folder."""
         return task.load(folder)
+
+    @property
+    def values(self) -> Mapping[str, torch.Tensor] | None:
+        """The tensors of a base that is on the meta device; None where the base holds them itself."""
+        return None
+
+    def tuned_tensors(self, model: FineTuned) -> Mapping[str, torch.Tensor]:
+        """The tensors of a fine-tuned tower, all found to be finite."""
+        return model.tensors()
+
+    def teacher(self, tuned: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]) -> nn.Module:
+        """The fine-tuned model, whole."""
+        teacher = copy.deepcopy(self.base).eval()
+        put_head(teacher, head)
+        teacher.get_submodule(self.task.tower(teacher)).load_state_dict(dict(tuned))
+        return teacher
+
+    def restorable(self) -> tuple[list[Tensors], Tensors] | None:
+        """What the method restores after an error; None where nothing can be."""
+        tasks = [self.method.task_tensors(i) for i in range(len(self.merged))]
+        return tasks, self.method.state_tensors()
 
     @property
     def task_names(self) -> list[str]:
@@ -223,7 +247,7 @@ class MergeState:
         Raises:
             CheckpointError: tensors that belong to something else.
         """
-        place = next(self.base.parameters()).device
+        place = next(self.model.parameters()).device
         moved = [{name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved]
         try:
             own = [

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mingle import linalg, ranks
+from mingle.io.lazy_tensors import LazyTensors, described
 from mingle.linalg.arithmetic import buckets, stacked
 from mingle.nn.linear import LowRankExpert
 
@@ -87,18 +88,38 @@ def shared_experts(
 ) -> dict[str, LowRankExpert]:
     """The same as `make_experts`, bit for bit, by all processes together; see `mingle.ranks`.
 
-    Each makes those of some layers, and tells the others.
+    Each makes those of some layers, and tells the others.  Deltas that are made when they are asked for are
+    in memory one at a time.
+
+    Args:
+        deltas, rank, drop_diagonal, energy: see `make_experts`; the same in every process.
+        earlier: the experts of the layers that this process has, see `own_layers`.
     """
-    if ranks.size() == 1:  # nobody to tell, and experts stay on their device
+    lazy = isinstance(deltas, LazyTensors)
+    if ranks.size() == 1 and not lazy:  # nobody to tell, and experts stay on their device
         return make_experts(deltas, earlier, rank, drop_diagonal=drop_diagonal, energy=energy)
-    names, matrices = list(deltas), list(deltas.values())
-    units = list(buckets(matrices))  # what is decomposed together stays so, for the same bits
-    mine = ranks.dealt([sum(matrices[i].numel() for i in unit) for unit in units])[ranks.rank()]
-    own = {names[i]: matrices[i] for number in mine for i in units[number]}
-    made = make_experts(own, earlier, rank, drop_diagonal=drop_diagonal, energy=energy)
+    made: dict[str, LowRankExpert] = {}
+    for names in _own_units(deltas):
+        part = {name: deltas[name] for name in names}
+        made |= make_experts(part, earlier, rank, drop_diagonal=drop_diagonal, energy=energy)
     found = ranks.gather({name: (expert.A.cpu(), expert.B.cpu()) for name, expert in made.items()})
     of_all = {name: expert for each in found for name, expert in each.items()}
-    return {name: LowRankExpert(*(part.to(deltas[name].device) for part in of_all[name])) for name in names}
+    place = {name: torch.device("cpu") if lazy else deltas[name].device for name in deltas}
+    return {name: LowRankExpert(*(part.to(place[name]) for part in of_all[name])) for name in deltas}
+
+
+def own_layers(deltas: Mapping[str, Tensor]) -> list[str]:
+    """The layers whose experts this process makes in `shared_experts`."""
+    return [name for names in _own_units(deltas) for name in names]
+
+
+def _own_units(deltas: Mapping[str, Tensor]) -> list[list[str]]:
+    """The same, with what is decomposed together; that stays so, for the same bits."""
+    names, matrices = list(deltas), [described(deltas, name) for name in deltas]
+    lazy = isinstance(deltas, LazyTensors)
+    units = [[i] for i in range(len(names))] if lazy else list(buckets(matrices))
+    mine = ranks.dealt([sum(matrices[i].numel() for i in unit) for unit in units])[ranks.rank()]
+    return [[names[i] for i in units[number]] for number in mine]
 
 
 def leading(S: Tensor, energy: Tensor) -> int:

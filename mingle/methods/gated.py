@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mingle.adaptation.mean_gates import mean_gates
+from mingle.io.lazy_tensors import LazyTensors, Rows, described
 from mingle.io.state_dicts import task_vector
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import reference
@@ -20,6 +21,7 @@ from mingle.nn.inject import find_targets, inject
 from mingle.nn.linear import LowRankExpert, MingleLinear
 from mingle.nn.matrices import oriented, packed_experts
 from mingle.nn.observe import gates_made_of
+from mingle.nn.sharded import ShardedBlocks, entries
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.masks import TokenMasks
 
@@ -46,6 +48,41 @@ class FirstGates(NamedTuple):
     generator: torch.Generator
 
 
+class LayerDeltas(LazyTensors):
+    """Δ [d_out, d_in] of layers, of two models of which each tensor is read when it is asked for.
+
+    Args:
+        layers: by name.
+        start: what the fine-tuned model is compared with, by names of weights.
+        tuned: the fine-tuned model.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, MingleLinear], start: Mapping[str, torch.Tensor], tuned: LazyTensors
+    ) -> None:
+        self._layers, self._start, self._tuned = layers, start, tuned
+
+    def described(self, name: str) -> torch.Tensor:
+        weight = described(self._tuned, f"{name}.weight")
+        return oriented(torch.empty_like(weight, device="meta"), self._layers[name])
+
+    def rows(self, name: str, rows: Rows) -> torch.Tensor:
+        layer, key = self._layers[name], f"{name}.weight"
+        return oriented(task_vector(self._start, self._tuned, [key])[key], layer)[rows]
+
+    def in_rows(self, name: str) -> bool:
+        return False
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
 class GatedMethod(MergeMethod):
     """One gated expert per task and target layer.
 
@@ -57,6 +94,8 @@ class GatedMethod(MergeMethod):
     folds_by_means = True
     #: whether what a new expert is made of are also the earlier ones, see `expert`
     projects: ClassVar[bool] = False
+    #: whether it works in a model whose blocks are shared out, see `mingle.nn.sharded`
+    shares_blocks: ClassVar[bool] = False
     #: the target layers where the options name none
     layer_set: ClassVar[str]
 
@@ -80,6 +119,8 @@ class GatedMethod(MergeMethod):
         for name, layer in self.layers.items():
             layer.reduce = task.reduce_for(self.structure, name, layer.reduce)
         self._mark_padding()
+        #: the blocks, where they are shared out
+        self.blocks: ShardedBlocks | None = None
         #: per task, its place among the experts, or None where it was skipped
         self.places: list[int | None] = []
 
@@ -95,16 +136,17 @@ class GatedMethod(MergeMethod):
         )
 
     def add(self, arrival: Arrival) -> StepReport:
-        deltas = task_vector(self.start(), arrival.tuned, [f"{name}.weight" for name in self.layers])
-        if not any(delta.any() for delta in deltas.values()):
+        deltas = self._deltas(arrival.tuned)
+        if not any(deltas[name].any() for name in deltas):
             self._count(merged=False)
             return StepReport(skipped=unchanged(arrival.name))
+        if self.blocks is not None:  # after an error no process can run them
+            report = self._merge(arrival, deltas)
+            self._count(merged=True)
+            return report
         before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
         try:
-            report = self._merge(
-                arrival,
-                {name: oriented(deltas[f"{name}.weight"], layer) for name, layer in self.layers.items()},
-            )
+            report = self._merge(arrival, deltas)
         except BaseException:
             for name, parameters in before.items():
                 for key, parameter in parameters.items():
@@ -112,6 +154,53 @@ class GatedMethod(MergeMethod):
             raise
         self._count(merged=True)
         return report
+
+    def _deltas(self, tuned: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Δ [d_out, d_in] of every layer."""
+        if isinstance(tuned, LazyTensors):
+            return LayerDeltas(self.layers, self.start(), tuned)
+        deltas = task_vector(self.start(), tuned, [f"{name}.weight" for name in self.layers])
+        return {name: oriented(deltas[f"{name}.weight"], layer) for name, layer in self.layers.items()}
+
+    def share_out(self, blocks: ShardedBlocks, device: torch.device) -> None:
+        """Go on in a model whose blocks are shared out, with tensors on a device instead of the meta device.
+
+        Args:
+            blocks: of the model, which is otherwise as it was.
+            device: of the model.
+        """
+        self.blocks = blocks
+
+    def in_turn(self) -> Iterator[list[str]]:
+        """The names of layers that may get other experts now: of blocks shared out, one's at a time."""
+        of_block: dict[str, list[str]] = {}
+        for name in self.layers:
+            block = self.structure.block_of(name) if self.blocks is not None else ""
+            of_block.setdefault(block, []).append(name)
+        inside = self.task.tower(self.model)
+        for block, names in of_block.items():
+            whole = f"{inside}.{block}".removeprefix(".")
+            with self.blocks.changed(whole) if self.blocks is not None and block else nullcontext():
+                yield names
+
+    def experts_of(self, names: Collection[str]) -> dict[str, list[LowRankExpert]]:
+        """The experts of layers, oldest first; all processes call it, each for layers of its own."""
+        if self.blocks is None:
+            return {name: self.layers[name].experts() for name in names}
+        found: dict[str, list[LowRankExpert]] = {name: [] for name in names}
+        for place in range(sum(place is not None for place in self.places)):
+            for name in self.layers:
+                expert = self._expert_at(place, [name])[name]
+                if name in found:
+                    found[name].append(expert)
+        return found
+
+    def _expert_at(self, place: int, names: Collection[str]) -> dict[str, LowRankExpert]:
+        """The experts at a place in layers, whole in every process; all call it with the same arguments."""
+        stacks = {(name, "A"): self.layers[name].A for name in names}
+        stacks |= {(name, "B"): self.layers[name].B_transposed for name in names}
+        found = entries(stacks, place)
+        return {name: LowRankExpert(found[name, "A"], found[name, "B"].mT) for name in names}
 
     def kept_bytes(self) -> Kept:
         """A, B, gate and basis of every layer."""
@@ -168,7 +257,7 @@ class GatedMethod(MergeMethod):
         return []
 
     @abstractmethod
-    def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
+    def _merge(self, arrival: Arrival, deltas: Mapping[str, torch.Tensor]) -> StepReport:
         """Give every layer an expert from its Δ, and adapt.
 
         If it raises, `add` puts the layers back; it must leave everything else as it was.
@@ -249,10 +338,10 @@ class GatedMethod(MergeMethod):
         place = self.places[index]
         if place is None:
             return {}
-        tensors: Tensors = {}
+        tensors, experts = Tensors(), self._expert_at(place, self.layers)
         for name, layer in self.layers.items():
             weight, bias = layer.all_gates()
-            values = (layer.A[place], layer.B[place], weight[place], bias[place])
+            values = (*experts[name], weight[place], bias[place])
             tensors |= {
                 f"{name}.{key}": value.detach() for key, value in zip(EXPERT_TENSORS, values, strict=True)
             }
@@ -277,5 +366,7 @@ class GatedMethod(MergeMethod):
     def restore(self, tasks: list[Tensors], state: Tensors) -> None:
         for tensors in tasks:
             self._count(merged=bool(tensors))
-            for name in self.layers if tensors else ():
-                self._append(name, *(tensors[f"{name}.{key}"] for key in EXPERT_TENSORS))
+        for names in self.in_turn():
+            for tensors in filter(None, tasks):
+                for name in names:
+                    self._append(name, *(tensors[f"{name}.{key}"] for key in EXPERT_TENSORS))

@@ -112,7 +112,7 @@ class MadeIt(GatedMethod):
             layer.register_forward_pre_hook(Alignment(options.temperature))
             layer.register_forward_hook(_forget)
 
-    def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
+    def _merge(self, arrival: Arrival, deltas: Mapping[str, Tensor]) -> StepReport:
         new = self._experts(deltas)
         affinities = {
             name: [affinity(V, input_directions(new[name].A)) for V in map(input_directions, layer.A)]
@@ -133,7 +133,7 @@ class MadeIt(GatedMethod):
             self.owned[name].append(expert)
         return StepReport(notes=[f"joined older experts in {joined} of {len(owned)} layers"])
 
-    def _experts(self, deltas: Tensors) -> dict[str, LowRankExpert]:
+    def _experts(self, deltas: Mapping[str, Tensor]) -> dict[str, LowRankExpert]:
         """The truncated Δ of every layer."""
         by_rank: dict[int, Tensors] = {}
         for name, delta in deltas.items():

@@ -117,7 +117,7 @@ class Mass(RoutedMethod):
     def from_weights(cls, options: Any) -> bool:
         return True
 
-    def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
+    def _merge(self, arrival: Arrival, deltas: Mapping[str, Tensor]) -> StepReport:
         self.add_experts(deltas)
         self._decide()
         return StepReport()

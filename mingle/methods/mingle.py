@@ -21,9 +21,10 @@ from mingle.adaptation.teacher import TEACHER_BATCH, teacher_answers
 from mingle.adaptation.trace import AdaptTrace
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.methods.base import Arrival, Left, StepReport, Tensors
-from mingle.methods.experts import make_experts, shared_experts
+from mingle.methods.experts import make_experts, own_layers, shared_experts
 from mingle.methods.gated import FirstGates, GatedMethod
 from mingle.nn.linear import GATE_INIT_STD, LowRankExpert
+from mingle.nn.sharded import ShardedBlocks
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.shares import own_batches
@@ -99,6 +100,7 @@ class Mingle(GatedMethod):
     Options = MingleOptions
     adapts_by_choice = True
     projects = True
+    shares_blocks = True
     layer_set: ClassVar[str] = "full"
 
     def __init__(
@@ -123,18 +125,21 @@ class Mingle(GatedMethod):
     def requires_seeds(self) -> bool:
         return super().requires_seeds() and self.options.gates != "static"
 
-    def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
+    def share_out(self, blocks: ShardedBlocks, device: torch.device) -> None:
+        super().share_out(blocks, device)
+        self.bases = {name: torch.empty_like(basis, device=device) for name, basis in self.bases.items()}
+
+    def _merge(self, arrival: Arrival, deltas: Mapping[str, torch.Tensor]) -> StepReport:
         options, report = self.options, StepReport()
         gates = self.first_gates(arrival.seed)
-        earlier = {name: layer.experts() for name, layer in self.layers.items()}
+        earlier = self.experts_of(own_layers(deltas))
         experts = shared_experts(
             deltas, earlier, options.rank, drop_diagonal=options.drop_diagonal, energy=options.energy
         )
-        for name, layer in self.layers.items():
-            expert = experts[name]
-            self._append(
-                name, expert.A.to(layer.weight), expert.B.to(layer.weight), gates.weights[name], gates.bias
-            )
+        for names in self.in_turn():
+            for name in names:
+                (A, B), weight = experts[name], self.layers[name].weight
+                self._append(name, A.to(weight), B.to(weight), gates.weights[name], gates.bias)
         if options.gates == "static":
             return report
         if arrival.seeds or self.requires_seeds():

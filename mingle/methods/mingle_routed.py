@@ -42,6 +42,7 @@ class MingleRouted(RouterMethod, Mingle):
 
     name = "mingle-routed"
     Options = MingleRoutedOptions
+    shares_blocks = False
     adapts_by_choice = False  # the router wants samples in any case
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
@@ -51,7 +52,7 @@ class MingleRouted(RouterMethod, Mingle):
     def made_router(self) -> LayerRouter:
         return PriorRouter(list(self.layers.values()), self.sites(), self.options.trust)
 
-    def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
+    def _merge(self, arrival: Arrival, deltas: Mapping[str, Tensor]) -> StepReport:
         earlier = self.known.features
         new = self.known.measured(self.moments_of_all(arrival.samples(), self.known.depths))
         notes = self.known.set([*earlier, new])

@@ -39,6 +39,7 @@ class MingleSeq(Mingle):
     name = "mingle-seq"
     Options = MingleSeqOptions
     sequential = True
+    shares_blocks = False
 
     def __init__(
         self, model: nn.Module, task: TaskType, base: Mapping[str, torch.Tensor], options: Any

@@ -52,7 +52,7 @@ class Routed(RoutedMethod):
         super().__init__(model, task, base, options)
         self.known = TaskRouter(self.router, options)
 
-    def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
+    def _merge(self, arrival: Arrival, deltas: Mapping[str, Tensor]) -> StepReport:
         new = self.known.measured(self.moments_of_all(arrival.samples(), self.known.depths))
         self.add_experts(deltas)
         return StepReport(notes=self.known.set([*self.known.features, new]))

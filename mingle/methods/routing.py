@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from mingle.adaptation.teacher import TEACHER_BATCH
-from mingle.methods.base import Tensors
 from mingle.methods.experts import make_experts, shared_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.layer_router import LayerRouter, Moments
@@ -146,7 +145,7 @@ class RoutedMethod(RouterMethod):
     needs_answers = False
     folds_by_means = False  # the task's expert works alone
 
-    def add_experts(self, deltas: Tensors) -> None:
+    def add_experts(self, deltas: Mapping[str, Tensor]) -> None:
         """Give every layer the truncated Δ as an expert."""
         experts = shared_experts(deltas, dict.fromkeys(deltas, ()), self.options.rank)
         for name, layer in self.layers.items():

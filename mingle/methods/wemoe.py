@@ -94,7 +94,7 @@ class Wemoe(GatedMethod):
             self._load(before)
             raise
 
-    def _merge(self, arrival: Arrival, deltas: Tensors) -> StepReport:
+    def _merge(self, arrival: Arrival, deltas: Mapping[str, torch.Tensor]) -> StepReport:
         options = self.options
         generator = torch.Generator().manual_seed(arrival.seed)
         first = all(place is None for place in self.places)

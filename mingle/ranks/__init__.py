@@ -27,16 +27,20 @@ from mingle.ranks.watch import OtherRankFailed, Watch
 
 __all__ = [
     "OtherRankFailed",
+    "all_gather",
     "apart",
+    "ask",
     "dealt",
     "gather",
     "joined",
     "launched",
+    "offer",
     "rank",
     "shared",
     "size",
     "sum_",
     "together",
+    "withdraw",
 ]
 
 Thing = TypeVar("Thing")
@@ -48,8 +52,15 @@ JOIN, LEAVE = 300.0, 30.0
 _FOREVER = timedelta(days=30)
 #: seconds between two looks at whether the group is over, in a collective that PyTorch waits for
 _SLICE = 1.0
+#: of tensors; its name until PyTorch 2.12
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 #: what was joined; None in a process alone
 _watch: Watch | None = None
+#: how this rank takes part in what others ask for, by numbers that are the same on all ranks
+_offers: dict[int, Callable[[], object]] = {}
+_count = 0
+#: asked for by a rank that is at a collective of all
+_NOTHING = -1
 
 
 def rank() -> int:
@@ -83,6 +94,7 @@ def joined() -> Iterator[None]:
         gather(None)
     except BaseException as error:
         _watch = None
+        _offers.clear()
         stopped = watch.stopped(error)
         with suppress(KeyboardInterrupt):  # that of the watch, which comes late
             watch.fail(error)
@@ -90,6 +102,7 @@ def joined() -> Iterator[None]:
             raise stopped from None
         raise
     _watch = None
+    _offers.clear()
     watch.stop()
     dist.monitored_barrier(timeout=timedelta(seconds=LEAVE))
     dist.destroy_process_group()
@@ -102,6 +115,7 @@ def sum_(*tensors: Tensor) -> None:
     """
     if _watch is None:
         return
+    _serve()
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
@@ -121,10 +135,75 @@ def gather(thing: Thing) -> list[Thing]:
     """What every rank gives, by rank; things that can be pickled."""
     if _watch is None:
         return [thing]
+    _serve()
     found: list[Any] = [None] * _watch.size
     with _watch.waiting():
         _apart(_watch, lambda: dist.all_gather_object(found, thing))
     return found
+
+
+def all_gather(whole: Tensor, part: Tensor) -> None:
+    """Put the parts [k] of all ranks, one after another, into `whole` [n k]; all come here at once."""
+    if _watch is None:
+        whole.copy_(part)
+        return
+    with _watch.waiting():
+        _finish(_watch, _all_gather(whole, part, async_op=True))
+
+
+def offer(take_part: Callable[[], object]) -> int:
+    """Let any rank `ask` for something that takes all of them; every rank offers it, at the same place.
+
+    Args:
+        take_part: what this rank does when another one asks.
+
+    Returns:
+        The offer's number, the same on all ranks.
+    """
+    global _count
+    _count += 1
+    _offers[_count] = take_part
+    return _count
+
+
+def withdraw(number: int) -> None:
+    """Take an offer back, once all ranks have come to a `gather` after which none of them asks for it."""
+    del _offers[number]
+
+
+def ask(number: int, own: Callable[[], object]) -> None:
+    """Do something that was offered; the others take part wherever they ask or wait for all ranks.
+
+    So ranks need not ask for the same things, in the same order or as often.
+
+    Args:
+        number: of the offer.
+        own: this rank's part in it.
+    """
+    asked = False
+    while not asked:
+        for wanted in _wanted(number):
+            if wanted == number:
+                own()
+                asked = True
+            else:
+                _offers[wanted]()
+
+
+def _serve() -> None:
+    """Take part in what others ask for until all ranks are at a collective of all."""
+    while _offers and (wanted := _wanted(_NOTHING)):
+        for number in wanted:
+            _offers[number]()
+
+
+def _wanted(own: int) -> list[int]:
+    """The numbers of what ranks ask for now, rising."""
+    if _watch is None:
+        return [own] if own != _NOTHING else []
+    found = torch.empty(_watch.size, dtype=torch.int64)
+    all_gather(found, torch.tensor([own]))
+    return sorted(set(found.tolist()) - {_NOTHING})
 
 
 @contextmanager

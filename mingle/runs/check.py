@@ -20,7 +20,7 @@ from mingle.merging.streamed import streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
 from mingle.options import OptionError, build
-from mingle.runs import forecast, settings, target
+from mingle.runs import forecast, settings, sharding, target
 from mingle.runs.config import MergeConfig
 from mingle.runs.merge import MergePlan
 from mingle.runs.orders import shuffled
@@ -97,6 +97,8 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         listed = [(experts[name], finetuned[name]) for name in orders[0]]
         plan = replace(plan, forecast=forecast.of_merge(method, base, listed, config.keep).times(len(orders)))
         _check_memory(plan)
+    else:
+        sharding.refuse_impossible(config.shard, method)
     return plan
 
 

@@ -14,6 +14,7 @@
     eval: {suite: images/, every_step: true, batch_size: 128}
     vocabulary: same                          # or base: of models with new tokens, merge the rows both have
     keep: 3                                   # generations; without it, all are kept
+    shard: auto                               # always, never: whether processes share out the weights
     options: {constraint: hard}               # anything else the method takes
     revisions: {datasets/ylecun/mnist: 4d5…}  # commits of hub models and data sets
 
@@ -32,6 +33,7 @@ from mingle import methods, tasks
 from mingle.merging.vocabulary import Vocabulary
 from mingle.options import OptionError, build, refuse_unknown, require_positive, shown
 from mingle.runs import strict_yaml
+from mingle.runs.sharding import Shard
 from mingle.suites.protocol import PROTOCOLS
 
 
@@ -119,6 +121,7 @@ class MergeConfig:
     eval: Eval = field(default_factory=Eval)
     vocabulary: Vocabulary = "same"
     keep: int | None = None
+    shard: Shard = "auto"
     options: dict[str, Any] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
 

@@ -15,14 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mingle import methods
 from mingle.io.base_files import base_files
-from mingle.methods.base import MergeMethod, kept_size
+from mingle.methods.base import MergeMethod
 from mingle.runs import room
 from mingle.runs.merge import MergePlan
 from mingle.tasks.configs import broken
 from mingle.tasks.structure import example_inputs
 
-#: what Python takes with PyTorch and transformers
-_LIBRARIES = 600_000_000
 #: tokens that a text is taken to have, as nobody has read any yet
 _TOKENS = 64
 #: forward passes run at this share of the speed of one large product
@@ -58,16 +56,7 @@ def of_plan(plan: MergePlan) -> Costs:
     states = size.state * room.generations(count, plan.config.keep)
     disk = {"base": size.base, "tasks": size.saved_each(count, keep=plan.config.keep) - states}
     disk["states"] = states
-    whole = kept_size(plan.fitted.model.state_dict().values())
-    teacher = {"its teacher": whole} if plan.fitted.needs_seeds else {}
-    memory = {
-        "base": whole,
-        "merged model": whole,
-        "fine-tuned model": whole,
-        **teacher,
-        "what is kept of tasks": size.task * count + size.state,
-        "libraries": _LIBRARIES,
-    }
+    memory = room.in_memory(plan.fitted, size, count)
     models = sum(size_of(folder) for folder in (plan.base, *plan.experts.values()))
     written = size.base + (size.task + size.state // 2) * count
     # before a model is read, it is hashed

@@ -12,6 +12,7 @@ from typing import Literal
 
 from mingle.adaptation.trace import AdaptTrace
 from mingle.merging.merger import Merger
+from mingle.merging.parts import telling
 from mingle.merging.streamed import StreamedMerger
 from mingle.runs import inputs
 from mingle.runs.observer import Observer
@@ -122,7 +123,8 @@ def stream_all(
         model = expert(name, order[:index])
         inputs.note(merger.metadata, name, model)
         began = time.perf_counter()
-        merger.add(name, model, folder, merger.metadata[inputs.INPUTS][name]["model"], keep=keep)
+        with telling(observer.streaming):
+            merger.add(name, model, folder, merger.metadata[inputs.INPUTS][name]["model"], keep=keep)
         yield MergeStep(name, round(time.perf_counter() - began, 3), 0.0, None)
 
 

@@ -21,16 +21,18 @@ from mingle.merging.explain import explain as explained
 from mingle.merging.exports import Format
 from mingle.merging.merger import Merger
 from mingle.merging.opened import check_known, opened
+from mingle.merging.sharded import ShardedMerger
 from mingle.merging.streamed import StreamedMerger, streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
 from mingle.options import OptionError, build
-from mingle.runs import course, devices, inputs, room, timings
+from mingle.runs import course, devices, inputs, room, sharding, timings
 from mingle.runs.config import Expert, MergeConfig
 from mingle.runs.forecast import Forecast
 from mingle.runs.loop import Evaluate, MergeStep, experts_of, merge_all, stream_all
 from mingle.runs.observer import Observer
 from mingle.runs.origin import check_origin, origin
+from mingle.runs.sharding import Shard
 from mingle.runs.traces import gates_of
 from mingle.suites import Suite
 from mingle.suites.protocol import PROTOCOLS
@@ -115,10 +117,17 @@ class MergePlan:
     def _expert(self, name: str, _: Sequence[str]) -> Path:
         return self.experts[name]
 
+    def _kind(self) -> type[Merger]:
+        """What merges in memory, all of it or shared out."""
+        size = room.of_method(self.fitted, self.base)
+        memory = room.in_memory(self.fitted, size, len(self.experts))
+        sharded = sharding.decided(self.config.shard, self.fitted, sum(memory.values()))
+        return ShardedMerger if sharded else Merger
+
     def _begin(self, folder: Path) -> Merger | StreamedMerger:
         """The merger of an interrupted run, or a new one."""
         in_memory = self.forecast is None
-        kind: type[Merger | StreamedMerger] = Merger if in_memory else StreamedMerger
+        kind: type[Merger | StreamedMerger] = self._kind() if in_memory else StreamedMerger
         device = devices.usual() if in_memory else None  # tensors from files are merged on the CPU
         if not (folder / MANIFEST).exists():
             merger = kind(
@@ -132,7 +141,7 @@ class MergePlan:
             merger.metadata = self.origin()
             return merger
         if in_memory:
-            merger = Merger.from_pretrained(folder, device=device)
+            merger = self._kind().from_pretrained(folder, device=device)
         else:
             merger = StreamedMerger.from_pretrained(folder)
         if merger.base_hash != kind.hash_of(self.task, self.base):
@@ -148,6 +157,7 @@ def add(
     observer: Observer | None = None,
     vocabulary: Vocabulary | None = None,
     adapt: Mapping[str, Any] | None = None,
+    shard: Shard = "auto",
 ) -> Result:
     """Merge one more model into a merged one, evaluate where there is a suite, and save.
 
@@ -158,12 +168,13 @@ def add(
         observer: told how the merge is getting on.
         vocabulary: see `mingle.Merger`; None leaves it as it was so far.
         adapt: see `mingle.Merger.from_pretrained`.
+        shard: see `mingle.runs.sharding`.
     """
     with ranks.together("checking"):
         if ranks.rank() == 0:
             writable(folder)
     with merger_folder.writing(folder, new=False):
-        merger, suite = _extended(folder, overrides, adapt)
+        merger, suite = _extended(folder, overrides, adapt, shard)
         merger.vocabulary = vocabulary or merger.vocabulary
         if suite is not None and expert.name not in suite:
             raise OptionError(f"suite {suite.name!r} has no task {expert.name!r}; it has {', '.join(suite)}")
@@ -187,9 +198,9 @@ def add(
         return merger.result()
 
 
-def evaluate(folder: Path, overrides: Mapping[str, Any], batch_size: int) -> Result:
+def evaluate(folder: Path, overrides: Mapping[str, Any], batch_size: int, shard: Shard = "auto") -> Result:
     """Accuracy of a merged model on all its tasks; nothing is written."""
-    merger, suite = _reopen(folder, overrides, device=devices.usual())
+    merger, suite = _reopen(folder, overrides, device=devices.usual(), kind=_kind_of(folder, shard))
     if suite is None:
         raise OptionError("suite: name one, with --suite; the merge was made without a suite")
     return merger.evaluate(suite, batch_size)
@@ -295,21 +306,42 @@ def _reopen(
     overrides: Mapping[str, Any],
     adapt: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
+    kind: type[Merger] = Merger,
 ) -> tuple[Merger, Suite | None]:
     """A merged model and its suite, with the caller's changes to its origin and its adaptation."""
-    merger = Merger.from_pretrained(folder, adapt=adapt, device=device)
+    merger = kind.from_pretrained(folder, adapt=adapt, device=device)
     return merger, suite_of(merger, folder, overrides, merger.task_names)
 
 
 def _extended(
-    folder: Path, overrides: Mapping[str, Any], adapt: Mapping[str, Any] | None
+    folder: Path, overrides: Mapping[str, Any], adapt: Mapping[str, Any] | None, shard: Shard
 ) -> tuple[Merger | StreamedMerger, Suite | None]:
     """The same, to merge more into; where that can go tensor by tensor, no model is loaded."""
     saved = opened(folder, adapt=adapt)
     if (overrides.get("suite") or saved.manifest["metadata"].get("suite")) is None and _streams(saved):
         merger = StreamedMerger.from_pretrained(folder, adapt)
         return merger, suite_of(merger, folder, overrides, merger.task_names)
-    return _reopen(folder, overrides, adapt, devices.usual())
+    return _reopen(folder, overrides, adapt, devices.usual(), _kind_of(folder, shard, more=1))
+
+
+def _kind_of(folder: Path, shard: Shard, more: int = 0) -> type[Merger]:
+    """What goes on with a saved merge in memory, all of it or shared out.
+
+    Args:
+        folder: of the merge.
+        shard: see `mingle.runs.sharding`.
+        more: how many tasks arrive.
+    """
+    if shard == "never" or (shard == "auto" and ranks.size() == 1):
+        return Merger
+    saved = Saved(folder, read_manifest(folder))
+    base, merge = saved.base_folder(), saved.manifest
+    check_known(merge, folder / MANIFEST)
+    fitted = room.fitted_to(merge["method"], merge["options"], base, tasks.get(merge["task_type"]))
+    memory = room.in_memory(fitted, room.of_method(fitted, base), len(merge["tasks"]) + more)
+    arriving = memory.pop("fine-tuned model") + memory.pop("its teacher", 0)
+    taken = sum(memory.values()) + (arriving if more else 0)
+    return ShardedMerger if sharding.decided(shard, fitted, taken) else Merger
 
 
 def suite_of(

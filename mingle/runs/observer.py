@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mingle.adaptation.trace import StepProgress
 from mingle.merging.evaluate import Result
+from mingle.merging.parts import PartsProgress
 
 
 class Observer:
@@ -16,6 +17,9 @@ class Observer:
 
     def adapting(self, progress: StepProgress) -> None:
         """An adaptation step is done."""
+
+    def streaming(self, progress: PartsProgress) -> None:
+        """A part of a model that is merged from files is done."""
 
     def training(self, task: str, step: int, steps: int) -> None:
         """An expert of the suite is being trained, as it does not ship with the package."""

@@ -50,6 +50,29 @@ class Room:
         return self.state * at_once + self.task * (sum(merged) if self.rewritten else tasks)
 
 
+#: what Python takes with PyTorch and transformers
+_LIBRARIES = 600_000_000
+
+
+def in_memory(fitted: MergeMethod, size: Room, tasks: int) -> dict[str, int]:
+    """What a merge in memory has there all the time, in bytes, by the parts that it is made of.
+
+    Args:
+        fitted: the method, fitted to the base or to its skeleton.
+        size: see `of_method`.
+        tasks: how many there will be.
+    """
+    whole = kept_size(fitted.model.state_dict().values())
+    return {
+        "base": whole,
+        "merged model": whole,
+        "fine-tuned model": whole,
+        **({"its teacher": whole} if fitted.needs_seeds else {}),
+        "what is kept of tasks": size.task * tasks + size.state,
+        "libraries": _LIBRARIES,
+    }
+
+
 def generations(tasks: int, keep: int | None) -> int:
     """How many are there at once, of that many tasks that arrive where `keep` are kept; None for all."""
     return tasks if keep is None else min(tasks, keep + 1)
@@ -57,9 +80,14 @@ def generations(tasks: int, keep: int | None) -> int:
 
 def of_merge(method: str, options: Mapping[str, Any], base: Path, task: TaskType) -> Room:
     """The room for a merge by `method`, with all of its options, into the base model in a folder."""
+    return of_method(fitted_to(method, options, base, task), base)
+
+
+def fitted_to(method: str, options: Mapping[str, Any], base: Path, task: TaskType) -> MergeMethod:
+    """A method fitted to the skeleton of the base model in a folder."""
     chosen, model = methods.get(method), task.skeleton(base)
     tower = model.get_submodule(task.tower(model)).state_dict()
-    return of_method(chosen(model, task, tower, build(chosen.Options, options, f"method {method!r}")), base)
+    return chosen(model, task, tower, build(chosen.Options, options, f"method {method!r}"))
 
 
 def of_method(fitted: MergeMethod, base: Path) -> Room:

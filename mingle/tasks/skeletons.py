@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mingle.io.files import CheckpointError
 from mingle.options import shown
@@ -41,4 +42,31 @@ def skeleton(
     except broken() as error:
         reason = shown(str(error) or type(error).__name__)
         raise CheckpointError(f"{path}: no {model_class.__name__} can be made of it: {reason}") from error
+    return model
+
+
+def with_buffers(model: nn.Module) -> nn.Module:
+    """A skeleton of a model of transformers whose buffers have values; changed in place.
+
+    They are those of another model of its configuration, whose parameters are dropped as soon as they are
+    made.
+    """
+    whole: Any = model
+
+    def dropped(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(dropped)  # type: ignore[arg-type]
+    try:
+        with torch.random.fork_rng(devices=()):
+            twin: nn.Module = type(whole)(whole.config)
+    finally:
+        hook.remove()
+    found = dict(twin.named_buffers())
+    for path, module in model.named_modules():
+        for key in module._buffers:
+            if (value := found.get(f"{path}.{key}".removeprefix("."))) is not None:
+                module._buffers[key] = value
     return model

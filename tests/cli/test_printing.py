@@ -22,6 +22,7 @@ from mingle.cli import main, output, progress
 from mingle.cli.progress import bars, stages
 from mingle.merging.evaluate import Result
 from mingle.merging.merger import Merger
+from mingle.merging.parts import PartsProgress
 
 pytestmark = pytest.mark.usefixtures("stub")
 #: commands that find nothing, or serve a page
@@ -164,6 +165,9 @@ def follow(observer) -> None:
         observer.merging("mingle", 0, place, ["one", "two"])
         for number in range(count):
             observer.adapting(step._replace(step=number))
+    for pass_number in (1, 2):
+        for done in range(1, 51):
+            observer.streaming(PartsProgress(pass_number, done * 10**8, 5 * 10**9))
     observer.merged("mingle", 0, Result(["one", "two"], [[50.0], [40.0, 60.0]]))
 
 
@@ -183,6 +187,8 @@ def test_without_a_terminal_progress_is_lines(capsys, monkeypatch):
     assert "mingle, order 1: ACC 50.0 %, BWT -10.0" in "".join(lines) and "measuring one" in lines[-1]
     steps = [line for line in lines if "adapting, step" in line]
     assert 3 <= len(steps) <= 7  # a line per ten of fifty seconds
+    parts = [line for line in lines if "merging from files, pass" in line]
+    assert 3 <= len(parts) <= 7 and " of 5.00 GB" in parts[0] and "pass 2" in parts[-1]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -206,5 +212,6 @@ def test_in_a_terminal_progress_is_bars(terminal, capsys, monkeypatch):
     os.close(here)
     output.choose()
     assert ("━" in drawn, "\x1b[" in drawn) == (terminal, terminal)
+    assert ("5.00 of 5.00 GB" in drawn) == terminal
     out, err = capsys.readouterr()
     assert out == "" and "\x1b" not in err and "\r" not in err

@@ -9,15 +9,18 @@ import re
 from contextlib import redirect_stdout
 
 import pytest
+import torch
 import yaml
 from merge_files import merge_file
 from tiny_merge import contents
 from worlds import world
 
-from mingle.cli import main
+from mingle.cli import main, progress
 from mingle.io import shared_folder
 from mingle.merging import streamed
 from mingle.merging.merger import Merger
+from mingle.merging.sharded import ShardedMerger
+from mingle.runs import sharding
 
 
 @pytest.fixture(autouse=True)
@@ -62,10 +65,88 @@ def test_merge_and_add_from_files(files, tuned_folders, tmp_path):
     assert (tmp_path / "shared/report.html").is_file()
 
 
+def test_one_process_tells_of_its_parts(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_PAUSE", 0.0)
+    for size, quiet in ((2, ()), (1, ("--quiet",))):
+        out = tmp_path / f"out {size} {quiet}"
+        found = world(size, command("merge", files("ties"), "--out", out, *quiet), joined=False)
+        said = found[0][1]
+        passes = re.findall(r"merging from files, pass (\d+), (\S+) of (\S+) GB(.*)", said)
+        assert [code for code, _ in found] == [0] * size
+        assert {number for number, *_ in passes} == (set() if quiet else {"1", "2", "3"}), said
+        assert {rest for *_, rest in passes} <= {", the part of one process of 2"}
+        assert all(text == "" for _, text in found[1:])
+
+
 def test_a_merge_in_memory_is_saved_once(files, tmp_path):
     found = world(2, command("merge", files("nufilt"), "--out", tmp_path / "out"), joined=False)
     assert [code for code, _ in found] == [0, 0] and found[1][1] == ""
     assert Merger.from_pretrained(tmp_path / "out").task_names == ["one", "two"]
+
+
+@pytest.fixture
+def adapted(base_folder, tuned_folders, tmp_path, stub):
+    """A file of a merge with adaptation, with more keys."""
+    models = dict(zip(("one", "two"), tuned_folders, strict=False))
+    more = {
+        "rank": 2,
+        "adapt": {"steps": 2, "batch_size": 4, "samples_per_class": 1},
+        "eval": {"suite": "stub"},
+    }
+    return lambda **keys: merge_file(tmp_path, base_folder, models, "mingle", **more, **keys)
+
+
+@pytest.fixture
+def sharing(monkeypatch, tmp_path):
+    """The ranks that have shared out the weights of a model so far."""
+
+    def filled(merger, *arguments, real=ShardedMerger._filled):
+        (tmp_path / f"rank {number()}").touch()
+        return real(merger, *arguments)
+
+    monkeypatch.setattr(ShardedMerger, "_filled", filled)
+    return lambda: {path.name for path in tmp_path.glob("rank *")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("little", [True, False])
+def test_weights_are_shared_out_where_a_process_has_too_little_memory(
+    adapted, sharing, tuned_folders, tmp_path, monkeypatch, little
+):
+    whole = 4 * sum(tensor.numel() for tensor in Merger(tuned_folders[0].parent / "base").base.parameters())
+    # one of them has too little, and both decide alike
+    monkeypatch.setattr(sharding, "there", lambda: whole if little and number() == 1 else 1 << 40)
+    file, out = adapted(), tmp_path / "out"
+    found = world(2, command("merge", file, "--out", out), joined=False)
+    assert [code for code, _ in found] == [0, 0], found
+    assert sharing() == ({"rank 0", "rank 1"} if little else set())
+    assert command("merge", file, "--out", tmp_path / "alone")()[0] == 0
+    kept = [Merger.from_pretrained(tmp_path / name) for name in ("out", "alone")]
+    pairs = zip(*(merger.method.task_tensors(1).items() for merger in kept), strict=True)
+    for (name, mine), (_, theirs) in pairs:
+        torch.testing.assert_close(mine, theirs, msg=name)
+    assert kept[0].matrix == kept[1].matrix
+    more = ("add", out, "--name", "three", "--model", tuned_folders[2])
+    assert [code for code, _ in world(2, command(*more), joined=False)] == [0, 0]
+    assert Merger.from_pretrained(out).task_names == ["one", "two", "three"]
+
+
+def test_sharing_out_can_be_asked_for(adapted, files, sharing, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "there", lambda: 1)
+    out = tmp_path / "out"
+    assert world(2, command("merge", adapted(shard="never"), "--out", out), joined=False)[0][0] == 0
+    assert sharing() == set()
+    assert world(2, command("eval", out, "--shard", "always"), joined=False)[0][0] == 0
+    assert sharing() == {"rank 0", "rank 1"}
+
+
+def test_sharing_out_what_takes_whole_models_is_refused(adapted, tmp_path):
+    file = adapted(shard="always")
+    file.write_text(file.read_text().replace("method: mingle", "method: wemoe"))
+    code, said = command("check", file)()
+    assert code == 2
+    reason = "shard: always: method 'wemoe' needs whole models; mingle and mingle-light do not"
+    assert reason in said.replace("\n", " ")
 
 
 def test_faults_of_the_input_are_told_once_and_end_all(files, tmp_path):
