@@ -22,9 +22,10 @@ from mingle.io.journal import PartFiles
 from mingle.io.manifest import entries_of, read_manifest
 from mingle.io.safetensors import CheckpointReader
 
-MERGEKIT, MERGEKIT_BF16 = "mergekit", "mergekit bf16"
+MERGEKIT, MERGEKIT_BF16, OURS_TWICE = "mergekit", "mergekit bf16", "mingle in 2 processes"
 NOTES = {
     OURS: "mingle merge: model after model, each saved with its hash; weights in fp32",
+    OURS_TWICE: "the same under torchrun; CPU time of all processes, memory of the largest one",
     MERGEKIT: "mergekit-yaml, dtype float32: all models at once, written once; weights in fp32",
     MERGEKIT_BF16: "mergekit-yaml, dtype bfloat16: computed and written in bf16",
 }
@@ -34,22 +35,31 @@ METHODS: dict[str, dict[str, float]] = {
     "task-arithmetic": {"scaling": 0.3},
     "ties": {"scaling": 1.0, "density": DENSITY},
     "opcm": {},
+    "mingle": {"rank": 16, "steps": 0},
 }
 _THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "task-arithmetic": ("task_arithmetic", {"weight": 0.3}),
     "ties": ("ties", {"weight": 1.0, "density": DENSITY, "normalize": False}),
 }
 #: ‖error‖ of all tensors over ‖θ − θ₀‖
-TOLERANCES = {MERGEKIT: 1e-5, MERGEKIT_BF16: 5e-2}
+TOLERANCES = {MERGEKIT: 1e-5, MERGEKIT_BF16: 5e-2, OURS_TWICE: 0.0}
 #: run in a process of its own, as a new process's peak begins with that of the one that started it
 _LAUNCH = """
 import json, os, sys, time
+def anonymous(process):
+    try:
+        with open(f"/proc/{process}/status") as file:
+            sizes = dict(line.partition(":")[::2] for line in file)
+        with open(f"/proc/{process}/task/{process}/children") as file:
+            children = file.read().split()
+    except OSError:  # it has just ended
+        return 0
+    return max(int(sizes.get("RssAnon", "0").split()[0]), *map(anonymous, children), 0)
+
 began, most = time.perf_counter(), 0
 child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
 while os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-    with open(f"/proc/{child}/status") as file:
-        sizes = dict(line.partition(":")[::2] for line in file)
-    most = max(most, int(sizes.get("RssAnon", "0").split()[0]))
+    most = max(most, anonymous(child))
     time.sleep(0.02)
 wall = time.perf_counter() - began
 with open(f"/proc/{child}/io") as file:
@@ -75,6 +85,8 @@ def took(command: Sequence[str]) -> Row:
     """Run a command: seconds, of the clock and of processors; bytes at the peak, with and without pages of
     mapped files; bytes read and written by calls, as which access to mapped files does not count.
 
+    Of several processes it is the memory of the largest, and the sum of all else.
+
     Raises:
         RuntimeError: it failed; the message ends with what it said last.
     """
@@ -94,11 +106,13 @@ def command(name: str, problem: FilesProblem, out: Path) -> list[str]:
         Unavailable: mergekit is not installed, or lacks the method.
     """
     file, folders = out.with_suffix(".yaml"), [str(model) for model in problem.models]
-    if name == OURS:
+    if name in (OURS, OURS_TWICE):
         experts = [{"name": f"task{i}", "model": folder} for i, folder in enumerate(folders)]
         about = {"base": str(problem.base), "method": problem.method, "keep": 1, "experts": experts}
         write_json(file, about | {"options": METHODS[problem.method]})
-        return [sys.executable, "-m", "mingle", "merge", str(file), "--out", str(out)]
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launched = [sys.executable, *(several if name == OURS_TWICE else [])]
+        return [*launched, "-m", "mingle", "merge", str(file), "--out", str(out)]
     need(
         mergekit() is not None, "mergekit-yaml cannot be found; install mergekit in an environment of its own"
     )
@@ -129,6 +143,8 @@ def agreement(name: str, problem: FilesProblem, ours: Path, theirs: Path) -> Row
     Of TIES ours after two models is θ₁ + TIES(Δ₁, Δ₂), and mergekit's θ₀ + TIES(Δ₁, Δ₂): what is compared is
     TIES(Δ₁, Δ₂).  After more models both differ by definition, and mergekit's is a bound of something else.
     """
+    if name == OURS_TWICE:
+        return verdict({"weights": _difference(ours, theirs)}, TOLERANCES[name])
     if problem.method == "ties" and len(problem.models) != 2:
         return {"status": "bound", "errors": None}
     wrong, size = 0.0, 0.0
@@ -139,9 +155,20 @@ def agreement(name: str, problem: FilesProblem, ours: Path, theirs: Path) -> Row
     return verdict({"weights": math.sqrt(wrong / size)}, TOLERANCES[name])
 
 
+def _merged(folder: Path) -> Mapping[str, Tensor]:
+    return PartFiles(folder, entries_of(read_manifest(folder)["state"]))
+
+
+def _difference(ours: Path, others: Path) -> float:
+    """The largest one between two merges of ours."""
+    first, second = _merged(ours), _merged(others)
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
 def _tensors(problem: FilesProblem, ours: Path, theirs: Path) -> Iterator[tuple[Tensor, ...]]:
     """Ours, theirs, the base's and the first model's, in fp64, one after another."""
-    merged: Mapping[str, Tensor] = PartFiles(ours, entries_of(read_manifest(ours)["state"]))
+    merged = _merged(ours)
     found, base, first = map(CheckpointReader, (theirs, problem.base, problem.models[0]))
     for name in base:
         tensors = merged[f"merged/{name}"], found.tensor(name), base.tensor(name), first.tensor(name)

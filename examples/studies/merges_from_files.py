@@ -23,6 +23,7 @@ from merge_commands import (
     MERGEKIT_BF16,
     METHODS,
     NOTES,
+    OURS_TWICE,
     FilesProblem,
     agreement,
     command,
@@ -41,11 +42,11 @@ from mingle.io.files import write_json
 
 METHOD = """every merge is a command in a process of its own, from its start to its end, imports included, \
 in turns; files are in the page cache; medians.  Exponents: slopes of log over log by least squares"""
-_SIZES, _MODELS, _FIXED = ("0.06 B", "0.1 B", "0.3 B", "1.1 B"), (2, 3, 4), "0.06 B"
+_SIZES, _MODELS, _FIXED = ("0.06 B", "0.15 B", "0.3 B", "0.6 B"), (2, 4, 8), "0.06 B"
 #: who merges with which method, and the sizes of two models; then there are `_MODELS` of size `_FIXED`
 _SWEEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "task-arithmetic": ((OURS, MERGEKIT, MERGEKIT_BF16), tuple(SIZES)),
-    "ties": ((OURS, MERGEKIT), tuple(SIZES)),
+    "task-arithmetic": ((OURS, OURS_TWICE, MERGEKIT, MERGEKIT_BF16), tuple(SIZES)),
+    "ties": ((OURS, OURS_TWICE, MERGEKIT), tuple(SIZES)),
     "average": ((OURS,), tuple(SIZES)),
     "opcm": ((OURS,), _SIZES[:2]),  # whose decompositions take minutes of larger ones
 }

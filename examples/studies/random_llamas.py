@@ -16,7 +16,7 @@ from mingle.io.files import write_json
 #: of a task vector, the share of entries that are larger than all others of their tensor
 DENSITY = 0.25
 DATA = """random Llamas in bf16.  Entries of the base are normal, σ 0.02.  Of every four entries of a task \
-vector one is large, from 0.010 to 0.019 and in every model in an interval of its own, and three are below \
+vector one is large, from 0.010 to 0.028 and in every model in an interval of its own, and three are below \
 0.005: trimming to a quarter keeps the same ones whether entries are ranked in every tensor or all together, \
 and no two of them cancel"""
 #: how many random entries there are, a prime and four times one; tensors repeat them, each from its place
@@ -63,14 +63,16 @@ class Size:
 SIZES = {
     "0.06 B": Size(512, 8, 2048, 4),
     "0.1 B": Size(640, 12, 2560, 5),
+    "0.15 B": Size(768, 12, 3072, 4),
     "0.3 B": Size(1024, 16, 4096, 4),
+    "0.6 B": Size(1536, 20, 4096, 6),
     "1.1 B": Size(2048, 16, 8192, 8),
     "3.0 B": Size(3072, 28, 8192, 12),
 }
 
 
 def write(folder: Path, size: Size, tuned: int | None = None, shard_bytes: int = 1 << 29) -> Path:
-    """Write the base, or fine-tuned model number `tuned` of it, from 0 to 3, in the hub's layout.
+    """Write the base, or fine-tuned model number `tuned` of it, from 0 to 7, in the hub's layout.
 
     No more than one shard and one tensor is in memory.
     """

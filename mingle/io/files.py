@@ -250,8 +250,7 @@ def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
     `size`, in bytes, is how much will be written: the disk is checked for that much room first.
     """
     free_space(path.parent, size)
-    # Part of the name: the whole with what stands before it may be longer than a file's name can be.
-    temporary = path.with_name(f".mingle-tmp-{os.getpid()}-{secrets.token_hex(8)}-{path.name[:48]}")
+    temporary = temporary_beside(path)
     try:
         with naming(path):
             with open(temporary, "xb") as file:
@@ -262,6 +261,12 @@ def replacing(path: Path, size: int) -> Iterator[BinaryIO]:
     finally:
         with naming(temporary):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name that nobody else has, for a file that is to become `path`; `clean_stale` knows it."""
+    # Part of the name: the whole with what stands before it may be longer than a file's name can be.
+    return path.with_name(f".mingle-tmp-{os.getpid()}-{secrets.token_hex(8)}-{path.name[:48]}")
 
 
 def rename(source: Path, target: Path) -> None:

@@ -105,18 +105,23 @@ def names(folder: Path, manifest: Manifest) -> set[str]:
     return needed
 
 
-def tensors(folder: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+def tensors(folder: Path, manifest: Manifest) -> dict[tuple[str, str], dict[str, Any]]:
     """The entries of all files of tensors by what is in them, see `content_of`; the manifest's own first."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for each in (manifest, *all_of(folder, manifest)):
         for entry in files_of(each):
-            found.setdefault(content_of(entry["file"]), entry)
+            found.setdefault(content_of(entry["file"], entry["sha256"]), entry)
     return found
 
 
-def content_of(name: str) -> str:
-    """A file's name without its task's place in the order, which is nothing of what is in the file."""
-    return re.sub(r"^tasks/\d+-", "tasks/", name)
+def content_of(name: str, digest: str) -> tuple[str, str]:
+    """What is in a file of that name and SHA-256: whose tensors, and which.
+
+    A task's place in the order is nothing of it, and neither is the hash in the name, in which earlier
+    versions had one of another kind.
+    """
+    stem, _, _ = re.sub(r"^tasks/\d+-", "tasks/", name).rpartition("-")
+    return stem, digest
 
 
 def sizes(manifests: Iterable[Manifest]) -> list[int]:

@@ -24,12 +24,19 @@ from typing import Any
 import torch
 
 from mingle import ranks
-from mingle.io.files import CheckpointError, contained, naming, read_json, write_json
+from mingle.io.files import (
+    CheckpointError,
+    contained,
+    naming,
+    read_json,
+    rename,
+    temporary_beside,
+    write_json,
+)
 from mingle.io.lazy_tensors import LazyTensors, Rows
 from mingle.io.manifest import DIGEST, TENSORS_NAME, check_files, entries_of, entry_of
 from mingle.io.safetensors import CheckpointReader, write_tensors
 from mingle.io.schema import check
-from mingle.io.state_dicts import state_hash
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +48,7 @@ JOURNAL, JOURNALS = ".journal.json", ".journal*.json"
 TASKS_BEFORE = "tasks before"
 _JOURNAL_NAME = re.compile(r"\.journal(-\d+)?\.json")
 ASIDE_NAME = re.compile(r"\.aside-[0-9a-f]{12}\.safetensors")
-_FORMAT, _FORMAT_VERSION = "mingle-journal", 2
+_FORMAT, _FORMAT_VERSION = "mingle-journal", 3
 #: a part of which only numbers are noted has no file
 _PART = {"file": (str, None), "bytes": int, "sha256": (DIGEST, None), "part": int, "numbers": [[float]]}
 _FORM = {
@@ -49,6 +56,7 @@ _FORM = {
     "format_version": int,
     "step": DIGEST,
     "passes": [{"parts": [_PART], "found": ({str: float}, None)}],
+    "sha256": DIGEST,
 }
 
 
@@ -111,8 +119,12 @@ class Journal:
         """
         entry: dict[str, Any] = {"file": None, "bytes": 0, "sha256": None}
         if tensors:
-            name = f"{'.aside' if aside else 'state'}-{state_hash(tensors)[:12]}.safetensors"
-            entry = entry_of(self.folder / name, name, write_tensors(self.folder / name, tensors))
+            temporary = temporary_beside(self.folder / "part")  # its hash is known once it is written
+            digest = write_tensors(temporary, tensors)
+            name = f"{'.aside' if aside else 'state'}-{digest[:12]}.safetensors"
+            with naming(temporary):
+                rename(temporary, self.folder / name)
+            entry = entry_of(self.folder / name, name, digest)
         noted = entry | {"part": part, "numbers": [list(row) for row in numbers]}
         _pass(self._own, number)["parts"].append(noted)
         self._save()
@@ -142,15 +154,13 @@ class Journal:
                 path.unlink()
 
     def _save(self) -> None:
-        write_json(
-            self._path,
-            {
-                "format": _FORMAT,
-                "format_version": _FORMAT_VERSION,
-                "step": self._step,
-                "passes": self._own,
-            },
-        )
+        told = {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "step": self._step,
+            "passes": self._own,
+        }
+        write_json(self._path, told | {"sha256": identity(told)})
 
     def _intact(self, passes: Passes) -> Passes:
         """What is noted without the parts that are not as they were written; the processes share the work."""
@@ -190,12 +200,15 @@ def read(folder: Path, step: str | None = None) -> Passes:
 
 
 def _noted(path: Path) -> dict[str, Any] | None:
-    """What a journal says; None for a damaged one, and for one of another version."""
+    """What a journal says; None, after a warning, for a damaged one and for one of another version."""
     try:
         found: dict[str, Any] = read_json(path)
         if isinstance(found, dict) and found.get("format_version") != _FORMAT_VERSION:
-            return None
+            raise CheckpointError(f"{path}: another version of mingle has written it")
         check(found, _FORM, path)
+        # A digit that changed would make other weights: of numbers and places, anything is plausible.
+        if identity({key: value for key, value in found.items() if key != "sha256"}) != found["sha256"]:
+            raise CheckpointError(f"{path}: was changed since it was written")
         for name in filter(None, (part["file"] for each in found["passes"] for part in each["parts"])):
             if "/" in name or not (TENSORS_NAME.fullmatch(name) or ASIDE_NAME.fullmatch(name)):
                 raise CheckpointError(f"{path}: {name!r} is not the name of a part")

@@ -42,7 +42,7 @@ from mingle.io.manifest import (
     read_manifest,
 )
 from mingle.io.provenance import versions
-from mingle.io.safetensors import write_tensors
+from mingle.io.safetensors import hash_of, write_tensors
 from mingle.io.shared_folder import check_files_together, check_shared
 from mingle.io.state_dicts import state_hash as state_hash
 
@@ -310,7 +310,7 @@ def _write(
     folder: Path,
     stem: str,
     tensors: Mapping[str, torch.Tensor],
-    known: Mapping[str, dict[str, Any]],
+    known: Mapping[tuple[str, str], dict[str, Any]],
     current: set[str],
 ) -> dict[str, Any] | None:
     """Write tensors to a file named by their content, unless there is one; returns its manifest entry.
@@ -324,13 +324,13 @@ def _write(
     """
     if not tensors:
         return None
-    name = f"{stem}-{state_hash(tensors)[:12]}.safetensors"
-    entry = known.get(generations.content_of(name))
+    digest = hash_of(folder / stem, tensors)
+    name = f"{stem}-{digest[:12]}.safetensors"
+    entry = known.get(generations.content_of(name, digest))
     path = folder / (entry["file"] if entry else name)
-    if entry and path.is_file() and (entry["file"] in current or sha256(path) == entry["sha256"]):
+    if entry and path.is_file() and (entry["file"] in current or sha256(path) == digest):
         return entry
-    digest = write_tensors(folder / name, tensors)
-    return entry_of(folder / name, name, digest)
+    return entry_of(folder / name, name, write_tensors(folder / name, tensors))
 
 
 def _one_or_more(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]] | None:

@@ -180,21 +180,36 @@ def write_tensors(
     are each written in full, and lazy ones are read when it is their turn. Raises `CheckpointError`, with the
     old file untouched, where a tensor has no safetensors form or the disk lacks the space.
     """
+    chunks, size = _file(path, tensors, metadata or {})
+    digest = hashlib.sha256()
+    with replacing(path, size) as file:
+        for data in chunks:
+            file.write(data)
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def hash_of(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """The SHA-256 that `write_tensors` would return, and its errors, where nothing is written."""
+    digest = hashlib.sha256()
+    for data in _file(path, tensors, {})[0]:
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _file(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> tuple[Iterable[bytes | memoryview], int]:
+    """The bytes of a file, piece by piece, and their number."""
     # Widest dtype first: the header's length is a multiple of 8, so every tensor then starts at a multiple of
     # its item size.
     order = sorted(tensors, key=lambda name: (-described(tensors, name).dtype.itemsize, name))
     lazy = isinstance(tensors, LazyTensors)
     header, size = _header(
-        path, {name: described(tensors, name) for name in order}, {"format": "pt", **(metadata or {})}, lazy
+        path, {name: described(tensors, name) for name in order}, {"format": "pt", **metadata}, lazy
     )
-    digest = hashlib.sha256()
-    with replacing(path, size) as file:
-        blocks = (_bytes(block) for name in order for block in blocks_of(tensors, name))
-        chunks: Iterable[bytes | memoryview] = chain([header], blocks)
-        for data in chunks:
-            file.write(data)
-            digest.update(data)
-    return digest.hexdigest()
+    blocks = (_bytes(block) for name in order for block in blocks_of(tensors, name))
+    return chain([header], blocks), size
 
 
 def _header(

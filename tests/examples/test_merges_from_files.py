@@ -12,7 +12,7 @@ import pytest
 import random_llamas
 import swept
 import torch
-from merge_commands import MERGEKIT, FilesProblem
+from merge_commands import MERGEKIT, OURS_TWICE, FilesProblem
 from random_llamas import DENSITY, SIZES, Size
 
 from mingle.bench import record
@@ -27,12 +27,12 @@ TINY = Size(64, 2, 96, 1)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A base and four models, and its tokens but 40 left out."""
+    """A base and eight models, and its tokens but 40 left out."""
     place = tmp_path_factory.mktemp("llamas")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(random_llamas, "_TOKENS", 40)
         random_llamas.write(place / "base", TINY, shard_bytes=20_000)
-        for i in range(4):
+        for i in range(8):
             random_llamas.write(place / str(i), TINY, i, shard_bytes=30_000)
     return place
 
@@ -51,13 +51,14 @@ def test_models_are_those_that_transformers_makes_of_the_configuration(folders):
 
 def test_sizes_are_those_of_their_names():
     for name, size in SIZES.items():
-        assert f"{size.parameters() / 1e9:.1f}" == f"{float(name.split()[0]):.1f}"
+        said = name.split()[0]
+        assert f"{size.parameters() / 1e9:.{len(said.partition('.')[2])}f}" == said
 
 
 def test_trimming_by_tensor_and_of_all_keeps_the_same_entries(folders):
     base = CheckpointReader(folders / "base")
     large = []
-    for i in range(4):
+    for i in range(8):
         tuned = CheckpointReader(folders / str(i))
         changes = {name: tuned.tensor(name).float() - base.tensor(name).float() for name in base}
         threshold = trim_threshold(changes, DENSITY)
@@ -78,6 +79,14 @@ def test_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
     for key in ("peak_bytes", "anonymous_bytes"):
         assert 190e6 < large[key] - small[key] < 230e6
     assert small["wall_seconds"] > 0.1 and small["cpu_seconds"] < small["wall_seconds"] + 0.1
+
+
+def test_of_several_processes_the_largest_counts():
+    inner = "x = b'1' * (200 << 20); import time; time.sleep(0.3)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    found = merge_commands.took([sys.executable, "-c", code])
+    for key in ("peak_bytes", "anonymous_bytes"):
+        assert 200e6 < found[key] < 260e6
 
 
 def test_a_command_that_fails_says_why():
@@ -131,12 +140,13 @@ def test_weights_are_compared_before_times_are(folders, tmp_path, monkeypatch, c
     monkeypatch.setenv("MERGEKIT_YAML", str(program))
     monkeypatch.setattr(random_llamas, "_TOKENS", 40)
     monkeypatch.setitem(SIZES, "0.06 B", TINY)
-    only = {"task-arithmetic": ((OURS, MERGEKIT), ("0.06 B",))}
+    only = {"task-arithmetic": ((OURS, OURS_TWICE, MERGEKIT), ("0.06 B",))}
     monkeypatch.setattr(merges_from_files, "_SWEEPS", only)
     assert merges_from_files.main(["--quick", "--rounds", "1", "--out", str(tmp_path)]) == (fault != 1.0)
     (case,) = record.read(tmp_path / "files.json")["cases"]
     rows = by_name(case)
     assert rows[OURS]["status"] == "ok" and rows[OURS]["written_bytes"] > 0
+    assert rows[OURS_TWICE]["status"] == "ok" and rows[OURS_TWICE]["errors"] == {"weights": 0.0}
     assert rows[MERGEKIT]["status"] == ("ok" if fault == 1.0 else "wrong")
     assert ("median" in rows[MERGEKIT]) == (fault == 1.0)
     assert "| task-arithmetic: 10⁹ parameters | mingle |" in (tmp_path / "files.md").read_text()

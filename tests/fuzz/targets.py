@@ -15,6 +15,7 @@ import yaml
 from mutations import edit_bytes, edit_value, to_json
 
 from mingle import tasks
+from mingle.io import journal
 from mingle.io.files import CheckpointError
 from mingle.io.safetensors import CheckpointReader, write_tensors
 from mingle.io.state_dicts import IncompatibleModel
@@ -100,6 +101,45 @@ def manifests(folder: Path) -> Target:
         kind = chance.choice(kinds)
         (kind / "manifest.json").write_bytes(to_json(edit_value(values[kind], chance), chance))
         return lambda: Merger.from_pretrained(kind)
+
+    return target
+
+
+def journals(folder: Path) -> Target:
+    """Journals that two processes left, and parts: what is taken over is as it was noted, or nothing is."""
+    step, names = journal.identity({}), (journal.JOURNAL, ".journal-1.json")
+    texts, inside = [], folder / "inside"
+    for rank in range(2):
+        (own := folder / f"{rank}").mkdir()
+        notes = journal.Journal(own, step)
+        for place in (2 * rank, 2 * rank + 1):
+            notes.write(0, place, {f"w{place}": torch.full((2,), place / 3)}, [[place / 7, 0.5]], aside=True)
+        notes.conclude(0, {"norm": 1.5})
+        texts.append((own / journal.JOURNAL).read_bytes())
+        shutil.copytree(own, inside, dirs_exist_ok=True)
+    parts = {path: path.read_bytes() for path in sorted(inside.glob(".aside-*"))}
+    noted = [part for text in texts for part in json.loads(text)["passes"][0]["parts"]]
+
+    def take_over() -> None:
+        passes = journal.Journal(inside, step).passes
+        found = [part for each in passes for part in each["parts"]]
+        assert all(part in noted for part in found)
+        assert all(each["found"] in (None, {"norm": 1.5}) for each in passes)
+        if not found:
+            raise CheckpointError("nothing is left")
+
+    def target(chance: random.Random) -> Callable[[], object]:
+        both = chance.random() < 0.7
+        for name, text in zip(names, texts, strict=True):
+            edited = text
+            if both or name != names[0]:
+                by_value = chance.random() < 0.5
+                value = json.loads(text)
+                edited = to_json(edit_value(value, chance), chance) if by_value else edit_bytes(text, chance)
+            (inside / name).write_bytes(edited)
+        for path, data in parts.items():
+            path.write_bytes(edit_bytes(data, chance) if chance.random() < 0.1 else data)
+        return take_over
 
     return target
 
@@ -226,5 +266,6 @@ def bases(folder: Path) -> Target:
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    target.__name__: target for target in (headers, indexes, manifests, adapters, routers, configs, bases)
+    target.__name__: target
+    for target in (headers, indexes, manifests, journals, adapters, routers, configs, bases)
 }

@@ -116,6 +116,20 @@ def test_a_changed_file_of_an_older_generation_is_not_used_again(models: TinyMer
     assert named(tmp_path) == ["b", "a"]  # every hash is right
 
 
+def test_files_that_an_earlier_version_named_are_not_written_again(
+    models: TinyMerge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merger = Merger(models.inputs / "base", "average")
+    merger.add("a", models.inputs / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(merger_folder, "hash_of", lambda path, tensors: "f" * 64)
+        merger.save_pretrained(tmp_path)
+    merger.metadata["note"] = 1
+    merger.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-ffffffffffff.safetensors"]
+    assert named(tmp_path) == ["a"]
+
+
 def test_only_as_many_are_kept_as_was_said_last(models: TinyMerge, tmp_path: Path) -> None:
     merger = Merger(models.inputs / "base", "average")
     for name in "abc":

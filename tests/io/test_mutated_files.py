@@ -25,6 +25,7 @@ COUNTS = {
     "headers": 3000,
     "indexes": 1500,
     "manifests": 100,
+    "journals": 200,
     "adapters": 1500,
     "routers": 100,
     "configs": 400,

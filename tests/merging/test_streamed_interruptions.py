@@ -90,20 +90,27 @@ def broken_off(folders, method, out, monkeypatch, written=4):
     assert (out / journal.JOURNAL).exists()
 
 
-@pytest.mark.parametrize("damage", ["changed", "missing", "journal"])
+@pytest.mark.parametrize("damage", ["changed", "missing", "journal", "digit", "version"])
 def test_damage_to_what_was_finished_is_made_good(mixtral, damage, parts, tmp_path, monkeypatch, caplog):
     out = tmp_path / "merged"
     broken_off(mixtral, "opcm", out, monkeypatch)
-    part = out / json.loads((out / journal.JOURNAL).read_text())["passes"][0]["parts"][1]["file"]
+    notes = json.loads((out / journal.JOURNAL).read_text())
+    first = notes["passes"][0]["parts"]
+    part = out / first[1]["file"]
     if damage == "changed":
         part.write_bytes(part.read_bytes()[:-1] + b"!")
     elif damage == "missing":
         part.unlink()
-    else:
+    elif damage == "journal":
         (out / journal.JOURNAL).write_text('{"step": ')
+    elif damage == "digit":
+        first[0]["numbers"][0][0] += 1.0
+        (out / journal.JOURNAL).write_text(json.dumps(notes))
+    else:
+        (out / journal.JOURNAL).write_text(json.dumps(notes | {"format_version": 1}))
     with caplog.at_level(logging.WARNING):
         StreamedMerger.from_pretrained(out).add("two", mixtral / "two", out, "digest")
-    assert (part.name if damage != "journal" else journal.JOURNAL) in caplog.text
+    assert (part.name if damage in ("changed", "missing") else journal.JOURNAL) in caplog.text
     from_files(mixtral, "opcm", tmp_path / "whole", TASKS[:2])
     assert contents(out) == contents(tmp_path / "whole")
 
