@@ -141,7 +141,7 @@ class PreparedLayer:
             if self._thaws():
                 return None
             if rows.requires_grad or self.gate_weight.requires_grad or self.gate_bias.requires_grad:
-                y = _Differentiable.apply(rows, self.gate_weight, self.gate_bias, self, group, fold)
+                y = _Differentiable.apply(rows, self.gate_weight, self.gate_bias, (self, group, fold))
                 return y if len(shape) == 2 else y.view(*shape[:-1], self.outputs)
         compute = folded if fold else low_rank
         y = compute(self, self.gates(), rows, group, keep=False).y
@@ -218,14 +218,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        gate_weight: Tensor,
-        gate_bias: Tensor,
-        layer: PreparedLayer,
-        group: int,
-        fold: bool,
+        ctx: Any, x: Tensor, gate_weight: Tensor, gate_bias: Tensor, call: tuple[PreparedLayer, int, bool]
     ) -> Tensor:
+        layer, group, fold = call  # in one, as PyTorch looks at each argument
         gates = layer.gates()
         y, product, z, pooled = (folded if fold else low_rank)(layer, gates, x, group, keep=True)
         through_gates = None
@@ -242,29 +237,30 @@ class _Differentiable(torch.autograd.Function):
             x if pooled is None else pooled,
         )
         ctx.set_materialize_grads(False)
-        ctx.layer, ctx.group, ctx.fold = layer, group, fold
+        ctx.call = call
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        (dy,), frozen = grads, ctx.layer.frozen
+        (dy,), (layer, group, fold) = grads, ctx.call
         if dy is None:
-            return (None,) * 6
+            return (None,) * 4
+        frozen = layer.frozen
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         weight, A, up, gates, product, z, x, seen = ctx.saved_tensors
         first = 0 if need_x else frozen
-        if ctx.fold:
+        if fold:
             dx, dz = ops.FOLDED.backward(dy, x, product, A, up.mT, gates, None, first, need_x)
         else:
             factors = weight, A, up.mT, gates, None, product, z
-            dx, dz, _ = ops.LOW_RANK.backward(dy, *factors, ctx.group, first, need_x, False, False, "grouped")
+            dx, dz, _ = ops.LOW_RANK.backward(dy, *factors, group, first, need_x, False, False, "grouped")
         dz = dz[:, frozen - first :]
         return (
             dx if need_x else None,
             dz.mT @ seen if need_weight else None,
             dz.sum(0) if need_bias else None,
-            *(None,) * 3,
+            None,
         )
 
 
