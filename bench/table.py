@@ -93,6 +93,7 @@ _STEP = _known("step_seconds", lambda steps: duration(steps[-1]))
 #: by benchmark
 COLUMNS: dict[str, dict[str, Column]] = {
     "kernels": _TIMES | _RATIO | {"of floor": _FLOOR} | _PEAK | {"error": _error},
+    "overhead": _TIMES | _RATIO | {"error": _error},
     "breakdown": _TIMES | {"GFLOP": _known("flop", lambda flop: f"{flop / 1e9:.3f}"), "of best": _BEST},
     "experts": _TIMES | _RATIO | _OF_RATIO | _EXCESS | _CALLS,
     "nufilt": _TIMES | _RATIO | {"error": _error} | _CALLS,

@@ -10,6 +10,7 @@ bits next time as well.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import statistics
@@ -41,7 +42,7 @@ def linear(
     """
     assert bias is None or onto is None
     shape = x.shape[0], *weight.shape
-    if _open(*shape) and _onednn_serves(x, weight) and library(*shape) == "onednn":
+    if choosing(math.prod(shape)) and _onednn_serves(x, weight) and library(*shape) == "onednn":
         return _onednn(x, weight, bias, onto)
     return F.linear(x, weight, bias) if onto is None else onto.addmm_(x, weight.mT)
 
@@ -130,7 +131,7 @@ def library(rows: int, outputs: int, width: int) -> str:
         if forced not in LIBRARIES:
             raise ValueError(f"MINGLE_CPU_GEMM={forced!r}: expected one of {', '.join(LIBRARIES)}")
         return forced
-    return _chosen(torch.get_num_threads()).library if _open(rows, outputs, width) else "mkl"
+    return _chosen(torch.get_num_threads()).library if choosing(rows * outputs * width) else "mkl"
 
 
 def explanation() -> str:
@@ -143,9 +144,9 @@ def explanation() -> str:
     return f"{choice.library}: oneDNN {choice.ratio:.2f} times as fast, median of {len(choice.ratios)} rounds"
 
 
-def _open(rows: int, outputs: int, width: int) -> bool:
+def choosing(multiplications: int) -> bool:
     """Whether there is anything to choose: small products go to MKL unless ``$MINGLE_CPU_GEMM`` is set."""
-    return rows * outputs * width >= _SMALLEST or bool(os.environ.get("MINGLE_CPU_GEMM"))
+    return multiplications >= _SMALLEST or bool(os.environ.get("MINGLE_CPU_GEMM"))
 
 
 class Choice(NamedTuple):

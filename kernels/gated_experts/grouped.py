@@ -81,7 +81,10 @@ def gate(hidden: torch.Tensor, z: torch.Tensor, group: int, out: torch.Tensor | 
     factors = z.to(hidden.dtype).view(groups, 1, experts, 1)
     if out is None:
         return torch.mul(hidden.view(shape), factors).view(hidden.shape)
-    torch.mul(hidden.view(shape), factors, out=out.view(shape))
+    if out is hidden:
+        hidden.view(shape).mul_(factors)
+    else:
+        torch.mul(hidden.view(shape), factors, out=out.view(shape))
     return out
 
 

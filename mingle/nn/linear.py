@@ -14,7 +14,9 @@ from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import reference
 from mingle.kernels.gated_experts.reference import REDUCTIONS
 from mingle.nn.conv1d import conv1d, is_conv1d
+from mingle.nn.prepared import PreparedLayer, prepare
 from mingle.ops.operands import LayerTensors
+from mingle.ops.shared import adjacent
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -105,6 +107,7 @@ class MingleLinear(nn.Module):
     gate_bias: nn.Parameter
     frozen_gate_weight: nn.Parameter
     frozen_gate_bias: nn.Parameter
+    _prepared: PreparedLayer | None = None
 
     def __init__(
         self,
@@ -286,6 +289,27 @@ class MingleLinear(nn.Module):
         self.frozen_gate_bias = _frozen(bias[:split].clone())
         self.gate_weight = nn.Parameter(weight[split:].clone(), requires_grad=trainable > 0)
         self.gate_bias = nn.Parameter(bias[split:].clone(), requires_grad=trainable > 0)
+        self._join_gates()
+
+    def _join_gates(self) -> None:
+        """Let old and new gates lie side by side in memory, so that no call on the CPU needs to join them."""
+        pairs = (
+            (self.frozen_gate_weight, self.gate_weight),
+            (self.frozen_gate_bias, self.gate_bias),
+        )
+        for old, new in pairs:
+            if (
+                len(old) * len(new) == 0
+                or not (old.is_cpu and new.is_cpu and old.dtype == new.dtype)
+                or old.is_inference()
+                or new.is_inference()
+                or adjacent((old, new))
+                or old.is_shared()  # with other processes
+                or new.is_shared()
+            ):
+                continue
+            both = torch.cat((old.detach(), new.detach()))
+            old.data, new.data = both[: len(old)], both[len(old) :]
 
     def tensors(self) -> LayerTensors:
         """This layer's tensors as `mingle.functional` takes them."""
@@ -311,6 +335,10 @@ class MingleLinear(nn.Module):
             y = siblings.forward(position, x, mask)
             if y is not None:
                 return y
+        if mask is None and not self.prepack and not torch.compiler.is_compiling():
+            y = self._prepared_forward(x)
+            if y is not None:
+                return y
         self.keep_packed()
         return functional.gated_experts(
             x,
@@ -321,10 +349,30 @@ class MingleLinear(nn.Module):
             backend=self.backend,
         )
 
+    def _prepared_forward(self, x: torch.Tensor) -> torch.Tensor | None:
+        """`forward` in little time; None where it goes another way."""
+        if self.backend not in ("auto", "grouped"):
+            return None
+        known = self._prepared
+        if known is None or not known.holds(self._parameters):
+            known = self._prepared = prepare(self._parameters, self.backend)
+        return None if known is None else known.forward(x, self.reduce)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MingleLinear:
         moved = super()._apply(fn, recurse)
         prepacked.drop_stale()
+        self._prepared = None
+        self._join_gates()
         return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_prepared", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._join_gates()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -342,6 +390,7 @@ class MingleLinear(nn.Module):
             if saved is not None and saved.shape != own.shape and saved.shape[2:] == own.shape[2:]:
                 trainable = name.startswith("gate") and len(saved) > 0
                 setattr(self, name, nn.Parameter(own.new_empty(saved.shape), requires_grad=trainable))
+        self._join_gates()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

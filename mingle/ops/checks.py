@@ -36,7 +36,7 @@ def check(
         raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(REDUCTIONS)}")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
-    if frozen_gates >= 0 and gates is None and mask is None and _plain(x, layer, frozen_gates):
+    if frozen_gates >= 0 and gates is None and mask is None and plain(x, layer, frozen_gates):
         return
     weight, A, B = layer.weight, layer.A, layer.B
     if weight.dim() != 2 or A.dim() != 3 or B.dim() != 3 or x.dim() < 1:
@@ -54,7 +54,7 @@ def check(
     _check_dtypes(x, layer, mask, gates)
 
 
-def _plain(x: Tensor, layer: LayerTensors, frozen_gates: int) -> bool:
+def plain(x: Tensor, layer: LayerTensors, frozen_gates: int) -> bool:
     """Whether nothing is wrong with a call without mask and given gates, found in a few comparisons.
 
     Layers are called so often that what would be wrong is looked for only where this says no.

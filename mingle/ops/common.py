@@ -19,11 +19,12 @@ from mingle.ops.operands import FoldedOperands, LowRankOperands
 
 
 class Operator(NamedTuple):
-    """One operator in three forms."""
+    """One operator in three forms, and its backward."""
 
     registered: Callable[..., Any]  # what tracers see
     differentiable: Callable[..., Any]  # eager, with a backward
     plain: Callable[..., Any]  # eager, without
+    backward: Callable[..., Any]  # eager, of gradients alone
 
     def __call__(self, save: bool, *arguments: Any) -> Any:
         """Apply the form that fits; `save`: a backward may follow.  The first argument is a tensor."""

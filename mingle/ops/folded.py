@@ -164,4 +164,5 @@ FOLDED = Operator(
     gated_experts_folded,
     differentiable(_gated_experts_folded, _save, partial(_gradients, core=_gated_experts_folded_backward)),
     _gated_experts_folded,
+    _gated_experts_folded_backward,
 )

@@ -239,4 +239,5 @@ LOW_RANK = Operator(
     gated_experts,
     differentiable(_gated_experts, _save, partial(_gradients, core=_gated_experts_backward)),
     _gated_experts,
+    _gated_experts_backward,
 )

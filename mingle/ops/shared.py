@@ -213,4 +213,6 @@ def _gradients(ctx: Any, dys: Sequence[Tensor], *_: Tensor | None) -> tuple[Any,
 
 gated_experts_shared.register_autograd(_gradients, setup_context=_save)
 
-SHARED = Operator(gated_experts_shared, gated_experts_shared, _gated_experts_shared)
+SHARED = Operator(
+    gated_experts_shared, gated_experts_shared, _gated_experts_shared, _gated_experts_shared_backward
+)

@@ -1,0 +1,299 @@
+"""Eager calls of a frozen layer on the CPU, past everything that an earlier call has settled.
+
+What `mingle.functional.gated_experts` does for any tensors takes several times as long as the products of a
+small layer: it looks whether they fit together, joins old gates with new ones, views factors as matrices and
+decides how to compute.  While a layer's own tensors are the same, none of this needs to be done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mingle import ops
+from mingle.kernels import gemm
+from mingle.ops import dispatch
+from mingle.ops.checks import plain
+from mingle.ops.operands import LayerTensors
+from mingle.ops.shared import adjacent, stacked
+
+_EXACT = torch.float32, torch.float64  # in which gates and layers are of one dtype
+_NAMES = (
+    "weight",
+    "bias",
+    "A",
+    "B_transposed",
+    "frozen_gate_weight",
+    "frozen_gate_bias",
+    "gate_weight",
+    "gate_bias",
+)
+
+
+class _Gates(NamedTuple):
+    """All gates of a layer, oldest first."""
+
+    weight: Tensor  # [T, d_in]
+    weight_transposed: Tensor
+    bias: Tensor  # [T]
+    borrowed: bool  # whether this is the memory of several parameters
+
+
+class PreparedLayer:
+    """The parameters of a `MingleLinear`, and views of them as its products take them.
+
+    Nothing is copied: what the parameters hold may change in place at any time.  `prepare` makes these.
+    """
+
+    def __init__(self, *parameters: Any) -> None:
+        """`parameters`: in the order of `_NAMES`, such as fit together."""
+        self.parameters = parameters
+        (
+            self.weight, self.bias, self.A, self.up,
+            self.frozen_weight, self.frozen_bias, self.gate_weight, self.gate_bias,
+        ) = parameters  # fmt: skip
+        self.places = self._places()
+        self.frozen = len(self.frozen_weight)
+        self.experts, self.rank, self.width = self.A.shape
+        self.outputs, self.columns = len(self.weight), self.experts * self.rank
+        # multiplications of one token in the largest of the products
+        self.largest = max(self.width * self.outputs, self.width * self.columns, self.columns * self.outputs)
+        self.weight_transposed = self.weight.detach().t()
+        self.down_transposed = self.A.detach().flatten(0, 1).t()  # [d_in, T·r]
+        self.up_rows = self.up.detach().flatten(0, 1)  # [T·r, d_out]
+        self.joined = self._joined()
+
+    def _places(self) -> tuple[Any, ...]:
+        """Where parameters of which there are views lie in memory, and how."""
+        weight, A, up = self.weight, self.A, self.up
+        return (
+            weight.data_ptr(), weight.shape, weight.stride(),
+            A.data_ptr(), A.shape, A.stride(),
+            up.data_ptr(), up.shape, up.stride(),
+            self.frozen_weight.data_ptr(), self.frozen_bias.data_ptr(),
+            self.gate_weight.data_ptr(), self.gate_bias.data_ptr(),
+        )  # fmt: skip
+
+    def holds(self, own: Mapping[str, Tensor | None]) -> bool:
+        """Whether `own` are these parameters, and lie where they lay."""
+        return (
+            own["weight"] is self.weight
+            and own["bias"] is self.bias
+            and own["A"] is self.A
+            and own["B_transposed"] is self.up
+            and own["frozen_gate_weight"] is self.frozen_weight
+            and own["frozen_gate_bias"] is self.frozen_bias
+            and own["gate_weight"] is self.gate_weight
+            and own["gate_bias"] is self.gate_bias
+            and self._places() == self.places
+        )
+
+    def _joined(self) -> _Gates | None:
+        """The gates without a copy; None where old and new ones do not lie side by side."""
+        if self.frozen == 0:
+            weight = self.gate_weight.detach()
+            return _Gates(weight, weight.t(), self.gate_bias.detach(), borrowed=False)
+        weights, biases = (self.frozen_weight, self.gate_weight), (self.frozen_bias, self.gate_bias)
+        if not (adjacent(weights) and adjacent(biases)):
+            return None
+        weight = stacked(weights)
+        return _Gates(weight, weight.t(), stacked(biases), borrowed=True)
+
+    def gates(self) -> _Gates:
+        if self.joined is not None:
+            return self.joined
+        weight = torch.cat((self.frozen_weight, self.gate_weight))
+        return _Gates(weight, weight.t(), torch.cat((self.frozen_bias, self.gate_bias)), borrowed=False)
+
+    def forward(self, x: Tensor, reduce: str) -> Tensor | None:
+        """What the layer makes of x [..., N, d_in]; None where it is to be computed in the general way."""
+        shape = x.shape
+        if (
+            type(x) not in (Tensor, nn.Parameter)
+            or not x.is_cpu
+            or x.dtype is not self.weight.dtype
+            or not shape
+            or shape[-1] != self.width
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        rows = x if len(shape) == 2 else x.reshape(-1, self.width)
+        tokens = rows.shape[0]
+        if reduce == "sample":
+            group = shape[-2] if len(shape) > 2 else 1
+        else:
+            group = {"token": 1, "batch": tokens}.get(reduce, 0)
+        if tokens == 0 or group == 0:
+            return None
+        fold = group == tokens and dispatch.folding_pays(
+            tokens, self.width, self.outputs, self.columns, "cpu"
+        )
+        if fold and tokens == 1:
+            return None
+        if torch.is_grad_enabled():
+            if self._thaws():
+                return None
+            if rows.requires_grad or self.gate_weight.requires_grad or self.gate_bias.requires_grad:
+                y = _Differentiable.apply(rows, self.gate_weight, self.gate_bias, (self, group, fold))
+                return y if len(shape) == 2 else y.view(*shape[:-1], self.outputs)
+        compute = folded if fold else low_rank
+        y = compute(self, self.gates(), rows, group, keep=False).y
+        return y if len(shape) == 2 else y.view(*shape[:-1], self.outputs)
+
+    def _thaws(self) -> bool:
+        """Whether anything but the newest gates needs a gradient."""
+        bias = self.bias
+        return (
+            self.weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or self.A.requires_grad
+            or self.up.requires_grad
+            or self.frozen_weight.requires_grad
+            or self.frozen_bias.requires_grad
+        )
+
+
+class _Results(NamedTuple):
+    y: Tensor  # [N, d_out]
+    product: Tensor  # H [N, T·r], or W_eff [d_out, d_in]
+    z: Tensor  # [G, T]
+    pooled: Tensor | None  # x̄ [G, d_in]; None where the gates see single tokens
+
+
+def low_rank(layer: PreparedLayer, gates: _Gates, x: Tensor, group: int, *, keep: bool) -> _Results:
+    """`mingle.ops.gated_experts` of x [N, d_in]; without `keep`, for a backward, H is overwritten."""
+    if group == 1:
+        z, pooled = F.linear(x, gates.weight) + gates.bias, None
+    else:
+        pooled = x.view(-1, group, layer.width).mean(1)
+        z = torch.addmm(gates.bias, pooled, gates.weight_transposed)
+    product = _product(x.shape[0] * layer.largest)
+    hidden = product(x, layer.down_transposed)
+    parts, factors = hidden.view(-1, group, layer.experts, layer.rank), z.view(-1, 1, layer.experts, 1)
+    gated = torch.mul(parts, factors) if keep else parts.mul_(factors)
+    y = product(x, layer.weight_transposed, layer.bias)
+    y = product(gated.view(-1, layer.columns), layer.up_rows, onto=y)
+    return _Results(y, hidden, z, pooled)
+
+
+def folded(layer: PreparedLayer, gates: _Gates, x: Tensor, group: int, *, keep: bool) -> _Results:
+    """`mingle.ops.gated_experts_folded` of x [N, d_in], N > 1."""
+    pooled = x.view(-1, group, layer.width).mean(1)
+    z = torch.addmm(gates.bias, pooled, gates.weight_transposed)
+    gated = (layer.up * z.view(-1, 1, 1)).view(layer.columns, layer.outputs)
+    product = _product(max(x.shape[0], layer.columns) * layer.largest)
+    weight = product(gated.t(), layer.down_transposed.t()).add_(layer.weight)  # [d_out, d_in]
+    return _Results(product(x, weight.t(), layer.bias), weight, z, pooled)
+
+
+def _product(multiplications: int) -> Callable[..., Tensor]:
+    """The function for matrix products none of which has more multiplications."""
+    return _chosen_product if gemm.choosing(multiplications) else _plain_product
+
+
+def _plain_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None
+) -> Tensor:
+    """x W + b, or x W + onto, which is overwritten; W [K, O].  In the library that small products go to."""
+    if onto is not None:
+        return onto.addmm_(x, weight)
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+def _chosen_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None
+) -> Tensor:
+    return gemm.linear(x, weight.t(), bias, onto)
+
+
+class _Differentiable(torch.autograd.Function):
+    """`low_rank` or `folded` with a backward, for x and the newest gates alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate_weight: Tensor, gate_bias: Tensor, call: tuple[PreparedLayer, int, bool]
+    ) -> Tensor:
+        layer, group, fold = call  # in one, as PyTorch looks at each argument
+        gates = layer.gates()
+        y, product, z, pooled = (folded if fold else low_rank)(layer, gates, x, group, keep=True)
+        through_gates = None
+        if ctx.needs_input_grad[0]:  # an optimizer may change the gates before the backward
+            through_gates = gates.weight.clone() if gates.borrowed else gates.weight
+        ctx.save_for_backward(
+            layer.weight,
+            layer.A,
+            layer.up,
+            through_gates,
+            product,
+            z,
+            x if fold else None,
+            x if pooled is None else pooled,
+        )
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        (dy,), (layer, group, fold) = grads, ctx.call
+        if dy is None:
+            return (None,) * 4
+        frozen = layer.frozen
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        weight, A, up, gates, product, z, x, seen = ctx.saved_tensors
+        first = 0 if need_x else frozen
+        if fold:
+            dx, dz = ops.FOLDED.backward(dy, x, product, A, up.mT, gates, None, first, need_x)
+        else:
+            factors = weight, A, up.mT, gates, None, product, z
+            dx, dz, _ = ops.LOW_RANK.backward(dy, *factors, group, first, need_x, False, False, "grouped")
+        dz = dz[:, frozen - first :]
+        return (
+            dx if need_x else None,
+            dz.mT @ seen if need_weight else None,
+            dz.sum(0) if need_bias else None,
+            None,
+        )
+
+
+def prepare(own: Mapping[str, Tensor | None], backend: str) -> PreparedLayer | None:
+    """The parameters of a `MingleLinear` by name, prepared; None where no call of it may come here.
+
+    Raises:
+        What `mingle.functional.gated_experts` raises where they do not fit together.
+    """
+    parameters = [own[name] for name in _NAMES]
+    weight, bias, A, up, *of_gates = parameters
+    if weight is None or A is None or up is None or len(A) == 0:
+        return None
+    if not (A.is_contiguous() and up.is_contiguous()):
+        return None
+    for tensor in parameters:
+        if tensor is not None and not _ordinary(tensor, weight.dtype):
+            return None
+    frozen_weight, frozen_bias, gate_weight, gate_bias = (gate for gate in of_gates if gate is not None)
+    with torch.inference_mode(False), torch.no_grad():
+        gates = torch.cat((frozen_weight, gate_weight)), torch.cat((frozen_bias, gate_bias))
+        if not plain(weight, LayerTensors(weight, bias, A, up.mT, *gates), len(frozen_weight)):
+            return None
+        dispatch.plan(backend, weight, 1, len(weight), A.shape[0] * A.shape[1])  # says what `auto` takes
+        return PreparedLayer(*parameters)
+
+
+def _ordinary(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        type(tensor) is nn.Parameter
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.dtype is dtype
+        and dtype in _EXACT
+        and not tensor.is_inference()
+    )
