@@ -11,6 +11,7 @@ from torch import nn
 
 from mingle import linalg, ranks
 from mingle.linalg import InputDirections
+from mingle.nn.linear import MingleLinear
 from mingle.nn.observe import observed
 
 _SHOWN = 5
@@ -33,7 +34,7 @@ def collected(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, InputDirect
 
     def collect(name: str, layer: nn.Module, x: torch.Tensor) -> None:
         nonlocal last
-        mask = getattr(layer, "token_mask", None)
+        mask = layer.counted(x) if isinstance(layer, MingleLinear) else None
         if last is not x:
             last = x
             results.clear()

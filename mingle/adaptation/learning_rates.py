@@ -40,8 +40,8 @@ def learning_rates(
     sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in layers}
 
     def collect(name: str, layer: MingleLinear, x: Tensor) -> None:
-        norms = reference.pooled_input(x, layer.reduce, layer.token_mask).abs().sum(-1)
-        mask = layer.token_mask if layer.reduce == "token" else None
+        norms = reference.pooled_input(x, layer.reduce, layer.counted(x)).abs().sum(-1)
+        mask = layer.counted(x) if layer.reduce == "token" else None
         valid = torch.ones_like(norms, dtype=torch.bool) if mask is None else mask
         sums[name] += torch.stack([torch.where(valid, norms, 0).sum().double(), valid.sum().double()])
 

@@ -37,9 +37,11 @@ def mean_gates(
     counts: dict[str, int] = {}
 
     def collect(name: str, layer: MingleLinear, x: Tensor) -> None:
-        mask, gates = layer.token_mask, layer.gates(x)
+        mask, gates = layer.counted(x), layer.gates(x)
         if gates.dim() > 2:
             gates = reference.pooled_input(gates, "sample", mask if gates.shape[-2] > 1 else None)
+        elif mask is not None and mask.dim() == 1:  # the tokens of all samples in one dimension
+            gates = gates[mask]
         mean = gates.double().flatten(0, -2).mean(0)
         sums[name] = sums.get(name, torch.zeros_like(mean)) + len(x) * mean
         counts[name] = counts.get(name, 0) + len(x)

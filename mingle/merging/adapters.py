@@ -19,6 +19,13 @@ from mingle.nn.peft import ROOT, factor_names, read_with_head
 from mingle.tasks import TaskType
 
 _HALVES = ("A", "B")
+#: kinds of models in which PEFT refuses adapters of these layers: kernels read their weights
+_READ_BY_KERNELS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj", "conv1d")
+#: what PEFT takes for layers of packed experts in all kinds whose files transformers converts like these
+_AS_IN_EXPERTS: dict[str, tuple[str, ...]] = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
 
 
 def files(
@@ -36,8 +43,18 @@ def files(
         name: what the base is called.
         experts: one or more by layer, of the dtype that they are to have.
         head: the tensors of the task's own head, by their names in the base; empty where it has none.
+
+    Raises:
+        ValueError: an expert of a layer that PEFT takes none for.
     """
     whole = {f"{tower}.{layer}".removeprefix("."): expert for layer, expert in experts.items()}
+    kind = getattr(getattr(base, "config", None), "model_type", None)
+    for layer in whole:
+        if layer.rpartition(".")[2] in _not_loaded(kind):
+            raise ValueError(
+                f"layer {layer!r}: PEFT loads no adapter of it in a model of the kind {kind!r}; export one "
+                "task as a plain model, or merge with `layers` that leave it out"
+            )
     # PEFT takes a layer's name for that of all modules whose names end in it.
     others = [
         module
@@ -56,6 +73,17 @@ def files(
     for layer, expert in whole.items():
         tensors |= dict(zip(factor_names(layer), expert, strict=True))
     return AdapterFiles(config, tensors)
+
+
+def _not_loaded(kind: str | None) -> tuple[str, ...]:
+    """The last parts of the names of layers whose adapters PEFT does not load, in models of this kind."""
+    from transformers import conversion_mapping
+
+    kinds, layers = _READ_BY_KERNELS
+    if kind in kinds:
+        return layers
+    like: str = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind, "")
+    return _AS_IN_EXPERTS.get(like, ())
 
 
 def _kind(base: nn.Module) -> dict[str, Any]:

@@ -165,15 +165,17 @@ def gate_activation(
 ) -> torch.Tensor:
     """The mean gate value of every expert in every layer over the samples: [L, T]."""
     sums = {name: torch.zeros(layer.num_experts) for name, layer in layers.items()}
+    rows = dict.fromkeys(layers, 0)  # one or more for each sample
 
     def collect(name: str, layer: MingleLinear, x: torch.Tensor) -> None:
-        mask = layer.token_mask
+        mask = layer.counted(x)
         values = layer.gates(x)
         counted = mask if mask is not None and layer.reduce == "token" else x.new_ones(values.shape[:-1])
         weight = counted / counted.sum() * len(x)
         sums[name] += (values * weight.unsqueeze(-1)).flatten(0, -2).sum(0).cpu()
+        rows[name] += len(x)
 
     with observed(layers, collect):
         for batch in data.batches_by_length(batch_size):
             task.logits(model, batch)
-    return torch.stack(list(sums.values())) / max(len(data), 1)
+    return torch.stack([total / max(rows[name], 1) for name, total in sums.items()])

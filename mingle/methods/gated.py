@@ -106,9 +106,11 @@ class GatedMethod(MergeMethod):
         self.structure = task.structure(model)
         targets = options.layers or self.structure.sets[self.layer_set]
         if not targets:
-            packed = ": its experts are packed into single tensors" if packed_experts(self.tower) else ""
+            why = next((f": {name!r} {reason}" for name, reason in self.structure.unfit.items()), "")
+            if packed_experts(self.tower):
+                why = ": its experts are packed into single tensors"
             what = f"linear layers in the set {self.layer_set!r} that can take experts"
-            raise ValueError(f"{type(self.tower).__name__} has no {what}{packed}")
+            raise ValueError(f"{type(self.tower).__name__} has no {what}{why}")
         for name in find_targets(self.tower, targets):
             if reason := self.structure.unfit.get(name):
                 raise ValueError(f"layer {name!r} {reason}: it cannot take experts")

@@ -245,7 +245,7 @@ class Alignment:
             return
         x = args[0]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            shares = reference.pooled_input(alignments(x, layer.A), layer.reduce, layer.token_mask)
+            shares = reference.pooled_input(alignments(x, layer.A), layer.reduce, layer.counted(x))
             layer.given_gates = (shares / self.temperature).softmax(-1)
 
 

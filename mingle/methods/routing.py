@@ -125,6 +125,12 @@ class RouterMethod(GatedMethod):
         with torch.no_grad():
             for batch in batches:
                 run_until([self.encoder], partial(self.task.logits, self.model, batch), record)
+                if (rows := len(seen[-1][0].mean)) != len(batch):
+                    raise ValueError(
+                        f"{type(self.tower).__name__} passes {rows} rows through its blocks for {len(batch)} "
+                        f"samples, and the router of {self.name!r} decides on whole samples; take a method "
+                        "without a router"
+                    )
         return seen
 
     def block_widths(self) -> list[int]:

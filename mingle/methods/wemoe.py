@@ -185,7 +185,7 @@ def route_by_module(layers: Mapping[str, MingleLinear]) -> dict[str, MingleLinea
 
 def _pass_on(others: list[MingleLinear], router: MingleLinear, args: tuple[torch.Tensor, ...]) -> None:
     with torch.autocast(args[0].device.type, enabled=False):  # gates stay in fp32
-        gates = reference.gate_values(args[0], *router.all_gates(), router.reduce, router.token_mask)
+        gates = reference.gate_values(args[0], *router.all_gates(), router.reduce, router.counted(args[0]))
     for other in others:
         other.given_gates = gates
 

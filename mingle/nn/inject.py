@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from mingle.nn.conv1d import is_conv1d
-from mingle.nn.linear import MingleLinear
+from mingle.nn.linear import MingleLinear, computes_linear
 from mingle.nn.matrices import AnyLinear, Layout, is_linear, packed_experts, transposed
 from mingle.options import nearest
 
@@ -19,9 +19,7 @@ def matches(name: str, suffix: str) -> bool:
 
 def refusal(module: nn.Module, parent: nn.Module) -> str:
     """Why `module`, a child of `parent`, cannot take experts; empty where it can."""
-    # Subclasses are refused: torch.nn.MultiheadAttention, for one, reads the weight of its out_proj and never
-    # calls it.
-    if not (type(module) is nn.Linear or is_conv1d(module) or isinstance(module, MingleLinear)):
+    if not (computes_linear(module) or is_conv1d(module) or isinstance(module, MingleLinear)):
         return f"is a {type(module).__name__}, not a torch.nn.Linear: it cannot take experts"
     if isinstance(parent, nn.TransformerEncoderLayer):
         reader = "torch.nn.TransformerEncoderLayer"

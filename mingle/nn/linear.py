@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -63,6 +64,33 @@ class Siblings(Protocol):
         """The output of the layer at `position` among them, or None where it is to be computed alone."""
 
 
+def computes_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a Linear, or of a subclass that computes the same in words of its own, as Falcon's.
+
+    A subclass with its own `forward` is tried on a small weight.  One without is refused, as
+    `torch.nn.MultiheadAttention` reads the weight of its ``out_proj`` and never calls it; and so is one with
+    anything beside weight and bias, or with hooks.
+    """
+    if type(module) is nn.Linear:
+        return True
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    own = {*module._parameters, *module._buffers, *module._modules}
+    if own != {"weight", "bias"} or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        torch.manual_seed(0)
+        tried = nn.Linear(2, 3, bias=module.bias is not None, device="cpu", dtype=torch.float64)
+        x = torch.randn(2, 4, 2, device="cpu", dtype=torch.float64)
+        expected = tried(x)
+        tried.__class__ = type(module)
+        tried.training = module.training
+        try:
+            return torch.allclose(tried(x), expected)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return False
+
+
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
@@ -90,8 +118,8 @@ class MingleLinear(nn.Module):
         prepack: keep the frozen weights a second time, in the layout that CPU products are fastest in (see
             `mingle.kernels.prepack`).  Made anew after every change, never saved; results differ by rounding.
         shared: set by `mingle.share_inputs`: this layer's siblings, and its place among them.
-        token_mask: bool [..., N], true for tokens that count in the gates' means, where `forward` is not
-            given one; set around a call by whoever knows the padding, and not part of the state.
+        token_mask: bool [n, N], true for tokens that count in the gates' means, where `forward` is not given
+            one; set around a call by whoever knows the padding, and not part of the state.  See `counted`.
         given_gates: gates of a router, which replace the layer's own; set around a call, and not part of the
             state.  They are as `mingle.functional.gated_experts` takes them, or one row for each n samples
             of an x with k · n rows, where every k rows in a row are one sample's: the windows of an image,
@@ -137,6 +165,7 @@ class MingleLinear(nn.Module):
             trainable=0,
         )
         self.transposed = False
+        self._kind: type[nn.Module] = nn.Linear
         self._base_trainable = False
         self.shared: tuple[Siblings, int] | None = None
         self.token_mask: torch.Tensor | None = None
@@ -156,7 +185,7 @@ class MingleLinear(nn.Module):
         transposed = is_conv1d(linear)
         weight = linear.weight.mT if transposed else linear.weight
         layer = cls(weight, linear.bias, reduce=reduce, backend=backend, prepack=prepack)
-        layer.transposed = transposed
+        layer.transposed, layer._kind = transposed, type(linear)
         layer._base_trainable = linear.weight.requires_grad
         return layer.train(linear.training)
 
@@ -173,6 +202,8 @@ class MingleLinear(nn.Module):
         linear.weight = shared(self.weight)
         if self.bias is not None:
             linear.bias = shared(self.bias)
+        if issubclass(self._kind, nn.Linear):
+            linear.__class__ = self._kind  # it adds nothing but its `forward`, see `computes_linear`
         return linear.train(self.training)
 
     @property
@@ -214,7 +245,7 @@ class MingleLinear(nn.Module):
         """
         if self.given_gates is not None:
             return _repeated(self.given_gates, x)
-        mask = self.token_mask if mask is None else mask
+        mask = self.counted(x) if mask is None else mask
         with torch.autocast(x.device.type, enabled=False):
             gates = reference.gate_values(x, *self.all_gates(), self.reduce, mask)
         if self.gate_prior is None:
@@ -223,6 +254,22 @@ class MingleLinear(nn.Module):
         if prior.dim() == 2:
             prior = prior.view(len(prior), *[1] * (gates.dim() - 2), prior.shape[1])
         return gates * prior
+
+    def counted(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens of x [..., d_in] the `token_mask` counts, [...], or None without one.
+
+        Some models pass on the tokens of all samples in one dimension, such as those of a shared expert, and
+        some fill samples up to whole windows: what they add on the right does not count.  Some read what is
+        in a key-value cache once more; gates of single tokens need no mask for that.
+        """
+        mask, shape = self.token_mask, x.shape[:-1]
+        if mask is None or mask.shape == shape:
+            return mask
+        if mask.numel() == math.prod(shape):
+            return mask.reshape(shape)
+        if x.dim() == 3 and mask.dim() == 2 and len(mask) == len(x) and mask.shape[1] < shape[1]:
+            return torch.nn.functional.pad(mask, (0, shape[1] - mask.shape[1]))
+        return None if self.reduce == "token" else mask
 
     def add_expert(
         self,
@@ -322,7 +369,7 @@ class MingleLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., N, d_in] → [..., N, d_out]; `mask` [..., N] marks tokens that the gates' means count."""
-        mask = self.token_mask if mask is None else mask
+        mask = self.counted(x) if mask is None else mask
         if self.given_gates is not None or self.gate_prior is not None:
             self.keep_packed()
             experts = LayerTensors(self.weight, self.bias, self.A, self.B, gate_weight=None, gate_bias=None)
@@ -402,11 +449,14 @@ class MingleLinear(nn.Module):
 
 
 def _repeated(gates: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Gates [n, T] of the samples for x [k · n, ..., d_in]: [k · n, T]; others are returned as they are."""
+    """Gates [n, T] of samples for x [k · n, ..., d_in], a row for each; others are returned as they are."""
     rows, samples = (x.shape[0] if x.dim() > 1 else 1), len(gates)
-    if gates.dim() != 2 or samples in (0, rows) or rows % samples:
+    if gates.dim() != 2 or samples == 0 or rows % samples:
         return gates
-    return gates.repeat_interleave(rows // samples, 0)
+    if samples < rows:
+        gates = gates.repeat_interleave(rows // samples, 0)
+    # an image whose places are in two dimensions is one sample
+    return gates.view(rows, *[1] * (x.dim() - 2), gates.shape[1]) if x.dim() > 3 else gates
 
 
 def _append(stack: torch.Tensor, matrix: torch.Tensor) -> nn.Parameter:

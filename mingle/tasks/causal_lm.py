@@ -17,7 +17,7 @@ from mingle.tasks.classification import auto_class, check_tokens, with_mask
 from mingle.tasks.data import TaskData
 from mingle.tasks.likelihood import answer_likelihoods, choice_likelihoods
 from mingle.tasks.masks import prompt
-from mingle.tasks.prompts import left_padded, positions
+from mingle.tasks.prompts import endings, left_padded, positions
 from mingle.tasks.structure import Structure
 from mingle.tasks.vocabulary import Vocabulary, find_vocabulary
 
@@ -148,7 +148,7 @@ class CausalLmTask(TaskType):
 
     def _exact(self, model: nn.Module, data: TaskData) -> Tensor:
         """Whether the greedy answers to the prompts are those wanted, token by token, [n]."""
-        wanted, (ends, pad) = required_labels(data).cpu(), _ends(model)
+        wanted, (ends, pad) = required_labels(data).cpu(), endings(model)
         ids, _, counted = (part.cpu() for part in self._answered(model, data, wanted.shape[1]))
         given = ids.where(counted.bool(), _NONE)[:, data.inputs["input_ids"].shape[1] :]
         length = max(given.shape[1], wanted.shape[1])
@@ -168,7 +168,7 @@ class CausalLmTask(TaskType):
         lm: Any = model
         ids, mask = (data.inputs[name].to(lm.device) for name in ("input_ids", "attention_mask"))
         ids, mask = left_padded(ids, mask)
-        ends, pad = _ends(model)
+        ends, pad = endings(model)
         room = getattr(lm.config, "max_position_embeddings", None)
         if room is not None and ids.shape[1] + length > room:
             length = room - ids.shape[1]
@@ -207,16 +207,6 @@ def _check_choices(data: TaskData) -> None:
         raise ValueError(
             f"labels {list(labels.shape)}: expected [n], which of {choices.shape[1]} choices is right"
         )
-
-
-def _ends(model: nn.Module) -> tuple[list[int], int]:
-    """The tokens that end an answer, and the one that fills up what follows it."""
-    lm: Any = model
-    settings = getattr(lm, "generation_config", None) or lm.config
-    end = settings.eos_token_id if settings.eos_token_id is not None else lm.config.eos_token_id
-    ends = [end] if isinstance(end, int) else list(end or [])
-    pad = settings.pad_token_id if settings.pad_token_id is not None else lm.config.pad_token_id
-    return ends, pad if isinstance(pad, int) else ends[0] if ends else 0
 
 
 def _cut(tokens: Tensor, ends: list[int]) -> Tensor:

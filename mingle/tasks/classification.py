@@ -95,8 +95,26 @@ class ClassificationTask(TaskType):
         return made.requires_grad_(False)
 
     def tower(self, model: nn.Module) -> str:
+        """The transformer below the head: the part that the model's class names, or that alone has blocks.
+
+        Raises:
+            ValueError: neither is there.
+        """
         prefix: str = getattr(model, "base_model_prefix", "")
-        return prefix if prefix and hasattr(model, prefix) else ""
+        if prefix and hasattr(model, prefix):
+            return prefix
+        with_blocks = [
+            name
+            for name, child in model.named_children()
+            if any(isinstance(module, nn.ModuleList) for module in child.modules())
+        ]
+        if len(with_blocks) != 1:
+            found = ", ".join(with_blocks) or "no part with a list of blocks"
+            raise ValueError(
+                f"{type(model).__name__}: its transformer cannot be told from its head ({found}); give a "
+                "task_type of your own, see mingle.tasks.TaskType"
+            )
+        return with_blocks[0]
 
     def heads(self, model: nn.Module) -> tuple[str, ...]:
         inside, missing = f"{self.tower(model)}.", absent(model)

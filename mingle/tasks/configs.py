@@ -15,6 +15,8 @@ CONFIG = "config.json"
 #: transformers fetches and runs what these can name
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _SHOWN, _MAX_LABELS = 5, 100_000
+#: transformers 5 writes infinity as {"__float__": "Infinity"}
+_FLOAT = "__float__"
 #: Settings of training, generation, outputs and heads that are not merged, and notes on a model's past.
 #: Which tensors are tied, and how many tokens there are, is judged by the files.
 _NO_MATTER = re.compile(
@@ -85,10 +87,21 @@ def parsed(config_class: type[Any], config: Mapping[str, Any], path: Path) -> An
                 f"{path}: {name}={shown(value)}: weights are read from the usual files only"
             )
     try:
-        return config_class.from_dict(dict(config))
+        return config_class.from_dict(_with_floats(dict(config)))
     except broken() as error:
         reason = shown(str(error))
         raise CheckpointError(f"{path}: not a configuration of {config_class.__name__}: {reason}") from error
+
+
+def _with_floats(value: Any) -> Any:
+    """Plain data with the numbers that JSON has no form for, as transformers 5 writes them."""
+    if isinstance(value, list):
+        return [_with_floats(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_FLOAT} and value[_FLOAT] in ("Infinity", "-Infinity", "NaN"):
+        return float(value[_FLOAT])
+    return {name: _with_floats(part) for name, part in value.items()}
 
 
 def with_parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -97,6 +110,17 @@ def with_parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield name, value
         if isinstance(value, Mapping):
             yield from with_parts(value)
+
+
+def _that_matter(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings that a computation depends on, those of parts too, by their dotted names."""
+    for name, value in config.items():
+        if _NO_MATTER.fullmatch(str(name)):
+            continue
+        if isinstance(value, Mapping):
+            yield from _that_matter(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
 
 
 def check_same_computation(base: Any, part: str, tuned: Path | Any) -> None:
@@ -130,8 +154,7 @@ def check_same_computation(base: Any, part: str, tuned: Path | Any) -> None:
         where = "its configuration: "
     if part and tuned.model_type == base.model_type:
         tuned = getattr(tuned, part)
-    here = {name: value for name, value in wanted.to_dict().items() if not _NO_MATTER.fullmatch(name)}
-    there = tuned.to_dict()
+    here, there = dict(_that_matter(wanted.to_dict())), dict(_that_matter(tuned.to_dict()))
     # Files of different ages note different settings; those that the class knows are in both.
     differing = [
         f"{name} is {shown(there[name])} and in the base {shown(value)}"

@@ -1,8 +1,10 @@
-"""Prompts of unequal lengths: where their padding is, and at which positions their tokens are."""
+"""Prompts and answers of unequal lengths: where they end, their padding, and the positions of tokens."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 
 
 def left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,3 +26,18 @@ def positions(mask: Tensor) -> Tensor:
         mask: [n, S], not 0 for tokens that count.
     """
     return (mask.long().cumsum(1) - 1).clamp_min(0)
+
+
+def endings(model: nn.Module) -> tuple[list[int], int]:
+    """The tokens that end an answer of a model of transformers, and the one that fills up what follows it.
+
+    By its settings of generation, or else by its configuration; each may lack either of them.
+    """
+    whole: Any = model
+    settings = (getattr(whole, "generation_config", None), whole.config)
+    end, pad = (
+        next((token for part in settings if (token := getattr(part, name, None)) is not None), None)
+        for name in ("eos_token_id", "pad_token_id")
+    )
+    ends = [end] if isinstance(end, int) else list(end or [])
+    return ends, pad if isinstance(pad, int) else ends[0] if ends else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from mingle.tasks.base import TaskType, required_labels
 from mingle.tasks.classification import auto_class
 from mingle.tasks.data import TaskData
 from mingle.tasks.masks import answer_mask
-from mingle.tasks.prompts import right_padded
+from mingle.tasks.prompts import endings, right_padded
 from mingle.tasks.structure import Structure
 from mingle.tasks.vocabulary import Vocabulary, find_vocabulary
 
@@ -86,9 +86,10 @@ class Seq2SeqTask(TaskType):
         model: Any = teacher()
         seeds = seeds.to(model.device)
         answers = [self._answers(model, batch) for batch in seeds.batches(_BATCH)]
-        given = torch.cat(_padded(answers, model.config.pad_token_id))[:, :-1]
+        ends, pad = endings(model)
+        given = torch.cat(_padded(answers, pad))[:, :-1]
         # Nothing is predicted from the end of an answer on.
-        ended = (given == model.config.eos_token_id).cumsum(1) > 0
+        ended = torch.isin(given, given.new_tensor(ends)).cumsum(1) > 0
         return replace(
             seeds,
             inputs={**seeds.inputs, "decoder_input_ids": given, "decoder_attention_mask": (~ended).long()},
@@ -131,10 +132,10 @@ class Seq2SeqTask(TaskType):
 
         Text that is not a finite number counts as 0.
         """
-        labels, config = required_labels(data), cast(Any, model).config
-        answers = _padded([self._answers(model, data)[:, 1:].cpu(), labels.cpu()], config.pad_token_id)
+        labels, (ends, pad) = required_labels(data), endings(model)
+        answers = _padded([self._answers(model, data)[:, 1:].cpu(), labels.cpu()], pad)
         given, wanted = (
-            tokens.where((tokens == config.eos_token_id).cumsum(1) == 0, config.pad_token_id)
+            tokens.where(torch.isin(tokens, tokens.new_tensor(ends)).cumsum(1) == 0, pad)
             for tokens in answers
         )
         if data.metric != "spearman":

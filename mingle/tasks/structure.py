@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -143,21 +144,22 @@ def _stacks(tower: nn.Module) -> list[Stack]:
     """The outermost lists of modules of one class that all hold linear layers."""
     found: list[Stack] = []
 
-    def visit(module: nn.Module, name: str) -> None:
+    def visit(module: nn.Module, name: str, runner: str) -> None:
         for key, child in module.named_children():
             path = f"{name}.{key}".removeprefix(".")
             blocks = list(child.children())
             if (
                 isinstance(child, nn.ModuleList | nn.Sequential)
                 and len({type(block) for block in blocks}) == 1
+                and not isinstance(blocks[0], nn.ModuleList)  # of a stage; nobody calls it
                 and all(any(is_linear(m) for m in b.modules()) for b in blocks)
                 and not all(isinstance(block, nn.Linear) for block in blocks)
             ):
-                found.append(Stack(name, tuple(f"{path}.{key}" for key, _ in child.named_children())))
+                found.append(Stack(runner, tuple(f"{path}.{key}" for key, _ in child.named_children())))
             else:
-                visit(child, path)
+                visit(child, path, runner if isinstance(child, nn.ModuleList) else path)
 
-    visit(tower, "")
+    visit(tower, "", "")
     return found
 
 
@@ -282,14 +284,17 @@ def _group(name: str, attention: bool, stacks: list[Stack]) -> str:
 
 
 def _memory(stacks: list[Stack], inside: list[str], readings: Mapping[str, _Reading]) -> frozenset[str]:
-    """Layers of later stacks that read as many tokens as the first stack has."""
+    """Layers of later stacks that read other tokens than their own: those of an encoder."""
     if len(stacks) < 2 or not readings:
         return frozenset()
-    own = tuple(f"{block}." for block in stacks[0].blocks)
-    lengths = {readings[name].tokens[-1] for name in inside if name.startswith(own)}
-    return frozenset(
-        name for name in inside if not name.startswith(own) and readings[name].tokens[-1] in lengths
-    )
+    seen: set[str] = set()
+    for stack in stacks[1:]:
+        own = tuple(f"{block}." for block in stack.blocks)
+        calls = [name for name in readings if name.startswith(own)]
+        if calls:  # the first of them reads the stack's own tokens
+            length = math.prod(readings[calls[0]].tokens)
+            seen.update(name for name in calls if math.prod(readings[name].tokens) != length)
+    return frozenset(name for name in inside if name in seen)
 
 
 def _suffixes(names: tuple[str, ...], stacks: list[Stack], everything: Iterable[str]) -> tuple[str, ...]:

@@ -55,6 +55,44 @@ def test_inject_errors_name_the_nearest_layer_and_change_nothing():
         mingle.inject(nn.TransformerEncoderLayer(8, 2), ("linear1",))
 
 
+class OwnWords(nn.Linear):
+    """Computes what a Linear does, as Falcon's layers do."""
+
+    def forward(self, input):
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Noted(OwnWords):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("scale", torch.ones(()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_subclass_that_computes_a_linear_takes_experts_and_comes_back_as_it_was(bias):
+    net, x = nn.ModuleDict({"fc": OwnWords(4, 3, bias)}), torch.randn(2, 5, 4)
+    expected, state = net["fc"](x), torch.get_rng_state()
+    layer = mingle.inject(net, "fc")["fc"]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(layer(x), expected)
+    layer.add_expert(torch.randn(1, 4), torch.randn(3, 1))
+    assert mingle.restore(net) == ["fc"]
+    assert type(net["fc"]) is OwnWords
+    assert torch.equal(net["fc"](x), expected)
+
+
+@pytest.mark.parametrize("kind", [Doubled, Noted])
+def test_a_subclass_that_may_compute_something_else_is_refused(kind):
+    with pytest.raises(ValueError, match=f"'fc' is a {kind.__name__}, not a torch.nn.Linear"):
+        mingle.inject(nn.ModuleDict({"fc": kind(4, 3)}), "fc")
+
+
 def test_parameter_counts():
     layer = grown(2, rank=2)
     trainable, total = count_parameters(layer)
