@@ -170,5 +170,6 @@ def test_faults_of_a_fine_tuned_model_are_found_before_any_work(
         merger.add("one", tmp_path, TaskData(samples[0].inputs, samples[0].shared))
 
     found = world(2, add)
-    assert {type(error) for error in found} == {CheckpointError, ranks.OtherRankFailed}
+    kinds = {type(error) for error in found}  # each finds it by itself, unless it hears of it first
+    assert CheckpointError in kinds and kinds <= {CheckpointError, ranks.OtherRankFailed}
     assert all("post_layernorm.bias" in str(error) and "not finite" in str(error) for error in found)
