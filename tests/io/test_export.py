@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from few_methods import each_method
 from small_merges import NAMES, SETTINGS, add
 from transformers import CLIPModel, T5Config, T5ForConditionalGeneration
 
@@ -51,7 +52,7 @@ def logits(model, samples):
         return ClipTask().logits(model, samples[0])
 
 
-@pytest.mark.parametrize("method", PLAIN)
+@each_method(PLAIN)
 def test_transformers_loads_it_and_gets_the_same_logits(base_folder, tuned_states, samples, tmp_path, method):
     merger = merger_of(base_folder, method, tuned_states, samples, **PLAIN[method])
     merger.export(tmp_path / "plain")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from classifiers import NAMES as CLASSES
 from classifiers import inputs, made, tuned
+from few_methods import each_method
 from small_merges import NAMES, add, everything, same_bits
 
 import mingle
@@ -51,7 +52,7 @@ def kept(merger):
     return tasks | state | {f"model/{k}": v for k, v in merger.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("method", EXPERTS)
+@each_method(EXPERTS)
 def test_the_newest_task_leaves_nothing_behind(base_model, tuned_states, samples, method):
     """What is kept, and every accuracy, is that of a merge that never had it; and it goes on alike."""
     options = EXPERTS[method]
@@ -109,7 +110,14 @@ def test_what_chose_a_router_beside_a_task_stays_and_is_said(base_model, tuned_s
 
 
 @pytest.mark.parametrize("gone", [0, 1])
-@pytest.mark.parametrize("method", ["mingle", "mingle-light", "mingle-seq", "mingle-routed"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "mingle",
+        "mingle-routed",
+        *(pytest.param(f"mingle-{kind}", marks=pytest.mark.slow) for kind in ("light", "seq")),
+    ],
+)
 def test_experts_gates_and_protection_of_others_stay_bit_for_bit(
     base_model, tuned_states, samples, method, gone
 ):

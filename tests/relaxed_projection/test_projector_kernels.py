@@ -21,21 +21,29 @@ from mingle.kernels.relaxed_projection import triton as relaxed_projection
 pytestmark = pytest.mark.interpret
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("gamma", [0.0, 1.7])
-def test_many_steps_over_layers_of_all_shapes(rows: int, gamma: float) -> None:
-    projected_steps([(40, 3), (17, 1), (40, 3), (64, 20), (5, 5), (33, 0), (1, 1)], rows, gamma)
+@pytest.mark.parametrize(("rows", "gamma", "steps"), [(1, 0.0, 3), (1, 1.7, 3), (3, 0.0, 3), (3, 1.7, 12)])
+def test_many_steps_over_layers_of_all_shapes(rows: int, gamma: float, steps: int) -> None:
+    projected_steps([(40, 3), (17, 1), (40, 3), (64, 20), (5, 5), (33, 0), (1, 1)], rows, gamma, steps)
 
 
 def test_one_layer_with_more_directions_than_a_tile_has_rows() -> None:
     projected_steps([(90, 70)], 1, 1.0)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+drawing = settings(deadline=None, derandomize=True, database=None)
+Steps = tuple[list[Tensor], list[list[Tensor]]]
+
+
+@settings(drawing, max_examples=12)
 @given(laid_out_steps(torch.float32))
-def test_strides_of_bases_and_gradients_do_not_matter(
-    problem: tuple[list[Tensor], list[list[Tensor]]],
-) -> None:
+def test_strides_of_bases_and_gradients_do_not_matter(problem: Steps) -> None:
+    strides_do_not_matter(*problem, "triton")
+
+
+@pytest.mark.slow
+@settings(drawing, max_examples=100)
+@given(laid_out_steps(torch.float32))
+def test_strides_of_many_more_bases_and_gradients_do_not_matter(problem: Steps) -> None:
     strides_do_not_matter(*problem, "triton")
 
 

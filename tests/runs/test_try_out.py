@@ -9,7 +9,7 @@ import pytest
 import torch
 from played_merges import CLASSES, TASKS
 from tiny_merge import contents
-from trials import first
+from trial_answers import first
 
 from mingle.merging.merger import Merger
 from mingle.methods.gated import GatedMethod

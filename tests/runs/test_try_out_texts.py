@@ -7,7 +7,7 @@ import math
 import played_merges
 import pytest
 from played_merges import CLASSES, TASKS
-from trials import first
+from trial_answers import first
 
 from mingle.merging.merger import Merger
 from mingle.runs.play import try_out as try_out_module

@@ -17,12 +17,16 @@ PER_CLASS = 6
 _samples = cache(glyphs._samples.__wrapped__)
 
 
+def draw_few(patch: pytest.MonkeyPatch) -> None:
+    """Of glyph suites few test images are drawn at all, once for all tests."""
+    patch.setattr(glyphs, "TEST_IMAGES_PER_CLASS", PER_CLASS)
+    patch.setattr(glyphs, "_samples", _samples)
+
+
 @pytest.fixture(scope="module")
 def few_images() -> Iterator[None]:
-    """Of glyph suites few test images are drawn at all, once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glyphs, "TEST_IMAGES_PER_CLASS", PER_CLASS)
-        patch.setattr(glyphs, "_samples", _samples)
+        draw_few(patch)
         yield
 
 
