@@ -283,7 +283,8 @@ class Merger(MergeState):
         """
         with ranks.together(f"exporting to {folder}"):
             if ranks.rank() == 0:
-                self._export(Path(folder), task, format, seed_data)
+                with ranks.apart():
+                    self._export(Path(folder), task, format, seed_data)
 
     def _export(
         self,

@@ -26,7 +26,7 @@ from mingle.nn.sharded import ShardedBlocks
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.heads import put_head
 from mingle.tasks.loading import BaseTensors
-from mingle.tasks.skeletons import with_buffers
+from mingle.tasks.skeletons import completed
 
 
 def hindrance(method: type[MergeMethod], options: Any, task: TaskType, base: nn.Module) -> str:
@@ -136,7 +136,7 @@ class ShardedMerger(Merger):
 
     @staticmethod
     def _loaded(task: TaskType, folder: Path) -> nn.Module:
-        model: Any = with_buffers(task.skeleton(folder).to(torch.float32)).eval()
+        model: Any = completed(task.skeleton(folder).to(torch.float32), folder).eval()
         model.read_from = folder
         return model
 

@@ -174,7 +174,7 @@ def _resharding(carrier: Any) -> Any:
         try:
             return carrier(*args, **kwargs)
         except BaseException:
-            carrier.reset_iter_state()
+            getattr(carrier, "reset_iter_state", carrier.reshard)()  # not in every version of PyTorch
             raise
 
     return call

@@ -148,7 +148,7 @@ class TaskType(ABC):
     def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
         """Seed samples completed by what only the fine-tuned model can tell, such as its own answers.
 
-        Nothing is taken from labels.
+        Nothing is taken from labels.  All of several processes call it.
         """
         return seeds
 

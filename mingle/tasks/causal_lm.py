@@ -18,6 +18,7 @@ from mingle.tasks.data import TaskData
 from mingle.tasks.likelihood import answer_likelihoods, choice_likelihoods
 from mingle.tasks.masks import prompt
 from mingle.tasks.prompts import endings, left_padded, positions
+from mingle.tasks.shares import of_all, own_batches
 from mingle.tasks.structure import Structure
 from mingle.tasks.vocabulary import Vocabulary, find_vocabulary
 
@@ -93,15 +94,19 @@ class CausalLmTask(TaskType):
 
     @torch.no_grad()
     def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
-        """The seed samples with answers: their own, or else the fine-tuned model's greedy ones."""
+        """The seed samples with answers: their own, or else the fine-tuned model's greedy ones.
+
+        Each of several processes has it answer some of them.
+        """
         if "answer_mask" in seeds.inputs:
             return seeds
         model: Any = teacher()
         seeds = seeds.to(model.device)
-        parts = [self._answered(model, batch) for batch in seeds.batches(_BATCH)]
+        own = [self._answered(model, batch) for batch in own_batches(model, seeds, _BATCH)]
+        parts = of_all([tuple(part.cpu() for part in answered) for answered in own])
         length = max(ids.shape[1] for ids, _, _ in parts)
         joined = [
-            torch.cat([F.pad(part, (0, length - part.shape[1])) for part in kind])
+            torch.cat([F.pad(part, (0, length - part.shape[1])) for part in kind]).to(model.device)
             for kind in zip(*parts, strict=True)
         ]
         names = ("input_ids", "attention_mask", "answer_mask")

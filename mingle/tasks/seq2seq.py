@@ -15,6 +15,7 @@ from mingle.tasks.classification import auto_class
 from mingle.tasks.data import TaskData
 from mingle.tasks.masks import answer_mask
 from mingle.tasks.prompts import endings, right_padded
+from mingle.tasks.shares import of_all, own_batches
 from mingle.tasks.structure import Structure
 from mingle.tasks.vocabulary import Vocabulary, find_vocabulary
 
@@ -82,12 +83,15 @@ class Seq2SeqTask(TaskType):
 
     @torch.no_grad()
     def prepared(self, teacher: Callable[[], nn.Module], seeds: TaskData) -> TaskData:
-        """The seed samples with the fine-tuned model's greedy answers as the decoder's inputs."""
+        """The seed samples with the fine-tuned model's greedy answers as the decoder's inputs.
+
+        Each of several processes has it answer some of them.
+        """
         model: Any = teacher()
         seeds = seeds.to(model.device)
-        answers = [self._answers(model, batch) for batch in seeds.batches(_BATCH)]
+        answers = of_all([self._answers(model, batch).cpu() for batch in own_batches(model, seeds, _BATCH)])
         ends, pad = endings(model)
-        given = torch.cat(_padded(answers, pad))[:, :-1]
+        given = torch.cat(_padded(answers, pad))[:, :-1].to(model.device)
         # Nothing is predicted from the end of an answer on.
         ended = torch.isin(given, given.new_tensor(ends)).cumsum(1) > 0
         return replace(

@@ -45,12 +45,18 @@ def skeleton(
     return model
 
 
-def with_buffers(model: nn.Module) -> nn.Module:
-    """A skeleton of a model of transformers whose buffers have values; changed in place.
+def completed(model: nn.Module, folder: Path) -> nn.Module:
+    """A skeleton with what a loaded model has beside its parameters; changed in place.
 
-    They are those of another model of its configuration, whose parameters are dropped as soon as they are
-    made.
+    Buffers are those of another model of its configuration, whose parameters are dropped as soon as they are
+    made.  How it generates is in a file of its own.
+
+    Args:
+        model: of transformers.
+        folder: that it is of.
     """
+    from transformers import GenerationConfig
+
     whole: Any = model
 
     def dropped(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -69,4 +75,6 @@ def with_buffers(model: nn.Module) -> nn.Module:
         for key in module._buffers:
             if (value := found.get(f"{path}.{key}".removeprefix("."))) is not None:
                 module._buffers[key] = value
+    if hasattr(model, "generation_config") and (folder / "generation_config.json").is_file():
+        whole.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model

@@ -21,7 +21,7 @@ from mingle.merging.merger import Merger
 from mingle.merging.sharded import ShardedMerger
 from mingle.nn.sharded import is_sharded, own_part
 from mingle.tasks import TaskData
-from mingle.tasks.skeletons import with_buffers
+from mingle.tasks.skeletons import completed
 
 
 def kept(merger):
@@ -131,10 +131,14 @@ def test_a_process_alone_makes_the_same_bits(base_folder, tuned_folders, samples
 
 
 @pytest.mark.parametrize("name", ["llama", "bart", "mt5", "gemma3"])
-def test_skeletons_have_the_buffers_of_loaded_models(name, tmp_path):
+def test_skeletons_have_what_loaded_models_have_beside_parameters(name, tmp_path):
     built(CONFIGS[name]()).save_pretrained(tmp_path)
     task = mingle.tasks.of(tmp_path)
-    loaded, skeleton = task.load(tmp_path), with_buffers(task.skeleton(tmp_path))
+    loaded, bare = task.load(tmp_path), task.skeleton(tmp_path)
+    wanted = loaded.generation_config.to_dict()
+    assert bare.generation_config.to_dict() != wanted  # no end of answers
+    skeleton = completed(bare, tmp_path)
+    assert skeleton.generation_config.to_dict() == wanted
     wanted, found = dict(loaded.named_buffers()), dict(skeleton.named_buffers())
     same_bits(found, wanted)
     assert wanted or name == "mt5"

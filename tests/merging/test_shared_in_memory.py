@@ -160,6 +160,22 @@ def test_the_loss_of_a_decoder_is_the_mean_over_all_tokens_that_count():
         assert (pair[0] - pair[1]).norm() <= 1e-5 * pair[1].norm()
 
 
+@pytest.mark.parametrize("name", ["llama", "mt5"])
+def test_each_process_has_the_teacher_answer_some_samples(name):
+    def work():
+        base = built(CONFIGS[name]())
+        task, asked = mingle.tasks.of(base), []
+        generate = base.generate
+        base.generate = lambda **given: asked.append(len(given["input_ids"])) or generate(**given)
+        found = task.prepared(lambda: base, task.data(prompts(name, 0, 5)))
+        return dict(found.inputs), sum(asked)
+
+    alone, found = work(), told(world(3, work))
+    assert alone[1] == 5 and [asked for _, asked in found] == [1, 2, 2]
+    for given, _ in found:
+        same_bits(given, alone[0])
+
+
 def test_the_first_writes_and_errors_of_one_are_errors_of_all(
     base_model, tuned_states, samples, tmp_path, monkeypatch
 ):
