@@ -1,7 +1,7 @@
 """Time and memory of merges from files, over size and number of models, beside mergekit on the same files.
 
-``python examples/studies/merges_from_files.py --out FOLDER`` takes most of an hour on two cores, and 20 GB of
-disk; ``--quick`` shows whether it works.  mergekit pins other packages, and has an environment of its own:
+``python examples/studies/merges_from_files.py --out FOLDER`` takes one to two hours on two cores, and 20 GB
+of disk; ``--quick`` shows whether it works.  mergekit pins other packages, and has an environment of its own:
 its ``mergekit-yaml`` is on the path, or named by ``MERGEKIT_YAML``.  Without it only ours is measured.
 """
 

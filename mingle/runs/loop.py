@@ -18,8 +18,9 @@ from mingle.runs import inputs
 from mingle.runs.observer import Observer
 from mingle.suites import Suite
 
-#: the number of that option of glibc's mallopt
-_MMAP_THRESHOLD = -3
+#: options of glibc's mallopt: their numbers, and bytes.  Tensors of over 32 MiB, the most that can be set, go
+#: back to the system as soon as they are freed; of the room of smaller ones that much is kept
+_MALLOPT = {"M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 128 << 20)}
 #: a task and the names of those before it → the folder of its fine-tuned model
 FindExpert = Callable[[str, Sequence[str]], Path]
 #: ``every``: measure all merged tasks after each merge.  ``ends``: the newest task after each merge, and all
@@ -116,7 +117,7 @@ def stream_all(
         folder: the merger's, where every task is saved as soon as it is merged.
         keep: see `mingle.Merger.save_pretrained`.
     """
-    _return_freed_memory()
+    _settle_memory()
     for index in range(len(merger.merged), len(order)):
         name = order[index]
         observer.merging(merger.method.name, number, index, order)
@@ -128,11 +129,13 @@ def stream_all(
         yield MergeStep(name, round(time.perf_counter() - began, 3), 0.0, None)
 
 
-def _return_freed_memory() -> None:
-    """Have the C library give tensors of over 1 MB back to the system as soon as they are freed.
+def _settle_memory() -> None:
+    """Have the C library give freed memory back to the system where it is much, and else keep it.
 
-    By itself glibc comes to keep room for those of up to 32 MB, and tensors of other sizes need room of their
-    own.
+    By itself glibc decides by what was freed last.  A new block of memory has to be cleared by the system
+    page by page, which takes longer than what is computed in it: blocks of rows go into the same room again.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+        mallopt = ctypes.CDLL(None).mallopt
+        for number, size in _MALLOPT.values():
+            mallopt(number, size)
