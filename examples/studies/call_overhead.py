@@ -28,8 +28,8 @@ from mingle.io.files import write_json
 
 #: of a layer
 WIDTH, RANK = 64, 8
-#: in a run that is timed, of which each counts
-CALLS = 50
+#: in a run that is timed: so few that most runs end before another process interrupts them
+CALLS = 5
 #: of timing, per case
 SECONDS = 4.0
 #: relative, in fp32
@@ -153,7 +153,7 @@ def contestants(case: CallCase, seed: int) -> list[Contestant]:
 def measure(case: CallCase, seconds: float, seed: int = 0) -> CaseResult:
     """Seconds per call of each, in turns, and ours over `nn.Linear` and over the least there is."""
     device = torch.device("cpu")
-    rows, others = compare(contestants(case, seed), device, Rounds(seconds, most=400, warm_ups=3), seed)
+    rows, others = compare(contestants(case, seed), device, Rounds(seconds, most=2000, warm_ups=40), seed)
     taken = {row["name"]: row["median"] for row in rows if "median" in row}
     facts = asdict(case) | {"width": WIDTH, "rank": RANK, "samples": 4, "tokens": 10, "dtype": "float32"}
     more: dict[str, Any] = {"cpus_used_by_others": others}

@@ -15,7 +15,7 @@ from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import reference
 from mingle.kernels.gated_experts.reference import REDUCTIONS
 from mingle.nn.conv1d import conv1d, is_conv1d
-from mingle.nn.prepared import PreparedLayer, prepare
+from mingle.nn.prepared import GROUPED, PreparedLayer, prepare
 from mingle.ops.operands import LayerTensors
 from mingle.ops.shared import adjacent
 
@@ -382,8 +382,12 @@ class MingleLinear(nn.Module):
             y = siblings.forward(position, x, mask)
             if y is not None:
                 return y
-        if mask is None and not self.prepack and not torch.compiler.is_compiling():
-            y = self._prepared_forward(x)
+        grouped = mask is None and self.backend in GROUPED and not self.prepack
+        if grouped and not torch.compiler.is_compiling():
+            known = self._prepared
+            if known is None or not known.holds(self._parameters):
+                known = self._prepared = prepare(self._parameters, self.backend)
+            y = None if known is None else known.forward(x, self.reduce)
             if y is not None:
                 return y
         self.keep_packed()
@@ -395,15 +399,6 @@ class MingleLinear(nn.Module):
             frozen_gates=self.frozen_gates,
             backend=self.backend,
         )
-
-    def _prepared_forward(self, x: torch.Tensor) -> torch.Tensor | None:
-        """`forward` in little time; None where it goes another way."""
-        if self.backend not in ("auto", "grouped"):
-            return None
-        known = self._prepared
-        if known is None or not known.holds(self._parameters):
-            known = self._prepared = prepare(self._parameters, self.backend)
-        return None if known is None else known.forward(x, self.reduce)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MingleLinear:
         moved = super()._apply(fn, recurse)

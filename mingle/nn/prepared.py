@@ -7,7 +7,7 @@ decides how to compute.  While a layer's own tensors are the same, none of this 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,14 @@ from mingle.ops.checks import plain
 from mingle.ops.operands import LayerTensors
 from mingle.ops.shared import adjacent, stacked
 
+# found once, as even looking them up shows
+_PLAIN = Tensor, nn.Parameter
+_linear, _mm, _addmm, _mul = F.linear, torch.mm, torch.addmm, torch.mul
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_casts, _grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+
+#: backends that are computed here
+GROUPED = "auto", "grouped"
 _EXACT = torch.float32, torch.float64  # in which gates and layers are of one dtype
 _NAMES = (
     "weight",
@@ -57,6 +65,7 @@ class PreparedLayer:
             self.weight, self.bias, self.A, self.up,
             self.frozen_weight, self.frozen_bias, self.gate_weight, self.gate_bias,
         ) = parameters  # fmt: skip
+        self.dtype = self.weight.dtype
         self.places = self._places()
         self.frozen = len(self.frozen_weight)
         self.experts, self.rank, self.width = self.A.shape
@@ -64,7 +73,8 @@ class PreparedLayer:
         # multiplications of one token in the largest of the products
         self.largest = max(self.width * self.outputs, self.width * self.columns, self.columns * self.outputs)
         self.weight_transposed = self.weight.detach().t()
-        self.down_transposed = self.A.detach().flatten(0, 1).t()  # [d_in, T·r]
+        self.down = self.A.detach().flatten(0, 1)  # [T·r, d_in]
+        self.down_transposed = self.down.t()
         self.up_rows = self.up.detach().flatten(0, 1)  # [T·r, d_out]
         self.joined = self._joined()
 
@@ -113,39 +123,49 @@ class PreparedLayer:
     def forward(self, x: Tensor, reduce: str) -> Tensor | None:
         """What the layer makes of x [..., N, d_in]; None where it is to be computed in the general way."""
         shape = x.shape
+        dims = len(shape)
         if (
-            type(x) not in (Tensor, nn.Parameter)
+            type(x) not in _PLAIN
             or not x.is_cpu
-            or x.dtype is not self.weight.dtype
-            or not shape
+            or x.dtype is not self.dtype
+            or not dims
             or shape[-1] != self.width
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._are_functorch_transforms_active()
-            or torch.is_autocast_enabled("cpu")
+            or _modes()
+            or _transforms()
+            or _casts("cpu")
         ):
             return None
-        rows = x if len(shape) == 2 else x.reshape(-1, self.width)
+        rows = x if dims == 2 else x.reshape(-1, self.width)
         tokens = rows.shape[0]
         if reduce == "sample":
-            group = shape[-2] if len(shape) > 2 else 1
+            group = shape[-2] if dims > 2 else 1
+        elif reduce == "batch":
+            group = tokens
+        elif reduce == "token":
+            group = 1
         else:
-            group = {"token": 1, "batch": tokens}.get(reduce, 0)
-        if tokens == 0 or group == 0:
+            return None
+        if tokens == 0:
             return None
         fold = group == tokens and dispatch.folding_pays(
             tokens, self.width, self.outputs, self.columns, "cpu"
         )
         if fold and tokens == 1:
             return None
-        if torch.is_grad_enabled():
+        if _grad_enabled():
             if self._thaws():
                 return None
             if rows.requires_grad or self.gate_weight.requires_grad or self.gate_bias.requires_grad:
                 y = _Differentiable.apply(rows, self.gate_weight, self.gate_bias, (self, group, fold))
-                return y if len(shape) == 2 else y.view(*shape[:-1], self.outputs)
+                return y if dims == 2 else self._shaped(y, shape)
         compute = folded if fold else low_rank
-        y = compute(self, self.gates(), rows, group, keep=False).y
-        return y if len(shape) == 2 else y.view(*shape[:-1], self.outputs)
+        y = compute(self, self.gates(), rows, group, False)[0]
+        return y if dims == 2 else self._shaped(y, shape)
+
+    def _shaped(self, y: Tensor, shape: torch.Size) -> Tensor:
+        if len(shape) == 3:
+            return y.view(shape[0], shape[1], self.outputs)
+        return y.view(*shape[:-1], self.outputs)
 
     def _thaws(self) -> bool:
         """Whether anything but the newest gates needs a gradient."""
@@ -160,57 +180,42 @@ class PreparedLayer:
         )
 
 
-class _Results(NamedTuple):
-    y: Tensor  # [N, d_out]
-    product: Tensor  # H [N, T·r], or W_eff [d_out, d_in]
-    z: Tensor  # [G, T]
-    pooled: Tensor | None  # x̄ [G, d_in]; None where the gates see single tokens
+#: y [N, d_out]; H [N, T·r] or W_eff [d_out, d_in]; z [G, T]; x̄ [G, d_in], or None for gates of single tokens
+_Results = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def low_rank(layer: PreparedLayer, gates: _Gates, x: Tensor, group: int, *, keep: bool) -> _Results:
+def low_rank(layer: PreparedLayer, gates: _Gates, x: Tensor, group: int, keep: bool) -> _Results:
     """`mingle.ops.gated_experts` of x [N, d_in]; without `keep`, for a backward, H is overwritten."""
+    weight, weight_transposed, bias, _ = gates
     if group == 1:
-        z, pooled = F.linear(x, gates.weight) + gates.bias, None
+        z, pooled = _linear(x, weight) + bias, None
     else:
         pooled = x.view(-1, group, layer.width).mean(1)
-        z = torch.addmm(gates.bias, pooled, gates.weight_transposed)
-    product = _product(x.shape[0] * layer.largest)
-    hidden = product(x, layer.down_transposed)
+        z = _addmm(bias, pooled, weight_transposed)
+    large = gemm.choosing(x.shape[0] * layer.largest)
+    hidden = gemm.linear(x, layer.down) if large else _mm(x, layer.down_transposed)
     parts, factors = hidden.view(-1, group, layer.experts, layer.rank), z.view(-1, 1, layer.experts, 1)
-    gated = torch.mul(parts, factors) if keep else parts.mul_(factors)
-    y = product(x, layer.weight_transposed, layer.bias)
-    y = product(gated.view(-1, layer.columns), layer.up_rows, onto=y)
-    return _Results(y, hidden, z, pooled)
+    gated = (_mul(parts, factors) if keep else parts.mul_(factors)).view(-1, layer.columns)
+    if large:
+        base = gemm.linear(x, layer.weight, layer.bias)
+        return gemm.linear(gated, layer.up_rows.t(), onto=base), hidden, z, pooled
+    if layer.bias is None:
+        y = _mm(x, layer.weight_transposed)
+    else:
+        y = _addmm(layer.bias, x, layer.weight_transposed)
+    return y.addmm_(gated, layer.up_rows), hidden, z, pooled
 
 
-def folded(layer: PreparedLayer, gates: _Gates, x: Tensor, group: int, *, keep: bool) -> _Results:
+def folded(layer: PreparedLayer, gates: _Gates, x: Tensor, group: int, keep: bool) -> _Results:
     """`mingle.ops.gated_experts_folded` of x [N, d_in], N > 1."""
     pooled = x.view(-1, group, layer.width).mean(1)
-    z = torch.addmm(gates.bias, pooled, gates.weight_transposed)
-    gated = (layer.up * z.view(-1, 1, 1)).view(layer.columns, layer.outputs)
-    product = _product(max(x.shape[0], layer.columns) * layer.largest)
-    weight = product(gated.t(), layer.down_transposed.t()).add_(layer.weight)  # [d_out, d_in]
-    return _Results(product(x, weight.t(), layer.bias), weight, z, pooled)
-
-
-def _product(multiplications: int) -> Callable[..., Tensor]:
-    """The function for matrix products none of which has more multiplications."""
-    return _chosen_product if gemm.choosing(multiplications) else _plain_product
-
-
-def _plain_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None
-) -> Tensor:
-    """x W + b, or x W + onto, which is overwritten; W [K, O].  In the library that small products go to."""
-    if onto is not None:
-        return onto.addmm_(x, weight)
-    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-
-
-def _chosen_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None
-) -> Tensor:
-    return gemm.linear(x, weight.t(), bias, onto)
+    z = _addmm(gates.bias, pooled, gates.weight_transposed)
+    gated = _mul(layer.up, z.view(-1, 1, 1)).view(layer.columns, layer.outputs).t()  # [d_out, T·r]
+    if gemm.choosing(max(x.shape[0], layer.columns) * layer.largest):
+        weight = gemm.linear(gated, layer.down_transposed).add_(layer.weight)
+        return gemm.linear(x, weight, layer.bias), weight, z, pooled
+    weight = _mm(gated, layer.down).add_(layer.weight)
+    return _linear(x, weight, layer.bias), weight, z, pooled
 
 
 class _Differentiable(torch.autograd.Function):
@@ -222,7 +227,7 @@ class _Differentiable(torch.autograd.Function):
     ) -> Tensor:
         layer, group, fold = call  # in one, as PyTorch looks at each argument
         gates = layer.gates()
-        y, product, z, pooled = (folded if fold else low_rank)(layer, gates, x, group, keep=True)
+        y, product, z, pooled = (folded if fold else low_rank)(layer, gates, x, group, True)
         through_gates = None
         if ctx.needs_input_grad[0]:  # an optimizer may change the gates before the backward
             through_gates = gates.weight.clone() if gates.borrowed else gates.weight
