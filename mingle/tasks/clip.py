@@ -73,14 +73,18 @@ class ClipTask(ClassEmbeddingTask):
         return given
 
     def logits(self, model: nn.Module, data: TaskData) -> torch.Tensor:
-        """exp(s) · cos(image, text) + b [n, C], with the model's own logit scale s; CLIP has no bias b."""
+        """exp(s) · cos(image, text) + b [n, C], with the model's own logit scale s; CLIP has no bias b.
+
+        ALIGN has a temperature, 1 / exp(s), in the scale's place.
+        """
         clip: Any = model
-        device = clip.logit_scale.device
+        device = next(model.parameters()).device
         pooled = clip.vision_model(
             **{name: tensor.to(device) for name, tensor in data.inputs.items()}
         ).pooler_output
         image = F.normalize(_projected(clip, "visual_projection", pooled), dim=-1)
-        scaled: torch.Tensor = clip.logit_scale.exp() * image @ data.shared["text_embeds"].to(image).mT
+        scale = clip.logit_scale.exp() if hasattr(clip, "logit_scale") else 1 / clip.temperature
+        scaled: torch.Tensor = scale * image @ data.shared["text_embeds"].to(image).mT
         bias: torch.Tensor | None = getattr(clip, "logit_bias", None)  # SigLIP judges each class by itself
         return scaled if bias is None else scaled + bias
 

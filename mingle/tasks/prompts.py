@@ -33,11 +33,25 @@ def endings(model: nn.Module) -> tuple[list[int], int]:
 
     By its settings of generation, or else by its configuration; each may lack either of them.
     """
-    whole: Any = model
-    settings = (getattr(whole, "generation_config", None), whole.config)
-    end, pad = (
-        next((token for part in settings if (token := getattr(part, name, None)) is not None), None)
-        for name in ("eos_token_id", "pad_token_id")
-    )
+    end, pad = (_setting(model, name) for name in ("eos_token_id", "pad_token_id"))
     ends = [end] if isinstance(end, int) else list(end or [])
     return ends, pad if isinstance(pad, int) else ends[0] if ends else 0
+
+
+def start(model: nn.Module) -> int:
+    """The token that a decoder's answers begin with in `generate`, by the same settings.
+
+    Raises:
+        ValueError: none is set.
+    """
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        if isinstance(token := _setting(model, name), int):
+            return token
+    raise ValueError(f"{type(model).__name__}: its configuration has no decoder_start_token_id")
+
+
+def _setting(model: nn.Module, name: str) -> Any:
+    """A setting of generation; where there is none, that of the configuration or of its decoder's part."""
+    whole: Any = model
+    parts = (getattr(whole, "generation_config", None), whole.config, getattr(whole.config, "decoder", None))
+    return next((value for part in parts if (value := getattr(part, name, None)) is not None), None)

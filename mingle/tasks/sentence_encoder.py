@@ -200,7 +200,12 @@ def read_pooling(folder: Path) -> tuple[str, float]:
         for entry in listed
     ):
         raise CheckpointError(f"{modules}: expected a list of modules with a type and a path")
-    kinds = {entry["type"].rpartition(".")[2]: entry["path"] for entry in listed}
+    kinds: dict[str, str] = {}
+    for entry in listed:
+        kind = entry["type"].rpartition(".")[2]
+        if kind in kinds:
+            raise CheckpointError(f"{modules}: two modules {kind!r}; read is one of each kind")
+        kinds[kind] = entry["path"]
     unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if unknown or kinds.get("Transformer"):
         what = f"a module {unknown[0]!r}" if unknown else f"a transformer in {kinds['Transformer']!r}"
@@ -214,8 +219,8 @@ def read_pooling(folder: Path) -> tuple[str, float]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     asked = [mode for flag, mode in _FLAGS.items() if config.get(flag)]
-    if isinstance(config.get("pooling_mode"), str):
-        asked = [config["pooling_mode"]]
+    if mode := config.get("pooling_mode"):
+        asked = list(map(str, mode)) if isinstance(mode, list) else [str(mode)]
     others = [
         key
         for key, value in config.items()

@@ -14,7 +14,7 @@ from mingle.tasks.base import TaskType, required_labels
 from mingle.tasks.classification import auto_class
 from mingle.tasks.data import TaskData
 from mingle.tasks.masks import answer_mask
-from mingle.tasks.prompts import endings, right_padded
+from mingle.tasks.prompts import endings, right_padded, start
 from mingle.tasks.shares import of_all, own_batches
 from mingle.tasks.structure import Structure
 from mingle.tasks.vocabulary import Vocabulary, find_vocabulary
@@ -110,7 +110,7 @@ class Seq2SeqTask(TaskType):
         ids, mask = right_padded(inputs["input_ids"], inputs["attention_mask"])
         decoder_ids = inputs.get("decoder_input_ids")
         if decoder_ids is None:
-            decoder_ids = inputs["input_ids"].new_full((len(data), 1), t5.config.decoder_start_token_id)
+            decoder_ids = inputs["input_ids"].new_full((len(data), 1), start(t5))
         with answer_mask(_counted(inputs)):
             result: Tensor = t5(
                 input_ids=ids,

@@ -91,6 +91,7 @@ def test_cosines_are_multiplied_by_the_folders_scale(base, texts, tmp_path):
     [
         ([*MODULES, {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}], None, "'Dense'"),
         ([{"path": "0_Transformer", "type": "x.Transformer"}], None, "'0_Transformer'"),
+        ([*MODULES, {"path": "2_Pooling", "type": "x.Pooling"}], None, "two modules 'Pooling'"),
         ([{"type": 3}], None, "a list of modules with a type and a path"),
         (
             MODULES,
@@ -98,6 +99,7 @@ def test_cosines_are_multiplied_by_the_folders_scale(base, texts, tmp_path):
             "pooling_mode: pooling_mode_weightedmean_tokens",
         ),
         (MODULES, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "mean, cls"),
+        (MODULES, {"pooling_mode": ["mean", "cls"]}, "pooling_mode: mean, cls"),
         (MODULES, {}, "pooling_mode: none"),
     ],
 )

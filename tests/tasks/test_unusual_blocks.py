@@ -240,3 +240,39 @@ def test_blocks_are_those_that_are_called():
     blocks = [block for stack in tower.stacks for block in stack.blocks]
     assert len(tower.stacks) == 4
     assert not any(isinstance(model.pvt.get_submodule(block), nn.ModuleList) for block in blocks)
+
+
+def test_answers_begin_with_the_token_that_generation_begins_with():
+    inner = _TEXT | dict(num_key_value_heads=1, head_dim=8)
+    settings = dict(
+        encoder=inner, decoder=inner, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = transformers.T5GemmaForConditionalGeneration(transformers.T5GemmaConfig(**settings)).eval()
+    assert not hasattr(base.config, "decoder_start_token_id")
+    merger = mingle.Merger(base, "routed", rank=2)  # its router looks at prompts alone
+    merger.add("one", moved(base, 1), samples(merger.task, base))
+    given = merger.task.data(samples(merger.task, base))
+    first = merger.task.logits(merger.model, given)[:, 0].argmax(-1)
+    inputs = {key: tensor for key, tensor in given.inputs.items() if not key.startswith("decoder")}
+    assert torch.equal(merger.model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, 1], first)
+
+
+def test_the_scores_of_align_are_its_own():
+    tower = dict(image_size=32, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=16)
+    config = transformers.AlignConfig(
+        text_config=_TEXT,
+        vision_config=tower,
+        projection_dim=80,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = moved(transformers.AlignModel(config).eval(), 1)
+        base.temperature.data.fill_(0.5)
+    merger = mingle.Merger(base, "average")
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.randint(3, 64, (3, 5))
+    with torch.no_grad():
+        whole = base(input_ids=ids, pixel_values=pixels)
+        data = merger.task.data({"pixel_values": pixels, "text_embeds": whole.text_embeds})
+        torch.testing.assert_close(merger.task.logits(base, data), whole.logits_per_image)
