@@ -17,6 +17,10 @@ from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts.active import Active
 from mingle.kernels.gemm import linear, linear_packed
 
+#: Numbers that fill a vector register are multiplied by one factor at full speed.  Where experts are narrower
+#: and H has many numbers, factors are repeated first.
+_REGISTER_BYTES, _MANY = 64, 4096
+
 
 def group_mean(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> torch.Tensor:
     """The mean over the valid tokens of each group: x [N, K], mask bool [N] → [G, K] in the dtype of `wide`.
@@ -77,8 +81,12 @@ def gate(hidden: torch.Tensor, z: torch.Tensor, group: int, out: torch.Tensor | 
     Written to `out` where that is given; it may be H itself.
     """
     (groups, experts), columns = z.shape, hidden.shape[1]
-    shape = (groups, group, experts, columns // experts)
-    factors = z.to(hidden.dtype).view(groups, 1, experts, 1)
+    rank, factors = columns // experts, z.to(hidden.dtype)
+    if rank * hidden.element_size() < _REGISTER_BYTES and hidden.numel() >= _MANY:
+        shape: tuple[int, ...] = groups, group, columns
+        factors = factors.unsqueeze(2).expand(groups, experts, rank).reshape(groups, 1, columns)
+    else:
+        shape, factors = (groups, group, experts, rank), factors.view(groups, 1, experts, 1)
     if out is None:
         return torch.mul(hidden.view(shape), factors).view(hidden.shape)
     if out is hidden:

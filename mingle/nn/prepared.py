@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from mingle import ops
 from mingle.kernels import gemm
+from mingle.kernels.gated_experts import grouped
 from mingle.ops import dispatch
 from mingle.ops.checks import plain
 from mingle.ops.operands import LayerTensors
@@ -194,11 +195,12 @@ def low_rank(layer: PreparedLayer, gates: _Gates, x: Tensor, group: int, keep: b
         z = _addmm(bias, pooled, weight_transposed)
     large = gemm.choosing(x.shape[0] * layer.largest)
     hidden = gemm.linear(x, layer.down) if large else _mm(x, layer.down_transposed)
-    parts, factors = hidden.view(-1, group, layer.experts, layer.rank), z.view(-1, 1, layer.experts, 1)
-    gated = (_mul(parts, factors) if keep else parts.mul_(factors)).view(-1, layer.columns)
     if large:
+        gated = grouped.gate(hidden, z, group, None if keep else hidden)
         base = gemm.linear(x, layer.weight, layer.bias)
         return gemm.linear(gated, layer.up_rows.t(), onto=base), hidden, z, pooled
+    parts, factors = hidden.view(-1, group, layer.experts, layer.rank), z.view(-1, 1, layer.experts, 1)
+    gated = (_mul(parts, factors) if keep else parts.mul_(factors)).view(-1, layer.columns)
     if layer.bias is None:
         y = _mm(x, layer.weight_transposed)
     else:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mingle.functional import LayerTensors, gated_experts, gated_experts_shared
 from mingle.kernels import gemm
+from mingle.kernels.gated_experts import grouped
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -179,3 +180,16 @@ def test_rows_lie_beyond_two_to_the_thirty_one_elements(library, gates, tmp_path
     exact, got = near.exact(), far.solve("grouped")
     for name, value in exact.items():
         assert (got[name] - value).norm() <= 2e-6 * value.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 7, 700])
+def test_narrow_experts_are_gated_as_wide_ones(groups, dtype, monkeypatch):
+    H, z = torch.randn(700, 5 * 6).to(dtype), torch.randn(groups, 5)
+    found = {}
+    for many in (1, math.inf):
+        monkeypatch.setattr(grouped, "_MANY", many)
+        own = H.clone()
+        found[many] = grouped.gate(H, z, 700 // groups), grouped.gate(own, z, 700 // groups, out=own), own
+    expected = (H.view(groups, -1, 5, 6) * z.to(dtype).view(groups, 1, 5, 1)).view_as(H)
+    assert all(torch.equal(one, expected) for each in found.values() for one in each)
