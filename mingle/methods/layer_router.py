@@ -165,7 +165,7 @@ class LayerRouter:
         def note(site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden: Tensor = by_name(site, args, kwargs)[first_name(site)]
             hidden = hidden.reshape(len(hidden), -1, hidden.shape[-1])  # some have no tokens, or rows of them
-            seen.append(_moments(hidden, prompt_tokens(hidden, mask)))
+            seen.append(_moments(hidden, prompt_tokens(hidden, first.counted(hidden))))
 
         *earlier, last = (self.sites[number] for number in read)
         handles = [site.register_forward_pre_hook(note, with_kwargs=True) for site in earlier]
