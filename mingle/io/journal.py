@@ -18,6 +18,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +120,24 @@ class Journal:
         """
         entry: dict[str, Any] = {"file": None, "bytes": 0, "sha256": None}
         if tensors:
-            temporary = temporary_beside(self.folder / "part")  # its hash is known once it is written
-            digest = write_tensors(temporary, tensors)
-            name = f"{'.aside' if aside else 'state'}-{digest[:12]}.safetensors"
-            with naming(temporary):
-                rename(temporary, self.folder / name)
+            name, digest = self._write(".aside" if aside else "state", tensors)
             entry = entry_of(self.folder / name, name, digest)
         noted = entry | {"part": part, "numbers": [list(row) for row in numbers]}
         _pass(self._own, number)["parts"].append(noted)
         self._save()
+
+    def _write(self, stem: str, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str]:
+        """Write tensors to a file whose name has its SHA-256, known once it is written; its name and hash."""
+        temporary = temporary_beside(self.folder / stem)
+        try:
+            digest = write_tensors(temporary, tensors)
+            path = self.folder / f"{stem}-{digest[:12]}.safetensors"
+            with naming(path):
+                rename(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return path.name, digest
 
     def share(self, number: int) -> None:
         """Learn which parts of a pass the other processes have finished; all come here when they are done."""

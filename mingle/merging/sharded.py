@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mingle import ranks
 from mingle.io.lazy_tensors import LazyTensors, Rows, described, in_rows, rows_of
-from mingle.io.state_dicts import state_hash
+from mingle.merging.base_in_files import BaseInFiles
 from mingle.merging.exports import Format
 from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.merger import Merger
@@ -49,7 +49,7 @@ def hindrance(method: type[MergeMethod], options: Any, task: TaskType, base: nn.
     return ""
 
 
-class ShardedMerger(Merger):
+class ShardedMerger(BaseInFiles, Merger):
     """A `Merger` of which each process of a group has a share of the blocks' weights, base and experts.
 
     Gates, and all outside of the repeated blocks, every process has; see `mingle.nn.sharded`.  The base and
@@ -121,18 +121,6 @@ class ShardedMerger(Merger):
         """The whole base's tensors, read when they are asked for."""
         base: Any = self.base
         return BaseTensors(base.read_from, base, next(self.base.parameters()).dtype)
-
-    @cached_property
-    def base_hash(self) -> str:
-        """See `MergeState.base_hash`; one process reads all of the base for it, by tensors."""
-        return _hash(self.values)
-
-    @classmethod
-    def hash_of(cls, task: TaskType, folder: Path) -> str:
-        return _hash(BaseTensors(folder, cls._loaded(task, folder)))
-
-    def _model_of(self, base: nn.Module | str | Path) -> nn.Module:
-        return base if isinstance(base, nn.Module) else self._loaded(self.task, Path(base))
 
     @staticmethod
     def _loaded(task: TaskType, folder: Path) -> nn.Module:
@@ -303,8 +291,3 @@ def _fill(
                 value = value.to(device, parameter.dtype)
                 known[id(parameter)] = nn.Parameter(value, requires_grad=False)
             setattr(module, key, known[id(parameter)])
-
-
-def _hash(values: BaseTensors) -> str:
-    with ranks.together("reading the base"):
-        return ranks.gather(state_hash(values) if ranks.rank() == 0 else "")[0]

@@ -19,13 +19,14 @@ from mingle.io.journal import PartFiles
 from mingle.io.lazy_tensors import Joined
 from mingle.io.manifest import MANIFEST, entries_of
 from mingle.io.provenance import versions
-from mingle.io.state_dicts import IncompatibleModel, first_names, state_hash
+from mingle.io.state_dicts import IncompatibleModel, first_names
 from mingle.merging import exports
+from mingle.merging.base_in_files import BaseInFiles
 from mingle.merging.exports import Merged
 from mingle.merging.finetuned import FineTuned
 from mingle.merging.merged_task import MergedTask, is_own, own_head
 from mingle.merging.opened import opened
-from mingle.merging.state import MergeState, model_name
+from mingle.merging.state import model_name
 from mingle.merging.streamed_experts import ExpertStep, Made, check_experts
 from mingle.merging.streamed_export import Fold, PlainModel
 from mingle.merging.streamed_weights import WeightStep
@@ -69,7 +70,7 @@ def streams(method: type[MergeMethod], options: Any, task: TaskType, base: nn.Mo
     )
 
 
-class StreamedMerger(MergeState):
+class StreamedMerger(BaseInFiles):
     """Does what `mingle.Merger` does with the methods that `streams` names, to the bit, in files alone.
 
     Its models stay where they are: the base and the fine-tuned ones in their folders, what is merged in the
@@ -234,18 +235,6 @@ class StreamedMerger(MergeState):
         assert self.base_folder is not None
         return BaseTensors(self.base_folder, self.base, next(self.base.parameters()).dtype)
 
-    @cached_property
-    def base_hash(self) -> str:
-        """See `MergeState.base_hash`; one process reads all of the base for it, by tensors."""
-        return _hash(self.values)
-
-    @classmethod
-    def hash_of(cls, task: TaskType, folder: Path) -> str:
-        return _hash(BaseTensors(folder, cls._loaded(task, folder)))
-
-    def _model_of(self, base: nn.Module | str | Path) -> nn.Module:
-        return base if isinstance(base, nn.Module) else self._loaded(self.task, Path(base))
-
     @staticmethod
     def _loaded(task: TaskType, folder: Path) -> nn.Module:
         return task.skeleton(folder).to(torch.float32).eval()
@@ -308,8 +297,3 @@ class StreamedMerger(MergeState):
             raise
         self.state, self.entries = PartFiles(folder, entries), entries
         self.tasks = [entries_of(each["tensors"]) for each in manifest["tasks"]]
-
-
-def _hash(values: BaseTensors) -> str:
-    with ranks.together("reading the base"):
-        return ranks.gather(state_hash(values) if ranks.rank() == 0 else "")[0]
