@@ -11,7 +11,8 @@ from mingle.adaptation.projector import RelaxedProjector
 from mingle.merging.loading import load
 from mingle.merging.merger import Merger
 from mingle.nn.inject import inject, restore
-from mingle.nn.linear import LowRankExpert, MingleLinear, count_parameters
+from mingle.nn.linear import MingleLinear, count_parameters
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.peft import add_adapter, read_adapter
 from mingle.nn.sharing import share_inputs
 from mingle.version import __version__

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mingle.bench.judge import Target
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 
 #: of every task vector, up to a factor
 SPECTRUM = """σ_k ∝ k^-½ (1 + 3 exp(−k/16)): a slow tail under a head of some sixteen directions; \

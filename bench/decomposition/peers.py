@@ -15,7 +15,7 @@ from mingle import linalg
 from mingle.bench.decomposition.cases import EXACT, FAST, PUBLISHED, SKETCH, THIN, ExpertProblem, LayerShape
 from mingle.bench.measure import OURS
 from mingle.methods.experts import concatenated, make_experts
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 
 #: U [b, m, r], S [b, r], Vh [b, r, n]
 Triplets = tuple[Tensor, Tensor, Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 
 #: by layer the weights and biases of all gates, side by side [T, d_in + 1]
 Gates = Mapping[str, Tensor]

@@ -19,7 +19,7 @@ from mingle.bench.merges.agreement import Experts
 from mingle.bench.merges.cases import BF16, PUBLISHED, MergeProblem, Tuned
 from mingle.bench.merges.contenders import EXACT, NOTES, Contender
 from mingle.nn.inject import find_targets
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 
 WHOLE = "Every stage of every task was run and timed.  Seconds are medians over rounds, taken in turns."
 STAGED = """Not measured as a whole.  Measured: at each of `at`, behind random experts of that many tasks \

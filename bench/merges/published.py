@@ -23,7 +23,8 @@ from mingle.bench.machine import Stopwatch
 from mingle.bench.merges.agreement import Experts, Gates
 from mingle.bench.merges.cases import MergeProblem, Tuned
 from mingle.methods.mingle import MingleOptions
-from mingle.nn.linear import GATE_INIT_STD, LowRankExpert
+from mingle.nn.linear import GATE_INIT_STD
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.tasks import TaskData
 
 

@@ -6,24 +6,20 @@ them, and what follows for any implementation that has to make the same products
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import layer_study
 import torch
 
-from mingle.bench import command, table
 from mingle.bench.gated_experts import cases, floor, inputs
 from mingle.bench.gated_experts.cases import KernelCase
 from mingle.bench.gated_experts.inputs import Inputs
 from mingle.bench.gated_experts.peers import PEERS
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare
-from mingle.bench.record import CaseResult, case_result, envelope
-from mingle.io.files import write_json
+from mingle.bench.record import CaseResult, case_result
 from mingle.kernels import gemm
 from mingle.kernels.gated_experts import grouped
 from mingle.ops.dispatch import folding_pays
@@ -86,20 +82,13 @@ def parts(t: Inputs) -> Iterator[Part]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure `CASES`, show what was found and write it."""
-    parser = argparse.ArgumentParser(
-        description="Where the time of a layer goes on a CPU, and what limits it."
+    return layer_study.run(
+        arguments,
+        "Where the time of a layer goes on a CPU, and what limits it.",
+        "breakdown",
+        CASES,
+        partial(measure, seconds=SECONDS),
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
-    parser.add_argument("--seed", type=int, default=0, help="of the random tensors")
-    args = parser.parse_args(arguments)
-    command.show_progress()
-    began = time.monotonic()
-    found = [measure(case, SECONDS, args.seed) for case in CASES]
-    results = envelope("breakdown", torch.device("cpu"), args.seed, found, (), began)
-    if args.out:
-        write_json(args.out, results)
-    table.write(results)
-    return command.status(results)
 
 
 def measure(case: KernelCase, seconds: float, seed: int = 0) -> CaseResult:

@@ -9,22 +9,18 @@ takes any tensors and looks at all of them.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import layer_study
 import torch
 from torch import Tensor, nn
 
 from mingle import MingleLinear, functional
-from mingle.bench import command, table
 from mingle.bench.measure import OURS, Contestant, Rounds, Row, Run, compare, verdict
-from mingle.bench.record import CaseResult, case_result, envelope
-from mingle.io.files import write_json
+from mingle.bench.record import CaseResult, case_result
 
 #: of a layer
 WIDTH, RANK = 64, 8
@@ -173,18 +169,13 @@ def measure(case: CallCase, seconds: float, seed: int = 0) -> CaseResult:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure `CASES`, show what was found and write it."""
-    parser = argparse.ArgumentParser(description="What a call of a small layer costs beyond its base.")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="every number, as JSON")
-    parser.add_argument("--seed", type=int, default=0, help="of the random tensors")
-    args = parser.parse_args(arguments)
-    command.show_progress()
-    began = time.monotonic()
-    found = [measure(case, SECONDS, args.seed) for case in CASES]
-    results = envelope("overhead", torch.device("cpu"), args.seed, found, (), began)
-    if args.out:
-        write_json(args.out, results)
-    table.write(results)
-    return command.status(results)
+    return layer_study.run(
+        arguments,
+        "What a call of a small layer costs beyond its base.",
+        "overhead",
+        CASES,
+        partial(measure, seconds=SECONDS),
+    )
 
 
 if __name__ == "__main__":

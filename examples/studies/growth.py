@@ -23,7 +23,7 @@ from mingle.bench.measure import OURS, Row, log, summary
 from mingle.bench.merges import cases, comparison, contenders
 from mingle.bench.merges.cases import PUBLISHED, MergeCase, MergeProblem
 from mingle.bench.record import CaseResult, Results, case_result, envelope
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 
 #: what stays while one of them grows
 FIXED = {"tasks": 8, "layers": 2, "width": 128}

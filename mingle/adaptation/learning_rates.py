@@ -40,9 +40,12 @@ def learning_rates(
     sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in layers}
 
     def collect(name: str, layer: MingleLinear, x: Tensor) -> None:
-        norms = reference.pooled_input(x, layer.reduce, layer.counted(x)).abs().sum(-1)
-        mask = layer.counted(x) if layer.reduce == "token" else None
-        valid = torch.ones_like(norms, dtype=torch.bool) if mask is None else mask
+        mask = layer.counted(x)
+        norms = reference.pooled_input(x, layer.reduce, mask).abs().sum(-1)
+        if mask is not None and layer.reduce == "token":
+            valid = mask
+        else:
+            valid = torch.ones_like(norms, dtype=torch.bool)
         sums[name] += torch.stack([torch.where(valid, norms, 0).sum().double(), valid.sum().double()])
 
     with observed(layers, collect):

@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -290,6 +290,7 @@ class PartFiles(LazyTensors):
             for name in CheckpointReader(path):
                 if self._places.setdefault(name, path) != path:
                     raise CheckpointError(f"{path}: {name!r} is also in {self._places[name].name}")
+        super().__init__(self._places)
 
     def described(self, name: str) -> torch.Tensor:
         return self._reader(name).described(name)
@@ -297,20 +298,11 @@ class PartFiles(LazyTensors):
     def rows(self, name: str, rows: Rows) -> torch.Tensor:
         return self._reader(name).tensor(name, rows)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._places
-
     def _reader(self, name: str) -> CheckpointReader:
         path = self._places[name]
         if self._open is None or self._open[0] != path:
             self._open = path, CheckpointReader(path)
         return self._open[1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 def identity(facts: Mapping[str, Any]) -> str:

@@ -41,7 +41,14 @@ def consecutive(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """A mapping that reads or makes a tensor when it is asked for, and knows its shape and dtype before."""
+    """A mapping that reads or makes a tensor when it is asked for, and knows its shape and dtype before.
+
+    Args:
+        names: those that it has, in their order; quick to look one up in.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
 
     @abstractmethod
     def described(self, name: str) -> Tensor:
@@ -55,12 +62,17 @@ class LazyTensors(Mapping[str, Tensor]):
         """Whether rows of it take less memory than all of it."""
         return True
 
-    @abstractmethod
-    def __contains__(self, name: object) -> bool:
-        """Without reading it, as a mapping by itself would."""
-
     def __getitem__(self, name: str) -> Tensor:
         return self.rows(name, ...)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # a mapping by itself would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class Joined(LazyTensors):
@@ -69,6 +81,7 @@ class Joined(LazyTensors):
     def __init__(self, *parts: Mapping[str, Tensor], names: Collection[str] | None = None) -> None:
         every = {name: part for part in parts for name in part}
         self._part = every if names is None else {name: every[name] for name in names}
+        super().__init__(self._part)
 
     def described(self, name: str) -> Tensor:
         return described(self._part[name], name)
@@ -78,15 +91,6 @@ class Joined(LazyTensors):
 
     def in_rows(self, name: str) -> bool:
         return in_rows(self._part[name], name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._part
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._part)
-
-    def __len__(self) -> int:
-        return len(self._part)
 
 
 def chosen(tensors: Mapping[str, Tensor], names: Collection[str]) -> Mapping[str, Tensor]:

@@ -13,7 +13,7 @@ from mingle.io.adapters_folder import AdapterFiles, Adapters
 from mingle.io.files import CheckpointError
 from mingle.io.hub import ModelName
 from mingle.methods.base import Tensors
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.matrices import transposed
 from mingle.nn.peft import ROOT, factor_names, read_with_head
 from mingle.tasks import TaskType

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from mingle import ranks
@@ -14,13 +16,20 @@ from mingle.tasks import TaskType
 from mingle.tasks.loading import BaseTensors
 
 
+def stored_buffers(base: nn.Module) -> list[str]:
+    """The buffers that are in a model's files; in which dtype they are loaded depends on the architecture."""
+    parameters = dict(base.named_parameters(remove_duplicate=False))
+    return [name for name in base.state_dict() if name not in parameters]
+
+
 class BaseInFiles(MergeState):
     """A `MergeState` of which `base` is a skeleton, and `values` are the tensors in files."""
 
     @cached_property
     def values(self) -> BaseTensors:
         """The whole base's tensors, read when they are asked for."""
-        raise NotImplementedError
+        base: Any = self.base
+        return BaseTensors(base.read_from, base, next(self.base.parameters()).dtype)
 
     @cached_property
     def base_hash(self) -> str:
@@ -33,6 +42,12 @@ class BaseInFiles(MergeState):
 
     def _model_of(self, base: nn.Module | str | Path) -> nn.Module:
         return base if isinstance(base, nn.Module) else self._loaded(self.task, Path(base))
+
+    @staticmethod
+    def _loaded(task: TaskType, folder: Path) -> nn.Module:
+        model: Any = task.skeleton(folder).to(torch.float32).eval()
+        model.read_from = folder
+        return model
 
 
 def _hash(values: BaseTensors) -> str:

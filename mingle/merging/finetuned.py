@@ -15,7 +15,7 @@ from mingle.io.lazy_tensors import Rows, described, in_rows, row_blocks, rows_of
 from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, own_names, same_values
 from mingle.kernels.dtypes import wide
 from mingle.merging.vocabulary import Growth, Vocabulary, growth
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.matrices import oriented, packed_experts
 from mingle.nn.peft import read_with_head
 from mingle.options import nearest

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from mingle import ranks
 from mingle.io.lazy_tensors import LazyTensors, Rows, described, in_rows, rows_of
-from mingle.merging.base_in_files import BaseInFiles
+from mingle.merging.base_in_files import BaseInFiles, stored_buffers
 from mingle.merging.exports import Format
 from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.merger import Merger
@@ -25,7 +24,6 @@ from mingle.nn.matrices import oriented
 from mingle.nn.sharded import ShardedBlocks
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.heads import put_head
-from mingle.tasks.loading import BaseTensors
 from mingle.tasks.skeletons import completed
 
 
@@ -44,8 +42,8 @@ def hindrance(method: type[MergeMethod], options: Any, task: TaskType, base: nn.
         return f"precision {options.precision!r} would keep a whole copy of the weights"
     if not task.loads_as_stored:
         return f"the task type {task.name!r} has a way of its own to load models"
-    if missing := base.state_dict().keys() - dict(base.named_parameters(remove_duplicate=False)).keys():
-        return f"the model has buffers in its files, such as {min(missing)}"
+    if buffers := stored_buffers(base):
+        return f"the model has buffers in its files, such as {min(buffers)}"
     return ""
 
 
@@ -116,17 +114,9 @@ class ShardedMerger(BaseInFiles, Merger):
             "no process has the whole model: save it, and export the folder with `mingle export`"
         )
 
-    @cached_property
-    def values(self) -> BaseTensors:
-        """The whole base's tensors, read when they are asked for."""
-        base: Any = self.base
-        return BaseTensors(base.read_from, base, next(self.base.parameters()).dtype)
-
     @staticmethod
     def _loaded(task: TaskType, folder: Path) -> nn.Module:
-        model: Any = completed(task.skeleton(folder).to(torch.float32), folder).eval()
-        model.read_from = folder
-        return model
+        return completed(BaseInFiles._loaded(task, folder), folder)
 
     def _begin(self, method: type[MergeMethod]) -> None:
         if reason := hindrance(method, self.options, self.task, self.base):
@@ -180,8 +170,8 @@ class _Inside(LazyTensors):
     """Those of a model's tensors that are inside of one of its parts, by their names there."""
 
     def __init__(self, values: LazyTensors, part: str, names: Collection[str]) -> None:
+        super().__init__(dict.fromkeys(names))
         self._values, self._prefix = values, f"{part}." if part else ""
-        self._names = dict.fromkeys(names)
 
     def described(self, name: str) -> Tensor:
         return self._values.described(self._prefix + name)
@@ -192,20 +182,12 @@ class _Inside(LazyTensors):
     def in_rows(self, name: str) -> bool:
         return self._values.in_rows(self._prefix + name)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
 
 class _Tuned(LazyTensors):
     """The tensors of a fine-tuned tower, see `FineTuned.tensors`, each made when it is asked for."""
 
     def __init__(self, model: FineTuned, base: LazyTensors) -> None:
+        super().__init__(base)
         self._model, self._base = model, base
 
     def described(self, name: str) -> Tensor:
@@ -219,20 +201,12 @@ class _Tuned(LazyTensors):
     def in_rows(self, name: str) -> bool:
         return self._model.in_rows(name)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._base
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
-
-    def __len__(self) -> int:
-        return len(self._base)
-
 
 class _Replaced(LazyTensors):
     """A whole model's tensors, of which those with a prefix are others."""
 
     def __init__(self, values: LazyTensors, prefix: str, tower: Mapping[str, Tensor]) -> None:
+        super().__init__(values)
         self._values, self._prefix, self._tower = values, prefix, tower
 
     def _place(self, name: str) -> tuple[Mapping[str, Tensor], str]:
@@ -248,15 +222,6 @@ class _Replaced(LazyTensors):
 
     def in_rows(self, name: str) -> bool:
         return in_rows(*self._place(name))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
 
 def _fill(

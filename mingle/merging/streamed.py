@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -21,7 +20,7 @@ from mingle.io.manifest import MANIFEST, entries_of
 from mingle.io.provenance import versions
 from mingle.io.state_dicts import IncompatibleModel, first_names
 from mingle.merging import exports
-from mingle.merging.base_in_files import BaseInFiles
+from mingle.merging.base_in_files import BaseInFiles, stored_buffers
 from mingle.merging.exports import Merged
 from mingle.merging.finetuned import FineTuned
 from mingle.merging.merged_task import MergedTask, is_own, own_head
@@ -37,7 +36,7 @@ from mingle.methods.tensorwise import TensorMethod
 from mingle.tasks import TaskType
 from mingle.tasks.heads import Head, names_of
 from mingle.tasks.image_settings import differing_preparation
-from mingle.tasks.loading import BaseTensors, absent
+from mingle.tasks.loading import absent
 from mingle.tasks.names import InFiles
 
 logger = logging.getLogger(__name__)
@@ -62,12 +61,7 @@ def streams(method: type[MergeMethod], options: Any, task: TaskType, base: nn.Mo
         and (method.update is TensorMethod.update or method.updates_alike)
     )
     gated = issubclass(method, GatedMethod) and method.from_weights(options)
-    return (
-        (plain or gated)
-        and task.loads_as_stored
-        # of buffers it depends on the architecture in which dtype they are loaded
-        and all(name in dict(base.named_parameters(remove_duplicate=False)) for name in base.state_dict())
-    )
+    return (plain or gated) and task.loads_as_stored and not stored_buffers(base)
 
 
 class StreamedMerger(BaseInFiles):
@@ -228,16 +222,6 @@ class StreamedMerger(BaseInFiles):
         """The gates [T] of all experts that let the task's own work alone; all 0 if it was skipped."""
         having = [each.name for each in self.merged if each.skipped is None]
         return torch.tensor([float(name == task) for name in having])
-
-    @cached_property
-    def values(self) -> BaseTensors:
-        """The whole base's tensors."""
-        assert self.base_folder is not None
-        return BaseTensors(self.base_folder, self.base, next(self.base.parameters()).dtype)
-
-    @staticmethod
-    def _loaded(task: TaskType, folder: Path) -> nn.Module:
-        return task.skeleton(folder).to(torch.float32).eval()
 
     def _identity(self, name: str, digest: str) -> str:
         """All that a step's result depends on."""

@@ -16,7 +16,8 @@ from mingle.merging.finite import refuse
 from mingle.merging.parts import Parts
 from mingle.methods.base import Tensors
 from mingle.methods.gated import EXPERT_TENSORS, FirstGates, GatedMethod, unchanged
-from mingle.nn.linear import LowRankExpert, MingleLinear
+from mingle.nn.linear import MingleLinear
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.matrices import oriented
 from mingle.tasks.loading import BaseTensors
 

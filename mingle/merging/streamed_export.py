@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,7 @@ class PlainModel(LazyTensors):
         state = base.state_dict()
         self._described = {name: state[name] for name in dict.fromkeys(first_names(base).values())}
         self._described |= {name: tensor.to(state[name].dtype) for name, tensor in head.items()}
+        super().__init__(self._described)
         self._values, self._prefix, self._merged, self._head = values, prefix, merged, set(head)
 
     def described(self, name: str) -> Tensor:
@@ -105,12 +106,3 @@ class PlainModel(LazyTensors):
         if isinstance(self._merged, Fold):
             return inside if inside in self._merged.method.merges() else None
         return inside if f"merged/{inside}" in self._merged else None
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._described
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._described)
-
-    def __len__(self) -> int:
-        return len(self._described)

@@ -13,7 +13,7 @@ from torch import nn
 from mingle.adaptation.trace import AdaptTrace, StepProgress
 from mingle.io.state_dicts import first_names, task_vector
 from mingle.kernels.dtypes import wide
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.tasks import TaskData, TaskType
 
 Tensors = dict[str, torch.Tensor]

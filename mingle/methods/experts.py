@@ -13,7 +13,7 @@ from torch import Tensor
 from mingle import linalg, ranks
 from mingle.io.lazy_tensors import LazyTensors, described
 from mingle.linalg.arithmetic import buckets, stacked
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 
 
 def project_out_experts(delta: Tensor, B: Tensor, A: Tensor, *, drop_diagonal: bool = False) -> Tensor:

@@ -18,7 +18,8 @@ from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import reference
 from mingle.methods.base import Arrival, Folded, Kept, Left, MergeMethod, StepReport, Tensors, others
 from mingle.nn.inject import find_targets, inject
-from mingle.nn.linear import LowRankExpert, MingleLinear
+from mingle.nn.linear import MingleLinear
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.matrices import oriented, packed_experts
 from mingle.nn.observe import gates_made_of
 from mingle.nn.sharded import ShardedBlocks, entries
@@ -60,6 +61,7 @@ class LayerDeltas(LazyTensors):
     def __init__(
         self, layers: Mapping[str, MingleLinear], start: Mapping[str, torch.Tensor], tuned: LazyTensors
     ) -> None:
+        super().__init__(layers)
         self._layers, self._start, self._tuned = layers, start, tuned
 
     def described(self, name: str) -> torch.Tensor:
@@ -72,15 +74,6 @@ class LayerDeltas(LazyTensors):
 
     def in_rows(self, name: str) -> bool:
         return False
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._layers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
 
 class GatedMethod(MergeMethod):

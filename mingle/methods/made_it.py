@@ -20,7 +20,8 @@ from mingle.methods.base import Arrival, Kept, Left, MergeMethod, StepReport, Te
 from mingle.methods.experts import concatenated, shared_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.mass import input_directions
-from mingle.nn.linear import LowRankExpert, MingleLinear
+from mingle.nn.linear import MingleLinear
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.tasks import TaskType
 
 #: subspaces of that affinity are the same

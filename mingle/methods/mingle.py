@@ -23,7 +23,8 @@ from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.methods.base import Arrival, Left, StepReport, Tensors
 from mingle.methods.experts import make_experts, own_layers, shared_experts
 from mingle.methods.gated import FirstGates, GatedMethod
-from mingle.nn.linear import GATE_INIT_STD, LowRankExpert
+from mingle.nn.linear import GATE_INIT_STD
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.sharded import ShardedBlocks
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskData, TaskType

@@ -15,7 +15,7 @@ from mingle.methods.experts import make_experts, shared_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.layer_router import LayerRouter, Moments
 from mingle.nn.early_stop import run_until
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.shares import of_all, own_batches
 

@@ -20,7 +20,8 @@ from mingle.methods.base import Arrival, Kept, Left, StepReport, Tensors, kept_s
 from mingle.methods.experts import shared_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.task_arithmetic import add_task_vector
-from mingle.nn.linear import GATE_INIT_STD, LowRankExpert, MingleLinear
+from mingle.nn.linear import GATE_INIT_STD, MingleLinear
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.options import require_not_negative, require_positive
 from mingle.tasks import TaskType
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from mingle.nn.conv1d import is_conv1d
-from mingle.nn.linear import MingleLinear, computes_linear
+from mingle.nn.linear import MingleLinear
+from mingle.nn.linear_subclasses import computes_linear
 from mingle.nn.matrices import AnyLinear, Layout, is_linear, packed_experts, transposed
 from mingle.options import nearest
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from mingle import functional, linalg
+from mingle import functional
 from mingle.kernels import prepack as prepacked
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import reference
 from mingle.kernels.gated_experts.reference import REDUCTIONS
 from mingle.nn.conv1d import conv1d, is_conv1d
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.prepared import GROUPED, PreparedLayer, prepare
 from mingle.ops.operands import LayerTensors
 from mingle.ops.shared import adjacent
@@ -25,70 +26,11 @@ if TYPE_CHECKING:
 GATE_INIT_STD = 0.01
 
 
-class LowRankExpert(NamedTuple):
-    """The low-rank update B A of one task: A [r, d_in], B [d_out, r]."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-
-    def delta(self) -> torch.Tensor:
-        """The dense update [d_out, d_in]."""
-        return self.B @ self.A
-
-    @classmethod
-    def from_dense(cls, delta: torch.Tensor, rank: int) -> LowRankExpert:
-        """The best rank-`rank` approximation of a dense update: Δ ≈ U Σ Vᵀ with B = U and A = Σ Vᵀ.
-
-        Args:
-            delta: Δ [d_out, d_in], of any floating dtype, which is that of the factors; decomposed in
-                float64.
-            rank: r; at most min(d_out, d_in) is used.
-
-        Raises:
-            ValueError: a Δ that is not a floating-point matrix or has non-finite entries, or a rank that is
-                not positive.
-        """
-        if delta.dim() != 2 or not delta.is_floating_point():
-            raise ValueError(
-                f"delta has shape {list(delta.shape)} and dtype {delta.dtype}; "
-                "expected a floating-point [d_out, d_in]"
-            )
-        U, S, Vh = linalg.svd_lowrank(delta, rank)
-        return cls(A=S.unsqueeze(-1) * Vh, B=U)
-
-
 class Siblings(Protocol):
     """Layers that are called with the same input, computed at the first of their calls."""
 
     def forward(self, position: int, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         """The output of the layer at `position` among them, or None where it is to be computed alone."""
-
-
-def computes_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a Linear, or of a subclass that computes the same in words of its own, as Falcon's.
-
-    A subclass with its own `forward` is tried on a small weight.  One without is refused, as
-    `torch.nn.MultiheadAttention` reads the weight of its ``out_proj`` and never calls it; and so is one with
-    anything beside weight and bias, or with hooks.
-    """
-    if type(module) is nn.Linear:
-        return True
-    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
-        return False
-    own = {*module._parameters, *module._buffers, *module._modules}
-    if own != {"weight", "bias"} or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    with torch.random.fork_rng(devices=()), torch.no_grad():
-        torch.manual_seed(0)
-        tried = nn.Linear(2, 3, bias=module.bias is not None, device="cpu", dtype=torch.float64)
-        x = torch.randn(2, 4, 2, device="cpu", dtype=torch.float64)
-        expected = tried(x)
-        tried.__class__ = type(module)
-        tried.training = module.training
-        try:
-            return torch.allclose(tried(x), expected)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-            return False
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -25,7 +25,8 @@ from mingle.io.files import CheckpointError, contained
 from mingle.io.safetensors import CheckpointReader
 from mingle.kernels.dtypes import wide
 from mingle.nn.inject import refusal
-from mingle.nn.linear import LowRankExpert, MingleLinear
+from mingle.nn.linear import MingleLinear
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.matrices import AnyLinear, is_linear, widths
 from mingle.options import nearest, shown
 

@@ -193,12 +193,12 @@ def low_rank(layer: PreparedLayer, gates: _Gates, x: Tensor, group: int, keep: b
     else:
         pooled = x.view(-1, group, layer.width).mean(1)
         z = _addmm(bias, pooled, weight_transposed)
-    large = gemm.choosing(x.shape[0] * layer.largest)
-    hidden = gemm.linear(x, layer.down) if large else _mm(x, layer.down_transposed)
-    if large:
+    if gemm.choosing(x.shape[0] * layer.largest):
+        hidden = gemm.linear(x, layer.down)
         gated = grouped.gate(hidden, z, group, None if keep else hidden)
         base = gemm.linear(x, layer.weight, layer.bias)
         return gemm.linear(gated, layer.up_rows.t(), onto=base), hidden, z, pooled
+    hidden = _mm(x, layer.down_transposed)
     parts, factors = hidden.view(-1, group, layer.experts, layer.rank), z.view(-1, 1, layer.experts, 1)
     gated = (_mul(parts, factors) if keep else parts.mul_(factors)).view(-1, layer.columns)
     if layer.bias is None:

@@ -126,8 +126,8 @@ class MergePlan:
 
     def _begin(self, folder: Path) -> Merger | StreamedMerger:
         """The merger of an interrupted run, or a new one."""
-        in_memory = self.forecast is None
-        kind: type[Merger | StreamedMerger] = self._kind() if in_memory else StreamedMerger
+        in_memory = self._kind() if self.forecast is None else None
+        kind: type[Merger | StreamedMerger] = in_memory or StreamedMerger
         device = devices.usual() if in_memory else None  # tensors from files are merged on the CPU
         if not (folder / MANIFEST).exists():
             merger = kind(
@@ -140,8 +140,8 @@ class MergePlan:
             )
             merger.metadata = self.origin()
             return merger
-        if in_memory:
-            merger = self._kind().from_pretrained(folder, device=device)
+        if in_memory is not None:
+            merger = in_memory.from_pretrained(folder, device=device)
         else:
             merger = StreamedMerger.from_pretrained(folder)
         if merger.base_hash != kind.hash_of(self.task, self.base):

@@ -16,6 +16,7 @@ import torch
 
 from mingle.adaptation.trace import StepProgress
 from mingle.merging.evaluate import Result
+from mingle.merging.parts import PartsProgress
 from mingle.runs.observer import Observer
 
 Context = TypeVar("Context")
@@ -108,6 +109,9 @@ class _Telling(Observer):
 
     def adapting(self, progress: StepProgress) -> None:
         self._tell("adapting", progress)
+
+    def streaming(self, progress: PartsProgress) -> None:
+        self._tell("streaming", progress)
 
     def training(self, task: str, step: int, steps: int) -> None:
         self._tell("training", task, step, steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -165,6 +165,7 @@ class BaseTensors(LazyTensors):
 
     def __init__(self, folder: Path, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        super().__init__(self._shapes)
         self._first, self._absent, self._dtype = first_names(model), frozenset(absent(model)), dtype
         self._checkpoint = ModelCheckpoint(folder, model)
         self._held: dict[str, str] = {}
@@ -191,15 +192,6 @@ class BaseTensors(LazyTensors):
 
     def in_rows(self, name: str) -> bool:
         return name in self._absent or self._checkpoint.in_rows(self._held[self._first[name]])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
 
 def absent(model: nn.Module) -> tuple[str, ...]:

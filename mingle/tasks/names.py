@@ -161,6 +161,7 @@ class InFiles(LazyTensors):
         if isinstance(model, PreTrainedModel):  # in which order they are for one that was loaded
             names.sort(key=dot_natural_key)
         whole = in_files(model, {name: tensors.described(name) for name in names})
+        super().__init__(whole)
         self._described = whole
         self._source = {name: name for name in names if name in whole}
         for name in names:
@@ -188,15 +189,6 @@ class InFiles(LazyTensors):
 
     def in_rows(self, name: str) -> bool:
         return self._source[name] == name and self._tensors.in_rows(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._source
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._described)
-
-    def __len__(self) -> int:
-        return len(self._described)
 
 
 def in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from layouts import dense, layouts
 from torch import Tensor
 
 from mingle import linalg
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 
 # sizes beyond and below the width up to which a library decomposes matrices whole
 LEADING, SIZES = [(), (2,), (2, 3)], [(5, 7), (45, 40), (40, 90)]

@@ -9,7 +9,7 @@ from mingle import linalg
 from mingle.linalg import spectrum
 from mingle.methods import experts
 from mingle.methods.experts import concatenated, make_experts, project_out_experts
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 
 
 @pytest.mark.parametrize("drop_diagonal", [False, True])

@@ -7,7 +7,7 @@ import torch
 from spectra import matrix
 
 from mingle.methods.experts import make_experts
-from mingle.nn.linear import LowRankExpert
+from mingle.nn.low_rank_expert import LowRankExpert
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,8 @@ import mingle
 from mingle.methods.layer_router import Moments
 from mingle.methods.made_it import affinity, alignments, averaged, threshold
 from mingle.methods.mass import MassOptions, ResidualRouter
-from mingle.nn.linear import LowRankExpert, MingleLinear
+from mingle.nn.linear import MingleLinear
+from mingle.nn.low_rank_expert import LowRankExpert
 
 OPTIONS = {"made-it": {"share": 0.25}, "mass": {"rank": 6}}
 

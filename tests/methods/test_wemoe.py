@@ -13,7 +13,8 @@ from transformers import CLIPModel
 
 import mingle
 from mingle.methods.wemoe import route_by_module
-from mingle.nn.linear import LowRankExpert, MingleLinear
+from mingle.nn.linear import MingleLinear
+from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.tasks import TaskData
 from mingle.tasks.clip import ClipTask
 

@@ -74,10 +74,7 @@ def test_same_bits_as_the_general_way(dtype, reduce, leading, general_calls):
                 assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("reduce", ["sample", "batch"])
-def test_same_bits_where_the_library_is_chosen(reduce, monkeypatch, general_calls):
-    monkeypatch.setenv("MINGLE_CPU_GEMM", "onednn")
-    layer, x = grown(reduce=reduce, widths=(64, 48)), torch.randn(4, 20, 64, requires_grad=True)
+def has_the_bits_of_the_general_way(layer: MingleLinear, x: torch.Tensor, general_calls: list) -> None:
     expected = in_general(layer, x)
     general_calls.clear()
     y = layer(x)
@@ -87,21 +84,20 @@ def test_same_bits_where_the_library_is_chosen(reduce, monkeypatch, general_call
         gradients(y, x, layer.gate_weight), gradients(expected, x, layer.gate_weight), strict=True
     ):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("reduce", ["sample", "batch"])
+def test_same_bits_where_the_library_is_chosen(reduce, monkeypatch, general_calls):
+    monkeypatch.setenv("MINGLE_CPU_GEMM", "onednn")
+    layer, x = grown(reduce=reduce, widths=(64, 48)), torch.randn(4, 20, 64, requires_grad=True)
+    has_the_bits_of_the_general_way(layer, x, general_calls)
 
 
 def test_old_gates_that_lie_apart_from_the_new_one_are_joined(general_calls):
     layer, x = grown(), torch.randn(4, 5, 8, requires_grad=True)
     for name in ("gate_weight", "gate_bias"):
         setattr(layer, name, nn.Parameter(getattr(layer, name).detach().clone()))
-    expected = in_general(layer, x)
-    general_calls.clear()
-    y = layer(x)
-    assert not general_calls
-    assert torch.equal(y, expected)
-    for got, wanted in zip(
-        gradients(y, x, layer.gate_weight), gradients(expected, x, layer.gate_weight), strict=True
-    ):
-        assert torch.equal(got, wanted)
+    has_the_bits_of_the_general_way(layer, x, general_calls)
 
 
 def _through_data(layer: MingleLinear, name: str) -> None:
