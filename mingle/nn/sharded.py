@@ -8,18 +8,21 @@ And ranks need not pass the blocks in the same order, nor as often: whoever come
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from mingle import ranks
 from mingle.nn.linear import MingleLinear
+
+if TYPE_CHECKING:  # a second of imports, for those who share weights out
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Shard
 
 #: the tensors of a `MingleLinear` that every rank has whole
 _GATES = ("gate_weight", "gate_bias", "frozen_gate_weight", "frozen_gate_bias")
@@ -95,6 +98,9 @@ class ShardedBlocks:
         """Share out the weights of a block, which has them whole."""
         if ranks.size() == 1:
             return
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
         block, whole = self.blocks[name], set[nn.Parameter]()
         device = next(block.parameters()).device
         if self._mesh is None:
@@ -134,7 +140,7 @@ class ShardedBlocks:
                 (module, key)
                 for module in block.modules()
                 for key, parameter in module.named_parameters(recurse=False)
-                if isinstance(parameter, DTensor)
+                if _is_shared_out(parameter)
             ]
             gathering.together = True
             carrier.unshard()
@@ -187,20 +193,28 @@ def _own(parameter: nn.Parameter) -> nn.Parameter:
 
 def _placement(parameter: nn.Parameter) -> Shard | None:
     """The dimension to divide: the first of which all ranks have equal parts, and else the first of all."""
+    from torch.distributed.tensor import Shard
+
     for dim, size in enumerate(parameter.shape):
         if size % ranks.size() == 0:
             return Shard(dim)
     return None
 
 
+def _is_shared_out(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether this rank has only a share of a tensor; where their class is not loaded, there are none."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether this rank has only a share of some weights."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(map(_is_shared_out, model.parameters()))
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """What this rank has of a tensor that is shared out, and any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_shared_out(tensor) else tensor
 
 
 def entries(stacks: Mapping[Any, Tensor], place: int) -> dict[Any, Tensor]:
@@ -208,9 +222,8 @@ def entries(stacks: Mapping[Any, Tensor], place: int) -> dict[Any, Tensor]:
     own, dims = {}, {}
     for name, stack in stacks.items():
         part = own_part(stack.detach())
-        if isinstance(stack, DTensor):
-            (placement,) = stack.placements
-            assert isinstance(placement, Shard)
+        if _is_shared_out(stack):
+            placement: Shard = stack.placements[0]  # type: ignore[assignment]
             dims[name] = placement.dim
             own[name] = part.cpu() if placement.dim == 0 else part[place].cpu()
         else:

@@ -55,7 +55,6 @@ class Comparison:
         "task-arithmetic",
         "opcm",
         "mingle",
-        "mingle-light",
         "routed",
     )
     orders: int = 1

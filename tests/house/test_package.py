@@ -104,6 +104,6 @@ from transformers import CLIPModel
 
 
 def test_importing_mingle_is_light():
-    heavy = "transformers, matplotlib, PIL"
+    heavy = "transformers, matplotlib, PIL, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor"
     code = f"import sys, mingle; print([m for m in {heavy.split(', ')!r} if m in sys.modules])"
     assert run(sys.executable, "-c", code).strip() == "[]"
