@@ -121,9 +121,9 @@ class MergeState:
         """The merged tasks in order of arrival."""
         return [task.name for task in self.merged]
 
-    def step_seed(self) -> int:
-        """Of everything random when the next model arrives."""
-        return zlib.crc32(f"{self.seed}/{len(self.merged)}".encode())
+    def step_seed(self, ahead: int = 0) -> int:
+        """Of everything random when the next model arrives, or one that so many others go ahead of."""
+        return zlib.crc32(f"{self.seed}/{len(self.merged) + ahead}".encode())
 
     def check_name(self, name: str) -> None:
         """Raise `ValueError` for a name that a further task cannot have."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mingle import ranks
 from mingle.io import journal, merger_folder
 from mingle.io.files import CheckpointError
-from mingle.io.journal import PartFiles
+from mingle.io.journal import Journal, PartFiles
 from mingle.io.lazy_tensors import Joined
 from mingle.io.manifest import MANIFEST, entries_of
 from mingle.io.provenance import versions
@@ -26,9 +27,9 @@ from mingle.merging.finetuned import FineTuned
 from mingle.merging.merged_task import MergedTask, is_own, own_head
 from mingle.merging.opened import opened
 from mingle.merging.state import model_name
-from mingle.merging.streamed_experts import ExpertStep, Made, check_experts
+from mingle.merging.streamed_experts import ExpertStep, check_experts
 from mingle.merging.streamed_export import Fold, PlainModel
-from mingle.merging.streamed_weights import WeightStep
+from mingle.merging.streamed_weights import Arriving, WeightStep
 from mingle.methods import MergeMethod
 from mingle.methods.base import WeightMethod
 from mingle.methods.gated import GatedMethod
@@ -62,6 +63,20 @@ def streams(method: type[MergeMethod], options: Any, task: TaskType, base: nn.Mo
     )
     gated = issubclass(method, GatedMethod) and method.from_weights(options)
     return (plain or gated) and task.loads_as_stored and not stored_buffers(base)
+
+
+class NewModel(NamedTuple):
+    """A fine-tuned model that is to be merged.
+
+    Attributes:
+        name: the task's, new to the merger.
+        folder: of the model or of its LoRA adapter.
+        digest: of its files; with other files than before, an interrupted step starts again.
+    """
+
+    name: str
+    folder: Path
+    digest: str = ""
 
 
 class StreamedMerger(BaseInFiles):
@@ -100,49 +115,79 @@ class StreamedMerger(BaseInFiles):
         self.tasks: list[list[dict[str, Any]]] = []
 
     def add(self, name: str, model: Path, folder: Path, digest: str = "", *, keep: int | None = None) -> None:
-        """Merge one more fine-tuned model, and save.
+        """Merge one more fine-tuned model, and save; see `add_all`."""
+        self.add_all([NewModel(name, model, digest)], folder, keep=keep)
 
-        An interrupted call leaves the folder's merge as it was, and beside it what was finished: the same
-        call goes on from there.
+    def in_one_pass(self, count: int) -> bool:
+        """Whether `add_all` can merge that many models."""
+        if count == 1:
+            return True
+        return isinstance(self.method, TensorMethod) and self.method.in_one_pass(len(self.merged), count)
+
+    def add_all(self, models: Sequence[NewModel], folder: Path, *, keep: int | None = None) -> None:
+        """Merge fine-tuned models, one after another into each tensor, and save once.
+
+        The merge is that of one `add` for each, to the bit, without a generation for each.  An interrupted
+        call leaves the folder's merge as it was, and beside it what was finished: the same call goes on from
+        there.
 
         Args:
-            name: the task's name, new to this merger.
-            model: the folder of the fine-tuned model or of its LoRA adapter.
+            models: those that arrive, in this order; several only where `in_one_pass` says that it can be.
             folder: the merger's, always the same one.
-            digest: of the model's files; with other files than before, the step starts again.
             keep: see `mingle.Merger.save_pretrained`.
 
         Raises:
             ValueError, CheckpointError, NonFiniteMerge: as `mingle.Merger.add` and `save_pretrained`.
         """
-        self.check_name(name)
-        with merger_folder.writing(folder), ranks.together(f"merging {name!r}"):
-            try:
-                tuned = FineTuned(model, self.base, self.task, self.vocabulary, self.base_folder)
-                left = tuned.left(self.method.merges(), self.values)
-                left += differing_preparation(Path(self.base_folder or ""), model)
-                own = own_head(tuned.head(self.values), None, tuned.labels)
-                self.task.check_head(own)
-                notes = merger_folder.begin(folder, self._identity(name, digest))
-                made, entries = Made({}, None, []), self.entries
-                of_step = name, tuned, self.step_seed(), len(self.merged), notes, PART_BYTES
-                if isinstance(self.method, GatedMethod):
-                    experts = self._experts(folder)
-                    made = ExpertStep(self.method, self.values, experts, *of_step).run()
-                else:
-                    method = cast(TensorMethod, self.method)
-                    entries = WeightStep(method, self.values, self.state, *of_step).run()
-            except (IncompatibleModel, CheckpointError) as error:
-                raise type(error)(f"task {name!r}: {error}") from None
-            for line in left:
+        for model in models:
+            self.check_name(model.name)
+        names = [model.name for model in models]
+        if len(set(names)) < len(names) or not self.in_one_pass(len(names)):
+            raise ValueError(f"{', '.join(map(repr, names))}: cannot be merged together; add them one by one")
+        with merger_folder.writing(folder), ranks.together(f"merging {', '.join(map(repr, names))}"):
+            opened = [self._opened(model) for model in models]
+            notes = merger_folder.begin(folder, self._identity(models))
+            seeds = [self.step_seed(place) for place in range(len(models))]
+            arriving = [
+                Arriving(model.name, tuned, seed)
+                for model, (tuned, _), seed in zip(models, opened, seeds, strict=True)
+            ]
+            tasks = [task for _, task in opened]
+            left = [(task.name, line) for task in tasks for line in task.notes]
+            tensors: Mapping[str, Tensor] = {}
+            if isinstance(self.method, GatedMethod):
+                tensors = self._with_experts(folder, arriving[0], tasks[0], notes)
+                entries = self.entries
+            else:
+                method, before = cast(TensorMethod, self.method), len(self.merged)
+                step = WeightStep(method, self.values, self.state, arriving, before, notes, PART_BYTES)
+                with _telling(names):
+                    entries = step.run()
+            for name, line in left:
                 logger.info("%s: %s", name, line)
-            labels = None if own.labels is None else list(own.labels)
-            told = [*made.notes, *left]
-            called = model_name(model)
-            task = MergedTask(
-                name, 0, made.skipped, told, labels, None, called, dict(own.tensors), dict(own.shared)
-            )
-            self._save(folder, task, made.tensors, entries, keep)
+            self._save(folder, tasks, tensors, entries, keep)
+
+    def _opened(self, model: NewModel) -> tuple[FineTuned, MergedTask]:
+        """A model that fits, and what is known of its task before it is merged."""
+        with _telling([model.name]):
+            tuned = FineTuned(model.folder, self.base, self.task, self.vocabulary, self.base_folder)
+            left = tuned.left(self.method.merges(), self.values)
+            left += differing_preparation(Path(self.base_folder or ""), model.folder)
+            own = own_head(tuned.head(self.values), None, tuned.labels)
+            self.task.check_head(own)
+        labels = None if own.labels is None else list(own.labels)
+        head = dict(own.tensors), dict(own.shared)
+        return tuned, MergedTask(model.name, 0, None, left, labels, None, model_name(model.folder), *head)
+
+    def _with_experts(
+        self, folder: Path, model: Arriving, task: MergedTask, notes: Journal
+    ) -> Mapping[str, Tensor]:
+        """The tensors of a task's experts; the task learns why there are none."""
+        method, experts = cast(GatedMethod, self.method), self._experts(folder)
+        with _telling([model.name]):
+            made = ExpertStep(method, self.values, experts, *model, len(self.merged), notes, PART_BYTES).run()
+        task.skipped, task.notes = made.skipped, [*made.notes, *task.notes]
+        return made.tensors
 
     @classmethod
     def from_pretrained(cls, folder: Path, adapt: Mapping[str, Any] | None = None) -> Self:
@@ -223,10 +268,11 @@ class StreamedMerger(BaseInFiles):
         having = [each.name for each in self.merged if each.skipped is None]
         return torch.tensor([float(name == task) for name in having])
 
-    def _identity(self, name: str, digest: str) -> str:
+    def _identity(self, models: Sequence[NewModel]) -> str:
         """All that a step's result depends on."""
         merged = [entry["sha256"] for entries in (self.entries, *self.tasks) for entry in entries]
-        facts = {"name": name, "model": digest, "base": self.base_hash, "merged": merged, "part": PART_BYTES}
+        arriving = [[model.name, model.digest] for model in models]
+        facts = {"models": arriving, "base": self.base_hash, "merged": merged, "part": PART_BYTES}
         return journal.identity(self._described() | facts | {"versions": versions()})
 
     def _experts(self, folder: Path) -> list[PartFiles]:
@@ -254,14 +300,16 @@ class StreamedMerger(BaseInFiles):
     def _save(
         self,
         folder: Path,
-        task: MergedTask,
+        tasks: Sequence[MergedTask],
         tensors: Mapping[str, Tensor],
         entries: list[dict[str, Any]],
         keep: int | None,
     ) -> None:
-        self.merged.append(task)
-        for rows in (self.matrix, self.unknown):
-            rows.append([None] * len(self.merged))
+        """Save with tasks that are merged now; `tensors` are the first one's experts, where it has some."""
+        for task in tasks:
+            self.merged.append(task)
+            for rows in (self.matrix, self.unknown):
+                rows.append([None] * len(self.merged))
         before, self.answers = self.answers, {}
         try:
             manifest = merger_folder.save(
@@ -270,14 +318,24 @@ class StreamedMerger(BaseInFiles):
                 self.base_hash,
                 self.base_name,
                 self._base_model(),
-                [*self.tasks, Joined(tensors, task.kept())],
+                [*self.tasks, *(Joined(tensors, task.kept()) for task in tasks)],
                 entries,
                 keep,
             )
         except BaseException:
             self.answers = before
             for each in (self.merged, self.matrix, self.unknown):
-                each.pop()
+                del each[-len(tasks) :]
             raise
         self.state, self.entries = PartFiles(folder, entries), entries
         self.tasks = [entries_of(each["tensors"]) for each in manifest["tasks"]]
+
+
+@contextmanager
+def _telling(tasks: Sequence[str]) -> Iterator[None]:
+    """Errors of the block say which tasks they are about."""
+    try:
+        yield
+    except (IncompatibleModel, CheckpointError) as error:
+        told = f"task{'s' if len(tasks) > 1 else ''} {', '.join(map(repr, tasks))}"
+        raise type(error)(f"{told}: {error}") from None

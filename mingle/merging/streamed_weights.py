@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,16 +20,28 @@ from mingle.methods.tensorwise import Numbers, Seen, Survey, TensorMethod, Tenso
 from mingle.tasks.loading import BaseTensors
 
 
+class Arriving(NamedTuple):
+    """A model that is merged.
+
+    Attributes:
+        name: the task's.
+        tuned: the fine-tuned model.
+        seed: of everything random.
+    """
+
+    name: str
+    tuned: FineTuned
+    seed: int
+
+
 class WeightStep:
-    """The passes over all tensors that merge one model.
+    """The passes over all tensors that merge one model, or the single one that merges several in turn.
 
     Args:
         method: the merger's, on the meta device.
         values: the whole base's tensors.
         state: what is kept of all earlier tasks together, by the names that it is saved under.
-        name: the task's.
-        tuned: the fine-tuned model.
-        seed: of everything random.
+        models: those that arrive; several only where `TensorMethod.in_one_pass` says that it can be.
         before: how many tasks are merged.
         notes: what an interrupted run of this very step has finished.
         part_bytes: it goes in parts of about so many.
@@ -40,15 +52,14 @@ class WeightStep:
         method: TensorMethod,
         values: BaseTensors,
         state: Mapping[str, Tensor],
-        name: str,
-        tuned: FineTuned,
-        seed: int,
+        models: Sequence[Arriving],
         before: int,
         notes: Journal,
         part_bytes: int,
     ) -> None:
         self.method, self.values, self.state = method, values, state
-        self.task, self.tuned, self.seed, self.before, self.notes = name, tuned, seed, before, notes
+        self.models, self.before, self.notes = models, before, notes
+        self.prefix = models[0].tuned.prefix
         sizes = {name: kept_size([base]) + method.cost_of(name).kept for name, base in method.base.items()}
         self.parts = Parts(sizes, method.work_of, part_bytes, notes)
 
@@ -111,11 +122,14 @@ class WeightStep:
 
     def _surveyed(self, survey: Survey, name: str) -> Seen:
         """What a survey takes down of a tensor."""
-        parts = [survey.see(self._step(name, rows)) for rows in self._blocks(name)]
+        parts = []
+        for rows in self._blocks(name):
+            base = self._base(name, rows)
+            parts.append(survey.see(self._step(name, rows, 0, base, self._state_of(name, rows))))
         numbers = tuple(map(sum, zip(*(part.numbers for part in parts), strict=True)))
         seen = parts[0] if len(parts) == 1 else Seen(numbers)
         if not all(map(math.isfinite, seen.numbers)):
-            where = f"method {self.method.name!r}, task {self.task!r}: {name}"
+            where = f"method {self.method.name!r}, task {self.models[0].name!r}: {name}"
             raise NonFiniteMerge(f"{where}: its norm is not finite; nothing was saved")
         return seen
 
@@ -123,8 +137,7 @@ class WeightStep:
         """What is saved of a tensor, by the names that it is saved under."""
         new: Tensors = {}
         for rows in self._blocks(name):
-            merged, kept = self.method.merge_tensor(self._step(name, rows), found, laid)
-            part = {f"merged/{name}": merged} | {f"state/{key}": tensor for key, tensor in kept.items()}
+            part = self._merged_rows(name, rows, found, laid)
             if rows is ...:
                 new = part
             for key, tensor in part.items() if rows is not ... else ():
@@ -132,30 +145,47 @@ class WeightStep:
                     new[key] = tensor.new_empty(self.method.base[name].shape)
                 new[key][rows] = tensor
         if name == self.parts.all[-1].names[-1]:
-            new |= {f"state/{key}": tensor for key, tensor in self.method.shared_tensors(found).items()}
-        for key, tensor in new.items():
-            refuse(self.method, self.task, key, tensor)
-        served, merged = self.tuned.prefix + name, new[f"merged/{name}"]
-        # as it is put into the model, which may have less precision
-        if (dtype := self.values.described(served).dtype) != merged.dtype:
-            refuse(self.method, self.task, served, merged, dtype)
+            shared = {f"state/{key}": tensor for key, tensor in self.method.shared_tensors(found).items()}
+            self._refuse(self.models[-1], shared)
+            new |= shared
         return new
+
+    def _merged_rows(self, name: str, rows: Rows, found: Numbers, laid: Mapping[str, Tensor]) -> Tensors:
+        """The same of some rows, where one model is merged after another."""
+        base, state = self._base(name, rows), self._state_of(name, rows)
+        served = self.prefix + name
+        dtype = self.values.described(served).dtype
+        for place, model in enumerate(self.models):
+            merged, kept = self.method.merge_tensor(self._step(name, rows, place, base, state), found, laid)
+            state = {f"merged/{name}": merged} | {f"state/{key}": tensor for key, tensor in kept.items()}
+            self._refuse(model, state)
+            if dtype != merged.dtype:  # as it is put into the model, which may have less precision
+                refuse(self.method, model.name, served, merged, dtype)
+        return state
+
+    def _refuse(self, model: Arriving, tensors: Tensors) -> None:
+        """Raise `NonFiniteMerge` unless what merging a model gives is finite."""
+        for key, tensor in tensors.items():
+            refuse(self.method, model.name, key, tensor)
 
     def _blocks(self, name: str) -> list[Rows]:
         """The rows of a tensor that are in memory at once."""
-        readable = self.values.in_rows(self.tuned.prefix + name) and self.tuned.in_rows(name)
+        sources = [model.tuned.in_rows(name) for model in self.models]
+        readable = self.values.in_rows(self.prefix + name) and all(sources)
         return row_blocks(self.method.base[name]) if readable and self.method.elementwise(name) else [...]
 
-    def _step(self, name: str, rows: Rows) -> TensorStep:
-        base, state = self.values.rows(self.tuned.prefix + name, rows), self.state
-        merged = rows_of(state, f"merged/{name}", rows) if self.before else base
-        places = {key: f"state/{key}" for key in self.method.kept_of(name)} if self.before else {}
-        return TensorStep(
-            name,
-            base,
-            merged.to(wide(merged)),
-            self.tuned.tensor(name, base, rows),
-            {key: rows_of(state, place, rows) for key, place in places.items() if place in state},
-            self.before,
-            self.seed,
-        )
+    def _base(self, name: str, rows: Rows) -> Tensor:
+        return self.values.rows(self.prefix + name, rows)
+
+    def _state_of(self, name: str, rows: Rows) -> Tensors:
+        """What there is of rows of a tensor before the step, by the names that it is saved under."""
+        keys = (f"merged/{name}", *(f"state/{key}" for key in self.method.kept_of(name)))
+        return {key: rows_of(self.state, key, rows) for key in keys if self.before and key in self.state}
+
+    def _step(self, name: str, rows: Rows, place: int, base: Tensor, state: Tensors) -> TensorStep:
+        """Rows of a tensor when the model at that place arrives, with what there is of them by then."""
+        merged, model = state.get(f"merged/{name}", base), self.models[place]
+        kept = {key: state[f"state/{key}"] for key in self.method.kept_of(name) if f"state/{key}" in state}
+        tuned = model.tuned.tensor(name, base, rows)
+        seen = self.before + place
+        return TensorStep(name, base, merged.to(wide(merged)), tuned, kept, seen, model.seed)

@@ -147,6 +147,17 @@ class TensorMethod(WeightMethod):
         """
         raise NotImplementedError
 
+    def in_one_pass(self, seen: int, count: int) -> bool:
+        """Whether `count` models can be merged in a single pass, one after another into each tensor.
+
+        That is so where what becomes of a tensor depends on no other.
+
+        Args:
+            seen: how many models arrived before.
+            count: how many arrive together.
+        """
+        return not self.shared and not any(map(self.surveys, range(seen, seen + count)))
+
     def kept_of(self, name: str) -> tuple[str, ...]:
         """The names of what `merge_tensor` keeps of the tensor of that name; no other's has the same."""
         return ()

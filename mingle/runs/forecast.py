@@ -64,17 +64,24 @@ def of_merge(
     known = experts[0][1]
     tower = round(weights * sum(sizes.values()) / _whole(known))
     read, written, disk = weights + copied, copied, copied + state  # the base's hash, and its copy
-    for seen, (folder, expert) in enumerate(experts):
-        file = _size(folder, (".safetensors",))
-        own = sum(expert.held[expert.own[name]].nbytes for name in sizes if name in expert.own)
+    files = sum(_size(folder, (".safetensors",)) for folder, _ in experts)  # which are hashed
+    owned = [
+        sum(expert.held[expert.own[name]].nbytes for name in sizes if name in expert.own)
+        for _, expert in experts
+    ]
+    work = max(_work(method, name, size, costs[name]) for name, size in sizes.items())
+    memory = _resident() + min(state, streamed.PART_BYTES) + work
+    if keep == 1 and method.in_one_pass(0, len(experts)):
+        return Forecast(memory, read + files + tower + sum(owned), written + state, disk)
+    read += files
+    for seen, own in enumerate(owned):
         old, laid = (state, aside) if seen else (0, 0)
-        # the hash of its files; and in every pass the base's, the merged and its own tensors
-        read += file + (method.surveys(seen) + 1) * (tower + own + old) + laid
+        # in every pass the base's, the merged and its own tensors
+        read += (method.surveys(seen) + 1) * (tower + own + old) + laid
         written += state + laid
         held = state * (seen if keep is None else min(seen, keep))
         disk = max(disk, held + state + laid + (copied if seen else 0))
-    work = max(_work(method, name, size, costs[name]) for name, size in sizes.items())
-    return Forecast(_resident() + min(state, streamed.PART_BYTES) + work, read, written, disk)
+    return Forecast(memory, read, written, disk)
 
 
 def _work(method: TensorMethod, name: str, size: int, cost: Cost) -> int:

@@ -13,7 +13,7 @@ from typing import Literal
 from mingle.adaptation.trace import AdaptTrace
 from mingle.merging.merger import Merger
 from mingle.merging.parts import telling
-from mingle.merging.streamed import StreamedMerger
+from mingle.merging.streamed import NewModel, StreamedMerger
 from mingle.runs import inputs
 from mingle.runs.observer import Observer
 from mingle.suites import Suite
@@ -34,7 +34,7 @@ class MergeStep:
 
     Attributes:
         task: the task's name.
-        merge, evaluate: seconds.
+        merge, evaluate: seconds; of tasks that are merged together, each has its share.
         trace: the adaptation's course, or None.
     """
 
@@ -115,18 +115,26 @@ def stream_all(
     Args:
         merger, order, expert, observer, number: see `merge_all`.
         folder: the merger's, where every task is saved as soon as it is merged.
-        keep: see `mingle.Merger.save_pretrained`.
+        keep: see `mingle.Merger.save_pretrained`.  With 1, where no merge but the last would be there in the
+            end, all tasks are merged in one pass if the method can.
     """
     _settle_memory()
-    for index in range(len(merger.merged), len(order)):
-        name = order[index]
-        observer.merging(merger.method.name, number, index, order)
-        model = expert(name, order[:index])
-        inputs.note(merger.metadata, name, model)
+    left = len(order) - len(merger.merged)
+    together = left if keep == 1 and left and merger.in_one_pass(left) else 1
+    for index in range(len(merger.merged), len(order), together):
+        names = order[index : index + together]
+        models = []
+        for place, name in enumerate(names, index):
+            observer.merging(merger.method.name, number, place, order)
+            model = expert(name, order[:place])
+            inputs.note(merger.metadata, name, model)
+            models.append(NewModel(name, model, merger.metadata[inputs.INPUTS][name]["model"]))
         began = time.perf_counter()
         with telling(observer.streaming):
-            merger.add(name, model, folder, merger.metadata[inputs.INPUTS][name]["model"], keep=keep)
-        yield MergeStep(name, round(time.perf_counter() - began, 3), 0.0, None)
+            merger.add_all(models, folder, keep=keep)
+        seconds = (time.perf_counter() - began) / together
+        for name in names:
+            yield MergeStep(name, round(seconds, 3), 0.0, None)
 
 
 def _settle_memory() -> None:

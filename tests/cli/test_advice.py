@@ -127,7 +127,7 @@ def test_too_little_memory_is_no_fault_of_ours(error, config, tmp_path, capsys, 
     def failing(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(StreamedMerger, "add", failing)
+    monkeypatch.setattr(StreamedMerger, "add_all", failing)
     text = refusal(capsys, "merge", config, "--out", tmp_path / "out")
     reason = str(error).splitlines()[0]
     assert f"error: out of memory: {reason}; `mingle check` says how much a merge takes\n" in text
@@ -137,6 +137,6 @@ def test_an_error_of_another_kind_stays_one(config, tmp_path, monkeypatch):
     def failing(*arguments, **options):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(StreamedMerger, "add", failing)
+    monkeypatch.setattr(StreamedMerger, "add_all", failing)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["merge", str(config), "--out", str(tmp_path / "out")])

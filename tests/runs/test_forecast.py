@@ -55,8 +55,10 @@ def moved():
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what a process reads")
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_read_and_written_and_the_disk_are_foreseen(folders, method, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "keep"), [*((name, None) for name in METHODS), ("average", 1), ("ties", 1)]
+)
+def test_what_is_read_and_written_and_the_disk_are_foreseen(folders, method, keep, tmp_path, monkeypatch):
     monkeypatch.setattr(streamed, "PART_BYTES", 1 << 20)
     file = merge_file(
         tmp_path,
@@ -64,23 +66,28 @@ def test_what_is_read_and_written_and_the_disk_are_foreseen(folders, method, tmp
         {name: folders / name for name in TASKS},
         method,
         options=METHODS[method],
+        **({} if keep is None else {"keep": keep}),
     )
     plan = check(config.load(file), tmp_path / "merged")
-    fullest, write = [0], journal.write_tensors
+    there, write = [], journal.write_tensors
+
+    def look():
+        files = (each for each in (tmp_path / "merged").rglob("*") if each.is_file())
+        there.append(sum(each.stat().st_size for each in files))
 
     def writing(path, tensors):
         digest = write(path, tensors)
-        there = sum(each.stat().st_size for each in path.parent.rglob("*") if each.is_file())
-        fullest[0] = max(fullest[0], there)
+        look()
         return digest
 
     monkeypatch.setattr(journal, "write_tensors", writing)
     before = moved()
     list(plan.run())
+    look()
     read, written = (now - then for now, then in zip(moved(), before, strict=True))
     assert plan.forecast.read == pytest.approx(read, rel=0.25)
     assert plan.forecast.written == pytest.approx(written, rel=0.25)
-    assert plan.forecast.disk == pytest.approx(fullest[0], rel=0.25)
+    assert plan.forecast.disk == pytest.approx(max(there), rel=0.25)
 
 
 def test_of_a_tower_only_its_own_part_of_the_file_counts(tmp_path):
