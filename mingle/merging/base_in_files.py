@@ -13,13 +13,16 @@ from mingle import ranks
 from mingle.io.state_dicts import state_hash
 from mingle.merging.state import MergeState
 from mingle.tasks import TaskType
-from mingle.tasks.loading import BaseTensors
+from mingle.tasks.loading import BaseTensors, computed
 
 
-def stored_buffers(base: nn.Module) -> list[str]:
-    """The buffers that are in a model's files; in which dtype they are loaded depends on the architecture."""
-    parameters = dict(base.named_parameters(remove_duplicate=False))
-    return [name for name in base.state_dict() if name not in parameters]
+def not_as_stored(base: nn.Module) -> list[str]:
+    """The tensors that a model does not have as its files have them.
+
+    They are buffers, whose dtype depends on the architecture, and what is computed and in no file.
+    """
+    parameters, made = dict(base.named_parameters(remove_duplicate=False)), computed(base)
+    return [name for name in base.state_dict() if name not in parameters or name in made]
 
 
 class BaseInFiles(MergeState):

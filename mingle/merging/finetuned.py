@@ -21,7 +21,7 @@ from mingle.nn.peft import read_with_head
 from mingle.options import nearest
 from mingle.tasks import TaskType
 from mingle.tasks.configs import check_same_computation
-from mingle.tasks.loading import ModelCheckpoint, absent
+from mingle.tasks.loading import ModelCheckpoint, absent, computed
 from mingle.tasks.names import ModelTensors
 
 #: a module, a state dict, or a local folder: a checkpoint of the whole model or of its tower, or a PEFT LoRA
@@ -106,7 +106,8 @@ class FineTuned:
                     "both have is merged"
                 )
             self.held = {name: self.growth.cut(name, tensor) for name, tensor in self.held.items()}
-        optional = {name.removeprefix(self.prefix) for name in task.optional(base)} - set(self.head_names)
+        may_lack = (set(task.optional(base)) | computed(base)) - set(self.head_names)
+        optional = {name.removeprefix(self.prefix) for name in may_lack}
         self.own = own_names(self.base, self.held, prefixes, self.first, optional)
         self._check_ties()
         self._check_head(task, config)

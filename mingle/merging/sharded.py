@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mingle import ranks
 from mingle.io.lazy_tensors import LazyTensors, Rows, described, in_rows, rows_of
-from mingle.merging.base_in_files import BaseInFiles, stored_buffers
+from mingle.merging.base_in_files import BaseInFiles, not_as_stored
 from mingle.merging.exports import Format
 from mingle.merging.finetuned import FineTuned, Model
 from mingle.merging.merger import Merger
@@ -42,8 +42,8 @@ def hindrance(method: type[MergeMethod], options: Any, task: TaskType, base: nn.
         return f"precision {options.precision!r} would keep a whole copy of the weights"
     if not task.loads_as_stored:
         return f"the task type {task.name!r} has a way of its own to load models"
-    if buffers := stored_buffers(base):
-        return f"the model has buffers in its files, such as {min(buffers)}"
+    if tensors := not_as_stored(base):
+        return f"the model has buffers in its files, or tensors that are in none, such as {min(tensors)}"
     return ""
 
 

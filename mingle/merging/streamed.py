@@ -21,7 +21,7 @@ from mingle.io.manifest import MANIFEST, entries_of
 from mingle.io.provenance import versions
 from mingle.io.state_dicts import IncompatibleModel, first_names
 from mingle.merging import exports
-from mingle.merging.base_in_files import BaseInFiles, stored_buffers
+from mingle.merging.base_in_files import BaseInFiles, not_as_stored
 from mingle.merging.exports import Merged
 from mingle.merging.finetuned import FineTuned
 from mingle.merging.merged_task import MergedTask, is_own, own_head
@@ -62,7 +62,7 @@ def streams(method: type[MergeMethod], options: Any, task: TaskType, base: nn.Mo
         and (method.update is TensorMethod.update or method.updates_alike)
     )
     gated = issubclass(method, GatedMethod) and method.from_weights(options)
-    return (plain or gated) and task.loads_as_stored and not stored_buffers(base)
+    return (plain or gated) and task.loads_as_stored and not not_as_stored(base)
 
 
 class NewModel(NamedTuple):

@@ -161,10 +161,13 @@ class LayerRouter:
         seen: list[Moments] = []
         first = self.layers[0]
         mask = first.token_mask
+        samples = len(next(filter(torch.is_tensor, by_name(encoder, args, kwargs).values())))
 
         def note(site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden: Tensor = by_name(site, args, kwargs)[first_name(site)]
-            hidden = hidden.reshape(len(hidden), -1, hidden.shape[-1])  # some have no tokens, or rows of them
+            # some have no tokens, or rows of them; and some have all samples' tokens in one row
+            rows = samples if hidden.dim() == 2 and len(hidden) % samples == 0 else len(hidden)
+            hidden = hidden.reshape(rows, -1, hidden.shape[-1])
             seen.append(_moments(hidden, prompt_tokens(hidden, first.counted(hidden))))
 
         *earlier, last = (self.sites[number] for number in read)

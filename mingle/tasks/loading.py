@@ -98,9 +98,11 @@ def _described(folder: Path, find_class: FindClass, optional: Optional) -> tuple
     checkpoint = ModelCheckpoint(folder, model, reader=reader)
     first, may_lack = first_names(model), frozenset(optional(model))
     held = {first[name] for name in first if name in checkpoint}
-    absent = []
+    made, absent = computed(model), []
     for name, tensor in model.state_dict().items():
         if first[name] not in held:
+            if name in made:
+                continue
             if name not in may_lack:
                 raise CheckpointError(f"{folder}: the tensor {name!r} of a {model_class.__name__} is missing")
             absent.append(name)
@@ -192,6 +194,12 @@ class BaseTensors(LazyTensors):
 
     def in_rows(self, name: str) -> bool:
         return name in self._absent or self._checkpoint.in_rows(self._held[self._first[name]])
+
+
+def computed(model: nn.Module) -> frozenset[str]:
+    """The tensors that a class of transformers computes and keeps out of files, as sines of positions."""
+    names = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    return frozenset(names) & model.state_dict().keys()
 
 
 def absent(model: nn.Module) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import nn
 import mingle
 from mingle import tasks
 from mingle.merging.evaluate import gate_activation
+from mingle.merging.streamed import streams
 from mingle.tasks import TaskData
 
 _TEXT = dict(
@@ -112,12 +113,12 @@ def answers(merger, inputs):
         return merger.model_for("two")(**given).logits
 
 
-@pytest.mark.parametrize("method", ["mingle", "routed"])
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "method"),
     [
-        pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("qwen2_moe", "deepseek_v3", "pvt")))
+        pytest.param(kind, method, marks=[pytest.mark.slow] * (kind in ("qwen2_moe", "deepseek_v3", "pvt")))
         for kind in TAKE_EXPERTS
+        for method in ("mingle", "routed", *(["mass"] if kind in ("opt", "qwen2_moe") else []))
     ],
 )
 def test_experts_answer_each_sample_by_itself(kind, method):
@@ -281,3 +282,29 @@ def test_the_scores_of_align_are_its_own():
         whole = base(input_ids=ids, pixel_values=pixels)
         data = merger.task.data({"pixel_values": pixels, "text_embeds": whole.text_embeds})
         torch.testing.assert_close(merger.task.logits(base, data), whole.logits_per_image)
+
+
+@pytest.mark.parametrize("method", ["opcm", "mingle"])
+def test_positions_that_are_in_no_file_are_those_that_the_model_computes(method, tmp_path):
+    layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    config = transformers.MarianConfig(
+        vocab_size=64, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=48,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, **layers,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = transformers.MarianMTModel(config).eval()
+    for seed, name in enumerate(("base", "one", "two")):
+        (moved(base, seed) if seed else base).save_pretrained(tmp_path / name)
+    merger = mingle.Merger(tmp_path / "base", method, **options(method))
+    positions = "model.encoder.embed_positions.weight"
+    assert torch.equal(merger.model.state_dict()[positions], base.state_dict()[positions])
+    for name in ("one", "two"):
+        merger.add(name, tmp_path / name, samples(merger.task, base))
+    merger.save_pretrained(tmp_path / "merged")
+    again = mingle.Merger.from_pretrained(tmp_path / "merged")
+    assert torch.equal(again.model.state_dict()[positions], base.state_dict()[positions])
+    again.export(tmp_path / "plain", "two" if method == "mingle" else None)
+    exported = transformers.MarianMTModel.from_pretrained(tmp_path / "plain").state_dict()
+    assert torch.equal(exported[positions], base.state_dict()[positions])
+    assert not streams(type(merger.method), merger.options, merger.task, merger.base)
