@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mingle.bench.record import Results
 from mingle.bench.table import where
 from mingle.runs.report.canvas import STYLE, figure_of
 
+_COLUMNS = 4
 #: by benchmark what is drawn over what is swept, above and below: key, scale, unit
 _SWEPT = {
     "growth": (("median", 1e3, "step (ms)"), ("peak_bytes", 1e-6, "peak (MB)")),
@@ -33,7 +35,7 @@ def exponents(values: Sequence[float], costs: Sequence[float]) -> dict[str, floa
 
 
 def draw(results: Results, path: Path) -> None:
-    """Above time, below memory; last what many tasks leave behind, where that was looked at."""
+    """Time above memory, four cases side by side; last what many tasks leave behind, if that is known."""
     with style.context(STYLE, after_reset=True):
         _figure(results).savefig(path)
     log.info("wrote %s", path)
@@ -42,10 +44,14 @@ def draw(results: Results, path: Path) -> None:
 def _figure(results: Results) -> Figure:
     cases = results["cases"]
     panels = len(cases) + ("kept" in results)
-    figure = figure_of(3.5 * panels, 6.2, f"{results['title']}    ({where(results)})")
-    axes = figure.subplots(2, panels, squeeze=False)
-    for column, case in enumerate(cases):
-        for ax, (key, scale, unit) in zip(axes[:, column], _SWEPT[results["benchmark"]], strict=True):
+    columns, bands = min(panels, _COLUMNS), -(-panels // _COLUMNS)
+    figure = figure_of(3.5 * columns, 6.2 * bands, f"{results['title']}    ({where(results)})")
+    axes = figure.subplots(2 * bands, columns, squeeze=False)
+    pairs = [axes[2 * band : 2 * band + 2, column] for band in range(bands) for column in range(columns)]
+    for ax in itertools.chain(*pairs[panels:]):
+        ax.remove()
+    for pair, case in zip(pairs, cases, strict=False):
+        for ax, (key, scale, unit) in zip(pair, _SWEPT[results["benchmark"]], strict=True):
             for name, fitted in case["exponents"].items():
                 own = [row for row in case["rows"] if row["name"] == name and row.get(key)]
                 points = [(row["at"], row[key] * scale) for row in own]
@@ -59,10 +65,13 @@ def _figure(results: Results) -> Figure:
             )
             ax.xaxis.set_minor_locator(NullLocator())
             ax.set(xlabel=case["title"], ylabel=unit)
-            ax.margins(y=0.3)  # the legend's room
+            low, high = ax.get_ylim()
+            ax.set_ylim(
+                low, high * (high / low) ** (0.13 * (1 + len(case["exponents"])))
+            )  # the legend's room
             ax.legend(fontsize=7, title="exponent", title_fontsize=7, loc="upper left")
     if "kept" in results:
-        _kept(axes[0, -1], axes[1, -1], results["kept"])
+        _kept(*pairs[panels - 1], results["kept"])
     return figure
 
 
