@@ -161,13 +161,13 @@ class LayerRouter:
         seen: list[Moments] = []
         first = self.layers[0]
         mask = first.token_mask
-        samples = len(next(filter(torch.is_tensor, by_name(encoder, args, kwargs).values())))
+        samples = _samples(by_name(encoder, args, kwargs), mask)
 
         def note(site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden: Tensor = by_name(site, args, kwargs)[first_name(site)]
-            # some have no tokens, or rows of them; and some have all samples' tokens in one row
-            rows = samples if hidden.dim() == 2 and len(hidden) % samples == 0 else len(hidden)
-            hidden = hidden.reshape(rows, -1, hidden.shape[-1])
+            # some have no tokens, or rows of them; and some have the tokens of all samples in one dimension
+            joined = hidden.dim() == 2 and samples and len(hidden) % samples == 0
+            hidden = hidden.reshape(samples if joined else len(hidden), -1, hidden.shape[-1])
             seen.append(_moments(hidden, prompt_tokens(hidden, first.counted(hidden))))
 
         *earlier, last = (self.sites[number] for number in read)
@@ -227,6 +227,13 @@ def _apart(
         if takes(module, "position_ids") and given.get("position_ids") is None:
             given["position_ids"] = positions(mask)
     return (), given
+
+
+def _samples(given: Mapping[str, Any], mask: Tensor | None) -> int:
+    """How many samples are in a call with these arguments; 0 where that cannot be seen."""
+    named = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+    candidates = (mask, *named, *given.values())
+    return next((len(one) for one in candidates if isinstance(one, Tensor) and one.dim()), 0)
 
 
 def _moments(hidden: Tensor, mask: Tensor | None) -> Moments:
