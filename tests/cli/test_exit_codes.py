@@ -43,9 +43,9 @@ def failing(monkeypatch, method: str, error: BaseException | int, at: int = 1) -
 
         return wrapper
 
-    for kind in (Merger, StreamedMerger):
-        if method in vars(kind):
-            monkeypatch.setattr(kind, method, wrapped(getattr(kind, method)))
+    for kind, own in ((Merger, method), (StreamedMerger, {"add": "add_all"}.get(method, method))):
+        if own in vars(kind):
+            monkeypatch.setattr(kind, own, wrapped(getattr(kind, own)))
 
 
 def ends(capsys, code: int, *arguments: object) -> str:
