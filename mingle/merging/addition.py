@@ -15,11 +15,9 @@ from torch import nn
 from mingle import ranks
 from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.adaptation.trace import StepProgress
-from mingle.io.files import CheckpointError
 from mingle.io.hub import ModelName
-from mingle.io.state_dicts import IncompatibleModel
 from mingle.merging.calibration import temperature
-from mingle.merging.finetuned import FineTuned, Model
+from mingle.merging.finetuned import FineTuned, Model, of_tasks
 from mingle.merging.finite import refuse_non_finite
 from mingle.merging.merged_task import MergedTask, own_head
 from mingle.merging.state import MergeState, model_name
@@ -47,15 +45,13 @@ def add(
         seeds = samples if method.needs_seeds else None
         if method.requires_seeds() and not seeds:
             raise ValueError(f"task {name!r}: method {method.name!r} needs seed samples, and none were given")
-        try:
+        with of_tasks(name):
             model = FineTuned(finetuned_model, merge.base, merge.task, merge.vocabulary, merge.base_folder)
             tuned, head = merge.tuned_tensors(model), model.head(merge.values)
             left = model.left(method.merges(), merge.values)
             left += _prepared_otherwise(merge, finetuned_model)
             own = own_head(head, samples, model.labels)
             merge.task.check_head(own)
-        except (IncompatibleModel, CheckpointError) as error:
-            raise type(error)(f"task {name!r}: {error}") from None
         index = len(merge.merged)
         teacher = partial(merge.teacher, tuned, head)
         if seeds is not None and method.needs_answers:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
+from mingle.io.files import CheckpointError
 from mingle.io.lazy_tensors import Rows, described, in_rows, row_blocks, rows_of
 from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, own_names, same_values
 from mingle.kernels.dtypes import wide
@@ -28,6 +30,16 @@ from mingle.tasks.names import ModelTensors
 #: adapter
 Model = nn.Module | Mapping[str, Tensor] | str | Path
 _SHOWN = 5
+
+
+@contextmanager
+def of_tasks(*names: str) -> Iterator[None]:
+    """A block whose errors about models say of which tasks they are."""
+    try:
+        yield
+    except (IncompatibleModel, CheckpointError) as error:
+        told = f"task{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
+        raise type(error)(f"{told}: {error}") from None
 
 
 class FineTuned:

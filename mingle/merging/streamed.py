@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -19,11 +18,11 @@ from mingle.io.journal import Journal, PartFiles
 from mingle.io.lazy_tensors import Joined
 from mingle.io.manifest import MANIFEST, entries_of
 from mingle.io.provenance import versions
-from mingle.io.state_dicts import IncompatibleModel, first_names
+from mingle.io.state_dicts import first_names
 from mingle.merging import exports
 from mingle.merging.base_in_files import BaseInFiles, not_as_stored
 from mingle.merging.exports import Merged
-from mingle.merging.finetuned import FineTuned
+from mingle.merging.finetuned import FineTuned, of_tasks
 from mingle.merging.merged_task import MergedTask, is_own, own_head
 from mingle.merging.opened import opened
 from mingle.merging.state import model_name
@@ -145,14 +144,9 @@ class StreamedMerger(BaseInFiles):
         if len(set(names)) < len(names) or not self.in_one_pass(len(names)):
             raise ValueError(f"{', '.join(map(repr, names))}: cannot be merged together; add them one by one")
         with merger_folder.writing(folder), ranks.together(f"merging {', '.join(map(repr, names))}"):
-            opened = [self._opened(model) for model in models]
+            opened = [self._opened(model, ahead) for ahead, model in enumerate(models)]
+            arriving, tasks = [model for model, _ in opened], [task for _, task in opened]
             notes = merger_folder.begin(folder, self._identity(models))
-            seeds = [self.step_seed(place) for place in range(len(models))]
-            arriving = [
-                Arriving(model.name, tuned, seed)
-                for model, (tuned, _), seed in zip(models, opened, seeds, strict=True)
-            ]
-            tasks = [task for _, task in opened]
             left = [(task.name, line) for task in tasks for line in task.notes]
             tensors: Mapping[str, Tensor] = {}
             if isinstance(self.method, GatedMethod):
@@ -161,15 +155,15 @@ class StreamedMerger(BaseInFiles):
             else:
                 method, before = cast(TensorMethod, self.method), len(self.merged)
                 step = WeightStep(method, self.values, self.state, arriving, before, notes, PART_BYTES)
-                with _telling(names):
+                with of_tasks(*names):
                     entries = step.run()
             for name, line in left:
                 logger.info("%s: %s", name, line)
             self._save(folder, tasks, tensors, entries, keep)
 
-    def _opened(self, model: NewModel) -> tuple[FineTuned, MergedTask]:
-        """A model that fits, and what is known of its task before it is merged."""
-        with _telling([model.name]):
+    def _opened(self, model: NewModel, ahead: int) -> tuple[Arriving, MergedTask]:
+        """A model that fits, which so many others go ahead of, and its task as it is before the merge."""
+        with of_tasks(model.name):
             tuned = FineTuned(model.folder, self.base, self.task, self.vocabulary, self.base_folder)
             left = tuned.left(self.method.merges(), self.values)
             left += differing_preparation(Path(self.base_folder or ""), model.folder)
@@ -177,14 +171,15 @@ class StreamedMerger(BaseInFiles):
             self.task.check_head(own)
         labels = None if own.labels is None else list(own.labels)
         head = dict(own.tensors), dict(own.shared)
-        return tuned, MergedTask(model.name, 0, None, left, labels, None, model_name(model.folder), *head)
+        task = MergedTask(model.name, 0, None, left, labels, None, model_name(model.folder), *head)
+        return Arriving(model.name, tuned, self.step_seed(ahead)), task
 
     def _with_experts(
         self, folder: Path, model: Arriving, task: MergedTask, notes: Journal
     ) -> Mapping[str, Tensor]:
         """The tensors of a task's experts; the task learns why there are none."""
         method, experts = cast(GatedMethod, self.method), self._experts(folder)
-        with _telling([model.name]):
+        with of_tasks(model.name):
             made = ExpertStep(method, self.values, experts, *model, len(self.merged), notes, PART_BYTES).run()
         task.skipped, task.notes = made.skipped, [*made.notes, *task.notes]
         return made.tensors
@@ -329,13 +324,3 @@ class StreamedMerger(BaseInFiles):
             raise
         self.state, self.entries = PartFiles(folder, entries), entries
         self.tasks = [entries_of(each["tensors"]) for each in manifest["tasks"]]
-
-
-@contextmanager
-def _telling(tasks: Sequence[str]) -> Iterator[None]:
-    """Errors of the block say which tasks they are about."""
-    try:
-        yield
-    except (IncompatibleModel, CheckpointError) as error:
-        told = f"task{'s' if len(tasks) > 1 else ''} {', '.join(map(repr, tasks))}"
-        raise type(error)(f"{told}: {error}") from None
