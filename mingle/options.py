@@ -69,10 +69,11 @@ def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
 
 
 def require_positive(options: object, *names: str) -> None:
-    """Raise `ValueError` unless each of these whole numbers among the options is 1 or more."""
+    """Raise `ValueError` unless each of these whole numbers among the options is 1 or more, or None."""
     for name in names:
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name}={shown(getattr(options, name))}: expected a positive integer")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={shown(value)}: expected a positive integer")
 
 
 def require_not_negative(options: object, *names: str) -> None:

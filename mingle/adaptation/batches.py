@@ -15,10 +15,10 @@ from mingle.tasks.shares import pools_over_batches
 
 
 class Share(NamedTuple):
-    """What one process of several takes of a step's batch; alone it takes all.
+    """What passes through the model at once of a step's batch.
 
     Attributes:
-        samples: which ones, as positions.
+        samples: which ones, as positions; one that does not count where there is none.
         weight: how much their mean loss counts in that of the batch.
     """
 
@@ -50,16 +50,22 @@ class Shares(NamedTuple):
     Attributes:
         samples: all that any step uses.
         own: those that this process uses; one at least, to try the model on.
-        taken: its share of every batch, as positions among its own.
+        taken: what it takes of every batch, pass by pass, as positions among its own.
     """
 
     samples: TaskData
     own: TaskData
-    taken: list[Share]
+    taken: list[list[Share]]
 
 
 def shared(
-    task: TaskType, model: nn.Module, seeds: TaskData, size: int, steps: int, generator: torch.Generator
+    task: TaskType,
+    model: nn.Module,
+    seeds: TaskData,
+    size: int,
+    steps: int,
+    generator: torch.Generator,
+    at_once: int | None = None,
 ) -> Shares:
     """Draw the batches, the same in every process, and share them out.
 
@@ -70,6 +76,7 @@ def shared(
         size: samples per batch.
         steps: how many batches.
         generator: in the same state in every process.
+        at_once: how many samples pass through the model at once; None for all of a process's share.
     """
     if steps == 0:
         return Shares(seeds, seeds, [])
@@ -77,22 +84,24 @@ def shared(
     samples = _selected(seeds, used)
     valid = task.valid(samples)
     counts = torch.ones(len(used)) if valid is None else valid.sum(1).cpu()
-    places, taken = own_shares(batches, counts, whole=pools_over_batches(model))
+    places, taken = own_shares(batches, counts, whole=pools_over_batches(model), at_once=at_once)
     return Shares(samples, _selected(samples, places), taken)
 
 
 def own_shares(
-    batches: Sequence[Tensor], counts: Tensor, *, whole: bool = False
-) -> tuple[Tensor, list[Share]]:
-    """This process's samples, rising [m], and its share of every batch, as positions among them.
+    batches: Sequence[Tensor], counts: Tensor, *, whole: bool = False, at_once: int | None = None
+) -> tuple[Tensor, list[list[Share]]]:
+    """This process's samples, rising [m], and what it takes of every batch, as positions among them.
 
     A batch is shared in the order of its samples' numbers, so that a process meets the same ones again and
-    again.  A process without a share of any batch still has a sample, to try the model on.
+    again.  All processes take it in equally many passes.  One without a share of any batch still has a
+    sample, to try the model on.
 
     Args:
         batches: the samples of every step, the same in all processes.
         counts: how many numbers the loss is a mean over, for every sample [n].
         whole: whether the first process takes whole batches, as it has to where gates pool over them.
+        at_once: how many samples pass through the model at once; None for all of a share.
     """
     own = []
     for batch in batches:
@@ -105,8 +114,16 @@ def own_shares(
     used = torch.cat(own).unique()
     if not len(used):
         used = batches[0][:1]
+    most = len(batches[0]) if whole else -(-len(batches[0]) // ranks.size())
+    passes = -(-most // min(at_once or most, most))
+
+    def share(part: Tensor, batch: Tensor) -> Share:
+        if not len(part):
+            return Share(torch.zeros(1, dtype=torch.long), 0.0)
+        return Share(torch.searchsorted(used, part), float(counts[part].sum() / counts[batch].sum()))
+
     return used, [
-        Share(torch.searchsorted(used, mine), float(counts[mine].sum() / counts[batch].sum()))
+        [share(part, batch) for part in mine.tensor_split(passes)]
         for mine, batch in zip(own, batches, strict=True)
     ]
 

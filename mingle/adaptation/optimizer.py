@@ -6,7 +6,7 @@ Nothing in it waits for a GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from mingle.nn.linear import MingleLinear
 
 logger = logging.getLogger(__name__)
 
-Advance = Callable[[Share], tuple[Tensor, Tensor]]
+#: a batch, pass by pass → the loss and whether the step was skipped, both []
+Advance = Callable[[Sequence[Share]], tuple[Tensor, Tensor]]
 
 
 class GateStep:
@@ -108,7 +109,7 @@ def captured(advance: Advance, step: GateStep, batch_size: int, device: torch.de
     Where it cannot be captured, `advance` itself is returned.
 
     Args:
-        advance: all of a batch → the loss and whether the step was skipped, both []; calls `step` once.
+        advance: given a batch in one pass; calls `step` once.
         step: what `advance` changes; back in its present state when this returns.
         batch_size: of every batch to come.
         device: where all of it runs.
@@ -123,10 +124,10 @@ def captured(advance: Advance, step: GateStep, batch_size: int, device: torch.de
         try:
             with torch.cuda.stream(side):
                 for _ in range(3):
-                    advance(share)
+                    advance([share])
             present.wait_stream(side)
             with torch.cuda.graph(graph):
-                results = advance(share)
+                results = advance([share])
         except RuntimeError as error:
             logger.info("steps run one by one: they cannot be captured in a CUDA graph: %s", error)
             # where the capture's end raised, its stream is still the current one, and the generator in it
@@ -137,7 +138,8 @@ def captured(advance: Advance, step: GateStep, batch_size: int, device: torch.de
         finally:
             _reset(step, before)
 
-    def replay(chosen: Share) -> tuple[Tensor, Tensor]:
+    def replay(passes: Sequence[Share]) -> tuple[Tensor, Tensor]:
+        (chosen,) = passes
         share.samples.copy_(chosen.samples)
         graph.replay()
         return results

@@ -23,6 +23,7 @@ from mingle.adaptation.teacher import TEACHER_BATCH
 from mingle.adaptation.trace import AdaptTrace, Recorder, StepProgress
 from mingle.kernels.dtypes import wide
 from mingle.nn.linear import MingleLinear
+from mingle.nn.sharded import is_sharded
 from mingle.tasks import TaskData, TaskType
 
 #: Steps between two looks at the results, each of which has to wait for a GPU.
@@ -37,6 +38,8 @@ class AdaptConfig:
         steps: the number of steps of Adam.
         lr: its learning rate; ``auto`` goes by what the gates see, see `mingle.adaptation.learning_rates`.
         batch_size: samples per step.
+        micro_batch_size: of these, how many pass through the model at once; None for all.  Gradients are
+            those of the whole batch but for rounding, and a step needs less memory.
         precision: of the model's products: ``"fp32"``, or ``"bf16"`` under autocast.  Gates, their gradients
             and attention on CPUs are fp32 either way.
 
@@ -47,6 +50,7 @@ class AdaptConfig:
     steps: int = 50
     lr: float | Literal["auto"] = 1e-4
     batch_size: int = 16
+    micro_batch_size: int | None = None
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
@@ -88,14 +92,16 @@ def adapt_gates(
     if config.steps == 0:
         return AdaptTrace()
     device = next(iter(layers.values())).weight.device
-    batches = shared(task, model, seeds, config.batch_size, config.steps, generator)
+    batches = shared(task, model, seeds, config.batch_size, config.steps, generator, config.micro_batch_size)
     lr = learning_rates(task, model, layers, batches.samples) if config.lr == "auto" else config.lr
     step = GateStep(layers, lr, projector)
     recorder = Recorder(step)
     with _stepping(task, model, layers, batches.own.to(device), loss, config, step) as advance:
-        taken = [share._replace(samples=share.samples.to(device)) for share in batches.taken]
-        if device.type == "cuda" and ranks.size() == 1:
-            advance = captured(advance, step, len(taken[0].samples), device)
+        taken = [
+            [share._replace(samples=share.samples.to(device)) for share in passes] for passes in batches.taken
+        ]
+        if device.type == "cuda" and ranks.size() == len(taken[0]) == 1:
+            advance = captured(advance, step, len(taken[0][0].samples), device)
         _take(advance, taken, recorder, device, on_step)
     return recorder.trace()
 
@@ -110,10 +116,11 @@ def _stepping(
     config: AdaptConfig,
     step: GateStep,
 ) -> Iterator[Advance]:
-    """Yields one whole step, from a share of a batch of `samples` to new gates."""
+    """Yields one whole step, from what this process takes of a batch of `samples` to new gates."""
     device = step.gradients.device
     batch_loss, valid = loss(samples), task.valid(samples)
     compact = Compact.of(task, model, samples)
+    together = is_sharded(model)  # then all processes pass its blocks, also those without a sample
 
     def head(hidden: Tensor) -> Tensor:
         assert compact is not None
@@ -128,17 +135,19 @@ def _stepping(
     kept = frozen_prefix(model, layers.values(), answers, len(samples), TEACHER_BATCH)
     with fast_forward.prepared(model, config.precision), kept as select:
 
-        def advance(share: Share) -> tuple[Tensor, Tensor]:
+        def advance(passes: Sequence[Share]) -> tuple[Tensor, Tensor]:
             step.zero_grad()
             value = step.gradients.new_zeros(())
-            if share.weight:
-                index = share.samples
+            for index, weight in passes:
+                if not (weight or together):
+                    continue
                 select(index)
                 student = answers(index)
                 if isinstance(student, Tensor):
                     student = student.to(wide(student))
-                value = share.weight * batch_loss(student, index, None if valid is None else valid[index])
-                value.backward()
+                part = weight * batch_loss(student, index, None if valid is None else valid[index])
+                part.backward()
+                value = value + part.detach()
             skipped = step.step(value)
             return step.loss, skipped
 
@@ -147,15 +156,15 @@ def _stepping(
 
 def _take(
     advance: Advance,
-    shares: Sequence[Share],
+    batches: Sequence[Sequence[Share]],
     recorder: Recorder,
     device: torch.device,
     on_step: Callable[[StepProgress], None] | None,
 ) -> None:
     """Take all steps, and look at the results every so often."""
-    interval, steps = _INTERVALS.get(device.type, 8), len(shares)
-    for done, share in enumerate(shares, 1):
-        recorder.note(*advance(share))
+    interval, steps = _INTERVALS.get(device.type, 8), len(batches)
+    for done, passes in enumerate(batches, 1):
+        recorder.note(*advance(passes))
         if done % interval == 0 or done == steps:
             recorder.look()
             if on_step is not None:

@@ -16,7 +16,7 @@ from mingle.options import OptionError, build, shown
 from mingle.tasks import TaskType
 
 #: the options of a method that say how gates learn, and that each task may have of its own
-ADAPTATION = ("steps", "lr", "batch_size", "temperature")
+ADAPTATION = ("steps", "lr", "batch_size", "micro_batch_size", "temperature")
 
 
 def opened(folder: Path, task_type: TaskType | None = None, adapt: Mapping[str, Any] | None = None) -> Saved:

@@ -31,17 +31,19 @@ class AdaMergingOptions:
         steps: the number of steps of Adam.
         lr: its learning rate.
         batch_size: seed samples per step.
+        micro_batch_size: of these, how many pass through the model at once; None for all.
     """
 
     init: float = 0.3
     steps: int = 50
     lr: float = 1e-4
     batch_size: int = 16
+    micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.init <= 1:
             raise ValueError(f"init={self.init}: expected a value in [0, 1]")
-        require_positive(self, "batch_size")
+        require_positive(self, "batch_size", "micro_batch_size")
         require_not_negative(self, "steps", "lr")
 
 
@@ -72,7 +74,7 @@ def combined(merged: Mapping[str, Tensor], delta: Mapping[str, Tensor], coeffici
 def learn_coefficients(
     loss: Callable[[Tensor, Tensor], Tensor],
     coefficients: Tensor,
-    batches: Sequence[Share],
+    batches: Sequence[Sequence[Share]],
     lr: float,
     on_step: Callable[[StepProgress], None] | None = None,
 ) -> tuple[Tensor, AdaptTrace]:
@@ -84,7 +86,7 @@ def learn_coefficients(
     Args:
         loss: a function of the coefficients and of the indices of a batch of samples.
         coefficients: their initial values.
-        batches: this process's share of each.
+        batches: what this process takes of each, pass by pass.
         lr: the learning rate.
         on_step: called after every step.
 
@@ -95,12 +97,13 @@ def learn_coefficients(
     learnt = coefficients.clone().requires_grad_()
     optimizer = torch.optim.Adam([learnt], lr)
     trace, bad_steps = AdaptTrace(), 0
-    for done, share in enumerate(batches, 1):
+    for done, passes in enumerate(batches, 1):
         value, learnt.grad = learnt.new_zeros(()), torch.zeros_like(learnt)
-        if share.weight:
-            value = share.weight * loss(learnt, share.samples)
-            (learnt.grad,) = torch.autograd.grad(value, learnt)
-        value = value.detach()
+        for index, weight in passes:
+            if weight:
+                part = weight * loss(learnt, index)
+                learnt.grad += torch.autograd.grad(part, learnt)[0]
+                value += part.detach()
         ranks.sum_(value, learnt.grad)
         trace.loss.append(value.item())
         if value.isfinite() and learnt.grad.isfinite().all():
@@ -139,7 +142,13 @@ class AdaMerging(PlainMethod):
         device = next(iter(self.base.values())).device
         options, generator = self.options, torch.Generator().manual_seed(arrival.seed)
         batches = shared(
-            self.task, self.model, arrival.samples(), options.batch_size, options.steps, generator
+            self.task,
+            self.model,
+            arrival.samples(),
+            options.batch_size,
+            options.steps,
+            generator,
+            options.micro_batch_size,
         )
         entropies = _Entropy(self.task, self.model, batches.own.to(device))
         places = {

@@ -25,6 +25,7 @@ from mingle.nn.observe import gates_made_of
 from mingle.nn.sharded import ShardedBlocks, entries
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.masks import TokenMasks
+from mingle.tasks.shares import pools_over_batches
 
 #: what one task leaves in a layer
 EXPERT_TENSORS = ("A", "B", "gate_weight", "gate_bias")
@@ -113,6 +114,12 @@ class GatedMethod(MergeMethod):
         )
         for name, layer in self.layers.items():
             layer.reduce = task.reduce_for(self.structure, name, layer.reduce)
+        at_once = getattr(options, "micro_batch_size", None)
+        if at_once is not None and pools_over_batches(model):
+            raise ValueError(
+                f"micro_batch_size={at_once}: with batch gates a batch has to pass through the model whole; "
+                "take sample gates"
+            )
         self._mark_padding()
         #: the blocks, where they are shared out
         self.blocks: ShardedBlocks | None = None

@@ -50,9 +50,9 @@ class MingleOptions:
         reduce: what the gates see: each token, the mean of a sample, or the mean of the batch.
         k: how many input directions of every task are protected per layer.
         gamma, beta: γ, the strength of relaxation, and β, the memory of S.
-        steps, lr, batch_size: of the adaptation, see `mingle.adaptation.train.AdaptConfig`; with ``auto`` the
-            learning rate goes by what the gates see.  With 0 steps there is none, and models may come without
-            samples: their gates then stay as they start.
+        steps, lr, batch_size, micro_batch_size: of the adaptation, see `mingle.adaptation.train.AdaptConfig`;
+            with ``auto`` the learning rate goes by what the gates see.  With 0 steps there is none, and
+            models may come without samples: their gates then stay as they start.
         temperature: of both soft-maxes in its loss.
         gates: which gates train: the newest one, all, or none at all (``static``, all gates constant).
         constraint: ``relaxed``, ``hard`` (λ = 1) or ``none``.
@@ -74,6 +74,7 @@ class MingleOptions:
     steps: int = 50
     lr: float | Literal["auto"] = 1e-4
     batch_size: int = 16
+    micro_batch_size: int | None = None
     temperature: float = 2.0
     gates: Literal["newest", "all", "static"] = "newest"
     constraint: Literal["relaxed", "hard", "none"] = "relaxed"
@@ -84,7 +85,7 @@ class MingleOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
-        require_positive(self, "rank", "batch_size")
+        require_positive(self, "rank", "batch_size", "micro_batch_size")
         require_not_negative(self, "k", "steps", "gamma", *(["lr"] if self.lr != "auto" else []))
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: expected a positive value")
@@ -200,7 +201,9 @@ class Mingle(GatedMethod):
             return teacher_answers(self.task, arrival.teacher(), samples, TEACHER_BATCH)
 
         loss = distillation(answers, options.temperature)
-        config = AdaptConfig(options.steps, options.lr, options.batch_size, options.precision)
+        config = AdaptConfig(
+            options.steps, options.lr, options.batch_size, options.micro_batch_size, options.precision
+        )
         return adapt_gates(
             self.task, self.model, self.layers, seeds, loss, config, generator, projector, arrival.on_step
         )

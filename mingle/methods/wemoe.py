@@ -35,7 +35,8 @@ class WemoeOptions:
         layers: target layers as exact suffixes; None takes the MLP layers of the task type.
         reduce: what a router sees: each token, the mean of a sample, or the mean of the batch.
         init: a new gate's bias, and λ of the task arithmetic in the attention layers.
-        steps, lr, batch_size: of the entropy minimisation, see `mingle.adaptation.train.AdaptConfig`.
+        steps, lr, batch_size, micro_batch_size: of the entropy minimisation, see
+            `mingle.adaptation.train.AdaptConfig`.
         backend: see `mingle.functional.gated_experts`.
         precision: of the products during adaptation, see `mingle.adaptation.train.AdaptConfig`.
     """
@@ -48,11 +49,12 @@ class WemoeOptions:
     steps: int = 50
     lr: float = 1e-4
     batch_size: int = 16
+    micro_batch_size: int | None = None
     backend: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
-        require_positive(self, "rank", "later_rank", "batch_size")
+        require_positive(self, "rank", "later_rank", "batch_size", "micro_batch_size")
         require_not_negative(self, "steps", "lr")
 
 
@@ -109,7 +111,9 @@ class Wemoe(GatedMethod):
             self._append(
                 name, experts[name].A.to(layer.weight), experts[name].B.to(layer.weight), gate, options.init
             )
-        config = AdaptConfig(options.steps, options.lr, options.batch_size, options.precision)
+        config = AdaptConfig(
+            options.steps, options.lr, options.batch_size, options.micro_batch_size, options.precision
+        )
         trace = adapt_gates(
             self.task,
             self.model,

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mingle import methods, tasks
+from mingle.merging.opened import ADAPTATION
 from mingle.merging.vocabulary import Vocabulary
 from mingle.options import OptionError, build, refuse_unknown, require_positive, shown
 from mingle.runs import strict_yaml
@@ -82,6 +83,7 @@ class Adapt:
     steps: int | None = None
     lr: float | Literal["auto"] | None = None
     batch_size: int | None = None
+    micro_batch_size: int | None = None
     temperature: float | None = None
     samples_per_class: int = 5
     protocol: Literal["strict", "official"] = "strict"
@@ -135,7 +137,7 @@ class MergeConfig:
         Raises:
             OptionError: an option that the method does not have, or gates that the protocol does not allow.
         """
-        adapt = {name: getattr(self.adapt, name) for name in ("steps", "lr", "batch_size", "temperature")}
+        adapt = {name: getattr(self.adapt, name) for name in ADAPTATION}
         given = {"rank": self.rank, "layers": self.layers, **asdict(self.gate), **adapt}
         given = {name: value for name, value in given.items() if value is not None} | self.options
         build(methods.get(self.method).Options, given, f"method {self.method!r}")

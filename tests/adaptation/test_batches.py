@@ -52,6 +52,28 @@ def test_the_batches_are_those_that_all_samples_would_give(base_model, samples, 
         assert torch.equal(data.inputs["pixel_values"], samples[0].inputs["pixel_values"][index])
 
 
+def test_a_batch_in_several_passes_gives_the_step_of_the_whole_batch(base_model, samples, monkeypatch):
+    seen, gates, losses = [], [], []
+    monkeypatch.setattr(
+        ClipTask,
+        "logits",
+        lambda self, model, data, real=ClipTask.logits: seen.append(len(data)) or real(self, model, data),
+    )
+    for at_once in (None, 2):
+        model, layers = student(base_model)
+        config = AdaptConfig(steps=4, batch_size=5, lr=1e-2, micro_batch_size=at_once)
+        seen.clear()
+        trace = adapt_gates(
+            ClipTask(), model, layers, samples[0], entropy, config, torch.Generator().manual_seed(3)
+        )
+        assert seen[-3:] == [5, 5, 5] if at_once is None else seen[-6:] == [2, 2, 1, 2, 2, 1]
+        gates.append(torch.cat([layer.gate_weight.flatten() for layer in layers.values()]))
+        losses.append(torch.tensor(trace.loss))
+    torch.testing.assert_close(*gates, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*losses)
+    assert not torch.equal(gates[0], torch.zeros_like(gates[0]))
+
+
 def test_batches_pass_through_all_samples_in_a_new_order():
     batches = shuffled_batches(10, 4, torch.Generator().manual_seed(0))
     taken = torch.cat([next(batches) for _ in range(5)])

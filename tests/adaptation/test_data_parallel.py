@@ -67,26 +67,42 @@ def test_projecting_after_the_all_reduce_makes_two_processes_step_as_one(case):
     assert torch.equal(both[0][1], both[1][1])
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_shares_of_batches_are_the_batches_and_meet_few_samples(size, monkeypatch):
-    batches = [torch.randperm(40)[:8] for _ in range(5)] + [torch.tensor([3, 9])]
-    counts = torch.arange(40) % 4  # some samples have nothing to be counted
+def shares_of_all(monkeypatch, size, batches, counts, **options):
+    """By process, what it takes of every batch: pass by pass, sample numbers and weight."""
     monkeypatch.setattr(ranks, "size", lambda: size)
-    taken, met = [], []
+    taken = []
     for rank in range(size):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        used, shares = own_shares(batches, counts)
+        used, shares = own_shares(batches, counts, **options)
         assert len(used) >= 1 and used.equal(used.unique())
-        taken.append([(used[share.samples], share.weight) for share in shares])
-        met.append(len(used))
+        taken.append([[(used[part.samples], part.weight) for part in passes] for passes in shares])
+    return taken
+
+
+@pytest.mark.parametrize("at_once", [None, 2, 3, 20])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_shares_of_batches_are_the_batches_and_meet_few_samples(size, at_once, monkeypatch):
+    batches = [torch.randperm(40)[:8] for _ in range(6)]
+    counts = torch.arange(40) % 4  # some samples have nothing to be counted
+    taken = shares_of_all(monkeypatch, size, batches, counts, at_once=at_once)
     for batch, shares in zip(batches, zip(*taken, strict=True), strict=True):
-        assert torch.cat([own for own, _ in shares]).sort().values.equal(batch.sort().values)
-        assert sum(weight for _, weight in shares) == pytest.approx(1)
-        for own, weight in shares:
-            assert weight == pytest.approx(int(counts[own].sum()) / int(counts[batch].sum()))
-        assert max(len(own) for own, _ in shares) - min(len(own) for own, _ in shares) <= 1
+        assert len({len(passes) for passes in shares}) == 1
+        passes = [part for own in shares for part in own]
+        assert max(len(samples) for samples, _ in passes) <= (at_once or 8)
+        for samples, weight in passes:
+            assert weight == pytest.approx(int(counts[samples].sum()) / int(counts[batch].sum()))
+        own = [torch.cat([samples for samples, _ in share]) for share in shares]
+        assert torch.cat(own).sort().values.equal(batch.sort().values)
+        assert max(map(len, own)) - min(map(len, own)) <= 1
         if size == 1:
-            assert shares[0][0].equal(batch)  # in its own order
-    assert sum(met) < 1.6 * len(torch.cat(batches).unique())
-    _, shares = own_shares(batches, counts, whole=True)  # of the last one
-    assert any(len(share.samples) for share in shares) == (size == 1)
+            assert own[0].equal(batch)  # in its own order
+    met = sum(len(torch.cat([part[0] for share in one for part in share]).unique()) for one in taken)
+    assert met < 1.6 * len(torch.cat(batches).unique())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_process_without_a_share_takes_a_sample_that_does_not_count(whole, monkeypatch):
+    taken = shares_of_all(monkeypatch, 3, [torch.tensor([3, 9])], torch.ones(10), whole=whole)
+    passes = [part for ((part,),) in taken]
+    assert [samples.tolist() for samples, weight in passes if not weight] == [[3]] * (2 if whole else 1)
+    assert [weight for _, weight in passes if weight] == ([1.0] if whole else [0.5, 0.5])

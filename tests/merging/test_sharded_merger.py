@@ -61,8 +61,12 @@ def images(kind, base, tuned, samples, folder):
 
 
 def texts(kind, base, tuned, pair, _):
-    """Of a decoder or an encoder with its decoder, whose tasks have other numbers of tokens that count."""
-    merger = kind(base, "mingle", rank=4, steps=3, lr=1e-3, batch_size=5)
+    """Of a decoder or an encoder with its decoder, whose tasks have other numbers of tokens that count.
+
+    Where weights are shared out, one sample after another: some processes then have more of them than others.
+    """
+    at_once = None if kind is Merger else 1
+    merger = kind(base, "mingle", rank=4, steps=3, lr=1e-3, batch_size=5, micro_batch_size=at_once)
     traces = []
     for i, folder in enumerate(tuned):
         seeds = prompts(pair, i)

@@ -123,7 +123,7 @@ def test_single_steps_that_are_not_finite_are_left_out():
         calls.append(coefficients.detach().clone())
         return (coefficients * (torch.nan if len(calls) in (2, 3) else 1.0)).sum()
 
-    batches = [Share(torch.arange(4), 1.0)] * 5
+    batches = [[Share(torch.arange(4), 1.0)]] * 5
     learnt, trace = learn_coefficients(loss, torch.tensor([0.3, 0.9]), batches, 0.1)
     assert torch.equal(calls[1], calls[3])
     assert not torch.equal(calls[0], calls[1])

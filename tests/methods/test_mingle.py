@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from small_merges import NAMES, SETTINGS
 from transformers import CLIPModel
@@ -132,3 +133,10 @@ class PlainMingle:
             for n, chunks in inputs.items():
                 new = torch.linalg.svd(torch.cat(chunks), full_matrices=False).Vh[: self.k].T
                 self.bases[n] = torch.linalg.qr(torch.cat([self.bases[n], new], 1)).Q
+
+
+def test_batch_gates_need_whole_batches(base_folder):
+    with pytest.raises(ValueError, match="micro_batch_size=2: with batch gates .* take sample gates"):
+        mingle.Merger(base_folder, "mingle", reduce="batch", micro_batch_size=2)
+    with pytest.raises(ValueError, match="micro_batch_size=0: expected a positive integer"):
+        mingle.Merger(base_folder, "mingle", micro_batch_size=0)
