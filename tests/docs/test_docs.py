@@ -189,6 +189,16 @@ def test_the_page_on_interference_shows_what_was_measured():
         assert f"| {label} | {numbers[0]} | {numbers[1]} |" in page
 
 
+def test_the_page_on_interference_shows_how_far_routing_gets():
+    found = json.loads((RESULTS / "routing-limit.json").read_text())["suites"]
+    page = (DOCS / "explanations" / "interference.md").read_text()
+    for rows in zip(
+        *(found[suite] for suite in ("texts8", "glyphs8", "glyphs20", "glyphs8-shared")), strict=True
+    ):
+        numbers = " | ".join(f"{row['right']:.1f}" for row in rows)
+        assert f"| {rows[0]['samples per class']} | {numbers} |" in page
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_relative_links_resolve(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
