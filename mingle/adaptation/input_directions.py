@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -10,11 +10,35 @@ import torch
 from torch import nn
 
 from mingle import linalg, ranks
+from mingle.io.lazy_tensors import consecutive
 from mingle.linalg import InputDirections
 from mingle.nn.linear import MingleLinear
 from mingle.nn.observe import observed
 
+#: bytes that are kept of layers in one pass of the samples; where all would take more, there are several
+BUDGET = 2**30
 _SHOWN = 5
+
+
+def extended(
+    bases: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module], run: Callable[[], object], k: int
+) -> dict[str, torch.Tensor]:
+    """Every layer's basis [d_in, K] with the top-`k` input directions of a task: [d_in, K'], K' ≤ K + k.
+
+    Args:
+        bases: by name of a layer.
+        layers: by name, in about the order in which they work.
+        run: passes the task's samples through the model; called once, or for some layers after others.
+        k: how many.
+    """
+    sizes = {name: InputDirections.most_bytes(basis.shape[0]) for name, basis in bases.items()}
+    found = dict(bases)
+    for names in consecutive(sizes, BUDGET):
+        some = {name: layers[name] for name in names}
+        with collected(some) as seen:
+            run()
+        found |= extend(bases, of_all(some, seen), k)
+    return found
 
 
 @contextmanager

@@ -42,6 +42,11 @@ class InputDirections:
     statistic: Tensor | None = None
     count: int = 0
 
+    @staticmethod
+    def most_bytes(width: int) -> int:
+        """How many bytes the statistic of vectors of a width takes at most."""
+        return 8 * width * (width if width < WIDE else _SKETCH_ROWS)
+
     @ieee
     def including(self, x: Tensor) -> InputDirections:
         """With the vectors x [..., d] counted in.

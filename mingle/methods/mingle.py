@@ -219,12 +219,9 @@ class Mingle(GatedMethod):
         seeds = arrival.samples()
         # Not inside: it passes a few tokens through the model, whose directions are none of the task's.
         compact = Compact.of(self.task, self.model, seeds)
-        finite = True
-        with (
-            torch.no_grad(),
-            fast_linears(self.model),
-            input_directions.collected(self.layers) as seen,
-        ):
+
+        def run() -> None:
+            finite = True
             for batch in own_batches(self.model, seeds, TEACHER_BATCH):
                 answers = (
                     self.task.logits(self.model, batch) if compact is None else compact.states(batch).hidden
@@ -232,9 +229,11 @@ class Mingle(GatedMethod):
                 if not answers.isfinite().all():
                     finite = False
                     break
-        if not all(ranks.gather(finite)):
-            raise AdaptationDiverged("the adapted model's answers to the seed samples are not finite")
-        bases = input_directions.extend(self.bases, input_directions.of_all(self.layers, seen), options.k)
+            if not all(ranks.gather(finite)):
+                raise AdaptationDiverged("the adapted model's answers to the seed samples are not finite")
+
+        with torch.no_grad(), fast_linears(self.model):
+            bases = input_directions.extended(self.bases, self.layers, run, options.k)
         if crowded := input_directions.crowded(bases, options.k):
             report.notes.append(crowded)
             logger.warning("%s: %s", arrival.name, crowded)

@@ -7,7 +7,8 @@ import torch
 from worlds import world
 
 from mingle import linalg, ranks
-from mingle.adaptation.input_directions import collected, crowded, extend, of_all
+from mingle.adaptation import input_directions
+from mingle.adaptation.input_directions import collected, crowded, extend, extended, of_all
 from mingle.linalg import subspace
 
 
@@ -145,3 +146,20 @@ def test_what_processes_have_seen_is_added_up_the_same_in_each(monkeypatch):
         assert torch.linalg.svdvals(basis.mT @ alone[name][2]).min() > 1 - 1e-4
     for name in ("q", "late"):
         torch.testing.assert_close(first[name][0], alone[name][0], rtol=1e-5, atol=1e-4)
+
+
+def test_directions_of_layers_in_turn_are_those_of_all_at_once(monkeypatch):
+    model = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in ((6, 9), (9, 5), (5, 6))))
+    layers, x, runs = dict(model.named_children()), torch.randn(40, 6), []
+    bases = {name: torch.empty(layer.in_features, 0) for name, layer in layers.items()}
+
+    def run():
+        runs.append(model(x))
+
+    with torch.no_grad():
+        at_once = extended(bases, layers, run, 2)
+        assert len(runs) == 1 and {basis.shape[1] for basis in at_once.values()} == {2}
+        monkeypatch.setattr(input_directions, "BUDGET", 8 * (6 * 6 + 9 * 9))
+        in_turn = extended(bases, layers, run, 2)
+    assert len(runs) == 3  # the first two layers, and the last one
+    assert at_once.keys() == in_turn.keys() and all(map(torch.equal, at_once.values(), in_turn.values()))
