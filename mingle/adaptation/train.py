@@ -145,7 +145,10 @@ def _stepping(
                 student = answers(index)
                 if isinstance(student, Tensor):
                     student = student.to(wide(student))
-                part = weight * batch_loss(student, index, None if valid is None else valid[index])
+                if weight:
+                    part = weight * batch_loss(student, index, None if valid is None else valid[index])
+                else:  # its mean may be over nothing
+                    part = 0 * (student if isinstance(student, Tensor) else student.hidden).sum()
                 part.backward()
                 value = value + part.detach()
             skipped = step.step(value)
