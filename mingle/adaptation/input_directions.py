@@ -32,13 +32,13 @@ def extended(
         k: how many.
     """
     sizes = {name: InputDirections.most_bytes(basis.shape[0]) for name, basis in bases.items()}
-    found = dict(bases)
+    found: dict[str, torch.Tensor] = {}  # in the order in which layers work
     for names in consecutive(sizes, BUDGET):
         some = {name: layers[name] for name in names}
         with collected(some) as seen:
             run()
         found |= extend(bases, of_all(some, seen), k)
-    return found
+    return found | {name: basis for name, basis in bases.items() if name not in found}
 
 
 @contextmanager
