@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [OURS, *([BF16] if args.precision == "bf16" else []), *peers]
     tasks = min(args.tasks, 2) if args.quick else args.tasks
     settings = dict(reduce=args.reduce, steps=args.steps, quick=args.quick, seed=args.seed)
-    found = run(CASES[args.case], tasks, names, args.device, at_once=args.micro_batch_size, **settings)
+    found = run(CASES[args.case], tasks, names, args.device, **settings)
     beside = "" if len(peers) == len(PEERS) else f"-{args.peer[0]}" if peers else "-alone"
     name = f"{args.case}-{found['cases'][0]['facts']['tasks']}-{args.reduce}{beside}"
     return command.finish(found, args.out, name, peers_too=True)
@@ -46,14 +46,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     beside.add_argument("--alone", action="store_const", const=[], dest="peer", help=alone)
     seen = "what gates see; as published by default"
     add("--reduce", choices=("batch", "sample", "token"), default="batch", help=seen)
-    add("--micro-batch-size", type=int, help="samples that pass through the model at once")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 adds ours with bf16 products")
     add("--steps", type=int, help="of adaptation to be timed: 50, or 4 where the whole is a sum")
     args = command.begin(parser, arguments)
     if args.steps is not None and args.steps < 3:
         parser.error("--steps: at least 3, as the first is not timed")
-    if args.micro_batch_size and args.reduce == "batch":
-        parser.error("--micro-batch-size: with batch gates a batch passes through the model whole")
     if args.reduce == "token" and "published" in (args.peer or ()):
         parser.error("--peer published: gates of single tokens were not published")
     if args.peer is None:
@@ -63,13 +60,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(
     case: MergeCase, tasks: int, names: Sequence[str], device: torch.device, *, reduce: str = "batch",
-    at_once: int | None = None, steps: int | None = None, quick: bool = False, seed: int = 0,
+    steps: int | None = None, quick: bool = False, seed: int = 0,
 ) -> Results:  # fmt: skip
     """The measurements of one case; on a GPU ours is timed as a whole for every case."""
     began = time.monotonic()
     is_whole = case.vision is None
     options = {"reduce": reduce, "steps": (steps or (5 if quick else _STEPS)) if is_whole else _STEPS}
-    options |= {} if at_once is None else {"micro_batch_size": at_once}
     with cases.problem(case, tasks, options, seed) as problem:
         if is_whole:
             rows = comparison.whole(problem, names, device, 1 if quick else _ROUNDS, seed)

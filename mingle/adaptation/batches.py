@@ -98,7 +98,7 @@ def own_shares(
     sample, to try the model on.
 
     Args:
-        batches: the samples of every step, the same in all processes.
+        batches: the samples of every step, as many in each, the same in all processes.
         counts: how many numbers the loss is a mean over, for every sample [n].
         whole: whether the first process takes whole batches, as it has to where gates pool over them.
         at_once: how many samples pass through the model at once; None for all of a share.
@@ -115,7 +115,7 @@ def own_shares(
     if not len(used):
         used = batches[0][:1]
     most = len(batches[0]) if whole else -(-len(batches[0]) // ranks.size())
-    passes = -(-most // min(at_once or most, most))
+    passes = -(-most // (at_once or most))
 
     def share(part: Tensor, batch: Tensor) -> Share:
         if not len(part):

@@ -335,8 +335,8 @@ class Merger(MergeState):
             base: the base model, where the folder does not hold it.
             task_type: the object, where it is of your own and not registered, see `mingle.tasks.register`.
             device: where the merged model lives.
-            adapt: options of the adaptation, those of `mingle.merging.opened.ADAPTATION`, that change from
-                now on; tasks that are merged stay as they are.
+            adapt: options of the adaptation (``steps``, ``lr``, ``batch_size``, ``micro_batch_size``,
+                ``temperature``) that change from now on; tasks that are merged stay as they are.
 
         Raises:
             CheckpointError: a missing, truncated or changed file, another format version, or another base

@@ -89,6 +89,7 @@ def test_shares_of_batches_are_the_batches_and_meet_few_samples(size, at_once, m
         assert len({len(passes) for passes in shares}) == 1
         passes = [part for own in shares for part in own]
         assert max(len(samples) for samples, _ in passes) <= (at_once or 8)
+        assert sum(weight for _, weight in passes) == pytest.approx(1)
         for samples, weight in passes:
             assert weight == pytest.approx(int(counts[samples].sum()) / int(counts[batch].sum()))
         own = [torch.cat([samples for samples, _ in share]) for share in shares]
@@ -106,3 +107,4 @@ def test_a_process_without_a_share_takes_a_sample_that_does_not_count(whole, mon
     passes = [part for ((part,),) in taken]
     assert [samples.tolist() for samples, weight in passes if not weight] == [[3]] * (2 if whole else 1)
     assert [weight for _, weight in passes if weight] == ([1.0] if whole else [0.5, 0.5])
+    assert not whole or passes[0][1] == 1  # the first process has all
