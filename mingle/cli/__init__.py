@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.console.print(output.line(f"interrupted: {args.kept}"), soft_wrap=True)
         return 1
     except ranks.OtherRankFailed as error:
-        output.choose(silent=ranks.launched() and not (_is_first() or error.of_first()))
+        output.choose(silent=ranks.launched() and not (_is_first() or error.unspoken()))
         output.fail(error)
         return 1
     except (AdaptationDiverged, NonFiniteMerge) as error:

@@ -89,20 +89,13 @@ def joined() -> Iterator[None]:
         yield
         return
     watch = _watch = _join()
-    try:
-        yield
-        gather(None)
-    except BaseException as error:
-        _watch = None
-        _offers.clear()
-        stopped = watch.stopped(error)
-        with suppress(KeyboardInterrupt):  # that of the watch, which comes late
-            watch.fail(error)
-        if stopped is not None:
-            raise stopped from None
-        raise
-    _watch = None
-    _offers.clear()
+    with watch.told():
+        try:
+            yield
+            gather(None)
+        finally:
+            _watch = None
+            _offers.clear()
     watch.stop()
     dist.monitored_barrier(timeout=timedelta(seconds=LEAVE))
     dist.destroy_process_group()
@@ -294,12 +287,9 @@ def _join() -> Watch:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"mingle/{attempt}", store)
     watch = Watch(store, number, count)
-    try:
+    with watch.told():
         watch.meet(JOIN)
         _start(watch, PrefixStore("group", store))
-    except BaseException as error:
-        watch.fail(error)
-        raise
     return watch
 
 

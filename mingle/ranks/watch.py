@@ -32,13 +32,18 @@ HEARD, GRACE = 5.0, 15.0
 #: seconds of waiting for others after which it is said for whom
 SLOW = 10.0
 
+_SILENT = "ended, or cannot be reached"
+
 
 class OtherRankFailed(RuntimeError):
     """Another process of the group has failed or ended; the message names it, its host and the reason."""
 
-    def of_first(self) -> bool:
-        """Whether it is rank 0, or the process that holds the store: the one that speaks for all others."""
-        return not re.match(r"ranks? [1-9]", str(self)) or "rank 0 on host" in str(self)
+    def unspoken(self) -> bool:
+        """Whether rank 0, which speaks for all others, is lost itself, or the process that holds the store."""
+        reason = str(self)
+        if re.match(r"rank 0 on host \S+: ", reason) and _SILENT not in reason:
+            return False  # it has told this itself
+        return not re.match(r"ranks? [1-9]", reason) or "rank 0 on host" in reason
 
 
 class Watch:
@@ -128,7 +133,24 @@ class Watch:
         kind = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
         self._end(f"rank {self.rank} on host {self.host}: {f'{what}: ' if what else ''}{kind}")
 
-    def fail(self, error: BaseException) -> None:
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """A block whose failure all others get to know, and which fails with theirs where they have ended.
+
+        Raises:
+            OtherRankFailed: instead of the interruption of a rank whose group is over.
+        """
+        try:
+            yield
+        except BaseException as error:
+            stopped = self.stopped(error)
+            with suppress(KeyboardInterrupt):  # that of the watch, which comes late
+                self._fail(error)
+            if stopped is not None:
+                raise stopped from None
+            raise
+
+    def _fail(self, error: BaseException) -> None:
         """Leave a group that is over, because of this error or another rank's.
 
         The others get a few seconds to hear of it: a launcher ends them as soon as this process has ended.
@@ -214,8 +236,7 @@ class Watch:
         time.sleep(3 * BEAT)
         silent = [n for n, (old, new) in enumerate(zip(before, self._all(), strict=True)) if old == new]
         named = [f"rank {n} on host {before[n].split(' ', 2)[2]}" for n in silent if n != self.rank]
-        reason = f"ended, or cannot be reached: no sign of life for {LOST:.0f} s"
-        return f"{', '.join(named)}: {reason}" if named else ""
+        return f"{', '.join(named)}: {_SILENT}: no sign of life for {LOST:.0f} s" if named else ""
 
     def _say(self, waited: float) -> None:
         """Log for whom this rank waits."""

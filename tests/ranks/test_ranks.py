@@ -115,6 +115,36 @@ def test_the_rank_that_keeps_the_store_was_killed():
         assert type(other) is OtherRankFailed and "cannot be reached" in str(other)
 
 
+def test_a_rank_that_waits_to_join_hears_of_the_others_end(monkeypatch):
+    def wait(*args, **kwargs):
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    def work():
+        monkeypatch.setattr(ranks.dist, "init_process_group", wait)
+        with ranks.joined():
+            raise AssertionError("joined without the others")
+
+    first, second = world(2, work, joined=False, lost=3.0)
+    assert first is None and type(second) is OtherRankFailed and "cannot be reached" in str(second)
+
+
+@pytest.mark.parametrize(
+    ("reason", "unspoken"),
+    [
+        ("rank 0 on host a: task 'x': no such file", False),
+        ("rank 1 on host b: disk full", False),
+        ("ranks 1, 2 did not join within 10 s", False),
+        ("rank 0 on host a: ended, or cannot be reached: no sign of life for 30 s", True),
+        ("rank 3 on host b, rank 0 on host a: ended, or cannot be reached: no sign of life for 30 s", True),
+        ("the process on host a by which the ranks found each other cannot be reached: no answer", True),
+    ],
+)
+def test_all_speak_only_where_the_first_cannot(reason, unspoken):
+    assert OtherRankFailed(reason).unspoken() is unspoken
+
+
 def test_a_slow_rank_is_waited_for(caplog):
     def work():
         watch.SLOW = 0.3
