@@ -37,7 +37,7 @@ def extended(
         some = {name: layers[name] for name in names}
         with collected(some) as seen:
             run()
-        found |= extend(bases, of_all(some, seen), k)
+        found |= with_leading(bases, of_all(some, seen), k)
     return found | {name: basis for name, basis in bases.items() if name not in found}
 
 
@@ -107,7 +107,7 @@ class _Known(NamedTuple):
     vectors: int
 
 
-def extend(
+def with_leading(
     bases: Mapping[str, torch.Tensor], seen: Mapping[str, InputDirections], k: int
 ) -> dict[str, torch.Tensor]:
     """Every layer's basis [d_in, K] with a task's top-`k` input directions: [d_in, K'], K' ≤ K + k.

@@ -39,7 +39,7 @@ class OtherRankFailed(RuntimeError):
     """Another process of the group has failed or ended; the message names it, its host and the reason."""
 
     def unspoken(self) -> bool:
-        """Whether rank 0, which speaks for all others, is lost itself, or the process that holds the store."""
+        """Whether rank 0, which speaks for all, is lost itself, or the process that holds the store."""
         reason = str(self)
         if re.match(r"rank 0 on host \S+: ", reason) and _SILENT not in reason:
             return False  # it has told this itself

@@ -8,7 +8,7 @@ from worlds import world
 
 from mingle import linalg, ranks
 from mingle.adaptation import input_directions
-from mingle.adaptation.input_directions import collected, crowded, extend, extended, of_all
+from mingle.adaptation.input_directions import collected, crowded, extended, of_all, with_leading
 from mingle.linalg import subspace
 
 
@@ -86,7 +86,7 @@ def test_layers_that_share_their_inputs_share_what_is_kept_of_them():
     both, second = torch.cat([x, x + 1]).flatten(0, -2).double(), (x + 1).flatten(0, -2).double()
     torch.testing.assert_close(seen["q"].statistic, both.mT @ both, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(seen["late"].statistic, second.mT @ second, rtol=1e-5, atol=1e-5)
-    bases = extend({name: torch.zeros(6, 0) for name in layers}, seen, 2)
+    bases = with_leading({name: torch.zeros(6, 0) for name in layers}, seen, 2)
     assert all(basis.shape == (6, 2) for basis in bases.values())
 
 
@@ -94,7 +94,7 @@ def test_fewer_samples_than_k_give_as_many_directions_as_there_are():
     directions = linalg.InputDirections(20).including(stream(20, count=2))
     bases = {"a": torch.empty(20, 0)}
     for samples in (2, 2):  # the very same ones again add nothing
-        bases = extend(bases, {"a": directions}, 3)
+        bases = with_leading(bases, {"a": directions}, 3)
         assert bases["a"].shape == (20, samples)
     torch.testing.assert_close(bases["a"].mT @ bases["a"], torch.eye(2))
 
@@ -106,7 +106,7 @@ def test_a_basis_that_saturates_is_capped_and_named_with_what_is_left():
             name: linalg.InputDirections(len(basis)).including(stream(len(basis), seed=seed))
             for name, basis in bases.items()
         }
-        bases = extend(bases, seen, 3)
+        bases = with_leading(bases, seen, 3)
         assert crowded(bases, 3) == (
             f"few input directions are left to later tasks in narrow ({max(0, 1 - seed)} of 4 left)"
         )
@@ -134,7 +134,7 @@ def test_what_processes_have_seen_is_added_up_the_same_in_each(monkeypatch):
                 layers["late"](x[:100])
         found = of_all(layers, seen)
         assert found["q"] is not found["late"]
-        bases = extend({name: torch.zeros(found[name].width, 0) for name in found}, found, 2)
+        bases = with_leading({name: torch.zeros(found[name].width, 0) for name in found}, found, 2)
         return {name: (own.statistic, own.count, bases[name]) for name, own in found.items()}
 
     alone, (first, *others) = work(), world(3, work)
