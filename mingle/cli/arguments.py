@@ -40,7 +40,10 @@ def printing(parser: argparse.ArgumentParser) -> None:
 
 def shard(parser: argparse.ArgumentParser) -> None:
     """``--shard``."""
-    text = "whether processes share out the model's weights; auto: where one's memory does not hold it"
+    text = (
+        "whether processes share out the models' weights, and one alone leaves models in their files; auto: "
+        "where a process's memory does not hold them"
+    )
     parser.add_argument("--shard", choices=get_args(Shard), default="auto", help=text)
 
 

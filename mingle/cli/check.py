@@ -92,6 +92,8 @@ def _lines(plan: MergePlan, found: Costs) -> Iterator[Text]:
     yield line("disk: ", _sum(found.disk))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     more = "" if plan.forecast else ", and what the method computes with"
+    if not plan.forecast and "base" not in found.memory:
+        more += ", while the base and the fine-tuned models stay in their files"
     yield line("memory: ", f"{_sum(found.memory)}{more}; of {_size(memory)}")
     if plan.forecast:
         yield line("files: ", f"{_size(plan.forecast.read)} to read, {_size(plan.forecast.written)} to write")

@@ -79,8 +79,9 @@ def add(
             report.calibration = time.perf_counter() - began
     except BaseException:
         if merged and before is not None:  # else the method is as it was
+            restored = before()
             merge._begin(type(method))
-            merge.method.restore(*before)
+            merge.method.restore(*restored)
         put_head(merge.model, served)
         raise
     for line in left:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,17 +153,19 @@ class ShardedMerger(BaseInFiles, Merger):
             tuned[name]
         return tuned
 
-    def restorable(self) -> tuple[list[Tensors], Tensors] | None:
+    def restorable(self) -> Callable[[], tuple[list[Tensors], Tensors]] | None:
         return super().restorable() if ranks.size() == 1 else None
 
     def teacher(self, tuned: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> nn.Module:
-        if self._taught is None:
-            inside = self.task.tower(self.base)
-            teacher = copy.deepcopy(self.base).eval()
-            whole = _Replaced(self.values, f"{inside}." if inside else "", tuned)
-            self._taught = teacher, self._filled(teacher, whole)
-            put_head(teacher, head)
-        return self._taught[0]
+        if self._taught is not None:
+            return self._taught[0]
+        inside = self.task.tower(self.base)
+        teacher = copy.deepcopy(self.base).eval()
+        blocks = self._filled(teacher, _Replaced(self.values, f"{inside}." if inside else "", tuned))
+        put_head(teacher, head)
+        if ranks.size() > 1:  # a process alone reads it again rather than keep it while gates adapt
+            self._taught = teacher, blocks
+        return teacher
 
 
 class _Inside(LazyTensors):

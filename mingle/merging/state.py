@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -111,10 +111,16 @@ class MergeState:
         teacher.get_submodule(self.task.tower(teacher)).load_state_dict(dict(tuned))
         return teacher
 
-    def restorable(self) -> tuple[list[Tensors], Tensors] | None:
-        """What the method restores after an error; None where nothing can be."""
-        tasks = [self.method.task_tensors(i) for i in range(len(self.merged))]
-        return tasks, self.method.state_tensors()
+    def restorable(self) -> Callable[[], tuple[list[Tensors], Tensors]] | None:
+        """What gives, after an error, all that the method restores; None where nothing can be restored."""
+        state, known = self.method.state_tensors(), range(len(self.merged))
+
+        def tasks() -> list[Tensors]:
+            return [self.method.task_tensors(i) for i in known]
+
+        # What stays as it is may be asked for later: kept until then, it would be in memory twice.
+        before = tasks() if self.method.rewrites_tasks() else None
+        return lambda: (tasks() if before is None else before, state)
 
     @property
     def task_names(self) -> list[str]:

@@ -50,6 +50,37 @@ class FirstGates(NamedTuple):
     generator: torch.Generator
 
 
+class _Before(NamedTuple):
+    """A layer as it was before a task arrived.
+
+    Experts are not kept where the task only adds to them: longer stacks are copies, and with the old ones the
+    experts of all layers would be in memory twice.
+
+    Attributes:
+        parameters: by name.
+        experts: how many there were.
+        rank: of the largest.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    experts: int
+    rank: int
+
+    @classmethod
+    def of(cls, layer: MingleLinear, *, whole: bool) -> _Before:
+        parameters = dict(layer.named_parameters(recurse=False))
+        if not whole:
+            del parameters["A"], parameters["B_transposed"]
+        return cls(parameters, layer.num_experts, layer.rank)
+
+    def put_back(self, layer: MingleLinear) -> None:
+        for name in ("A", "B_transposed"):
+            older = getattr(layer, name).detach()[: self.experts, : self.rank].clone()
+            setattr(layer, name, nn.Parameter(older, requires_grad=False))
+        for name, parameter in self.parameters.items():
+            setattr(layer, name, parameter)
+
+
 class LayerDeltas(LazyTensors):
     """Δ [d_out, d_in] of layers, of two models of which each tensor is read when it is asked for.
 
@@ -146,13 +177,12 @@ class GatedMethod(MergeMethod):
             report = self._merge(arrival, deltas)
             self._count(merged=True)
             return report
-        before = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
+        before = [_Before.of(layer, whole=self.rewrites_tasks()) for layer in self.layers.values()]
         try:
             report = self._merge(arrival, deltas)
         except BaseException:
-            for name, parameters in before.items():
-                for key, parameter in parameters.items():
-                    setattr(self.layers[name], key, parameter)
+            for layer, each in zip(self.layers.values(), before, strict=True):
+                each.put_back(layer)
             raise
         self._count(merged=True)
         return report

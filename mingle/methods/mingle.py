@@ -252,7 +252,8 @@ class Mingle(GatedMethod):
         return tensors
 
     def rewrites_tasks(self) -> bool:
-        return bool(self.options.gates == "all")
+        # with `energy`, experts of earlier tasks may be padded to the rank of a new one
+        return bool(self.options.gates == "all" or self.options.energy != 1)
 
     def without(self, index: int, tasks: list[Tensors]) -> Left:
         """The task's columns of the bases go to the next task that has an expert, or with the last one.

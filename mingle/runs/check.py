@@ -20,7 +20,7 @@ from mingle.merging.streamed import streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
 from mingle.options import OptionError, build
-from mingle.runs import forecast, settings, sharding, target
+from mingle.runs import forecast, room, settings, sharding, target
 from mingle.runs.config import MergeConfig
 from mingle.runs.merge import MergePlan
 from mingle.runs.orders import shuffled
@@ -95,21 +95,22 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
     target.check(plan, method)
     if suite is None and streams(type(method), method.options, task, model):
         listed = [(experts[name], finetuned[name]) for name in orders[0]]
-        plan = replace(plan, forecast=forecast.of_merge(method, base, listed, config.keep).times(len(orders)))
-        _check_memory(plan)
+        found = forecast.of_merge(method, base, listed, config.keep)
+        _refuse_memory(base, found.memory, forecast.available(), "its largest tensor decides")
+        plan = replace(plan, forecast=found.times(len(orders)))
     else:
         sharding.refuse_impossible(config.shard, method)
+        size, shared = room.of_method(method, base), plan.shared_out()
+        memory = room.in_memory(method, size, len(experts), ranks.size() if shared else None)
+        parts = ", ".join(f"{name} {part}" for name, part in memory.items())
+        _refuse_memory(base, sum(memory.values()), sharding.there(), parts)
     return plan
 
 
-def _check_memory(plan: MergePlan) -> None:
+def _refuse_memory(base: Path, taken: int, there: int, why: str) -> None:
     """Refuse a merge that this machine has too little memory for."""
-    assert plan.forecast is not None
-    if plan.forecast.memory > (there := forecast.available()):
-        raise OptionError(
-            f"{plan.base}: merging takes {plan.forecast.memory} bytes of memory at its peak, and there are "
-            f"{there}; its largest tensor decides"
-        )
+    if taken > there:
+        raise OptionError(f"{base}: merging takes {taken} bytes of memory, and there are {there}; {why}")
 
 
 def _folders(config: MergeConfig, out: Path | None) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mingle import methods
+from mingle import methods, ranks
 from mingle.io.base_files import base_files
 from mingle.methods.base import MergeMethod
 from mingle.runs import room
@@ -56,7 +56,7 @@ def of_plan(plan: MergePlan) -> Costs:
     states = size.state * room.generations(count, plan.config.keep)
     disk = {"base": size.base, "tasks": size.saved_each(count, keep=plan.config.keep) - states}
     disk["states"] = states
-    memory = room.in_memory(plan.fitted, size, count)
+    memory = room.in_memory(plan.fitted, size, count, ranks.size() if plan.shared_out() else None)
     models = sum(size_of(folder) for folder in (plan.base, *plan.experts.values()))
     written = size.base + (size.task + size.state // 2) * count
     # before a model is read, it is hashed

@@ -117,16 +117,17 @@ class MergePlan:
     def _expert(self, name: str, _: Sequence[str]) -> Path:
         return self.experts[name]
 
-    def _kind(self) -> type[Merger]:
-        """What merges in memory, all of it or shared out."""
+    def shared_out(self) -> bool:
+        """Whether the weights of its models are, where it is in memory; all processes ask."""
         size = room.of_method(self.fitted, self.base)
         memory = room.in_memory(self.fitted, size, len(self.experts))
-        sharded = sharding.decided(self.config.shard, self.fitted, sum(memory.values()))
-        return ShardedMerger if sharded else Merger
+        return sharding.decided(self.config.shard, self.fitted, sum(memory.values()))
 
     def _begin(self, folder: Path) -> Merger | StreamedMerger:
         """The merger of an interrupted run, or a new one."""
-        in_memory = self._kind() if self.forecast is None else None
+        in_memory = None
+        if self.forecast is None:
+            in_memory = ShardedMerger if self.shared_out() else Merger
         kind: type[Merger | StreamedMerger] = in_memory or StreamedMerger
         device = devices.usual() if in_memory else None  # tensors from files are merged on the CPU
         if not (folder / MANIFEST).exists():
@@ -332,7 +333,7 @@ def _kind_of(folder: Path, shard: Shard, more: int = 0) -> type[Merger]:
         shard: see `mingle.runs.sharding`.
         more: how many tasks arrive.
     """
-    if shard == "never" or (shard == "auto" and ranks.size() == 1):
+    if shard == "never":
         return Merger
     saved = Saved(folder, read_manifest(folder))
     base, merge = saved.base_folder(), saved.manifest

@@ -54,21 +54,27 @@ class Room:
 _LIBRARIES = 600_000_000
 
 
-def in_memory(fitted: MergeMethod, size: Room, tasks: int) -> dict[str, int]:
+def in_memory(fitted: MergeMethod, size: Room, tasks: int, processes: int | None = None) -> dict[str, int]:
     """What a merge in memory has there all the time, in bytes, by the parts that it is made of.
 
     Args:
         fitted: the method, fitted to the base or to its skeleton.
         size: see `of_method`.
         tasks: how many there will be.
+        processes: how many share out the weights of models, the rest of which stays in files; that of each,
+            rather too little.  None for one that has whole models, of whichever number.
     """
-    whole = kept_size(fitted.model.state_dict().values())
+    whole, kept = kept_size(fitted.model.state_dict().values()), size.task * tasks + size.state
+    if processes is not None:
+        own = whole // processes
+        models = {"merged model": own, "its teacher": own}
+        return models | {"what is kept of tasks": kept // processes, "libraries": _LIBRARIES}
     return {
         "base": whole,
         "merged model": whole,
         "fine-tuned model": whole,
         **({"its teacher": whole} if fitted.needs_seeds else {}),
-        "what is kept of tasks": size.task * tasks + size.state,
+        "what is kept of tasks": kept,
         "libraries": _LIBRARIES,
     }
 

@@ -1,4 +1,7 @@
-"""Whether the processes of a merge share out the weights of its models, see `mingle.merging.sharded`."""
+"""Whether the weights of a merge's models are shared out, see `mingle.merging.sharded`.
+
+A process alone, which has all of them, then leaves the base and the fine-tuned models in their files.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from mingle.methods import MergeMethod
 from mingle.options import OptionError
 from mingle.runs import forecast
 
-#: ``auto``: where several processes have too little memory for whole models each
+#: ``auto``: where a process has too little memory for whole models
 Shard = Literal["auto", "always", "never"]
 
 
@@ -36,7 +39,7 @@ def decided(choice: Shard, method: MergeMethod, memory: int) -> bool:
         memory: the bytes that a process with whole models takes.
     """
     refuse_impossible(choice, method)
-    if ranks.size() == 1 or choice == "never" or _hindrance(method):
+    if choice == "never" or _hindrance(method):
         return False
     return choice == "always" or any(ranks.gather(memory > there()))
 

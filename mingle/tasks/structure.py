@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,7 @@ def _passes(
     wanted, passes, hollow = set(names), [], _hollow(tower)
     for samples in _SAMPLES:
         readings: dict[str, _Reading] = {}
-        given: list[Tensor] = []
+        given: list[ref[Tensor]] = []
         for name, module in hollow.named_modules():
             if is_linear(module):
                 note = readings if name in wanted else {}
@@ -202,11 +203,13 @@ def _hollow(tower: nn.Module) -> nn.Module:
     return copy.deepcopy(tower, memo).eval()
 
 
-def _zeros(name: str, width: int, readings: dict[str, _Reading], given: list[Tensor], x: Tensor) -> Tensor:
+def _zeros(
+    name: str, width: int, readings: dict[str, _Reading], given: list[ref[Tensor]], x: Tensor
+) -> Tensor:
     """Stands in for a linear layer: notes what it reads, and answers with zeros [..., width]."""
-    source = next((i for i, known in enumerate(given) if known is x), len(given))
+    source = next((i for i, known in enumerate(given) if known() is x), len(given))
     if source == len(given):
-        given.append(x)  # kept, so that no later tensor takes its place in memory
+        given.append(ref(x))
     known = readings.get(name)
     if known is None:
         readings[name] = _Reading(1, tuple(x.shape[:-1]), source)

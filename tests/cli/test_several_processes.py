@@ -20,7 +20,7 @@ from mingle.io import shared_folder
 from mingle.merging import streamed
 from mingle.merging.merger import Merger
 from mingle.merging.sharded import ShardedMerger
-from mingle.runs import sharding
+from mingle.runs import room, sharding
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def command(*arguments):
 
 
 def number():
-    return int(os.environ["RANK"])
+    return int(os.environ.get("RANK", "0"))
 
 
 def test_merge_and_add_from_files(files, tuned_folders, tmp_path):
@@ -108,14 +108,20 @@ def sharing(monkeypatch, tmp_path):
     return lambda: {path.name for path in tmp_path.glob("rank *")}
 
 
+@pytest.fixture
+def little_memory(tuned_folders):
+    """Bytes that are too few for a merge that holds whole models."""
+    base = Merger(tuned_folders[0].parent / "base").base
+    return room._LIBRARIES + 16 * sum(tensor.numel() for tensor in base.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("little", [True, False])
 def test_weights_are_shared_out_where_a_process_has_too_little_memory(
-    adapted, sharing, tuned_folders, tmp_path, monkeypatch, little
+    adapted, sharing, tuned_folders, tmp_path, monkeypatch, little, little_memory
 ):
-    whole = 4 * sum(tensor.numel() for tensor in Merger(tuned_folders[0].parent / "base").base.parameters())
     # one of them has too little, and both decide alike
-    monkeypatch.setattr(sharding, "there", lambda: whole if little and number() == 1 else 1 << 40)
+    monkeypatch.setattr(sharding, "there", lambda: little_memory if little and number() == 1 else 1 << 40)
     file, out = adapted(), tmp_path / "out"
     found = world(2, command("merge", file, "--out", out), joined=False)
     assert [code for code, _ in found] == [0, 0], found
@@ -131,8 +137,36 @@ def test_weights_are_shared_out_where_a_process_has_too_little_memory(
     assert Merger.from_pretrained(out).task_names == ["one", "two", "three"]
 
 
-def test_sharing_out_can_be_asked_for(adapted, files, sharing, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding, "there", lambda: 1)
+@pytest.mark.parametrize("found", ["check", "merge", "add"])
+def test_a_process_alone_leaves_models_in_files_where_it_has_too_little_memory(
+    adapted, sharing, tuned_folders, little_memory, tmp_path, monkeypatch, found
+):
+    file, out = adapted(), tmp_path / "out"
+    add = ("--name", "three", "--model", tuned_folders[2])
+    for folder, there in ((out, little_memory), (tmp_path / "whole", 1 << 40)):
+        monkeypatch.setattr(sharding, "there", lambda there=there: there)
+        if found == "check":
+            said = json.loads(command("check", file, "--json")()[1])["costs"]["memory"]
+            assert ("base" in said, "merged model" in said) == (there > little_memory, True)
+            continue
+        assert command("merge", file, "--out", folder)()[0] == 0
+        assert sharing() == {"rank 0"}
+        if found == "add":
+            assert command("add", folder, *add)()[0] == 0
+    if found != "check":
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_merge_for_which_there_is_too_little_memory_is_refused(adapted, little_memory, monkeypatch):
+    monkeypatch.setattr(sharding, "there", lambda: little_memory)
+    code, said = command("check", adapted(shard="never"))()
+    assert code == 2 and f"bytes of memory, and there are {little_memory}; base" in said.replace("\n", " ")
+    monkeypatch.setattr(sharding, "there", lambda: 600_000_000)  # the libraries alone
+    code, said = command("check", adapted())()
+    assert code == 2 and "and there are 600000000; merged model" in said.replace("\n", " ")
+
+
+def test_sharing_out_can_be_asked_for(adapted, files, sharing, tmp_path):
     out = tmp_path / "out"
     assert world(2, command("merge", adapted(shard="never"), "--out", out), joined=False)[0][0] == 0
     assert sharing() == set()
