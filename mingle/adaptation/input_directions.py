@@ -16,7 +16,7 @@ from mingle.nn.linear import MingleLinear
 from mingle.nn.observe import observed
 
 #: bytes that are kept of layers in one pass of the samples; where all would take more, there are several
-BUDGET = 2**30
+BUDGET = 2**29
 _SHOWN = 5
 
 

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SHOWN = 5
+#: what to do about an adapter that cannot be read
+OR_WHOLE = "where peft's merge_and_unload makes a whole model of it, give that"
 
 V = TypeVar("V", int, float)
 
@@ -153,11 +155,12 @@ def _check_kind(path: Path, config: Mapping[str, Any], with_head: bool) -> None:
         if config.get(option) and not (with_head and option == "modules_to_save"):
             raise CheckpointError(
                 f"{path}: {option} is set, which {effect}: "
-                "the adapter is more than low-rank updates of linear layers"
+                f"the adapter is more than low-rank updates of linear layers; {OR_WHOLE}"
             )
     if config.get("bias", "none") != "none":
         raise CheckpointError(
-            f"{path}: bias={shown(config['bias'])}: biases of the base were trained; only 'none' can be read"
+            f"{path}: bias={shown(config['bias'])}: biases of the base were trained; only 'none' can be "
+            f"read; {OR_WHOLE}"
         )
 
 

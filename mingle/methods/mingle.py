@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from mingle import ranks
+from mingle import heap, ranks
 from mingle.adaptation import input_directions
 from mingle.adaptation.answers import Compact, States
 from mingle.adaptation.divergence import AdaptationDiverged
@@ -134,22 +134,28 @@ class Mingle(GatedMethod):
     def _merge(self, arrival: Arrival, deltas: Mapping[str, torch.Tensor]) -> StepReport:
         options, report = self.options, StepReport()
         gates = self.first_gates(arrival.seed)
-        earlier = self.experts_of(own_layers(deltas))
-        experts = shared_experts(
-            deltas, earlier, options.rank, drop_diagonal=options.drop_diagonal, energy=options.energy
-        )
+        experts = self._experts(deltas)
         for names in self.in_turn():
             for name in names:
-                (A, B), weight = experts[name], self.layers[name].weight
+                (A, B), weight = experts.pop(name), self.layers[name].weight
                 self._append(name, A.to(weight), B.to(weight), gates.weights[name], gates.bias)
+            heap.trim()  # of the shorter stacks
         if options.gates == "static":
             return report
         if arrival.seeds or self.requires_seeds():
             report.trace = self._adapt(arrival, gates.generator)
+            heap.trim()  # of the teacher
             self.bases = self._protect(arrival, report)
         else:
             report.notes += self.notes_without_samples()
         return report
+
+    def _experts(self, deltas: Mapping[str, torch.Tensor]) -> dict[str, LowRankExpert]:
+        """Every layer's new expert; the older ones, of which it is made too, are let go of."""
+        options, earlier = self.options, self.experts_of(own_layers(deltas))
+        return shared_experts(
+            deltas, earlier, options.rank, drop_diagonal=options.drop_diagonal, energy=options.energy
+        )
 
     @classmethod
     def from_weights(cls, options: Any) -> bool:

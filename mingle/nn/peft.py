@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mingle.io.adapter_config import WEIGHTS, AdapterConfig
+from mingle.io.adapter_config import OR_WHOLE, WEIGHTS, AdapterConfig
 from mingle.io.checkpoint_files import refuse_two_models
 from mingle.io.files import CheckpointError, contained
 from mingle.io.safetensors import CheckpointReader
@@ -183,7 +183,8 @@ def _pair(tensors: Iterable[str], path: Path) -> dict[str, tuple[str, str]]:
         if match is None or len(name) > _MAX_NAME:
             expected = " and ".join(factor_names("<layer>"))
             raise CheckpointError(
-                f"{path}: tensor {shown(name)} is not a factor of a linear layer; expected {expected}"
+                f"{path}: tensor {shown(name)} is not a factor of a linear layer; expected {expected}; "
+                f"{OR_WHOLE}"
             )
         adapters.add(match["adapter"])
         if len(adapters) > 1:

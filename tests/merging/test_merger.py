@@ -41,15 +41,16 @@ def test_the_given_base_is_never_changed(base_model, tuned_states, samples):
     assert not any(isinstance(m, MingleLinear) for m in base_model.modules())
 
 
-def test_a_failed_task_leaves_the_merger_as_it_was(base_model, tuned_states, samples):
-    merger = merge(base_model, tuned_states, samples, count=1)
+@pytest.mark.parametrize("options", [{}, {"energy": 0.6}, {"gates": "all"}])
+def test_a_failed_task_leaves_the_merger_as_it_was(base_model, tuned_states, samples, options):
+    merger = merge(base_model, tuned_states, samples, count=1, **options)
     before = {k: v.clone() for k, v in everything(merger).items()}
     broken = {k: torch.full_like(v, 1e30) for k, v in tuned_states[1].items()}
     with pytest.raises(RuntimeError):
         merger.add("two", broken, TaskData(samples[1].inputs, samples[1].shared))
     same_bits(before, everything(merger))
     add(merger, 1, tuned_states, samples)
-    same_bits(everything(merger), everything(merge(base_model, tuned_states, samples, count=2)))
+    same_bits(everything(merger), everything(merge(base_model, tuned_states, samples, count=2, **options)))
 
 
 def test_an_absurd_learning_rate_is_told_as_divergence_and_changes_nothing(base_model, tuned_states, samples):

@@ -1,0 +1,38 @@
+"""What a merge in memory holds there, and what it gives back."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from small_merges import NAMES, merge
+
+from mingle import heap
+from mingle.tasks import TaskData
+
+
+def test_older_experts_are_in_memory_once_while_gates_adapt(base_model, tuned_states, samples):
+    merger = merge(base_model, tuned_states, samples, count=1)
+    older = [weakref.ref(layer.A) for layer in merger.method.layers.values()]
+    assert all(stack() is not None for stack in older)
+    alive = []
+    seeds = TaskData(samples[1].inputs, samples[1].shared)
+    merger.add(NAMES[1], tuned_states[1], seeds, lambda _: alive.append(sum(s() is not None for s in older)))
+    assert alive and set(alive) == {0}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_what_was_freed_between_tensors_in_use_is_given_back():
+    def resident():
+        return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+    count, entries = 2000, 12_500  # of 50 kB, too small for memory of their own
+    tensors = [torch.ones(entries) for _ in range(count)]
+    kept = tensors[::2]
+    del tensors
+    before = resident()
+    heap.trim()
+    assert before - resident() > 0.7 * 4 * entries * (count - len(kept))
