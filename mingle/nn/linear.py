@@ -248,6 +248,7 @@ class MingleLinear(nn.Module):
         older_weight, older_bias = self.all_gates()
         weights = torch.cat([older_weight, gate_weight.to(older_weight)[None]])
         biases = torch.cat([older_bias, torch.as_tensor(gate_bias).to(older_bias).reshape(1)])
+        self._prepared = None  # it would keep the shorter stacks
         self.A, self.B_transposed = _append(self.A, A), _append(self.B_transposed, B.mT)
         self._set_gates(weights, biases, trainable=1)
 
