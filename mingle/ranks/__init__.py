@@ -276,17 +276,17 @@ def _join() -> Watch:
     host = os.environ["MASTER_ADDR"]
     # torchrun's agents keep the store of their own rendezvous for their processes
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # which may be that of several groups after one another
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        store: Store = TCPStore(
+        whole = TCPStore(
             host, port, count, not kept and number == 0, timedelta(seconds=JOIN), wait_for_workers=False
         )
+        store = PrefixStore(f"mingle/{attempt}", whole)
+        watch = Watch(store, number, count)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise OtherRankFailed(f"rank {number}: cannot join the others at {host}:{port}: {reason}") from None
-    # which may be that of several groups after one another
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"mingle/{attempt}", store)
-    watch = Watch(store, number, count)
     with watch.told():
         watch.meet(JOIN)
         _start(watch, PrefixStore("group", store))

@@ -74,8 +74,20 @@ class Watch:
         """Wait for all ranks to be there, and begin to watch.
 
         Raises:
-            OtherRankFailed: some are not there by then; the message names them.
+            OtherRankFailed: some are not there by then, or the store is not any more; the message says which.
         """
+        try:
+            self._wait(seconds)
+        except OtherRankFailed:
+            raise
+        except RuntimeError as error:
+            raise OtherRankFailed(self._unreachable(str(error).splitlines()[0])) from error
+        self._heard = time.monotonic()
+        for thread in self._threads:
+            thread.start()
+
+    def _wait(self, seconds: float) -> None:
+        """Wait for the first signs of all ranks."""
         self._sign()
         end = time.monotonic() + seconds
         slow = time.monotonic() + SLOW
@@ -86,9 +98,6 @@ class Watch:
                 logger.warning("waiting for %s to join", _ranks(missing))
                 slow = time.monotonic() + 3 * SLOW
             time.sleep(0.05)
-        self._heard = time.monotonic()
-        for thread in self._threads:
-            thread.start()
 
     def stop(self) -> None:
         """Watch no longer: the group ends as it should."""

@@ -338,7 +338,10 @@ def _kind_of(folder: Path, shard: Shard, more: int = 0) -> type[Merger]:
     saved = Saved(folder, read_manifest(folder))
     base, merge = saved.base_folder(), saved.manifest
     check_known(merge, folder / MANIFEST)
-    fitted = room.fitted_to(merge["method"], merge["options"], base, tasks.get(merge["task_type"]))
+    try:
+        fitted = room.fitted_to(merge["method"], merge["options"], base, tasks.get(merge["task_type"]))
+    except ValueError:  # options that do not suit the base, of which the merger tells
+        return Merger
     memory = room.in_memory(fitted, room.of_method(fitted, base), len(merge["tasks"]) + more)
     arriving = memory.pop("fine-tuned model") + memory.pop("its teacher", 0)
     taken = sum(memory.values()) + (arriving if more else 0)
