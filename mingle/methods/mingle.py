@@ -137,9 +137,10 @@ class Mingle(GatedMethod):
         experts = self._experts(deltas)
         for names in self.in_turn():
             for name in names:
-                (A, B), weight = experts.pop(name), self.layers[name].weight
+                (A, B), weight = experts[name], self.layers[name].weight
                 self._append(name, A.to(weight), B.to(weight), gates.weights[name], gates.bias)
             heap.trim()  # of the shorter stacks
+        del experts
         if options.gates == "static":
             return report
         if arrival.seeds or self.requires_seeds():
