@@ -90,6 +90,7 @@ def test_an_error_on_one_rank_is_an_error_on_all(place):
 
 def test_a_rank_that_was_killed_is_named():
     def work():
+        ranks.gather(None)  # all have joined
         with ranks.together("making it"):
             if ranks.rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -106,6 +107,7 @@ def test_a_rank_that_was_killed_is_named():
 
 def test_the_rank_that_keeps_the_store_was_killed():
     def work():
+        ranks.gather(None)  # all have joined
         if ranks.rank() == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
