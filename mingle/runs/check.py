@@ -20,7 +20,7 @@ from mingle.merging.streamed import streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
 from mingle.options import OptionError, build
-from mingle.runs import forecast, room, settings, sharding, target
+from mingle.runs import forecast, settings, sharding, target
 from mingle.runs.config import MergeConfig
 from mingle.runs.merge import MergePlan
 from mingle.runs.orders import shuffled
@@ -100,8 +100,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         plan = replace(plan, forecast=found.times(len(orders)))
     else:
         sharding.refuse_impossible(config.shard, method)
-        size, shared = room.of_method(method, base), plan.shared_out()
-        memory = room.in_memory(method, size, len(experts), ranks.size() if shared else None)
+        memory = plan.memory()
         parts = ", ".join(f"{name} {part}" for name, part in memory.items())
         _refuse_memory(base, sum(memory.values()), sharding.there(), parts)
     return plan

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mingle import methods, ranks
+from mingle import methods
 from mingle.io.base_files import base_files
 from mingle.methods.base import MergeMethod
 from mingle.runs import room
@@ -56,12 +56,11 @@ def of_plan(plan: MergePlan) -> Costs:
     states = size.state * room.generations(count, plan.config.keep)
     disk = {"base": size.base, "tasks": size.saved_each(count, keep=plan.config.keep) - states}
     disk["states"] = states
-    memory = room.in_memory(plan.fitted, size, count, ranks.size() if plan.shared_out() else None)
     models = sum(size_of(folder) for folder in (plan.base, *plan.experts.values()))
     written = size.base + (size.task + size.state // 2) * count
     # before a model is read, it is hashed
     seconds = {"files": (2 * models + written) * orders / _hashed_per_second()} | _passes(plan)
-    return Costs({name: part * orders for name, part in disk.items()}, memory, seconds)
+    return Costs({name: part * orders for name, part in disk.items()}, plan.memory(), seconds)
 
 
 def size_of(folder: Path) -> int:

@@ -123,6 +123,11 @@ class MergePlan:
         memory = room.in_memory(self.fitted, size, len(self.experts))
         return sharding.decided(self.config.shard, self.fitted, sum(memory.values()))
 
+    def memory(self) -> dict[str, int]:
+        """See `mingle.runs.room.in_memory`; all processes ask."""
+        size, shared = room.of_method(self.fitted, self.base), self.shared_out()
+        return room.in_memory(self.fitted, size, len(self.experts), ranks.size() if shared else None)
+
     def _begin(self, folder: Path) -> Merger | StreamedMerger:
         """The merger of an interrupted run, or a new one."""
         in_memory = None
