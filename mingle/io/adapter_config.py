@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +43,7 @@ _REFUSED = {
 #: Initialisations that leave the base weights as they are; all others subtract the initial B A from them or
 #: quantise them.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+_BIASES = ("none", "all", "lora_only")
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
@@ -54,6 +55,7 @@ class AdapterConfig:
         path: of the file.
         r, alpha: the rank and α of every layer that no pattern matches.
         rslora: whether the scaling is α / √r instead of α / r.
+        dora: whether each row of an updated weight has a length of its own.
         rank_pattern, alpha_pattern: key → the ending of names that it stands for, and the value of the layers
             with such a name.
     """
@@ -62,6 +64,7 @@ class AdapterConfig:
     r: int
     alpha: float
     rslora: bool
+    dora: bool
     rank_pattern: dict[str, tuple[Ending, int]]
     alpha_pattern: dict[str, tuple[Ending, float]]
 
@@ -74,12 +77,13 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     @classmethod
-    def read(cls, folder: Path, *, with_head: bool = False) -> AdapterConfig:
+    def read(cls, folder: Path, more: Collection[str] = ()) -> AdapterConfig:
         """The configuration in an adapter's folder.
 
         Args:
             folder: of the adapter.
-            with_head: accept whole modules beside the low-rank updates; whose they are, the tensors say.
+            more: options that the caller knows, of those that make an adapter more than a sum of low-rank
+                updates.
 
         Raises:
             CheckpointError: none there, a broken one, or that of an adapter which is more than a sum of
@@ -95,7 +99,7 @@ class AdapterConfig:
         config = read_json(path)
         if not isinstance(config, dict):
             raise CheckpointError(f"{path}: expected a JSON object")
-        _check_kind(path, config, with_head)
+        _check_kind(path, config, more)
         _check_init(path, config.get("init_lora_weights", True))
         ranks = {
             key: (ending, _rank(path, f"rank_pattern: {shown(key)[1:-1]}", value))
@@ -106,7 +110,9 @@ class AdapterConfig:
             for key, (ending, value) in _compile(path, config, "alpha_pattern").items()
         }
         rank, alpha = _rank(path, "r", config.get("r")), _number(path, "lora_alpha", config.get("lora_alpha"))
-        return cls(path, rank, alpha, bool(config.get("use_rslora")), ranks, alphas)
+        return cls(
+            path, rank, alpha, bool(config.get("use_rslora")), bool(config.get("use_dora")), ranks, alphas
+        )
 
 
 def lora_config(ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -145,23 +151,22 @@ def _resolve(patterns: Mapping[str, tuple[Ending, V]], module: str, default: V, 
     return next(iter(matching.values()), default)
 
 
-def _check_kind(path: Path, config: Mapping[str, Any], with_head: bool) -> None:
-    """Refuse an adapter that is more than a sum of low-rank updates."""
+def _check_kind(path: Path, config: Mapping[str, Any], more: Collection[str]) -> None:
+    """Refuse an adapter that is more than a sum of low-rank updates, but for what some options make of it."""
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{path}: peft_type={shown(config.get('peft_type'))}: only LORA adapters can be read"
         )
     for option, effect in _REFUSED.items():
-        if config.get(option) and not (with_head and option == "modules_to_save"):
+        if config.get(option) and option not in more:
             raise CheckpointError(
                 f"{path}: {option} is set, which {effect}: "
                 f"the adapter is more than low-rank updates of linear layers; {OR_WHOLE}"
             )
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(
-            f"{path}: bias={shown(config['bias'])}: biases of the base were trained; only 'none' can be "
-            f"read; {OR_WHOLE}"
-        )
+    known = _BIASES if "bias" in more else _BIASES[:1]
+    if (bias := config.get("bias", "none")) not in known:
+        listed = " and ".join(map(repr, known))
+        raise CheckpointError(f"{path}: bias={shown(bias)}: only {listed} can be read; {OR_WHOLE}")
 
 
 def _check_init(path: Path, init: Any) -> None:

@@ -13,9 +13,10 @@ from mingle.io.adapters_folder import AdapterFiles, Adapters
 from mingle.io.files import CheckpointError
 from mingle.io.hub import ModelName
 from mingle.methods.base import Tensors
+from mingle.nn import adapter_files
+from mingle.nn.adapter_files import ROOT, factor_names
 from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.matrices import transposed
-from mingle.nn.peft import ROOT, factor_names, read_with_head
 from mingle.tasks import TaskType
 
 _HALVES = ("A", "B")
@@ -129,7 +130,7 @@ def tensors_in(adapters: Adapters, task: TaskType, base: nn.Module) -> tuple[lis
     tasks, state = adapters.router()
     for name, tensors in zip(adapters.names(), tasks, strict=True):
         if name is not None:
-            for layer, expert in read_with_head(adapters.folder / name, head).experts.items():
+            for layer, expert in adapter_files.read(adapters.folder / name, only=head).experts().items():
                 if not layer.startswith(prefix):
                     raise CheckpointError(f"{adapters.folder / name}: layer {layer!r} is not in {tower!r}")
                 own = layer.removeprefix(prefix)

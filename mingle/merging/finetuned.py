@@ -12,14 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
+from mingle.io.adapter_config import OR_WHOLE
 from mingle.io.files import CheckpointError
-from mingle.io.lazy_tensors import Rows, described, in_rows, row_blocks, rows_of
+from mingle.io.lazy_tensors import Joined, LazyTensors, Rows, described, in_rows, row_blocks, rows_of
 from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, own_names, same_values
 from mingle.kernels.dtypes import wide
 from mingle.merging.vocabulary import Growth, Vocabulary, growth
-from mingle.nn.low_rank_expert import LowRankExpert
+from mingle.nn import adapter_files
+from mingle.nn.adapter_files import Change
 from mingle.nn.matrices import oriented, packed_experts
-from mingle.nn.peft import read_with_head
 from mingle.options import nearest
 from mingle.tasks import TaskType
 from mingle.tasks.configs import check_same_computation
@@ -75,9 +76,10 @@ class FineTuned:
         self.prefix = f"{inside}." if inside else ""
         #: every name, of the whole and of the tower → the first name of the same tensor
         self.whole_first, self.first = first_names(base), first_names(tower)
-        #: the low-rank updates of an adapter by the weights' names; of any other model the tensors, on the
-        #: meta device where they are yet to be read, and the base tower's names → the model's own
-        self.adapter: dict[str, LowRankExpert] = {}
+        #: what an adapter makes of weights, by their names
+        self.adapter: dict[str, Change] = {}
+        #: the model's tensors, on the meta device where they are yet to be read, and the base tower's names →
+        #: their own; an adapter may have none
         self.held: Mapping[str, Tensor] = {}
         self.own: dict[str, str] = {}
         #: the tensors that the task has of its own, by the names that they have in the whole model, and the
@@ -97,13 +99,16 @@ class FineTuned:
             config = None
             self._source = self.held
         elif ((folder := Path(model)) / ADAPTER_CONFIG).exists():
-            experts, saved = read_with_head(folder, self.head_names)
+            adapter = adapter_files.read(folder)
             # What an adapter does not hold is as in the base, if it is there.
             kept = {name: self.whole[name] for name in self.head_names if name not in absent(base)}
-            self.held = kept | saved
-            self._source = self.held
-            self.adapter = self._named(experts, prefixes)
-            self._check_head(task, None if saved else getattr(base, "config", None))
+            self.held = kept | {name: adapter.saved.described(name) for name in adapter.saved}
+            self._source = Joined(kept, adapter.saved)
+            self.adapter = self._named(adapter.changes, prefixes)
+            self.own = self._saved(adapter.saved, prefixes)
+            self._check_ties()
+            own_head = any(name in adapter.saved for name in self.head_names)
+            self._check_head(task, None if own_head else getattr(base, "config", None))
             return
         else:
             checkpoint, config = ModelCheckpoint(folder, base, strip=False), folder
@@ -127,7 +132,7 @@ class FineTuned:
             check_same_computation(base.config, task.config_part, config)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fine-tuned tower under the base's names; for a LoRA adapter, W₀ + B A in the layers it names.
+        """The fine-tuned tower under the base's names; with a LoRA adapter's change in the layers it names.
 
         Each is a copy on the base's device, in float32, or in float64 where the base is.
 
@@ -149,8 +154,8 @@ class FineTuned:
             tensor = self._read(self.own[name], rows).detach().to(base.device, wide(base), copy=True)
         else:
             tensor = base.to(wide(base), copy=True)
-            if name in self.adapter:
-                tensor += self._oriented(self.adapter[name].delta(), name).to(tensor)
+        if name in self.adapter:
+            self.adapter[name].apply_(self._oriented(tensor, name))
         if found := non_finite(tensor):
             if rows is not ...:
                 return self.tensor(name, base)  # which raises with what is wrong with all of it
@@ -159,9 +164,7 @@ class FineTuned:
 
     def in_rows(self, name: str) -> bool:
         """Whether rows of a tensor of the base tower take less memory than all of it."""
-        if name not in self.own:
-            return name not in self.adapter
-        return in_rows(self._source, self.own[name])
+        return name not in self.adapter and (name not in self.own or in_rows(self._source, self.own[name]))
 
     def _read(self, name: str, rows: Rows = ...) -> Tensor:
         """One of the model's own tensors, or rows of it; of a larger vocabulary what the base has too."""
@@ -200,14 +203,15 @@ class FineTuned:
         unmerged = [
             name for name in self.base if self.first[name] not in kept and self.prefix + name not in own
         ]
-        if self.adapter:
-            return self._lines([self.prefix + name for name in unmerged if name in self.adapter], [])
         inside = {self.own[name]: self.prefix + name for name in unmerged if name in self.own}
         taken = set(self.own.values()) | own
         # What the tower does not take is under the whole model's names, if the rest of the model is there.
         others = [name for name in self.held if name not in taken and not name.endswith("position_ids")]
         compared = inside | {name: name for name in others if name in self.whole}
-        changed = [name for own, name in compared.items() if self._differs(own, name, base)]
+        changed = [self.prefix + name for name in unmerged if name in self.adapter]
+        changed += [
+            name for own, name in compared.items() if name not in changed and self._differs(own, name, base)
+        ]
         packed = {self.prefix + name for name in packed_experts(self.tower)}
         changed.sort(key=lambda name: name not in packed)
         lines = self._lines(changed, [name for name in others if name not in self.whole])
@@ -215,8 +219,9 @@ class FineTuned:
         return [*lines, f"not in the base's vocabulary and left out: {new}"] if new else lines
 
     def _oriented(self, weight: Tensor, name: str) -> Tensor:
-        """A weight of the tower, or an update of it, as [d_out, d_in]; or one of that shape as it is kept."""
-        return oriented(weight, self.tower.get_submodule(name.removesuffix(".weight")))
+        """A weight of the tower as [d_out, d_in], of an embedding transposed."""
+        layer = self.tower.get_submodule(name.removesuffix(".weight"))
+        return weight.mT if isinstance(layer, nn.Embedding) else oriented(weight, layer)
 
     def _differs(self, own: str, name: str, base: Mapping[str, Tensor] | None) -> bool:
         """Whether the model's tensor `own` is another than the whole base's tensor `name`."""
@@ -276,26 +281,55 @@ class FineTuned:
         """Tensors of the tower count as alike where only numbers differ, others by the part they are in."""
         return re.sub(r"\d+", "*", name) if name.startswith(self.prefix) else name.partition(".")[0]
 
-    def _named(
-        self, experts: Mapping[str, LowRankExpert], prefixes: tuple[str, ...]
-    ) -> dict[str, LowRankExpert]:
-        """The adapter's experts, by the base's names of the weights that they change."""
-        named: dict[str, LowRankExpert] = {}
-        for layer, expert in experts.items():
-            prefix = next((prefix for prefix in prefixes if layer.startswith(prefix)), "")
-            name = f"{layer.removeprefix(prefix)}.weight"
+    def _named(self, changes: Mapping[str, Change], prefixes: tuple[str, ...]) -> dict[str, Change]:
+        """The adapter's changes, by the base's names of the weights."""
+        named: dict[str, Change] = {}
+        for layer, change in changes.items():
+            name = f"{_inside(layer, prefixes)}.weight"
             where = f"the adapter's layer {layer!r}"
             if name not in self.base:
                 raise IncompatibleModel(f"{where} is not in the base{nearest(name, self.base)}")
-            shape = [expert.B.shape[0], expert.A.shape[1]]
+            embedding = isinstance(self.tower.get_submodule(name.removesuffix(".weight")), nn.Embedding)
+            if change.embedding != embedding:
+                raise IncompatibleModel(f"{where} is {'an' if embedding else 'no'} embedding in the base")
+            shape = [change.expert.B.shape[0], change.expert.A.shape[1]]
             own = list(self._oriented(self.base[name], name).shape)
             if own != shape:
                 raise IncompatibleModel(f"{where} is {shape}, in the base {own}")
-            tied = [other for other in self.base if self.first[other] == self.first[name] and other != name]
-            if tied:
-                raise IncompatibleModel(
-                    f"{where} is one tensor with {tied[0]!r} in the base, which the update would change too; "
-                    "give a base whose file holds both, apart from each other"
-                )
-            named[name] = expert
+            self._check_alone(name, where, [name])
+            named[name] = change
         return named
+
+    def _saved(self, saved: LazyTensors, prefixes: tuple[str, ...]) -> dict[str, str]:
+        """The base tower's names of the whole tensors that an adapter has, but for the head's."""
+        named: dict[str, str] = {}
+        for own in (own for own in saved if own not in self.head_names):
+            name, where = _inside(own, prefixes), f"the adapter's tensor {own!r}"
+            base = self.base.get(name, self.whole.get(own))
+            if base is None:
+                raise IncompatibleModel(f"{where} is not in the base{nearest(own, self.whole)}")
+            found = saved.described(own)
+            if found.shape != base.shape or not found.is_floating_point():
+                told = f"{where} is {list(found.shape)}, {found.dtype}; in the base {list(base.shape)}"
+                raise IncompatibleModel(f"{told}; {OR_WHOLE}")
+            if name in self.base:
+                named[name] = own
+        for name, own in named.items():
+            self._check_alone(name, f"the adapter's tensor {own!r}", named)
+        return named
+
+    def _check_alone(self, name: str, where: str, changed: Collection[str]) -> None:
+        """Refuse a change of a tensor that the base ties to others which the adapter does not change."""
+        tied = [
+            other for other in self.base if self.first[other] == self.first[name] and other not in changed
+        ]
+        if tied:
+            raise IncompatibleModel(
+                f"{where} is one tensor with {tied[0]!r} in the base, which the update would change too; "
+                "give a base whose file holds both, apart from each other"
+            )
+
+
+def _inside(name: str, prefixes: tuple[str, ...]) -> str:
+    """A name of an adapter without what may stand before the tower's own names."""
+    return name.removeprefix(next((prefix for prefix in prefixes if name.startswith(prefix)), ""))

@@ -12,17 +12,19 @@ import torch
 from torch import nn
 
 from mingle.adaptation.mean_gates import mean_gates
-from mingle.io.lazy_tensors import LazyTensors, Rows, described
+from mingle.io.lazy_tensors import LazyTensors
 from mingle.io.state_dicts import task_vector
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import reference
 from mingle.methods.base import Arrival, Folded, Kept, Left, MergeMethod, StepReport, Tensors, others
+from mingle.methods.layer_deltas import LayerDeltas
 from mingle.nn.inject import find_targets, inject
 from mingle.nn.linear import MingleLinear
 from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.matrices import oriented, packed_experts
 from mingle.nn.observe import gates_made_of
 from mingle.nn.sharded import ShardedBlocks, entries
+from mingle.nn.snapshot import Snapshot
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.masks import TokenMasks
 from mingle.tasks.shares import pools_over_batches
@@ -48,64 +50,6 @@ class FirstGates(NamedTuple):
     weights: Tensors
     bias: float
     generator: torch.Generator
-
-
-class _Before(NamedTuple):
-    """A layer as it was before a task arrived.
-
-    Experts are not kept where the task only adds to them: longer stacks are copies, and with the old ones the
-    experts of all layers would be in memory twice.
-
-    Attributes:
-        parameters: by name.
-        experts: how many there were.
-        rank: of the largest.
-    """
-
-    parameters: dict[str, nn.Parameter]
-    experts: int
-    rank: int
-
-    @classmethod
-    def of(cls, layer: MingleLinear, *, whole: bool) -> _Before:
-        parameters = dict(layer.named_parameters(recurse=False))
-        if not whole:
-            del parameters["A"], parameters["B_transposed"]
-        return cls(parameters, layer.num_experts, layer.rank)
-
-    def put_back(self, layer: MingleLinear) -> None:
-        for name in ("A", "B_transposed"):
-            older = getattr(layer, name).detach()[: self.experts, : self.rank].clone()
-            setattr(layer, name, nn.Parameter(older, requires_grad=False))
-        for name, parameter in self.parameters.items():
-            setattr(layer, name, parameter)
-
-
-class LayerDeltas(LazyTensors):
-    """Δ [d_out, d_in] of layers, of two models of which each tensor is read when it is asked for.
-
-    Args:
-        layers: by name.
-        start: what the fine-tuned model is compared with, by names of weights.
-        tuned: the fine-tuned model.
-    """
-
-    def __init__(
-        self, layers: Mapping[str, MingleLinear], start: Mapping[str, torch.Tensor], tuned: LazyTensors
-    ) -> None:
-        super().__init__(layers)
-        self._layers, self._start, self._tuned = layers, start, tuned
-
-    def described(self, name: str) -> torch.Tensor:
-        weight = described(self._tuned, f"{name}.weight")
-        return oriented(torch.empty_like(weight, device="meta"), self._layers[name])
-
-    def rows(self, name: str, rows: Rows) -> torch.Tensor:
-        layer, key = self._layers[name], f"{name}.weight"
-        return oriented(task_vector(self._start, self._tuned, [key])[key], layer)[rows]
-
-    def in_rows(self, name: str) -> bool:
-        return False
 
 
 class GatedMethod(MergeMethod):
@@ -177,7 +121,7 @@ class GatedMethod(MergeMethod):
             report = self._merge(arrival, deltas)
             self._count(merged=True)
             return report
-        before = [_Before.of(layer, whole=self.rewrites_tasks()) for layer in self.layers.values()]
+        before = [Snapshot.of(layer, whole=self.rewrites_tasks()) for layer in self.layers.values()]
         try:
             report = self._merge(arrival, deltas)
         except BaseException:

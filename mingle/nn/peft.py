@@ -8,50 +8,22 @@ The model then computes what PEFT's merged model does, and its gates can train.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mingle.io.adapter_config import OR_WHOLE, WEIGHTS, AdapterConfig
-from mingle.io.checkpoint_files import refuse_two_models
-from mingle.io.files import CheckpointError, contained
-from mingle.io.safetensors import CheckpointReader
-from mingle.kernels.dtypes import wide
+from mingle.nn import adapter_files
 from mingle.nn.inject import refusal
 from mingle.nn.linear import MingleLinear
 from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.matrices import AnyLinear, is_linear, widths
-from mingle.options import nearest, shown
+from mingle.options import nearest
 
-logger = logging.getLogger(__name__)
-
-_PICKLE = "adapter_model.bin"
-ROOT = "base_model.model."
-_FACTOR = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
-)
-_HALVES = ("A", "B")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SHOWN, _MAX_NAME = 5, 1000
-
-
-class Adapter(NamedTuple):
-    """What an adapter's folder holds.
-
-    Attributes:
-        experts: A [r, d_in] and B [d_out, r] by the name of their layer in the model.
-        head: the head's tensors as they were saved, by their names in the model; empty where it was not.
-    """
-
-    experts: dict[str, LowRankExpert]
-    head: dict[str, Tensor]
+_SHOWN = 5
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
@@ -75,41 +47,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, LowRankExpert]:
             (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); a factor without its other half, of another shape or rank
             than configured, or with non-finite values.  The message names the file and the option or tensor.
     """
-    return read_with_head(folder, ()).experts
-
-
-def read_with_head(folder: str | os.PathLike[str], head: Collection[str]) -> Adapter:
-    """The experts of an adapter, and the head that PEFT saved with it (`modules_to_save`).
-
-    Args:
-        folder: see `read_adapter`.
-        head: the names of the head's tensors in the model; no other tensors are taken.
-
-    Raises:
-        CheckpointError: see `read_adapter`.
-    """
-    folder = Path(folder)
-    refuse_two_models(folder)
-    config = AdapterConfig.read(folder, with_head=bool(head))
-    path = contained(folder, WEIGHTS)
-    if not path.is_file():
-        path = contained(folder, _PICKLE)  # whose reader explains how to convert it
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: no {WEIGHTS}")
-    reader = CheckpointReader(path)
-    saved = {name: own for name in head if (own := f"{ROOT}{name}") in reader}
-    halves = _pair([name for name in reader if name not in saved.values()], path)
-    scalings = {module: _check_pair(reader, path, module, *names, config) for module, names in halves.items()}
-    return Adapter(
-        {module: _read_pair(reader, path, *names, scalings[module]) for module, names in halves.items()},
-        {name: reader.tensor(own) for name, own in saved.items()},
-    )
-
-
-def factor_names(layer: str) -> tuple[str, str]:
-    """PEFT's names of A and B of a layer, in the file of an adapter."""
-    first, second = (f"{ROOT}{layer}.lora_{half}.weight" for half in _HALVES)
-    return first, second
+    return adapter_files.read(Path(folder), only=()).experts()
 
 
 def add_adapter(
@@ -172,59 +110,6 @@ def add_adapter(
         if layer is not targets[name]:
             model.set_submodule(name, layer)
     return layers
-
-
-def _pair(tensors: Iterable[str], path: Path) -> dict[str, tuple[str, str]]:
-    """The names of lora_A and lora_B of each module; every tensor is one of these."""
-    found: dict[str, dict[str, str]] = {}
-    adapters = set()
-    for name in tensors:
-        match = _FACTOR.fullmatch(name)
-        if match is None or len(name) > _MAX_NAME:
-            expected = " and ".join(factor_names("<layer>"))
-            raise CheckpointError(
-                f"{path}: tensor {shown(name)} is not a factor of a linear layer; expected {expected}; "
-                f"{OR_WHOLE}"
-            )
-        adapters.add(match["adapter"])
-        if len(adapters) > 1:
-            raise CheckpointError(f"{path}: tensor {name!r}: more than one adapter in one file")
-        found.setdefault(match["module"], {})[match["half"]] = name
-    if not found:
-        raise CheckpointError(f"{path}: no tensors")
-    for module, halves in found.items():
-        for half in _HALVES:
-            if half not in halves:
-                raise CheckpointError(
-                    f"{path}: layer {module!r} has {next(iter(halves.values()))!r} and no lora_{half}"
-                )
-    return {module: (halves["A"], halves["B"]) for module, halves in found.items()}
-
-
-def _check_pair(
-    reader: CheckpointReader, path: Path, module: str, a: str, b: str, config: AdapterConfig
-) -> float:
-    """The scaling of a layer whose factors, by their headers, are as configured."""
-    for name in (a, b):
-        if reader.dtype(name) not in _DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} is of {reader.dtype(name)}; expected {', '.join(map(str, _DTYPES))}"
-            )
-    rank, A, B = config.rank(module), reader.shape(a), reader.shape(b)
-    if len(A) != 2 or len(B) != 2 or A[0] != rank or B[1] != rank:
-        raise CheckpointError(
-            f"{path}: tensors {a!r} {list(A)} and {b!r} {list(B)}: "
-            f"expected [{rank}, d_in] and [d_out, {rank}] by the rank in {config.path}"
-        )
-    return config.scaling(module)
-
-
-def _read_pair(reader: CheckpointReader, path: Path, a: str, b: str, scaling: float) -> LowRankExpert:
-    A, B = (factor.to(wide(factor)) for factor in map(reader.tensor, (a, b)))
-    B = B * scaling
-    if not B.isfinite().all():
-        raise CheckpointError(f"{path}: tensor {b!r} times its scaling {scaling:g} is not finite")
-    return LowRankExpert(A=A, B=B)
 
 
 def _find_layers(model: nn.Module, experts: Mapping[str, LowRankExpert]) -> dict[str, AnyLinear]:

@@ -10,7 +10,6 @@ import torch
 from classifiers import NAMES, inputs, made, tuned
 
 import mingle
-from mingle.io.files import CheckpointError
 from mingle.io.state_dicts import IncompatibleModel
 
 peft = pytest.importorskip("peft")
@@ -56,11 +55,15 @@ def test_an_adapter_saved_with_its_head_is_the_model_that_peft_makes_of_it(kind,
     )
 
 
-def test_an_adapter_that_saved_more_than_the_head_is_refused(tmp_path):
+def test_what_an_adapter_saved_beside_the_head_is_merged(tmp_path):
     base = made("bert")
-    adapter(base, tmp_path, target_modules=["query"], modules_to_save=["classifier", "word_embeddings"])
-    with pytest.raises(CheckpointError, match="word_embeddings.weight' is not a factor of a linear layer"):
-        mingle.Merger(base, "average").add("x", tmp_path)
+    model = adapter(
+        base, tmp_path, target_modules=["query"], modules_to_save=["classifier", "word_embeddings"]
+    )
+    merger = mingle.Merger(base, "average")
+    merger.add("one", tmp_path, {**inputs(base), "class_names": list(NAMES[1])})
+    embeddings = model.base_model.model.get_input_embeddings().modules_to_save["default"].weight
+    assert torch.equal(merger.model_for("one").get_input_embeddings().weight, embeddings)
 
 
 def test_an_adapter_without_a_head_has_that_of_the_base_if_it_is_there(tmp_path):
