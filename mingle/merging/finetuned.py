@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
 from mingle.io.adapter_config import OR_WHOLE
 from mingle.io.files import CheckpointError
-from mingle.io.lazy_tensors import Joined, LazyTensors, Rows, described, in_rows, row_blocks, rows_of
+from mingle.io.lazy_tensors import Joined, Rows, described, in_rows, row_blocks, rows_of
 from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, own_names, same_values
 from mingle.kernels.dtypes import wide
 from mingle.merging.vocabulary import Growth, Vocabulary, growth
@@ -105,6 +105,7 @@ class FineTuned:
             self.held = kept | {name: adapter.saved.described(name) for name in adapter.saved}
             self._source = Joined(kept, adapter.saved)
             self.adapter = self._named(adapter.changes, prefixes)
+            self._fit_vocabulary(vocabulary, prefixes, (base_folder, folder))
             self.own = self._saved(adapter.saved, prefixes)
             self._check_ties()
             own_head = any(name in adapter.saved for name in self.head_names)
@@ -115,14 +116,7 @@ class FineTuned:
             self._source = checkpoint
             self.held = {name: checkpoint.described(name) for name in checkpoint}
         own_folder = None if isinstance(model, nn.Module | Mapping) else folder
-        self.growth = growth(tower, self.base, self.first, self.held, prefixes, (base_folder, own_folder))
-        if self.growth.shapes:
-            if vocabulary == "same":
-                raise IncompatibleModel(
-                    f"its vocabulary has more than the base's: {self.growth}; with vocabulary 'base', what "
-                    "both have is merged"
-                )
-            self.held = {name: self.growth.cut(name, tensor) for name, tensor in self.held.items()}
+        self._fit_vocabulary(vocabulary, prefixes, (base_folder, own_folder))
         may_lack = (set(task.optional(base)) | computed(base)) - set(self.head_names)
         optional = {name.removeprefix(self.prefix) for name in may_lack}
         self.own = own_names(self.base, self.held, prefixes, self.first, optional)
@@ -130,6 +124,19 @@ class FineTuned:
         self._check_head(task, config)
         if config is not None and hasattr(base, "config"):
             check_same_computation(base.config, task.config_part, config)
+
+    def _fit_vocabulary(
+        self, vocabulary: Vocabulary, prefixes: tuple[str, ...], folders: tuple[Path | None, Path | None]
+    ) -> None:
+        """Take of a larger vocabulary what the base has too, or refuse it."""
+        self.growth = growth(self.tower, self.base, self.first, self.held, prefixes, folders)
+        if self.growth.shapes:
+            if vocabulary == "same":
+                raise IncompatibleModel(
+                    f"its vocabulary has more than the base's: {self.growth}; with vocabulary 'base', what "
+                    "both have is merged"
+                )
+            self.held = {name: self.growth.cut(name, tensor) for name, tensor in self.held.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """The fine-tuned tower under the base's names; with a LoRA adapter's change in the layers it names.
@@ -300,7 +307,7 @@ class FineTuned:
             named[name] = change
         return named
 
-    def _saved(self, saved: LazyTensors, prefixes: tuple[str, ...]) -> dict[str, str]:
+    def _saved(self, saved: Collection[str], prefixes: tuple[str, ...]) -> dict[str, str]:
         """The base tower's names of the whole tensors that an adapter has, but for the head's."""
         named: dict[str, str] = {}
         for own in (own for own in saved if own not in self.head_names):
@@ -308,7 +315,7 @@ class FineTuned:
             base = self.base.get(name, self.whole.get(own))
             if base is None:
                 raise IncompatibleModel(f"{where} is not in the base{nearest(own, self.whole)}")
-            found = saved.described(own)
+            found = self.held[own]
             if found.shape != base.shape or not found.is_floating_point():
                 told = f"{where} is {list(found.shape)}, {found.dtype}; in the base {list(base.shape)}"
                 raise IncompatibleModel(f"{told}; {OR_WHOLE}")

@@ -144,9 +144,9 @@ HEAD, Q = "base_model.model.lm_head.weight", "base_model.model.model.layers.0.se
             "q_proj.lora_embedding_A' has no place by .*adapter_config.json",
         ),
         (
-            lambda t: t.update({HEAD: torch.ones(40, 16)}),
+            lambda t: t.update({HEAD: torch.ones(32, 8)}),
             IncompatibleModel,
-            r"the adapter's tensor 'lm_head.weight' is \[40, 16\], torch.float32; in the base \[32, 16\]",
+            r"the adapter's tensor 'lm_head.weight' is \[32, 8\], torch.float32; in the base \[32, 16\]",
         ),
         (
             lambda t: t.update({HEAD: torch.ones(32, 16, dtype=torch.int32)}),
@@ -169,7 +169,7 @@ HEAD, Q = "base_model.model.lm_head.weight", "base_model.model.model.layers.0.se
             "no tensors of an update",
         ),
     ],
-    ids=["lost", "shape", "stray", "vocabulary", "integers", "name", "twice", "none"],
+    ids=["lost", "shape", "stray", "width", "integers", "name", "twice", "none"],
 )
 def test_what_does_not_fit_is_named(edit, error, message, tmp_path):
     base = llama()
@@ -177,6 +177,18 @@ def test_what_does_not_fit_is_named(edit, error, message, tmp_path):
     edited(tmp_path, edit)
     with pytest.raises(error, match=message):
         FineTuned(tmp_path, base, get("causal-lm"))
+
+
+def test_of_new_tokens_what_the_base_has_too_is_merged_when_asked(tmp_path):
+    base = llama()
+    grown = copy.deepcopy(base)
+    grown.resize_token_embeddings(35)
+    model = adapted(grown, tmp_path, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    expected = model.merge_and_unload().state_dict()
+    with pytest.raises(IncompatibleModel, match="vocabulary has more than the base's: rows 32 to 34"):
+        FineTuned(tmp_path, base, get("causal-lm"))
+    for name, tensor in FineTuned(tmp_path, base, get("causal-lm"), "base").tensors().items():
+        torch.testing.assert_close(tensor, expected[name][: len(tensor)], msg=name)
 
 
 def test_an_update_of_the_wrong_kind_of_layer_is_refused(tmp_path):
