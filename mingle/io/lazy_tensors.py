@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from types import EllipsisType
 
+import torch
 from torch import Tensor
 
 #: rows of a tensor along its first dimension, or all of it
@@ -91,6 +92,23 @@ class Joined(LazyTensors):
 
     def in_rows(self, name: str) -> bool:
         return in_rows(self._part[name], name)
+
+
+class OnDevice(LazyTensors):
+    """The tensors of a mapping on a device."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        super().__init__(tensors)
+        self._tensors, self._device = tensors, device
+
+    def described(self, name: str) -> Tensor:
+        return described(self._tensors, name)
+
+    def rows(self, name: str, rows: Rows) -> Tensor:
+        return rows_of(self._tensors, name, rows).to(self._device)
+
+    def in_rows(self, name: str) -> bool:
+        return in_rows(self._tensors, name)
 
 
 def chosen(tensors: Mapping[str, Tensor], names: Collection[str]) -> Mapping[str, Tensor]:

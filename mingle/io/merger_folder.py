@@ -276,11 +276,8 @@ class Saved:
     def _base_hash(self) -> str:
         return str(self.manifest["base"]["sha256"])
 
-    def task_tensors(self) -> list[Tensors]:
-        return [dict(files) for files in self.task_files()]
-
     def task_files(self) -> list[journal.PartFiles]:
-        """The same, each tensor read when it is asked for."""
+        """What is kept of each task, each tensor read when it is asked for."""
         files = [entries_of(task["tensors"]) for task in self.manifest["tasks"]]
         return [journal.PartFiles(self.folder, entries) for entries in files]
 

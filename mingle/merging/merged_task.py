@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mingle.io.hub import ModelName
+from mingle.io.lazy_tensors import chosen
 from mingle.methods.base import Tensors
 from mingle.tasks import TaskData, TaskType
 from mingle.tasks.heads import Head
@@ -65,14 +66,14 @@ class MergedTask:
         head = {f"{_HEAD}{name}": tensor for name, tensor in self.tensors.items()}
         return head | {f"{_SHARED}{name}": tensor for name, tensor in self.shared.items()}
 
-    def take(self, saved: Tensors, task: TaskType, base: nn.Module) -> Tensors:
+    def take(self, saved: Mapping[str, Tensor], task: TaskType, base: nn.Module) -> Mapping[str, Tensor]:
         """Take what the task has of its own out of what was saved of it; the rest is the method's.
 
         Raises:
             ValueError: a head that this base cannot have.
         """
         own, self.shared = (
-            {name.removeprefix(kind): tensor for name, tensor in saved.items() if name.startswith(kind)}
+            {name.removeprefix(kind): saved[name] for name in saved if name.startswith(kind)}
             for kind in (_HEAD, _SHARED)
         )
         expected = task.heads(base)
@@ -80,7 +81,7 @@ class MergedTask:
             raise ValueError(f"task {self.name!r}: expected a head of {', '.join(expected) or 'nothing'}")
         self.tensors = {name: own[name] for name in expected}  # in the model's order
         task.check_head(self.head)
-        return {name: tensor for name, tensor in saved.items() if not is_own(name)}
+        return chosen(saved, [name for name in saved if not is_own(name)])
 
 
 @dataclass

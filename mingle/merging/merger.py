@@ -350,7 +350,7 @@ class Merger(MergeState):
         if base is None:
             merger.base_name = saved.base_name()
         saved.check_base(merger.base_hash)
-        merger._restore(saved.task_tensors(), saved.state_tensors(), folder)
+        merger._restore(saved.task_files(), saved.state_tensors(), folder)
         merger.metadata = saved.manifest["metadata"]
         return merger
 

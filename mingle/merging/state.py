@@ -17,13 +17,15 @@ from mingle import methods, tasks
 from mingle.io import merger_folder
 from mingle.io.files import CheckpointError
 from mingle.io.hub import ModelName
+from mingle.io.lazy_tensors import OnDevice
 from mingle.io.state_dicts import non_finite, state_hash
 from mingle.merging.answers import Answers
 from mingle.merging.evaluate import Result
 from mingle.merging.merged_task import MergedTask, RemovedTask
 from mingle.merging.vocabulary import Vocabulary, check_vocabulary
 from mingle.methods import MergeMethod
-from mingle.methods.base import Tensors
+from mingle.methods.base import SavedTasks, Tensors
+from mingle.methods.gated import GatedMethod
 from mingle.options import build, nearest
 from mingle.tasks import TaskType
 from mingle.tasks.heads import names_of, put_head, put_names
@@ -247,25 +249,29 @@ class MergeState:
         merger.answers = {name: Answers.read(noted) for name, noted in merge.get("answers", {}).items()}
         return merger
 
-    def _restore(self, saved: list[Tensors], state: Tensors, folder: Path) -> None:
+    def _restore(self, saved: SavedTasks, state: Tensors, folder: Path) -> None:
         """Take on what `_kept` gave of each task, and the state of its method.
+
+        Experts that are in files are read one by one, as the layers take copies of them.
 
         Raises:
             CheckpointError: tensors that belong to something else.
         """
-        place = next(self.model.parameters()).device
-        moved = [{name: tensor.to(place) for name, tensor in tensors.items()} for tensors in saved]
+        place, one_by_one = next(self.model.parameters()).device, isinstance(self.method, GatedMethod)
         try:
             own = [
-                task.take(tensors, self.task, self.base)
-                for task, tensors in zip(self.merged, moved, strict=True)
+                task.take(OnDevice(tensors, place), self.task, self.base)
+                for task, tensors in zip(self.merged, saved, strict=True)
             ]
-            self.method.restore(own, {name: tensor.to(place) for name, tensor in state.items()})
+            kept = own if one_by_one else [dict(tensors) for tensors in own]
+            self.method.restore(kept, {name: tensor.to(place) for name, tensor in state.items()})
             for number, tensors in enumerate(own):
                 if left := sorted(tensors.keys() - self.method.task_tensors(number).keys()):
                     raise ValueError(f"there is no place for {left[0]!r}")
             if self.merged:
                 self._put_head(-1)
+        except CheckpointError:  # a file that cannot be read
+            raise
         # what names, numbers and shapes of tensors that belong to something else lead to
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = f"the tensors do not fit the method {self.method.name!r} with these options"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +17,8 @@ from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.tasks import TaskData, TaskType
 
 Tensors = dict[str, torch.Tensor]
+#: what is saved of each task, where a tensor may be read when it is asked for
+SavedTasks = Sequence[Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class MergeMethod(ABC):
         """The tensors kept of all tasks together."""
 
     @abstractmethod
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
         """Return, bit for bit, to the state that `task_tensors` and `state_tensors` gave."""
 
     def without(self, index: int, tasks: list[Tensors]) -> Left:
@@ -297,7 +299,7 @@ class PlainMethod(MergeMethod):
             f"state/{name}": t for name, t in self.state.items()
         }
 
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
         self.take(widened(_under("merged/", state)), _under("state/", state))
 
 

@@ -16,7 +16,17 @@ from mingle.io.lazy_tensors import LazyTensors
 from mingle.io.state_dicts import task_vector
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts import reference
-from mingle.methods.base import Arrival, Folded, Kept, Left, MergeMethod, StepReport, Tensors, others
+from mingle.methods.base import (
+    Arrival,
+    Folded,
+    Kept,
+    Left,
+    MergeMethod,
+    SavedTasks,
+    StepReport,
+    Tensors,
+    others,
+)
 from mingle.methods.layer_deltas import LayerDeltas
 from mingle.nn.inject import find_targets, inject
 from mingle.nn.linear import MingleLinear
@@ -339,7 +349,7 @@ class GatedMethod(MergeMethod):
             return []
         return [task for task in range(index + 1, len(self.places)) if self.places[task] is not None]
 
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
         for tensors in tasks:
             self._count(merged=bool(tensors))
         for names in self.in_turn():

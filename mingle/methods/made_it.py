@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mingle import linalg
 from mingle.kernels.gated_experts import reference
-from mingle.methods.base import Arrival, Kept, Left, MergeMethod, StepReport, Tensors
+from mingle.methods.base import Arrival, Kept, Left, MergeMethod, SavedTasks, StepReport, Tensors
 from mingle.methods.experts import concatenated, shared_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.mass import input_directions
@@ -225,7 +225,7 @@ class MadeIt(GatedMethod):
         beside = "which experts later tasks joined was decided beside it, and stays"
         return Left(left.tasks, state, [beside] if self.later(index) else [])
 
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
         for name, layer in self.layers.items():
             for A, B in zip(state[f"{name}.A"], state[f"{name}.B"], strict=True):
                 self._append(name, A, B, torch.zeros(layer.in_features), 0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mingle.methods.base import Arrival, StepReport, Tensors
+from mingle.methods.base import Arrival, SavedTasks, StepReport, Tensors
 from mingle.methods.layer_router import Moments
 from mingle.methods.routing import RoutedMethod
 from mingle.nn.linear import MingleLinear
@@ -128,7 +128,7 @@ class Mass(RoutedMethod):
     def chooses(self) -> bool:
         return bool(self.options.most == 1)
 
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
         super().restore(tasks, state)
         if any(tasks):
             self._decide()

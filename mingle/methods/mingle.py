@@ -20,7 +20,7 @@ from mingle.adaptation.projector import RelaxedProjector
 from mingle.adaptation.teacher import TEACHER_BATCH, teacher_answers
 from mingle.adaptation.trace import AdaptTrace
 from mingle.adaptation.train import AdaptConfig, adapt_gates
-from mingle.methods.base import Arrival, Left, StepReport, Tensors
+from mingle.methods.base import Arrival, Left, SavedTasks, StepReport, Tensors
 from mingle.methods.experts import make_experts, own_layers, shared_experts
 from mingle.methods.gated import FirstGates, GatedMethod
 from mingle.nn.linear import GATE_INIT_STD
@@ -286,7 +286,7 @@ class Mingle(GatedMethod):
             )
         return Left(kept, state, stays, in_all)
 
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
         super().restore(tasks, state)
         for tensors in tasks:
             self.offsets.append(self._widths())

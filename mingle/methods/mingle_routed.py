@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mingle.methods.base import Arrival, Kept, Left, StepReport, Tensors
+from mingle.methods.base import Arrival, Kept, Left, SavedTasks, StepReport, Tensors
 from mingle.methods.layer_router import LayerRouter, Moments, Router
 from mingle.methods.mingle import Mingle, MingleOptions
 from mingle.methods.routing import RouterMethod
@@ -76,7 +76,7 @@ class MingleRouted(RouterMethod, Mingle):
         left = super().without(index, tasks)
         return self.known.without(left, bool(self.later(index)))
 
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
         super().restore(tasks, state)
         self.known.restored(filter(None, tasks))
 

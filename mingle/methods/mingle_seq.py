@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mingle.methods.base import Arrival, Left, StepReport, Tensors
+from mingle.methods.base import Arrival, Left, SavedTasks, StepReport, Tensors
 from mingle.methods.mingle import Mingle, MingleOptions
 from mingle.tasks import TaskType
 
@@ -77,6 +77,6 @@ class MingleSeq(Mingle):
             )
         return left
 
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
         super().restore(tasks, state)
         self.previous = state

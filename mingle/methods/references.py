@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from mingle.methods.base import Arrival, Kept, Left, MergeMethod, StepReport, Tensors, kept_size, others
+from mingle.methods.base import (
+    Arrival,
+    Kept,
+    Left,
+    MergeMethod,
+    SavedTasks,
+    StepReport,
+    Tensors,
+    kept_size,
+    others,
+)
 from mingle.tasks import TaskType
 
 
@@ -30,7 +40,7 @@ class PreTrained(MergeMethod):
     def state_tensors(self) -> Tensors:
         return {}
 
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
         pass
 
     def without(self, index: int, tasks: list[Tensors]) -> Left:
@@ -70,8 +80,8 @@ class Individual(MergeMethod):
     def state_tensors(self) -> Tensors:
         return {}
 
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
-        self.towers = tasks
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
+        self.towers = [dict(tensors) for tensors in tasks]
         if tasks:
             self.select(len(tasks) - 1)
 

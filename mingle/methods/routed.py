@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mingle.methods.base import Arrival, Kept, Left, StepReport, Tensors
+from mingle.methods.base import Arrival, Kept, Left, SavedTasks, StepReport, Tensors
 from mingle.methods.routing import RoutedMethod
 from mingle.methods.task_router import RouterOptions, TaskRouter
 from mingle.options import require_positive
@@ -72,6 +72,6 @@ class Routed(RoutedMethod):
         left = super().without(index, tasks)
         return self.known.without(left, bool(self.later(index)))
 
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
         super().restore(tasks, state)
         self.known.restored(filter(None, tasks))

@@ -16,7 +16,7 @@ from torch import nn
 from mingle.adaptation.losses import entropy
 from mingle.adaptation.train import AdaptConfig, adapt_gates
 from mingle.kernels.gated_experts import reference
-from mingle.methods.base import Arrival, Kept, Left, StepReport, Tensors, kept_size, widened
+from mingle.methods.base import Arrival, Kept, Left, SavedTasks, StepReport, Tensors, kept_size, widened
 from mingle.methods.experts import shared_experts
 from mingle.methods.gated import GatedMethod
 from mingle.methods.task_arithmetic import add_task_vector
@@ -166,7 +166,7 @@ class Wemoe(GatedMethod):
             "sum, from which no single task can be taken out again"
         )
 
-    def restore(self, tasks: list[Tensors], state: Tensors) -> None:
+    def restore(self, tasks: SavedTasks, state: Tensors) -> None:
         super().restore(tasks, state)
         self._load(widened(state))
 

@@ -11,6 +11,7 @@ import torch
 from small_merges import NAMES, merge
 
 from mingle import heap
+from mingle.io.journal import PartFiles
 from mingle.merging.merger import Merger
 from mingle.tasks import TaskData
 
@@ -45,3 +46,26 @@ def test_what_was_freed_between_tensors_in_use_is_given_back():
     before = resident()
     heap.trim()
     assert before - resident() > 0.7 * 4 * entries * (count - len(kept))
+
+
+@pytest.mark.parametrize("method", ["mingle", "mingle-routed"])
+def test_a_merge_that_is_loaded_has_one_read_tensor_beside_those_of_its_layers(
+    method, base_model, tuned_states, samples, tmp_path, monkeypatch
+):
+    merger = merge(base_model, tuned_states, samples, count=3, method=method)
+    merger.save_pretrained(tmp_path)
+    read, alive = [], []
+
+    def rows(self, name, rows, real=PartFiles.rows):
+        alive.append(sum(tensor() is not None for tensor in read))
+        tensor = real(self, name, rows)
+        if name.endswith((".A", ".B")):
+            read.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(PartFiles, "rows", rows)
+    loaded = Merger.from_pretrained(tmp_path)
+    layers = loaded.method.layers
+    assert len(read) == 2 * 3 * len(layers) and max(alive) <= 2
+    for name, layer in layers.items():
+        assert torch.equal(layer.A, merger.method.layers[name].A)
