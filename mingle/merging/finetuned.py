@@ -99,17 +99,7 @@ class FineTuned:
             config = None
             self._source = self.held
         elif ((folder := Path(model)) / ADAPTER_CONFIG).exists():
-            adapter = adapter_files.read(folder)
-            # What an adapter does not hold is as in the base, if it is there.
-            kept = {name: self.whole[name] for name in self.head_names if name not in absent(base)}
-            self.held = kept | {name: adapter.saved.described(name) for name in adapter.saved}
-            self._source = Joined(kept, adapter.saved)
-            self.adapter = self._named(adapter.changes, prefixes)
-            self._fit_vocabulary(vocabulary, prefixes, (base_folder, folder))
-            self.own = self._saved(adapter.saved, prefixes)
-            self._check_ties()
-            own_head = any(name in adapter.saved for name in self.head_names)
-            self._check_head(task, None if own_head else getattr(base, "config", None))
+            self._take_adapter(folder, base, task, vocabulary, base_folder)
             return
         else:
             checkpoint, config = ModelCheckpoint(folder, base, strip=False), folder
@@ -124,6 +114,26 @@ class FineTuned:
         self._check_head(task, config)
         if config is not None and hasattr(base, "config"):
             check_same_computation(base.config, task.config_part, config)
+
+    def _take_adapter(
+        self,
+        folder: Path,
+        base: nn.Module,
+        task: TaskType,
+        vocabulary: Vocabulary,
+        base_folder: Path | None,
+    ) -> None:
+        """Take on what a LoRA adapter's folder holds; all else is as in the base, if it is there."""
+        prefixes, adapter = task.prefixes(base), adapter_files.read(folder)
+        kept = {name: self.whole[name] for name in self.head_names if name not in absent(base)}
+        self.held = kept | {name: adapter.saved.described(name) for name in adapter.saved}
+        self._source = Joined(kept, adapter.saved)
+        self.adapter = self._named(adapter.changes, prefixes)
+        self._fit_vocabulary(vocabulary, prefixes, (base_folder, folder))
+        self.own = self._saved(adapter.saved, prefixes)
+        self._check_ties()
+        own_head = any(name in adapter.saved for name in self.head_names)
+        self._check_head(task, None if own_head else getattr(base, "config", None))
 
     def _fit_vocabulary(
         self, vocabulary: Vocabulary, prefixes: tuple[str, ...], folders: tuple[Path | None, Path | None]
