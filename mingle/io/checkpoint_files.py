@@ -12,6 +12,7 @@ from mingle.options import shown
 
 _MODEL, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 _NAMES = (_MODEL, _INDEX, _ADAPTER)
+_SHOWN = 5
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 
@@ -32,7 +33,9 @@ def find_checkpoint(path: Path) -> Path:
     with naming(path):
         pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES and file.is_file())
     if not pickles:
-        raise CheckpointError(f"{path}: no checkpoint; looked for {', '.join(_NAMES)}")
+        inside = sorted(str(config.parent) for config in path.glob(f"*/{ADAPTER_CONFIG}"))
+        found = f"; there are adapters in {', '.join(inside[:_SHOWN])}" if inside else ""
+        raise CheckpointError(f"{path}: no checkpoint; looked for {', '.join(_NAMES)}{found}")
     models = [file for file in pickles if file.name.startswith("pytorch_model")]
     adapters = [file for file in pickles if file.name.startswith("adapter_model")]
     # With no conventional name, the weights are by far the largest file: the rest is optimizer state or

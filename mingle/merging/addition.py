@@ -41,7 +41,7 @@ def add(
     method = merge.method
     with ranks.together(f"reading the model of task {name!r}"):
         merge.check_name(name)
-        samples = None if seed_data is None else merge.task.data(seed_data)
+        samples = None if seed_data is None else merge.task.samples(merge.model, seed_data)
         seeds = samples if method.needs_seeds else None
         if method.requires_seeds() and not seeds:
             raise ValueError(f"task {name!r}: method {method.name!r} needs seed samples, and none were given")

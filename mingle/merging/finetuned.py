@@ -76,8 +76,9 @@ class FineTuned:
         self.prefix = f"{inside}." if inside else ""
         #: every name, of the whole and of the tower → the first name of the same tensor
         self.whole_first, self.first = first_names(base), first_names(tower)
-        #: what an adapter makes of weights, by their names
+        #: what an adapter makes of the tower's weights, by their names, and of others, by the whole model's
         self.adapter: dict[str, Change] = {}
+        self.beside: dict[str, Change] = {}
         #: the model's tensors, on the meta device where they are yet to be read, and the base tower's names →
         #: their own; an adapter may have none
         self.held: Mapping[str, Tensor] = {}
@@ -128,9 +129,10 @@ class FineTuned:
         kept = {name: self.whole[name] for name in self.head_names if name not in absent(base)}
         self.held = kept | {name: adapter.saved.described(name) for name in adapter.saved}
         self._source = Joined(kept, adapter.saved)
-        self.adapter = self._named(adapter.changes, prefixes)
         self._fit_vocabulary(vocabulary, prefixes, (base_folder, folder))
         self.own = self._saved(adapter.saved, prefixes)
+        for layer, change in adapter.changes.items():
+            self._take_change(layer, change, base, prefixes)
         self._check_ties()
         own_head = any(name in adapter.saved for name in self.head_names)
         self._check_head(task, None if own_head else getattr(base, "config", None))
@@ -167,12 +169,16 @@ class FineTuned:
             base: that tensor, which in a base on the meta device has no values.
             rows: which rows of the tensor are wanted, if `in_rows`; those of the base are given.
         """
-        if name in self.own:
-            tensor = self._read(self.own[name], rows).detach().to(base.device, wide(base), copy=True)
-        else:
+        own, change = self.own.get(name), self.adapter.get(name)
+        if own is None:
             tensor = base.to(wide(base), copy=True)
-        if name in self.adapter:
-            self.adapter[name].apply_(self._oriented(tensor, name))
+        else:
+            # what an adapter changes is all of a larger vocabulary, as lengths of rows may count all of it
+            read = self._read(own, rows) if change is None else self._source[own]
+            tensor = read.detach().to(base.device, wide(base), copy=True)
+        if change is not None:
+            change.apply_(self._oriented(tensor, name))
+            tensor = tensor if own is None else self.growth.cut(own, tensor)
         if found := non_finite(tensor):
             if rows is not ...:
                 return self.tensor(name, base)  # which raises with what is wrong with all of it
@@ -199,7 +205,7 @@ class FineTuned:
         tensors = {name: self._read(name).detach() for name in self.head_names}
         if base is not None:  # an adapter may leave the base's head as it is
             tensors = {name: base[name] if t.is_meta else t for name, t in tensors.items()}
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        tensors = {name: self._changed(name, tensor.clone()) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             if found := non_finite(tensor):
                 raise IncompatibleModel(f"{name}: {found}")
@@ -226,6 +232,7 @@ class FineTuned:
         others = [name for name in self.held if name not in taken and not name.endswith("position_ids")]
         compared = inside | {name: name for name in others if name in self.whole}
         changed = [self.prefix + name for name in unmerged if name in self.adapter]
+        changed += [name for name in self.beside if name not in own]
         changed += [
             name for own, name in compared.items() if name not in changed and self._differs(own, name, base)
         ]
@@ -237,8 +244,15 @@ class FineTuned:
 
     def _oriented(self, weight: Tensor, name: str) -> Tensor:
         """A weight of the tower as [d_out, d_in], of an embedding transposed."""
-        layer = self.tower.get_submodule(name.removesuffix(".weight"))
-        return weight.mT if isinstance(layer, nn.Embedding) else oriented(weight, layer)
+        return _as_matrix(weight, self.tower.get_submodule(name.removesuffix(".weight")))
+
+    def _changed(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the head as an adapter makes it."""
+        if name not in self.beside:
+            return tensor
+        changed = tensor.to(wide(tensor), copy=True)
+        self.beside[name].apply_(changed)
+        return changed.to(tensor)
 
     def _differs(self, own: str, name: str, base: Mapping[str, Tensor] | None) -> bool:
         """Whether the model's tensor `own` is another than the whole base's tensor `name`."""
@@ -298,24 +312,30 @@ class FineTuned:
         """Tensors of the tower count as alike where only numbers differ, others by the part they are in."""
         return re.sub(r"\d+", "*", name) if name.startswith(self.prefix) else name.partition(".")[0]
 
-    def _named(self, changes: Mapping[str, Change], prefixes: tuple[str, ...]) -> dict[str, Change]:
-        """The adapter's changes, by the base's names of the weights."""
-        named: dict[str, Change] = {}
-        for layer, change in changes.items():
-            name = f"{_inside(layer, prefixes)}.weight"
-            where = f"the adapter's layer {layer!r}"
-            if name not in self.base:
-                raise IncompatibleModel(f"{where} is not in the base{nearest(name, self.base)}")
-            embedding = isinstance(self.tower.get_submodule(name.removesuffix(".weight")), nn.Embedding)
-            if change.embedding != embedding:
-                raise IncompatibleModel(f"{where} is {'an' if embedding else 'no'} embedding in the base")
-            shape = [change.expert.B.shape[0], change.expert.A.shape[1]]
-            own = list(self._oriented(self.base[name], name).shape)
-            if own != shape:
-                raise IncompatibleModel(f"{where} is {shape}, in the base {own}")
+    def _take_change(self, layer: str, change: Change, base: nn.Module, prefixes: tuple[str, ...]) -> None:
+        """Note what an adapter makes of a layer of the tower, or else of the whole model, once it fits it."""
+        where, inside, outside = f"the adapter's layer {layer!r}", _inside(layer, prefixes), f"{layer}.weight"
+        name = f"{inside}.weight"
+        tower = name in self.base
+        if not tower and outside not in self.whole:
+            near = nearest(name, self.base) or nearest(outside, self.whole)
+            raise IncompatibleModel(f"{where} is not in the base{near}")
+        module = self.tower.get_submodule(inside) if tower else base.get_submodule(layer)
+        if change.embedding != isinstance(module, nn.Embedding):
+            raise IncompatibleModel(f"{where} is {'no' if change.embedding else 'an'} embedding in the base")
+        own = self.own.get(name) if tower else outside
+        weight = self.base[name] if tower else self.whole[outside]
+        weight = described(self._source, own) if own is not None and own in self._source else weight
+        found = [change.expert.B.shape[0], change.expert.A.shape[1]]
+        shape = list(weight.shape)
+        if found != list(_as_matrix(weight, module).shape):
+            told = found[::-1] if change.embedding else found
+            raise IncompatibleModel(f"{where} is {told}, in the base {shape}")
+        if tower:
             self._check_alone(name, where, [name])
-            named[name] = change
-        return named
+            self.adapter[name] = change
+        else:
+            self.beside[outside] = change
 
     def _saved(self, saved: Collection[str], prefixes: tuple[str, ...]) -> dict[str, str]:
         """The base tower's names of the whole tensors that an adapter has, but for the head's."""
@@ -350,3 +370,8 @@ class FineTuned:
 def _inside(name: str, prefixes: tuple[str, ...]) -> str:
     """A name of an adapter without what may stand before the tower's own names."""
     return name.removeprefix(next((prefix for prefix in prefixes if name.startswith(prefix)), ""))
+
+
+def _as_matrix(weight: Tensor, layer: nn.Module) -> Tensor:
+    """A layer's weight as [d_out, d_in], of an embedding transposed."""
+    return weight.mT if isinstance(layer, nn.Embedding) else oriented(weight, layer)

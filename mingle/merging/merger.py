@@ -199,7 +199,8 @@ class Merger(MergeState):
             known = unknown = None
             if name in wanted:
                 with ranks.together(f"evaluating task {name!r}"):
-                    model, data = self.model_for(name), self.task.data(suite[name])
+                    model = self.model_for(name)
+                    data = self.task.samples(model, suite[name])
                     if separable and data.metric == "accuracy":
                         known, unknown, answers[name] = accuracies(everything, place, model, data, batch_size)
                     else:
@@ -311,7 +312,7 @@ class Merger(MergeState):
             return
         samples = None
         if seed_data is not None and method.folds_by_means:
-            samples = self.task.data(seed_data)
+            samples = self.task.samples(self.model, seed_data)
             if method.needs_answers:
                 samples = self.task.prepared(lambda: self.model, samples)
         exports.write_folded(folder, merged, task, samples)

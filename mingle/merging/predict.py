@@ -135,10 +135,12 @@ class AllTasks:
         """Samples without labels, with something in the place of what those of a task share."""
         shared = self.heads[0].shared
         if isinstance(given, TaskData):
-            return self.task.data(replace(given, shared=shared, labels=None, class_names=None))
+            return self.task.samples(
+                self.method.model, replace(given, shared=shared, labels=None, class_names=None)
+            )
         dropped = ("labels", "class_names", *shared)
         kept = {name: part for name, part in given.items() if name not in dropped}
-        return self.task.data({**kept, **shared})
+        return self.task.samples(self.method.model, {**kept, **shared})
 
 
 def lacking(task: TaskType, name: str, head: Head) -> str:

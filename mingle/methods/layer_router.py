@@ -108,7 +108,8 @@ class LayerRouter:
             if isinstance(tokens, Tensor) and tokens.shape[1] < prompt_length():
                 part = f"the first {tokens.shape[1]} of the {prompt_length()} tokens of a prompt"
                 raise ValueError(
-                    f"{part}: which expert it needs is decided on all; generate without prefill_chunk_size"
+                    f"{part}: which expert it needs is decided on all; generate without prefill_chunk_size, "
+                    "and with use_cache=False where the model has no key-value cache but a state"
                 )
             gates = self.decided(self.router, self.moments(encoder, args, kwargs, self.read))
         self._decided = gates

@@ -120,7 +120,13 @@ class Mass(RoutedMethod):
     def _merge(self, arrival: Arrival, deltas: Mapping[str, Tensor]) -> StepReport:
         self.add_experts(deltas)
         self._decide()
-        return StepReport()
+        layer = self.layers[self.deciding]
+        if layer.rank < layer.in_features:
+            return StepReport()
+        told = (
+            f"{self.deciding} has {layer.in_features} inputs, and experts of rank {layer.rank} span them all"
+        )
+        return StepReport(notes=[f"{told}: rounding decides which task an input is for; give a lower rank"])
 
     def _decide(self) -> None:
         self.router.router = ResidualRouter(self.layers[self.deciding], self.options)

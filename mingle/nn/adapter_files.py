@@ -7,7 +7,7 @@ whole tensors: of `modules_to_save`, trained biases, and embeddings that PEFT sa
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,8 @@ _MAGNITUDE = "lora_magnitude_vector"
 _MORE = frozenset({"use_dora", "modules_to_save", "bias"})
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_NAME = 1000
+#: where the file of an adapter with trained biases has those of whole modules once more
+_COPY = re.compile(r"\.(?:modules_to_save|original_module)\.")
 
 
 class Change(NamedTuple):
@@ -129,7 +131,7 @@ def factor_names(layer: str) -> tuple[str, str]:
 
 
 def _sorted(
-    tensors: Iterable[str], path: Path, only: Collection[str] | None
+    tensors: Collection[str], path: Path, only: Collection[str] | None
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """The parts of each layer's update by name, and whole tensors by their names in the model.
 
@@ -139,6 +141,8 @@ def _sorted(
     saved: dict[str, str] = {}
     adapters = set[str | None]()
     for name in tensors:
+        if (plain := _COPY.sub(".", name)) != name and plain in tensors:
+            continue
         whole = name.removeprefix(ROOT).replace(".base_layer.", ".")  # of a layer that has an update too
         match = _PART.fullmatch(name) if len(name) <= _MAX_NAME else None
         if match and (only is None or match["linear"]):
@@ -189,6 +193,8 @@ def _check_parts(
             )
     a, b = (names[half] for half in halves)
     rank, A, B = config.rank(layer), reader.shape(a), reader.shape(b)
+    if len(A) > 2:
+        raise CheckpointError(f"{path}: tensor {a!r} is {list(A)}, of a convolution; {OR_WHOLE}")
     if len(A) != 2 or len(B) != 2 or A[0] != rank or B[1] != rank:
         raise CheckpointError(
             f"{path}: tensors {a!r} {list(A)} and {b!r} {list(B)}: "

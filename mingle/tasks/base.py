@@ -19,6 +19,7 @@ from mingle.tasks.configs import CONFIG
 from mingle.tasks.data import TaskData, class_names_of
 from mingle.tasks.heads import Head, common_part, head_of, put_head
 from mingle.tasks.structure import Structure, find_structure, run_example
+from mingle.tasks.token_ids import check_token_ids
 from mingle.tasks.vocabulary import Vocabulary
 
 
@@ -104,6 +105,16 @@ class TaskType(ABC):
         if len(set(rows.values())) > 1:
             raise ValueError(f"samples with inputs of {rows} rows: expected one row per sample in each")
         return TaskData(inputs, {}, given.get("labels"), class_names=names)
+
+    def samples(self, model: nn.Module, given: TaskData | Mapping[str, Any]) -> TaskData:
+        """The same, once it is certain that the model can read them.
+
+        Raises:
+            ValueError: see `data`; also tokens that the model does not know.
+        """
+        data = self.data(given)
+        check_token_ids(model, data)
+        return data
 
     def outcomes(self, model: nn.Module, data: TaskData) -> Tensor:
         """The result for each sample: 1 or 0, right or wrong, [n]; or numbers given and wanted, [n, 2].

@@ -20,7 +20,11 @@ from mingle.tasks.labels import ONE_CLASS, labels_of
 from mingle.tasks.loading import absent, note_absent
 
 #: endings of the names of classes in transformers that have a classifier's head
-_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+_CLASSIFIERS = (
+    "ForSequenceClassification",
+    "ForImageClassification",
+    "ForImageClassificationWithTeacher",  # DeiT's that were distilled
+)
 
 
 class ClassificationTask(TaskType):
@@ -147,7 +151,7 @@ class ClassificationTask(TaskType):
 
 
 def auto_class(auto: str, config: Mapping[str, Any], what: str) -> type[Any]:
-    """The class in transformers that one of its auto-classes finds for a ``config.json``.
+    """The class in transformers that one of its auto-classes finds for a ``config.json``; its own, if it can.
 
     Args:
         auto: the name of the auto-class.
@@ -163,8 +167,9 @@ def auto_class(auto: str, config: Mapping[str, Any], what: str) -> type[Any]:
     if config_class not in mapping:
         raise ValueError(f"model_type: transformers has no {config['model_type']!r} with {what}")
     found = mapping[config_class]
-    result: type[Any] = found[0] if isinstance(found, tuple) else found
-    return result
+    classes: tuple[type[Any], ...] = found if isinstance(found, tuple) else (found,)
+    own = config.get("architectures") or ()
+    return next((each for each in classes if each.__name__ in own), classes[0])
 
 
 class ImageClassificationTask(ClassificationTask):

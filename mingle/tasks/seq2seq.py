@@ -92,8 +92,9 @@ class Seq2SeqTask(TaskType):
         answers = of_all([self._answers(model, batch).cpu() for batch in own_batches(model, seeds, _BATCH)])
         ends, pad = endings(model)
         given = torch.cat(_padded(answers, pad))[:, :-1].to(model.device)
-        # Nothing is predicted from the end of an answer on.
-        ended = torch.isin(given, given.new_tensor(ends)).cumsum(1) > 0
+        # Nothing is predicted from the end of an answer on.  The first token starts it, which in BART is the
+        # one that ends it.
+        ended = F.pad(torch.isin(given[:, 1:], given.new_tensor(ends)).cumsum(1) > 0, (1, 0))
         return replace(
             seeds,
             inputs={**seeds.inputs, "decoder_input_ids": given, "decoder_attention_mask": (~ended).long()},

@@ -36,6 +36,8 @@ def adapter(base, folder, **options):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
+        ("bert", dict(task_type="SEQ_CLS", target_modules=["query"], bias="all")),
+        ("vit", dict(target_modules=["q_proj"], modules_to_save=["classifier"], bias="lora_only")),
         ("bert", dict(task_type="SEQ_CLS", target_modules=["query", "value"])),
         ("roberta", dict(task_type="SEQ_CLS", target_modules=["query", "dense"])),
         ("llama", dict(task_type="SEQ_CLS", target_modules="all-linear")),
@@ -64,6 +66,22 @@ def test_what_an_adapter_saved_beside_the_head_is_merged(tmp_path):
     merger.add("one", tmp_path, {**inputs(base), "class_names": list(NAMES[1])})
     embeddings = model.base_model.model.get_input_embeddings().modules_to_save["default"].weight
     assert torch.equal(merger.model_for("one").get_input_embeddings().weight, embeddings)
+
+
+def test_an_update_of_the_base_s_head_is_the_task_s_own(tmp_path):
+    base = made("bert")
+    model = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["query", "classifier"])
+    ).eval()
+    with torch.no_grad():
+        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+            parameter += 0.2 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path)
+    merger = mingle.Merger(base, "average")
+    merger.add("one", tmp_path)
+    torch.testing.assert_close(
+        merger.model_for("one")(**inputs(base)).logits, model(**inputs(base)).logits, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_an_adapter_without_a_head_has_that_of_the_base_if_it_is_there(tmp_path):

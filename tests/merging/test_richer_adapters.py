@@ -191,6 +191,31 @@ def test_of_new_tokens_what_the_base_has_too_is_merged_when_asked(tmp_path):
         torch.testing.assert_close(tensor, expected[name][: len(tensor)], msg=name)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_updates_over_new_tokens_are_merged_for_those_that_the_base_has(dora, tmp_path):
+    base = llama()
+    grown = copy.deepcopy(base)
+    grown.resize_token_embeddings(35)
+    model = adapted(grown, tmp_path, target_modules=["q_proj", "embed_tokens", "lm_head"], use_dora=dora)
+    expected = model.merge_and_unload().state_dict()
+    with pytest.raises(IncompatibleModel, match="vocabulary has more than the base's: rows 32 to 34"):
+        FineTuned(tmp_path, base, get("causal-lm"))
+    for name, tensor in FineTuned(tmp_path, base, get("causal-lm"), "base").tensors().items():
+        assert tensor.shape == base.state_dict()[name].shape
+        torch.testing.assert_close(tensor, expected[name][: len(tensor)], msg=name)
+
+
+def test_updates_outside_of_the_tower_are_left_out_and_named(base_model, samples, tmp_path):
+    """PEFT's usual targets are in both towers of a CLIP."""
+    adapted(base_model, tmp_path, target_modules=["q_proj", "visual_projection"])
+    merger = mingle.Merger(base_model, "average")
+    [left] = merger.add("one", tmp_path).notes
+    assert "text_model" in left and "visual_projection" in left and "vision_model" not in left
+    before, after = (model.state_dict() for model in (base_model, merger.model))
+    changed = {name for name, tensor in after.items() if not torch.equal(before[name], tensor)}
+    assert changed and all("vision_model" in name and "q_proj" in name for name in changed)
+
+
 def test_an_update_of_the_wrong_kind_of_layer_is_refused(tmp_path):
     base = llama()
     adapted(base, tmp_path, target_modules=["embed_tokens"])
@@ -216,7 +241,7 @@ def test_a_row_without_a_direction_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(target_modules=["embed_tokens"]), "'model.embed_tokens' is one tensor with 'lm_head.weight'"),
+        (dict(target_modules=["embed_tokens"]), f"'{EMBEDDING}' is one tensor with 'lm_head.weight'"),
         (
             dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
             f"'{EMBEDDING}' is one tensor with 'lm_head.weight'",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from few_methods import each_method
-from small_merges import same_bits
-from transformers import T5Config, T5ForConditionalGeneration
+from small_merges import SETTINGS, same_bits
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import mingle
 from mingle.adaptation import input_directions
@@ -306,3 +307,28 @@ def test_folders_in_hub_format(base, tuned, tmp_path):
 def test_bad_samples_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         TASK.data(given)
+
+
+def test_an_answer_may_start_with_the_token_that_ends_it():
+    """As in BART."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, d_model=32, max_position_embeddings=40, forced_eos_token_id=None)
+    layers = {
+        f"{side}_{key}": value
+        for side in ("encoder", "decoder")
+        for key, value in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 48))
+    }
+    base = BartForConditionalGeneration(BartConfig(**sizes, **layers)).eval()
+    assert base.config.decoder_start_token_id == base.config.eos_token_id
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    seeds = {"input_ids": torch.randint(4, 60, (6, 5)), "attention_mask": torch.ones(6, 5).long()}
+    prepared = TASK.prepared(lambda: tuned, TaskData(seeds))
+    counted, given = TASK.valid(prepared), prepared.inputs["decoder_input_ids"]
+    assert counted[:, 0].all()
+    assert not counted[:, 1:][given[:, 1:] == base.config.eos_token_id].any()
+    merger = mingle.Merger(base, "mingle", **SETTINGS)
+    trace = merger.add("one", tuned, seeds).trace
+    assert all(math.isfinite(loss) for loss in trace.loss)
