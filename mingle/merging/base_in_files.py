@@ -14,6 +14,7 @@ from mingle.io.state_dicts import state_hash
 from mingle.merging.state import MergeState
 from mingle.tasks import TaskType
 from mingle.tasks.loading import BaseTensors, computed
+from mingle.tasks.precision import Precision, dtype_of
 
 
 def not_as_stored(base: nn.Module) -> list[str]:
@@ -40,8 +41,8 @@ class BaseInFiles(MergeState):
         return _hash(self.values)
 
     @classmethod
-    def hash_of(cls, task: TaskType, folder: Path) -> str:
-        return _hash(BaseTensors(folder, cls._loaded(task, folder)))
+    def hash_of(cls, task: TaskType, folder: Path, dtype: Precision) -> str:
+        return _hash(BaseTensors(folder, cls._loaded(task, folder), dtype_of(dtype)))
 
     def _model_of(self, base: nn.Module | str | Path) -> nn.Module:
         return base if isinstance(base, nn.Module) else self._loaded(self.task, Path(base))

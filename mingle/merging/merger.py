@@ -52,10 +52,14 @@ class Merger(MergeState):
         device: where the merged model lives; None leaves it where the base is.
         vocabulary: what fine-tuned models with new tokens get: ``same`` refuses them, ``base`` merges the
             rows of embeddings and head that the base has too, and tells what is lost.
+        dtype: of the base, the merged model and the teacher: ``float32``, ``bfloat16`` or ``float16``; None
+            leaves a module's, and is float32 for a folder.  Gates, and what is summed up over tasks, stay in
+            float32.
         options: the method's own, see its ``Options``.
 
     Raises:
-        ValueError: an unknown method, task type, option or vocabulary; a base with NaN or infinite weights.
+        ValueError: an unknown method, task type, option, vocabulary or dtype; a base with NaN or infinite
+            weights.
         CheckpointError: a folder that does not hold an intact model.
     """
 

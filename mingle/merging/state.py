@@ -31,6 +31,7 @@ from mingle.tasks import TaskType
 from mingle.tasks.heads import names_of, put_head, put_names
 from mingle.tasks.loading import absent
 from mingle.tasks.names import in_files
+from mingle.tasks.precision import Precision, dtype_of, put_into
 
 if TYPE_CHECKING:
     from mingle.merging.finetuned import FineTuned
@@ -48,9 +49,11 @@ class MergeState:
         seed: int = 0,
         device: str | torch.device | None = None,
         vocabulary: Vocabulary = "same",
+        dtype: Precision | None = None,
         **options: Any,
     ) -> None:
         check_vocabulary(vocabulary)
+        precision = None if dtype is None else dtype_of(dtype)
         self.task = _task_type(task_type, base_model)
         method_class = methods.get(method)
         self.options: Any = build(method_class.Options, options, f"method {method!r}")
@@ -58,6 +61,9 @@ class MergeState:
         self.base_folder = None if isinstance(base_model, nn.Module) else Path(base_model)
         self.base_name = model_name(base_model)
         self.base = self._model_of(base_model)
+        if precision is not None:
+            own = copy.deepcopy(self.base) if isinstance(base_model, nn.Module) else self.base
+            self.base = put_into(own, precision)
         if device is not None:
             self.base = copy.deepcopy(self.base).to(device)
         tower = self.base.get_submodule(self.task.tower(self.base))
@@ -88,9 +94,9 @@ class MergeState:
         return state_hash(self.base)
 
     @classmethod
-    def hash_of(cls, task: TaskType, folder: Path) -> str:
+    def hash_of(cls, task: TaskType, folder: Path, dtype: Precision) -> str:
         """The same of the base that a folder holds."""
-        return state_hash(cls._loaded(task, folder))
+        return state_hash(put_into(cls._loaded(task, folder), dtype_of(dtype)))
 
     @staticmethod
     def _loaded(task: TaskType, folder: Path) -> nn.Module:
@@ -227,7 +233,7 @@ class MergeState:
         """
         task, model = task_type or tasks.get(merge["task_type"]), base
         if not isinstance(model, nn.Module):
-            model = cls._loaded(task, Path(model)).to(getattr(torch, merge["dtype"]))
+            model = put_into(cls._loaded(task, Path(model)), getattr(torch, merge["dtype"]))
         try:
             merger = cls(
                 model,

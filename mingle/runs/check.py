@@ -29,6 +29,7 @@ from mingle.suites import Suite
 from mingle.tasks import TaskType
 from mingle.tasks.image_settings import differing_preparation
 from mingle.tasks.loading import ModelCheckpoint
+from mingle.tasks.precision import dtype_of, put_into
 
 
 def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
@@ -47,7 +48,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
     revisions = _revisions(config, folders)
     base = hub.resolve(config.base, None, revisions)
     task = tasks.of(base) if config.task_type is None else tasks.get(config.task_type)
-    model = task.skeleton(base)
+    model = put_into(task.skeleton(base), dtype_of(config.dtype))
     experts = {
         expert.name: hub.resolve(expert.model, expert.revision, revisions) for expert in config.experts
     }

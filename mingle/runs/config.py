@@ -13,6 +13,7 @@
     adapt: {steps: 50, lr: 1.0e-4, batch_size: 16, samples_per_class: 5, temperature: 2.0, protocol: strict}
     eval: {suite: images/, every_step: true, batch_size: 128}
     vocabulary: same                          # or base: of models with new tokens, merge the rows both have
+    dtype: float32                            # or bfloat16, float16: of the base and the merged model
     keep: 3                                   # generations; without it, all are kept
     shard: auto                               # always, never: whether processes share out the weights
     options: {constraint: hard}               # anything else the method takes
@@ -36,6 +37,7 @@ from mingle.options import OptionError, build, refuse_unknown, require_positive,
 from mingle.runs import strict_yaml
 from mingle.runs.sharding import Shard
 from mingle.suites.protocol import PROTOCOLS
+from mingle.tasks.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class MergeConfig:
     adapt: Adapt = field(default_factory=Adapt)
     eval: Eval = field(default_factory=Eval)
     vocabulary: Vocabulary = "same"
+    dtype: Precision = "float32"
     keep: int | None = None
     shard: Shard = "auto"
     options: dict[str, Any] = field(default_factory=dict)

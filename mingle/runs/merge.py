@@ -142,6 +142,7 @@ class MergePlan:
                 self.task.name,
                 device=device,
                 vocabulary=self.config.vocabulary,
+                dtype=self.config.dtype,
                 **self.options,
             )
             merger.metadata = self.origin()
@@ -150,7 +151,7 @@ class MergePlan:
             merger = in_memory.from_pretrained(folder, device=device)
         else:
             merger = StreamedMerger.from_pretrained(folder)
-        if merger.base_hash != kind.hash_of(self.task, self.base):
+        if merger.base_hash != kind.hash_of(self.task, self.base, self.config.dtype):
             raise CheckpointError(f"{folder}: was started with a base model other than {self.base}")
         merger.metadata["revisions"] = self.revisions
         return merger

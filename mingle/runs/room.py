@@ -64,7 +64,7 @@ def in_memory(fitted: MergeMethod, size: Room, tasks: int, processes: int | None
         processes: how many share out the weights of models, the rest of which stays in files; that of each,
             rather too little.  None for one that has whole models, of whichever number.
     """
-    whole, kept = kept_size(fitted.model.state_dict().values()), size.task * tasks + size.state
+    whole, kept = sum(t.nbytes for t in fitted.model.state_dict().values()), size.task * tasks + size.state
     if processes is not None:
         own = whole // processes
         models = {"merged model": own, "its teacher": own}

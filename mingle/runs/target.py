@@ -67,6 +67,7 @@ def _check_folder(folder: Path, plan: MergePlan, order: list[str]) -> int:
         {"method": plan.config.method, "task_type": plan.task.name, "options": plan.options}, plan.origin()
     )
     found["vocabulary"], wanted["vocabulary"] = manifest.get("vocabulary", "same"), plan.config.vocabulary
+    found["dtype"], wanted["dtype"] = manifest["dtype"], plan.config.dtype
     differing = [
         f"{key}: {found.get(key)!r} there, {value!r} now"
         for key, value in wanted.items()

@@ -18,6 +18,7 @@ from mingle.tasks.data import TaskData, class_names_of
 from mingle.tasks.heads import Head, names_of
 from mingle.tasks.labels import ONE_CLASS, labels_of
 from mingle.tasks.loading import absent, note_absent
+from mingle.tasks.precision import given_to
 
 #: endings of the names of classes in transformers that have a classifier's head
 _CLASSIFIERS = (
@@ -71,8 +72,7 @@ class ClassificationTask(TaskType):
 
     def logits(self, model: nn.Module, data: TaskData) -> Tensor:
         """The scores of the classes of the head that is in the model, [n, C]."""
-        device = next(model.parameters()).device
-        result: Tensor = model(**{name: tensor.to(device) for name, tensor in data.inputs.items()}).logits
+        result: Tensor = model(**given_to(model, data.inputs)).logits
         return result
 
     def base(self, model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from mingle.tasks.data import TaskData, class_names_of
 from mingle.tasks.heads import Head
 from mingle.tasks.image_processor import ImageProcessor
 from mingle.tasks.pixels import upright_rgb
+from mingle.tasks.precision import given_to
 
 _INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
@@ -78,10 +79,7 @@ class ClipTask(ClassEmbeddingTask):
         ALIGN has a temperature, 1 / exp(s), in the scale's place.
         """
         clip: Any = model
-        device = next(model.parameters()).device
-        pooled = clip.vision_model(
-            **{name: tensor.to(device) for name, tensor in data.inputs.items()}
-        ).pooler_output
+        pooled = clip.vision_model(**given_to(model, data.inputs)).pooler_output
         image = F.normalize(_projected(clip, "visual_projection", pooled), dim=-1)
         scale = clip.logit_scale.exp() if hasattr(clip, "logit_scale") else 1 / clip.temperature
         scaled: torch.Tensor = scale * image @ data.shared["text_embeds"].to(image).mT
