@@ -69,7 +69,9 @@ class FineTuned:
         base_folder: Path | None = None,
     ) -> None:
         inside = task.tower(base)
-        tower, prefixes = base.get_submodule(inside), task.prefixes(base)
+        tower = base.get_submodule(inside)
+        #: what may stand before the tower's names, and the base's own name for what is below its head
+        self._prefixes, self._inner = task.prefixes(base), getattr(base, "base_model_prefix", "")
         #: the base's tensors, its tower and that one's tensors, and what comes before the latter's names in
         #: the former
         self.whole, self.tower, self.base = base.state_dict(), tower, tower.state_dict()
@@ -107,10 +109,10 @@ class FineTuned:
             self._source = checkpoint
             self.held = {name: checkpoint.described(name) for name in checkpoint}
         own_folder = None if isinstance(model, nn.Module | Mapping) else folder
-        self._fit_vocabulary(vocabulary, prefixes, (base_folder, own_folder))
+        self._fit_vocabulary(vocabulary, (base_folder, own_folder))
         may_lack = (set(task.optional(base)) | computed(base)) - set(self.head_names)
         optional = {name.removeprefix(self.prefix) for name in may_lack}
-        self.own = own_names(self.base, self.held, prefixes, self.first, optional)
+        self.own = own_names(self.base, self.held, self._prefixes, self.first, optional)
         self._check_ties()
         self._check_head(task, config)
         if config is not None and hasattr(base, "config"):
@@ -125,23 +127,21 @@ class FineTuned:
         base_folder: Path | None,
     ) -> None:
         """Take on what a LoRA adapter's folder holds; all else is as in the base, if it is there."""
-        prefixes, adapter = task.prefixes(base), adapter_files.read(folder)
+        adapter = adapter_files.read(folder)
         kept = {name: self.whole[name] for name in self.head_names if name not in absent(base)}
         self.held = kept | {name: adapter.saved.described(name) for name in adapter.saved}
         self._source = Joined(kept, adapter.saved)
-        self._fit_vocabulary(vocabulary, prefixes, (base_folder, folder))
-        self.own = self._saved(adapter.saved, prefixes)
+        self._fit_vocabulary(vocabulary, (base_folder, folder))
+        self.own = self._saved(adapter.saved)
         for layer, change in adapter.changes.items():
-            self._take_change(layer, change, base, prefixes)
+            self._take_change(layer, change, base)
         self._check_ties()
         own_head = any(name in adapter.saved for name in self.head_names)
         self._check_head(task, None if own_head else getattr(base, "config", None))
 
-    def _fit_vocabulary(
-        self, vocabulary: Vocabulary, prefixes: tuple[str, ...], folders: tuple[Path | None, Path | None]
-    ) -> None:
+    def _fit_vocabulary(self, vocabulary: Vocabulary, folders: tuple[Path | None, Path | None]) -> None:
         """Take of a larger vocabulary what the base has too, or refuse it."""
-        self.growth = growth(self.tower, self.base, self.first, self.held, prefixes, folders)
+        self.growth = growth(self.tower, self.base, self.first, self.held, self._prefixes, folders)
         if self.growth.shapes:
             if vocabulary == "same":
                 raise IncompatibleModel(
@@ -312,9 +312,15 @@ class FineTuned:
         """Tensors of the tower count as alike where only numbers differ, others by the part they are in."""
         return re.sub(r"\d+", "*", name) if name.startswith(self.prefix) else name.partition(".")[0]
 
-    def _take_change(self, layer: str, change: Change, base: nn.Module, prefixes: tuple[str, ...]) -> None:
+    def _inside(self, name: str) -> str:
+        """A layer or a tensor of an adapter by its name in the tower; one of neither keeps its own."""
+        bare = name.removeprefix(next((start for start in self._prefixes if name.startswith(start)), ""))
+        deeper = f"{self._inner}.{bare}"  # the adapter is of the model without its head
+        return deeper if {deeper, f"{deeper}.weight"} & self.base.keys() else bare
+
+    def _take_change(self, layer: str, change: Change, base: nn.Module) -> None:
         """Note what an adapter makes of a layer of the tower, or else of the whole model, once it fits it."""
-        where, inside, outside = f"the adapter's layer {layer!r}", _inside(layer, prefixes), f"{layer}.weight"
+        where, inside, outside = f"the adapter's layer {layer!r}", self._inside(layer), f"{layer}.weight"
         name = f"{inside}.weight"
         tower = name in self.base
         if not tower and outside not in self.whole:
@@ -327,21 +333,21 @@ class FineTuned:
         weight = self.base[name] if tower else self.whole[outside]
         weight = described(self._source, own) if own is not None and own in self._source else weight
         found = [change.expert.B.shape[0], change.expert.A.shape[1]]
-        shape = list(weight.shape)
-        if found != list(_as_matrix(weight, module).shape):
-            told = found[::-1] if change.embedding else found
-            raise IncompatibleModel(f"{where} is {told}, in the base {shape}")
+        wanted = list(_as_matrix(weight, module).shape)
+        if found != wanted:
+            told, there = (shape[::-1] if change.embedding else shape for shape in (found, wanted))
+            raise IncompatibleModel(f"{where} is {told}, in the base {there}")
         if tower:
             self._check_alone(name, where, [name])
             self.adapter[name] = change
         else:
             self.beside[outside] = change
 
-    def _saved(self, saved: Collection[str], prefixes: tuple[str, ...]) -> dict[str, str]:
+    def _saved(self, saved: Collection[str]) -> dict[str, str]:
         """The base tower's names of the whole tensors that an adapter has, but for the head's."""
         named: dict[str, str] = {}
         for own in (own for own in saved if own not in self.head_names):
-            name, where = _inside(own, prefixes), f"the adapter's tensor {own!r}"
+            name, where = self._inside(own), f"the adapter's tensor {own!r}"
             base = self.base.get(name, self.whole.get(own))
             if base is None:
                 raise IncompatibleModel(f"{where} is not in the base{nearest(own, self.whole)}")
@@ -365,11 +371,6 @@ class FineTuned:
                 f"{where} is one tensor with {tied[0]!r} in the base, which the update would change too; "
                 "give a base whose file holds both, apart from each other"
             )
-
-
-def _inside(name: str, prefixes: tuple[str, ...]) -> str:
-    """A name of an adapter without what may stand before the tower's own names."""
-    return name.removeprefix(next((prefix for prefix in prefixes if name.startswith(prefix)), ""))
 
 
 def _as_matrix(weight: Tensor, layer: nn.Module) -> Tensor:

@@ -216,6 +216,16 @@ def test_updates_outside_of_the_tower_are_left_out_and_named(base_model, samples
     assert changed and all("vision_model" in name and "q_proj" in name for name in changed)
 
 
+def test_an_adapter_of_a_model_without_its_head_fits_the_one_with_it(tmp_path):
+    base = llama()
+    options = dict(target_modules=["q_proj"], modules_to_save=["norm"])
+    expected = adapted(base.model, tmp_path, **options).merge_and_unload().state_dict()
+    found = FineTuned(tmp_path, base, get("causal-lm")).tensors()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[f"model.{name}"], tensor, msg=name)
+    assert torch.equal(found["lm_head.weight"], base.lm_head.weight)
+
+
 def test_an_update_of_the_wrong_kind_of_layer_is_refused(tmp_path):
     base = llama()
     adapted(base, tmp_path, target_modules=["embed_tokens"])
