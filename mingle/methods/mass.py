@@ -120,13 +120,15 @@ class Mass(RoutedMethod):
     def _merge(self, arrival: Arrival, deltas: Mapping[str, Tensor]) -> StepReport:
         self.add_experts(deltas)
         self._decide()
+        return StepReport(notes=self.notes_without_samples())
+
+    def notes_without_samples(self) -> list[str]:
         layer = self.layers[self.deciding]
-        if layer.rank < layer.in_features:
-            return StepReport()
-        told = (
-            f"{self.deciding} has {layer.in_features} inputs, and experts of rank {layer.rank} span them all"
-        )
-        return StepReport(notes=[f"{told}: rounding decides which task an input is for; give a lower rank"])
+        rank = min(self.options.rank, layer.in_features, layer.out_features)
+        if rank < layer.in_features:
+            return []
+        told = f"{self.deciding} has {layer.in_features} inputs, and experts of rank {rank} span them all"
+        return [f"{told}: rounding decides which task an input is for; give a lower rank"]
 
     def _decide(self) -> None:
         self.router.router = ResidualRouter(self.layers[self.deciding], self.options)

@@ -130,6 +130,15 @@ def test_tasks_that_read_the_same_inputs_share_an_expert(base_model, tuned_state
     torch.testing.assert_close(joined.delta(), before.delta(), rtol=1e-3, atol=1e-5)
 
 
+def test_mass_tells_where_its_experts_span_all_inputs(base_model, tuned_states):
+    method = mingle.Merger(base_model, "mass").method
+    width = method.layers[method.deciding].in_features
+    told = f"has {width} inputs, and experts of rank {width} span them all"
+    for rank in (4, width):
+        notes = mingle.Merger(base_model, "mass", rank=rank).add("one", tuned_states[0]).notes
+        assert any(told in note for note in notes) == (rank == width)
+
+
 def test_mass_opens_the_gates_of_the_tasks_with_the_smallest_residuals():
     layer = MingleLinear.from_linear(torch.nn.Linear(12, 10))
     for seed in range(3):
