@@ -51,6 +51,19 @@ def measure(suite: Suite, names: Sequence[str]) -> dict[str, Any]:
         suite: the suite.
         names: of its tasks, in the order in which the router learns of them.
     """
+    method, seeds, told = told_router(suite, names)
+    router = method.router.router
+    assert router is not None
+    right = {}
+    for place, name in enumerate(names):
+        seen = method.moments(suite[name], method.router.read)
+        likeliest = torch.cat([router.likeliest(moments) for moments in seen])
+        right[name] = 100 * float((likeliest == place).double().mean())
+    return {"seeds": seeds, "tasks": right, "right": sum(right.values()) / len(right), "told": told}
+
+
+def told_router(suite: Suite, names: Sequence[str]) -> tuple[Routed, dict[str, int], list[str]]:
+    """`routed` without experts, whose router knows tasks, with how many seed samples each, and its choice."""
     merger = Merger(suite.base, Routed.name, suite.task_type, **for_suite(Routed.name, suite, {}))
     method = merger.method
     assert isinstance(method, Routed)
@@ -60,14 +73,7 @@ def measure(suite: Suite, names: Sequence[str]) -> dict[str, Any]:
         seeds[name] = len(samples)
         new = known.measured(method.moments_of_all(samples, known.depths))
         told = known.set([*known.features, new])
-    router = method.router.router
-    assert router is not None
-    right = {}
-    for place, name in enumerate(names):
-        seen = method.moments(suite[name], method.router.read)
-        likeliest = torch.cat([router.likeliest(moments) for moments in seen])
-        right[name] = 100 * float((likeliest == place).double().mean())
-    return {"seeds": seeds, "tasks": right, "right": sum(right.values()) / len(right), "told": told}
+    return method, seeds, told
 
 
 if __name__ == "__main__":
