@@ -115,7 +115,7 @@ def test_variants_are_refused_by_their_tensors_too(base, tmp_path, option):
         (dict(target_modules=["tokens", "fc1"]), "tokens.lora_embedding_A' is not a factor"),
         (dict(modules_to_save=["conv"]), "modules_to_save is set"),
         (dict(bias="lora_only"), "bias='lora_only'"),
-        (dict(target_modules=["fc1", "conv"]), r"conv.lora_A.weight' \[4, 8, 1\]"),
+        (dict(target_modules=["fc1", "conv"]), r"conv.lora_A.weight' is \[4, 8, 1\], of a convolution"),
         (dict(init_lora_weights="olora"), "init_lora_weights='olora'"),
     ],
     ids=str,
