@@ -168,8 +168,9 @@ def auto_class(auto: str, config: Mapping[str, Any], what: str) -> type[Any]:
         raise ValueError(f"model_type: transformers has no {config['model_type']!r} with {what}")
     found = mapping[config_class]
     classes: tuple[type[Any], ...] = found if isinstance(found, tuple) else (found,)
-    own = config.get("architectures") or ()
-    return next((each for each in classes if each.__name__ in own), classes[0])
+    own = config.get("architectures")
+    named = own if isinstance(own, list) else []
+    return next((each for each in classes if each.__name__ in named), classes[0])
 
 
 class ImageClassificationTask(ClassificationTask):

@@ -255,3 +255,18 @@ def test_the_second_matrix_has_the_form_of_the_first(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"unknown": [[None]]}))
     with pytest.raises(CheckpointError, match="unknown: expected a row per task"):
         mingle.Merger.from_pretrained(tmp_path)
+
+
+def test_a_distilled_deit_keeps_both_of_its_heads(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = hf.DeiTConfig(image_size=16, patch_size=8, num_labels=3, **sizes)
+    base, model = (hf.DeiTForImageClassificationWithTeacher(config).eval() for _ in range(2))
+    base.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "tuned")
+    pixels = torch.randn(2, 3, 16, 16)
+    for place in (base, tmp_path / "base"):
+        merger = mingle.Merger(place, "task-arithmetic", scaling=1.0)
+        merger.add("one", tmp_path / "tuned")
+        assert len(merger.task.heads(merger.base)) == 4
+        torch.testing.assert_close(merger.model_for("one")(pixels).logits, model(pixels).logits)
