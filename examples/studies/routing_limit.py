@@ -9,7 +9,7 @@ test sample is asked for.  More seed samples leave fewer for the test.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,30 @@ _COUNTS = (1, 2, 5, 10)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="JSON file to write")
-    parser.add_argument("--suites", default="texts8", help="names, separated by commas")
-    args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    out, names = asked(__doc__)
     found: dict[str, list[dict[str, Any]]] = {}
-    for name in args.suites.split(","):
+    for name in names:
         rows = found[name] = []
         for count in _COUNTS:
             suite = suites.load(name, samples_per_class=count)
             rows.append({"samples per class": count, **measure(suite, shuffled(suite, FIRST_ORDER_SEED))})
             print(name, count, f"{rows[-1]['right']:.1f} % right", flush=True)
-    write_json(args.out, {"protocol": "strict", "suites": found, **describe(torch.device("cpu"))})
+    written(out, found)
+
+
+def asked(about: str) -> tuple[Path, list[str]]:
+    """The file to write, in a folder that is there now, and the suites, by the arguments of a study."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("--suites", default="texts8", help="names, separated by commas")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    return args.out, args.suites.split(",")
+
+
+def written(out: Path, found: Mapping[str, Any]) -> None:
+    """Write what was found of every suite."""
+    write_json(out, {"protocol": "strict", "suites": found, **describe(torch.device("cpu"))})
 
 
 def measure(suite: Suite, names: Sequence[str]) -> dict[str, Any]:

@@ -9,17 +9,13 @@ task than the seed samples of that task are to it, in their standard deviations.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from routing_limit import told_router
+from routing_limit import asked, told_router, written
 from torch import Tensor
 
 from mingle import suites
-from mingle.io.files import write_json
-from mingle.io.provenance import describe
 from mingle.methods.routed import Routed
 from mingle.methods.router import strangeness
 from mingle.methods.router_choice import joined
@@ -28,16 +24,12 @@ from mingle.suites import Suite
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="JSON file to write")
-    parser.add_argument("--suites", default="texts8", help="names, separated by commas")
-    args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    out, names = asked(__doc__)
     found = {}
-    for name in args.suites.split(","):
+    for name in names:
         found[name] = measure(suites.load(name))
         print(name, found[name], flush=True)
-    write_json(args.out, {"protocol": "strict", "suites": found, **describe(torch.device("cpu"))})
+    written(out, found)
 
 
 def measure(suite: Suite) -> dict[str, Any]:

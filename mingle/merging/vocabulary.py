@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mingle.io.state_dicts import IncompatibleModel
 from mingle.io.tokens import has_vocabulary, tokens
 from mingle.options import nearest, shown
+from mingle.tasks.token_ids import token_embeddings
 
 #: what fine-tuned models may have: the same vocabulary as the base, or a larger one, from which the rows that
 #: the base has too are merged
@@ -99,14 +100,8 @@ def growth(
 
 def _embeddings(tower: nn.Module) -> str:
     """The name of the tower's token embeddings; empty where it has none."""
-    whole: Any = tower
-    try:
-        found = whole.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # not of transformers, or without any
-        return ""
-    modules = {id(module): name for name, module in tower.named_modules()}
-    inside = isinstance(found, nn.Embedding) and id(found) in modules
-    return f"{modules[id(found)]}.weight" if inside else ""
+    found = token_embeddings(tower)
+    return next((f"{name}.weight" for name, module in tower.named_modules() if module is found), "")
 
 
 def _grew(base: Tensor, tuned: Tensor, rows: int, found: int) -> bool:

@@ -25,7 +25,7 @@ def check_token_ids(model: nn.Module, data: TaskData) -> None:
     ids = None if isinstance(data.inputs, LazyInputs) else data.inputs.get("input_ids")
     if ids is None or ids.dim() != 2 or not ids.numel():
         return
-    known = _embeddings(model)
+    known = token_embeddings(model)
     if known is not None:
         strange = (ids < 0) | (ids >= known.num_embeddings)
         if strange.any():
@@ -47,7 +47,7 @@ def check_token_ids(model: nn.Module, data: TaskData) -> None:
             raise ValueError(f"attention_mask: row {_first(empty)[0]} has no token that counts")
 
 
-def _embeddings(model: nn.Module) -> nn.Embedding | None:
+def token_embeddings(model: nn.Module) -> nn.Embedding | None:
     """The model's embeddings of tokens, where it has such."""
     whole: Any = model
     try:
