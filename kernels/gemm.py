@@ -2,9 +2,9 @@
 
 PyTorch sends fp32 linear layers on the CPU to MKL, which on some processors reaches half of what oneDNN does.
 oneDNN's linear operator is in PyTorch but not among its public functions, so it is used only where it exists,
-agrees with `torch.nn.functional.linear` and is at least a fifth faster.  That is measured once for a machine
-and kept in the user's cache folder: the two libraries round differently, and equal inputs should give equal
-bits next time as well.
+agrees with `torch.nn.functional.linear` and is faster.  That is measured once for a machine and kept in the
+user's cache folder: the two libraries round differently, and equal inputs should give equal bits next time as
+well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from mingle.kernels.store import Store
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("mkl", "onednn")
-MARGIN = 1.2  # how much faster oneDNN must be; well above the noise, so that the choice is the same tomorrow
+MARGIN = 1.02  # how much faster oneDNN must be to be chosen
+_AGREEING = 1.05  # how much rounds that agree differ at most
+CHANGE = 1.1  # how much a choice must be found to cost to be changed, so that it is the same tomorrow
 _ROUNDS = 9  # of measurements that are kept
 _SAMPLE = (256, 512), (512, 512)  # of x and of the weight that are measured
 _SMALLEST = 1 << 20  # multiplications below which a product is over before the choice could matter
@@ -170,7 +172,7 @@ def _chosen(threads: int) -> Choice:
     """The choice of this machine: measured once, and followed up by later processes.
 
     The first one measures rounds until two in a row agree.  Each later one adds a round, until there are
-    enough; the choice changes only where they show that it costs a fifth or more.
+    enough; the choice changes only where they show that it costs a tenth or more.
     """
     key = f"{platform.node()}, {threads} threads, torch {torch.__version__}"
     known = _known(_store().get(key))
@@ -179,7 +181,7 @@ def _chosen(threads: int) -> Choice:
     ratios = [_ratio()] if known is None else [*known.ratios, _ratio()]
     while known is None and len(ratios) < _ROUNDS and not _agree(ratios):
         ratios.append(_ratio())
-    least = {None: MARGIN, "onednn": 1 / MARGIN, "mkl": MARGIN**2}[known and known.library]
+    least = MARGIN * {None: 1.0, "onednn": 1 / CHANGE, "mkl": CHANGE}[known and known.library]
     choice = Choice("onednn" if statistics.median(ratios) > least else "mkl", ratios)
     _store().put(key, choice._asdict())
     return choice
@@ -196,8 +198,8 @@ def _known(stored: Any) -> Choice | None:
 
 
 def _agree(ratios: list[float]) -> bool:
-    """Whether the last two rounds differ by no more than a tenth."""
-    return len(ratios) > 1 and max(ratios[-2:]) <= 1.1 * min(ratios[-2:])
+    """Whether the last two rounds differ by no more than a twentieth."""
+    return len(ratios) > 1 and max(ratios[-2:]) <= _AGREEING * min(ratios[-2:])
 
 
 def _ratio() -> float:

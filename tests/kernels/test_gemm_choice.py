@@ -55,12 +55,12 @@ def test_rounds_that_never_agree_come_to_an_end(clock):
     ("first", "later", "expected"),
     [
         (3.0, 1.0, "onednn"),  # no gain, but the same bits
-        (1.0, 1.3, "mkl"),
-        (3.0, 0.7, "mkl"),  # a busy moment decided
-        (1.0, 1.6, "onednn"),
+        (1.0, 1.12, "mkl"),
+        (3.0, 0.92, "mkl"),  # a busy moment decided
+        (1.0, 1.13, "onednn"),
     ],
 )
-def test_later_processes_mend_a_choice_that_costs_a_fifth(first, later, expected, clock, tmp_path):
+def test_later_processes_mend_a_choice_that_costs_a_tenth(first, later, expected, clock, tmp_path):
     clock.ratios = [first]
     start = gemm.library(256, 128, 128)
     clock.ratios = [later]
@@ -100,9 +100,9 @@ def test_a_stored_choice_that_means_nothing_is_measured_again(nonsense, clock, t
 
 
 def test_a_choice_is_explained(clock, monkeypatch):
-    clock.ratios = [1.1]
+    clock.ratios = [1.01]
     if gemm._onednn_agrees():
-        assert gemm.explanation() == "mkl: oneDNN 1.10 times as fast, median of 2 rounds"
+        assert gemm.explanation() == "mkl: oneDNN 1.01 times as fast, median of 2 rounds"
     with monkeypatch.context() as patch:
         patch.setattr(gemm, "_onednn_agrees", lambda: False)
         assert gemm.explanation() == "mkl: this PyTorch has no operator of oneDNN that gives the same"
@@ -130,9 +130,9 @@ def test_small_products_are_never_timed(clock, tmp_path):
 
 @pytest.mark.parametrize(
     ("ratio", "expected"),
-    [(0.4, "mkl"), (1.0, "mkl"), (1.19, "mkl"), (1.2, "mkl"), (1.21, "onednn"), (2.0, "onednn")],
+    [(0.4, "mkl"), (1.0, "mkl"), (1.02, "mkl"), (1.03, "onednn"), (2.0, "onednn")],
 )
-def test_onednn_must_be_a_fifth_faster(ratio, expected, clock):
+def test_onednn_must_be_faster(ratio, expected, clock):
     clock.ratios = [ratio]
     assert gemm.library(256, 128, 128) == expected
 
