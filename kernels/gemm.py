@@ -43,8 +43,7 @@ def linear(
     x [N, K], weight [O, K] of any strides, bias [O], onto [N, O] → [N, O].
     """
     assert bias is None or onto is None
-    shape = x.shape[0], *weight.shape
-    if choosing(math.prod(shape)) and _onednn_serves(x, weight) and library(*shape) == "onednn":
+    if _onednn_pays(x, weight, bias):
         return _onednn(x, weight, bias, onto)
     return F.linear(x, weight, bias) if onto is None else onto.addmm_(x, weight.mT)
 
@@ -58,18 +57,27 @@ def _onednn(
     return torch.ops.mkldnn._linear_pointwise.binary(x, onto, weight, bias, "add")
 
 
+def _onednn_pays(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    shape = x.shape[0], *weight.shape
+    if not (choosing(math.prod(shape)) and _onednn_serves(x, weight)):
+        return False
+    # in bf16 PyTorch goes to oneDNN by itself, but copies b to every row first
+    return library(*shape) == "onednn" if x.dtype == torch.float32 else bias is not None
+
+
 def _onednn_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """oneDNN is asked for fp32 CPU matrices without gaps; PyTorch takes it for bf16 and fp16 by itself.
+    """oneDNN is asked for fp32 and bf16 CPU matrices without gaps.
 
     A weight that is part of a wider matrix would go to its reference code, a thousand times slower.
     """
     return (
         x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() > 0
         and 1 in x.stride()
         and (weight.is_contiguous() or weight.mT.is_contiguous())
-        and _onednn_agrees()
+        and _onednn_agrees(x.dtype)
     )
 
 
@@ -106,18 +114,21 @@ def _packed_agrees(dtype: torch.dtype) -> bool:
 
 
 @cache
-def _onednn_agrees() -> bool:
+def _onednn_agrees(dtype: torch.dtype) -> bool:
     """Whether the operator exists here and computes what it should; asked once."""
-    x, weight = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 2, 20).view(5, 4)
-    bias, onto = torch.ones(5), torch.ones(3, 5)
-    expected = F.linear(x, weight, bias)
+    x, weight = torch.arange(-6.0, 6.0, dtype=dtype).view(3, 4), torch.arange(20.0, dtype=dtype).view(5, 4)
+    bias, onto = torch.ones(5, dtype=dtype), torch.ones(3, 5, dtype=dtype)
+    expected, rounding = F.linear(x.float(), weight.float(), bias.float()), torch.finfo(dtype).eps
     try:
         results = (
             _onednn(x, weight, bias),
             _onednn(x, weight.mT.contiguous().mT, bias),
             _onednn(x, weight, bias, onto) - onto,
         )
-        return all(torch.allclose(result, expected, atol=1e-5) for result in results)
+        return all(
+            result.dtype == dtype and torch.allclose(result.float(), expected, rtol=rounding)
+            for result in results
+        )
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         logger.debug("oneDNN's linear operator is not used: %s", error)
         return False
@@ -140,7 +151,7 @@ def explanation() -> str:
     """Which library multiplies large fp32 matrices here, and why, in words."""
     if forced := os.environ.get("MINGLE_CPU_GEMM"):
         return f"{library(1, 1, 1)}: MINGLE_CPU_GEMM={forced}"
-    if not _onednn_agrees():
+    if not _onednn_agrees(torch.float32):
         return "mkl: this PyTorch has no operator of oneDNN that gives the same"
     choice = _chosen(torch.get_num_threads())
     return f"{choice.library}: oneDNN {choice.ratio:.2f} times as fast, median of {len(choice.ratios)} rounds"

@@ -6,6 +6,7 @@ arguments: `gates`, `active`, `shrink`, `expand`, `upstream`, `fold`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -20,6 +21,18 @@ from mingle.kernels.gemm import linear, linear_packed
 #: Numbers that fill a vector register are multiplied by one factor at full speed.  Where experts are narrower
 #: and H has many numbers, factors are repeated first.
 _REGISTER_BYTES, _MANY = 64, 4096
+#: Entries that the CPU widens or multiplies at a time on the way to a sum: more would be fresh memory at
+#: every call, whose pages take longer than the sum.
+_PIECE = 1 << 20
+
+
+def _in_pieces(reduction: Callable[..., torch.Tensor], *operands: torch.Tensor) -> torch.Tensor:
+    """`reduction` of a few rows at a time, where all operands have their rows in the first dimension."""
+    first = operands[0]
+    if not first.is_cpu or first.numel() <= _PIECE:
+        return reduction(*operands)
+    rows = max(1, _PIECE // first[0].numel())
+    return torch.cat([reduction(*pieces) for pieces in zip(*(x.split(rows) for x in operands), strict=True)])
 
 
 def group_mean(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> torch.Tensor:
@@ -30,10 +43,11 @@ def group_mean(x: torch.Tensor, mask: torch.Tensor | None, group: int) -> torch.
     dtype = wide(x)
     members = x.view(-1, group, x.shape[1])
     if mask is None:
-        return members.mean(1) if x.dtype == dtype else members.mean(1, dtype=dtype)
+        return members.mean(1) if x.dtype == dtype else _in_pieces(lambda x: x.mean(1, dtype=dtype), members)
     valid = mask.view(-1, group, 1)
     # where, not a product: padding may hold anything, NaN included
-    return torch.where(valid, members, 0).sum(1, dtype=dtype) / valid.sum(1).clamp_min(1)
+    sums = _in_pieces(lambda x, valid: torch.where(valid, x, 0).sum(1, dtype=dtype), members, valid)
+    return sums / valid.sum(1).clamp_min(1)
 
 
 def pooled_gates(
@@ -56,7 +70,8 @@ def gates(
     if gate_weight.dtype == x.dtype:
         products = torch.nn.functional.linear(x, gate_weight)
     else:
-        products = x.to(dtype) @ gate_weight.to(dtype).mT
+        factors = gate_weight.to(dtype).mT
+        products = _in_pieces(lambda x: x.to(dtype) @ factors, x)
     return products.to(dtype) + gate_bias.to(dtype), x.new_empty(0, x.shape[1], dtype=dtype)
 
 
@@ -149,7 +164,8 @@ def upstream(
     u = linear(dy, B.mT.flatten(0, 1))
     sums = z.new_empty(0, len(B))
     if active is None:
-        sums = (u.to(wide(u)) * hidden).view(len(dy), len(B), B.shape[2]).sum(-1)
+        experts = -1, len(B), B.shape[2]
+        sums = _in_pieces(lambda u, hidden: (u.to(wide(u)) * hidden).view(experts).sum(-1), u, hidden)
     return gate(u, z, group, out=u) if keep else u.new_empty(0, u.shape[1]), sums
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -38,5 +39,5 @@ def own_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
 def onednn(own_choice: None) -> None:
     from mingle.kernels import gemm
 
-    if not gemm._onednn_agrees():
+    if not gemm._onednn_agrees(torch.float32):
         pytest.skip("this PyTorch has no oneDNN linear operator")

@@ -125,12 +125,34 @@ def test_equal_inputs_give_equal_bits(library, monkeypatch):
     assert all(torch.equal(gemm.linear(x, weight, bias), first) for _ in range(50))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_are_left_to_pytorch(dtype, monkeypatch):
     monkeypatch.setenv("MINGLE_CPU_GEMM", "onednn")
     monkeypatch.setattr(gemm, "_onednn", lambda *_: pytest.fail("oneDNN was called"))
     x, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((6, 5), (4, 5), (4,)))
     assert torch.equal(gemm.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("library", gemm.LIBRARIES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_in_bf16_onednn_adds_the_bias_itself(library, biased, monkeypatch):
+    """PyTorch would copy it to every row; without one both do the same."""
+    monkeypatch.setenv("MINGLE_CPU_GEMM", library)
+    if not gemm._onednn_agrees(torch.bfloat16):
+        pytest.skip("no oneDNN in bf16")
+    operator, asked = gemm._onednn, []
+    monkeypatch.setattr(gemm, "_onednn", lambda *arguments: (asked.append(1), operator(*arguments))[1])
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((60, 50), (40, 50), (80,)))
+    strided = bias[::2] if biased else None
+    for matrix in (weight, weight.mT.contiguous().mT):
+        result = gemm.linear(x, matrix, strided)
+        exact = F.linear(x.double(), weight.double(), strided.double() if biased else None)
+        assert result.dtype == torch.bfloat16
+        assert torch.linalg.norm(result - exact) < 3e-3 * torch.linalg.norm(exact)
+    onto = torch.randn(60, 40).bfloat16()
+    assert torch.equal(gemm.linear(x, weight, onto=onto.clone()), torch.addmm(onto, x, weight.mT))
+    assert len(asked) == 2 * biased
 
 
 @pytest.mark.usefixtures("onednn")

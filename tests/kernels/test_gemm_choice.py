@@ -101,10 +101,10 @@ def test_a_stored_choice_that_means_nothing_is_measured_again(nonsense, clock, t
 
 def test_a_choice_is_explained(clock, monkeypatch):
     clock.ratios = [1.01]
-    if gemm._onednn_agrees():
+    if gemm._onednn_agrees(torch.float32):
         assert gemm.explanation() == "mkl: oneDNN 1.01 times as fast, median of 2 rounds"
     with monkeypatch.context() as patch:
-        patch.setattr(gemm, "_onednn_agrees", lambda: False)
+        patch.setattr(gemm, "_onednn_agrees", lambda dtype: False)
         assert gemm.explanation() == "mkl: this PyTorch has no operator of oneDNN that gives the same"
     monkeypatch.setenv("MINGLE_CPU_GEMM", "onednn")
     assert gemm.explanation() == "onednn: MINGLE_CPU_GEMM=onednn"
