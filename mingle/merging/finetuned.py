@@ -12,16 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from mingle.io.adapter_config import CONFIG as ADAPTER_CONFIG
-from mingle.io.adapter_config import OR_WHOLE
 from mingle.io.files import CheckpointError
 from mingle.io.lazy_tensors import Joined, Rows, described, in_rows, row_blocks, rows_of
 from mingle.io.state_dicts import IncompatibleModel, first_names, non_finite, own_names, same_values
 from mingle.kernels.dtypes import wide
+from mingle.merging.adapter_fit import AdapterFit, as_matrix
 from mingle.merging.vocabulary import Growth, Vocabulary, growth
 from mingle.nn import adapter_files
 from mingle.nn.adapter_files import Change
-from mingle.nn.matrices import oriented, packed_experts
-from mingle.options import nearest
+from mingle.nn.matrices import packed_experts
 from mingle.tasks import TaskType
 from mingle.tasks.configs import check_same_computation
 from mingle.tasks.loading import ModelCheckpoint, absent, computed
@@ -70,8 +69,8 @@ class FineTuned:
     ) -> None:
         inside = task.tower(base)
         tower = base.get_submodule(inside)
-        #: what may stand before the tower's names, and the base's own name for what is below its head
-        self._prefixes, self._inner = task.prefixes(base), getattr(base, "base_model_prefix", "")
+        #: what may stand before the tower's names
+        self._prefixes = task.prefixes(base)
         #: the base's tensors, its tower and that one's tensors, and what comes before the latter's names in
         #: the former
         self.whole, self.tower, self.base = base.state_dict(), tower, tower.state_dict()
@@ -132,9 +131,8 @@ class FineTuned:
         self.held = kept | {name: adapter.saved.described(name) for name in adapter.saved}
         self._source = Joined(kept, adapter.saved)
         self._fit_vocabulary(vocabulary, (base_folder, folder))
-        self.own = self._saved(adapter.saved)
-        for layer, change in adapter.changes.items():
-            self._take_change(layer, change, base)
+        fit = AdapterFit(adapter, base, task, self.held)
+        self.own, self.adapter, self.beside = fit.whole, fit.changes, fit.beside
         self._check_ties()
         own_head = any(name in adapter.saved for name in self.head_names)
         self._check_head(task, None if own_head else getattr(base, "config", None))
@@ -177,7 +175,7 @@ class FineTuned:
             read = self._read(own, rows) if change is None else self._source[own]
             tensor = read.detach().to(base.device, wide(base), copy=True)
         if change is not None:
-            change.apply_(self._oriented(tensor, name))
+            change.apply_(as_matrix(tensor, self.tower.get_submodule(name.removesuffix(".weight"))))
             tensor = tensor if own is None else self.growth.cut(own, tensor)
         if found := non_finite(tensor):
             if rows is not ...:
@@ -241,10 +239,6 @@ class FineTuned:
         lines = self._lines(changed, [name for name in others if name not in self.whole])
         new = str(self.growth)
         return [*lines, f"not in the base's vocabulary and left out: {new}"] if new else lines
-
-    def _oriented(self, weight: Tensor, name: str) -> Tensor:
-        """A weight of the tower as [d_out, d_in], of an embedding transposed."""
-        return _as_matrix(weight, self.tower.get_submodule(name.removesuffix(".weight")))
 
     def _changed(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the head as an adapter makes it."""
@@ -311,68 +305,3 @@ class FineTuned:
     def _kind(self, name: str) -> str:
         """Tensors of the tower count as alike where only numbers differ, others by the part they are in."""
         return re.sub(r"\d+", "*", name) if name.startswith(self.prefix) else name.partition(".")[0]
-
-    def _inside(self, name: str) -> str:
-        """A layer or a tensor of an adapter by its name in the tower; one of neither keeps its own."""
-        bare = name.removeprefix(next((start for start in self._prefixes if name.startswith(start)), ""))
-        deeper = f"{self._inner}.{bare}"  # the adapter is of the model without its head
-        return deeper if {deeper, f"{deeper}.weight"} & self.base.keys() else bare
-
-    def _take_change(self, layer: str, change: Change, base: nn.Module) -> None:
-        """Note what an adapter makes of a layer of the tower, or else of the whole model, once it fits it."""
-        where, inside, outside = f"the adapter's layer {layer!r}", self._inside(layer), f"{layer}.weight"
-        name = f"{inside}.weight"
-        tower = name in self.base
-        if not tower and outside not in self.whole:
-            near = nearest(name, self.base) or nearest(outside, self.whole)
-            raise IncompatibleModel(f"{where} is not in the base{near}")
-        module = self.tower.get_submodule(inside) if tower else base.get_submodule(layer)
-        if change.embedding != isinstance(module, nn.Embedding):
-            raise IncompatibleModel(f"{where} is {'no' if change.embedding else 'an'} embedding in the base")
-        own = self.own.get(name) if tower else outside
-        weight = self.base[name] if tower else self.whole[outside]
-        weight = described(self._source, own) if own is not None and own in self._source else weight
-        found = [change.expert.B.shape[0], change.expert.A.shape[1]]
-        wanted = list(_as_matrix(weight, module).shape)
-        if found != wanted:
-            told, there = (shape[::-1] if change.embedding else shape for shape in (found, wanted))
-            raise IncompatibleModel(f"{where} is {told}, in the base {there}")
-        if tower:
-            self._check_alone(name, where, [name])
-            self.adapter[name] = change
-        else:
-            self.beside[outside] = change
-
-    def _saved(self, saved: Collection[str]) -> dict[str, str]:
-        """The base tower's names of the whole tensors that an adapter has, but for the head's."""
-        named: dict[str, str] = {}
-        for own in (own for own in saved if own not in self.head_names):
-            name, where = self._inside(own), f"the adapter's tensor {own!r}"
-            base = self.base.get(name, self.whole.get(own))
-            if base is None:
-                raise IncompatibleModel(f"{where} is not in the base{nearest(own, self.whole)}")
-            found = self.held[own]
-            if found.shape != base.shape or not found.is_floating_point():
-                told = f"{where} is {list(found.shape)}, {found.dtype}; in the base {list(base.shape)}"
-                raise IncompatibleModel(f"{told}; {OR_WHOLE}")
-            if name in self.base:
-                named[name] = own
-        for name, own in named.items():
-            self._check_alone(name, f"the adapter's tensor {own!r}", named)
-        return named
-
-    def _check_alone(self, name: str, where: str, changed: Collection[str]) -> None:
-        """Refuse a change of a tensor that the base ties to others which the adapter does not change."""
-        tied = [
-            other for other in self.base if self.first[other] == self.first[name] and other not in changed
-        ]
-        if tied:
-            raise IncompatibleModel(
-                f"{where} is one tensor with {tied[0]!r} in the base, which the update would change too; "
-                "give a base whose file holds both, apart from each other"
-            )
-
-
-def _as_matrix(weight: Tensor, layer: nn.Module) -> Tensor:
-    """A layer's weight as [d_out, d_in], of an embedding transposed."""
-    return weight.mT if isinstance(layer, nn.Embedding) else oriented(weight, layer)
