@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mingle import functional
-from mingle.bench.gated_experts import handmade
+from mingle.bench.gated_experts import handmade, packages
 from mingle.bench.gated_experts.cases import KernelCase
 from mingle.bench.gated_experts.floor import fastest, products
 from mingle.bench.gated_experts.inputs import Inputs, Outputs, Pass, differentiated
@@ -83,41 +80,6 @@ def build_prepacked(t: Inputs) -> Pass:
 def _one_expert(t: Inputs) -> Inputs:
     need(t.case.routed, "only where a router opens one expert per sample")
     return t.one_expert()
-
-
-def build_xlora(t: Inputs) -> Pass:
-    """PEFT's layer classes around one linear layer with T adapters, scaled by our gates."""
-    try:
-        from peft import LoraConfig, XLoraConfig, get_peft_model
-        from peft.tuners.xlora.layer import XLoraLinearLayer
-    except ImportError as error:
-        raise Unavailable("the package peft is not installed") from error
-    case, names = t.case, [f"expert{i}" for i in range(t.case.experts)]
-    frozen = partial(nn.Parameter, requires_grad=False)
-    linear = nn.Linear(case.d_in, case.d_out, device="meta")
-    linear.weight, linear.bias = frozen(t.weight), frozen(t.bias)
-    config = LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules=["layer"], init_lora_weights=False)
-    base: Any = nn.Sequential(OrderedDict(layer=linear))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Any = get_peft_model(base, config, names[0])
-        for name in names[1:]:
-            model.add_adapter(name, config)
-        lora = model.base_model.model.layer
-        lora.set_adapter(names)
-        adapters = dict.fromkeys(names, "")
-        xlora = XLoraConfig(hidden_size=case.d_in, adapters=adapters, global_scaling_weight=1.0)
-    for name, A, B in zip(names, t.A, t.B, strict=True):
-        lora.lora_A[name].weight, lora.lora_B[name].weight = frozen(A), frozen(B.contiguous())
-    owner: Any = SimpleNamespace(disabled=False)
-    layer: Any = XLoraLinearLayer(owner, lora, lora.forward, 0, xlora)
-
-    def forward() -> Tensor:
-        scalings = t.gate_values().expand(case.samples, case.tokens, case.experts)
-        y: Tensor = layer.forward(t.x, scalings=scalings.unsqueeze(2))  # [samples, tokens, layers, T]
-        return y
-
-    return differentiated(t, forward)
 
 
 def build_products(t: Inputs) -> Pass:
@@ -191,7 +153,8 @@ PEERS = {
         KernelPeer("dense merge", handmade.dense, "one dense weight for the batch, expert by expert"),
         KernelPeer("folded weight", handmade.folded, _FOLDED, same=handmade.folds),
         KernelPeer("nn.Linear", handmade.linear, _BASE, same=lambda case: False),
-        KernelPeer("peft x-lora", build_xlora, "PEFT's X-LoRA layer, driven by our gates"),
+        KernelPeer("peft x-lora", packages.xlora, "PEFT's X-LoRA layer, driven by our gates"),
+        KernelPeer("vllm lora", packages.vllm, "F.linear, then vLLM's kernels, for tokens sorted before"),
         KernelPeer("gemms alone (best library)", build_products, _ALONE, same=lambda case: False),
     )
 }

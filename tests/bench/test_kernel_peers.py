@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -58,6 +59,69 @@ def test_peers_agree_with_the_oracle_where_a_router_gives_the_gates(backward):
     pytest.importorskip("peft")
     routed = tiny(routed=True, samples=8, backward=backward)
     assert agreeing(routed) >= EVERYWHERE | ALSO["sample"] | {"mingle one expert"}
+
+
+class StandIn:
+    """What `vllm.lora.ops.triton_ops` offers, as of vLLM 0.33, in plain PyTorch."""
+
+    class LoRAKernelMeta:
+        @classmethod
+        def make(cls, max_loras: int, max_num_tokens: int, device: torch.device) -> StandIn.LoRAKernelMeta:
+            assert device == CPU
+            return cls()
+
+        def prepare_tensors(self, token_lora_mapping: torch.Tensor) -> None:
+            self.mapping = token_lora_mapping
+
+        def meta_args(self, token_nums: int, specialize_active_lora: bool) -> list[torch.Tensor]:
+            assert token_nums == len(self.mapping)
+            return [self.mapping, *[torch.empty(1)] * 6]
+
+    @staticmethod
+    def lora_shrink(inputs, lora_a_weights, output_tensor, mapping, _1, _2, _3, _4, _5, _6, scaling):
+        (weights,) = lora_a_weights  # [adapters, r, d_in]
+        assert inputs.dtype == weights.dtype == torch.bfloat16 and weights.is_contiguous()
+        hidden = torch.einsum("nk,nrk->nr", inputs.float(), weights[mapping].float())
+        output_tensor.copy_(scaling * hidden[None])
+
+    @staticmethod
+    def lora_expand(
+        inputs,
+        lora_b_weights,
+        output_tensor,
+        mapping,
+        _1,
+        _2,
+        _3,
+        _4,
+        _5,
+        _6,
+        offset_start=0,
+        add_inputs=False,
+    ):
+        (weights,) = lora_b_weights  # [adapters, d_out, r]
+        assert inputs.shape[0] == 1 and weights.dtype == torch.bfloat16 and weights.is_contiguous()
+        assert add_inputs and offset_start == 0 and output_tensor.shape[1] == weights.shape[1]
+        output_tensor += torch.einsum("nr,nor->no", inputs[0], weights[mapping].float()).bfloat16()
+
+
+def test_vllm_is_driven_as_its_kernels_want_it(monkeypatch):
+    routed = inputs.make(tiny(routed=True, samples=8, dtype="bfloat16"), CPU)
+    vllm = PEERS["vllm lora"]
+    monkeypatch.setitem(sys.modules, "vllm.lora.ops.triton_ops", None)
+    with pytest.raises(Unavailable, match="vllm is not installed"):
+        vllm.build(routed)
+    for name in ("vllm", "vllm.lora", "vllm.lora.ops", "vllm.lora.ops.triton_ops"):
+        monkeypatch.setitem(sys.modules, name, StandIn)
+    errors = check.Oracle(routed).errors(vllm.build(routed))
+    assert errors["y"] <= check.tolerance(torch.bfloat16, CPU)
+    for other, reason in (
+        (tiny(dtype="bfloat16"), "one adapter"),
+        (tiny(routed=True, samples=8, dtype="bfloat16", backward=True), "no gradient"),
+        (tiny(routed=True, samples=8), "half precision"),
+    ):
+        with pytest.raises(Unavailable, match=reason):
+            vllm.build(inputs.make(other, CPU))
 
 
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="needs a C++ compiler")
