@@ -28,6 +28,7 @@ from merge_commands import (
     agreement,
     command,
     mergekit_version,
+    reading_rate,
     took,
 )  # fmt: skip
 from random_llamas import SIZES
@@ -82,11 +83,14 @@ def run(points: Sequence[tuple[str, int]], rounds: int, seed: int = 0) -> Iterat
     """Every method with models of these sizes and numbers; after each point what is known."""
     began, load = time.monotonic(), LoadMeter()
     rows: dict[tuple[str, int], dict[str, list[Row]]] = {}
+    rates: list[float] = []
     for size, count in dict.fromkeys(points):
         with tempfile.TemporaryDirectory(prefix="mingle-files-") as folder:
             log.info("%s, %d models", size, count)
-            rows[size, count] = _point(Path(folder), size, count, rounds, seed)
-        yield _results(rows, seed, began, cpus_used_by_others=load.others())
+            rows[size, count], rate = _point(Path(folder), size, count, rounds, seed)
+            rates.append(rate)
+        more = {"cpus_used_by_others": load.others(), "disk_read_bytes_per_second": statistics.median(rates)}
+        yield _results(rows, seed, began, **more)
 
 
 def _results(rows: Rows, seed: int, began: float, **more: Any) -> Results:
@@ -105,16 +109,16 @@ def _results(rows: Rows, seed: int, began: float, **more: Any) -> Results:
     return record.envelope("files", _CPU, seed, found, (), began, **about)
 
 
-def _point(folder: Path, name: str, count: int, rounds: int, seed: int) -> dict[str, list[Row]]:
-    """By method a row of each contender, for one size and number of models."""
+def _point(folder: Path, name: str, count: int, rounds: int, seed: int) -> tuple[dict[str, list[Row]], float]:
+    """By method a row of each contender, for one size and number of models; and the disk's reading rate."""
     size = SIZES[name]
     base = random_llamas.write(folder / "base", size)
     models = [random_llamas.write(folder / f"model{i}", size, i) for i in range(count)]
-    found = {}
+    found, rate = {}, reading_rate(base)
     for method in (method for method, (_, sizes) in _SWEEPS.items() if name in sizes):
         problem = FilesProblem(method, base, models)
         found[method] = _compared(problem, _SWEEPS[method][0], folder / "out", rounds, seed)
-    return found
+    return found, rate
 
 
 def _compared(problem: FilesProblem, names: Sequence[str], folder: Path, rounds: int, seed: int) -> list[Row]:
