@@ -47,14 +47,16 @@ _TILES = {
 _STRAINED = {
     ("half", "special"): Tile(64, 128, 64, 8, 4),
     ("half", "ragged"): Tile(64, 64, 32, 8, 4),
+    ("tf32", "special"): Tile(64, 64, 32, 8, 4),
     ("tf32", "ragged"): Tile(32, 64, 32, 4, 4),
 }
 
 # For launches whose operands tensor descriptors can take, on NVIDIA's Hopper and later.
-_DESCRIBED = [Tile(128, 256, 64, 8, 3, described=True), Tile(128, 128, 64, 8, 4, described=True)]
+DESCRIBED = [Tile(128, 256, 64, 8, 3, described=True), Tile(128, 128, 64, 8, 4, described=True)]
 _SPLITS = (1, 2, 4, 8, 16)
 #: of the launch that adds up what splits have computed
 ADDING = Tile(16, 128, 0, 4, 2)
+_MOST_ADDED = 4  # splits that a thread of such a launch has registers for
 
 # The share of a multiprocessor's matrix rate that one program reaches alone on it, by the block's area, as
 # measured on an H100 in bf16 (bench/results); where descriptors move the operands, and where threads do.
@@ -100,6 +102,11 @@ def rule(
     return tile._replace(stages=max(2, stages))
 
 
+def adding(splits: int) -> Tile:
+    """The tile of a launch that adds up `splits` parts, all of which it asks for at once."""
+    return ADDING if splits <= _MOST_ADDED else ADDING._replace(warps=8)
+
+
 def seconds(tile: Tile, chip: Chip, arithmetic: str, rows: int, columns: int, depth: int) -> float:
     """The modelled time of a product [rows, depth] · [depth, columns] on `chip`, in waves of programs."""
     speed, itemsize = family(chip), _itemsize(arithmetic)
@@ -124,8 +131,9 @@ def allowed(arithmetic: str, strain: str = "plain") -> list[Tile]:
     largest = _STRAINED.get((units, strain))
     if largest is None:
         return _TILES[units]
-    size = largest.rows * largest.columns
-    return [largest, *(tile for tile in _TILES[units] if tile.rows * tile.columns < size)]
+    size, depth = largest.rows * largest.columns, largest.depth
+    smaller = (tile for tile in _TILES[units] if tile.rows * tile.columns < size)
+    return [largest, *(tile._replace(depth=min(tile.depth, depth)) for tile in smaller)]
 
 
 def by_descriptors(kernel: str, chip: Chip, arithmetic: str) -> list[Tile]:
@@ -133,7 +141,7 @@ def by_descriptors(kernel: str, chip: Chip, arithmetic: str) -> list[Tile]:
     able = chip.kind == "cuda" and chip.capability >= 90 and chip.shared_memory > 220_000
     if not able or kernel == "fold" or _itemsize(arithmetic) > 2:
         return []
-    return _DESCRIBED[1:] if kernel == "upstream" else _DESCRIBED
+    return DESCRIBED[1:] if kernel == "upstream" else DESCRIBED
 
 
 def stage_bytes(tile: Tile, arithmetic: str) -> int:
@@ -148,10 +156,12 @@ def _itemsize(arithmetic: str) -> int:
 def fits(kernel: str, chip: Chip, tile: Tile) -> bool:
     """Whether registers hold the tile.
 
-    128 × 256 takes wgmma or tensor memory, and is too large for the fold, which gates the larger operand.
+    128 × 256 takes wgmma or tensor memory, and is too large for the fold, which gates the larger operand.  Cards
+    of capability 12.0 have no room for 128 × 128 beside what upstream holds of an expert of many ranks.
     """
     large = chip.kind == "cuda" and 90 <= chip.capability < 120 and kernel != "fold"
-    return tile.rows * tile.columns <= 128 * 128 or large
+    most = 64 * 128 if kernel == "upstream" and chip.capability >= 120 else 128 * 128
+    return tile.rows * tile.columns <= most or large
 
 
 def candidates(kernel: str, chip: Chip, arithmetic: str) -> list[Tile]:

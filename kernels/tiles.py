@@ -23,6 +23,7 @@ from mingle.kernels.chips import chip as chip
 from mingle.kernels.store import Store
 from mingle.kernels.tile_rule import ADDING as ADDING
 from mingle.kernels.tile_rule import Tile as Tile
+from mingle.kernels.tile_rule import adding as adding
 from mingle.kernels.tile_rule import candidates as candidates
 from mingle.kernels.tile_rule import cdiv as cdiv
 from mingle.kernels.tile_rule import next_power_of_2 as next_power_of_2

@@ -59,9 +59,9 @@ class Layer(NamedTuple):
 
 
 # A layer of ViT-B/16 at batch 128, one of ViT-B/32 at batch 16, one image, and one token of a language model,
-# whose inner products are computed in parts; then what Triton specialises
-# differently: no row of H that is a multiple of 16 elements, nothing at all that is one, and sizes of 1,
-# which become constants.
+# whose inner products are computed in parts; then what Triton specialises differently: no row of H that is a
+# multiple of 16 elements, nothing at all that is one, and sizes of 1, which become constants; then ranks that
+# are no power of two: of whole pieces, of many numbers, and with few ragged rows.
 LAYERS = {
     "large": Layer(128, 197, 768, 768, 20, 64),
     "middle": Layer(16, 50, 768, 3072, 8, 64),
@@ -70,6 +70,9 @@ LAYERS = {
     "narrow": Layer(128, 197, 768, 768, 5, 8),
     "ragged": Layer(128, 197, 769, 771, 5, 17),
     "single": Layer(2, 1, 1, 1, 1, 1),
+    "uneven": Layer(16, 512, 2456, 1504, 8, 160),
+    "broad": Layer(64, 77, 2432, 256, 3, 200),
+    "odd": Layer(2, 77, 604, 2159, 2, 33),
 }
 FOLDED_LAYERS = {
     "large": Layer(64, 197, 4096, 4096, 20, 64),
@@ -78,6 +81,7 @@ FOLDED_LAYERS = {
     "narrow": Layer(128, 197, 768, 768, 5, 8),
     "ragged": LAYERS["ragged"],
     "single": Layer(1, 2, 1, 1, 1, 1),
+    **{size: LAYERS[size] for size in ("uneven", "broad", "odd")},
 }
 
 # A variant of a kernel: the call that launches it, and which launch it is: one of the products (shrink,

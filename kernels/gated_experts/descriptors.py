@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mingle.kernels import launches, tiles
+from mingle.kernels import launches, tile_rule, tiles
 from mingle.kernels.gated_experts.common import finish, swizzled
 
 
@@ -25,7 +25,7 @@ def shrink_kernel(
     gated_desc,  # z ⊙ H [N, R]
     sums_ptr,  # [N, T] fp32, written where SUMS
     N, K, R, T, group, programs,
-    RANK: tl.constexpr, KEEP: tl.constexpr, SUMS: tl.constexpr,
+    RANK: tl.constexpr, UNIT: tl.constexpr, KEEP: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x A_catᵀ and its product with the gates; with SUMS also the row sums of x A_catᵀ ⊙ H per expert."""
@@ -42,25 +42,17 @@ def shrink_kernel(
         z_rows = z_ptr + (rows // group).to(tl.int64)[:, None] * stride_zg
         if KEEP:
             kept_desc.store([row, column], acc.to(kept_desc.dtype))
-        # One gate per row and expert, however many columns an expert has in the tile.
-        WITHIN: tl.constexpr = BLOCK_C // RANK if RANK < BLOCK_C else 1
-        if BLOCK_C % RANK == 0 or RANK % BLOCK_C == 0:
-            experts = column // RANK + tl.arange(0, WITHIN)
-            ok = row_ok & (experts < T)[None, :]
-            z = tl.load(z_rows + experts[None, :], mask=ok, other=0.0)
-            each = tl.reshape(acc, [BLOCK_N, WITHIN, BLOCK_C // WITHIN])
-            if SUMS:
-                h = tl.reshape(
-                    kept_desc.load([row, column]).to(tl.float32), [BLOCK_N, WITHIN, BLOCK_C // WITHIN]
-                )
-                places = sums_ptr + rows.to(tl.int64)[:, None] * T + experts[None, :]
-                tl.store(places, tl.sum(each * h, 2), mask=ok)
-            acc = tl.reshape(each * z[:, :, None], [BLOCK_N, BLOCK_C])
-        else:
-            columns = column + tl.arange(0, BLOCK_C)
-            acc *= tl.load(
-                z_rows + (columns // RANK)[None, :], mask=row_ok & (columns < R)[None, :], other=0.0
-            )
+        # One gate for every piece of UNIT columns, which are all of one expert.
+        PIECES: tl.constexpr = BLOCK_C // UNIT
+        experts = (column + tl.arange(0, PIECES) * UNIT) // RANK
+        ok = row_ok & (experts < T)[None, :]
+        z = tl.load(z_rows + experts[None, :], mask=ok, other=0.0)
+        each = tl.reshape(acc, [BLOCK_N, PIECES, UNIT])
+        if SUMS:  # a piece is an expert
+            h = tl.reshape(kept_desc.load([row, column]).to(tl.float32), [BLOCK_N, PIECES, UNIT])
+            places = sums_ptr + rows.to(tl.int64)[:, None] * T + experts[None, :]
+            tl.store(places, tl.sum(each * h, 2), mask=ok)
+        acc = tl.reshape(each * z[:, :, None], [BLOCK_N, BLOCK_C])
         gated_desc.store([row, column], acc.to(gated_desc.dtype))
 
 
@@ -120,9 +112,22 @@ def _describable(matrix: torch.Tensor) -> bool:
     return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] and aligned
 
 
-def whole_experts(rank: int, tile: tiles.Tile) -> bool:
-    """Whether every tile holds all columns of its experts, so that their sums are complete."""
-    return tile.columns % rank == 0
+def gates_by_expert(rank: int) -> bool:
+    """Whether experts of that rank consist of pieces that are wide enough to have a gate each.
+
+    A gate for every column, or for two or four, takes more registers and shared memory than there are.
+    """
+    return _power_of_2(rank) >= 8
+
+
+def sums_by_expert(rank: int) -> bool:
+    """Whether a tile holds all columns of its experts, so that their sums are complete."""
+    return gates_by_expert(rank) and min(tile.columns for tile in tile_rule.DESCRIBED) % rank == 0
+
+
+def _power_of_2(number: int) -> int:
+    """The largest that divides `number`."""
+    return number & -number
 
 
 def _programs(tokens: int, columns: int, tile: tiles.Tile, chip: tiles.Chip) -> int:
@@ -153,8 +158,9 @@ def shrink(
         z: [G, T] fp32, contiguous columns.
         kept: gets x joinedᵀ [N, R].
         hidden, sums: H [N, R], and what gets the row sums [N, T] fp32 of x joinedᵀ ⊙ H per expert.
-        rank, tile: r, and a tile, for `sums` one with `whole_experts`.
+        rank, tile: r, for which `gates_by_expert`, and for `sums` `sums_by_expert`; and a tile.
     """
+    assert sums is None or tile.columns % rank == 0
     (tokens, width), columns = x.shape, len(joined)
     shape = (tile.rows, tile.columns)
     given = kept if hidden is None else hidden
@@ -164,7 +170,7 @@ def shrink(
         _described(x, tile.rows, tile.depth), _described(joined, tile.columns, tile.depth),
         z, z.stride(0), None if given is None else _described(given, *shape), _described(gated, *shape), sums,
         tokens, width, columns, columns // rank, group, programs,
-        RANK=rank, KEEP=kept is not None, SUMS=sums is not None,
+        RANK=rank, UNIT=min(_power_of_2(rank), tile.columns), KEEP=kept is not None, SUMS=sums is not None,
         BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_K=tile.depth, **tiles.options(tile),
     )  # fmt: skip
 

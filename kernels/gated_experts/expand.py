@@ -220,7 +220,7 @@ def _expand(
             CHUNKS=tiles.cdiv(rank, block_rank), PRECISION=tiles.precision(x), **tiles.options(tile),
         )  # fmt: skip
         if splits > 1:
-            last = tiles.ADDING
+            last = tiles.adding(splits)
             launches.launch(
                 add_parts_kernel, (tiles.cdiv(tokens, last.rows), tiles.cdiv(outputs, last.columns)),
                 parts, *rest, y, tokens, outputs, experts, group,

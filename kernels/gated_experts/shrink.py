@@ -106,7 +106,7 @@ def _shrink(
     (tokens, width), (experts, rank) = x.shape, A.shape[:2]
     columns = experts * rank
     hidden, gated = x.new_empty(tokens if keep else 0, columns), x.new_empty(tokens, columns)
-    flat = descriptors.flat(x, A)
+    flat = descriptors.flat(x, A) if descriptors.gates_by_expert(rank) else None
     strain = tiles.strain((x, A), (width,), special=rank % 16 > 0)
     tile = tiles.choose("shrink", x, tokens, columns, width, strain, splits=True, described=flat is not None)
 
@@ -126,7 +126,7 @@ def _shrink(
             PRECISION=tiles.precision(x), **tiles.options(tile),
         )  # fmt: skip
         if splits > 1:
-            last = tiles.ADDING
+            last = tiles.adding(splits)
             launches.launch(
                 gate_parts_kernel, (tiles.cdiv(tokens, last.rows), tiles.cdiv(columns, last.columns)),
                 parts, z, z.stride(0), hidden, gated, tokens, columns, rank, group,

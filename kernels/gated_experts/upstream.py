@@ -94,15 +94,15 @@ def _upstream(
     columns = experts * rank
     u = dy.new_empty(tokens if keep else 0, columns)
     dz = dy.new_empty(tokens, experts, dtype=torch.float32)
-    strain = tiles.strain((dy, B), (outputs,), special=rank % 16 > 0)
-    flat = descriptors.flat(dy, B.mT, hidden) if keep else None
+    strain = tiles.strain((dy, B), (outputs, rank), special=False)  # experts side by side in the rows of H
+    flat = descriptors.flat(dy, B.mT, hidden) if keep and descriptors.sums_by_expert(rank) else None
     tile = tiles.choose("upstream", dy, tokens, columns, outputs, strain, described=flat is not None)
 
     def launch(tile: tiles.Tile) -> None:
-        if tile.described and flat is not None and descriptors.whole_experts(rank, tile):
+        if tile.described and flat is not None:
             descriptors.shrink(dy, flat, z, group, None, u, hidden, dz, rank, tile)
             return
-        tile = tile._replace(columns=min(tile.columns, 128))
+        tile = tile._replace(columns=min(tile.columns, 128 if dy.element_size() == 2 else 64))
         launches.launch(
             upstream_kernel, (tiles.cdiv(tokens, tile.rows) * experts,),
             dy, *dy.stride(), B, *B.stride(), hidden, hidden.stride(0), z, z.stride(0), u, dz,

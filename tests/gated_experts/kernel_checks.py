@@ -267,6 +267,10 @@ COMPACT: dict[str, Callable[[], None]] = {
         tiles.Tile(16, 32, 16, 4, 1, described=True),
         problem((3, 25), d_in=40, d_out=56, experts=2, rank=12, dtype=torch.float16),
     ),
+    "descriptors with parts of experts": lambda: _with_tile(
+        tiles.Tile(16, 32, 16, 4, 1, described=True),
+        problem((3, 25), d_in=40, d_out=56, experts=3, rank=24, dtype=torch.float16),
+    ),
     "gates of many tokens": _gates_of_many_tokens,
     "large groups": lambda: _large_groups(),
     "one expert of many ranks": lambda: accurate(

@@ -251,13 +251,13 @@ MUTATIONS = {
         "linear gates of samples",
     ),
     "H gated by the neighbouring expert under descriptors": Mutation(
-        DESCRIPTORS, "experts = column // RANK + tl", "experts = 0 * column // RANK + tl", "descriptors"
+        DESCRIPTORS, "experts = (column + tl.", "experts = (0 * column + tl.", "descriptors"
     ),
-    "H gated by the neighbouring expert at odd ranks": Mutation(
+    "parts of experts gated by the neighbour": Mutation(
         DESCRIPTORS,
-        "(columns // RANK)[None, :]",
-        "((columns + 1) // RANK)[None, :]",
-        "descriptors at odd ranks",
+        "tl.arange(0, PIECES) * UNIT) // RANK",
+        "tl.arange(1, PIECES + 1) * UNIT) // RANK",
+        "descriptors with parts of experts",
     ),
     "a gate's gradient without its tile's other experts": Mutation(
         DESCRIPTORS,

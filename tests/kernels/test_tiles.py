@@ -237,3 +237,9 @@ def test_a_launch_that_takes_too_much_gets_the_next_smaller_tile_and_says_so_onc
 
     with pytest.raises(triton.runtime.errors.OutOfResources):  # as many rows as the list of experts is for
         tiles.launched("expand", Tile(64, 64, 64, 4, 2), never, rows=False)
+
+
+def test_threads_have_registers_for_the_parts_that_they_add_up():
+    for splits in tile_rule._SPLITS:
+        tile = tile_rule.adding(splits)
+        assert splits * area(tile) <= 128 * 32 * tile.warps  # beside 127 of their own
