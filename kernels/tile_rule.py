@@ -156,8 +156,8 @@ def _itemsize(arithmetic: str) -> int:
 def fits(kernel: str, chip: Chip, tile: Tile) -> bool:
     """Whether registers hold the tile.
 
-    128 × 256 takes wgmma or tensor memory, and is too large for the fold, which gates the larger operand.  Cards
-    of capability 12.0 have no room for 128 × 128 beside what upstream holds of an expert of many ranks.
+    128 × 256 takes wgmma or tensor memory, and is too large for the fold, which gates the larger operand.  On
+    cards of capability 12.0 there is no room for 128 × 128 beside what upstream holds of an expert.
     """
     large = chip.kind == "cuda" and 90 <= chip.capability < 120 and kernel != "fold"
     most = 64 * 128 if kernel == "upstream" and chip.capability >= 120 else 128 * 128

@@ -64,14 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run all sweeps.  Returns 1 where weights did not agree, else 0."""
     parser = shared.parser("Time and memory of merges from files, beside mergekit's.")
     parser.add_argument("--rounds", type=int, default=3, help="at most; of what takes minutes there is one")
-    several: dict[str, Any] = dict(nargs="*", metavar="N")
+    several: dict[str, Any] = dict(nargs="*")
     parser.add_argument("--sizes", choices=SIZES, default=_SIZES, help="of two models", **several)
+    parser.add_argument("--methods", choices=_SWEEPS, help="these alone, of all sizes", **several)
     parser.add_argument("--models", type=int, choices=_MODELS, default=_MODELS, help="how many", **several)
     args = shared.begin(parser, arguments)
     if args.gpu:
         parser.error("--gpu: merges from files compute on the CPU")
     points = [(size, 2) for size in args.sizes] + [(_FIXED, count) for count in args.models]
-    for found in run(points[:1] if args.quick else points, args.rounds, args.seed):
+    for found in run(points[:1] if args.quick else points, args.methods, args.rounds, args.seed):
         if args.out:
             write_json(args.out / "files.json", found)
             (args.out / "files.md").write_text(markdown(found))
@@ -79,15 +80,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return shared.finish(found, args.out, "files", peers_too=True)
 
 
-def run(points: Sequence[tuple[str, int]], rounds: int, seed: int = 0) -> Iterator[Results]:
-    """Every method with models of these sizes and numbers; after each point what is known."""
+def run(
+    points: Sequence[tuple[str, int]], methods: Sequence[str] | None, rounds: int, seed: int = 0
+) -> Iterator[Results]:
+    """Methods, by default those that a size is for, with models of these sizes and numbers.
+
+    After each point all that is known.
+    """
     began, load = time.monotonic(), LoadMeter()
     rows: dict[tuple[str, int], dict[str, list[Row]]] = {}
     rates: list[float] = []
     for size, count in dict.fromkeys(points):
         with tempfile.TemporaryDirectory(prefix="mingle-files-") as folder:
             log.info("%s, %d models", size, count)
-            rows[size, count], rate = _point(Path(folder), size, count, rounds, seed)
+            rows[size, count], rate = _point(Path(folder), size, count, methods, rounds, seed)
             rates.append(rate)
         more = {"cpus_used_by_others": load.others(), "disk_read_bytes_per_second": statistics.median(rates)}
         yield _results(rows, seed, began, **more)
@@ -109,13 +115,15 @@ def _results(rows: Rows, seed: int, began: float, **more: Any) -> Results:
     return record.envelope("files", _CPU, seed, found, (), began, **about)
 
 
-def _point(folder: Path, name: str, count: int, rounds: int, seed: int) -> tuple[dict[str, list[Row]], float]:
+def _point(
+    folder: Path, name: str, count: int, methods: Sequence[str] | None, rounds: int, seed: int
+) -> tuple[dict[str, list[Row]], float]:
     """By method a row of each contender, for one size and number of models; and the disk's reading rate."""
     size = SIZES[name]
     base = random_llamas.write(folder / "base", size)
     models = [random_llamas.write(folder / f"model{i}", size, i) for i in range(count)]
     found, rate = {}, reading_rate(base)
-    for method in (method for method, (_, sizes) in _SWEEPS.items() if name in sizes):
+    for method in methods or [method for method, (_, sizes) in _SWEEPS.items() if name in sizes]:
         problem = FilesProblem(method, base, models)
         found[method] = _compared(problem, _SWEEPS[method][0], folder / "out", rounds, seed)
     return found, rate
