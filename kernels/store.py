@@ -45,6 +45,10 @@ class Store:
         """The value stored under `key`, or None."""
         return self._values.get(key)
 
+    def stored_meanwhile(self, key: str) -> Any:
+        """The value that the file holds by now, perhaps another process's, or None."""
+        return self._read().get(key)
+
     def put(self, key: str, value: Any) -> None:
         """Store `value`, and with it whatever another process has stored meanwhile."""
         self._values = {**self._read(), **self._values, key: value}

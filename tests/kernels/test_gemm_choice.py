@@ -75,6 +75,20 @@ def test_later_processes_mend_a_choice_that_costs_a_tenth(first, later, expected
     assert stored["library"] == expected and len(stored["ratios"]) == gemm._ROUNDS
 
 
+def test_processes_that_start_together_choose_alike(clock, monkeypatch, tmp_path):
+    def slower_process() -> float:
+        clock.ratios = [3.0]
+        with monkeypatch.context() as patch:  # another one is ready while this one still measures
+            patch.setattr(gemm, "_ratio", clock)
+            gemm._chosen.__wrapped__(torch.get_num_threads())
+        return 0.5
+
+    monkeypatch.setattr(gemm, "_ratio", slower_process)
+    assert gemm.library(256, 128, 128) == "onednn"
+    (stored,) = json.loads((tmp_path / "cpu-gemm.json").read_text()).values()
+    assert stored["library"] == "onednn" and set(stored["ratios"]) == {3.0}
+
+
 @pytest.mark.parametrize(
     "nonsense",
     [
