@@ -42,7 +42,8 @@ def test_without_trust_it_is_mingle(base_model, tuned_states, samples):
     own = merge(base_model, tuned_states, samples, trust=0.0)
     plain = merge(base_model, tuned_states, samples, method="mingle")
     for name, tensor in plain.model.state_dict().items():  # gates apart are rounded in another order
-        torch.testing.assert_close(own.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
+        found = own.model.state_dict()[name]
+        assert (found - tensor).norm() <= 1e-3 * tensor.norm(), name
     torch.testing.assert_close(logits(own, samples[1]), logits(plain, samples[1]), rtol=1e-3, atol=1e-4)
 
 
