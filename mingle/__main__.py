@@ -1,5 +1,5 @@
 """``python -m mingle``."""
 
-from mingle.cli import main
+from mingle.cli import run_and_exit
 
-raise SystemExit(main())
+run_and_exit()

@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 import torch
 
@@ -66,6 +68,24 @@ _COMMANDS = (
 _TO_END = 10
 
 _ON_MEMORY = "`mingle check` says how much a merge takes"
+
+
+def run_and_exit() -> NoReturn:
+    """The program `mingle`: `main`, and the end of the process."""
+    try:
+        status = main()
+    except Exception:
+        if not ranks.launched():
+            raise
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    if status and ranks.launched():
+        # Threads in which PyTorch waits for other processes would abort this one when the interpreter ends.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,8 +19,8 @@ from mingle.cli import arguments
 from mingle.cli.arguments import Commands
 from mingle.cli.output import document, line, method_name, show
 from mingle.io.files import file_path
-from mingle.runs import config, costs
-from mingle.runs.check import check
+from mingle.runs import costs
+from mingle.runs.check import plan_of
 from mingle.runs.costs import Costs
 from mingle.runs.merge import MergePlan
 from mingle.text import visible
@@ -37,7 +37,7 @@ def register(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    plan = check(config.load(args.config))
+    plan = plan_of(args.config)
     found = costs.of_plan(plan)
     show(
         line("method: ", method_name(plan.config.method)),

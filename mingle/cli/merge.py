@@ -11,8 +11,8 @@ from mingle.cli.arguments import Commands
 from mingle.cli.output import document, method_name, result_document, result_table, say, show
 from mingle.cli.progress import bars
 from mingle.io.files import file_path
-from mingle.runs import config, group
-from mingle.runs.check import check
+from mingle.runs import group
+from mingle.runs.check import plan_of
 
 
 def register(commands: Commands) -> None:
@@ -31,7 +31,7 @@ def register(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     with ranks.together("checking"):
-        plan = check(config.load(args.config), args.out)
+        plan = plan_of(args.config, args.out)
         group.check_same(plan)
     say("method: ", method_name(plan.config.method))
     orders: list[dict[str, Any]] = []

@@ -60,6 +60,18 @@ def tidy(folder: Path, keep: int, *, only_tell: bool = False) -> int:
     return freed
 
 
+def keep_only(folder: Path, count: int) -> None:
+    """Keep that many generations from now on, and forget older ones; for the folder's writer.
+
+    Args:
+        folder: of the merger.
+        count: 1 or more.
+    """
+    manifest = read_manifest(folder)
+    if manifest["keep"] != count:
+        commit(folder, _shortened(manifest, count) | {"keep": count}, _unfinished(folder))
+
+
 def _unneeded(folder: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     return unnamed(folder, generations.names(folder, manifest) | _unfinished(folder))
 

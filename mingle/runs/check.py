@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
 from mingle.options import OptionError, build
 from mingle.runs import forecast, settings, sharding, target
-from mingle.runs.config import MergeConfig
+from mingle.runs.config import MergeConfig, load
 from mingle.runs.merge import MergePlan
 from mingle.runs.orders import shuffled
 from mingle.runs.origin import check_origin
@@ -30,6 +31,15 @@ from mingle.tasks import TaskType
 from mingle.tasks.image_settings import differing_preparation
 from mingle.tasks.loading import ModelCheckpoint
 from mingle.tasks.precision import dtype_of, put_into
+
+
+def plan_of(file: Path, out: Path | None = None) -> MergePlan:
+    """The plan of the merge that a YAML file describes, see `check`; its messages name the file."""
+    config = load(file)
+    try:
+        return check(config, out)
+    except OptionError as error:
+        raise OptionError(f"{file}: {error}") from None
 
 
 def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
@@ -93,13 +103,17 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
         sources={name: setting.source for name, setting in chosen.items()},
         fitted=method,
     )
-    target.check(plan, method)
+    merged = target.check(plan)
     if suite is None and streams(type(method), method.options, task, model):
         listed = [(experts[name], finetuned[name]) for name in orders[0]]
-        found = forecast.of_merge(method, base, listed, config.keep)
+        of_merge = partial(forecast.of_merge, method, base, listed)
+        needs = target.in_files(lambda keep: of_merge(keep).disk, partial(forecast.of_step, method))
+        target.check_room(plan, merged, needs)
+        found = of_merge(config.keep)
         _refuse_memory(base, found.memory, forecast.available(), "its largest tensor decides")
         plan = replace(plan, forecast=found.times(len(orders)))
     else:
+        target.check_room(plan, merged, target.in_memory(method, base, len(experts)))
         sharding.refuse_impossible(config.shard, method)
         memory = plan.memory()
         parts = ", ".join(f"{name} {part}" for name, part in memory.items())

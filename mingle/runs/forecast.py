@@ -84,6 +84,15 @@ def of_merge(
     return Forecast(memory, read, written, disk)
 
 
+def of_step(method: MergeMethod, seen: int) -> int:
+    """The bytes that one step writes before any of an earlier one can go, after so many others."""
+    if isinstance(method, GatedMethod):
+        return 2 * sum(bytes_of_expert(method, layer) for layer in method.layers.values())
+    assert isinstance(method, TensorMethod)
+    costs = [(kept_size([tensor]), method.cost_of(name)) for name, tensor in method.base.items()]
+    return sum(size + cost.kept + (cost.aside if seen else 0) for size, cost in costs)
+
+
 def _work(method: TensorMethod, name: str, size: int, cost: Cost) -> int:
     """The bytes that merging a tensor takes with what is read for it, a large one in blocks of rows."""
     blocks = len(row_blocks(method.base[name])) if method.elementwise(name) else 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mingle import methods, ranks, suites, tasks
-from mingle.io import hub, merger_folder
+from mingle.io import hub, journal, merger_folder, rollback
 from mingle.io.files import CheckpointError, free_space, writable
 from mingle.io.manifest import MANIFEST, read_manifest
 from mingle.io.merger_folder import Saved
@@ -26,7 +26,7 @@ from mingle.merging.streamed import StreamedMerger, streams
 from mingle.merging.vocabulary import Vocabulary
 from mingle.methods import MergeMethod
 from mingle.options import OptionError, build
-from mingle.runs import course, devices, inputs, room, sharding, timings
+from mingle.runs import course, devices, forecast, inputs, room, sharding, timings
 from mingle.runs.config import Expert, MergeConfig
 from mingle.runs.forecast import Forecast
 from mingle.runs.loop import Evaluate, MergeStep, experts_of, merge_all, stream_all
@@ -84,6 +84,8 @@ class MergePlan:
         for number, (order, folder) in enumerate(zip(self.orders, self.folders, strict=True)):
             with merger_folder.writing(folder):
                 merger = self._begin(folder)
+                if len(merger.merged) == len(order):
+                    self._keep(folder)
                 if isinstance(merger, StreamedMerger):
                     steps = stream_all(
                         merger, order, self._expert, folder, observer, number, keep=self.config.keep
@@ -102,6 +104,12 @@ class MergePlan:
                 result = merger.result()
             observer.merged(self.config.method, number, result)
             yield result
+
+    def _keep(self, folder: Path) -> None:
+        """Let a folder in which everything is merged have as many generations as are asked for now."""
+        with ranks.together("forgetting old generations"):
+            if self.config.keep is not None and ranks.rank() == 0:
+                rollback.keep_only(folder, self.config.keep)
 
     def begun(self) -> bool:
         """Whether any task was merged and saved, be it by an earlier run."""
@@ -190,8 +198,11 @@ def add(
             suite.check(expert.name)
         merger.check_name(expert.name)
         assert merger.base_folder is not None  # without a base in the folder, it would not have been opened
-        size = room.of_method(merger.method, merger.base_folder)
-        free_space(folder, size.saved_each(1, len(merger.merged)))
+        if isinstance(merger, StreamedMerger):
+            written = forecast.of_step(merger.method, len(merger.merged)) - journal.finished_bytes(folder)
+        else:
+            written = room.of_method(merger.method, merger.base_folder).saved_each(1, len(merger.merged))
+        free_space(folder, written)
         order = [*merger.task_names, expert.name]
         if isinstance(merger, StreamedMerger):
             for step in stream_all(merger, order, lambda *_: model, folder, observer or Observer()):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mingle import tasks
-from mingle.io import merger_folder
+from mingle.io import journal, leftovers, merger_folder
 from mingle.io.files import CheckpointError, free_space
 from mingle.io.leftovers import foreign
 from mingle.io.manifest import MANIFEST, read_manifest
@@ -16,32 +16,76 @@ from mingle.runs import inputs, room
 from mingle.runs.course import COURSE
 from mingle.runs.merge import MergePlan
 
+#: the bytes that what is left of a merge needs on the disk, by its folder, how many tasks that holds, and how
+#: many generations are kept, None for all
+Needs = Callable[[Path, int, int | None], int]
 
-def check(plan: MergePlan, method: MergeMethod) -> None:
-    """Refuse folders that hold anything but the beginning of this very merge, and a disk without room for it.
 
-    Args:
-        plan: of the merge.
-        method: fitted to its base model or to its skeleton.
+def check(plan: MergePlan) -> list[int]:
+    """Refuse folders that hold anything but the beginning of this very merge.
+
+    Returns:
+        How many of its tasks each of the plan's folders holds.
 
     Raises:
         CheckpointError: the message names the folder and the reason.
     """
-    if not plan.folders:
-        return
-    size, needed, least, keep = room.of_method(method, plan.base), 0, 0, plan.config.keep
-    for folder, order in zip(plan.folders, plan.orders, strict=True):
-        merged = _check_folder(folder, plan, order) if folder.exists() else 0
-        if merged < len(order):
-            base = 0 if merged else size.base
-            needed += base + size.saved_each(len(order) - merged, merged, keep or _keep(folder))
-            least += base + size.saved_each(len(order) - merged, merged, 1)
+    each = zip(plan.folders, plan.orders, strict=False)  # a plan that is only to be checked has none
+    return [_check_folder(folder, plan, order) if folder.exists() else 0 for folder, order in each]
+
+
+def check_room(plan: MergePlan, merged: Sequence[int], needs: Needs) -> None:
+    """Refuse a disk without room for what is left of a merge.
+
+    Args:
+        plan: of the merge.
+        merged: what `check` returned.
+        needs: the bytes that are to be free for what is left in a folder.
+
+    Raises:
+        CheckpointError: the message names the folder and says how much is missing.
+    """
+    needed = least = 0
+    for folder, order, there in zip(plan.folders, plan.orders, merged, strict=False):
+        if there < len(order):
+            needed += needs(folder, there, plan.config.keep or _keep(folder))
+            least += needs(folder, there, 1)
     try:
-        free_space(plan.folders[0], needed)
+        if plan.folders:
+            free_space(plan.folders[0], needed)
     except CheckpointError as error:
         if least < needed:
             error.add_note(f"keep: 1, which keeps only the newest generation of the merge, needs {least}")
         raise
+
+
+def in_memory(method: MergeMethod, base: Path, tasks: int) -> Needs:
+    """What a merge of so many tasks needs, whose method was fitted to the base in that folder."""
+    size = room.of_method(method, base)
+
+    def needs(folder: Path, merged: int, keep: int | None) -> int:
+        return (0 if merged else size.base) + size.saved_each(tasks - merged, merged, keep)
+
+    return needs
+
+
+def in_files(fullest: Callable[[int | None], int], step: Callable[[int], int]) -> Needs:
+    """What a merge needs that goes tensor by tensor.
+
+    What its folder holds counts, such as finished parts of a step that was interrupted.
+
+    Args:
+        fullest: the bytes of its folder at the fullest, by how many generations are kept.
+        step: those that a step writes before anything can go, by how many tasks are merged before it.
+    """
+
+    def needs(folder: Path, merged: int, keep: int | None) -> int:
+        # all but the page, the card and the like beside the manifest, which no forecast counts
+        held = (path for path in folder.rglob("*") if path.parent != folder or path.suffix == ".safetensors")
+        left = fullest(keep) - leftovers.size(path for path in held if path.is_file())
+        return max(0, left, step(merged) - journal.finished_bytes(folder) if merged else 0)
+
+    return needs
 
 
 def _keep(folder: Path) -> int | None:

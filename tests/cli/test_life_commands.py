@@ -185,6 +185,15 @@ def test_the_yaml_key_keep_bounds_what_a_merge_leaves(
     assert "keep=0: expected a positive integer" in said(models)
 
 
+def test_a_merge_that_is_done_keeps_what_keep_says_now(models: TinyMerge, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for keep, numbers in ((None, [1, 2, 3]), (2, [2, 3]), (1, [3]), (3, [3])):
+        models.write_config("abc", **({} if keep is None else {"keep": keep}))
+        assert models.merge(out)() == 0
+        assert [each.number for each in life.history(out)] == numbers
+        assert read_manifest(out)["keep"] == keep
+
+
 def test_room_is_asked_for_every_generation_that_is_kept(
     models: TinyMerge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
