@@ -15,6 +15,7 @@ from merge_files import merge_file
 from tiny_merge import contents
 from worlds import world
 
+from mingle import cli
 from mingle.cli import main, progress
 from mingle.io import shared_folder
 from mingle.merging import streamed
@@ -229,3 +230,28 @@ def test_cells_of_a_table_are_shared(tmp_path):
     assert found[0][1].count("table and plots: ") == 1 and found[1][1] == ""
     rows = json.loads((tmp_path / "table.json").read_text())["tables"][0]["rows"]
     assert [row["cells"]["stub"]["finished"] for row in rows] == [[42], [42]]
+
+
+@pytest.mark.parametrize("launched", [True, False])
+@pytest.mark.parametrize(("outcome", "code"), [(0, 0), (2, 2), (RuntimeError("unforeseen"), 1)])
+def test_a_process_of_several_that_failed_ends_at_once(launched, outcome, code, monkeypatch, capsys):
+    """Its threads may wait for other processes inside PyTorch, and would abort the end of the interpreter."""
+
+    def stand_in() -> int:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def ended(status: int) -> None:
+        raise SystemExit(f"at once, {status}")
+
+    monkeypatch.setattr(cli, "main", stand_in)
+    monkeypatch.setattr(cli.ranks, "launched", lambda: launched)
+    monkeypatch.setattr(os, "_exit", ended)
+    with pytest.raises((SystemExit, RuntimeError)) as found:
+        cli.run_and_exit()
+    if launched and code:
+        assert str(found.value) == f"at once, {code}"
+        assert ("unforeseen" in capsys.readouterr().err) == isinstance(outcome, Exception)
+    else:
+        assert found.value is outcome or found.value.code == code
