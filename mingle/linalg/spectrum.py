@@ -35,7 +35,7 @@ def gram_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         V, S, Uh = gram_svd(M.mT)
         return Uh.mT, S, V.mT
     S, U, inverse = _roots(gram(M))
-    return U, S, inverse.unsqueeze(-1) * (U.mT @ M)
+    return U, S, (U.mT @ M).mul_(inverse.unsqueeze(-1))
 
 
 @ieee

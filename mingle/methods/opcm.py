@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mingle import linalg
-from mingle.io.lazy_tensors import row_blocks
+from mingle.io.lazy_tensors import Rows, row_blocks
 from mingle.methods.base import Tensors, kept_size
 from mingle.methods.tensorwise import Cost, Numbers, Seen, Survey, TensorMethod, TensorStep, moved
 from mingle.nn.matrices import matrices
@@ -55,9 +55,10 @@ def total_norm(squares: Sequence[float]) -> float:
     return float(torch.tensor(squares, dtype=torch.float64).sum().sqrt())
 
 
-def summed(vector: Tensor, change: Tensor, scale: float) -> Tensor:
-    """λ_{t−1} M + P(Δ), in float64, before it is scaled."""
-    return scale * vector.double() + change.double()
+def summed(vector: Tensor, change: Tensor, scale: float) -> Iterator[tuple[Rows, Tensor]]:
+    """λ_{t−1} M + P(Δ), in float64, before it is scaled: one block of rows after another."""
+    for rows in row_blocks(vector):
+        yield rows, scale * vector[rows].double() + change[rows].double()
 
 
 class _Norms(Survey):
@@ -85,7 +86,8 @@ class _Norms(Survey):
         if step.name in self.linear:
             change = project(delta, vector, self.options.alpha, self.options.drop_diagonal)
             aside["projected"] = change
-        return Seen((_square(delta), _square(summed(vector, change, self.found["scale"]))), aside)
+        squares = (float(rows.square().sum()) for _, rows in summed(vector, change, self.found["scale"]))
+        return Seen((_square(delta), sum(squares)), aside)
 
     def conclude(self, numbers: Sequence[tuple[float, ...]]) -> Numbers:
         norm, size = (total_norm(squares) for squares in zip(*numbers, strict=True))
@@ -108,7 +110,7 @@ class Opcm(TensorMethod):
     name = "opcm"
     Options = OpcmOptions
     shared = ("scale", "mean_norm")
-    copies = 10.0
+    copies = 7.0
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
@@ -136,8 +138,10 @@ class Opcm(TensorMethod):
     ) -> tuple[Tensor, Tensors]:
         change = aside["projected"] if "projected" in aside else step.delta()
         if step.seen:
-            whole = summed(step.vector(), change, found["scale before"])
-            change = (whole / whole.new_tensor(found["scale"])).to(change.dtype)
+            scaled = torch.empty_like(change)
+            for rows, whole in summed(step.vector(), change, found["scale before"]):
+                scaled[rows] = whole / whole.new_tensor(found["scale"])
+            change = scaled
         return moved(step.base, change), {}
 
 
