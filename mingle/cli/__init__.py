@@ -79,8 +79,8 @@ def run_and_exit() -> NoReturn:
             raise
         sys.excepthook(*sys.exc_info())
         status = 1
-    if status and ranks.launched():
-        # Threads in which PyTorch waits for other processes would abort this one when the interpreter ends.
+    if ranks.launched():
+        # Threads in which PyTorch waits for other processes can abort this one when the interpreter ends.
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
