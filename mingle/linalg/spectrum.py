@@ -5,6 +5,7 @@ Exact, because a sketch misjudges the effective rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from math import prod
 
 import torch
@@ -36,6 +37,42 @@ def gram_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return Uh.mT, S, V.mT
     S, U, inverse = _roots(gram(M))
     return U, S, (U.mT @ M).mul_(inverse.unsqueeze(-1))
+
+
+@ieee
+def remover(
+    blocks: Iterable[tuple[Tensor, Tensor]], leading: Callable[[Tensor], int], *, drop_diagonal: bool = False
+) -> Tensor:
+    """What takes the block out of Δ that the leading singular directions of M span: Δ − M K is without it.
+
+        MᵀM = V Σ² Vᵀ;   K = V Σ⁻¹ R Vᵀ,  where R has those entries of UᵀΔV = Σ⁻¹ Vᵀ (MᵀΔ) V that are removed
+
+    Neither matrix is ever there as a whole, nor is any of U.
+
+    Args:
+        blocks: of M and Δ the same rows [b, n], block after block; together at least n of them.
+        leading: how many directions span the block, from the singular values [n] in falling order.
+        drop_diagonal: see `project_out`.
+
+    Returns:
+        K [n, n], in float64.  Directions that `gram_svd` takes for noise have no part in it.
+    """
+    squared = crossed = torch.zeros((), dtype=torch.float64)
+    for merged, delta in blocks:
+        exact = merged.double()
+        squared = squared + exact.mT @ exact
+        crossed = crossed + exact.mT @ delta.double()
+    S, V, inverse = _roots(squared)
+    count = leading(S)
+    if not drop_diagonal:
+        S, V, inverse = S[:count], V[:, :count], inverse[:count]
+    down = V * inverse  # M down = U
+    removed = down.mT @ (crossed @ V)
+    if drop_diagonal:
+        diagonal = removed.diagonal().clone()
+        removed[count:] = removed[:, count:] = 0
+        removed.diagonal().copy_(diagonal)
+    return (down @ removed) @ V.mT
 
 
 @ieee

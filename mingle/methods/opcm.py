@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mingle import linalg
-from mingle.io.lazy_tensors import Rows, row_blocks
+from mingle.io.lazy_tensors import BLOCK_ENTRIES, Rows, row_blocks
+from mingle.kernels.dtypes import wide
 from mingle.methods.base import Tensors, kept_size
 from mingle.methods.tensorwise import Cost, Numbers, Seen, Survey, TensorMethod, TensorStep, moved
 from mingle.nn.matrices import matrices
@@ -37,17 +39,31 @@ def split_rank(singular_values: Tensor, alpha: float) -> int:
     return int((cumulative <= alpha * cumulative[-1]).sum()) if cumulative[-1] > 0 else 0
 
 
-def project(delta: Tensor, merged: Tensor, alpha: float, drop_diagonal: bool) -> Tensor:
+def project(step: TensorStep, options: OpcmOptions) -> Tensor:
     """Δ [m, n] without the block that the leading singular directions of M [m, n] span.
 
-    Equal to U C Vᵀ with C = UᵀΔV for the full bases U, V of M and C[:s, :s] zeroed, without forming them.
-    It does not matter which of m and n is d_out.  Of [E, m, n] every matrix is projected by itself.
+    Equal to U C Vᵀ with C = UᵀΔV for the full bases U, V of M and C[:s, :s] zeroed, without them: in memory
+    beside the result are blocks of rows, and matrices of the shorter side.  It does not matter which of m and
+    n is d_out.  Of [E, m, n] every matrix is projected by itself.
     """
-    if delta.dim() > 2:
-        parts = zip(delta, merged, strict=True)
-        return torch.stack([project(d, m, alpha, drop_diagonal) for d, m in parts])
-    U, S, Vh = linalg.gram_svd(merged)
-    return linalg.project_out(delta, U, S, Vh, split_rank(S, alpha), drop_diagonal=drop_diagonal)
+    projected = step.merged.new_empty(step.merged.shape, dtype=wide(step.tuned))
+    if step.merged.dim() == 2:
+        _project(step, options, projected)
+    else:
+        for place, out in enumerate(projected):
+            _project(step.at(place), options, out)
+    return projected
+
+
+def _project(step: TensorStep, options: OpcmOptions, out: Tensor) -> None:
+    if out.shape[0] < out.shape[1]:
+        step, out = step.transposed(), out.mT
+    parts = [(rows, step.at(rows)) for rows in row_blocks(out)]
+    blocks = ((part.vector(), part.delta()) for _, part in parts)
+    leading = partial(split_rank, alpha=options.alpha)
+    K = linalg.remover(blocks, leading, drop_diagonal=options.drop_diagonal)
+    for rows, part in parts:
+        out[rows] = part.delta().double() - part.vector().double() @ K
 
 
 def total_norm(squares: Sequence[float]) -> float:
@@ -55,10 +71,11 @@ def total_norm(squares: Sequence[float]) -> float:
     return float(torch.tensor(squares, dtype=torch.float64).sum().sqrt())
 
 
-def summed(vector: Tensor, change: Tensor, scale: float) -> Iterator[tuple[Rows, Tensor]]:
-    """λ_{t−1} M + P(Δ), in float64, before it is scaled: one block of rows after another."""
-    for rows in row_blocks(vector):
-        yield rows, scale * vector[rows].double() + change[rows].double()
+def summed(step: TensorStep, aside: Mapping[str, Tensor], rows: Rows, scale: float) -> Tensor:
+    """λ_{t−1} M + P(Δ) of some rows, in float64, before it is scaled."""
+    part = step.at(rows)
+    change = aside["projected"][rows] if aside else part.delta()
+    return scale * part.vector().double() + change.double()
 
 
 class _Norms(Survey):
@@ -78,16 +95,16 @@ class _Norms(Survey):
         self.seen, self.found, self.linear, self.options = seen, found, linear, options
 
     def see(self, step: TensorStep) -> Seen:
-        delta = step.delta()
+        blocks = row_blocks(step.merged)
+        square = sum(float(step.at(block).delta().double().square().sum()) for block in blocks)
         if not self.seen:
-            return Seen((_square(delta), 0.0))
-        vector, aside = step.vector(), {}
-        change = delta
+            return Seen((square, 0.0))
+        aside: dict[str, Tensor] = {}
         if step.name in self.linear:
-            change = project(delta, vector, self.options.alpha, self.options.drop_diagonal)
-            aside["projected"] = change
-        squares = (float(rows.square().sum()) for _, rows in summed(vector, change, self.found["scale"]))
-        return Seen((_square(delta), sum(squares)), aside)
+            aside["projected"] = project(step, self.options)
+        scale = self.found["scale"]
+        whole = (float(summed(step, aside, block, scale).square().sum()) for block in blocks)
+        return Seen((square, sum(whole)), aside)
 
     def conclude(self, numbers: Sequence[tuple[float, ...]]) -> Numbers:
         norm, size = (total_norm(squares) for squares in zip(*numbers, strict=True))
@@ -110,7 +127,7 @@ class Opcm(TensorMethod):
     name = "opcm"
     Options = OpcmOptions
     shared = ("scale", "mean_norm")
-    copies = 7.0
+    copies = 10.0
 
     def __init__(self, model: nn.Module, task: TaskType, base: Mapping[str, Tensor], options: Any) -> None:
         super().__init__(model, task, base, options)
@@ -126,8 +143,12 @@ class Opcm(TensorMethod):
         return name not in self.linear
 
     def cost_of(self, name: str) -> Cost:
-        aside = kept_size([self.base[name]]) if name in self.linear else 0
-        return super().cost_of(name)._replace(aside=aside)
+        base = self.base[name]
+        if name not in self.linear:
+            return super().cost_of(name)
+        size, shorter = kept_size([base]), min(base.shape[-2:])
+        # what is projected or scaled; blocks of rows, and matrices of the shorter side, in float64
+        return Cost(size + 40 * min(base.numel(), BLOCK_ENTRIES) + 64 * shorter**2, aside=size)
 
     def work_of(self, name: str) -> float:
         base = self.base[name]
@@ -136,15 +157,11 @@ class Opcm(TensorMethod):
     def merge_tensor(
         self, step: TensorStep, found: Numbers, aside: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensors]:
-        change = aside["projected"] if "projected" in aside else step.delta()
-        if step.seen:
-            scaled = torch.empty_like(change)
-            for rows, whole in summed(step.vector(), change, found["scale before"]):
-                scaled[rows] = whole / whole.new_tensor(found["scale"])
-            change = scaled
-        return moved(step.base, change), {}
-
-
-def _square(tensor: Tensor) -> float:
-    """‖·‖², added up block by block, so that it is the same where blocks are all there is at once."""
-    return sum(float(tensor[rows].double().square().sum()) for rows in row_blocks(tensor))
+        if not step.seen:
+            return moved(step.base, step.delta()), {}
+        new = step.merged.new_empty(step.merged.shape, dtype=wide(step.base))
+        for rows in row_blocks(new):
+            whole = summed(step, aside, rows, found["scale before"])
+            change = (whole / whole.new_tensor(found["scale"])).to(wide(step.tuned))
+            new[rows] = moved(step.base[rows], change)
+        return new, {}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,14 @@ class TensorStep:
     kept: Mapping[str, Tensor]
     seen: int
     seed: int
+
+    def at(self, rows: Any) -> TensorStep:
+        """The same of a part of the tensor, as an index takes it: views."""
+        return replace(self, base=self.base[rows], merged=self.merged[rows], tuned=self.tuned[rows])
+
+    def transposed(self) -> TensorStep:
+        """The same of the transposed matrix: views."""
+        return replace(self, base=self.base.mT, merged=self.merged.mT, tuned=self.tuned.mT)
 
     def delta(self) -> Tensor:
         """Δ_t = θ_t − θ₀, in float32 or wider."""

@@ -17,9 +17,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from mingle import linalg
 from mingle.merging.finetuned import FineTuned
 from mingle.methods.nufilt import NufiltOptions, updates
-from mingle.methods.opcm import project
+from mingle.methods.opcm import split_rank
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 NUFILT = dict(r_p=3, r_v=2, r_l=4, steps=10)
@@ -96,6 +97,14 @@ def norm(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors.values()]).norm()
 
 
+def project(delta, merged, drop_diagonal):
+    """Each matrix by itself, with all of the other one's singular vectors."""
+    if delta.dim() > 2:
+        return torch.stack([project(*pair, drop_diagonal) for pair in zip(delta, merged, strict=True)])
+    U, S, Vh = linalg.gram_svd(merged)
+    return linalg.project_out(delta, U, S, Vh, split_rank(S, 0.5), drop_diagonal=drop_diagonal)
+
+
 @pytest.mark.parametrize("drop_diagonal", [False, True])
 def test_opcm(base, states, apart, linear, drop_diagonal):
     method = merged("opcm", base, states, drop_diagonal=drop_diagonal)
@@ -107,8 +116,7 @@ def test_opcm(base, states, apart, linear, drop_diagonal):
             vector = delta
             continue
         raw = {
-            name: scale * vector[name]
-            + (project(d, vector[name], 0.5, drop_diagonal) if name in linear else d)
+            name: scale * vector[name] + (project(d, vector[name], drop_diagonal) if name in linear else d)
             for name, d in delta.items()
         }
         scale = norm(raw) / (sum(norms) / len(norms))
