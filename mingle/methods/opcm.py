@@ -46,24 +46,25 @@ def project(step: TensorStep, options: OpcmOptions) -> Tensor:
     beside the result are blocks of rows, and matrices of the shorter side.  It does not matter which of m and
     n is d_out.  Of [E, m, n] every matrix is projected by itself.
     """
-    projected = step.merged.new_empty(step.merged.shape, dtype=wide(step.tuned))
     if step.merged.dim() == 2:
-        _project(step, options, projected)
-    else:
-        for place, out in enumerate(projected):
-            _project(step.at(place), options, out)
-    return projected
+        return _projected(step, options)
+    return torch.stack([_projected(step.at(place), options) for place in range(len(step.merged))])
 
 
-def _project(step: TensorStep, options: OpcmOptions, out: Tensor) -> None:
-    if out.shape[0] < out.shape[1]:
-        step, out = step.transposed(), out.mT
-    parts = [(rows, step.at(rows)) for rows in row_blocks(out)]
+def _projected(step: TensorStep, options: OpcmOptions) -> Tensor:
+    shape = step.merged.shape
+    flipped = shape[0] < shape[1]
+    if flipped:
+        step = step.transposed()
+    parts = [(rows, step.at(rows)) for rows in row_blocks(step.merged)]
     blocks = ((part.vector(), part.delta()) for _, part in parts)
     leading = partial(split_rank, alpha=options.alpha)
     K = linalg.remover(blocks, leading, drop_diagonal=options.drop_diagonal)
+    projected = step.merged.new_empty(shape, dtype=wide(step.tuned))
+    out = projected.mT if flipped else projected
     for rows, part in parts:
         out[rows] = part.delta().double() - part.vector().double() @ K
+    return projected
 
 
 def total_norm(squares: Sequence[float]) -> float:
