@@ -5,14 +5,7 @@ All functions are pure, run without autograd and autocast, never in TF32, and de
 
 from mingle.linalg.basis import extend_basis
 from mingle.linalg.certificate import Certificate
-from mingle.linalg.spectrum import (
-    effective_rank,
-    effective_ranks,
-    factored_svd,
-    gram_svd,
-    project_out,
-    remover,
-)
+from mingle.linalg.spectrum import effective_rank, effective_ranks, factored_svd, gram_svd, project_out
 from mingle.linalg.subspace import InputDirections, top_subspace
 from mingle.linalg.subspace_iteration import NULL_SPACE_TOLERANCE
 from mingle.linalg.svd import svd_lowrank
@@ -27,7 +20,6 @@ __all__ = [
     "factored_svd",
     "gram_svd",
     "project_out",
-    "remover",
     "svd_lowrank",
     "top_subspace",
 ]

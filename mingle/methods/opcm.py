@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mingle import linalg
 from mingle.io.lazy_tensors import BLOCK_ENTRIES, Rows, row_blocks
 from mingle.kernels.dtypes import wide
+from mingle.linalg.spectrum import remover
 from mingle.methods.base import Tensors, kept_size
 from mingle.methods.tensorwise import Cost, Numbers, Seen, Survey, TensorMethod, TensorStep, moved
 from mingle.nn.matrices import matrices
@@ -59,7 +59,7 @@ def _projected(step: TensorStep, options: OpcmOptions) -> Tensor:
     parts = [(rows, step.at(rows)) for rows in row_blocks(step.merged)]
     blocks = ((part.vector(), part.delta()) for _, part in parts)
     leading = partial(split_rank, alpha=options.alpha)
-    K = linalg.remover(blocks, leading, drop_diagonal=options.drop_diagonal)
+    K = remover(blocks, leading, drop_diagonal=options.drop_diagonal)
     projected = step.merged.new_empty(shape, dtype=wide(step.tuned))
     out = projected.mT if flipped else projected
     for rows, part in parts:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mingle import linalg
+from mingle.linalg.spectrum import remover
 
 
 def pair(m, n, rank=None, dtype=torch.float64):
@@ -23,7 +24,7 @@ def test_it_removes_what_project_out_removes(m, n, rank, leading, size, drop_dia
     merged, delta = pair(m, n, rank)
     count = min(leading, n)
     blocks = zip(merged.split(size), delta.split(size), strict=True)
-    K = linalg.remover(blocks, lambda S: count, drop_diagonal=drop_diagonal)
+    K = remover(blocks, lambda S: count, drop_diagonal=drop_diagonal)
     U, S, Vh = linalg.gram_svd(merged)
     expected = linalg.project_out(delta, U, S, Vh, count, drop_diagonal=drop_diagonal)
     assert K.dtype == torch.float64 and K.shape == (n, n)
@@ -33,16 +34,16 @@ def test_it_removes_what_project_out_removes(m, n, rank, leading, size, drop_dia
 def test_the_count_is_asked_for_with_all_singular_values():
     merged, delta = pair(30, 9)
     asked = []
-    linalg.remover([(merged, delta)], lambda S: asked.append(S) or 0)
+    remover([(merged, delta)], lambda S: asked.append(S) or 0)
     torch.testing.assert_close(asked[0], torch.linalg.svdvals(merged))
 
 
 def test_of_a_matrix_of_zeros_nothing_is_removed():
     delta = torch.randn(8, 3)
-    assert not linalg.remover([(torch.zeros(8, 3), delta)], lambda S: 2).any()
+    assert not remover([(torch.zeros(8, 3), delta)], lambda S: 2).any()
 
 
 def test_half_precision_is_multiplied_in_float64():
     merged, delta = pair(50, 6, dtype=torch.bfloat16)
-    exact = linalg.remover([(merged.double(), delta.double())], lambda S: 2)
-    assert torch.equal(linalg.remover([(merged, delta)], lambda S: 2), exact)
+    exact = remover([(merged.double(), delta.double())], lambda S: 2)
+    assert torch.equal(remover([(merged, delta)], lambda S: 2), exact)
