@@ -253,12 +253,6 @@ def files(folder: Path, passes: Passes) -> set[str]:
     return named | ({path.name for path in folder.glob(JOURNALS)} if passes else set())
 
 
-def finished_bytes(folder: Path) -> int:
-    """The bytes of what an interrupted step has finished in a folder; the same step goes on from there."""
-    paths = [folder / name for name in files(folder, read(folder))] if folder.exists() else []
-    return sum(path.stat().st_size for path in paths if _is_file(path))
-
-
 def is_over(passes: Passes, manifest: Mapping[str, Any]) -> bool:
     """Whether the manifest already holds what a journal notes that is of some step."""
     if TASKS_BEFORE in (passes[-1]["found"] or {}):

@@ -76,3 +76,8 @@ def size(paths: Iterator[Path]) -> int:
     """The bytes of files, and of all files in folders."""
     files = chain.from_iterable([path] if path.is_file() else path.rglob("*") for path in paths)
     return sum(path.stat().st_size for path in files if _is_file(path))
+
+
+def finished_bytes(folder: Path) -> int:
+    """The bytes of what an interrupted step has finished in a folder; the same step goes on from there."""
+    return size(folder / name for name in journal.files(folder, journal.read(folder)))

@@ -11,7 +11,7 @@ soon, is in `mingle.ranks.watch`.
 from __future__ import annotations
 
 import os
-import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -129,14 +129,10 @@ def gather(thing: Thing) -> list[Thing]:
     if _watch is None:
         return [thing]
     _serve()
-    own = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
-    sizes = torch.empty(_watch.size, dtype=torch.int64)
-    all_gather(sizes, torch.tensor([len(own)]))
-    longest = int(sizes.max())
-    whole = torch.empty(_watch.size * longest, dtype=torch.uint8)
-    all_gather(whole, torch.nn.functional.pad(own, (0, longest - len(own))))
-    parts = zip(whole.split(longest), sizes.tolist(), strict=True)  # of processes that run this program too
-    return [pickle.loads(part[:size].numpy().tobytes()) for part, size in parts]
+    found: list[Any] = [None] * _watch.size
+    with _watch.waiting():
+        _apart(_watch, lambda: dist.all_gather_object(found, thing))
+    return found
 
 
 def all_gather(whole: Tensor, part: Tensor) -> None:
@@ -322,3 +318,21 @@ def _finish(watch: Watch, work: Any) -> None:
             if work.is_completed():
                 raise watch.reason(error) from error
             watch.check()
+
+
+def _apart(watch: Watch, collective: Callable[[], object]) -> None:
+    """The same for a collective that blocks, in a thread of its own."""
+    over, errors = threading.Event(), []
+
+    def run() -> None:
+        try:
+            collective()
+        except BaseException as error:
+            errors.append(error)
+        over.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    while not over.wait(_SLICE):
+        watch.check()
+    if errors:
+        raise watch.reason(errors[0]) from errors[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
     merged = target.check(plan)
     if suite is None and streams(type(method), method.options, task, model):
         listed = [(experts[name], finetuned[name]) for name in orders[0]]
-        of_merge = partial(forecast.of_merge, method, base, listed)
+        of_merge = cache(partial(forecast.of_merge, method, base, listed))
         needs = target.in_files(lambda keep: of_merge(keep).disk, partial(forecast.of_step, method))
         target.check_room(plan, merged, needs)
         found = of_merge(config.keep)

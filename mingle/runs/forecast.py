@@ -58,8 +58,8 @@ def of_merge(
     assert isinstance(method, TensorMethod)
     sizes = {name: kept_size([tensor]) for name, tensor in method.base.items()}
     costs = {name: method.cost_of(name) for name in sizes}
-    state = sum(size + costs[name].kept for name, size in sizes.items())
-    aside = sum(cost.aside for cost in costs.values())
+    state = of_step(method, 0)
+    aside = of_step(method, 1) - state
     weights, copied = _size(base, (".safetensors",)), _size(base)
     known = experts[0][1]
     tower = round(weights * sum(sizes.values()) / _whole(known))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mingle import methods, ranks, suites, tasks
-from mingle.io import hub, journal, merger_folder, rollback
+from mingle.io import hub, leftovers, merger_folder, rollback
 from mingle.io.files import CheckpointError, free_space, writable
 from mingle.io.manifest import MANIFEST, read_manifest
 from mingle.io.merger_folder import Saved
@@ -199,7 +199,7 @@ def add(
         merger.check_name(expert.name)
         assert merger.base_folder is not None  # without a base in the folder, it would not have been opened
         if isinstance(merger, StreamedMerger):
-            written = forecast.of_step(merger.method, len(merger.merged)) - journal.finished_bytes(folder)
+            written = forecast.of_step(merger.method, len(merger.merged)) - leftovers.finished_bytes(folder)
         else:
             written = room.of_method(merger.method, merger.base_folder).saved_each(1, len(merger.merged))
         free_space(folder, written)

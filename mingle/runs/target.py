@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mingle import tasks
-from mingle.io import journal, leftovers, merger_folder
+from mingle.io import leftovers, merger_folder
 from mingle.io.files import CheckpointError, free_space
 from mingle.io.leftovers import foreign
 from mingle.io.manifest import MANIFEST, read_manifest
@@ -83,7 +83,7 @@ def in_files(fullest: Callable[[int | None], int], step: Callable[[int], int]) -
         # all but the page, the card and the like beside the manifest, which no forecast counts
         held = (path for path in folder.rglob("*") if path.parent != folder or path.suffix == ".safetensors")
         left = fullest(keep) - leftovers.size(path for path in held if path.is_file())
-        return max(0, left, step(merged) - journal.finished_bytes(folder) if merged else 0)
+        return max(0, left, step(merged) - leftovers.finished_bytes(folder) if merged else 0)
 
     return needs
 

@@ -13,7 +13,8 @@ import yaml
 from output_folders import refusal, tree
 
 from mingle.cli import main
-from mingle.io.journal import Journal, finished_bytes
+from mingle.io.journal import Journal
+from mingle.io.leftovers import finished_bytes
 from mingle.io.manifest import read_manifest
 from mingle.merging.merger import Merger
 from mingle.runs import room
