@@ -7,10 +7,11 @@ one's allocations and launches with other addresses.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 import triton
@@ -23,6 +24,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _MOST = 4096  # calls of one launcher that are remembered
+_ALIGNED = 512  # bytes, as PyTorch's allocations are
 
 _local = threading.local()
 
@@ -52,17 +54,26 @@ class _Launch(NamedTuple):
     described: list[tuple[int, int, int]]  # the same for arguments that are descriptors
 
 
-class _Recording(NamedTuple):
-    """What a call did.  Its roots are the tensors it got, then those it allocated."""
+_Allocated: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 
-    allocated: list[tuple[tuple[int, ...], torch.dtype]]
+
+class _Recording(NamedTuple):
+    """What a call did.  Its roots are the tensors it got, those it returns and those it used in between."""
+
+    returned: list[_Allocated]
+    between: list[int]  # where in one piece of memory the others begin, in bytes
+    scratch: int  # how large that is
     launches: list[_Launch]
-    result: int | tuple[int, ...]  # roots
+    result: int | tuple[int, ...]  # which of `returned`
 
     def repeat(self, tensors: list[torch.Tensor], stream: int) -> Any:
         new_empty = tensors[0].new_empty
-        roots = tensors + [new_empty(size, dtype=dtype) for size, dtype in self.allocated]
-        begins = [root.data_ptr() for root in roots]
+        returned = [new_empty(size, dtype=dtype) for size, dtype in self.returned]
+        begins = [root.data_ptr() for root in tensors + returned]
+        if self.between:
+            scratch = new_empty(self.scratch, dtype=torch.uint8)
+            begin = scratch.data_ptr()
+            begins += [begin + offset for offset in self.between]
         for run, grid, function, template, addresses, described in self.launches:
             arguments = template.copy()
             for argument, root, offset in addresses:
@@ -71,8 +82,8 @@ class _Recording(NamedTuple):
                 arguments[argument] = _moved(template[argument], begins[root] + offset)
             run(*grid, stream, *function, None, None, None, *arguments)
         if isinstance(self.result, int):
-            return roots[self.result]
-        return tuple([roots[root] for root in self.result])
+            return returned[self.result]
+        return tuple([returned[place] for place in self.result])
 
 
 class _Recorder(TorchDispatchMode):
@@ -84,7 +95,8 @@ class _Recorder(TorchDispatchMode):
         self.places = {id(tensor): (root, 0) for root, tensor in enumerate(given)}  # root, offset
         self.made: dict[int, int] = {}  # the roots that were allocated
         self.begins = [tensor.data_ptr() for tensor in given]
-        self.allocated: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self.given = len(given)
+        self.allocated: list[_Allocated] = []
         self.launches: list[_Launch] = []
         self.repeatable = True
 
@@ -137,8 +149,28 @@ class _Recorder(TorchDispatchMode):
         results = result if isinstance(result, tuple) else (result,)
         if not self.repeatable or any(id(tensor) not in self.made for tensor in results):
             return None
-        roots = tuple(self.made[id(tensor)] for tensor in results)
-        return _Recording(self.allocated, self.launches, roots if isinstance(result, tuple) else roots[0])
+        roots = [self.made[id(tensor)] for tensor in results]
+        order = list(range(self.given)) + list(dict.fromkeys(roots))
+        returned = [self.allocated[root - self.given] for root in order[self.given :]]
+        between, scratch = list[int](), 0
+        for root, (size, dtype) in enumerate(self.allocated, self.given):
+            if root not in roots:
+                order.append(root)
+                between.append(scratch)
+                scratch += -(-math.prod(size) * dtype.itemsize // _ALIGNED) * _ALIGNED
+        places = {root: place for place, root in enumerate(order)}
+
+        def moved(where: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+            return [(argument, places[root], offset) for argument, root, offset in where]
+
+        launches = [
+            one._replace(addresses=moved(one.addresses), described=moved(one.described))
+            for one in self.launches
+        ]
+        chosen = tuple(places[root] - self.given for root in roots)
+        return _Recording(
+            returned, between, scratch, launches, chosen if isinstance(result, tuple) else chosen[0]
+        )
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -156,7 +188,7 @@ def repeated(launcher: Callable[P, R]) -> Callable[P, R]:
     Its first argument is a tensor.  It may depend on nothing but what `_kind` sees of its arguments, and
     launch by `launch` alone.  A call that does more with tensors than to allocate them by `Tensor.new_empty`
     and to take views is never repeated.  Nothing is without a GPU, or where somebody watches Triton's
-    launches.
+    launches.  Launchers may call each other: the outermost is recorded.
     """
     recordings: dict[Any, _Recording | None] = {}
     seen: set[Any] = set()
@@ -166,13 +198,13 @@ def repeated(launcher: Callable[P, R]) -> Callable[P, R]:
         first = args[0]
         assert isinstance(first, torch.Tensor)
         stream = _stream(first)
-        if stream is None:
+        if stream is None or getattr(_local, "recorder", None) is not None:  # part of another's recording
             return launcher(*args, **kwargs)
         kind, tensors = _kind(args, kwargs)
         recording = recordings.get(kind)
         if recording is not None:
             return recording.repeat(tensors, stream)
-        if kind in recordings or getattr(_local, "recorder", None) is not None:
+        if kind in recordings:
             return launcher(*args, **kwargs)
         if len(seen) > _MOST:
             recordings.clear()

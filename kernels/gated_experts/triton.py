@@ -15,10 +15,37 @@ kernels of `mingle.kernels.gated_experts.descriptors`.
 
 from __future__ import annotations
 
+import torch
+
+from mingle.kernels import launches
 from mingle.kernels.gated_experts.expand import expand
 from mingle.kernels.gated_experts.gates import gates
 from mingle.kernels.gated_experts.listed import active
 from mingle.kernels.gated_experts.shrink import shrink
 from mingle.kernels.gated_experts.upstream import upstream
 
-__all__ = ["active", "expand", "gates", "shrink", "upstream"]
+__all__ = ["active", "expand", "gates", "shrink", "together", "upstream"]
+
+
+@launches.repeated
+def together(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    up: torch.Tensor,
+    gate_weight: torch.Tensor,
+    gate_bias: torch.Tensor,
+    mask: torch.Tensor | None,
+    group: int,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`gates`, `shrink` and `expand` one after the other, as one call to record and repeat.
+
+    Returns:
+        y [N, d_out], H [N, T·r] (no rows without `keep`), z [G, T] and x̄ [G, d_in].
+    """
+    z, pooled = gates(x, gate_weight, gate_bias, mask, group)
+    hidden, gated = shrink(x, A, z, group, None, keep=keep)
+    y = expand(x, weight, bias, hidden, gated, up, z, group, None, keep=keep)
+    return y, hidden, z, pooled

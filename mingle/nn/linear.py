@@ -16,7 +16,7 @@ from mingle.kernels.gated_experts import reference
 from mingle.kernels.gated_experts.reference import REDUCTIONS
 from mingle.nn.conv1d import conv1d, is_conv1d
 from mingle.nn.low_rank_expert import LowRankExpert
-from mingle.nn.prepared import GROUPED, PreparedLayer, prepare
+from mingle.nn.prepared import PREPARED, PreparedLayer, prepare
 from mingle.ops.operands import LayerTensors
 from mingle.ops.shared import adjacent
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
 
 GATE_INIT_STD = 0.01
+_JOINED = "cpu", "cuda"  # devices on which gates are kept side by side
 
 
 class Siblings(Protocol):
@@ -282,7 +283,7 @@ class MingleLinear(nn.Module):
         self._join_gates()
 
     def _join_gates(self) -> None:
-        """Let old and new gates lie side by side in memory, so that no call on the CPU needs to join them."""
+        """Let old and new gates lie side by side in memory, so that no call needs to join them."""
         pairs = (
             (self.frozen_gate_weight, self.gate_weight),
             (self.frozen_gate_bias, self.gate_bias),
@@ -290,12 +291,11 @@ class MingleLinear(nn.Module):
         for old, new in pairs:
             if (
                 len(old) * len(new) == 0
-                or not (old.is_cpu and new.is_cpu and old.dtype == new.dtype)
+                or not (old.device == new.device and old.device.type in _JOINED and old.dtype == new.dtype)
                 or old.is_inference()
                 or new.is_inference()
                 or adjacent((old, new))
-                or old.is_shared()  # with other processes
-                or new.is_shared()
+                or (old.is_cpu and (old.is_shared() or new.is_shared()))  # with other processes
             ):
                 continue
             both = torch.cat((old.detach(), new.detach()))
@@ -325,10 +325,10 @@ class MingleLinear(nn.Module):
             y = siblings.forward(position, x, mask)
             if y is not None:
                 return y
-        grouped = mask is None and self.backend in GROUPED and not self.prepack
-        if grouped and not torch.compiler.is_compiling():
+        settled = mask is None and self.backend in PREPARED and not self.prepack
+        if settled and not torch.compiler.is_compiling():
             known = self._prepared
-            if known is None or not known.holds(self._parameters):
+            if known is None or not known.holds(self._parameters, self.backend):
                 known = self._prepared = prepare(self._parameters, self.backend)
             y = None if known is None else known.forward(x, self.reduce)
             if y is not None:

@@ -1,4 +1,4 @@
-"""Eager calls of a frozen layer on the CPU, past everything that an earlier call has settled.
+"""Eager calls of a frozen layer, past everything that an earlier call has settled.
 
 What `mingle.functional.gated_experts` does for any tensors takes several times as long as the products of a
 small layer: it looks whether they fit together, joins old gates with new ones, views factors as matrices and
@@ -20,6 +20,7 @@ from mingle.kernels import gemm
 from mingle.kernels.gated_experts import grouped
 from mingle.ops import dispatch
 from mingle.ops.checks import plain
+from mingle.ops.common import gate_bias_gradient, gate_weight_gradient
 from mingle.ops.operands import LayerTensors
 from mingle.ops.shared import adjacent, stacked
 
@@ -30,8 +31,9 @@ _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorc
 _casts, _grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 
 #: backends that are computed here
-GROUPED = "auto", "grouped"
+PREPARED = "auto", "grouped", "triton"
 _EXACT = torch.float32, torch.float64  # in which gates and layers are of one dtype
+_DEVICES = "cpu", "cuda"
 _NAMES = (
     "weight",
     "bias",
@@ -59,14 +61,17 @@ class PreparedLayer:
     Nothing is copied: what the parameters hold may change in place at any time.  `prepare` makes these.
     """
 
-    def __init__(self, *parameters: Any) -> None:
-        """`parameters`: in the order of `_NAMES`, such as fit together."""
-        self.parameters = parameters
+    def __init__(self, asked: str, backend: str, *parameters: Any) -> None:
+        """`parameters` in the order of `_NAMES`, such as fit together; `backend` for the operators, by what
+        the layer `asked` for."""
+        self.parameters, self.asked, self.backend = parameters, asked, backend
         (
             self.weight, self.bias, self.A, self.up,
             self.frozen_weight, self.frozen_bias, self.gate_weight, self.gate_bias,
         ) = parameters  # fmt: skip
-        self.dtype = self.weight.dtype
+        self.dtype, self.device = self.weight.dtype, self.weight.device
+        self.kind = self.device.type
+        self.by_products = self.kind == "cpu" and backend == "grouped" and self.dtype in _EXACT
         self.places = self._places()
         self.frozen = len(self.frozen_weight)
         self.experts, self.rank, self.width = self.A.shape
@@ -90,10 +95,11 @@ class PreparedLayer:
             self.gate_weight.data_ptr(), self.gate_bias.data_ptr(),
         )  # fmt: skip
 
-    def holds(self, own: Mapping[str, Tensor | None]) -> bool:
-        """Whether `own` are these parameters, and lie where they lay."""
+    def holds(self, own: Mapping[str, Tensor | None], backend: str) -> bool:
+        """Whether `own` are these parameters, and lie where they lay, and this is what was asked for."""
         return (
-            own["weight"] is self.weight
+            backend == self.asked
+            and own["weight"] is self.weight
             and own["bias"] is self.bias
             and own["A"] is self.A
             and own["B_transposed"] is self.up
@@ -127,13 +133,13 @@ class PreparedLayer:
         dims = len(shape)
         if (
             type(x) not in _PLAIN
-            or not x.is_cpu
+            or x.device != self.device
             or x.dtype is not self.dtype
             or not dims
             or shape[-1] != self.width
             or _modes()
             or _transforms()
-            or _casts("cpu")
+            or _casts(self.kind)
         ):
             return None
         rows = x if dims == 2 else x.reshape(-1, self.width)
@@ -149,7 +155,7 @@ class PreparedLayer:
         if tokens == 0:
             return None
         fold = group == tokens and dispatch.folding_pays(
-            tokens, self.width, self.outputs, self.columns, "cpu"
+            tokens, self.width, self.outputs, self.columns, self.kind
         )
         if fold and tokens == 1:
             return None
@@ -159,9 +165,21 @@ class PreparedLayer:
             if rows.requires_grad or self.gate_weight.requires_grad or self.gate_bias.requires_grad:
                 y = _Differentiable.apply(rows, self.gate_weight, self.gate_bias, (self, group, fold))
                 return y if dims == 2 else self._shaped(y, shape)
-        compute = folded if fold else low_rank
-        y = compute(self, self.gates(), rows, group, False)[0]
+        y = self.compute(self.gates(), rows, group, fold, False)[0]
         return y if dims == 2 else self._shaped(y, shape)
+
+    def compute(self, gates: _Gates, x: Tensor, group: int, fold: bool, keep: bool) -> _Results:
+        """y for x [N, d_in], `group` tokens to a gate row, and what a backward needs, for which `keep` is."""
+        if self.by_products:
+            return (folded if fold else low_rank)(self, gates, x, group, keep)
+        weight, _, bias, _ = gates
+        layer = self.weight, self.bias, self.A, self.up.mT, weight, bias, None, None
+        if fold:
+            y, product, z, pooled = ops.FOLDED.plain(x, *layer, self.frozen, self.backend)
+        else:
+            options = group, self.frozen, False, keep, self.backend
+            y, product, z, pooled = ops.LOW_RANK.plain(x, *layer, *options)
+        return y, product, z, pooled if pooled.shape[0] else None
 
     def _shaped(self, y: Tensor, shape: torch.Size) -> Tensor:
         if len(shape) == 3:
@@ -229,7 +247,7 @@ class _Differentiable(torch.autograd.Function):
     ) -> Tensor:
         layer, group, fold = call  # in one, as PyTorch looks at each argument
         gates = layer.gates()
-        y, product, z, pooled = (folded if fold else low_rank)(layer, gates, x, group, True)
+        y, product, z, pooled = layer.compute(gates, x, group, fold, True)
         through_gates = None
         if ctx.needs_input_grad[0]:  # an optimizer may change the gates before the backward
             through_gates = gates.weight.clone() if gates.borrowed else gates.weight
@@ -261,12 +279,13 @@ class _Differentiable(torch.autograd.Function):
             dx, dz = ops.FOLDED.backward(dy, x, product, A, up.mT, gates, None, first, need_x)
         else:
             factors = weight, A, up.mT, gates, None, product, z
-            dx, dz, _ = ops.LOW_RANK.backward(dy, *factors, group, first, need_x, False, False, "grouped")
+            options = group, first, need_x, False, False, layer.backend
+            dx, dz, _ = ops.LOW_RANK.backward(dy, *factors, *options)
         dz = dz[:, frozen - first :]
         return (
             dx if need_x else None,
-            dz.mT @ seen if need_weight else None,
-            dz.sum(0) if need_bias else None,
+            gate_weight_gradient(dz, 0, seen, layer.gate_weight.dtype) if need_weight else None,
+            gate_bias_gradient(dz, 0, layer.gate_bias.dtype) if need_bias else None,
             None,
         )
 
@@ -281,26 +300,24 @@ def prepare(own: Mapping[str, Tensor | None], backend: str) -> PreparedLayer | N
     weight, bias, A, up, *of_gates = parameters
     if weight is None or A is None or up is None or len(A) == 0:
         return None
-    if not (A.is_contiguous() and up.is_contiguous()):
+    device = weight.device
+    if device.type not in _DEVICES or not (A.is_contiguous() and up.is_contiguous()):
         return None
-    for tensor in parameters:
-        if tensor is not None and not _ordinary(tensor, weight.dtype):
-            return None
+    if not all(tensor is None or _ordinary(tensor, device) for tensor in parameters):
+        return None
     frozen_weight, frozen_bias, gate_weight, gate_bias = (gate for gate in of_gates if gate is not None)
     with torch.inference_mode(False), torch.no_grad():
         gates = torch.cat((frozen_weight, gate_weight)), torch.cat((frozen_bias, gate_bias))
         if not plain(weight, LayerTensors(weight, bias, A, up.mT, *gates), len(frozen_weight)):
             return None
-        dispatch.plan(backend, weight, 1, len(weight), A.shape[0] * A.shape[1])  # says what `auto` takes
-        return PreparedLayer(*parameters)
+        plan = dispatch.plan(backend, weight, 1, len(weight), A.shape[0] * A.shape[1])
+        return PreparedLayer(backend, plan.backend, *parameters)
 
 
-def _ordinary(tensor: Tensor, dtype: torch.dtype) -> bool:
+def _ordinary(tensor: Tensor, device: torch.device) -> bool:
     return (
         type(tensor) is nn.Parameter
-        and tensor.is_cpu
+        and tensor.device == device
         and tensor.layout is torch.strided
-        and tensor.dtype is dtype
-        and dtype in _EXACT
         and not tensor.is_inference()
     )

@@ -142,9 +142,11 @@ def gate_gradients(
 
 def gate_weight_gradient(dz: Tensor, frozen: int, seen: Tensor, dtype: torch.dtype) -> Tensor:
     """dzᵀ x̄ below `frozen` rows of 0: [T, d_in]."""
-    return pad((dz.to(seen.dtype).mT @ seen).to(dtype), (0, 0, frozen, 0))
+    gradient = (dz.to(seen.dtype).mT @ seen).to(dtype)
+    return pad(gradient, (0, 0, frozen, 0)) if frozen else gradient
 
 
 def gate_bias_gradient(dz: Tensor, frozen: int, dtype: torch.dtype) -> Tensor:
     """Σ dz behind `frozen` zeros: [T]."""
-    return pad(dz.sum(0).to(dtype), (frozen, 0))
+    gradient = dz.sum(0).to(dtype)
+    return pad(gradient, (frozen, 0)) if frozen else gradient

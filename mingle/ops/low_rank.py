@@ -76,6 +76,11 @@ def _gated_experts(
         y = grouped.routed(x, weight, bias, A, B.mT, gates, group)
         return y, x.new_empty(0, A.shape[0] * A.shape[1]), gates, x.new_empty(0, x.shape[1], dtype=wide(x))
     kernels = kernels_of(backend, x, len(weight), A.shape[0] * A.shape[1])
+    if gates is None and kernels is not grouped:
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.together(
+            x, weight, bias, A, B.mT, gate_weight, gate_bias, mask, group, save
+        )
+        return result
     if gates is None:
         z, pooled = kernels.gates(x, gate_weight, gate_bias, mask, group)
     else:

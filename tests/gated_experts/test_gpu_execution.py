@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 from gpu_cases import BACKENDS, RAGGED, SHAPES, capture, distance, make
+from torch import nn
 
+from mingle import functional
 from mingle.functional import gated_experts
 from mingle.kernels import launches
+from mingle.nn.linear import MingleLinear
 
 pytestmark = pytest.mark.gpu
 
@@ -76,6 +79,30 @@ def test_repeated_launches_give_the_bits_of_those_that_triton_makes(shape, gates
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[name], expected[name]) for name in got), seed
     assert repeated
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_goes_past_what_is_settled_and_joins_no_gates(dtype, reduce, backend, monkeypatch):
+    layer = MingleLinear.from_linear(nn.Linear(96, 80, device="cuda", dtype=dtype), reduce, backend=backend)
+    for _ in range(3):
+        layer.add_expert(torch.randn(8, 96) / 10, torch.randn(80, 8) / 3)
+    layer(torch.randn(4, 10, 96, device="cuda", dtype=dtype))  # which settles it
+    needed = [layer.gate_weight, layer.gate_bias]
+    for _ in range(4):
+        x = torch.randn(4, 10, 96, device="cuda", dtype=dtype, requires_grad=True)
+        expected = gated_experts(x, *layer.tensors(), reduce=reduce, frozen_gates=2, backend=backend)
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "gated_experts", None)
+            patch.setattr(torch, "cat", None)
+            y = layer(x)
+            with torch.no_grad():
+                assert torch.equal(layer(x), expected)
+        assert torch.equal(y, expected)
+        dy = torch.randn_like(y)
+        pairs = zip(*(torch.autograd.grad(one, [x, *needed], dy) for one in (y, expected)), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.skipif(

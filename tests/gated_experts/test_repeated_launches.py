@@ -134,6 +134,56 @@ def test_another_kind_of_call_is_recorded_for_itself(launcher, other):
     assert launcher.kernel.by_triton == 6
 
 
+def test_of_launchers_that_call_each_other_the_outermost_is_recorded(stream):
+    kernel = Kernel()
+
+    @launches.repeated
+    def inner(x: Tensor) -> Tensor:
+        made = x.new_empty(4)
+        launches.launch(kernel, (1,), x, 0, made, SIZE=1, num_warps=4)
+        return made
+
+    @launches.repeated
+    def outer(x: Tensor) -> Tensor:
+        return inner(inner(x))
+
+    for _ in range(3):  # which is then repeated when it is called by itself
+        inner(torch.randn(4))
+    assert kernel.by_triton == 2
+    for number in range(1, 5):
+        kernel.launches.clear()
+        x = torch.randn(4)
+        made = outer(x)
+        first, second = (launch[-4:] for launch in kernel.launches)
+        assert first[0] == x.data_ptr() and first[2] == second[0] != x.data_ptr()
+        assert second[2] == made.data_ptr()
+        assert kernel.by_triton == (2 if number == 1 else 4)
+
+
+def test_what_lies_between_launches_shares_one_piece_of_memory_and_no_byte_of_it(stream):
+    kernel, sizes = Kernel(), (3, 0, 700, 5)
+
+    @launches.repeated
+    def call(x: Tensor) -> Tensor:
+        between = [x.new_empty(size, dtype=torch.float64) for size in sizes]
+        made = x.new_empty(4)
+        for one in between:
+            launches.launch(kernel, (1,), x, 0, one, SIZE=1, num_warps=4)
+        launches.launch(kernel, (1,), between[-1][2:], 0, made, SIZE=1, num_warps=4)
+        return made
+
+    for _ in range(2):
+        call(torch.randn(4))
+    kernel.launches.clear()
+    made = call(torch.randn(4))
+    assert kernel.by_triton == 2 * 5
+    *outs, (begin, _, result, _) = (launch[-4:] for launch in kernel.launches)
+    begins = [out[2] for out in outs]
+    for here, size, after in zip(begins, sizes, begins[1:], strict=False):
+        assert here + 8 * size <= after and (after - begins[0]) % 16 == 0
+    assert begin == begins[-1] + 16 and result == made.data_ptr()
+
+
 def test_descriptors_move_along(stream):
     kernel = Kernel()
 
