@@ -16,7 +16,7 @@ import torch
 from mingle.kernels import prepack
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts.active import Active
-from mingle.kernels.gemm import linear, linear_packed
+from mingle.kernels.gemm import choosing, linear, linear_packed
 
 #: Numbers that fill a vector register are multiplied by one factor at full speed.  Where experts are narrower
 #: and H has many numbers, factors are repeated first.
@@ -171,7 +171,10 @@ def upstream(
 
 def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """See `mingle.kernels.gated_experts.fold.fold`."""
-    gates, rows = gates.to(B.dtype), prepack.find("rows", B.mT)
+    gates, rows, (_, outputs, _) = gates.to(B.dtype), prepack.find("rows", B.mT), B.shape
+    if rows is None and weight.is_cpu and outputs >= A.shape[2] and choosing(outputs * A.numel()):
+        # the smaller factor is gated, and W₀ added in the product
+        return torch.addmm(weight, B.mT.flatten(0, 1).mT, (A * gates.view(-1, 1, 1)).flatten(0, 1))
     if rows is None:
         gated = (B * gates.view(-1, 1, 1)).mT.flatten(0, 1).mT
     else:

@@ -230,10 +230,10 @@ def folded(layer: PreparedLayer, gates: _Gates, x: Tensor, group: int, keep: boo
     """`mingle.ops.gated_experts_folded` of x [N, d_in], N > 1."""
     pooled = x.view(-1, group, layer.width).mean(1)
     z = _addmm(gates.bias, pooled, gates.weight_transposed)
-    gated = _mul(layer.up, z.view(-1, 1, 1)).view(layer.columns, layer.outputs).t()  # [d_out, T·r]
     if gemm.choosing(max(x.shape[0], layer.columns) * layer.largest):
-        weight = gemm.linear(gated, layer.down_transposed).add_(layer.weight)
+        weight = grouped.fold(layer.weight, layer.A, layer.up.mT, z[0])
         return gemm.linear(x, weight, layer.bias), weight, z, pooled
+    gated = _mul(layer.up, z.view(-1, 1, 1)).view(layer.columns, layer.outputs).t()  # [d_out, T·r]
     weight = _mm(gated, layer.down).add_(layer.weight)
     return _linear(x, weight, layer.bias), weight, z, pooled
 
