@@ -54,12 +54,12 @@ def parts(t: Inputs) -> Iterator[Part]:
     z, _ = gates()
     base = 2.0 * rows * width * outputs
     if case.groups == 1 and folding_pays(rows, width, outputs, ranks, "cpu"):
-        gated, folded = (t.B * z[0].to(W.dtype).view(-1, 1, 1)).mT.flatten(0, 1).mT, W.clone()
-        product = 2.0 * outputs * width * ranks
+        gated, product = t.A * z[0].to(W.dtype).view(-1, 1, 1), 2.0 * outputs * width * ranks
         yield Part("folded", "gates", gates)
-        yield Part("folded", "z ⊙ B", lambda: t.B * z[0].to(W.dtype).view(-1, 1, 1))
-        yield Part("folded", "(z ⊙ B_cat) A_cat", lambda: gemm.linear(gated, A.mT), product)
-        yield Part("folded", "+ W₀", lambda: folded.add_(W))
+        yield Part("folded", "z ⊙ A", lambda: t.A * z[0].to(W.dtype).view(-1, 1, 1))
+        yield Part(
+            "folded", "W₀ + B_cat (z ⊙ A_cat)", lambda: torch.addmm(W, up.mT, gated.flatten(0, 1)), product
+        )
         yield Part("folded", "x W_effᵀ + b", lambda: gemm.linear(x, W, t.bias), base)
         return
     hidden, y = gemm.linear(x, A), gemm.linear(x, W, t.bias)

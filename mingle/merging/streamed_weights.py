@@ -114,8 +114,7 @@ class WeightStep:
         for place, names in self.parts.mine(number):
             tensors: Tensors = {}
             for name in names:
-                laid = {key: files[of] for key, (files, of) in aside.get(name, {}).items()}
-                tensors |= self._merged(name, found, laid)
+                tensors |= self._merged(name, found, aside.get(name, {}))
             self.notes.write(number, place, tensors)
         self.notes.share(number)
         return self.notes.parts(number)
@@ -123,7 +122,7 @@ class WeightStep:
     def _surveyed(self, survey: Survey, name: str) -> Seen:
         """What a survey takes down of a tensor."""
         parts = []
-        for rows in self._blocks(name):
+        for rows in self._blocks(name, self.method.elementwise(name)):
             base = self._base(name, rows)
             parts.append(survey.see(self._step(name, rows, 0, base, self._state_of(name, rows))))
         numbers = tuple(map(sum, zip(*(part.numbers for part in parts), strict=True)))
@@ -133,10 +132,11 @@ class WeightStep:
             raise NonFiniteMerge(f"{where}: its norm is not finite; nothing was saved")
         return seen
 
-    def _merged(self, name: str, found: Numbers, laid: Mapping[str, Tensor]) -> Tensors:
+    def _merged(self, name: str, found: Numbers, aside: Mapping[str, tuple[PartFiles, str]]) -> Tensors:
         """What is saved of a tensor, by the names that it is saved under."""
         new: Tensors = {}
-        for rows in self._blocks(name):
+        for rows in self._blocks(name, self.method.in_rows(name)):
+            laid = {key: files.rows(of, rows) for key, (files, of) in aside.items()}
             part = self._merged_rows(name, rows, found, laid)
             if rows is ...:
                 new = part
@@ -168,11 +168,11 @@ class WeightStep:
         for key, tensor in tensors.items():
             refuse(self.method, model.name, key, tensor)
 
-    def _blocks(self, name: str) -> list[Rows]:
-        """The rows of a tensor that are in memory at once."""
+    def _blocks(self, name: str, in_rows: bool) -> list[Rows]:
+        """The rows of a tensor that are in memory at once; all of them unless `in_rows`."""
         sources = [model.tuned.in_rows(name) for model in self.models]
         readable = self.values.in_rows(self.prefix + name) and all(sources)
-        return row_blocks(self.method.base[name]) if readable and self.method.elementwise(name) else [...]
+        return row_blocks(self.method.base[name]) if readable and in_rows else [...]
 
     def _base(self, name: str, rows: Rows) -> Tensor:
         return self.values.rows(self.prefix + name, rows)

@@ -143,13 +143,17 @@ class Opcm(TensorMethod):
     def elementwise(self, name: str) -> bool:
         return name not in self.linear
 
+    def in_rows(self, name: str) -> bool:
+        return True
+
     def cost_of(self, name: str) -> Cost:
         base = self.base[name]
         if name not in self.linear:
             return super().cost_of(name)
         size, shorter = kept_size([base]), min(base.shape[-2:])
-        # what is projected or scaled; blocks of rows, and matrices of the shorter side, in float64
-        return Cost(size + 40 * min(base.numel(), BLOCK_ENTRIES) + 64 * shorter**2, aside=size)
+        # in float64: blocks of rows; matrices of the shorter side while M is decomposed, or P(Δ) after that
+        blocks = 40 * min(base.numel(), BLOCK_ENTRIES)
+        return Cost(blocks + max(64 * shorter**2, size + 16 * shorter**2), aside=size)
 
     def work_of(self, name: str) -> float:
         base = self.base[name]

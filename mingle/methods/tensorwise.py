@@ -178,6 +178,10 @@ class TensorMethod(WeightMethod):
         """
         return False
 
+    def in_rows(self, name: str) -> bool:
+        """Whether the tensor of that name is merged entry by entry, though it may be surveyed as a whole."""
+        return self.elementwise(name)
+
     def cost_of(self, name: str) -> Cost:
         """What merging the tensor of that name takes, from shapes alone."""
         return Cost(round(self.copies * kept_size([self.base[name]])))

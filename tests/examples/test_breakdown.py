@@ -57,7 +57,7 @@ def test_the_parts_of_a_breakdown_make_the_layer(monkeypatch, reduce):
         pieces = {(part.form, part.name): part for part in breakdown.parts(t)}
         expected = PEERS[OURS].build(t)()["y"].flatten(0, 1)
         if reduce == "batch":
-            merged = pieces["folded", "(z ⊙ B_cat) A_cat"].run() + t.weight
+            merged = pieces["folded", "W₀ + B_cat (z ⊙ A_cat)"].run()
             torch.testing.assert_close(t.x.flatten(0, 1) @ merged.mT + t.bias, expected, rtol=1e-4, atol=1e-4)
         elif ("prepacked", "x A_catᵀ") in pieces:
             for name in ("[x | …]", "[… | z ⊙ H]"):

@@ -17,6 +17,7 @@ from transformers import (
 
 from mingle.io import lazy_tensors
 from mingle.merging import streamed
+from mingle.methods.opcm import Opcm
 
 
 @pytest.mark.parametrize("method", ["average", "opcm"])
@@ -49,6 +50,25 @@ def test_of_a_large_tensor_that_is_merged_entry_by_entry_only_rows_are_in_memory
     found = peak_bytes(lambda: merger.add("two", tmp_path / "two", tmp_path / "merged"))
     result = 4 * model.model.embed_tokens.weight.numel()
     assert result < found < 1.5 * result
+
+
+def test_what_is_projected_as_a_whole_is_merged_in_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(lazy_tensors, "BLOCK_ENTRIES", 1 << 12)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 9000, "tie_word_embeddings": False}))
+    for name in ("base", "one", "two"):
+        model.bfloat16().save_pretrained(tmp_path / name)
+        model.lm_head.weight.data *= 1.5
+    merger = from_files(tmp_path, "opcm", tmp_path / "merged", ["one"])
+    merge, entries = Opcm.merge_tensor, []
+
+    def noted(self, step, found, aside):
+        entries.append((step.name, max(tensor.numel() for tensor in (step.tuned, *aside.values()))))
+        return merge(self, step, found, aside)
+
+    monkeypatch.setattr(Opcm, "merge_tensor", noted)
+    merger.add("two", tmp_path / "two", tmp_path / "merged")
+    heads = [size for name, size in entries if name == "lm_head.weight"]
+    assert len(heads) > 1 and max(heads) <= 1 << 12
 
 
 _MEASURED = """
