@@ -132,7 +132,7 @@ _FOLDED = " ".join(name for name in CASES if name.startswith("fold-") and "fp16"
 _OTHERS = "square-token-fp32 square-sample-fp32 vit-b32-sample-fp32 image-sample-fp32 routed-sample-fp32"
 SELECTIONS = {
     "quick": _select(_QUICK, "square-sample-fp32", seconds=6, build_until=60, about="two minutes on a CPU"),
-    "gpu": _select(_GPU, _GPU_COMPILED, seconds=3, build_until=300, about="ten minutes on a large GPU"),
+    "gpu": _select(_GPU, _GPU_COMPILED, seconds=3, build_until=30, about="five minutes on a large GPU"),
     "dispatch": _select(f"{_FOLDED} {_OTHERS}", seconds=4, about='does backend="auto" choose well?'),
 }
 
