@@ -67,7 +67,9 @@ def gated_experts(
     give equal bits.
 
     Returns:
-        y [..., N, d_out] in x's dtype.  With T = 0 exactly ``F.linear(x, weight, bias)``.
+        y [..., N, d_out] in x's dtype.  With T = 0 exactly ``F.linear(x, weight, bias)``.  Gradients of
+        gradients and forward-mode differentiation go by ``backend="eager"`` alone; inside the transforms of
+        `torch.func` every backend is that one.
 
     Raises:
         ValueError: shapes that do not fit, an unknown `reduce` or `backend`; the message names the argument.
@@ -84,9 +86,9 @@ def gated_experts(
         gates = grouping.compact(gates, x)
     if mask is not None and _learns(x, gates, *layer):
         x = reference.finite_padding(x, mask)
-    if backend == "eager":
+    if backend == "eager" or _transformed():
         return _by_the_formula(x, layer, reduce, mask, gates, frozen_gates)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not _autocast(x):
         return _by_an_operator(x, layer, reduce, mask, gates, frozen_gates, backend)
     dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
@@ -98,6 +100,15 @@ def _cast(layer: LayerTensors, dtype: torch.dtype) -> LayerTensors:
     """The layer in `dtype`, except for its gates."""
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return layer._replace(weight=layer.weight.to(dtype), bias=bias, A=layer.A.to(dtype), B=layer.B.to(dtype))
+
+
+def _autocast(x: torch.Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which does not know that device
+
+
+def _transformed() -> bool:
+    """Whether `torch.func` looks on, as in `vmap` and `jvp`, for which the operators have no rules."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _learns(*tensors: torch.Tensor | None) -> bool:
@@ -190,8 +201,8 @@ def gated_experts_shared(
         x = reference.finite_padding(x, mask)
     group, _, rows_of_mask = grouping.linear(x, reduce, mask)
     tokens = x.reshape(-1, x.shape[-1])
-    plan = None if backend == "eager" else _common_plan(tokens, layers, group, backend)
-    if plan is None or torch.is_autocast_enabled(x.device.type) or not _stackable(layers):
+    plan = None if backend == "eager" or _transformed() else _common_plan(tokens, layers, group, backend)
+    if plan is None or _autocast(x) or not _stackable(layers):
         return [
             gated_experts(x, *layer, reduce=reduce, mask=mask, frozen_gates=count, backend=backend)
             for layer, count in zip(layers, frozen, strict=True)

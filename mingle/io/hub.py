@@ -79,6 +79,8 @@ def local(model: str, revision: str | None = None) -> Path | None:
         if revision is not None:
             raise CheckpointError(f"{folder}: a local folder has no revision {revision!r}")
         return folder
+    if folder.is_file():
+        raise CheckpointError(f"{model}: a file, expected the folder of a model")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{model}: no such folder{similar(folder)}")
     return None

@@ -124,7 +124,8 @@ def bytes_of_expert(method: GatedMethod, layer: MingleLinear) -> int:
     """What a task that came without samples leaves of a layer."""
     width, height = layer.in_features, layer.out_features
     rank = min(method.options.rank, width, height)
-    return (rank * (width + height) + width + 1) * wide(layer.weight).itemsize
+    gate = (width + 1) * wide(layer.weight).itemsize
+    return rank * (width + height) * layer.weight.itemsize + gate
 
 
 def check_experts(method: GatedMethod, files: PartFiles, found: Sequence[str]) -> None:

@@ -32,6 +32,10 @@ class OpcmOptions:
     alpha: float = 0.5
     drop_diagonal: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha}: expected a value in [0, 1]")
+
 
 def split_rank(singular_values: Tensor, alpha: float) -> int:
     """The first index at which the cumulative sum exceeds α times the total; 0 where that is 0."""

@@ -18,7 +18,7 @@ from mingle.nn.conv1d import conv1d, is_conv1d
 from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.prepared import PREPARED, PreparedLayer, prepare
 from mingle.ops.operands import LayerTensors
-from mingle.ops.shared import adjacent
+from mingle.ops.side_by_side import lay, together
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -99,6 +99,7 @@ class MingleLinear(nn.Module):
         self.weight = _frozen(weight)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
         self.A = _frozen(weight.new_empty(0, 0, self.in_features))
+        self._laid: dict[str, torch.Tensor] = {}  # see `_join_gates`
         # Stored transposed, so that all experts lie side by side for one product; `B` is a view.
         self.B_transposed = _frozen(weight.new_empty(0, 0, self.out_features))
         gate_dtype = wide(weight)  # steps of Adam are lost in half precision
@@ -173,9 +174,7 @@ class MingleLinear(nn.Module):
 
     def all_gates(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [T, d_in] and biases [T] of all gates, oldest first; the trainable ones get gradients."""
-        own = self._parameters  # several times as fast as attributes of a module
-        frozen, weight, bias = own["frozen_gate_weight"], own["gate_weight"], own["gate_bias"]
-        assert frozen is not None and weight is not None and bias is not None
+        frozen, weight, bias = self.frozen_gate_weight, self.gate_weight, self.gate_bias
         if frozen.shape[0] == 0:
             return weight, bias
         return torch.cat((frozen, weight)), torch.cat((self.frozen_gate_bias, bias))
@@ -284,22 +283,19 @@ class MingleLinear(nn.Module):
 
     def _join_gates(self) -> None:
         """Let old and new gates lie side by side in memory, so that no call needs to join them."""
-        pairs = (
-            (self.frozen_gate_weight, self.gate_weight),
-            (self.frozen_gate_bias, self.gate_bias),
-        )
-        for old, new in pairs:
+        for kind in ("gate_weight", "gate_bias"):
+            old, new = getattr(self, f"frozen_{kind}"), getattr(self, kind)
             if (
-                len(old) * len(new) == 0
+                not (type(old) is type(new) is nn.Parameter)
+                or len(old) * len(new) == 0
                 or not (old.device == new.device and old.device.type in _JOINED and old.dtype == new.dtype)
                 or old.is_inference()
                 or new.is_inference()
-                or adjacent((old, new))
+                or together((old, new)) is not None
                 or (old.is_cpu and (old.is_shared() or new.is_shared()))  # with other processes
             ):
                 continue
-            both = torch.cat((old.detach(), new.detach()))
-            old.data, new.data = both[: len(old)], both[len(old) :]
+            self._laid[kind] = lay((old, new))
 
     def tensors(self) -> LayerTensors:
         """This layer's tensors as `mingle.functional` takes them."""
@@ -344,19 +340,19 @@ class MingleLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MingleLinear:
+        self._prepared = None
         moved = super()._apply(fn, recurse)
         prepacked.drop_stale()
-        self._prepared = None
         self._join_gates()
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_prepared", None)
-        return state
+        return state | {"_laid": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"_laid": {}} | state)
         self._join_gates()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

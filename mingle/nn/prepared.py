@@ -22,7 +22,7 @@ from mingle.ops import dispatch
 from mingle.ops.checks import plain
 from mingle.ops.common import gate_bias_gradient, gate_weight_gradient
 from mingle.ops.operands import LayerTensors
-from mingle.ops.shared import adjacent, stacked
+from mingle.ops.side_by_side import together
 
 # found once, as even looking them up shows
 _PLAIN = Tensor, nn.Parameter
@@ -32,7 +32,7 @@ _casts, _grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 
 #: backends that are computed here
 PREPARED = "auto", "grouped", "triton"
-_EXACT = torch.float32, torch.float64  # in which gates and layers are of one dtype
+_EXACT = torch.float32, torch.float64
 _DEVICES = "cpu", "cuda"
 _NAMES = (
     "weight",
@@ -71,7 +71,9 @@ class PreparedLayer:
         ) = parameters  # fmt: skip
         self.dtype, self.device = self.weight.dtype, self.weight.device
         self.kind = self.device.type
-        self.by_products = self.kind == "cpu" and backend == "grouped" and self.dtype in _EXACT
+        of_gates = {gate.dtype for gate in parameters[4:]}
+        exact = self.dtype in _EXACT and of_gates == {self.dtype}
+        self.by_products = self.kind == "cpu" and backend == "grouped" and exact
         self.places = self._places()
         self.frozen = len(self.frozen_weight)
         self.experts, self.rank, self.width = self.A.shape
@@ -99,14 +101,14 @@ class PreparedLayer:
         """Whether `own` are these parameters, and lie where they lay, and this is what was asked for."""
         return (
             backend == self.asked
-            and own["weight"] is self.weight
-            and own["bias"] is self.bias
-            and own["A"] is self.A
-            and own["B_transposed"] is self.up
-            and own["frozen_gate_weight"] is self.frozen_weight
-            and own["frozen_gate_bias"] is self.frozen_bias
-            and own["gate_weight"] is self.gate_weight
-            and own["gate_bias"] is self.gate_bias
+            and own.get("weight") is self.weight
+            and own.get("bias") is self.bias
+            and own.get("A") is self.A
+            and own.get("B_transposed") is self.up
+            and own.get("frozen_gate_weight") is self.frozen_weight
+            and own.get("frozen_gate_bias") is self.frozen_bias
+            and own.get("gate_weight") is self.gate_weight
+            and own.get("gate_bias") is self.gate_bias
             and self._places() == self.places
         )
 
@@ -115,11 +117,9 @@ class PreparedLayer:
         if self.frozen == 0:
             weight = self.gate_weight.detach()
             return _Gates(weight, weight.t(), self.gate_bias.detach(), borrowed=False)
-        weights, biases = (self.frozen_weight, self.gate_weight), (self.frozen_bias, self.gate_bias)
-        if not (adjacent(weights) and adjacent(biases)):
-            return None
-        weight = stacked(weights)
-        return _Gates(weight, weight.t(), stacked(biases), borrowed=True)
+        weight = together((self.frozen_weight, self.gate_weight))
+        bias = together((self.frozen_bias, self.gate_bias))
+        return None if weight is None or bias is None else _Gates(weight, weight.t(), bias, borrowed=True)
 
     def gates(self) -> _Gates:
         if self.joined is not None:
@@ -296,10 +296,10 @@ def prepare(own: Mapping[str, Tensor | None], backend: str) -> PreparedLayer | N
     Raises:
         What `mingle.functional.gated_experts` raises where they do not fit together.
     """
-    parameters = [own[name] for name in _NAMES]
+    parameters = [own.get(name) for name in _NAMES]
     weight, bias, A, up, *of_gates = parameters
-    if weight is None or A is None or up is None or len(A) == 0:
-        return None
+    if not own.keys() >= set(_NAMES) or weight is None or A is None or up is None or len(A) == 0:
+        return None  # parametrized, pruned, or without experts
     device = weight.device
     if device.type not in _DEVICES or not (A.is_contiguous() and up.is_contiguous()):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from mingle import functional
 from mingle.kernels import prepack
 from mingle.nn.linear import MingleLinear
-from mingle.ops.shared import adjacent, stacked
+from mingle.ops.side_by_side import lay, stacked, together
 
 
 class SharedInput:
@@ -26,6 +27,10 @@ class SharedInput:
         self.apart = False
         self._call: tuple[torch.Tensor, torch.Tensor | None, bool] | None = None
         self._waiting: list[torch.Tensor | None] = []
+        self._experts: torch.Tensor | None = None  # all A, see `lay`
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_experts": None}
 
     def forward(self, position: int, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         """The output of the layer at `position`, or None where it is to be computed alone."""
@@ -61,10 +66,8 @@ class SharedInput:
         experts = [layer.A for layer in self.layers]
         if torch.compiler.is_compiling() or len({A.shape[1:] for A in experts}) > 1:
             return
-        if not adjacent(experts):
-            buffer = torch.cat([A.detach() for A in experts])
-            for A, part in zip(experts, buffer.split([len(A) for A in experts]), strict=True):
-                A.data = part
+        if together(experts) is None:
+            self._experts = lay(experts)
         for layer in self.layers:
             layer.keep_packed()
         if all(layer.prepack for layer in self.layers):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, islice, pairwise
-from math import prod
 from typing import Any
 
 import torch
@@ -13,29 +12,7 @@ from torch import Tensor
 from mingle.kernels.dtypes import wide
 from mingle.ops.common import Operator, gate_bias_gradient, gate_weight_gradient, kernels_of, share_of_a_token
 from mingle.ops.operands import SharedOperands, dense
-
-
-def adjacent(tensors: Sequence[Tensor]) -> bool:
-    """Whether contiguous tensors lie one after the other in one storage."""
-    storage = tensors[0].untyped_storage().data_ptr()
-    if not all(
-        tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == storage for tensor in tensors
-    ):
-        return False
-    return all(
-        after.storage_offset() == before.storage_offset() + before.numel()
-        for before, after in pairwise(tensors)
-    )
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors one after the other along their first dimension; not copied where they are `adjacent`."""
-    first = tensors[0]
-    if not adjacent(tensors):
-        return torch.cat(list(tensors))
-    # not by the first one's own strides: those of a dimension of 1 say nothing
-    rows = sum(map(len, tensors)), *first.shape[1:]
-    return first.as_strided((prod(rows),), (1,)).view(rows)
+from mingle.ops.side_by_side import stacked
 
 
 def _spans(sizes: Sequence[int]) -> list[slice]:

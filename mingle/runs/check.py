@@ -16,6 +16,7 @@ from mingle.io.files import CheckpointError, writable
 from mingle.io.locks import refuse_locked
 from mingle.io.manifest import MANIFEST, read_manifest
 from mingle.io.state_dicts import IncompatibleModel
+from mingle.kernels import gemm
 from mingle.merging.finetuned import FineTuned
 from mingle.merging.streamed import streams
 from mingle.merging.vocabulary import Vocabulary
@@ -51,6 +52,7 @@ def check(config: MergeConfig, out: Path | None = None) -> MergePlan:
             room.
         IncompatibleModel: a model that is not a fine-tuned version of the base.
     """
+    gemm.library(1, 1, 1)  # refuses a $MINGLE_CPU_GEMM that it does not know
     folders = _folders(config, out)
     for folder in folders if ranks.rank() == 0 else []:  # others would see what that tries out
         refuse_locked(folder)

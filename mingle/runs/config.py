@@ -67,6 +67,10 @@ class Order:
     shuffle: bool = False
     seeds: tuple[int, ...] = (42,)
 
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)}: expected at least one, and none of them twice")
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -187,6 +191,8 @@ def parse(content: Any, where: str) -> MergeConfig:
     )
     config = build(MergeConfig, given, where)
     names = [expert.name for expert in config.experts]
+    if "" in names:
+        raise OptionError(f"{where}: experts[{names.index('')}]: name: a task needs a name")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise OptionError(f"{where}: experts: two of them are called {twice!r}")

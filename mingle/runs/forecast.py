@@ -131,12 +131,12 @@ def _of_experts(method: GatedMethod, base: Path, experts: Sequence[tuple[Path, F
 def _work_of_expert(method: GatedMethod, height: int, width: int, later: bool) -> int:
     """The bytes that making a layer's expert takes, as they were counted for shapes of all kinds.
 
-    Δ and what is left of it, both also in float64; in the decomposition, Gram matrices of the shorter side
-    and as many vectors as it iterates on.
+    Both models' weights; Δ and what is left of it, both also in float64, and a copy; in the decomposition,
+    Gram matrices of the shorter side and as many vectors as it iterates on.
     """
     vectors = (method.options.rank + 64) * (height + width)
     left = height * width if later and method.projects else 0
-    return 4 * (5 * height * width + left + 6 * min(height, width) ** 2 + vectors)
+    return 4 * (8 * height * width + left + 6 * min(height, width) ** 2 + vectors)
 
 
 def _whole(model: FineTuned) -> int:

@@ -211,7 +211,7 @@ def fails(capsys, *arguments) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_merge_refuses_before_anything_is_written(tmp_path, capsys):
+def test_merge_refuses_before_anything_is_written(tmp_path, capsys, monkeypatch):
     out = tmp_path / "merged"
 
     def message(**changes):
@@ -220,6 +220,7 @@ def test_merge_refuses_before_anything_is_written(tmp_path, capsys):
     assert "unknown option 'rnak'; did you mean 'rank'" in message(rnak=3)
     assert "did you mean 'fc" in message(layers=["fc3"])
     assert "no such folder" in message(base="./nowhere")
+    assert "a file, expected the folder of a model" in message(base=__file__)
     assert "has no task 'greek'" in message(
         experts=[{"name": "greek", "model": str(glyphs.DATA / "experts" / TASKS[0])}]
     )
@@ -229,6 +230,8 @@ def test_merge_refuses_before_anything_is_written(tmp_path, capsys):
     pickled.mkdir()
     torch.save({}, pickled / "pytorch_model.bin")
     assert "pickle" in message(experts=[{"name": TASKS[0], "model": str(pickled)}])
+    monkeypatch.setenv("MINGLE_CPU_GEMM", "blas")
+    assert "MINGLE_CPU_GEMM='blas': expected one of mkl, onednn" in message()
     assert not out.exists()
     assert main(["check", str(write_config(tmp_path))]) == 0
 

@@ -90,6 +90,21 @@ def plain_ties(M, delta, density):
     return merged
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ties", {"density": 0.0}),
+        ("ties", {"density": 1.5}),
+        ("opcm", {"alpha": -1.0}),
+        ("opcm", {"alpha": 2.0}),
+    ],
+)
+def test_shares_are_no_more_than_all_and_no_less_than_none(method, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"{name}=.*: expected a value in"):
+        get(method).Options(**options)
+
+
 @pytest.mark.parametrize("density", [0.2, 1.0])
 def test_ties(base_model, tuned_states, density):
     base, states = wide(base_model.vision_model.state_dict()), [wide(s) for s in tuned_states]

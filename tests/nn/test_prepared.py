@@ -8,7 +8,9 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mingle import functional
@@ -183,6 +185,64 @@ def test_gates_are_apart_in_everything_but_memory():
     assert layer.frozen_gate_weight.grad is None
 
 
+@pytest.mark.parametrize("name", ["weight", "A", "gate_weight"])
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("how", ["parametrized", "pruned"])
+def test_parameters_may_become_attributes(how, called, name):
+    layer, x = grown(), torch.randn(4, 5, 8)
+    if called:
+        layer(x)
+    if how == "parametrized":
+        twice = type("Twice", (nn.Module,), {"forward": lambda self, tensor: 2 * tensor})
+        parametrize.register_parametrization(layer, name, twice())
+    else:
+        prune.random_unstructured(layer, name, 0.5)
+    y = layer(x)
+    assert torch.equal(y, in_general(layer, x))
+    y.sum().backward()
+    assert layer.gate_bias.grad is not None
+
+
+def test_a_replica_whose_tensors_are_attributes_computes_the_same():
+    layer, x = grown(), torch.randn(4, 5, 8)
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter.detach())
+    torch.testing.assert_close(replica(x), layer(x))
+
+
+@pytest.mark.parametrize("names", [["gate_weight"], ["gate_bias"], ["frozen_gate_weight"], None])
+def test_gates_may_be_more_precise_than_the_layer(names):
+    layer, x = grown(), torch.randn(4, 5, 8)
+    for name in names or ("gate_weight", "gate_bias", "frozen_gate_weight", "frozen_gate_bias"):
+        parameter = getattr(layer, name)
+        parameter.data = parameter.data.double()
+    y = layer(x)
+    torch.testing.assert_close(y, functional.gated_experts(x, *layer.tensors(), backend="eager"))
+    y.sum().backward()
+    assert layer.gate_weight.grad.dtype == layer.gate_weight.dtype
+
+
+def test_gates_are_not_taken_for_tied_weights(tmp_path):
+    layer = grown()
+    save_model(layer, tmp_path / "layer.safetensors")
+    saved = load_file(tmp_path / "layer.safetensors")
+    assert saved.keys() == layer.state_dict().keys()
+    storages = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    assert len(storages) == len(list(layer.parameters()))
+
+
+def test_layers_are_converted_where_modules_swap_their_tensors():
+    layer, x = grown(), torch.randn(4, 5, 8)
+    layer(x)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert layer(x.double()).dtype == torch.float64
+
+
 def test_what_is_prepared_is_neither_copied_nor_saved():
     layer = grown()
     plain = len(pickle.dumps(layer))
@@ -221,6 +281,22 @@ def test_other_calls_go_the_general_way(case, general_calls):
     else:
         layer(x, mask)
     assert general_calls
+
+
+@pytest.mark.parametrize("backend", ["auto", "grouped"])
+@pytest.mark.parametrize("reduce", ["token", "sample", "batch"])
+def test_transforms_of_functions_go_through(reduce, backend):
+    layer, x = grown(reduce=reduce), torch.randn(4, 5, 8)
+    layer.backend = backend
+    torch.testing.assert_close(torch.func.vmap(layer)(x[None])[0], layer(x))
+    expected = torch.autograd.grad(layer(x.requires_grad_()).sum(), x)[0]
+    torch.testing.assert_close(torch.func.grad(lambda value: layer(value).sum())(x), expected)
+    tensors = dict(layer.named_parameters())
+    found = torch.func.grad(lambda own: torch.func.functional_call(layer, own, (x,)).sum())(tensors)
+    layer(x).sum().backward()
+    torch.testing.assert_close(found["gate_weight"], layer.gate_weight.grad)
+    _, moved = torch.func.jvp(lambda value: layer(value), (x,), (torch.ones_like(x),))
+    assert moved.shape == (4, 5, 6)
 
 
 def test_dispatch_modes_see_the_operator():

@@ -112,6 +112,15 @@ def test_mistakes_are_named(tmp_path, text, message):
         ("base: x\nexperts: [a]\n", r"experts\[0\]: 'a' is not a mapping"),
         ("base: x\nexperts: [{name: a}]\n", r"experts\[0\]: 'model' is missing"),
         ("base: x\nexperts: [{name: a, model: m}, {name: a, model: n}]\n", "two of them are called 'a'"),
+        (
+            "base: x\nexperts: [{name: a, model: m}, {name: '', model: n}]\n",
+            r"experts\[1\]: name: a task needs",
+        ),
+        (
+            "base: x\nexperts: [{name: a, model: m}]\norder: {seeds: []}\n",
+            r"order: seeds=\[\]: expected at least",
+        ),
+        ("base: x\nexperts: [{name: a, model: m}]\norder: {seeds: [1, 1]}\n", r"order: seeds=\[1, 1\]"),
         ("base: [\n", "merge.yaml"),
         ("base: x\nbase: y\nexperts: [{name: a, model: m}]\n", "'base' appears twice"),
     ],

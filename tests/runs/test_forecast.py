@@ -56,9 +56,15 @@ def moved():
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what a process reads")
 @pytest.mark.parametrize(
-    ("method", "keep"), [*((name, None) for name in METHODS), ("average", 1), ("ties", 1)]
+    ("method", "more"),
+    [
+        *((name, {}) for name in METHODS),
+        ("average", {"keep": 1}),
+        ("ties", {"keep": 1}),
+        ("mingle", {"dtype": "bfloat16"}),
+    ],
 )
-def test_what_is_read_and_written_and_the_disk_are_foreseen(folders, method, keep, tmp_path, monkeypatch):
+def test_what_is_read_and_written_and_the_disk_are_foreseen(folders, method, more, tmp_path, monkeypatch):
     monkeypatch.setattr(streamed, "PART_BYTES", 1 << 20)
     file = merge_file(
         tmp_path,
@@ -66,7 +72,7 @@ def test_what_is_read_and_written_and_the_disk_are_foreseen(folders, method, kee
         {name: folders / name for name in TASKS},
         method,
         options=METHODS[method],
-        **({} if keep is None else {"keep": keep}),
+        **more,
     )
     plan = check(config.load(file), tmp_path / "merged")
     there, write = [], journal.write_tensors
