@@ -18,13 +18,12 @@ from mingle.nn.conv1d import conv1d, is_conv1d
 from mingle.nn.low_rank_expert import LowRankExpert
 from mingle.nn.prepared import PREPARED, PreparedLayer, prepare
 from mingle.ops.operands import LayerTensors
-from mingle.ops.side_by_side import lay, together
+from mingle.ops.side_by_side import lay, movable, together
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
 
 GATE_INIT_STD = 0.01
-_JOINED = "cpu", "cuda"  # devices on which gates are kept side by side
 
 
 class Siblings(Protocol):
@@ -286,9 +285,8 @@ class MingleLinear(nn.Module):
         for kind in ("gate_weight", "gate_bias"):
             old, new = getattr(self, f"frozen_{kind}"), getattr(self, kind)
             if (
-                not (type(old) is type(new) is nn.Parameter)
+                not movable((old, new))
                 or len(old) * len(new) == 0
-                or not (old.device == new.device and old.device.type in _JOINED and old.dtype == new.dtype)
                 or old.is_inference()
                 or new.is_inference()
                 or together((old, new)) is not None

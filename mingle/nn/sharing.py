@@ -11,7 +11,7 @@ from torch import nn
 from mingle import functional
 from mingle.kernels import prepack
 from mingle.nn.linear import MingleLinear
-from mingle.ops.side_by_side import lay, stacked, together
+from mingle.ops.side_by_side import lay, movable, stacked, together
 
 
 class SharedInput:
@@ -64,7 +64,7 @@ class SharedInput:
     def _pack(self) -> None:
         """Lay the layers' A side by side in one buffer, so that no shared pass needs to copy them."""
         experts = [layer.A for layer in self.layers]
-        if torch.compiler.is_compiling() or len({A.shape[1:] for A in experts}) > 1:
+        if torch.compiler.is_compiling() or len({A.shape[1:] for A in experts}) > 1 or not movable(experts):
             return
         if together(experts) is None:
             self._experts = lay(experts)

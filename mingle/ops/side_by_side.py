@@ -17,8 +17,17 @@ from torch.utils.dlpack import from_dlpack
 _wholes: WeakValueDictionary[tuple[torch.device, int], Tensor] = WeakValueDictionary()
 
 
+def movable(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are plain parameters, such as `lay` takes."""
+    first = tensors[0]
+    return first.device.type in ("cpu", "cuda") and all(
+        type(tensor) is nn.Parameter and tensor.dtype == first.dtype and tensor.device == first.device
+        for tensor in tensors
+    )
+
+
 def lay(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Move parameters of one dtype and device into one piece of memory, in this order.
+    """Move parameters that are `movable` into one piece of memory, in this order.
 
     Returns:
         All of them along their first dimension.  While the caller keeps it, `together` finds it.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mingle.ops.side_by_side import lay, stacked, together
+from mingle.ops.side_by_side import lay, movable, stacked, together
 
 
 def parameters(dtype=torch.float32) -> list[nn.Parameter]:
@@ -35,6 +35,14 @@ def test_every_part_has_a_storage_of_its_own():
     for part in parts:
         storage = part.untyped_storage()
         assert (storage.data_ptr(), storage.nbytes()) == (part.data_ptr(), part.nbytes)
+
+
+def test_only_plain_parameters_of_a_kind_are_moved():
+    parts = parameters()
+    assert movable(parts)
+    assert not movable([*parts, torch.randn(1, 3, 8)])
+    assert not movable([*parts, *parameters(torch.float64)])
+    assert not movable([nn.Parameter(torch.empty(2, 3, 8, device="meta"))])
 
 
 def _apart(parts):
