@@ -53,8 +53,10 @@ def kernels_of(backend: str, x: Tensor, outputs: int, columns: int, fused: str =
 
 def share_of_a_token(dz: Tensor, mask: Tensor | None, group: int) -> Tensor:
     """What one valid token receives of its group's gate gradient [G, T]: the derivative of the mean."""
+    if mask is None and group == 1:
+        return dz
     if mask is None:
-        return dz if group == 1 else dz / group
+        return dz / group
     return dz / mask.view(-1, group).sum(1, keepdim=True).clamp_min(1)
 
 
