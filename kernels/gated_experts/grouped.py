@@ -16,8 +16,10 @@ import torch
 from mingle.kernels import prepack
 from mingle.kernels.dtypes import wide
 from mingle.kernels.gated_experts.active import Active
-from mingle.kernels.gemm import choosing, linear, linear_packed
+from mingle.kernels.gemm import linear, linear_packed
 
+#: Multiplications of a fold from which on its way matters; smaller ones keep the bits of version 0.1.0.
+_LARGE = 1 << 26
 #: Numbers that fill a vector register are multiplied by one factor at full speed.  Where experts are narrower
 #: and H has many numbers, factors are repeated first.
 _REGISTER_BYTES, _MANY = 64, 4096
@@ -172,7 +174,7 @@ def upstream(
 def fold(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """See `mingle.kernels.gated_experts.fold.fold`."""
     gates, rows, (_, outputs, _) = gates.to(B.dtype), prepack.find("rows", B.mT), B.shape
-    if rows is None and weight.is_cpu and outputs >= A.shape[2] and choosing(outputs * A.numel()):
+    if rows is None and weight.is_cpu and outputs >= A.shape[2] and outputs * A.numel() >= _LARGE:
         # the smaller factor is gated, and W₀ added in the product
         return torch.addmm(weight, B.mT.flatten(0, 1).mT, (A * gates.view(-1, 1, 1)).flatten(0, 1))
     if rows is None:

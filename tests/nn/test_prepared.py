@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mingle import functional
+from mingle.kernels.gated_experts import grouped
 from mingle.nn.linear import MingleLinear
 
 #: of x: samples of tokens, rows, one token, one sample, samples in two dimensions
@@ -93,6 +94,17 @@ def test_same_bits_where_the_library_is_chosen(reduce, monkeypatch, general_call
     monkeypatch.setenv("MINGLE_CPU_GEMM", "onednn")
     layer, x = grown(reduce=reduce, widths=(64, 48)), torch.randn(4, 20, 64, requires_grad=True)
     has_the_bits_of_the_general_way(layer, x, general_calls)
+
+
+@pytest.mark.parametrize("widths", [(8, 6), (6, 8), (7, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_folds_are_the_formula(widths, dtype, monkeypatch):
+    monkeypatch.setattr(grouped, "_LARGE", 1)
+    layer, x = grown(reduce="batch", dtype=dtype, widths=widths), torch.randn(4, 20, widths[0]).to(dtype)
+    exact = copy.deepcopy(layer).double()
+    exact.backend = "eager"
+    expected = exact(x.double())
+    assert (layer(x) - expected).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * expected.norm()
 
 
 def test_old_gates_that_lie_apart_from_the_new_one_are_joined(general_calls):
