@@ -51,6 +51,11 @@ def kernels_of(backend: str, x: Tensor, outputs: int, columns: int, fused: str =
     return sys.modules.get(name) or importlib.import_module(name)
 
 
+def of_groups(rows: Tensor, group: int) -> Tensor:
+    """The gradients of groups' gates [G, T], from what each of their tokens adds [N, T]."""
+    return rows if group == 1 else rows.view(-1, group, rows.shape[1]).sum(1)
+
+
 def share_of_a_token(dz: Tensor, mask: Tensor | None, group: int) -> Tensor:
     """What one valid token receives of its group's gate gradient [G, T]: the derivative of the mean."""
     if mask is None and group == 1:

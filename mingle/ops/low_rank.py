@@ -19,6 +19,7 @@ from mingle.ops.common import (
     gate_gradients,
     keep,
     kernels_of,
+    of_groups,
     share_of_a_token,
 )
 from mingle.ops.operands import LowRankOperands, dense
@@ -172,10 +173,7 @@ def _gated_experts_backward(
     u, rows = kernels.upstream(
         dy, B[first:], hidden[:, first * rank :], z[:, first:], group, active, keep=need_x or need_u
     )
-    if skip:
-        dz = z.new_empty(0, experts)
-    else:
-        dz = rows if group == 1 else rows.view(-1, group, experts - first).sum(1)
+    dz = z.new_empty(0, experts) if skip else of_groups(rows, group)
     if not need_x:
         return dy.new_empty(0, width), dz, u if need_u else none
     share = None if gate_weight is None else share_of_a_token(dz, mask, group)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from mingle.kernels.dtypes import wide
-from mingle.ops.common import Operator, gate_bias_gradient, gate_weight_gradient, kernels_of, share_of_a_token
+from mingle.ops.common import (
+    Operator,
+    gate_bias_gradient,
+    gate_weight_gradient,
+    kernels_of,
+    of_groups,
+    share_of_a_token,
+)
 from mingle.ops.operands import SharedOperands, dense
 from mingle.ops.side_by_side import stacked
 
@@ -122,7 +129,7 @@ def _gated_experts_shared_backward(
         experts = slice(span.start + first, span.stop)
         columns = slice(experts.start * rank, experts.stop * rank)
         u, rows = kernels.upstream(dy, B[first:], hidden[:, columns], z[:, experts], group, None, keep=need_x)
-        own = rows.view(-1, group, len(A) - first).sum(1)
+        own = of_groups(rows, group)
         dz[:, experts] = own
         if need_x:
             share = share_of_a_token(own, mask, group)
